@@ -1,0 +1,49 @@
+# Works with make 3.81. Settings come from .env (ENV_FILE=… picks another), or as `make agent HOST=b1`.
+STEPS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
+FLAGS = $(if $(DRY),--dry-run) $(if $(PRINT),--print) $(if $(REBOOT),--reboot)
+
+# A node that strips types by itself, else node with tsx, else Deno.
+NODE := $(shell command -v node;)
+STRIPS := $(if $(NODE),$(shell node -p 'process.features.typescript || ""'))
+TS = $(if $(NODE),node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx),deno run -A)
+MODULES = $(if $(NODE),node_modules/.package-lock.json)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+up: ## the whole cluster: SERVER and all AGENTS (make -j up does the same)
+server: ## 4  k3s server on SERVER or HOST, through steps 1 to 3
+agent: ## 5  k3s agent on HOST, through steps 1 to 3
+download-k3s: ## 1  a verified k3s binary
+upgrade-kernel: ## 2  a kernel with WireGuard, on CentOS 7
+install-wireguard: ## 3  WireGuard, proven
+annotate: ## 6  every peer at its public address
+fix-metrics: ## 7  kubectl top answers for every node
+download: download-k3s
+kernel: upgrade-kernel
+wireguard: install-wireguard
+metrics: fix-metrics
+
+$(STEPS) up: $(MODULES)
+	@$(TS) scripts/$@.ts $(FLAGS)
+
+rehearse: $(MODULES) ## a cluster of two clouds inside this Linux machine (root)
+	@$(TS) test/lab/rehearse.ts up
+in-rehearsal: $(MODULES) ## CMD='make agent HOST=b2', as the rehearsal's operator
+	@$(TS) test/lab/rehearse.ts run "$$CMD"
+rehearse-down: $(MODULES) ## remove every trace of it
+	@$(TS) test/lab/rehearse.ts down
+
+test: $(MODULES) ## unit tests; no root, no network
+	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) --test test/*.test.ts
+test-lab: $(MODULES) ## the lab's suite (root): real boxes, NAT and WireGuard
+	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) --test --test-concurrency=1 test/lab/*.test.ts
+lint: ## types, format, lint, and shellcheck of the shell that is sent
+	@test -x node_modules/.bin/biome || npm ci --no-audit --no-fund
+	@npm run --silent check
+
+node_modules/.package-lock.json: package-lock.json
+	npm ci --omit=dev --no-audit --no-fund --loglevel=error
+	@touch $@
+
+.PHONY: help up $(STEPS) download kernel wireguard metrics rehearse in-rehearsal rehearse-down test test-lab lint

@@ -1,0 +1,130 @@
+import { lookup } from "node:dns/promises";
+import { createReadStream, mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { createGzip } from "node:zlib";
+import { $ } from "zx";
+import { sh } from "./sh.ts";
+
+/** The box could not be reached, or would not let us in: nothing was run on it. */
+export class Unreachable extends Error {}
+
+/** A machine that takes POSIX sh scripts: this one, or another over ssh. */
+export interface Box {
+  /** Its ssh destination; empty for this machine. */
+  host: string;
+  /**
+   * Runs a script as root, given over stdin, so that no secret stands on an argument list. Every line of
+   * standard output goes to `onLine`. Resolves to the exit status; standard error is in `stderr`.
+   * @throws {Unreachable} when ssh or sudo failed before the script began.
+   */
+  run(script: string, onLine: (line: string) => void): Promise<{ status: number; stderr: string }>;
+  /** Copies a local file to `path` on the box, compressed on the way. */
+  push(file: string, path: string): Promise<void>;
+  /** Drops the connection, as before a reboot. */
+  close(): Promise<void>;
+}
+
+/** Printed by a box before anything else runs there: what comes without it is ssh's or sudo's word. */
+export const BEGIN = "k3s-across-clouds: begin";
+
+let sockets: string | undefined;
+const opened = new Set<string>();
+
+/**
+ * The system's ssh, so that ~/.ssh/config, agents, jump hosts and known_hosts all count. One connection a
+ * box: the first command opens it, later ones share it. A dead box is noticed in about 15 s.
+ */
+function ssh(host: string): string[] {
+  sockets ??= mkdtempSync(join(process.platform === "darwin" ? "/tmp" : tmpdir(), "k3s-"));
+  opened.add(host);
+  const options = {
+    BatchMode: "yes",
+    ConnectTimeout: 15,
+    ServerAliveInterval: 15,
+    ServerAliveCountMax: 4,
+    ControlMaster: "auto",
+    ControlPath: `${sockets}/%C`,
+    ControlPersist: 60,
+  };
+  return ["ssh", "-T", ...Object.entries(options).flatMap(([k, v]) => ["-o", `${k}=${v}`]), "--", host];
+}
+
+/** Closes every connection; call it once, at the end of the process. */
+export async function closeAll(): Promise<void> {
+  await Promise.all([...opened].map((host) => open(host).close()));
+  if (sockets) rmSync(sockets, { recursive: true, force: true });
+}
+
+/** Runs a command as root where sudo does not ask: root's own shell, or `sudo -n`. */
+const asRoot = (command: string) =>
+  `sh -c ${sh(`if [ "$(id -u)" = 0 ]; then exec sh -c ${sh(command)}; else exec sudo -n sh -c ${sh(command)}; fi`)}`;
+
+export function open(host: string): Box {
+  const argv = (command: string) => (host ? [...ssh(host), asRoot(command)] : ["sh", "-c", asRoot(command)]);
+  const start = (command: string, input: string | Buffer | undefined) =>
+    $({
+      quiet: true,
+      nothrow: true,
+      detached: false,
+      ...(input === undefined ? {} : { input }),
+    })`${argv(command)}`;
+
+  return {
+    host,
+    async run(script, onLine) {
+      let begun = false;
+      let rest = "";
+      const child = start(`echo ${sh(BEGIN)}; exec sh -s`, script);
+      child.stdout.on("data", (chunk: Buffer | string) => {
+        const lines = (rest + chunk).split("\n");
+        rest = lines.pop() as string;
+        for (const line of lines) {
+          if (begun) onLine(line);
+          begun ||= line === BEGIN;
+        }
+      });
+      const result = await child;
+      if (begun && rest) onLine(rest);
+      if (!begun) throw new Unreachable(reasonOf(host, result.stderr, result.exitCode));
+      return { status: result.exitCode ?? 1, stderr: result.stderr };
+    },
+    async push(file, path) {
+      const child = start(`umask 077; gzip -dc >${sh(path)}`, undefined);
+      const gzip = createReadStream(file).pipe(createGzip({ level: 1 }));
+      gzip.pipe(child.stdin);
+      child.stdin.on("error", () => {});
+      const result = await child;
+      if (result.exitCode !== 0)
+        throw new Error(`Could not push ${file}: ${result.stderr.trim() || result.message}`);
+    },
+    async close() {
+      if (!host || !opened.has(host)) return;
+      await $({ quiet: true, nothrow: true, stdio: "ignore" })`${ssh(host).toSpliced(-2, 0, "-O", "exit")}`;
+    },
+  };
+}
+
+/** One line on why a box was not reached, from what ssh or sudo said; and what to do about it. */
+export function reasonOf(host: string, stderr: string, status: number | null): string {
+  const said = stderr.trim().split("\n").at(-1) || `exit status ${status}`;
+  if (/REMOTE HOST IDENTIFICATION HAS CHANGED/.test(stderr))
+    return `The host key of ${host} has changed: compare its fingerprint at the vendor's console, then "ssh-keygen -R" the old one`;
+  if (/Host key verification failed/.test(stderr))
+    return `The host key of ${host} is not known here: connect once with "ssh ${host}" and compare its fingerprint`;
+  if (/sudo: .*(password|terminal)/.test(stderr))
+    return `sudo asks for a password${host && ` on ${host}`}: log in as root, or allow this user passwordless sudo`;
+  if (/Permission denied/.test(stderr))
+    return `${host} refused the login (${said}): check the user and the key`;
+  return host ? `Could not reach ${host}: ${said}` : `Could not run a shell: ${said}`;
+}
+
+/**
+ * The address to which ssh would connect, as an IPv4 address: HostName of ~/.ssh/config, then the resolver.
+ * @throws {Error} when the name does not resolve.
+ */
+export async function addressOf(host: string): Promise<string> {
+  const config = await $({ quiet: true })`ssh -G -- ${host}`;
+  const name = /^hostname (.*)$/m.exec(config.stdout)?.[1] ?? host;
+  return (await lookup(name, { family: 4 })).address;
+}

@@ -1,0 +1,368 @@
+import { createHash } from "node:crypto";
+import { createReadStream, realpathSync } from "node:fs";
+import { hostname } from "node:os";
+import { dirname, join, relative } from "node:path";
+import minimist from "minimist";
+import { addressOf, closeAll, open } from "./box.ts";
+import { updateEnv } from "./env-file.ts";
+import { type Line, report } from "./report.ts";
+import {
+  check,
+  flagOf,
+  NAMES,
+  type Origins,
+  publicIp,
+  SETTINGS,
+  SettingError,
+  type SettingName,
+  type Settings,
+  settle,
+  words,
+} from "./settings.ts";
+import { sh } from "./sh.ts";
+import {
+  type Change,
+  converge,
+  type Facts,
+  Failure,
+  type Job,
+  look,
+  planAll,
+  printed,
+  type Step,
+} from "./step.ts";
+
+/** What a script is: its steps in order, and what to say when there is nothing to do. */
+export interface Recipe {
+  about: string;
+  steps: readonly Step[];
+  /** Settings that must not be empty, and where they come from. */
+  needs?: Partial<Record<SettingName, string>>;
+  /** The setting that names the box when HOST does not. */
+  host?: "SERVER";
+  nothing?(want: Settings, facts: Facts): string;
+  /** For AGENTS, beside the server: their steps, the first `prepare` of which need no token. */
+  agents?: { steps: readonly Step[]; prepare: number };
+  /** On the server once all agents are there. */
+  last?: readonly Step[];
+}
+
+interface Target {
+  host: string;
+  ip: string;
+  /** As the user reads it: the host without its user, or this machine's name. */
+  name: string;
+}
+
+type Mode = "apply" | "dry-run" | "print";
+
+interface Call {
+  script: string;
+  recipe: Recipe;
+  settings: Settings;
+  origins: Origins;
+  envFile: string;
+  mode: Mode;
+  reboot: boolean;
+}
+
+/**
+ * Runs a script when it is the program itself, not an import. Exit status: 0 done or nothing to do, 1 failed,
+ * 2 a setting is wrong (nothing was touched), 130 interrupted.
+ */
+export async function run(meta: ImportMeta, recipe: Recipe): Promise<void> {
+  // import.meta.main is missing in Node 20.
+  if (!process.argv[1] || realpathSync(process.argv[1]) !== realpathSync(meta.filename)) return;
+  process.on("SIGINT", () => {
+    process.stderr.write(
+      "\nInterrupted. What was begun on a box ends there by itself; run the same again to finish.\n",
+    );
+    process.exit(130);
+  });
+  try {
+    process.exitCode = await main(meta, recipe);
+  } catch (error) {
+    if (!(error instanceof SettingError)) throw error;
+    process.stderr.write(`${error.message}\n`);
+    process.exitCode = 2;
+  } finally {
+    await closeAll();
+  }
+}
+
+async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
+  const script = /([\w-]+)\.ts$/.exec(meta.filename)?.[1] as string;
+  const flags = flagsOf(process.argv.slice(2));
+  if (flags.help) {
+    process.stdout.write(help(script, recipe));
+    return 0;
+  }
+  const envFile = process.env.ENV_FILE || join(dirname(meta.filename), "..", ".env");
+  const { settings, origins } = settle(flags, process.env, shown(envFile));
+  for (const [name, from] of Object.entries(recipe.needs ?? {}))
+    if (!settings[name as SettingName])
+      throw new SettingError(`${name} is not set: ${from} to ${shown(envFile)}`);
+  if (settings.K3S_BIN) settings.K3S_SHA256 = await hashOf(settings);
+  const mode = flags.print ? "print" : flags["dry-run"] ? "dry-run" : "apply";
+  const call: Call = { script, recipe, settings, origins, envFile, mode, reboot: Boolean(flags.reboot) };
+  return recipe.agents ? await upAll(call, recipe.agents) : await fanOut(call);
+}
+
+/** A path as short as it can be said from here. */
+const shown = (path: string) => {
+  const near = relative(process.cwd(), path);
+  return near.startsWith("..") ? path : near;
+};
+
+const MODES = {
+  "dry-run": "print the plan, change nothing",
+  print: "print the plan as a sh script",
+  reboot: "restart this machine where a step needs it",
+  help: "this text",
+};
+
+function flagsOf(argv: string[]): Record<string, string> {
+  const strings = NAMES.map(flagOf);
+  const known = [...strings, ...Object.keys(MODES)];
+  const wrong = (flag: string): never => {
+    throw new SettingError(`${flag} (flag): expected one of --${known.join(", --")}`);
+  };
+  const { _: rest, ...flags } = minimist(argv, {
+    string: strings,
+    boolean: Object.keys(MODES),
+    unknown: wrong,
+  });
+  for (const word of rest) wrong(word);
+  for (const name of strings) {
+    if (Array.isArray(flags[name])) throw new SettingError(`--${name} (flag): expected it once`);
+    if (flags[name] === "" && argv.includes(`--${name}`))
+      throw new SettingError(`--${name} (flag): expected a value after it`);
+  }
+  return flags;
+}
+
+function help(script: string, recipe: Recipe): string {
+  const steps = [...recipe.steps, ...(recipe.agents?.steps ?? []), ...(recipe.last ?? [])];
+  const names = NAMES.filter((n) => n === "HOST" || steps.some((step) => step.options.includes(n)));
+  const row = (left: string, right: string) => `  ${left.padEnd(24)} ${right}\n`;
+  return `${recipe.about}
+
+Usage: make ${script} [HOST=…] [SETTING=…] [DRY=1 | PRINT=1]
+   or: node --import tsx scripts/${script}.ts [flags]
+   or: deno run -A scripts/${script}.ts [flags]
+
+Settings, each a flag, an environment variable (${names[0]}, …) or a line of the env file:
+${names.map((n) => row(`--${flagOf(n)} …`, `${SETTINGS[n].help}${SETTINGS[n].value && `; default: ${SETTINGS[n].value}`}`)).join("")}
+Flags:
+${Object.entries(MODES)
+  .map(([flag, text]) => row(`--${flag}`, text))
+  .join("")}
+The env file is .env beside the Makefile, or what ENV_FILE names.
+Exit status: 0 done or nothing to do, 1 failed, 2 a setting is wrong and nothing was touched, 130 interrupted.
+`;
+}
+
+/** @throws {SettingError} when the file cannot be read or is not the one K3S_SHA256 names. */
+async function hashOf({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
+  const hash = createHash("sha256");
+  try {
+    for await (const chunk of createReadStream(K3S_BIN)) hash.update(chunk as Buffer);
+  } catch (error) {
+    throw new SettingError(`K3S_BIN is "${K3S_BIN}": ${(error as Error).message}`);
+  }
+  const have = hash.digest("hex");
+  if (K3S_SHA256 && K3S_SHA256 !== have)
+    throw new SettingError(`K3S_SHA256 is ${K3S_SHA256}, but "${K3S_BIN}" (K3S_BIN) has ${have}`);
+  return have;
+}
+
+/** Boxes of a setting, each with the address at which other clouds reach it. @throws {SettingError} */
+async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promise<Target[]> {
+  const { settings, origins } = call;
+  const list = words(settings[setting]);
+  const known = words(`${settings.SERVER} ${settings.AGENTS}`).map((word) => word.split("="));
+  const steps = [...call.recipe.steps, ...(call.recipe.agents?.steps ?? [])];
+  const needsIp = steps.some((step) => step.options.includes("PUBLIC_IP"));
+  if (settings.PUBLIC_IP && setting !== "AGENTS" && list.length > 1)
+    throw new SettingError(
+      `PUBLIC_IP (${origins.PUBLIC_IP}): expected one box, not ${list.join(", ")}; write HOST=PUBLIC_IP for each`,
+    );
+  return await Promise.all(
+    (list.length ? list : [""]).map(async (word) => {
+      const [host = "", own] = word.split("=");
+      const name = host ? host.replace(/^(ssh:\/\/)?([^@]*@)?/, "") : hostname();
+      const given =
+        own ??
+        ((setting !== "AGENTS" && settings.PUBLIC_IP) ||
+          known.find(([h, ip]) => h === host && host && ip)?.[1]);
+      if (given || !needsIp) return { host, ip: given ?? "", name };
+      if (!host)
+        throw new SettingError(
+          "PUBLIC_IP is not set: expected the address at which other clouds reach this machine",
+        );
+      const ip = await addressOf(host).catch((error) => {
+        throw new SettingError(`${setting} names ${host} (${origins[setting]}): ${error.message}`);
+      });
+      const right = publicIp(ip);
+      if (right)
+        throw new SettingError(
+          `${host} (${origins[setting]}) resolves to ${ip}: expected ${right}; write ${host}=PUBLIC_IP`,
+        );
+      return { host, ip, name };
+    }),
+  );
+}
+
+function jobFor(call: Call, target: Target, line: Line): Job {
+  const want = { ...call.settings, HOST: target.host, PUBLIC_IP: target.ip };
+  return {
+    box: open(target.host),
+    want,
+    progress: { starts: (change) => line.starts(change.why), says: line.says },
+    mayReboot: Boolean(target.host) || call.reboot,
+  };
+}
+
+/** One recipe on every box of the call, side by side: one that fails stops none of the others. */
+async function fanOut(call: Call): Promise<number> {
+  const { recipe, settings } = call;
+  if (call.origins.HOST === "default" && recipe.host !== "SERVER" && settings.AGENTS)
+    throw new SettingError(
+      `HOST is not set: expected some of ${words(settings.AGENTS).join(", ")}, or HOST= (empty) for this machine`,
+    );
+  const boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
+  const ui = report(boxes.map((box) => box.name));
+  const done = await Promise.all(
+    boxes.map((box) =>
+      attempt(call, call.script, box, ui.line(box.name), async (line) => {
+        const job = jobFor(call, box, line);
+        const facts = await look(job, recipe.steps);
+        if (call.mode !== "apply") return plan(call, box, recipe.steps, job, facts);
+        const after = await converge(job, recipe.steps, facts);
+        await learn(call, recipe.steps, job, after);
+        line.done(facts === after, recipe.nothing?.(job.want, after));
+      }),
+    ),
+  );
+  return worst(done);
+}
+
+/** The whole cluster: agents get everything but their join while the server starts. */
+async function upAll(call: Call, agents: { steps: readonly Step[]; prepare: number }): Promise<number> {
+  const { recipe, settings, mode } = call;
+  const [server] = (await targets(call, "SERVER")) as [Target];
+  const others = settings.AGENTS ? await targets(call, "AGENTS") : [];
+  const ui = report([server, ...others].map((box) => box.name));
+  const url = `https://${server.ip}:6443`;
+  let learned: (given: Partial<Settings> | undefined) => void = () => {};
+  const given = new Promise<Partial<Settings> | undefined>((resolve) => (learned = resolve));
+  const all = [...recipe.steps, ...(recipe.last ?? [])];
+
+  let serverJob: Job | undefined;
+  let serverFacts: Facts = {};
+  let changed = false;
+  let serverDone = false;
+  const bringServer = attempt(call, "server", server, ui.line(server.name), async (line) => {
+    serverJob = jobFor(call, server, line);
+    serverFacts = await look(serverJob, all);
+    if (mode !== "apply") return plan(call, server, recipe.steps, serverJob, serverFacts);
+    const after = await converge(serverJob, recipe.steps, serverFacts, all);
+    learned(await learn(call, recipe.steps, serverJob, after));
+    changed = after !== serverFacts;
+    line.done(!changed);
+    serverFacts = after;
+  }).finally(() => {
+    serverDone = true;
+    learned(undefined);
+  });
+
+  const bringAgents = others.map((box) =>
+    attempt(call, "agent", box, ui.line(box.name), async (line) => {
+      const job = jobFor(call, box, line);
+      const first = await look(job, agents.steps);
+      if (mode !== "apply") {
+        job.want = { ...job.want, K3S_URL: url, K3S_TOKEN: job.want.K3S_TOKEN || "(the server's)" };
+        return plan(call, box, agents.steps, job, first);
+      }
+      let facts = await converge(job, agents.steps.slice(0, agents.prepare), first, agents.steps);
+      if (!serverDone) line.waits("the server's token");
+      const more = await given;
+      if (!more) throw new Failure("Not joined: the server is not up");
+      if (more.K3S_URL !== job.want.K3S_URL || more.K3S_TOKEN !== job.want.K3S_TOKEN) {
+        job.want = { ...job.want, ...more };
+        facts = await look(job, agents.steps);
+      }
+      const after = await converge(job, agents.steps, facts);
+      changed ||= after !== first;
+      line.done(after === first);
+    }),
+  );
+  const done = await Promise.all([bringServer, ...bringAgents]);
+  if (done[0] === 0 && mode === "apply" && recipe.last)
+    done.push(
+      await attempt(call, recipe.last[0]?.name as string, server, ui.line(server.name), async (line) => {
+        const job = serverJob as Job;
+        if (changed) serverFacts = await look(job, all);
+        await converge(job, [...recipe.steps, ...(recipe.last ?? [])], serverFacts);
+        line.done(!changed, "the cluster is as wanted");
+      }),
+    );
+  return worst(done);
+}
+
+/** Exit status of several boxes: a failure counts more than a wrong setting, which touched nothing. */
+const worst = (statuses: readonly number[]): number => (statuses.includes(1) ? 1 : Math.max(0, ...statuses));
+
+/** Runs one box's part and answers its exit status; a failure is said with the line that tries it again. */
+async function attempt(
+  call: Call,
+  script: string,
+  box: Target,
+  line: Line,
+  part: (line: Line) => Promise<void>,
+) {
+  try {
+    await part(line);
+    return 0;
+  } catch (error) {
+    const { message, change, output } = error as Failure;
+    line.failed(message, change, output, again(call, script, box));
+    return error instanceof SettingError ? 2 : 1;
+  }
+}
+
+/** The command that tries it again: what was given for this call is given again, but for secrets. */
+function again(call: Call, script: string, box: Target): string {
+  const given = NAMES.filter(
+    (n) => n !== "HOST" && !("secret" in SETTINGS[n]) && /^(flag|variable)/.test(call.origins[n]),
+  );
+  const own = [box.host ? `HOST=${sh(box.host)}` : "", ...given.map((n) => `${n}=${sh(call.settings[n])}`)];
+  const file = process.env.ENV_FILE ? `ENV_FILE=${sh(process.env.ENV_FILE)}` : "";
+  return ["make", script, ...own, file].filter(Boolean).join(" ");
+}
+
+function plan(call: Call, box: Target, steps: readonly Step[], job: Job, facts: Facts): void {
+  const changes: Change[] = planAll(steps, job.want, facts);
+  if (call.mode === "print")
+    process.stdout.write(
+      changes.length ? `# on ${box.name}\n${printed(changes)}` : `# on ${box.name}: nothing to do\n`,
+    );
+  else
+    process.stdout.write(
+      changes.length
+        ? `${box.name}: ${changes.length} to do\n${changes.map((c, i) => `  ${i + 1}. ${c.why}\n`).join("")}${changes.at(-1)?.reboot || changes.at(-1)?.lookAgain ? "  … then look again\n" : ""}`
+        : `${box.name}: nothing to do\n`,
+    );
+}
+
+/** Writes what the steps learned to the env file. */
+async function learn(call: Call, steps: readonly Step[], job: Job, facts: Facts): Promise<Partial<Settings>> {
+  const values = Object.assign(
+    {},
+    ...steps.map((step) => step.learn?.(job.want, facts) ?? {}),
+  ) as Partial<Settings>;
+  for (const [name, value] of Object.entries(values))
+    check(name as SettingName, value, `learned from ${job.box.host || "this machine"}`);
+  if (Object.keys(values).length) await updateEnv(call.envFile, values as Record<string, string>);
+  return values;
+}

@@ -1,0 +1,73 @@
+import ora, { type Ora } from "ora";
+import type { Change } from "./step.ts";
+
+/** What is said of one box, on standard error. */
+export interface Line {
+  starts(what: string): void;
+  says(text: string): void;
+  waits(what: string): void;
+  done(nothing: boolean, why?: string): void;
+  failed(message: string, change: Change | undefined, output: string | undefined, again: string): void;
+}
+
+/** Tokens never show, whatever printed them. */
+export const redacted = (text: string): string =>
+  text.replace(/K10[0-9a-f]{64}::[\w-]+:[\w.-]+|(?<=::(server|node):)[\w.-]+/g, "********");
+
+/** A spinner where one person watches one box on a terminal; else plain lines, each with its box's name. */
+export function report(names: readonly string[]): { line(name: string): Line } {
+  const width = Math.max(...names.map((name) => name.length));
+  const began = Date.now();
+  const seconds = () => `${((Date.now() - began) / 1000).toFixed(1)} s`;
+  const alone = names.length === 1 && process.stderr.isTTY;
+  const write = (name: string, text: string) => {
+    for (const row of redacted(text).split("\n")) process.stderr.write(`${name.padEnd(width)}  ${row}\n`);
+  };
+
+  return {
+    line(name) {
+      let spinner: Ora | undefined;
+      let last = "";
+      const show = (text: string) => {
+        if (!alone) return write(name, text);
+        last = text;
+        spinner ??= ora({ stream: process.stderr }).start();
+        spinner.text = redacted(`${name}: ${text}`);
+      };
+      const finish = () => {
+        if (spinner && last) spinner.succeed();
+        spinner = undefined;
+      };
+      return {
+        starts(what) {
+          finish();
+          show(what);
+        },
+        says(text) {
+          if (spinner) spinner.text = redacted(`${name}: ${last} (${text})`);
+          else write(name, `  ${text}`);
+        },
+        waits: (what) => show(`waits for ${what}`),
+        done(nothing, why) {
+          finish();
+          write(name, `${nothing ? "nothing to do" : `done in ${seconds()}`}${why ? `: ${why}` : ""}`);
+        },
+        failed(message, change, output, again) {
+          spinner?.fail();
+          spinner = undefined;
+          write(name, `FAILED after ${seconds()}: ${message}`);
+          const rows = (output ?? "").trim().split("\n").filter(Boolean);
+          for (const row of rows.slice(-30)) write(name, `  | ${row}`);
+          if (change) {
+            const command = change.sh.trim().split("\n");
+            write(name, "  command:");
+            for (const row of command.slice(0, 8)) write(name, `  $ ${row}`);
+            if (command.length > 8)
+              write(name, `  $ … (${command.length - 8} lines more: PRINT=1 shows them)`);
+          }
+          write(name, `  again: ${again}`);
+        },
+      };
+    },
+  };
+}

@@ -1,0 +1,272 @@
+import { randomBytes } from "node:crypto";
+import type { Box } from "./box.ts";
+import type { SettingName, Settings } from "./settings.ts";
+import { sh } from "./sh.ts";
+
+/** What a box printed about itself: a fact's name and its text. */
+export type Facts = Record<string, string>;
+
+export interface Change {
+  /** What will be done and for what reason, in one line; shown to the user, never with a secret in it. */
+  why: string;
+  /** The shell that does it, as root, under `set -eu`; `say TEXT` reports progress. */
+  sh: string;
+  /** Time limit in seconds; default 60. */
+  seconds?: number;
+  /** Settings that `sh` reads as shell variables: they travel on stdin and never show. */
+  secrets?: readonly SettingName[];
+  /** A local file that is put on the box before `sh` runs. */
+  push?: { file: string; path: string };
+  /** The box restarts after this change: wait for its new boot id, then look again. */
+  reboot?: true;
+  /** What follows depends on what this brings to light: look again before planning on. */
+  lookAgain?: true;
+}
+
+/** One step of the deployment. `look` prints facts and changes nothing; `plan` is pure. */
+export interface Step {
+  /** The script's name, and the make target that runs it. */
+  name: string;
+  /** Settings it reads, for its flags and --help. */
+  options: readonly SettingName[];
+  /** Pieces of shell that print facts: `fact NAME`, then its text. A piece that several steps share is sent once. */
+  look(want: Settings): string[];
+  /** @throws {Refusal} where the facts say that nothing must be touched. */
+  plan(want: Settings, facts: Facts): Change[];
+  /** What the operator's env file should remember once the plan is empty. */
+  learn?(want: Settings, facts: Facts): Partial<Settings>;
+}
+
+/** A step must not go on: the box or the cluster is not as it has to be. Nothing was touched. Exit status 1. */
+export class Refusal extends Error {}
+
+/** A change failed on a box, or was made and did not take. */
+export class Failure extends Error {
+  readonly change: Change | undefined;
+  readonly output: string;
+  constructor(message: string, change?: Change, output = "") {
+    super(message);
+    this.change = change;
+    this.output = output;
+  }
+}
+
+/** Facts that every step may use. uptime before now: so their difference errs to one side only. */
+const BASE = `
+fact uptime; cut -d' ' -f1 /proc/uptime
+fact now; date +%s.%N
+fact boot; cat /proc/sys/kernel/random/boot_id
+fact hostname; uname -n
+fact arch; uname -m
+fact kernel; uname -r
+fact os; cat /etc/os-release 2>/dev/null
+fact systemd; test -d /run/systemd/system && echo yes
+fact addresses; ip -o -4 addr show 2>/dev/null
+`;
+
+/** Two boxes' worth of markers cannot be mixed up with a file's text: the mark is random. */
+const newMark = () => `k3s-across-clouds-${randomBytes(8).toString("hex")}`;
+
+/** The script that looks: facts of all steps, in one trip. It never fails: what is not there is not printed. */
+export function lookScript(steps: readonly Step[], want: Settings, mark: string): string {
+  return `m=${mark}
+fact() { printf '\\n%s fact %s\\n' "$m" "$1"; }
+${BASE}${[...new Set(steps.flatMap((step) => step.look(want)))].join("\n")}
+printf '\\n%s end\\n' "$m"`;
+}
+
+/**
+ * The script that applies: each change is a shell of its own under \`timeout\`, with the output of both
+ * streams in order; the first that fails ends it. A lock keeps out a second operator, and what an earlier
+ * run that lost its connection may have left running.
+ */
+export function applyScript(
+  changes: readonly Change[],
+  mark: string,
+  secrets: (name: SettingName) => string,
+): string {
+  const body = changes.map((change, i) => {
+    const given = (change.secrets ?? []).map((name) => `${name}=${secrets(name)}\n`).join("");
+    return `# ${change.why}
+change ${i} ${change.seconds ?? 60} <<'${mark}'
+main() {
+set -eu
+say() { printf '%s say %s\\n' ${mark} "$*"; }
+${given}${change.sh}
+}
+main </dev/null
+${mark}`;
+  });
+  return `exec 9>/run/k3s-across-clouds.lock
+flock -w 60 9 || { echo 'Another run is still at work on this box'; exit 1; }
+change() {
+  printf '\\n%s change %s\\n' ${mark} "$1"
+  timeout -k 5 "$2" sh -s 2>&1 9>&- && return
+  printf '\\n%s failed %s %s\\n' ${mark} "$1" "$?"
+  exit 1
+}
+${body.join("\n")}
+exec 9>&-`;
+}
+
+/** Runs only when it has arrived whole: a connection that is cut half-way runs nothing. */
+export const whole = (script: string): string => `main() {\n${script}\n}\nmain </dev/null\n`;
+
+/** A plan as one sh script that a person could paste on the box; secrets are to be given in the environment. */
+export function printed(changes: readonly Change[]): string {
+  const names = [...new Set(changes.flatMap((change) => change.secrets ?? []))];
+  const needs = names.map(
+    (name) => `: "\${${name}:?is a secret: set it before you run this}"; export ${name}`,
+  );
+  const pushes = changes.flatMap(({ push }) => (push ? [`# first copy ${push.file} to ${push.path}`] : []));
+  return `#!/bin/sh\n${whole([...needs, ...pushes, applyScript(changes, "k3s-across-clouds", (name) => `"$${name}"`)].join("\n"))}`;
+}
+
+/** Cuts what a box printed into markers; text between them goes to the last one. */
+export function reader(mark: string, on: { change?(i: number): void; say?(text: string): void }) {
+  const facts: Facts = {};
+  const seen = {
+    facts,
+    ended: false,
+    failed: undefined as { i: number; status: number } | undefined,
+    output: "",
+  };
+  let fact: string | undefined;
+  return {
+    seen,
+    line(line: string) {
+      if (!line.startsWith(`${mark} `)) {
+        if (fact === undefined) seen.output += `${line}\n`;
+        else facts[fact] = facts[fact] === undefined ? line : `${facts[fact]}\n${line}`;
+        return;
+      }
+      const [kind, ...rest] = line.slice(mark.length + 1).split(" ");
+      if (kind === "fact") {
+        fact = rest[0] as string;
+        delete facts[fact];
+      } else if (kind === "say") on.say?.(rest.join(" "));
+      else if (kind === "end") seen.ended = true;
+      else if (kind === "failed") seen.failed = { i: Number(rest[0]), status: Number(rest[1]) };
+      else {
+        seen.output = "";
+        on.change?.(Number(rest[0]));
+      }
+    },
+  };
+}
+
+export interface Progress {
+  /** A change starts, or a line of progress within it. */
+  starts(change: Change): void;
+  says(text: string): void;
+}
+
+/** What the operator's side must remember of a box while it brings it through its steps. */
+export interface Job {
+  box: Box;
+  want: Settings;
+  progress: Progress;
+  /** Restart a box where a change needs it (over ssh: yes; on this machine: only with --reboot). */
+  mayReboot: boolean;
+}
+
+/** One trip: facts, and nothing else. @throws {Failure} when the box did not answer to the end. */
+export async function look(job: Job, steps: readonly Step[]): Promise<Facts> {
+  return await trip(job, steps, []);
+}
+
+/** One trip: the changes, then the facts that confirm them. @throws {Failure} naming the change that failed. */
+async function trip(job: Job, steps: readonly Step[], changes: readonly Change[]): Promise<Facts> {
+  const mark = newMark();
+  const stream = reader(mark, {
+    change: (i) => job.progress.starts(changes[i] as Change),
+    say: (text) => job.progress.says(text),
+  });
+  const apply = changes.length ? applyScript(changes, mark, (name) => sh(job.want[name])) : "";
+  const { status, stderr } = await job.box.run(
+    whole(`${apply}\n${lookScript(steps, job.want, mark)}`),
+    stream.line,
+  );
+  const { seen } = stream;
+  if (seen.failed) {
+    const change = changes[seen.failed.i] as Change;
+    const how =
+      seen.failed.status === 124
+        ? `no end after ${change.seconds ?? 60} s`
+        : `exit status ${seen.failed.status}`;
+    throw new Failure(`${change.why} (${how})`, change, seen.output);
+  }
+  if (!seen.ended)
+    throw new Failure(`The connection was lost (exit status ${status})`, undefined, seen.output + stderr);
+  return seen.facts;
+}
+
+/** Plans of several steps as one, up to a change after which the box must be looked at anew. */
+export function planAll(steps: readonly Step[], want: Settings, facts: Facts): Change[] {
+  const changes: Change[] = [];
+  for (const step of steps) {
+    changes.push(...step.plan(want, facts));
+    const last = changes.at(-1);
+    if (last?.reboot || last?.lookAgain) break;
+  }
+  return changes;
+}
+
+/**
+ * Applies the plan of `steps` and looks again until nothing is left to do. `all` is what each look takes in.
+ *
+ * @throws {Failure} when a change fails, or when the same plan is left over after it was applied.
+ */
+export async function converge(job: Job, steps: readonly Step[], facts: Facts, all = steps): Promise<Facts> {
+  let now = facts;
+  for (let before = "", round = 1; ; round++) {
+    const changes = planAll(steps, job.want, now);
+    if (changes.length === 0) return now;
+    const same = JSON.stringify(changes);
+    if (same === before || round > 6)
+      throw new Failure(
+        `Still to be done after it was done: ${changes.map((c) => c.why).join("; ")}`,
+        changes[0],
+      );
+    before = same;
+    now = await apply(job, all, changes, now);
+  }
+}
+
+async function apply(job: Job, all: readonly Step[], changes: Change[], facts: Facts): Promise<Facts> {
+  let from = 0;
+  for (const [i, change] of changes.entries()) {
+    if (!change.push) continue;
+    if (i > from) await trip(job, [], changes.slice(from, i));
+    job.progress.starts(change);
+    await job.box.push(change.push.file, change.push.path);
+    from = i;
+  }
+  const rest = changes.slice(from);
+  const last = rest.at(-1) as Change;
+  if (!last.reboot) return await trip(job, all, rest);
+  if (!job.mayReboot) {
+    if (rest.length > 1) await trip(job, [], rest.slice(0, -1));
+    throw new Refusal(`${last.why}: restart this machine (or add --reboot), then run the same again`);
+  }
+  await trip(job, [], rest);
+  return await rebooted(job, all, facts.boot ?? "", last.seconds ?? 600);
+}
+
+/** Waits until the box answers with another boot id. @throws {Failure} after `seconds`. */
+async function rebooted(job: Job, all: readonly Step[], boot: string, seconds: number): Promise<Facts> {
+  const end = Date.now() + seconds * 1000;
+  let last = "it still answers with its old boot id";
+  await job.box.close();
+  while (Date.now() < end) {
+    await new Promise((done) => setTimeout(done, 3000));
+    try {
+      const facts = await look(job, all);
+      if (facts.boot && facts.boot !== boot) return facts;
+    } catch (error) {
+      last = (error as Error).message;
+      await job.box.close();
+    }
+  }
+  throw new Failure(`The box did not come back within ${seconds} s of its restart (last seen: ${last})`);
+}

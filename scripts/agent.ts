@@ -1,0 +1,115 @@
+#!/usr/bin/env -S node --import tsx
+/** Step 5 of 7: a healthy k3s agent that has joined the server. Brings the box through steps 1 to 3 too. */
+import { createHash, X509Certificate } from "node:crypto";
+import { run } from "../lib/cli.ts";
+import { envPath, nodeNameOf, nodesOf, releaseOf, serviceLook, servicePlan } from "../lib/k3s.ts";
+import { SettingError, type Settings } from "../lib/settings.ts";
+import { sh } from "../lib/sh.ts";
+import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { annotateAs } from "./annotate.ts";
+import { downloadK3s } from "./download-k3s.ts";
+import { installWireguard } from "./install-wireguard.ts";
+import { upgradeKernel } from "./upgrade-kernel.ts";
+
+const ENV = (want: Settings) => `K3S_URL=${want.K3S_URL}\nK3S_TOKEN=@K3S_TOKEN@\n`;
+
+export const agent: Step = {
+  name: "agent",
+  options: ["PUBLIC_IP", "PROXY_MODE", "AGENT_ARGS", "K3S_URL", "K3S_TOKEN"],
+
+  look: (want) => [
+    ...serviceLook("agent", want),
+    ...(want.K3S_URL && want.K3S_TOKEN ? [serverLook(want)] : []),
+  ],
+
+  plan(want, facts): Change[] {
+    if (!facts.systemd?.trim())
+      throw new Refusal("systemd does not run this box: k3s is started by a systemd unit here");
+    examine(want, facts);
+    return servicePlan("agent", ENV(want), want, facts);
+  },
+};
+
+/**
+ * What the server says to this box before it has joined: /cacerts, the date, and whether the token opens the
+ * door. With it k3s hands out k3s-controller's certificate (to any agent, both generations), which may read
+ * one node: so a taken name shows without registering anything. Not asked again once the box has joined with
+ * these very credentials.
+ */
+function serverLook(want: Settings): string {
+  // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
+  const password = want.K3S_TOKEN.split(":").at(-1) as string;
+  const joined = createHash("sha256").update(ENV(want).replace("@K3S_TOKEN@", want.K3S_TOKEN)).digest("hex");
+  const name = /--node-name[= ]\s*(\S+)/.exec(want.AGENT_ARGS)?.[1];
+  return `
+if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined} ] && command -v curl >/dev/null; then
+  dir=$(mktemp -d) && chmod 700 "$dir"
+  ask() { curl -sS --connect-timeout 8 --max-time 20 "$@" 2>"$dir/error"; }
+  url=${sh(want.K3S_URL)}
+  fact cacerts; ask -k -D "$dir/head" "$url/cacerts" | tee "$dir/ca"
+  fact error; cat "$dir/error"
+  fact date; sed -n 's/^[Dd]ate: //p' "$dir/head" 2>/dev/null
+  fact door; printf 'user = "node:%s"\\n' ${sh(password)} |
+    ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
+  fact taken; node=${name ? sh(name) : '"$(uname -n | tr A-Z a-z)"'}
+  ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node"
+  fact password; test -s /etc/rancher/node/password && echo yes
+  rm -rf "$dir"
+fi`;
+}
+
+/** @throws {Refusal} or {SettingError} where this box cannot join; nothing was touched. */
+function examine(want: Settings, facts: Facts): void {
+  if (facts.cacerts === undefined) return;
+  const [ca, url] = [facts.cacerts, want.K3S_URL];
+  if (!ca.includes("BEGIN CERTIFICATE")) throw new Refusal(unreachable(url, facts.error ?? ""));
+  const hash = createHash("sha256").update(ca).digest("hex");
+  if (want.K3S_TOKEN.slice(3, 67) !== hash)
+    throw new SettingError(
+      `K3S_TOKEN is of another cluster: it names the CA ${want.K3S_TOKEN.slice(3, 15)}…, ${url} has ${hash.slice(0, 12)}…; was the server set up anew? "make server" writes the present one`,
+    );
+  // The CA's beginning is when the server was set up: TLS fails on a clock that is earlier.
+  const { validFrom, validTo } = new X509Certificate(ca);
+  const now = Number(facts.now) * 1000;
+  if (now < Date.parse(validFrom) || now > Date.parse(validTo))
+    throw new Refusal(
+      `This box's clock says ${new Date(now).toISOString()}, the server's ${facts.date?.trim()}; its certificates hold from ${validFrom} to ${validTo}: set the clock (timedatectl set-ntp true)`,
+    );
+  const door = facts.door?.trim();
+  if (door === "401" || door === "403")
+    throw new SettingError(
+      `K3S_TOKEN is not valid: ${url} answers ${door}; "make server" writes the present one`,
+    );
+  if (door !== "200")
+    throw new Refusal(`${url} does not let this box in: it answers ${door}, try again when it is healthy`);
+  const [node] = nodesOf(facts.taken);
+  if (!node || facts.password?.trim()) return;
+  const name = nodeNameOf(want.AGENT_ARGS, facts);
+  throw new Refusal(
+    `The name ${name} is taken by a node of the cluster (${node.externalIp ?? "no public address"}): rename this box (hostnamectl set-hostname …), or add --node-name to AGENT_ARGS; if it was this box before it was reinstalled: kubectl delete node ${name}`,
+  );
+}
+
+/** curl's words for the three ways in which a port does not answer, and where to look. */
+function unreachable(url: string, error: string): string {
+  const said = error.trim() || "no certificate came";
+  const what = /refused/.test(error)
+    ? "nothing listens there: is k3s up on the server?"
+    : /timed? ?out/i.test(error)
+      ? "packets are dropped: open 6443/tcp in the server's security group and firewall"
+      : /resolve/.test(error)
+        ? "this box cannot resolve the name"
+        : "is it a k3s server?";
+  return `The server does not answer this box at ${url}/cacerts: ${what} (${said})`;
+}
+
+/** What brings a box from nothing to an agent that every node can reach. */
+export const agentSteps = [downloadK3s, upgradeKernel, installWireguard, agent, annotateAs("agent")];
+
+await run(import.meta, {
+  about: "Joins a box to the server: binary, kernel, WireGuard, unit, and a node that is Ready.",
+  steps: agentSteps,
+  needs: { K3S_URL: '"make server" writes it', K3S_TOKEN: '"make server" writes it' },
+  nothing: (want, facts) =>
+    `k3s ${releaseOf(want, facts).version} runs as wanted, node ${nodeNameOf(want.AGENT_ARGS, facts)} is Ready`,
+});

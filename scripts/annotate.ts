@@ -1,0 +1,113 @@
+#!/usr/bin/env -S node --import tsx
+/** Step 6 of 7: every peer reaches this node at its public address. Old k3s is told by an annotation and a restart. */
+import { run } from "../lib/cli.ts";
+import * as k3s from "../lib/k3s.ts";
+import type { Settings } from "../lib/settings.ts";
+import { sh } from "../lib/sh.ts";
+import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+
+const OVERWRITE = "flannel.alpha.coreos.com/public-ip-overwrite";
+
+/** The step for a box of a known role; without one, for what runs there. */
+export const annotateAs = (role?: k3s.Role): Step => ({
+  name: "annotate",
+  options: ["PUBLIC_IP"],
+
+  look: (want) => [
+    k3s.binaryLook,
+    k3s.clusterLook(want),
+    "fact active; systemctl is-active k3s k3s-agent 2>/dev/null",
+  ],
+
+  plan(want, facts) {
+    const active = (facts.active ?? "").split("\n");
+    const as = role ?? (active[0] === "active" ? "server" : active[1] === "active" ? "agent" : undefined);
+    if (!as) throw new Refusal("Neither k3s nor k3s-agent runs on this box: bring it up first");
+    const { generation } = k3s.releaseOf(
+      role ? want : { ...want, K3S_VERSION: facts.version?.trim() ?? "" },
+      facts,
+    );
+    if (!generation) return [];
+    const name = k3s.nodeNameOf(as === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+    const node = k3s.nodesOf(facts.nodes).find((n) => n.name === name);
+    if (!role && !node) throw new Refusal(`The cluster has no node ${name}: is k3s healthy here?`);
+
+    const ip = want.PUBLIC_IP;
+    if (generation === "old" && (node?.publicIp !== ip || node.overwrite !== ip))
+      return [
+        {
+          why: `annotate node ${name}: public-ip-overwrite ${node?.overwrite ?? "unset"} -> ${ip}`,
+          sh: `${k3s.kubectlSh(want)}\nkc annotate --overwrite node ${sh(name)} ${sh(`${OVERWRITE}=${ip}`)}`,
+        },
+        // flannel reads the annotation when it starts; the other nodes follow live (v1.17.6, recorded).
+        k3s.restart(as, generation, name, want),
+        ...handshakes(want, facts, generation, name),
+      ];
+    if (!node) return [];
+    if (node.publicIp !== ip)
+      throw new Refusal(
+        `flannel's public-ip of ${name} is ${node.publicIp}, not ${ip}: does the server run with --flannel-external-ip? ("make server" sees to it)`,
+      );
+    return handshakes(want, facts, generation, name);
+  },
+});
+
+/** A peer renews its handshake every two minutes while keepalives flow; after three WireGuard drops the session. */
+const FRESH = 180;
+
+/** Waits for the peers that lack a fresh handshake at their public address; none lacks one: nothing to do. */
+function handshakes(_want: Settings, facts: Facts, generation: k3s.Generation, name: string): Change[] {
+  const peers = k3s.peersOf(facts.peers).filter((p) => p.interface === k3s.interfaceOf(generation));
+  const now = Number(facts.now);
+  const missing = expected(k3s.nodesOf(facts.nodes), name).filter(
+    ({ cidr, endpoint }) =>
+      !peers.some((p) => p.allowedIps.includes(cidr) && p.endpoint === endpoint && now - p.handshake < FRESH),
+  );
+  if (missing.length === 0) return [];
+  return [
+    {
+      why: `wait for a fresh handshake with ${missing.map((m) => m.name).join(", ")} at the public address`,
+      sh: `end=$(($(date +%s) + 90))
+late() {
+  while read -r name cidr endpoint; do
+    wg show ${k3s.interfaceOf(generation)} dump | awk -v c="$cidr" -v e="$endpoint" -v now="$(date +%s)" '
+      NR > 1 && index("," $4 ",", "," c ",") && $3 == e && now - $5 < ${FRESH} { found = 1 } END { exit !found }' || echo "$name"
+  done <<'EOF'
+${missing.map((m) => `${m.name} ${m.cidr} ${m.endpoint}`).join("\n")}
+EOF
+}
+while names=$(late) && [ -n "$names" ]; do
+  [ "$(date +%s)" -lt "$end" ] || { echo "No handshake with" $names: "is 51820/udp open on both sides?"; wg show ${k3s.interfaceOf(generation)}; exit 1; }
+  sleep 1
+done`,
+      seconds: 120,
+    },
+  ];
+}
+
+/**
+ * The peers this node must have: every other node that is Ready and has done its own part (its flannel
+ * address is its public one). A node that is down, or still on its way, is its own call's to mend.
+ */
+export function expected(
+  nodes: readonly k3s.Node[],
+  name: string,
+): { name: string; cidr: string; endpoint: string }[] {
+  return nodes.flatMap((n) =>
+    n.name !== name && n.ready && n.podCidr && n.publicIp && n.publicIp === n.externalIp
+      ? [{ name: n.name, cidr: n.podCidr, endpoint: `${n.publicIp}:51820` }]
+      : [],
+  );
+}
+
+export const annotate = annotateAs();
+
+await run(import.meta, {
+  about:
+    "Has every peer reach this node at its public address: by annotation on old k3s, else it only checks.",
+  steps: [annotate],
+  nothing: (_want, facts) => {
+    const fresh = k3s.peersOf(facts.peers).filter((p) => p.allowedIps.length);
+    return `every handshake is fresh, at public addresses (${fresh.map((p) => p.endpoint).join(", ") || "no peers yet"})`;
+  },
+});

@@ -1,0 +1,132 @@
+#!/usr/bin/env -S node --import tsx
+/** Step 1 of 7: a verified k3s binary at /usr/local/bin/k3s, and kubectl beside it. */
+import { run } from "../lib/cli.ts";
+import { binaryLook, K3S } from "../lib/k3s.ts";
+import { install, osOf } from "../lib/os.ts";
+import { words } from "../lib/settings.ts";
+import { sh } from "../lib/sh.ts";
+import { type Change, Refusal, type Step } from "../lib/step.ts";
+
+/** A release's file for what `uname -m` says, and the name of its checksums. */
+const RELEASES: Record<string, [file: string, sums: string]> = {
+  x86_64: ["k3s", "sha256sum-amd64.txt"],
+  aarch64: ["k3s-arm64", "sha256sum-arm64.txt"],
+  arm64: ["k3s-arm64", "sha256sum-arm64.txt"],
+  armv7l: ["k3s-armhf", "sha256sum-arm.txt"],
+  armv6l: ["k3s-armhf", "sha256sum-arm.txt"],
+};
+
+/** Of the binary's name while it is not proven yet: on the same file system, so that mv is atomic. */
+const PART = "/usr/local/bin/.k3s";
+
+export const downloadK3s: Step = {
+  name: "download-k3s",
+  options: ["K3S_VERSION", "K3S_MIRRORS", "K3S_SHA256", "K3S_BIN"],
+
+  look: (want) => [
+    binaryLook,
+    `fact curl; command -v curl
+fact kubectl; command -v kubectl
+${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1` : ""}`,
+  ],
+
+  plan(want, facts) {
+    const changes: Change[] = [];
+    if (!facts.curl?.trim())
+      changes.push({
+        why: "install curl, which downloads and asks the server",
+        sh: install(osOf(facts).manager, ["curl", "ca-certificates"]),
+        seconds: 600,
+      });
+    const have = facts.version?.trim() || undefined;
+    if (want.K3S_BIN) {
+      // cli.ts has put the file's own hash into K3S_SHA256.
+      if (facts.sha256?.trim() !== want.K3S_SHA256)
+        changes.push({
+          why: `put ${want.K3S_BIN} in place${have ? ` of ${have}` : ""}`,
+          push: { file: want.K3S_BIN, path: `${PART}.part` },
+          sh: `part=${PART}.part; from=${sh(want.K3S_BIN)}; sum=${want.K3S_SHA256}\n${VERIFY}\n${swap("v1")}`,
+          seconds: 120,
+          lookAgain: true,
+        });
+    } else if (have !== want.K3S_VERSION || (want.K3S_SHA256 && facts.sha256?.trim() !== want.K3S_SHA256)) {
+      const arch = facts.arch?.trim() ?? "";
+      const release = RELEASES[arch];
+      if (!release)
+        throw new Refusal(
+          `k3s has no release for ${arch || "an unknown"} architecture: give a K3S_BIN of your own`,
+        );
+      changes.push({
+        why: `download k3s ${want.K3S_VERSION}${have ? ` in place of ${have}` : ""}`,
+        sh: fetch(release, want.K3S_VERSION, words(want.K3S_MIRRORS), want.K3S_SHA256),
+        seconds: 3600,
+      });
+    }
+    if (!facts.kubectl?.trim())
+      changes.push({ why: "link kubectl to k3s", sh: `ln -sfn k3s ${K3S.replace(/k3s$/, "kubectl")}` });
+    return changes;
+  },
+};
+
+const VERIFY = `have=$(sha256sum <"$part" | cut -d' ' -f1)
+if [ "$have" != "$sum" ]; then rm -f "$part"; echo "$from: sha256 is $have, expected $sum"; exit 1; fi`;
+
+/** The old binary stays until the new one has run and said the version that was asked for. */
+const swap = (version: string) => `chmod 755 "$part"
+said=$("$part" --version) || { echo "the new binary does not run here: $said"; exit 1; }
+case $said in *${sh(` ${version}`)}*) ;; *) echo "the new binary says: $said"; exit 1 ;; esac
+mv -f "$part" ${K3S}`;
+
+/**
+ * Tries the bases in order. A base that connects within 10 s and keeps up 20 kB/s is used to its end; one
+ * that does not is left for the next, which goes on where it stopped, as does the next run: the hash at the
+ * end decides. A base may name the release with + (GitHub) or - (Rancher's mirror, see k3s's install.sh).
+ */
+function fetch([file, sums]: [string, string], version: string, bases: string[], sha256: string): string {
+  const host = (base: string) => new URL(base).host;
+  const tries = bases.map((base) => {
+    const others = bases.filter((other) => host(other) !== host(base));
+    return `if try ${[base, ...others].map(sh).join(" ")}; then put; exit 0; fi`;
+  });
+  return `part=${PART}-${version}.part
+get() { # BASE FILE CURL-OPTION…
+  base=$1 name=$2; shift 2
+  for release in ${version.replace("+", "%2B")} ${version.replace("+", "-")}; do
+    status=0
+    curl -fsSL --connect-timeout 10 --speed-limit 20480 --speed-time 15 "$@" "$base/$release/$name" || status=$?
+    [ "$status" = 22 ] || return "$status"
+  done
+  return 22
+}
+try() { # BASE, then the bases of other hosts, whose word is taken for the checksum
+  from=$1; shift
+  sum=${sha256}
+  for other in "$@"; do
+    [ -z "$sum" ] || break
+    sum=$(get "$other" ${sums} --max-time 60 2>/dev/null | awk '$2 == "${file}" { print $1 }')
+  done
+  [ -n "$sum" ] || { echo "$from: no other host gave its checksum: add a mirror, or set K3S_SHA256"; return 1; }
+  say "$from"
+  if [ -s "$part" ]; then
+    status=0
+    get "$from" ${file} -C - -o "$part" || status=$?
+    # 22: the server has nothing beyond what is here. Either way the hash decides, and what is wrong, maybe
+    # by an earlier mirror's fault, is asked for as a whole.
+    case $status in 0 | 22) (${VERIFY}) && return ;; *) stopped; return 1 ;; esac
+  fi
+  get "$from" ${file} -o "$part" || { stopped; return 1; }
+  (${VERIFY})
+}
+stopped() { echo "$from: gave up at $(wc -c <"$part" 2>/dev/null || echo 0) bytes"; }
+put() {
+  ${swap(`${version} `)}
+}
+${tries.join("\n")}
+echo 'No mirror gave a good binary. What came is kept: run the same again, or give K3S_BIN.'
+exit 1`;
+}
+
+await run(import.meta, {
+  about: "Downloads k3s, checks it against another host's word, and puts it in place.",
+  steps: [downloadK3s],
+});

@@ -1,0 +1,434 @@
+/**
+ * Two clouds with the same private network behind 1:1 NAT, an operator and a download mirror, all in
+ * namespaces of one Linux machine. Boxes are systemd-nspawn containers with sshd:
+ *
+ *     operator 203.0.113.254 ───┬── router a ── a1 192.168.0.11 = 198.51.100.11, a2 …
+ *     mirror   203.0.113.80-82 ─┴── router b ── b1 192.168.0.11 = 198.51.101.11, b2 …
+ *
+ * A box's name says where it is: its letter the cloud, its number n the addresses 192.168.0.(10 + n)
+ * and 198.51.(100 or 101).(10 + n). So a1 and b1 share a private address on purpose, and nothing can
+ * work by accident. All addresses are from the documentation ranges, and no link leaves the namespaces.
+ */
+import { createHash } from "node:crypto";
+import { existsSync, readdirSync } from "node:fs";
+import { cp, mkdir, open, readdir, readFile, rm, rmdir, symlink, writeFile } from "node:fs/promises";
+import { request } from "node:http";
+import { dirname, join, relative } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { $, type ProcessOutput } from "zx";
+import { boxFiles, standIn } from "../stand-in/pack.ts";
+import { caches, PACKAGES_URL } from "./cache.ts";
+import type { Fault } from "./mirror.ts";
+
+export type { Fault };
+export type Cloud = "a" | "b";
+
+export type LabSpec = {
+  /** Short, of a-z, 0-9 and -; labs of different names run side by side. */
+  name: string;
+  /** Default: a1 b1 b2. */
+  boxes?: string[];
+  /** The clouds in which boxes reach each other, and themselves, by public addresses. Default: b. */
+  hairpin?: Cloud[];
+  /** Boxes come with wireguard-tools. Default: they have to be installed, from the lab's mirror. */
+  tools?: boolean;
+  /** A real k3s, served in place of the stand-in of its version; boxes are then made so that it runs. */
+  k3sBin?: string;
+};
+
+export type Run = {
+  input?: string;
+  env?: Record<string, string>;
+  /** Seconds; default 600. */
+  timeout?: number;
+  /** On this terminal, nothing captured. */
+  live?: boolean;
+};
+
+export type Box = {
+  name: string;
+  privateIp: string;
+  publicIp: string;
+  /** Runs a sh script as root in the box, without ssh; answers its standard output, throws if it fails. */
+  sh(script: string): Promise<string>;
+  /** Pulls the plug: no process of the box gets to say goodbye. Its disk stays. */
+  off(): Promise<void>;
+  /** Starts it again, and waits for ssh. */
+  on(): Promise<void>;
+  /** Waits for ssh, as after a reboot from inside; default at most 60 s. */
+  answers(seconds?: number): Promise<void>;
+};
+
+export type Lab = {
+  name: string;
+  dir: string;
+  /** The operator's env file, ENV_FILE in their environment; not made by `up`. */
+  envFile: string;
+  /** The real k3s it was built for, if any. */
+  k3sBin?: string;
+  boxes: Box[];
+  box(name: string): Box;
+  add(name: string): Promise<Box>;
+  /** Runs as the operator, in the project's folder: words, or one string for sh. Never throws. */
+  op(command: string | string[], options?: Run): Promise<ProcessOutput>;
+  /** Runs sh in a network namespace: op, inet, router-a, router-b or a box. */
+  net(namespace: string, script: string): Promise<string>;
+  hairpin(cloud: Cloud, on: boolean): Promise<void>;
+  mirror: Mirror;
+  down(): Promise<void>;
+};
+
+export type Mirror = {
+  /** Folders by address; files put here are served at once. */
+  dir: string;
+  /** A line a request: address, method, path, range, status. */
+  log: string;
+  /** Download bases, to which /VERSION/FILE is added: two hosts with the same files. */
+  github: string;
+  plain: string;
+  fault(base: string, fault: Fault): Promise<void>;
+};
+
+const PROJECT = join(import.meta.dirname, "../..");
+const INSIDE = join(import.meta.dirname, "inside.sh");
+const STATE = process.env.K3S_LAB_STATE || "/var/lib/k3s-across-clouds";
+const STAND_IN = "/opt/k3s-stand-in";
+const VERSIONS = ["v1.17.6+k3s1", "v1.36.2+k3s1"];
+const GITHUB = "203.0.113.80";
+const PLAIN = "203.0.113.81";
+const RELEASES = "k3s-io/k3s/releases/download";
+/** command: the Debian package that has it. */
+const NEEDS = {
+  mmdebstrap: "mmdebstrap",
+  "systemd-nspawn": "systemd-container",
+  ip: "iproute2",
+  nft: "nftables",
+  nsenter: "util-linux",
+  pgrep: "procps",
+  ssh: "openssh-client",
+  make: "make",
+};
+
+const run = $({ quiet: true, stdio: ["ignore", "pipe", "pipe"] });
+
+/** Starts a lab, after clearing away what is left of one of this name. */
+export async function up(spec: LabSpec, say: (line: string) => void = () => {}): Promise<Lab> {
+  if (!/^[a-z0-9-]{1,20}$/.test(spec.name)) throw new Error(`"${spec.name}" is no name for a lab`);
+  const names = spec.boxes ?? ["a1", "b1", "b2"];
+  await requirements(say);
+  await down(spec.name);
+  const dir = join(STATE, spec.name);
+  await mkdir(join(dir, "boxes"), { recursive: true, mode: 0o700 });
+  const cache = await caches(spec.tools ?? false, say);
+  await writeFile(join(dir, "spec.json"), JSON.stringify({ ...spec, boxes: names, root: cache.root }));
+
+  await furnishOperator(dir);
+  await furnishMirror(dir, spec, cache.packages);
+  for (const { from, to } of boxFiles()) await cp(from, join(dir, "stand-in", relative(STAND_IN, to)));
+  await run`cp --link ${cache.node} ${dir}/stand-in/node 2>/dev/null || cp --reflink=auto ${cache.node} ${dir}/stand-in/node`;
+
+  await detached(join(dir, "lab.log"), ["sh", INSIDE, "hold", spec.name, dir]);
+  await until(() => existsSync(join(dir, "ready")), 10, join(dir, "lab.log"));
+  const inside = await entrance(dir);
+  if (!inside) throw new Error(`The lab ended at once: ${await readFile(join(dir, "lab.log"), "utf8")}`);
+
+  const socket = join(dir, "mirror.sock");
+  const serve = [join(import.meta.dirname, "mirror.ts"), join(dir, "mirror"), socket];
+  const sites = [GITHUB, PLAIN, new URL(PACKAGES_URL).hostname];
+  const mirror = ["ip", "netns", "exec", "inet", `${dir}/stand-in/node`, ...serve, ...sites];
+  await detached(join(dir, "mirror.log"), [...inside, ...mirror]);
+
+  const lab = await handle(spec.name, dir, inside);
+  for (const cloud of ["a", "b"] as const) await lab.hairpin(cloud, (spec.hairpin ?? ["b"]).includes(cloud));
+  await Promise.all(names.map((name) => furnishBox(dir, name)));
+  await acquaint(dir);
+  await Promise.all(names.map((name) => start(dir, name)));
+  await Promise.all(lab.boxes.map((box) => box.answers()));
+  await until(() => existsSync(socket), 10, join(dir, "mirror.log"));
+  await writeFile(join(dir, "whole"), "");
+  return lab;
+}
+
+/** The running lab of this name; not one whose `up` was interrupted. */
+export async function attach(name: string): Promise<Lab | undefined> {
+  const dir = join(STATE, name);
+  const inside = await entrance(dir);
+  return inside && existsSync(join(dir, "whole")) ? handle(name, dir, inside) : undefined;
+}
+
+async function handle(name: string, dir: string, inside: string[]): Promise<Lab> {
+  const shell = async (...words: string[]) =>
+    (await run`${[...inside, "sh", INSIDE, words[0] ?? "", name, dir, ...words.slice(1)]}`).stdout;
+
+  const box = (name: string): Box => {
+    const { privateIp, publicIp } = place(name);
+    const answers = async (seconds = 60) => {
+      await shell("await", `${seconds}`, publicIp).catch(async (error: ProcessOutput) => {
+        const log = await readFile(join(dir, "boxes", name, "console.log"), "utf8");
+        throw new Error(`${name}: ${error.stderr.trim()}. Its console:\n${log.slice(-2000)}`);
+      });
+    };
+    return {
+      name,
+      privateIp,
+      publicIp,
+      answers,
+      sh: (script) => shell("enter", name, script),
+      off: async () => void (await shell("off", name)),
+      on: async () => {
+        await start(dir, name);
+        await answers();
+      },
+    };
+  };
+  const envFile = join(dir, "home/.env");
+  const { k3sBin } = await specOf(dir);
+  return {
+    name,
+    dir,
+    envFile,
+    ...(k3sBin ? { k3sBin } : {}),
+    get boxes() {
+      return boxNames(dir).map(box);
+    },
+    box,
+    add: async (name) => {
+      await furnishBox(dir, name);
+      await acquaint(dir);
+      await start(dir, name);
+      await box(name).answers();
+      return box(name);
+    },
+    op: async (command, { input, env = {}, timeout = 600, live } = {}) => {
+      const words = typeof command === "string" ? ["sh", "-c", command] : command;
+      const own = { HOME: join(dir, "home"), USER: "root", ENV_FILE: envFile, PATH, LANG: "C.UTF-8" };
+      const terminal = process.env.TERM ? { TERM: process.env.TERM } : {};
+      const all = Object.entries({ ...own, ...terminal, ...env }).map(([key, value]) => `${key}=${value}`);
+      const first = live ? "inherit" : input === undefined ? "ignore" : "pipe";
+      const rest = live ? "inherit" : "pipe";
+      return await $({
+        quiet: true,
+        nothrow: true,
+        stdio: [first, rest, rest],
+        timeout: `${timeout}s`,
+        ...(input === undefined ? {} : { input }),
+      })`${[...inside, "env", "-i", "-C", PROJECT, ...all, ...words]}`;
+    },
+    net: async (namespace, script) =>
+      (await run`${[...inside, "ip", "netns", "exec", namespace, "sh", "-euc", script]}`).stdout,
+    hairpin: async (cloud, on) => void (await shell("hairpin", cloud, on ? "on" : "off")),
+    mirror: {
+      dir: join(dir, "mirror"),
+      log: join(dir, "mirror.log"),
+      github: `http://${GITHUB}/${RELEASES}`,
+      plain: `http://${PLAIN}/${RELEASES}`,
+      fault: (base, fault) => tellMirror(join(dir, "mirror.sock"), new URL(base).hostname, fault),
+    },
+    down: () => down(name),
+  };
+}
+
+/** Ends a lab and removes every trace of it; also of one that crashed, or that never was. */
+export async function down(name: string) {
+  const dir = join(STATE, name);
+  const holder = await holderOf(dir);
+  if (holder) {
+    // Its child is the first process in there: with it all others end, and then the holder.
+    const child = (await run({ nothrow: true })`pgrep -P ${holder}`).stdout.trim();
+    process.kill(Number(child) || holder, "SIGKILL");
+    await until(async () => !(await holderOf(dir)), 30);
+  }
+  for (const top of await cgroupTops())
+    for (const group of await readdir(top))
+      if (group.startsWith(`k3s-lab-${name}-`) && !group.slice(`k3s-lab-${name}-`.length).includes("-"))
+        await removeGroup(join(top, group));
+  await rm(dir, { recursive: true, force: true });
+  await rmdir(STATE).catch(() => {});
+}
+
+const PATH = `${dirname(process.execPath)}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin`;
+
+const boxNames = (dir: string) => readdirSync(join(dir, "boxes")).sort();
+
+function place(box: string) {
+  const [, cloud, digits] = /^([ab])([1-9]\d?)$/.exec(box) ?? [];
+  const n = Number(digits) + 10;
+  if (!cloud) throw new Error(`"${box}" is no name for a box: one is a letter, a or b, and a number`);
+  return { cloud, privateIp: `192.168.0.${n}`, publicIp: `198.51.${cloud === "a" ? 100 : 101}.${n}` };
+}
+
+async function requirements(say: (line: string) => void) {
+  // A shell by `su` has no sbin in its PATH.
+  process.env.PATH += ":/usr/local/sbin:/usr/sbin:/sbin";
+  if (process.platform !== "linux" || process.getuid?.() !== 0)
+    throw new Error("The lab needs Linux and root: it makes namespaces and mounts");
+  const missing = [];
+  for (const [command, name] of Object.entries(NEEDS))
+    if ((await run({ nothrow: true })`command -v ${command}`).exitCode) missing.push(name);
+  const install = `apt-get install -y --no-install-recommends ${missing.join(" ")}`;
+  const apt = await run({ nothrow: true })`command -v apt-get`;
+  if (apt.exitCode) throw new Error("The lab needs Debian or Ubuntu: its boxes are made by apt");
+  if (missing.length) {
+    say(install);
+    await run`apt-get -q update && DEBIAN_FRONTEND=noninteractive sh -c ${install}`;
+  }
+  if (!existsSync("/dev/net/tun")) throw new Error("The lab needs /dev/net/tun: load the module tun");
+}
+
+/** The operator's home and what they know: names of boxes, keys, and nothing of this machine's. */
+async function furnishOperator(dir: string) {
+  await mkdir(join(dir, "etc"));
+  await mkdir(join(dir, "home/.ssh"), { recursive: true, mode: 0o700 });
+  await run`ssh-keygen -q -t ed25519 -N ${""} -C operator -f ${dir}/home/.ssh/id_ed25519`;
+  const passwd = await readFile("/etc/passwd", "utf8");
+  const home = join(dir, "home");
+  await writeFile(join(dir, "etc/passwd"), passwd.replace(/^(root:(?:[^:]*:){4})[^:]*/m, `$1${home}`));
+  await writeFile(join(dir, "etc/resolv.conf"), "");
+  await writeFile(join(dir, "etc/hosts"), "");
+}
+
+/** Tells the operator the boxes' addresses and host keys. */
+async function acquaint(dir: string) {
+  let hosts = "127.0.0.1 localhost operator\n";
+  let config = "";
+  let known = "";
+  for (const name of boxNames(dir)) {
+    const { publicIp } = place(name);
+    const key = await readFile(join(dir, "boxes", name, "host-key.pub"), "utf8");
+    hosts += `${publicIp} ${name}\n`;
+    config += `Host ${name}\n  HostName ${publicIp}\n  User root\n`;
+    known += `${name},${publicIp} ${key}`;
+  }
+  // In place: hosts is mounted, and a new file would not be.
+  await writeFile(join(dir, "etc/hosts"), hosts);
+  await writeFile(join(dir, "home/.ssh/config"), config, { mode: 0o600 });
+  await writeFile(join(dir, "home/.ssh/known_hosts"), known);
+}
+
+async function furnishMirror(dir: string, spec: LabSpec, packages: string) {
+  await mkdir(join(dir, "mirror"));
+  const releases = new Map<string, string>();
+  for (const version of VERSIONS) {
+    releases.set(version, join(dir, "mirror", version));
+    await writeFile(join(dir, "mirror", version), standIn(version));
+  }
+  if (spec.k3sBin) releases.set(await k3sVersion(spec.k3sBin), spec.k3sBin);
+  for (const [version, binary] of releases) {
+    const hash = createHash("sha256")
+      .update(await readFile(binary))
+      .digest("hex");
+    for (const site of [GITHUB, PLAIN]) {
+      const folder = join(dir, "mirror", site, RELEASES, version);
+      await mkdir(folder, { recursive: true });
+      for (const [arch, file] of Object.entries({ amd64: "k3s", arm64: "k3s-arm64", arm: "k3s-armhf" })) {
+        await symlink(binary, join(folder, file));
+        await writeFile(join(folder, `sha256sum-${arch}.txt`), `${hash}  ${file}\n`);
+      }
+    }
+  }
+  await cp(packages, join(dir, "mirror", new URL(PACKAGES_URL).hostname), { recursive: true });
+}
+
+export async function k3sVersion(bin: string) {
+  const said = (await run`${bin} --version`).stdout;
+  const version = /\bv\d+\.\d+\.\d+\S*\+k3s\d+/.exec(said)?.[0];
+  if (!version) throw new Error(`"${bin}" is no k3s: --version says "${said.trim()}"`);
+  return version;
+}
+
+async function furnishBox(dir: string, name: string) {
+  place(name);
+  const { name: lab, root, k3sBin } = await specOf(dir);
+  await mkdir(join(dir, "boxes", name));
+  await run`${[...((await entrance(dir)) ?? []), "sh", INSIDE, "furnish", lab, dir, name, root, kindOf(k3sBin)]}`;
+}
+
+async function start(dir: string, name: string) {
+  const { cloud, privateIp, publicIp } = place(name);
+  const { name: lab, k3sBin } = await specOf(dir);
+  const words = ["sh", INSIDE, "run", lab, dir, name, cloud, privateIp, publicIp, kindOf(k3sBin)];
+  const binds = [`--bind-ro=${dir}/stand-in:${STAND_IN}`];
+  // The overlays of containers do not stack on the box's own.
+  if (k3sBin)
+    for (const folder of ["/var/lib/rancher", "/var/lib/kubelet"]) {
+      const disk = join(dir, "boxes", name, folder.replaceAll("/", "-"));
+      await mkdir(disk, { recursive: true });
+      binds.push(`--bind=${disk}:${folder}`);
+    }
+  await detached(join(dir, "boxes", name, "console.log"), [
+    ...((await entrance(dir)) ?? []),
+    ...words,
+    ...binds,
+  ]);
+}
+
+const kindOf = (k3sBin?: string) => (k3sBin ? "real" : "stand-in");
+
+async function specOf(dir: string): Promise<LabSpec & { root: string }> {
+  return JSON.parse(await readFile(join(dir, "spec.json"), "utf8"));
+}
+
+/** The process that holds the lab together, if it is still that one. */
+async function holderOf(dir: string) {
+  const record = await readFile(join(dir, "holder"), "utf8").catch(() => "");
+  const [pid, started, boot] = record.trim().split(" ");
+  const stat = await readFile(`/proc/${pid}/stat`, "utf8").catch(() => "");
+  const fields = stat.replace(/^.*\) /s, "").split(" ");
+  const same = fields[0] !== "Z" && fields[19] === started;
+  const sameBoot = (await readFile("/proc/sys/kernel/random/boot_id", "utf8")).trim() === boot;
+  return pid && same && sameBoot ? Number(pid) : undefined;
+}
+
+/** The words that run what follows them inside the lab, in the operator's network. */
+async function entrance(dir: string) {
+  const holder = await holderOf(dir);
+  if (!holder || !existsSync(join(dir, "ready"))) return;
+  const ns = `/proc/${holder}/ns`;
+  const pid = `--pid=${ns}/pid_for_children`;
+  return ["nsenter", `--mount=${ns}/mnt`, `--net=${ns}/net`, `--uts=${ns}/uts`, pid, "--"];
+}
+
+/** Starts a command that goes on when this process ends, whatever ends it. */
+async function detached(log: string, words: string[]) {
+  const { spawn } = await import("node:child_process");
+  const file = await open(log, "a");
+  spawn(words[0] ?? "", words.slice(1), { detached: true, stdio: ["ignore", file.fd, file.fd] }).unref();
+  await file.close();
+}
+
+async function until(what: () => boolean | Promise<boolean>, seconds: number, log?: string) {
+  for (const end = Date.now() + seconds * 1000; !(await what()); await sleep(20))
+    if (Date.now() > end)
+      throw new Error(
+        `The lab did not settle in ${seconds} s${log ? `:\n${await readFile(log, "utf8")}` : ""}`,
+      );
+}
+
+/** The tops of the cgroup trees: one in version 2, one a controller in version 1. */
+async function cgroupTops() {
+  const top = "/sys/fs/cgroup";
+  if (existsSync(join(top, "cgroup.procs"))) return [top];
+  return (await readdir(top)).map((name) => join(top, name));
+}
+
+async function removeGroup(group: string) {
+  for (const entry of await readdir(group, { withFileTypes: true }))
+    if (entry.isDirectory()) await removeGroup(join(group, entry.name));
+  // A cgroup stays busy for a moment after its last process.
+  for (let tries = 100; ; tries--)
+    try {
+      return await rmdir(group);
+    } catch (error) {
+      if (!tries) throw error;
+      await sleep(50);
+    }
+}
+
+function tellMirror(socketPath: string, address: string, fault: Fault) {
+  return new Promise<void>((resolve, reject) => {
+    const call = request({ socketPath, path: `/${address}`, method: "PUT" }, (response) =>
+      response.resume().on("end", resolve),
+    );
+    call.on("error", reject).end(JSON.stringify(fault));
+  });
+}

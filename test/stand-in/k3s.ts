@@ -1,0 +1,85 @@
+/**
+ * The stand-in's command line: `k3s.ts VERSION NAME ARGS…`, where NAME is the file it was called by.
+ * A test tool, not k3s. Where it cannot do what k3s does, it says so and fails.
+ */
+import { existsSync, readFileSync } from "node:fs";
+import { basename } from "node:path";
+import { runAgent } from "./agent.ts";
+import { build, fatal, generation, log, logLine, useNanoseconds, versionText } from "./common.ts";
+import { helpText, incorrectUsage, one, parseFlags } from "./flags.ts";
+import { kubectl } from "./kubectl.ts";
+import { runServer } from "./server.ts";
+
+const HELP_OLD = `COMMANDS:
+   server        Run management server
+   agent         Run node agent
+   kubectl       Run kubectl
+   crictl        Run crictl
+   ctr           Run ctr
+   check-config  Run config check
+   help, h       Shows a list of commands or help for one command`;
+const HELP_MODERN = `COMMANDS:
+   server           Run management server
+   agent            Run node agent
+   kubectl          Run kubectl
+   crictl           Run crictl
+   ctr              Run ctr
+   check-config     Run config check
+   token            Manage tokens
+   etcd-snapshot    Manage etcd snapshots
+   secrets-encrypt  Control secrets encryption and keys rotation
+   certificate      Manage K3s certificates
+   completion       Install shell completion script
+   help, h          Shows a list of commands or help for one command`;
+
+function finish(text: string, status = 0): never {
+  process.stdout.write(text);
+  process.exit(status);
+}
+
+async function main([version, name, ...args]: string[]): Promise<void> {
+  const gen = generation(version);
+  const [command, ...rest] = basename(name) === "kubectl" ? ["kubectl", ...args] : args;
+  if (command === "--version" || command === "-v") finish(versionText(version));
+  if (!command || ["--help", "-h", "help", "h"].includes(command)) {
+    finish(`NAME:\n   k3s - Kubernetes, but small and simple\n\nUSAGE:\n   k3s [global options] command [command options]${gen === "old" ? " [arguments...]" : ""}\n\nVERSION:\n   ${build(version)}\n\n${gen === "old" ? HELP_OLD : HELP_MODERN}\n`);
+  }
+  if (command === "kubectl") return kubectl(version, rest);
+  if (command !== "server" && command !== "agent") {
+    if (`${HELP_OLD}${HELP_MODERN}`.includes(`   ${command} `)) {
+      process.stderr.write(`k3s stand-in: ${command} is not imitated\n`);
+      process.exit(1);
+    }
+    process.stderr.write(`No help topic for '${command}'\n`);
+    process.exit(3);
+  }
+
+  let argv = rest;
+  const config = "/etc/rancher/k3s/config.yaml";
+  if (gen === "modern" && existsSync(config) && /^[^#\s]/m.test(readFileSync(config, "utf8"))) fatal(gen, `stand-in: ${config} is not imitated`);
+  const parsed = parseFlags(gen, command, argv, process.env);
+  if ("error" in parsed) {
+    process.stdout.write(incorrectUsage(gen, command, parsed.error));
+    fatal(gen, parsed.error);
+  }
+  if (parsed.help) finish(helpText(gen, command));
+  if (gen === "old") useNanoseconds();
+  const { values } = parsed;
+  for (const flag of ["with-node-id", "rootless", "docker", "datastore-endpoint", "cluster-init", "disable-cloud-controller", "cluster-cidr", "service-cidr"]) {
+    if (one(values, flag)) fatal(gen, `stand-in: --${flag} is not imitated`);
+  }
+  const notify = process.env.NOTIFY_SOCKET;
+  delete process.env.NOTIFY_SOCKET;
+  // v1.17's unit ends as failed when it is stopped.
+  for (const signal of ["SIGTERM", "SIGINT"]) process.on(signal, () => (gen === "old" ? fatal(gen, "context canceled") : process.exit(0)));
+  log("info", `k3s stand-in: this is a test tool, not k3s ${version}`);
+  if (command === "server") return runServer({ gen, version, values, argv: [command, ...argv], notify });
+  if (!one(values, "token") && !one(values, "token-file") && !one(values, "cluster-secret")) fatal(gen, "--token is required");
+  if (!one(values, "server")) fatal(gen, "--server is required");
+  return runAgent({ gen, version, values, argv: [command, ...argv], notify });
+}
+
+main(process.argv.slice(2)).catch((error: Error) => {
+  process.stderr.write(logLine("fatal", `stand-in: ${error.stack ?? error}`));
+  process.exit(1);
+});
