@@ -16,9 +16,13 @@ export interface Box {
   /**
    * Runs a script as root, given over stdin, so that no secret stands on an argument list. Every line of
    * standard output goes to `onLine`. Resolves to the exit status; standard error is in `stderr`.
-   * @throws {Unreachable} when ssh or sudo failed before the script began.
+   * @throws {Unreachable} when ssh or sudo failed before the script began, or after `seconds`.
    */
-  run(script: string, onLine: (line: string) => void): Promise<{ status: number; stderr: string }>;
+  run(
+    script: string,
+    seconds: number,
+    onLine: (line: string) => void,
+  ): Promise<{ status: number; stderr: string }>;
   /** Copies a local file to `path` on the box, compressed on the way. */
   push(file: string, path: string): Promise<void>;
   /** Drops the connection, as before a reboot. */
@@ -72,7 +76,7 @@ export function open(host: string): Box {
 
   return {
     host,
-    async run(script, onLine) {
+    async run(script, seconds, onLine) {
       let begun = false;
       let rest = "";
       const child = start(`echo ${sh(BEGIN)}; exec sh -s`, script);
@@ -84,7 +88,15 @@ export function open(host: string): Box {
           begun ||= line === BEGIN;
         }
       });
-      const result = await child;
+      let timer: NodeJS.Timeout | undefined;
+      const late = new Promise<never>((_, reject) => {
+        timer = setTimeout(() => {
+          // Not awaited: a killed client of a shared connection may keep its pipes open (runtimes differ).
+          child.kill().catch(() => {});
+          reject(new Unreachable(`No end after ${seconds} s: the box hangs, or a command on it does`));
+        }, seconds * 1000);
+      });
+      const result = await Promise.race([child, late]).finally(() => clearTimeout(timer));
       if (begun && rest) onLine(rest);
       if (!begun) throw new Unreachable(reasonOf(host, result.stderr, result.exitCode));
       return { status: result.exitCode ?? 1, stderr: result.stderr };

@@ -73,11 +73,11 @@ interface Call {
 export async function run(meta: ImportMeta, recipe: Recipe): Promise<void> {
   // import.meta.main is missing in Node 20.
   if (!process.argv[1] || realpathSync(process.argv[1]) !== realpathSync(meta.filename)) return;
-  process.on("SIGINT", () => {
+  process.once("SIGINT", () => {
     process.stderr.write(
-      "\nInterrupted. What was begun on a box ends there by itself; run the same again to finish.\n",
+      "\nInterrupted. A change that was begun ends on its box; run the same again to finish.\n",
     );
-    process.exit(130);
+    void closeAll().finally(() => process.exit(130));
   });
   try {
     process.exitCode = await main(meta, recipe);
@@ -187,7 +187,7 @@ async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promi
     throw new SettingError(
       `PUBLIC_IP (${origins.PUBLIC_IP}): expected one box, not ${list.join(", ")}; write HOST=PUBLIC_IP for each`,
     );
-  return await Promise.all(
+  const found = await Promise.all(
     (list.length ? list : [""]).map(async (word) => {
       const [host = "", own] = word.split("=");
       const name = host ? host.replace(/^(ssh:\/\/)?([^@]*@)?/, "") : hostname();
@@ -211,6 +211,16 @@ async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promi
       return { host, ip, name };
     }),
   );
+  for (const [i, box] of found.entries()) {
+    const twin = found
+      .slice(0, i)
+      .find((other) => other.host === box.host || (box.ip && other.ip === box.ip));
+    if (twin)
+      throw new SettingError(
+        `${setting} (${origins[setting]}): expected each box once, but ${twin.host} and ${box.host} are the same`,
+      );
+  }
+  return found;
 }
 
 function jobFor(call: Call, target: Target, line: Line): Job {
@@ -231,7 +241,7 @@ async function fanOut(call: Call): Promise<number> {
       `HOST is not set: expected some of ${words(settings.AGENTS).join(", ")}, or HOST= (empty) for this machine`,
     );
   const boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
-  const ui = report(boxes.map((box) => box.name));
+  const ui = await report(boxes.map((box) => box.name));
   const done = await Promise.all(
     boxes.map((box) =>
       attempt(call, call.script, box, ui.line(box.name), async (line) => {
@@ -252,7 +262,7 @@ async function upAll(call: Call, agents: { steps: readonly Step[]; prepare: numb
   const { recipe, settings, mode } = call;
   const [server] = (await targets(call, "SERVER")) as [Target];
   const others = settings.AGENTS ? await targets(call, "AGENTS") : [];
-  const ui = report([server, ...others].map((box) => box.name));
+  const ui = await report([server, ...others].map((box) => box.name));
   const url = `https://${server.ip}:6443`;
   let learned: (given: Partial<Settings> | undefined) => void = () => {};
   const given = new Promise<Partial<Settings> | undefined>((resolve) => (learned = resolve));

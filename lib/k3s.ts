@@ -26,8 +26,9 @@ export function generationOf(version: string, flags?: string): Generation | unde
 }
 
 /** Facts about the binary: its version, and for the releases in between what its help has of the modern way. */
-export const binaryLook = `fact version; ${K3S} --version 2>/dev/null | sed -n 's/^k3s version \\(v[^ ]*\\).*/\\1/p'
-fact flags; case $(${K3S} --version 2>/dev/null) in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-external-ip|wireguard-native' ;; esac
+export const binaryLook = `said=$(${K3S} --version 2>/dev/null)
+fact version; echo "$said" | sed -n 's/^k3s version \\(v[^ ]*\\).*/\\1/p'
+fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-external-ip|wireguard-native' ;; esac
 `;
 
 /** Which k3s the box will run: the wanted release, or what a pushed K3S_BIN said of itself. */
@@ -121,8 +122,27 @@ ExecStart=${K3S} ${[role, ...args.map(unitWord)].join(" \\\n    ")}
 /** One word of ExecStart=: systemd expands % and $ in it. @see systemd.service(5), COMMAND LINES */
 const unitWord = (word: string) => word.replaceAll("%", "%%").replaceAll("$", "$$$$");
 
+/**
+ * The shell function `kc`: kubectl with what this box may read the nodes with: the admin's on a server; on an
+ * agent k3s-controller's, which lists nodes on modern k3s, or the kubelet's own, which could before v1.32
+ * (AuthorizeNodeWithSelectors). So an agent is checked, and annotated, without going to the server.
+ */
+export const KUBECTL = `kc() {
+  agent=/var/lib/rancher/k3s/agent
+  for config in /etc/rancher/k3s/k3s.yaml $agent/k3scontroller.kubeconfig $agent/kubelet.kubeconfig; do
+    [ -s "$config" ] || continue
+    # kubectl prints an empty list beside "Forbidden": its word counts only when it succeeds.
+    if out=$(${K3S} kubectl --kubeconfig "$config" --request-timeout=10s "$@"); then
+      printf '%s\\n' "$out"
+      return
+    fi
+    case $config in /etc/*) return 1 ;; esac
+  done
+  return 1
+}`;
+
 /** Facts about the service of a role on its box, and the cluster's nodes as that box can see them. */
-export function serviceLook(role: Role, want: Settings): string[] {
+export function serviceLook(role: Role): string[] {
   const unit = unitOf(role);
   const other = unitOf(role === "server" ? "agent" : "server");
   const service = `fact unit; cat ${unitPath(role)} 2>/dev/null
@@ -133,31 +153,15 @@ fact enabled; systemctl is-enabled ${unit} 2>/dev/null
 fact other; systemctl is-active ${other} 2>/dev/null
 fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
 `;
-  return [binaryLook, service, clusterLook(want)];
+  return [binaryLook, service, clusterLook];
 }
 
 /** Facts about the cluster as this box sees it: its nodes, and WireGuard's peers (never the private key). */
-export const clusterLook = (want: Settings): string => `${kubectlSh(want)}
+export const clusterLook = `${KUBECTL}
 fact nodes; kc get nodes -o json 2>/dev/null
 fact peers; for i in flannel.1 flannel-wg; do wg show "$i" dump 2>/dev/null | sed "1d;s/^/$i\t/"; done
 fact interfaces; ls /sys/class/net
 `;
-
-/**
- * The shell function \`kc\`: kubectl with whatever this box may read the nodes with. On an agent that is its
- * own kubelet's identity before v1.32, and k3s-controller's since (AuthorizeNodeWithSelectors); v1.17's
- * k3s-controller may not list. So an agent can be checked, and annotated, without going to the server.
- */
-export function kubectlSh(want: Settings): string {
-  const agent = ["kubelet", "k3scontroller"].map((name) => `/var/lib/rancher/k3s/agent/${name}.kubeconfig`);
-  if (generationOf(want.K3S_VERSION) === "modern") agent.reverse();
-  return `kc() {
-  for config in /etc/rancher/k3s/k3s.yaml ${agent.join(" ")}; do
-    [ -s "$config" ] && ${K3S} kubectl --kubeconfig "$config" --request-timeout=10s "$@" && return
-  done
-  return 1
-}`;
-}
 
 export interface Node {
   name: string;
@@ -374,7 +378,7 @@ const HOPELESS = [
 
 /** Waits for a healthy node, says how it goes, and on failure prints the journal's lines that matter. */
 function healthSh(name: string, generation: Generation, want: Settings): string {
-  return `${kubectlSh(want)}
+  return `${KUBECTL}
 began=$(date +%s); starts=0; was=
 fail() {
   echo "$1"

@@ -1,4 +1,4 @@
-import ora, { type Ora } from "ora";
+import type { Ora } from "ora";
 import type { Change } from "./step.ts";
 
 /** What is said of one box, on standard error. */
@@ -15,11 +15,12 @@ export const redacted = (text: string): string =>
   text.replace(/K10[0-9a-f]{64}::[\w-]+:[\w.-]+|(?<=::(server|node):)[\w.-]+/g, "********");
 
 /** A spinner where one person watches one box on a terminal; else plain lines, each with its box's name. */
-export function report(names: readonly string[]): { line(name: string): Line } {
+export async function report(names: readonly string[]): Promise<{ line(name: string): Line }> {
   const width = Math.max(...names.map((name) => name.length));
   const began = Date.now();
   const seconds = () => `${((Date.now() - began) / 1000).toFixed(1)} s`;
   const alone = names.length === 1 && process.stderr.isTTY;
+  const ora = alone ? (await import("ora")).default : undefined;
   const write = (name: string, text: string) => {
     for (const row of redacted(text).split("\n")) process.stderr.write(`${name.padEnd(width)}  ${row}\n`);
   };
@@ -29,7 +30,7 @@ export function report(names: readonly string[]): { line(name: string): Line } {
       let spinner: Ora | undefined;
       let last = "";
       const show = (text: string) => {
-        if (!alone) return write(name, text);
+        if (!ora) return write(name, text);
         last = text;
         spinner ??= ora({ stream: process.stderr }).start();
         spinner.text = redacted(`${name}: ${text}`);

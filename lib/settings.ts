@@ -145,7 +145,8 @@ export const words = (value: string): string[] => value.split(/[ \t]+/).filter(B
 /**
  * Settings by precedence: flag, environment, env file, default. A value that is set but empty counts.
  *
- * @throws {SettingError} for the first value that is wrong, named with its origin.
+ * @throws {SettingError} for the first value that is wrong, named with its origin, and for a key of the env
+ * file that is no setting: a slip of the pen would be lost.
  */
 export function settle(
   flags: Record<string, string>,
@@ -153,6 +154,9 @@ export function settle(
   path: string,
 ): { settings: Settings; origins: Origins } {
   const { values, lines } = readEnv(path);
+  for (const key of Object.keys(values))
+    if (!(key in SETTINGS))
+      throw new SettingError(`${key} (${path} line ${lines[key]}): expected a setting: ${NAMES.join(", ")}`);
   const settings = {} as Settings;
   const origins = {} as Origins;
   for (const name of NAMES) {

@@ -175,6 +175,9 @@ export async function look(job: Job, steps: readonly Step[]): Promise<Facts> {
   return await trip(job, steps, []);
 }
 
+/** What a look may take beside its changes, in seconds: a box that hangs must not hang the rest. */
+const LOOK = 120;
+
 /** One trip: the changes, then the facts that confirm them. @throws {Failure} naming the change that failed. */
 async function trip(job: Job, steps: readonly Step[], changes: readonly Change[]): Promise<Facts> {
   const mark = newMark();
@@ -183,10 +186,9 @@ async function trip(job: Job, steps: readonly Step[], changes: readonly Change[]
     say: (text) => job.progress.says(text),
   });
   const apply = changes.length ? applyScript(changes, mark, (name) => sh(job.want[name])) : "";
-  const { status, stderr } = await job.box.run(
-    whole(`${apply}\n${lookScript(steps, job.want, mark)}`),
-    stream.line,
-  );
+  const script = whole(`${apply}\n${lookScript(steps, job.want, mark)}`);
+  const seconds = changes.reduce((sum, change) => sum + (change.seconds ?? 60), LOOK);
+  const { status, stderr } = await job.box.run(script, seconds, stream.line);
   const { seen } = stream;
   if (seen.failed) {
     const change = changes[seen.failed.i] as Change;
@@ -238,7 +240,7 @@ async function apply(job: Job, all: readonly Step[], changes: Change[], facts: F
   for (const [i, change] of changes.entries()) {
     if (!change.push) continue;
     if (i > from) await trip(job, [], changes.slice(from, i));
-    job.progress.starts(change);
+    job.progress.says(`copies ${change.push.file} to the box`);
     await job.box.push(change.push.file, change.push.path);
     from = i;
   }

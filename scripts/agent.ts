@@ -17,10 +17,7 @@ export const agent: Step = {
   name: "agent",
   options: ["PUBLIC_IP", "PROXY_MODE", "AGENT_ARGS", "K3S_URL", "K3S_TOKEN"],
 
-  look: (want) => [
-    ...serviceLook("agent", want),
-    ...(want.K3S_URL && want.K3S_TOKEN ? [serverLook(want)] : []),
-  ],
+  look: (want) => [...serviceLook("agent"), ...(want.K3S_URL && want.K3S_TOKEN ? [serverLook(want)] : [])],
 
   plan(want, facts): Change[] {
     if (!facts.systemd?.trim())

@@ -2,7 +2,6 @@
 /** Step 6 of 7: every peer reaches this node at its public address. Old k3s is told by an annotation and a restart. */
 import { run } from "../lib/cli.ts";
 import * as k3s from "../lib/k3s.ts";
-import type { Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
@@ -13,11 +12,7 @@ export const annotateAs = (role?: k3s.Role): Step => ({
   name: "annotate",
   options: ["PUBLIC_IP"],
 
-  look: (want) => [
-    k3s.binaryLook,
-    k3s.clusterLook(want),
-    "fact active; systemctl is-active k3s k3s-agent 2>/dev/null",
-  ],
+  look: () => [k3s.binaryLook, k3s.clusterLook, "fact active; systemctl is-active k3s k3s-agent 2>/dev/null"],
 
   plan(want, facts) {
     const active = (facts.active ?? "").split("\n");
@@ -37,18 +32,18 @@ export const annotateAs = (role?: k3s.Role): Step => ({
       return [
         {
           why: `annotate node ${name}: public-ip-overwrite ${node?.overwrite ?? "unset"} -> ${ip}`,
-          sh: `${k3s.kubectlSh(want)}\nkc annotate --overwrite node ${sh(name)} ${sh(`${OVERWRITE}=${ip}`)}`,
+          sh: `${k3s.KUBECTL}\nkc annotate --overwrite node ${sh(name)} ${sh(`${OVERWRITE}=${ip}`)}`,
         },
         // flannel reads the annotation when it starts; the other nodes follow live (v1.17.6, recorded).
         k3s.restart(as, generation, name, want),
-        ...handshakes(want, facts, generation, name),
+        ...handshakes(facts, generation, name),
       ];
     if (!node) return [];
     if (node.publicIp !== ip)
       throw new Refusal(
         `flannel's public-ip of ${name} is ${node.publicIp}, not ${ip}: does the server run with --flannel-external-ip? ("make server" sees to it)`,
       );
-    return handshakes(want, facts, generation, name);
+    return handshakes(facts, generation, name);
   },
 });
 
@@ -56,7 +51,7 @@ export const annotateAs = (role?: k3s.Role): Step => ({
 const FRESH = 180;
 
 /** Waits for the peers that lack a fresh handshake at their public address; none lacks one: nothing to do. */
-function handshakes(_want: Settings, facts: Facts, generation: k3s.Generation, name: string): Change[] {
+function handshakes(facts: Facts, generation: k3s.Generation, name: string): Change[] {
   const peers = k3s.peersOf(facts.peers).filter((p) => p.interface === k3s.interfaceOf(generation));
   const now = Number(facts.now);
   const missing = expected(k3s.nodesOf(facts.nodes), name).filter(

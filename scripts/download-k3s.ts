@@ -117,10 +117,13 @@ try() { # BASE, then the bases of other hosts, whose word is taken for the check
   get "$from" ${file} -o "$part" || { stopped; return 1; }
   (${VERIFY})
 }
+watch() { while sleep 10 >/dev/null 2>&1; do say "$(wc -c <"$part" 2>/dev/null || echo 0) bytes"; done; }
 stopped() { echo "$from: gave up at $(wc -c <"$part" 2>/dev/null || echo 0) bytes"; }
 put() {
   ${swap(`${version} `)}
 }
+watch & watcher=$!
+trap 'kill $watcher' EXIT
 ${tries.join("\n")}
 echo 'No mirror gave a good binary. What came is kept: run the same again, or give K3S_BIN.'
 exit 1`;

@@ -1,8 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 7 of 7: metrics-server reaches every kubelet at its public address. Runs on the server. */
 import { run } from "../lib/cli.ts";
-import { binaryLook, clusterLook, generationOf, kubectlSh, nodesOf } from "../lib/k3s.ts";
-import type { Settings } from "../lib/settings.ts";
+import { binaryLook, clusterLook, generationOf, KUBECTL, nodesOf } from "../lib/k3s.ts";
 import { sh, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
@@ -16,9 +15,9 @@ export const fixMetrics: Step = {
   name: "fix-metrics",
   options: ["SERVER"],
 
-  look: (want) => [
+  look: () => [
     binaryLook,
-    clusterLook(want),
+    clusterLook,
     `fact packaged; cat ${PACKAGED} 2>/dev/null
 fact own; cat ${OWN} 2>/dev/null
 fact skipped; test -e ${PACKAGED}.skip && echo yes
@@ -26,7 +25,7 @@ fact age; test -e ${PACKAGED} && echo $(($(date +%s) - $(stat -c %Y ${PACKAGED})
 fact top; kc top nodes --no-headers 2>/dev/null`,
   ],
 
-  plan(want, facts): Change[] {
+  plan(_want, facts): Change[] {
     const nodes = nodesOf(facts.nodes).filter((node) => node.ready);
     if (nodes.length === 0)
       throw new Refusal("The API does not answer here: fix-metrics runs on a healthy server");
@@ -37,10 +36,10 @@ fact top; kc top nodes --no-headers 2>/dev/null`,
     const old = generationOf(facts.version?.trim() ?? "", "") === "old";
     const young = Number(facts.age) < PATIENCE;
     if (!old && silent.length && !facts.own && young)
-      return [{ ...wait(want, silent), sh: `${waitSh(want)} || true`, lookAgain: true }];
+      return [{ ...wait(silent), sh: `${ANSWERED} || true`, lookAgain: true }];
     return [
       ...(old || silent.length || facts.own ? manifest(facts) : []),
-      ...(silent.length ? [wait(want, silent)] : []),
+      ...(silent.length ? [wait(silent)] : []),
     ];
   },
 };
@@ -77,10 +76,10 @@ export function withArguments(packaged: string): string {
   return lines.join("\n");
 }
 
-function wait(want: Settings, silent: string[]): Change {
+function wait(silent: string[]): Change {
   return {
     why: `wait until \`kubectl top nodes\` answers for ${silent.join(", ")}`,
-    sh: `${waitSh(want)} || {
+    sh: `${ANSWERED} || {
   echo "No metrics after ${PATIENCE} s. metrics-server's pods:"
   kc -n kube-system get pods -l k8s-app=metrics-server || true
   kc top nodes || true
@@ -91,7 +90,7 @@ function wait(want: Settings, silent: string[]): Change {
 }
 
 /** Every node that is Ready has its line in \`top nodes\`. */
-const waitSh = (want: Settings) => `${kubectlSh(want)}
+const ANSWERED = `${KUBECTL}
 answered() {
   ready=$(kc get nodes --no-headers 2>/dev/null | awk '$2 ~ /^Ready/ { n++ } END { print n + 0 }')
   [ "$(kc top nodes --no-headers 2>/dev/null | grep -cv unknown)" -ge "$ready" ] && [ "$ready" -gt 0 ]

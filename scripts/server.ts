@@ -12,8 +12,8 @@ export const server: Step = {
   name: "server",
   options: ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS"],
 
-  look: (want) => [
-    ...serviceLook("server", want),
+  look: () => [
+    ...serviceLook("server"),
     "fact token; cat /var/lib/rancher/k3s/server/node-token 2>/dev/null",
   ],
 

@@ -27,6 +27,7 @@ export const upgradeKernel: Step = {
   look: () => [
     moduleLook,
     `fact kernel-ml; rpm -q --qf '%{VERSION}-%{RELEASE}.%{ARCH}\\n' kernel-ml 2>/dev/null | grep -v 'not installed' | tail -n 1
+fact tools; rpm -q kernel-ml-tools kernel-ml-devel kernel-ml-headers >/dev/null 2>&1 && echo yes
 fact entries; ${GRUB}; grep '^menuentry' "$grub" 2>/dev/null | cut -d "'" -f2
 fact saved; grub2-editenv list 2>/dev/null | sed -n 's/^saved_entry=//p'`,
   ],
@@ -37,22 +38,26 @@ fact saved; grub2-editenv list 2>/dev/null | sed -n 's/^saved_entry=//p'`,
     // Other distros get WireGuard as a package: install-wireguard's work, and its to prove.
     if (!isEl7(os)) return [];
     const installed = facts["kernel-ml"]?.trim();
-    const changes: Change[] = [];
-    if (!installed) changes.push(...installChanges(want.ELREPO_URL, want.ELREPO_KERNEL_URL));
+    if (!installed || !facts.tools?.trim())
+      return [
+        ...installChanges(want.ELREPO_URL, want.ELREPO_KERNEL_URL),
+        { ...SET_DEFAULT, lookAgain: true },
+      ];
     const running = facts.kernel?.trim();
-    if (installed && running === installed)
+    if (running === installed)
       throw new Refusal(
         `Kernel ${running} is running and has no WireGuard all the same: is its module there?`,
       );
-    const entry = installed && facts.entries?.split("\n").find((line) => line.includes(installed));
-    if (!installed || facts.saved?.trim() !== entry) changes.push(SET_DEFAULT);
-    changes.push({
-      why: `restart into kernel ${installed ?? "kernel-ml"}: ${running} has no WireGuard`,
-      sh: "nohup sh -c 'sleep 1; systemctl reboot' >/dev/null 2>&1 &",
-      reboot: true,
-      seconds: 600,
-    });
-    return changes;
+    const entry = facts.entries?.split("\n").find((line) => line.includes(installed));
+    return [
+      ...(facts.saved?.trim() === entry ? [] : [SET_DEFAULT]),
+      {
+        why: `restart into kernel ${installed}: ${running} has no WireGuard`,
+        sh: "nohup sh -c 'sleep 1; systemctl reboot' >/dev/null 2>&1 &",
+        reboot: true,
+        seconds: 600,
+      },
+    ];
   },
 };
 
