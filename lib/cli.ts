@@ -3,7 +3,7 @@ import { createReadStream, realpathSync } from "node:fs";
 import { hostname } from "node:os";
 import { dirname, join, relative } from "node:path";
 import minimist from "minimist";
-import { addressOf, closeAll, open } from "./box.ts";
+import { addressOf, closeAll, open, Unreachable } from "./box.ts";
 import { updateEnv } from "./env-file.ts";
 import { type Line, report } from "./report.ts";
 import {
@@ -29,6 +29,7 @@ import {
   look,
   planAll,
   printed,
+  Refusal,
   type Step,
 } from "./step.ts";
 
@@ -41,22 +42,23 @@ export interface Recipe {
   /** The setting that names the box when HOST does not. */
   host?: "SERVER";
   nothing?(want: Settings, facts: Facts): string;
-  /** For AGENTS, beside the server: their steps, the first `prepare` of which need no token. */
-  agents?: { steps: readonly Step[]; prepare: number };
-  /** On the server once all agents are there. */
-  last?: readonly Step[];
+  /** Where more is to be done than these steps on each box. Answers the exit status. */
+  work?(call: Call): Promise<number>;
 }
 
-interface Target {
+/** A box of this call. */
+export interface Target {
   host: string;
   ip: string;
+  /** The word that names it in its setting: HOST or HOST=PUBLIC_IP. */
+  word: string;
   /** As the user reads it: the host without its user, or this machine's name. */
   name: string;
 }
 
 type Mode = "apply" | "dry-run" | "print";
 
-interface Call {
+export interface Call {
   script: string;
   recipe: Recipe;
   settings: Settings;
@@ -105,7 +107,7 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   if (settings.K3S_BIN) settings.K3S_SHA256 = await hashOf(settings);
   const mode = flags.print ? "print" : flags["dry-run"] ? "dry-run" : "apply";
   const call: Call = { script, recipe, settings, origins, envFile, mode, reboot: Boolean(flags.reboot) };
-  return recipe.agents ? await upAll(call, recipe.agents) : await fanOut(call);
+  return await (recipe.work ?? fanOut)(call);
 }
 
 /** A path as short as it can be said from here. */
@@ -142,12 +144,13 @@ function flagsOf(argv: string[]): Record<string, string> {
 }
 
 function help(script: string, recipe: Recipe): string {
-  const steps = [...recipe.steps, ...(recipe.agents?.steps ?? []), ...(recipe.last ?? [])];
-  const names = NAMES.filter((n) => n === "HOST" || steps.some((step) => step.options.includes(n)));
+  const names = NAMES.filter(
+    (n) => n === (recipe.work ? "AGENTS" : "HOST") || recipe.steps.some((step) => step.options.includes(n)),
+  );
   const row = (left: string, right: string) => `  ${left.padEnd(24)} ${right}\n`;
   return `${recipe.about}
 
-Usage: make ${script} [HOST=…] [SETTING=…] [DRY=1 | PRINT=1]
+Usage: make ${script} ${recipe.work ? "" : "[HOST=…] "}[SETTING=…] [DRY=1 | PRINT=1]
    or: node --import tsx scripts/${script}.ts [flags]
    or: deno run -A scripts/${script}.ts [flags]
 
@@ -177,12 +180,11 @@ async function hashOf({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
 }
 
 /** Boxes of a setting, each with the address at which other clouds reach it. @throws {SettingError} */
-async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promise<Target[]> {
+export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promise<Target[]> {
   const { settings, origins } = call;
   const list = words(settings[setting]);
   const known = words(`${settings.SERVER} ${settings.AGENTS}`).map((word) => word.split("="));
-  const steps = [...call.recipe.steps, ...(call.recipe.agents?.steps ?? [])];
-  const needsIp = steps.some((step) => step.options.includes("PUBLIC_IP"));
+  const needsIp = call.recipe.steps.some((step) => step.options.includes("PUBLIC_IP"));
   if (settings.PUBLIC_IP && setting !== "AGENTS" && list.length > 1)
     throw new SettingError(
       `PUBLIC_IP (${origins.PUBLIC_IP}): expected one box, not ${list.join(", ")}; write HOST=PUBLIC_IP for each`,
@@ -195,7 +197,7 @@ async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promi
         own ??
         ((setting !== "AGENTS" && settings.PUBLIC_IP) ||
           known.find(([h, ip]) => h === host && host && ip)?.[1]);
-      if (given || !needsIp) return { host, ip: given ?? "", name };
+      if (given || !needsIp) return { host, ip: given ?? "", word, name };
       if (!host)
         throw new SettingError(
           "PUBLIC_IP is not set: expected the address at which other clouds reach this machine",
@@ -208,7 +210,7 @@ async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promi
         throw new SettingError(
           `${host} (${origins[setting]}) resolves to ${ip}: expected ${right}; write ${host}=PUBLIC_IP`,
         );
-      return { host, ip, name };
+      return { host, ip, word, name };
     }),
   );
   for (const [i, box] of found.entries()) {
@@ -223,12 +225,12 @@ async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promi
   return found;
 }
 
-function jobFor(call: Call, target: Target, line: Line): Job {
+export function jobFor(call: Call, target: Target, line: Line): Job {
   const want = { ...call.settings, HOST: target.host, PUBLIC_IP: target.ip };
   return {
     box: open(target.host),
     want,
-    progress: { starts: (change) => line.starts(change.why), says: line.says },
+    progress: line,
     mayReboot: Boolean(target.host) || call.reboot,
   };
 }
@@ -247,7 +249,7 @@ async function fanOut(call: Call): Promise<number> {
       attempt(call, call.script, box, ui.line(box.name), async (line) => {
         const job = jobFor(call, box, line);
         const facts = await look(job, recipe.steps);
-        if (call.mode !== "apply") return plan(call, box, recipe.steps, job, facts);
+        if (call.mode !== "apply") return showPlan(call, box, recipe.steps, job, facts);
         const after = await converge(job, recipe.steps, facts);
         await learn(call, recipe.steps, job, after);
         line.done(facts === after, recipe.nothing?.(job.want, after));
@@ -257,74 +259,12 @@ async function fanOut(call: Call): Promise<number> {
   return worst(done);
 }
 
-/** The whole cluster: agents get everything but their join while the server starts. */
-async function upAll(call: Call, agents: { steps: readonly Step[]; prepare: number }): Promise<number> {
-  const { recipe, settings, mode } = call;
-  const [server] = (await targets(call, "SERVER")) as [Target];
-  const others = settings.AGENTS ? await targets(call, "AGENTS") : [];
-  const ui = await report([server, ...others].map((box) => box.name));
-  const url = `https://${server.ip}:6443`;
-  let learned: (given: Partial<Settings> | undefined) => void = () => {};
-  const given = new Promise<Partial<Settings> | undefined>((resolve) => (learned = resolve));
-  const all = [...recipe.steps, ...(recipe.last ?? [])];
-
-  let serverJob: Job | undefined;
-  let serverFacts: Facts = {};
-  let changed = false;
-  let serverDone = false;
-  const bringServer = attempt(call, "server", server, ui.line(server.name), async (line) => {
-    serverJob = jobFor(call, server, line);
-    serverFacts = await look(serverJob, all);
-    if (mode !== "apply") return plan(call, server, recipe.steps, serverJob, serverFacts);
-    const after = await converge(serverJob, recipe.steps, serverFacts, all);
-    learned(await learn(call, recipe.steps, serverJob, after));
-    changed = after !== serverFacts;
-    line.done(!changed);
-    serverFacts = after;
-  }).finally(() => {
-    serverDone = true;
-    learned(undefined);
-  });
-
-  const bringAgents = others.map((box) =>
-    attempt(call, "agent", box, ui.line(box.name), async (line) => {
-      const job = jobFor(call, box, line);
-      const first = await look(job, agents.steps);
-      if (mode !== "apply") {
-        job.want = { ...job.want, K3S_URL: url, K3S_TOKEN: job.want.K3S_TOKEN || "(the server's)" };
-        return plan(call, box, agents.steps, job, first);
-      }
-      let facts = await converge(job, agents.steps.slice(0, agents.prepare), first, agents.steps);
-      if (!serverDone) line.waits("the server's token");
-      const more = await given;
-      if (!more) throw new Failure("Not joined: the server is not up");
-      if (more.K3S_URL !== job.want.K3S_URL || more.K3S_TOKEN !== job.want.K3S_TOKEN) {
-        job.want = { ...job.want, ...more };
-        facts = await look(job, agents.steps);
-      }
-      const after = await converge(job, agents.steps, facts);
-      changed ||= after !== first;
-      line.done(after === first);
-    }),
-  );
-  const done = await Promise.all([bringServer, ...bringAgents]);
-  if (done[0] === 0 && mode === "apply" && recipe.last)
-    done.push(
-      await attempt(call, recipe.last[0]?.name as string, server, ui.line(server.name), async (line) => {
-        const job = serverJob as Job;
-        if (changed) serverFacts = await look(job, all);
-        await converge(job, [...recipe.steps, ...(recipe.last ?? [])], serverFacts);
-        line.done(!changed, "the cluster is as wanted");
-      }),
-    );
-  return worst(done);
-}
-
 /** Exit status of several boxes: a failure counts more than a wrong setting, which touched nothing. */
-const worst = (statuses: readonly number[]): number => (statuses.includes(1) ? 1 : Math.max(0, ...statuses));
+export const worst = (statuses: readonly number[]): number =>
+  statuses.includes(1) ? 1 : Math.max(0, ...statuses);
 
 /** Runs one box's part and answers its exit status; a failure is said with the line that tries it again. */
-async function attempt(
+export async function attempt(
   call: Call,
   script: string,
   box: Target,
@@ -336,7 +276,8 @@ async function attempt(
     return 0;
   } catch (error) {
     const { message, change, output } = error as Failure;
-    line.failed(message, change, output, again(call, script, box));
+    const known = [Failure, Refusal, Unreachable, SettingError].some((type) => error instanceof type);
+    line.failed(message, change, known ? output : (error as Error).stack, again(call, script, box));
     return error instanceof SettingError ? 2 : 1;
   }
 }
@@ -346,12 +287,12 @@ function again(call: Call, script: string, box: Target): string {
   const given = NAMES.filter(
     (n) => n !== "HOST" && !("secret" in SETTINGS[n]) && /^(flag|variable)/.test(call.origins[n]),
   );
-  const own = [box.host ? `HOST=${sh(box.host)}` : "", ...given.map((n) => `${n}=${sh(call.settings[n])}`)];
+  const own = [box.host ? `HOST=${sh(box.word)}` : "", ...given.map((n) => `${n}=${sh(call.settings[n])}`)];
   const file = process.env.ENV_FILE ? `ENV_FILE=${sh(process.env.ENV_FILE)}` : "";
   return ["make", script, ...own, file].filter(Boolean).join(" ");
 }
 
-function plan(call: Call, box: Target, steps: readonly Step[], job: Job, facts: Facts): void {
+export function showPlan(call: Call, box: Target, steps: readonly Step[], job: Job, facts: Facts): void {
   const changes: Change[] = planAll(steps, job.want, facts);
   if (call.mode === "print")
     process.stdout.write(
@@ -366,7 +307,12 @@ function plan(call: Call, box: Target, steps: readonly Step[], job: Job, facts: 
 }
 
 /** Writes what the steps learned to the env file. */
-async function learn(call: Call, steps: readonly Step[], job: Job, facts: Facts): Promise<Partial<Settings>> {
+export async function learn(
+  call: Call,
+  steps: readonly Step[],
+  job: Job,
+  facts: Facts,
+): Promise<Partial<Settings>> {
   const values = Object.assign(
     {},
     ...steps.map((step) => step.learn?.(job.want, facts) ?? {}),

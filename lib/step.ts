@@ -156,8 +156,9 @@ export function reader(mark: string, on: { change?(i: number): void; say?(text: 
 }
 
 export interface Progress {
-  /** A change starts, or a line of progress within it. */
-  starts(change: Change): void;
+  /** A change starts. */
+  starts(why: string): void;
+  /** How it goes on. */
   says(text: string): void;
 }
 
@@ -182,7 +183,7 @@ const LOOK = 120;
 async function trip(job: Job, steps: readonly Step[], changes: readonly Change[]): Promise<Facts> {
   const mark = newMark();
   const stream = reader(mark, {
-    change: (i) => job.progress.starts(changes[i] as Change),
+    change: (i) => job.progress.starts((changes[i] as Change).why),
     say: (text) => job.progress.says(text),
   });
   const apply = changes.length ? applyScript(changes, mark, (name) => sh(job.want[name])) : "";

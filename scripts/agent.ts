@@ -100,8 +100,11 @@ function unreachable(url: string, error: string): string {
   return `The server does not answer this box at ${url}/cacerts: ${what} (${said})`;
 }
 
+/** What an agent needs before there is a server to join. */
+export const prepareSteps = [downloadK3s, upgradeKernel, installWireguard];
+
 /** What brings a box from nothing to an agent that every node can reach. */
-export const agentSteps = [downloadK3s, upgradeKernel, installWireguard, agent, annotateAs("agent")];
+export const agentSteps = [...prepareSteps, agent, annotateAs("agent")];
 
 await run(import.meta, {
   about: "Joins a box to the server: binary, kernel, WireGuard, unit, and a node that is Ready.",
