@@ -301,7 +301,7 @@ export function showPlan(call: Call, box: Target, steps: readonly Step[], job: J
   else
     process.stdout.write(
       changes.length
-        ? `${box.name}: ${changes.length} to do\n${changes.map((c, i) => `  ${i + 1}. ${c.why}\n`).join("")}${changes.at(-1)?.reboot || changes.at(-1)?.lookAgain ? "  … then look again\n" : ""}`
+        ? `${box.name}: ${changes.length} to do\n${changes.map((c, i) => `  ${i + 1}. ${c.why}\n`).join("")}${changes.some((c) => c.reboot || c.lookAgain) ? "  … then look again\n" : ""}`
         : `${box.name}: nothing to do\n`,
     );
 }

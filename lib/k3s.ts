@@ -21,7 +21,7 @@ export function generationOf(version: string, flags?: string): Generation | unde
   const minor = Number(/^v1\.(\d+)\./.exec(version)?.[1]);
   if (minor < 23) return "old";
   if (minor > 25) return "modern";
-  if (flags === undefined) return undefined;
+  if (!minor || flags === undefined) return undefined;
   return flags.includes("--flannel-external-ip") && flags.includes("wireguard-native") ? "modern" : "old";
 }
 

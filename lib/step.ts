@@ -209,8 +209,7 @@ export function planAll(steps: readonly Step[], want: Settings, facts: Facts): C
   const changes: Change[] = [];
   for (const step of steps) {
     changes.push(...step.plan(want, facts));
-    const last = changes.at(-1);
-    if (last?.reboot || last?.lookAgain) break;
+    if (changes.some((change) => change.reboot || change.lookAgain)) break;
   }
   return changes;
 }

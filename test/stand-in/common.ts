@@ -39,24 +39,33 @@ export function build(version: string): string {
 }
 
 export function versionText(version: string): string {
-  return `k3s version ${build(version)}\n` + (generation(version) === "modern" ? "go version go1.26.8\n" : "");
+  return (
+    `k3s version ${build(version)}\n` + (generation(version) === "modern" ? "go version go1.26.8\n" : "")
+  );
 }
 
 /** A recorded text. In a box the fixtures lie beside this file, in the project one folder up. */
 export function fixture(name: string): string {
-  const path = [join(import.meta.dirname, "fixtures", name), join(import.meta.dirname, "..", "fixtures", name)].find(existsSync);
+  const path = [
+    join(import.meta.dirname, "fixtures", name),
+    join(import.meta.dirname, "..", "fixtures", name),
+  ].find(existsSync);
   if (!path) throw new Error(`No fixture ${name}`);
   return readFileSync(path, "utf8").replace(/^#.*\n/, "");
 }
 
 let nanoseconds = false;
 /** v1.17 prints nanoseconds once its logging is set up; modern k3s prints seconds. */
-export const useNanoseconds = (): void => void (nanoseconds = true);
+export function useNanoseconds(): void {
+  nanoseconds = true;
+}
 
 /** One line as logrus writes it when its output is no terminal. */
 export function logLine(level: string, message: string): string {
   const micros = Math.floor((performance.timeOrigin + performance.now()) * 1000);
-  const time = new Date(micros / 1000).toISOString().replace(/\.\d+Z$/, nanoseconds ? `.${String(micros % 1e6).padStart(6, "0")}000Z` : "Z");
+  const time = new Date(micros / 1000)
+    .toISOString()
+    .replace(/\.\d+Z$/, nanoseconds ? `.${String(micros % 1e6).padStart(6, "0")}000Z` : "Z");
   const text = /^[A-Za-z0-9._/@^+-]+$/.test(message) ? message : JSON.stringify(message);
   return `time="${time}" level=${level} msg=${text}\n`;
 }
@@ -81,7 +90,11 @@ export const sleep = (ms: number): Promise<void> => new Promise((r) => setTimeou
 
 /** Runs a command to its end and gives its output; throws with its stderr. */
 export function run(command: string, ...args: string[]): string {
-  return execFileSync(command, args, { encoding: "utf8", stdio: ["ignore", "pipe", "pipe"], env: { ...process.env, NOTIFY_SOCKET: "" } });
+  return execFileSync(command, args, {
+    encoding: "utf8",
+    stdio: ["ignore", "pipe", "pipe"],
+    env: { ...process.env, NOTIFY_SOCKET: "" },
+  });
 }
 
 /**
@@ -90,22 +103,36 @@ export function run(command: string, ...args: string[]): string {
  */
 export function ready(socket: string | undefined): Promise<void> {
   if (!socket) return Promise.resolve();
-  return new Promise((done) => execFile("systemd-notify", [`--pid=${process.pid}`, "--ready"], { env: { ...process.env, NOTIFY_SOCKET: socket } }, (error) => {
-    if (error) log("error", `stand-in: systemd-notify: ${error.message}`);
-    done();
-  }));
+  return new Promise((done) =>
+    execFile(
+      "systemd-notify",
+      [`--pid=${process.pid}`, "--ready"],
+      { env: { ...process.env, NOTIFY_SOCKET: socket } },
+      (error) => {
+        if (error) log("error", `stand-in: systemd-notify: ${error.message}`);
+        done();
+      },
+    ),
+  );
 }
 
 /** The interface of the default route with the least metric. */
-export function defaultInterface(routes: string = readFileSync("/proc/net/route", "utf8")): string | undefined {
-  return routes.trim().split("\n").slice(1).map((l) => l.split("\t"))
+export function defaultInterface(
+  routes: string = readFileSync("/proc/net/route", "utf8"),
+): string | undefined {
+  return routes
+    .trim()
+    .split("\n")
+    .slice(1)
+    .map((l) => l.split("\t"))
     .filter((f) => f[1] === "00000000" && f[7] === "00000000")
     .sort((a, b) => Number(a[6]) - Number(b[6]))[0]?.[0];
 }
 
 /** An interface's first global IPv4 address. */
 export function addressOf(iface: string): string | undefined {
-  return networkInterfaces()[iface]?.find((a) => a.family === "IPv4" && !/^(127|169\.254)\./.test(a.address))?.address;
+  return networkInterfaces()[iface]?.find((a) => a.family === "IPv4" && !/^(127|169\.254)\./.test(a.address))
+    ?.address;
 }
 
 export function hostAddress(): string | undefined {

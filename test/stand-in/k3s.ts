@@ -42,7 +42,9 @@ async function main([version, name, ...args]: string[]): Promise<void> {
   const [command, ...rest] = basename(name) === "kubectl" ? ["kubectl", ...args] : args;
   if (command === "--version" || command === "-v") finish(versionText(version));
   if (!command || ["--help", "-h", "help", "h"].includes(command)) {
-    finish(`NAME:\n   k3s - Kubernetes, but small and simple\n\nUSAGE:\n   k3s [global options] command [command options]${gen === "old" ? " [arguments...]" : ""}\n\nVERSION:\n   ${build(version)}\n\n${gen === "old" ? HELP_OLD : HELP_MODERN}\n`);
+    finish(
+      `NAME:\n   k3s - Kubernetes, but small and simple\n\nUSAGE:\n   k3s [global options] command [command options]${gen === "old" ? " [arguments...]" : ""}\n\nVERSION:\n   ${build(version)}\n\n${gen === "old" ? HELP_OLD : HELP_MODERN}\n`,
+    );
   }
   if (command === "kubectl") return kubectl(version, rest);
   if (command !== "server" && command !== "agent") {
@@ -54,9 +56,10 @@ async function main([version, name, ...args]: string[]): Promise<void> {
     process.exit(3);
   }
 
-  let argv = rest;
+  const argv = rest;
   const config = "/etc/rancher/k3s/config.yaml";
-  if (gen === "modern" && existsSync(config) && /^[^#\s]/m.test(readFileSync(config, "utf8"))) fatal(gen, `stand-in: ${config} is not imitated`);
+  if (gen === "modern" && existsSync(config) && /^[^#\s]/m.test(readFileSync(config, "utf8")))
+    fatal(gen, `stand-in: ${config} is not imitated`);
   const parsed = parseFlags(gen, command, argv, process.env);
   if ("error" in parsed) {
     process.stdout.write(incorrectUsage(gen, command, parsed.error));
@@ -65,16 +68,27 @@ async function main([version, name, ...args]: string[]): Promise<void> {
   if (parsed.help) finish(helpText(gen, command));
   if (gen === "old") useNanoseconds();
   const { values } = parsed;
-  for (const flag of ["with-node-id", "rootless", "docker", "datastore-endpoint", "cluster-init", "disable-cloud-controller", "cluster-cidr", "service-cidr"]) {
+  for (const flag of [
+    "with-node-id",
+    "rootless",
+    "docker",
+    "datastore-endpoint",
+    "cluster-init",
+    "disable-cloud-controller",
+    "cluster-cidr",
+    "service-cidr",
+  ]) {
     if (one(values, flag)) fatal(gen, `stand-in: --${flag} is not imitated`);
   }
   const notify = process.env.NOTIFY_SOCKET;
   delete process.env.NOTIFY_SOCKET;
   // v1.17's unit ends as failed when it is stopped.
-  for (const signal of ["SIGTERM", "SIGINT"]) process.on(signal, () => (gen === "old" ? fatal(gen, "context canceled") : process.exit(0)));
+  for (const signal of ["SIGTERM", "SIGINT"])
+    process.on(signal, () => (gen === "old" ? fatal(gen, "context canceled") : process.exit(0)));
   log("info", `k3s stand-in: this is a test tool, not k3s ${version}`);
   if (command === "server") return runServer({ gen, version, values, argv: [command, ...argv], notify });
-  if (!one(values, "token") && !one(values, "token-file") && !one(values, "cluster-secret")) fatal(gen, "--token is required");
+  if (!one(values, "token") && !one(values, "token-file") && !one(values, "cluster-secret"))
+    fatal(gen, "--token is required");
   if (!one(values, "server")) fatal(gen, "--server is required");
   return runAgent({ gen, version, values, argv: [command, ...argv], notify });
 }

@@ -1,5 +1,5 @@
 /** Packaged manifests, and metrics-server: it answers only where its way to the kubelets would really work. */
-import { readdirSync, readFileSync, rmSync, statSync, mkdirSync, writeFileSync } from "node:fs";
+import { mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { request } from "node:https";
 import { basename, dirname, join, relative } from "node:path";
 import { checkServerIdentity } from "node:tls";
@@ -7,11 +7,14 @@ import { type Generation, log } from "./common.ts";
 import { metricsAddress, type Node } from "./nodes.ts";
 
 export type Deployment = { args: string[]; image: string };
-type Usage = { cpu: string; memory: string };
+export type Usage = { cpu: string; memory: string };
 
 /** The packaged deployment, cut down to what is read here. */
 export function packaged(gen: Generation, externalFirst: boolean): string {
-  const container = gen === "old" ? "        image: rancher/metrics-server:v0.3.6\n" : `        image: "rancher/mirrored-metrics-server:v0.9.0"
+  const container =
+    gen === "old"
+      ? "        image: rancher/metrics-server:v0.3.6\n"
+      : `        image: "rancher/mirrored-metrics-server:v0.9.0"
         args:
         - --cert-dir=/tmp
         - --secure-port=10250
@@ -49,7 +52,15 @@ ${container}        volumeMounts:
 `;
 }
 
-const FILES = ["aggregated-metrics-reader", "auth-delegator", "auth-reader", "metrics-apiservice", "metrics-server-deployment", "metrics-server-service", "resource-reader"];
+const FILES = [
+  "aggregated-metrics-reader",
+  "auth-delegator",
+  "auth-reader",
+  "metrics-apiservice",
+  "metrics-server-deployment",
+  "metrics-server-service",
+  "resource-reader",
+];
 const ROOT_FILES: Record<Generation, string[]> = {
   old: ["ccm", "coredns", "local-storage", "rolebindings", "traefik"],
   modern: ["ccm", "coredns", "local-storage", "rolebindings", "runtimes", "traefik"],
@@ -62,23 +73,51 @@ export function stage(gen: Generation, dir: string, skips: Set<string>, external
     log("info", `Writing manifest: ${path}`);
     writeFileSync(path, text, { mode: 0o600 });
   };
-  for (const name of ROOT_FILES[gen]) if (!skips.has(name) && !skips.has(`${name}.yaml`)) write(join(dir, `${name}.yaml`), `# stand-in: ${name} is not imitated\n`);
+  for (const name of ROOT_FILES[gen])
+    if (!skips.has(name) && !skips.has(`${name}.yaml`))
+      write(join(dir, `${name}.yaml`), `# stand-in: ${name} is not imitated\n`);
   if (skips.has("metrics-server")) return;
   for (const name of FILES) {
-    write(join(dir, "metrics-server", `${name}.yaml`), name === "metrics-server-deployment" ? packaged(gen, externalFirst) : `# stand-in: ${name} is not imitated\n`);
+    write(
+      join(dir, "metrics-server", `${name}.yaml`),
+      name === "metrics-server-deployment"
+        ? packaged(gen, externalFirst)
+        : `# stand-in: ${name} is not imitated\n`,
+    );
   }
 }
 
-const unquote = (text: string): string => text.trim().replace(/\s+#.*$/, "").replace(/^(["'])(.*)\1$/, "$2");
+const unquote = (text: string): string =>
+  text
+    .trim()
+    .replace(/\s+#.*$/, "")
+    .replace(/^(["'])(.*)\1$/, "$2");
+
+type Container = { command?: string[]; args?: string[]; image?: string };
+type Manifest = {
+  kind?: string;
+  metadata?: { name?: string; namespace?: string };
+  spec?: { template?: { spec?: { containers?: Container[] } } };
+};
 
 /** The metrics-server deployment in a manifest: as much YAML as such files use, or JSON. */
 export function readDeployment(text: string): Deployment | undefined {
   if (/^\s*\{/.test(text)) {
     try {
-      const json = JSON.parse(text) as Record<string, any>;
-      const object = (json.items ?? [json]).find((o: any) => o.kind === "Deployment" && o.metadata?.name === "metrics-server" && o.metadata?.namespace === "kube-system");
+      const json = JSON.parse(text) as Manifest & { items?: Manifest[] };
+      const object = (json.items ?? [json]).find(
+        (o) =>
+          o.kind === "Deployment" &&
+          o.metadata?.name === "metrics-server" &&
+          o.metadata?.namespace === "kube-system",
+      );
       const container = object?.spec?.template?.spec?.containers?.[0];
-      return container && { args: [...(container.command ?? []), ...(container.args ?? [])], image: container.image ?? "" };
+      return (
+        container && {
+          args: [...(container.command ?? []), ...(container.args ?? [])],
+          image: container.image ?? "",
+        }
+      );
     } catch {
       return undefined;
     }
@@ -88,17 +127,33 @@ export function readDeployment(text: string): Deployment | undefined {
     const meta = lines.slice(lines.findIndex((l) => /^metadata:/.test(l)) + 1);
     const ends = meta.findIndex((l) => /^\S/.test(l));
     const own = (ends < 0 ? meta : meta.slice(0, ends)).join("\n");
-    if (!lines.some((l) => /^kind:\s*["']?Deployment["']?\s*$/.test(l)) || !/^\s+name:\s*["']?metrics-server["']?\s*$/m.test(own) || !/^\s+namespace:\s*["']?kube-system["']?\s*$/m.test(own)) continue;
+    if (
+      !lines.some((l) => /^kind:\s*["']?Deployment["']?\s*$/.test(l)) ||
+      !/^\s+name:\s*["']?metrics-server["']?\s*$/m.test(own) ||
+      !/^\s+namespace:\s*["']?kube-system["']?\s*$/m.test(own)
+    )
+      continue;
     const args: string[] = [];
     let image = "";
     for (let i = 0; i < lines.length; i++) {
       const key = /^(\s*)(- )?(args|command|image):\s*(.*)$/.exec(lines[i]);
       if (!key) continue;
       if (key[3] === "image") image = unquote(key[4]);
-      else if (key[4].startsWith("[")) args.push(...key[4].replace(/^\[|\]\s*$/g, "").split(",").map(unquote).filter(Boolean));
+      else if (key[4].startsWith("["))
+        args.push(
+          ...key[4]
+            .replace(/^\[|\]\s*$/g, "")
+            .split(",")
+            .map(unquote)
+            .filter(Boolean),
+        );
       else {
         const indent = key[1].length + (key[2]?.length ?? 0);
-        for (let item; (item = /^(\s*)- (.*)$/.exec(lines[i + 1] ?? "")) && item[1].length >= indent; i++) args.push(unquote(item[2]));
+        for (; i + 1 < lines.length; i++) {
+          const item = /^(\s*)- (.*)$/.exec(lines[i + 1]);
+          if (!item || item[1].length < indent) break;
+          args.push(unquote(item[2]));
+        }
       }
     }
     return { args, image };
@@ -108,7 +163,9 @@ export function readDeployment(text: string): Deployment | undefined {
 
 function walk(dir: string): string[] {
   try {
-    return readdirSync(dir).flatMap((f) => (statSync(join(dir, f)).isDirectory() ? walk(join(dir, f)) : [join(dir, f)]));
+    return readdirSync(dir).flatMap((f) =>
+      statSync(join(dir, f)).isDirectory() ? walk(join(dir, f)) : [join(dir, f)],
+    );
   } catch {
     return [];
   }
@@ -124,10 +181,15 @@ export function deployPass(dir: string, disables: Set<string>, have: Deployment 
   const skips = new Set(files.filter((f) => f.endsWith(".skip")).map((f) => basename(f).slice(0, -5)));
   let result = have;
   for (const file of files) {
-    const parts = relative(dir, file).split("/"), name = parts.at(-1)!;
+    const parts = relative(dir, file).split("/"),
+      name = parts.at(-1)!;
     if (!/\.(ya?ml|json)$/i.test(name) || name.startsWith(".")) continue;
     const folders = parts.slice(0, -1).map((_, i) => parts.slice(0, i + 1).join("/"));
-    if (folders.some((f) => disables.has(f)) || disables.has(name) || disables.has(name.replace(/\.[^.]+$/, ""))) {
+    if (
+      folders.some((f) => disables.has(f)) ||
+      disables.has(name) ||
+      disables.has(name.replace(/\.[^.]+$/, ""))
+    ) {
       if (readDeployment(readFileSync(file, "utf8"))) result = null;
       rmSync(file);
     } else if (!skips.has(name)) {
@@ -137,35 +199,97 @@ export function deployPass(dir: string, disables: Set<string>, have: Deployment 
   return result;
 }
 
-const V03 = ["kubelet-insecure-tls", "kubelet-preferred-address-types", "kubelet-port", "kubelet-certificate-authority", "deprecated-kubelet-completely-insecure", "metric-resolution", "cert-dir", "secure-port", "v", "logtostderr", "requestheader-allowed-names", "tls-cert-file", "tls-private-key-file"];
-const V04 = [...V03.filter((f) => f !== "deprecated-kubelet-completely-insecure"), "kubelet-use-node-status-port", "kubelet-request-timeout", "kubelet-client-certificate", "kubelet-client-key", "tls-cipher-suites", "tls-min-version", "node-selector", "authorization-always-allow-paths"];
+const V03 = [
+  "kubelet-insecure-tls",
+  "kubelet-preferred-address-types",
+  "kubelet-port",
+  "kubelet-certificate-authority",
+  "deprecated-kubelet-completely-insecure",
+  "metric-resolution",
+  "cert-dir",
+  "secure-port",
+  "v",
+  "logtostderr",
+  "requestheader-allowed-names",
+  "tls-cert-file",
+  "tls-private-key-file",
+];
+const V04 = [
+  ...V03.filter((f) => f !== "deprecated-kubelet-completely-insecure"),
+  "kubelet-use-node-status-port",
+  "kubelet-request-timeout",
+  "kubelet-client-certificate",
+  "kubelet-client-key",
+  "tls-cipher-suites",
+  "tls-min-version",
+  "node-selector",
+  "authorization-always-allow-paths",
+];
 
 export type Settings = { types: string[]; insecure: boolean; error?: string };
 
 /** What the deployment's arguments make metrics-server do. Its releases differ in flags and defaults. */
 export function settings(deployment: Deployment): Settings {
   const v03 = /:v0\.[0-3]\./.test(deployment.image);
-  const flags = new Map(deployment.args.filter((a) => a.startsWith("-")).map((a) => [a.replace(/^--?/, "").split("=")[0], a.split("=").slice(1).join("=")] as const));
+  const flags = new Map(
+    deployment.args
+      .filter((a) => a.startsWith("-"))
+      .map((a) => [a.replace(/^--?/, "").split("=")[0], a.split("=").slice(1).join("=")] as const),
+  );
   const unknown = [...flags.keys()].find((f) => !(v03 ? V03 : V04).includes(f));
-  const types = flags.get("kubelet-preferred-address-types")?.split(",") ?? ["Hostname", "InternalDNS", "InternalIP", "ExternalDNS", "ExternalIP"];
-  return { types, insecure: flags.has("kubelet-insecure-tls") && flags.get("kubelet-insecure-tls") !== "false", ...(unknown ? { error: `unknown flag: --${unknown}` } : {}) };
+  const types = flags.get("kubelet-preferred-address-types")?.split(",") ?? [
+    "Hostname",
+    "InternalDNS",
+    "InternalIP",
+    "ExternalDNS",
+    "ExternalIP",
+  ];
+  return {
+    types,
+    insecure: flags.has("kubelet-insecure-tls") && flags.get("kubelet-insecure-tls") !== "false",
+    ...(unknown ? { error: `unknown flag: --${unknown}` } : {}),
+  };
 }
 
 /** Asks one kubelet the way metrics-server would. Node names are resolved by CoreDNS, from the nodes' internal addresses. */
-function ask(node: Node, s: Settings, tls: { ca: string; cert: string; key: string }, dns: boolean): Promise<Usage> {
+function ask(
+  node: Node,
+  s: Settings,
+  tls: { ca: string; cert: string; key: string },
+  dns: boolean,
+): Promise<Usage> {
   return new Promise((done, failed) => {
     const chosen = metricsAddress(s.types, node.status.addresses);
     if (!chosen) return failed(new Error("no address matched types"));
-    const host = chosen.type === "Hostname" ? (dns ? node.status.addresses.find((a) => a.type === "InternalIP")?.address : undefined) : chosen.address;
+    const host =
+      chosen.type === "Hostname"
+        ? dns
+          ? node.status.addresses.find((a) => a.type === "InternalIP")?.address
+          : undefined
+        : chosen.address;
     if (!host) return failed(new Error(`lookup ${chosen.address}: no such host`));
-    const req = request({
-      host, port: 10250, path: "/metrics/resource", agent: false, timeout: 3000, ...tls, rejectUnauthorized: !s.insecure,
-      checkServerIdentity: (_, cert) => (s.insecure ? undefined : checkServerIdentity(chosen.address, cert)),
-    }, (res) => {
-      let body = "";
-      res.on("data", (d) => (body += d));
-      res.on("end", () => (res.statusCode === 200 ? done(JSON.parse(body) as Usage) : failed(new Error(`status ${res.statusCode}`))));
-    });
+    const req = request(
+      {
+        host,
+        port: 10250,
+        path: "/metrics/resource",
+        agent: false,
+        timeout: 3000,
+        ...tls,
+        rejectUnauthorized: !s.insecure,
+        checkServerIdentity: (_, cert) =>
+          s.insecure ? undefined : checkServerIdentity(chosen.address, cert),
+      },
+      (res) => {
+        let body = "";
+        res.on("data", (d) => (body += d));
+        res.on("end", () =>
+          res.statusCode === 200
+            ? done(JSON.parse(body) as Usage)
+            : failed(new Error(`status ${res.statusCode}`)),
+        );
+      },
+    );
     req.on("timeout", () => req.destroy(new Error("i/o timeout")));
     req.on("error", failed);
     req.end();
@@ -173,12 +297,23 @@ function ask(node: Node, s: Settings, tls: { ca: string; cert: string; key: stri
 }
 
 /** The usage of every node that can be reached. */
-export async function scrape(nodes: Node[], deployment: Deployment, tls: { ca: string; cert: string; key: string }, dns: boolean): Promise<Map<string, Usage>> {
-  const s = settings(deployment), found = new Map<string, Usage>();
+export async function scrape(
+  nodes: Node[],
+  deployment: Deployment,
+  tls: { ca: string; cert: string; key: string },
+  dns: boolean,
+): Promise<Map<string, Usage>> {
+  const s = settings(deployment),
+    found = new Map<string, Usage>();
   if (s.error) return found;
-  await Promise.all(nodes.map((node) => ask(node, s, tls, dns).then(
-    (usage) => void found.set(node.metadata.name, usage),
-    (error: Error) => log("info", `stand-in: metrics-server cannot reach ${node.metadata.name}: ${error.message}`),
-  )));
+  await Promise.all(
+    nodes.map((node) =>
+      ask(node, s, tls, dns).then(
+        (usage) => void found.set(node.metadata.name, usage),
+        (error: Error) =>
+          log("info", `stand-in: metrics-server cannot reach ${node.metadata.name}: ${error.message}`),
+      ),
+    ),
+  );
   return found;
 }

@@ -5,12 +5,34 @@ export const FLANNEL = "flannel.alpha.coreos.com/";
 export const OVERWRITE = `${FLANNEL}public-ip-overwrite`;
 
 export type Address = { type: string; address: string };
-export type Condition = { type: string; status: string; reason: string; message: string; lastHeartbeatTime: string; lastTransitionTime: string };
+export type Condition = {
+  type: string;
+  status: string;
+  reason: string;
+  message: string;
+  lastHeartbeatTime: string;
+  lastTransitionTime: string;
+};
 export type Node = {
   apiVersion: string;
   kind: string;
-  metadata: { name: string; uid: string; creationTimestamp: string; resourceVersion: string; selfLink?: string; annotations: Record<string, string>; labels: Record<string, string>; finalizers: string[] };
-  spec: { podCIDR: string; podCIDRs: string[]; providerID: string; unschedulable?: boolean; taints?: { key: string; effect: string }[] };
+  metadata: {
+    name: string;
+    uid: string;
+    creationTimestamp: string;
+    resourceVersion: string;
+    selfLink?: string;
+    annotations: Record<string, string>;
+    labels: Record<string, string>;
+    finalizers: string[];
+  };
+  spec: {
+    podCIDR: string;
+    podCIDRs: string[];
+    providerID: string;
+    unschedulable?: boolean;
+    taints?: { key: string; effect: string }[];
+  };
   status: { addresses: Address[]; conditions: Condition[]; [more: string]: unknown };
 };
 export type Backend = "wireguard" | "wireguard-native" | "vxlan" | "none" | string;
@@ -28,53 +50,122 @@ export type Facts = {
   taints?: string[];
   labels?: string[];
 };
-export type Machine = { architecture: string; bootID: string; kernelVersion: string; machineID: string; osImage: string; cpus: number; memoryKi: number };
+export type Machine = {
+  architecture: string;
+  bootID: string;
+  kernelVersion: string;
+  machineID: string;
+  osImage: string;
+  cpus: number;
+  memoryKi: number;
+};
 
 const now = (): string => new Date().toISOString().replace(/\.\d+/, "");
 
 /** What the kubelet registers. Addresses come from it in v1.17, from the cloud controller in modern k3s. */
 export function newNode(gen: Generation, version: string, facts: Facts, machine: Machine): Node {
   const labels: Record<string, string> = {
-    "beta.kubernetes.io/arch": machine.architecture, "beta.kubernetes.io/instance-type": "k3s", "beta.kubernetes.io/os": "linux",
-    "kubernetes.io/arch": machine.architecture, "kubernetes.io/hostname": facts.name, "kubernetes.io/os": "linux", "node.kubernetes.io/instance-type": "k3s",
+    "beta.kubernetes.io/arch": machine.architecture,
+    "beta.kubernetes.io/instance-type": "k3s",
+    "beta.kubernetes.io/os": "linux",
+    "kubernetes.io/arch": machine.architecture,
+    "kubernetes.io/hostname": facts.name,
+    "kubernetes.io/os": "linux",
+    "node.kubernetes.io/instance-type": "k3s",
   };
-  const annotations: Record<string, string> = { "node.alpha.kubernetes.io/ttl": "0", "volumes.kubernetes.io/controller-managed-attach-detach": "true" };
-  if (gen === "modern" && !facts.nodeIpMissing) annotations["alpha.kubernetes.io/provided-node-ip"] = facts.nodeIp;
-  const amount = { cpu: String(machine.cpus), "ephemeral-storage": "8125880Ki", "hugepages-1Gi": "0", "hugepages-2Mi": "0", memory: `${machine.memoryKi}Ki`, pods: "110" };
+  const annotations: Record<string, string> = {
+    "node.alpha.kubernetes.io/ttl": "0",
+    "volumes.kubernetes.io/controller-managed-attach-detach": "true",
+  };
+  if (gen === "modern" && !facts.nodeIpMissing)
+    annotations["alpha.kubernetes.io/provided-node-ip"] = facts.nodeIp;
+  const amount = {
+    cpu: String(machine.cpus),
+    "ephemeral-storage": "8125880Ki",
+    "hugepages-1Gi": "0",
+    "hugepages-2Mi": "0",
+    memory: `${machine.memoryKi}Ki`,
+    pods: "110",
+  };
   return {
     apiVersion: "v1",
     kind: "Node",
-    metadata: { annotations, creationTimestamp: now(), finalizers: ["wrangler.cattle.io/node"], labels, name: facts.name, resourceVersion: "1", uid: "" },
+    metadata: {
+      annotations,
+      creationTimestamp: now(),
+      finalizers: ["wrangler.cattle.io/node"],
+      labels,
+      name: facts.name,
+      resourceVersion: "1",
+      uid: "",
+    },
     spec: { podCIDR: "", podCIDRs: [], providerID: `k3s://${facts.name}` },
     status: {
-      addresses: gen === "old" && !facts.nodeIpMissing ? [{ address: facts.nodeIp, type: "InternalIP" }, { address: facts.name, type: "Hostname" }] : [],
+      addresses:
+        gen === "old" && !facts.nodeIpMissing
+          ? [
+              { address: facts.nodeIp, type: "InternalIP" },
+              { address: facts.name, type: "Hostname" },
+            ]
+          : [],
       allocatable: amount,
       capacity: amount,
       conditions: kubeletConditions(false),
       daemonEndpoints: { kubeletEndpoint: { Port: 10250 } },
       nodeInfo: {
-        architecture: machine.architecture, bootID: machine.bootID, containerRuntimeVersion: gen === "old" ? "containerd://1.3.3-k3s2" : "containerd://2.3.2-k3s2",
-        kernelVersion: machine.kernelVersion, kubeProxyVersion: gen === "old" ? version : "", kubeletVersion: version, machineID: machine.machineID,
-        operatingSystem: "linux", osImage: machine.osImage, systemUUID: machine.machineID,
+        architecture: machine.architecture,
+        bootID: machine.bootID,
+        containerRuntimeVersion: gen === "old" ? "containerd://1.3.3-k3s2" : "containerd://2.3.2-k3s2",
+        kernelVersion: machine.kernelVersion,
+        kubeProxyVersion: gen === "old" ? version : "",
+        kubeletVersion: version,
+        machineID: machine.machineID,
+        operatingSystem: "linux",
+        osImage: machine.osImage,
+        systemUUID: machine.machineID,
       },
     },
   };
 }
 
 export function kubeletConditions(ready: boolean): Condition[] {
-  const condition = (type: string, status: string, reason: string, message: string): Condition => ({ lastHeartbeatTime: now(), lastTransitionTime: now(), message, reason, status, type });
+  const condition = (type: string, status: string, reason: string, message: string): Condition => ({
+    lastHeartbeatTime: now(),
+    lastTransitionTime: now(),
+    message,
+    reason,
+    status,
+    type,
+  });
   return [
-    condition("MemoryPressure", "False", "KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
+    condition(
+      "MemoryPressure",
+      "False",
+      "KubeletHasSufficientMemory",
+      "kubelet has sufficient memory available",
+    ),
     condition("DiskPressure", "False", "KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
     condition("PIDPressure", "False", "KubeletHasSufficientPID", "kubelet has sufficient PID available"),
     ready
       ? condition("Ready", "True", "KubeletReady", "kubelet is posting ready status")
-      : condition("Ready", "False", "KubeletNotReady", "runtime network not ready: NetworkReady=false reason:NetworkPluginNotReady message:Network plugin returns error: cni plugin not initialized"),
+      : condition(
+          "Ready",
+          "False",
+          "KubeletNotReady",
+          "runtime network not ready: NetworkReady=false reason:NetworkPluginNotReady message:Network plugin returns error: cni plugin not initialized",
+        ),
   ];
 }
 
 /** v1.17's flannel adds a condition; modern flannel does not. */
-export const flannelCondition = (): Condition => ({ lastHeartbeatTime: now(), lastTransitionTime: now(), message: "Flannel is running on this node", reason: "FlannelIsUp", status: "False", type: "NetworkUnavailable" });
+export const flannelCondition = (): Condition => ({
+  lastHeartbeatTime: now(),
+  lastTransitionTime: now(),
+  message: "Flannel is running on this node",
+  reason: "FlannelIsUp",
+  status: "False",
+  type: "NetworkUnavailable",
+});
 
 /** Keeps the time of the last change where the status is the same. */
 export function mergeConditions(have: Condition[], next: Condition[]): Condition[] {
@@ -87,23 +178,41 @@ export function mergeConditions(have: Condition[], next: Condition[]): Condition
 
 export const unknownCondition = (c: Condition): Condition =>
   ["Ready", "MemoryPressure", "DiskPressure", "PIDPressure"].includes(c.type) && c.status !== "Unknown"
-    ? { ...c, status: "Unknown", reason: "NodeStatusUnknown", message: "Kubelet stopped posting node status.", lastTransitionTime: now() }
+    ? {
+        ...c,
+        status: "Unknown",
+        reason: "NodeStatusUnknown",
+        message: "Kubelet stopped posting node status.",
+        lastTransitionTime: now(),
+      }
     : c;
 
 /** What k3s itself puts on its node: labels in v1.17, annotations in modern k3s, for the cloud controller to read. */
-export function addressMarks(gen: Generation, facts: Facts): { labels: Record<string, string>; annotations: Record<string, string> } {
+export function addressMarks(
+  gen: Generation,
+  facts: Facts,
+): { labels: Record<string, string>; annotations: Record<string, string> } {
   const marks: Record<string, string> = { "k3s.io/hostname": facts.name, "k3s.io/internal-ip": facts.nodeIp };
   if (facts.externalIp) marks["k3s.io/external-ip"] = facts.externalIp;
-  const given = Object.fromEntries((facts.labels ?? []).map((l) => [l.split("=")[0], l.split("=").slice(1).join("=")]));
+  const given = Object.fromEntries(
+    (facts.labels ?? []).map((l) => [l.split("=")[0], l.split("=").slice(1).join("=")]),
+  );
   const annotations = { "k3s.io/node-args": facts.args, "k3s.io/node-env": facts.env };
-  return gen === "old" ? { labels: { ...given, ...marks }, annotations } : { labels: given, annotations: { ...annotations, ...marks } };
+  return gen === "old"
+    ? { labels: { ...given, ...marks }, annotations }
+    : { labels: given, annotations: { ...annotations, ...marks } };
 }
 
 /** The cloud controller. A node without its marks keeps the addresses it has. */
 export function cloudAddresses(gen: Generation, node: Node): Address[] {
   const marks = gen === "old" ? node.metadata.labels : node.metadata.annotations;
-  const split = (type: string, value?: string): Address[] => (value ? value.split(",").map((address) => ({ address, type })) : []);
-  const found = [...split("InternalIP", marks["k3s.io/internal-ip"]), ...split("ExternalIP", marks["k3s.io/external-ip"]), ...split("Hostname", marks["k3s.io/hostname"])];
+  const split = (type: string, value?: string): Address[] =>
+    value ? value.split(",").map((address) => ({ address, type })) : [];
+  const found = [
+    ...split("InternalIP", marks["k3s.io/internal-ip"]),
+    ...split("ExternalIP", marks["k3s.io/external-ip"]),
+    ...split("Hostname", marks["k3s.io/hostname"]),
+  ];
   return found.length ? found : node.status.addresses;
 }
 
@@ -111,10 +220,18 @@ export function cloudAddresses(gen: Generation, node: Node): Address[] {
  * flannel's annotations at a start of k3s. v1.17 honours a hand-made overwrite; modern k3s writes it itself with
  * --flannel-external-ip and deletes it without.
  */
-export function flannelAnnotations(gen: Generation, have: Record<string, string>, own: { ifaceIp: string; externalIp?: string; useExternal: boolean; backend: Backend; publicKey: string }): Record<string, string | null> {
+export function flannelAnnotations(
+  gen: Generation,
+  have: Record<string, string>,
+  own: { ifaceIp: string; externalIp?: string; useExternal: boolean; backend: Backend; publicKey: string },
+): Record<string, string | null> {
   const wireguard = own.backend.startsWith("wireguard");
   const patch: Record<string, string | null> = {
-    [`${FLANNEL}backend-data`]: !wireguard ? `{"VtepMAC":"00:00:00:00:00:00"}` : gen === "old" ? JSON.stringify(own.publicKey) : JSON.stringify({ PublicKey: own.publicKey, Port: 51820 }),
+    [`${FLANNEL}backend-data`]: !wireguard
+      ? `{"VtepMAC":"00:00:00:00:00:00"}`
+      : gen === "old"
+        ? JSON.stringify(own.publicKey)
+        : JSON.stringify({ PublicKey: own.publicKey, Port: 51820 }),
     [`${FLANNEL}backend-type`]: !wireguard ? own.backend : gen === "old" ? "extension" : "wireguard",
     [`${FLANNEL}kube-subnet-manager`]: "true",
   };
@@ -132,12 +249,17 @@ export type Peer = { key: string; endpoint: string; allowed: string };
 
 /** The peer a node is to the others, by its annotations. */
 export function peer(gen: Generation, node: Node): Peer | undefined {
-  const a = node.metadata.annotations, data = a[`${FLANNEL}backend-data`], ip = a[`${FLANNEL}public-ip`];
+  const a = node.metadata.annotations,
+    data = a[`${FLANNEL}backend-data`],
+    ip = a[`${FLANNEL}public-ip`];
   if (a[`${FLANNEL}kube-subnet-manager`] !== "true" || !data || !ip || !node.spec.podCIDR) return undefined;
   if (a[`${FLANNEL}backend-type`] !== (gen === "old" ? "extension" : "wireguard")) return undefined;
   try {
     const parsed: unknown = JSON.parse(data);
-    const own = typeof parsed === "string" ? { PublicKey: parsed, Port: 51820 } : parsed as { PublicKey: string; Port: number };
+    const own =
+      typeof parsed === "string"
+        ? { PublicKey: parsed, Port: 51820 }
+        : (parsed as { PublicKey: string; Port: number });
     return { key: own.PublicKey, endpoint: `${ip}:${own.Port}`, allowed: node.spec.podCIDR };
   } catch {
     return undefined;
@@ -153,24 +275,39 @@ export function podCidr(cluster: string, taken: string[]): string {
 
 export type User = { name: string; groups: string[] };
 export type Verb = "get" | "list" | "watch" | "create" | "patch" | "update" | "delete";
-export type Ask = { verb: Verb; resource: string; group?: string; name?: string; namespace?: string; subresource?: string; fieldSelector?: string };
+export type Ask = {
+  verb: Verb;
+  resource: string;
+  group?: string;
+  name?: string;
+  namespace?: string;
+  subresource?: string;
+  fieldSelector?: string;
+};
 
 /** Who may do what with nodes and the few other things here. Undefined: yes; else the words of the 403. */
 export function forbidden(gen: Generation, user: User, ask: Ask): string | undefined {
   if (user.groups.includes("system:masters")) return undefined;
   const what = ask.subresource ? `${ask.resource}/${ask.subresource}` : ask.resource;
-  const subject = ask.name ? `${ask.resource} ${JSON.stringify(ask.name)} is forbidden` : `${ask.resource} is forbidden`;
+  const subject = ask.name
+    ? `${ask.resource} ${JSON.stringify(ask.name)} is forbidden`
+    : `${ask.resource} is forbidden`;
   const no = `${subject}: User ${JSON.stringify(user.name)} cannot ${ask.verb} resource ${JSON.stringify(what)} in API group ${JSON.stringify(ask.group ?? "")} ${ask.namespace ? `in the namespace ${JSON.stringify(ask.namespace)}` : "at the cluster scope"}`;
   if (ask.resource !== "nodes") {
     const reads = ["get", "list", "watch"].includes(ask.verb);
-    return user.name === "system:k3s-controller" && ask.resource === "pods" && !ask.group && reads ? undefined : no;
+    return user.name === "system:k3s-controller" && ask.resource === "pods" && !ask.group && reads
+      ? undefined
+      : no;
   }
   if (ask.group) return no;
   if (user.name === "system:k3s-controller") {
     if (gen === "modern" && ask.verb === "patch" && ask.subresource === "status") return undefined;
-    return !ask.subresource && (gen === "old" ? ["get"] : ["get", "list", "watch"]).includes(ask.verb) ? undefined : no;
+    return !ask.subresource && (gen === "old" ? ["get"] : ["get", "list", "watch"]).includes(ask.verb)
+      ? undefined
+      : no;
   }
-  if (user.name === "system:kube-proxy") return !ask.subresource && ["get", "list", "watch"].includes(ask.verb) ? undefined : no;
+  if (user.name === "system:kube-proxy")
+    return !ask.subresource && ["get", "list", "watch"].includes(ask.verb) ? undefined : no;
   if (!user.groups.includes("system:nodes") || !user.name.startsWith("system:node:")) return no;
   const own = user.name.slice("system:node:".length);
   switch (ask.verb) {
@@ -182,7 +319,9 @@ export function forbidden(gen: Generation, user: User, ask: Ask): string | undef
     case "create":
     case "patch":
     case "update":
-      return !ask.name || ask.name === own ? undefined : `${subject}: node ${JSON.stringify(own)} is not allowed to modify node ${JSON.stringify(ask.name)}`;
+      return !ask.name || ask.name === own
+        ? undefined
+        : `${subject}: node ${JSON.stringify(own)} is not allowed to modify node ${JSON.stringify(ask.name)}`;
     default:
       return no;
   }
@@ -190,14 +329,18 @@ export function forbidden(gen: Generation, user: User, ask: Ask): string | undef
 
 /** NodeRestriction: a kubelet may not give its node labels of kubernetes.io other than its own. */
 export function forbiddenLabels(have: Record<string, string>, next: Record<string, string>): string[] {
-  const mine = /^(beta\.)?kubernetes\.io\/(arch|os|hostname|instance-type)$|^(node|kubelet)\.kubernetes\.io\/|^topology\.kubernetes\.io\/|^failure-domain\.beta\.kubernetes\.io\//;
-  return Object.keys({ ...have, ...next }).filter((k) => have[k] !== next[k] && /(^|\.)(kubernetes|k8s)\.io\//.test(k) && !mine.test(k));
+  const mine =
+    /^(beta\.)?kubernetes\.io\/(arch|os|hostname|instance-type)$|^(node|kubelet)\.kubernetes\.io\/|^topology\.kubernetes\.io\/|^failure-domain\.beta\.kubernetes\.io\//;
+  return Object.keys({ ...have, ...next }).filter(
+    (k) => have[k] !== next[k] && /(^|\.)(kubernetes|k8s)\.io\//.test(k) && !mine.test(k),
+  );
 }
 
 /** RFC 7386, which is also what a strategic merge does to maps. */
 export function mergePatch(target: unknown, patch: unknown): unknown {
   if (patch === null || typeof patch !== "object" || Array.isArray(patch)) return patch;
-  const result: Record<string, unknown> = target && typeof target === "object" && !Array.isArray(target) ? { ...target as object } : {};
+  const result: Record<string, unknown> =
+    target && typeof target === "object" && !Array.isArray(target) ? { ...(target as object) } : {};
   for (const [key, value] of Object.entries(patch)) {
     if (value === null) delete result[key];
     else if (value !== undefined) result[key] = mergePatch(result[key], value);

@@ -2,8 +2,9 @@
  * The stand-in for a release's `k3s` binary. It is not k3s: it runs no pods. It answers as k3s was recorded to answer.
  * A box needs `boxFiles` in place and a node binary (24 or later) at /opt/k3s-stand-in/node.
  */
-import { readdirSync } from "node:fs";
+
 import { createHash } from "node:crypto";
+import { readdirSync } from "node:fs";
 import { basename, join } from "node:path";
 
 const HOME = "/opt/k3s-stand-in";
@@ -15,20 +16,24 @@ export function standIn(version: string): string {
 exec ${HOME}/node --no-warnings ${HOME}/k3s.ts '${version}' "$0" "$@"
 exit 126
 `;
-  let text = launcher, seed = version;
+  let seed = version;
   const lines: string[] = [];
-  for (let size = text.length; size < SIZE; size += 66) {
+  for (let size = launcher.length; size < SIZE; size += 66) {
     seed = createHash("sha256").update(seed).digest("hex");
     lines.push(`#${seed}\n`);
   }
-  return text += lines.join("");
+  return launcher + lines.join("");
 }
 
 /** What a box needs beside the node binary: where it lies here, and where it goes. */
 export function boxFiles(): { from: string; to: string }[] {
   const fixtures = join(import.meta.dirname, "..", "fixtures");
   return [
-    ...readdirSync(import.meta.dirname).filter((f) => f.endsWith(".ts")).map((f) => ({ from: join(import.meta.dirname, f), to: `${HOME}/${f}` })),
-    ...readdirSync(fixtures).filter((f) => f.startsWith("k3s-")).map((f) => ({ from: join(fixtures, f), to: `${HOME}/fixtures/${basename(f)}` })),
+    ...readdirSync(import.meta.dirname)
+      .filter((f) => f.endsWith(".ts"))
+      .map((f) => ({ from: join(import.meta.dirname, f), to: `${HOME}/${f}` })),
+    ...readdirSync(fixtures)
+      .filter((f) => f.startsWith("k3s-"))
+      .map((f) => ({ from: join(fixtures, f), to: `${HOME}/fixtures/${basename(f)}` })),
   ];
 }

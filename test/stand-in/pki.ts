@@ -5,20 +5,41 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { type Generation, run } from "./common.ts";
 
-export type Subject = { cn: string; o?: string; dns?: string[]; ips?: string[]; usage: "serverAuth" | "clientAuth" };
+export type Subject = {
+  cn: string;
+  o?: string;
+  dns?: string[];
+  ips?: string[];
+  usage: "serverAuth" | "clientAuth";
+};
 export type Ca = { crt: string; key: string };
 
-const HOUR = 3600_000, DAY = 24 * HOUR;
+const HOUR = 3600_000,
+  DAY = 24 * HOUR;
 
 export function newKey(path: string): void {
-  const { privateKey } = generateKeyPairSync("ec", { namedCurve: "P-256", privateKeyEncoding: { type: "sec1", format: "pem" }, publicKeyEncoding: { type: "spki", format: "pem" } });
+  const { privateKey } = generateKeyPairSync("ec", {
+    namedCurve: "P-256",
+    privateKeyEncoding: { type: "sec1", format: "pem" },
+    publicKeyEncoding: { type: "spki", format: "pem" },
+  });
   writeFileSync(path, privateKey, { mode: 0o600 });
 }
 
 const stamp = (time: number): string => new Date(time).toISOString().replace(/[-:T]|\.\d+/g, "");
 
-function issue(dir: string, key: string, ca: Ca | undefined, subject: string, extensions: string, from: number, to: number): string {
-  writeFileSync(join(dir, "cnf"), `[ca]
+function issue(
+  dir: string,
+  key: string,
+  ca: Ca | undefined,
+  subject: string,
+  extensions: string,
+  from: number,
+  to: number,
+): string {
+  writeFileSync(
+    join(dir, "cnf"),
+    `[ca]
 default_ca=d
 [d]
 database=${dir}/db
@@ -36,12 +57,31 @@ distinguished_name=n
 [n]
 [e]
 ${extensions}
-`);
+`,
+  );
   writeFileSync(join(dir, "db"), "");
-  const cnf = join(dir, "cnf"), csr = join(dir, "csr"), out = join(dir, "crt");
+  const cnf = join(dir, "cnf"),
+    csr = join(dir, "csr"),
+    out = join(dir, "crt");
   run("openssl", "req", "-new", "-config", cnf, "-key", key, "-subj", subject, "-out", csr);
-  run("openssl", "ca", "-batch", "-notext", "-config", cnf, "-in", csr, "-out", out, "-startdate", stamp(from), "-enddate", stamp(to), "-rand_serial",
-    ...(ca ? ["-cert", ca.crt, "-keyfile", ca.key] : ["-selfsign", "-keyfile", key]));
+  run(
+    "openssl",
+    "ca",
+    "-batch",
+    "-notext",
+    "-config",
+    cnf,
+    "-in",
+    csr,
+    "-out",
+    out,
+    "-startdate",
+    stamp(from),
+    "-enddate",
+    stamp(to),
+    "-rand_serial",
+    ...(ca ? ["-cert", ca.crt, "-keyfile", ca.key] : ["-selfsign", "-keyfile", key]),
+  );
   return readFileSync(out, "utf8");
 }
 
@@ -58,8 +98,17 @@ function inScratch<T>(work: (dir: string) => T): T {
 export function makeCa(gen: Generation, ca: Ca, name: string, now = Date.now()): void {
   newKey(ca.key);
   const from = gen === "modern" ? now - HOUR : now;
-  const text = inScratch((dir) => issue(dir, ca.key, undefined, `/CN=${name}@${Math.floor(now / 1000)}`,
-    "keyUsage=critical,digitalSignature,keyEncipherment,keyCertSign\nbasicConstraints=critical,CA:TRUE\nsubjectKeyIdentifier=hash", from, from + 3650 * DAY));
+  const text = inScratch((dir) =>
+    issue(
+      dir,
+      ca.key,
+      undefined,
+      `/CN=${name}@${Math.floor(now / 1000)}`,
+      "keyUsage=critical,digitalSignature,keyEncipherment,keyCertSign\nbasicConstraints=critical,CA:TRUE\nsubjectKeyIdentifier=hash",
+      from,
+      from + 3650 * DAY,
+    ),
+  );
   writeFileSync(ca.crt, text, { mode: 0o644 });
   chmodSync(ca.crt, 0o644);
 }
@@ -67,13 +116,26 @@ export function makeCa(gen: Generation, ca: Ca, name: string, now = Date.now()):
 /** Signs for the key at `key`. v1.17's certificates begin when their CA does. */
 export function sign(gen: Generation, ca: Ca, key: string, s: Subject): string {
   const now = Date.now();
-  const from = gen === "modern" ? now - HOUR : Date.parse(new X509Certificate(readFileSync(ca.crt)).validFrom);
+  const from =
+    gen === "modern" ? now - HOUR : Date.parse(new X509Certificate(readFileSync(ca.crt)).validFrom);
   const names = [...(s.dns ?? []).map((n) => `DNS:${n}`), ...(s.ips ?? []).map((n) => `IP:${n}`)];
-  return inScratch((dir) => issue(dir, key, ca, `${s.o ? `/O=${s.o}` : ""}/CN=${s.cn}`,
-    `keyUsage=critical,digitalSignature,keyEncipherment\nextendedKeyUsage=${s.usage}\nauthorityKeyIdentifier=keyid\n${names.length ? `subjectAltName=${names.join(",")}` : ""}`, from, now + 365 * DAY));
+  return inScratch((dir) =>
+    issue(
+      dir,
+      key,
+      ca,
+      `${s.o ? `/O=${s.o}` : ""}/CN=${s.cn}`,
+      `keyUsage=critical,digitalSignature,keyEncipherment\nextendedKeyUsage=${s.usage}\nauthorityKeyIdentifier=keyid\n${names.length ? `subjectAltName=${names.join(",")}` : ""}`,
+      from,
+      now + 365 * DAY,
+    ),
+  );
 }
 
 export function splitPem(text: string): { certs: string; key: string } {
-  const blocks = text.match(/-----BEGIN [^-]+-----[^]*?-----END [^-]+-----\n/g) ?? [];
-  return { certs: blocks.filter((b) => !b.includes("PRIVATE KEY")).join(""), key: blocks.filter((b) => b.includes("PRIVATE KEY")).join("") };
+  const blocks = text.match(/-----BEGIN [^-]+-----[\s\S]*?-----END [^-]+-----\n/g) ?? [];
+  return {
+    certs: blocks.filter((b) => !b.includes("PRIVATE KEY")).join(""),
+    key: blocks.filter((b) => b.includes("PRIVATE KEY")).join(""),
+  };
 }

@@ -2,20 +2,30 @@
 import type { Generation } from "./common.ts";
 
 export const NO_ROUTE = `no default routes found in "/proc/net/route" or "/proc/net/ipv6_route"`;
-export const FORMAT: Record<Generation, string> = { old: "token credentials are the wrong format", modern: "invalid token format" };
+export const FORMAT: Record<Generation, string> = {
+  old: "token credentials are the wrong format",
+  modern: "invalid token format",
+};
 
 export const scheme = (url: string): string => `only https:// URLs are supported, invalid scheme: ${url}`;
-export const reset = (port: number, host: string): string => `read tcp 127.0.0.1:${port}->${host}: read: connection reset by peer`;
+export const reset = (port: number, host: string): string =>
+  `read tcp 127.0.0.1:${port}->${host}: read: connection reset by peer`;
 export const got = (url: string, why: string): string => `Get ${JSON.stringify(url)}: ${why}`;
 
 /** Before an agent trusts the server. `url` is its own load balancer's, `server` the one it was given. */
-export const connecting = (gen: Generation, server: string, why: string): string => (gen === "old" ? why : `Failed to validate connection to cluster at ${server}: ${why}`);
-export const noCa = (gen: Generation, url: string, why: string): string => (gen === "old" ? `failed to get CA certs at ${url}: ${why}` : `failed to get CA certs: ${why}`);
-export const wrongCa = (gen: Generation, have: string, is: string): string => (gen === "old" ? `token does not match the server ${have} != ${is}` : `token CA hash does not match the Cluster CA certificate hash: ${have} != ${is}`);
+export const connecting = (gen: Generation, server: string, why: string): string =>
+  gen === "old" ? why : `Failed to validate connection to cluster at ${server}: ${why}`;
+export const noCa = (gen: Generation, url: string, why: string): string =>
+  gen === "old" ? `failed to get CA certs at ${url}: ${why}` : `failed to get CA certs: ${why}`;
+export const wrongCa = (gen: Generation, have: string, is: string): string =>
+  gen === "old"
+    ? `token does not match the server ${have} != ${is}`
+    : `token CA hash does not match the Cluster CA certificate hash: ${have} != ${is}`;
 export const unauthorized = (url: string): string => `token is not valid: ${url}/apis: 401 Unauthorized`;
 
 /** After that, until it has its configuration. */
-export const waiting = (gen: Generation, why: string): string => (gen === "old" ? why : `Waiting to retrieve agent configuration; server is not ready: ${why}`);
+export const waiting = (gen: Generation, why: string): string =>
+  gen === "old" ? why : `Waiting to retrieve agent configuration; server is not ready: ${why}`;
 export const noConfig = (why: string): string => `failed to retrieve configuration from server: ${why}`;
 export const rejected = (gen: Generation, certificate: string): string =>
   `${gen === "old" ? "" : `${certificate}: `}Node password rejected, duplicate hostname or contents of '/etc/rancher/node/password' may not match server node-passwd entry, try enabling a unique node name with the --with-node-id flag`;
@@ -25,6 +35,9 @@ export const ending = (gen: Generation, why: string): string => (gen === "old" ?
 export const asksShutdown = (why: string): string => `Shutdown request received: ${JSON.stringify(why)}`;
 export const portTaken = (gen: Generation, address: string, why: string): string =>
   `${gen === "old" ? "starting kubernetes: preparing server: start cluster and https" : "preparing server: failed to start supervisor listener"}: listen tcp ${address}: bind: ${why}`;
-export const otherToken = "preparing server: failed to bootstrap cluster data: bootstrap data already found and encrypted with different token";
-export const unknownBackend = (gen: Generation, backend: string): string => `${gen === "old" ? "" : "failed to start networking: "}Cannot configure unknown flannel backend '${backend}'`;
-export const noWireguard = "failed to register flannel network: could not create wireguard interface: operation not supported";
+export const otherToken =
+  "preparing server: failed to bootstrap cluster data: bootstrap data already found and encrypted with different token";
+export const unknownBackend = (gen: Generation, backend: string): string =>
+  `${gen === "old" ? "" : "failed to start networking: "}Cannot configure unknown flannel backend '${backend}'`;
+export const noWireguard =
+  "failed to register flannel network: could not create wireguard interface: operation not supported";

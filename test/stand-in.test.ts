@@ -1,0 +1,888 @@
+// Holds the stand-in against what real k3s was recorded to say and do: test/fixtures/k3s-*.
+import assert from "node:assert/strict";
+import { spawn, spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
+import {
+  lstatSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  readlinkSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import { parseToken } from "./stand-in/agent.ts";
+import {
+  defaultInterface,
+  fixture,
+  type Generation,
+  generation,
+  logLine,
+  versionText,
+} from "./stand-in/common.ts";
+import { flagTable, incorrectUsage, nodeArgs, parseFlags } from "./stand-in/flags.ts";
+import { age, parse as parseKubectl, table } from "./stand-in/kubectl.ts";
+import { deployPass, packaged, readDeployment, settings } from "./stand-in/metrics.ts";
+import {
+  type Ask,
+  addressMarks,
+  cloudAddresses,
+  type Facts,
+  flannelAnnotations,
+  flannelCondition,
+  forbidden,
+  forbiddenLabels,
+  kubeletConditions,
+  type Machine,
+  mergePatch,
+  metricsAddress,
+  type Node,
+  newNode,
+  OVERWRITE,
+  peer,
+  podCidr,
+  type User,
+} from "./stand-in/nodes.ts";
+import { boxFiles, standIn } from "./stand-in/pack.ts";
+import { passwordOf, servingNames } from "./stand-in/server.ts";
+import * as words from "./stand-in/words.ts";
+
+const VERSION: Record<Generation, string> = { old: "v1.17.6+k3s1", modern: "v1.36.3+k3s1" };
+const generations: Generation[] = ["old", "modern"];
+const recorded = (gen: Generation): Node =>
+  (JSON.parse(fixture(gen === "old" ? "k3s-node-v1.17.6.json" : "k3s-node-v1.36.3.json")) as { node: Node })
+    .node;
+const machine: Machine = {
+  architecture: "amd64",
+  bootID: "b",
+  kernelVersion: "6.1.0",
+  machineID: "m",
+  osImage: "Debian GNU/Linux 12 (bookworm)",
+  cpus: 2,
+  memoryKi: 2000000,
+};
+const facts: Facts = {
+  name: "b1",
+  nodeIp: "192.168.0.11",
+  nodeIpGiven: false,
+  nodeIpMissing: false,
+  externalIp: "198.51.101.11",
+  args: "[]",
+  env: "{}",
+};
+
+describe("versions", () => {
+  for (const [version, gen] of [
+    ["v1.17.6+k3s1", "old"],
+    ["v1.22.17+k3s1", "old"],
+    ["v1.26.0+k3s1", "modern"],
+    ["v1.36.2+k3s1", "modern"],
+  ] as const) {
+    test(`${version} is ${gen}`, () => assert.equal(generation(version), gen));
+  }
+  for (const version of ["v1.16.1", "v1.24.4+k3s1", "latest", ""])
+    test(`refuses "${version}"`, () => assert.throws(() => generation(version)));
+  test("says its version as recorded", () => {
+    assert.equal(versionText("v1.17.6+k3s1"), "k3s version v1.17.6+k3s1 (bd7fb4b0)\n");
+    assert.equal(versionText("v1.36.3+k3s1"), "k3s version v1.36.3+k3s1 (66a14f0e)\ngo version go1.26.8\n");
+  });
+});
+
+describe("flags", () => {
+  const counts: [Generation, string, number][] = [
+    ["old", "server", 54],
+    ["old", "agent", 22],
+    ["modern", "server", 112],
+    ["modern", "agent", 44],
+  ];
+  for (const [gen, command, least] of counts) {
+    test(`${gen} ${command}: every line of the help is a flag`, () => {
+      const lines = fixture(`k3s-${command}-help-${gen === "old" ? "v1.17.6" : "v1.36.3"}.txt`)
+        .split("\n")
+        .filter((l) => /^ {3}-/.test(l));
+      const names = flagTable(gen, command).flatMap((f) => f.names);
+      for (const line of lines) assert.ok(names.includes(/^ {3}-+([a-z0-9-]+)/.exec(line)![1]), line);
+      assert.ok(lines.length >= least, `${lines.length} flags`);
+    });
+  }
+  const has = (gen: Generation, command: string, name: string): boolean =>
+    flagTable(gen, command).some((f) => f.names.includes(name));
+  test("knows what only one generation has", () => {
+    assert.ok(has("old", "server", "no-deploy") && !has("modern", "server", "no-deploy"));
+    assert.ok(
+      has("modern", "server", "flannel-external-ip") &&
+        !has("modern", "agent", "flannel-external-ip") &&
+        !has("old", "server", "flannel-external-ip"),
+    );
+  });
+
+  const values = (gen: Generation, command: string, args: string[], env = {}): unknown => {
+    const parsed = parseFlags(gen, command, args, env);
+    return "error" in parsed ? parsed.error : parsed.values;
+  };
+  const cases: {
+    name: string;
+    gen: Generation;
+    args: string[];
+    env?: Record<string, string>;
+    want: unknown;
+  }[] = [
+    { name: "value as the next word", gen: "old", args: ["--tls-san", "x"], want: { "tls-san": ["x"] } },
+    {
+      name: "value by =",
+      gen: "modern",
+      args: ["--tls-san=x", "--tls-san", "y"],
+      want: { "tls-san": ["x", "y"] },
+    },
+    { name: "one dash is as good as two", gen: "old", args: ["-tls-san=x"], want: { "tls-san": ["x"] } },
+    {
+      name: "short names",
+      gen: "modern",
+      args: ["-t", "secret", "-i", "1.2.3.4"],
+      want: { token: ["secret"], "node-ip": ["1.2.3.4"] },
+    },
+    {
+      name: "booleans take no next word",
+      gen: "modern",
+      args: ["--flannel-external-ip"],
+      want: { "flannel-external-ip": ["true"] },
+    },
+    {
+      name: "boolean by =",
+      gen: "modern",
+      args: ["--flannel-external-ip=false"],
+      want: { "flannel-external-ip": [""] },
+    },
+    {
+      name: "a strange boolean",
+      gen: "modern",
+      args: ["--flannel-external-ip=maybe"],
+      want: `invalid boolean value "maybe" for -flannel-external-ip: parse error`,
+    },
+    { name: "unknown", gen: "old", args: ["--nonsense"], want: "flag provided but not defined: -nonsense" },
+    {
+      name: "--no-deploy today",
+      gen: "modern",
+      args: ["--no-deploy", "servicelb"],
+      want: "flag provided but not defined: -no-deploy",
+    },
+    { name: "a missing value", gen: "old", args: ["--tls-san"], want: "flag needs an argument: -tls-san" },
+    {
+      name: "v1.17 drops a stray word and reads on",
+      gen: "old",
+      args: ["--kube-proxy-arg", "proxy-mode=ipvs", "masquerade-all=true", "--kube-proxy-arg", "b=c"],
+      want: { "kube-proxy-arg": ["proxy-mode=ipvs", "b=c"] },
+    },
+    {
+      name: "modern k3s reads nothing after a stray word",
+      gen: "modern",
+      args: ["--kube-proxy-arg", "proxy-mode=ipvs", "masquerade-all=true", "--tls-san", "x"],
+      want: { "kube-proxy-arg": ["proxy-mode=ipvs"] },
+    },
+    {
+      name: "environment",
+      gen: "modern",
+      args: [],
+      env: { K3S_URL: "https://a:6443", K3S_TOKEN: "t", K3S_NODE_NAME: "n", HOME: "/" },
+      want: { server: ["https://a:6443"], token: ["t"], "node-name": ["n"] },
+    },
+    {
+      name: "a flag wins over the environment",
+      gen: "old",
+      args: ["--token", "a"],
+      env: { K3S_TOKEN: "b" },
+      want: { token: ["a"] },
+    },
+  ];
+  for (const { name, gen, args, env, want } of cases)
+    test(`${gen}: ${name}`, () => assert.deepEqual(values(gen, "server", args, env), want));
+
+  test("a wrong flag shows the help", () => {
+    for (const gen of generations) {
+      const text = incorrectUsage(gen, "agent", "flag provided but not defined: -x");
+      assert.match(
+        text,
+        /^Incorrect Usage: flag provided but not defined: -x\n\nNAME:\n {3}k3s agent - Run node agent\n/,
+      );
+      assert.equal(/COMMANDS:\n {3}help, h/.test(text), gen === "modern");
+    }
+  });
+  test("node-args are cut at = and masked", () => {
+    assert.equal(
+      nodeArgs(["agent", "--node-ip=1.2.3.4", "--token", "secret", "--kube-proxy-arg", "proxy-mode=ipvs"]),
+      `["agent","--node-ip","1.2.3.4","--token","********","--kube-proxy-arg","proxy-mode","ipvs"]`,
+    );
+  });
+});
+
+describe("words", () => {
+  const hash = "0".repeat(64);
+  const lines = Object.fromEntries(
+    fixture("k3s-messages.txt")
+      .trim()
+      .split("\n")
+      .map((l) => l.split("\t"))
+      .map(([gen, what, line]) => [`${gen} ${what}`, line]),
+  );
+  const says: Record<string, [string, string]> = {
+    "old wrong password": ["error", words.unauthorized("https://127.0.0.1:36007")],
+    "old wrong CA hash": [
+      "error",
+      words.wrongCa("old", hash, "ecf69351c0d915d89f6fc79f180da4b817f83ef81436dd25a8c7d297ab0b63cf"),
+    ],
+    "old unreachable": [
+      "error",
+      words.noCa(
+        "old",
+        "https://127.0.0.1:41835/cacerts",
+        words.got("https://127.0.0.1:41835/cacerts", words.reset(54054, "127.0.0.1:41835")),
+      ),
+    ],
+    "old hostname taken": ["error", words.waiting("old", words.rejected("old", ""))],
+    "old http URL": ["error", words.connecting("old", "", words.scheme("http://127.0.0.1:38287"))],
+    "old no token": ["fatal", words.ending("old", "--token is required")],
+    "old started twice": [
+      "fatal",
+      words.ending("old", words.portTaken("old", ":6443", "address already in use")),
+    ],
+    "old wrong backend": ["fatal", words.unknownBackend("old", "wireguard-native")],
+    "old unknown flag": ["fatal", words.ending("old", "flag provided but not defined: -nonsense")],
+    "modern wrong password": ["info", words.waiting("modern", words.noConfig("not authorized"))],
+    "modern wrong CA hash": [
+      "error",
+      words.connecting(
+        "modern",
+        "https://198.51.100.21:6443",
+        words.wrongCa("modern", hash, "db875ee8f10869e800d4427e920663f5a79e67d0c5ce87d079ea1379e0b48b69"),
+      ),
+    ],
+    "modern unreachable": [
+      "error",
+      words.connecting(
+        "modern",
+        "https://198.51.100.99:6443",
+        words.noCa(
+          "modern",
+          "",
+          words.got("https://127.0.0.1:6444/cacerts", words.reset(40134, "127.0.0.1:6444")),
+        ),
+      ),
+    ],
+    "modern hostname taken": [
+      "info",
+      words.waiting("modern", words.rejected("modern", "/var/lib/rancher/k3s/agent/serving-kubelet.crt")),
+    ],
+    "modern http URL": [
+      "error",
+      words.connecting("modern", "http://192.168.0.12:6443", words.scheme("http://127.0.0.1:6444")),
+    ],
+    "modern no token": ["fatal", words.ending("modern", "--token is required")],
+    "modern malformed token": [
+      "error",
+      words.connecting("modern", "https://192.168.0.12:6443", words.FORMAT.modern),
+    ],
+    "modern no default route": [
+      "fatal",
+      words.ending("modern", `failed to get node name and addresses: ${words.NO_ROUTE}`),
+    ],
+    "modern another token": ["fatal", words.ending("modern", words.otherToken)],
+    "modern wrong backend": ["error", words.asksShutdown(words.unknownBackend("modern", "wireguard"))],
+    "modern no WireGuard": ["error", words.asksShutdown(`flannel exited: ${words.noWireguard}`)],
+    "modern unknown flag": ["fatal", words.ending("modern", "flag provided but not defined: -not-a-flag")],
+  };
+  test("every recorded line is held", () =>
+    assert.deepEqual(Object.keys(says).sort(), Object.keys(lines).sort()));
+  for (const [what, [level, message]] of Object.entries(says)) {
+    test(what, () =>
+      assert.equal(
+        logLine(level, message)
+          .replace(/^time="[^"]+" /, "")
+          .trimEnd(),
+        lines[what],
+      ),
+    );
+  }
+  test("a single word is not quoted", () =>
+    assert.match(logLine("fatal", "Interrupted"), /msg=Interrupted\n$/));
+});
+
+describe("tokens", () => {
+  const ca = "a".repeat(64);
+  for (const gen of generations) {
+    test(`${gen}: full and bare`, () => {
+      assert.deepEqual(parseToken(gen, `K10${ca}::server:pass:word`), {
+        caHash: ca,
+        user: "server",
+        password: "pass:word",
+      });
+      assert.equal(parseToken(gen, "password").password, "password");
+      assert.equal(parseToken(gen, "password").caHash, "");
+    });
+    test(`${gen}: malformed`, () =>
+      assert.throws(() => parseToken(gen, "K10zz"), { message: words.FORMAT[gen] }));
+  }
+  test("the password in any form", () => {
+    for (const token of [`K10${ca}::server:pw`, "server:pw"]) assert.equal(passwordOf(token), "pw");
+    assert.equal(passwordOf("pw\n"), "pw");
+  });
+});
+
+describe("nodes", () => {
+  const keys = (o: object): string[] => Object.keys(o).sort();
+  for (const gen of generations) {
+    test(`${gen}: shaped as recorded`, () => {
+      const real = recorded(gen),
+        node = newNode(gen, VERSION[gen], facts, machine);
+      const marks = addressMarks(gen, facts);
+      Object.assign(
+        node.metadata.annotations,
+        marks.annotations,
+        flannelAnnotations(gen, gen === "old" ? { [OVERWRITE]: "198.51.101.11" } : {}, {
+          ifaceIp: "192.168.0.11",
+          externalIp: facts.externalIp,
+          useExternal: true,
+          backend: gen === "old" ? "wireguard" : "wireguard-native",
+          publicKey: "key=",
+        }),
+      );
+      if (gen === "old") node.metadata.annotations[OVERWRITE] = "198.51.101.11";
+      Object.assign(node.metadata.labels, marks.labels);
+      node.status.addresses = cloudAddresses(gen, node);
+      const noise = ["k3s.io/node-config-hash", "node-role.kubernetes.io/control-plane"];
+      const known = (o: object): string[] => keys(o).filter((k) => !noise.includes(k));
+      assert.deepEqual(known(node.metadata.annotations), known(real.metadata.annotations));
+      assert.deepEqual(known(node.metadata.labels), known(real.metadata.labels));
+      assert.deepEqual(keys(node.spec), keys(real.spec));
+      assert.deepEqual(keys(node.status.nodeInfo as object), keys(real.status.nodeInfo as object));
+      assert.deepEqual(keys(node.status.capacity as object), keys(real.status.capacity as object));
+      assert.deepEqual(
+        node.status.addresses.map((a) => a.type),
+        real.status.addresses.map((a) => a.type),
+      );
+      const conditions = [...(gen === "old" ? [flannelCondition()] : []), ...kubeletConditions(true)];
+      const still = (c: object): object => ({ ...c, lastHeartbeatTime: "", lastTransitionTime: "" });
+      assert.deepEqual(conditions.map(still), real.status.conditions.map(still));
+      for (const key of keys(node.status)) assert.ok(key in real.status, key);
+      for (const name of ["backend-type", "kube-subnet-manager"].map((n) => `flannel.alpha.coreos.com/${n}`))
+        assert.equal(node.metadata.annotations[name], real.metadata.annotations[name]);
+    });
+    test(`${gen}: the recorded node is a peer`, () => {
+      const real = recorded(gen),
+        found = peer(gen, real)!;
+      assert.equal(
+        found.endpoint,
+        `${real.metadata.annotations["flannel.alpha.coreos.com/public-ip"]}:51820`,
+      );
+      assert.equal(found.allowed, real.spec.podCIDR);
+      assert.match(found.key, /^[A-Za-z0-9+/]{43}=$/);
+      assert.equal(peer(gen === "old" ? "modern" : "old", real), undefined);
+    });
+  }
+
+  const own = { ifaceIp: "192.168.0.11", externalIp: "198.51.100.11", publicKey: "k=" };
+  const publicIp = "flannel.alpha.coreos.com/public-ip";
+  const rules: {
+    name: string;
+    gen: Generation;
+    have: Record<string, string>;
+    useExternal: boolean;
+    ip: string;
+    overwrite: string | null | undefined;
+  }[] = [
+    {
+      name: "v1.17 takes the interface's address",
+      gen: "old",
+      have: {},
+      useExternal: false,
+      ip: "192.168.0.11",
+      overwrite: undefined,
+    },
+    {
+      name: "v1.17 honours an overwrite",
+      gen: "old",
+      have: { [OVERWRITE]: "198.51.100.9" },
+      useExternal: false,
+      ip: "198.51.100.9",
+      overwrite: undefined,
+    },
+    {
+      name: "modern k3s writes the overwrite itself",
+      gen: "modern",
+      have: {},
+      useExternal: true,
+      ip: "198.51.100.11",
+      overwrite: "198.51.100.11",
+    },
+    {
+      name: "modern k3s corrects a hand-made overwrite",
+      gen: "modern",
+      have: { [OVERWRITE]: "1.2.3.4" },
+      useExternal: true,
+      ip: "198.51.100.11",
+      overwrite: "198.51.100.11",
+    },
+    {
+      name: "modern k3s deletes it without the flag",
+      gen: "modern",
+      have: { [OVERWRITE]: "198.51.100.11" },
+      useExternal: false,
+      ip: "192.168.0.11",
+      overwrite: null,
+    },
+    {
+      name: "modern k3s leaves none alone",
+      gen: "modern",
+      have: {},
+      useExternal: false,
+      ip: "192.168.0.11",
+      overwrite: undefined,
+    },
+  ];
+  for (const { name, gen, have, useExternal, ip, overwrite } of rules) {
+    test(name, () => {
+      const patch = flannelAnnotations(gen, have, {
+        ...own,
+        useExternal,
+        backend: gen === "old" ? "wireguard" : "wireguard-native",
+      });
+      assert.equal(patch[publicIp], ip);
+      assert.equal(patch[OVERWRITE], overwrite);
+    });
+  }
+
+  test("v1.17 with --node-ip on no interface registers without addresses", () => {
+    assert.deepEqual(
+      newNode("old", VERSION.old, { ...facts, nodeIpMissing: true }, machine).status.addresses,
+      [],
+    );
+    assert.equal(newNode("old", VERSION.old, facts, machine).status.addresses[0].address, "192.168.0.11");
+  });
+  test("pod networks are the lowest free", () => {
+    assert.equal(podCidr("10.42.0.0/16", []), "10.42.0.0/24");
+    assert.equal(podCidr("10.42.0.0/16", ["10.42.0.0/24", "10.42.2.0/24"]), "10.42.1.0/24");
+  });
+  test("merge patches", () => {
+    assert.deepEqual(mergePatch({ a: { b: "1", c: "2" }, d: 1 }, { a: { b: null, e: "3" }, d: undefined }), {
+      a: { c: "2", e: "3" },
+      d: 1,
+    });
+  });
+  test("the names on the API's certificate", () => {
+    const old = servingNames("old", { "node-external-ip": ["198.51.100.11"] }, "a1", "192.168.0.11");
+    assert.deepEqual(old, {
+      dns: ["kubernetes", "kubernetes.default", "kubernetes.default.svc.cluster.local", "localhost"],
+      ips: ["10.43.0.1", "127.0.0.1", "192.168.0.11", "198.51.100.11"],
+    });
+    const modern = servingNames("modern", { "node-external-ip": ["198.51.100.21"] }, "a1", "192.168.0.11");
+    assert.deepEqual(modern.dns, [
+      "a1",
+      "kubernetes",
+      "kubernetes.default",
+      "kubernetes.default.svc",
+      "kubernetes.default.svc.cluster.local",
+      "localhost",
+    ]);
+    assert.deepEqual(modern.ips, ["10.43.0.1", "127.0.0.1", "192.168.0.11", "198.51.100.21", "::1"]);
+  });
+  test("the default route's interface", () => {
+    const routes =
+      "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\nwlan0\t00000000\t0100A8C0\t0003\t0\t0\t600\t00000000\neth0\t00000000\t0100A8C0\t0003\t0\t0\t100\t00000000\neth0\t0000A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\n";
+    assert.equal(defaultInterface(routes), "eth0");
+    assert.equal(defaultInterface(routes.split("\n")[0]), undefined);
+  });
+});
+
+describe("who may do what", () => {
+  const kubelet: User = { name: "system:node:b1", groups: ["system:nodes"] };
+  const controller: User = { name: "system:k3s-controller", groups: [] };
+  const admin: User = { name: "system:admin", groups: ["system:masters"] };
+  const joiner: User = { name: "node", groups: ["k3s:agent"] };
+  const nodes = (verb: Ask["verb"], name?: string, subresource?: string): Ask => ({
+    verb,
+    resource: "nodes",
+    name,
+    subresource,
+  });
+  const cases: [string, User, Ask, Record<Generation, boolean>][] = [
+    ["a kubelet lists nodes", kubelet, nodes("list"), { old: true, modern: false }],
+    [
+      "a kubelet lists itself",
+      kubelet,
+      { ...nodes("list"), fieldSelector: "metadata.name=b1" },
+      { old: true, modern: true },
+    ],
+    ["a kubelet reads itself", kubelet, nodes("get", "b1"), { old: true, modern: true }],
+    ["a kubelet reads another", kubelet, nodes("get", "a1"), { old: true, modern: false }],
+    ["a kubelet changes itself", kubelet, nodes("patch", "b1"), { old: true, modern: true }],
+    ["a kubelet changes another", kubelet, nodes("patch", "a1"), { old: false, modern: false }],
+    ["a kubelet deletes itself", kubelet, nodes("delete", "b1"), { old: false, modern: false }],
+    [
+      "a kubelet reads deployments",
+      kubelet,
+      { verb: "list", resource: "deployments", group: "apps" },
+      { old: false, modern: false },
+    ],
+    ["k3s-controller lists nodes", controller, nodes("list"), { old: false, modern: true }],
+    ["k3s-controller reads a node", controller, nodes("get", "a1"), { old: true, modern: true }],
+    ["k3s-controller changes a node", controller, nodes("patch", "a1"), { old: false, modern: false }],
+    [
+      "k3s-controller changes a status",
+      controller,
+      nodes("patch", "a1", "status"),
+      { old: false, modern: true },
+    ],
+    ["the token's user lists nodes", joiner, nodes("list"), { old: false, modern: false }],
+    ["the admin deletes a node", admin, nodes("delete", "a1"), { old: true, modern: true }],
+  ];
+  for (const [name, user, ask, may] of cases) {
+    for (const gen of generations)
+      test(`${gen}: ${name}: ${may[gen] ? "yes" : "no"}`, () =>
+        assert.equal(forbidden(gen, user, ask) === undefined, may[gen]));
+  }
+  test("a kubelet may not give itself a role", () => {
+    assert.deepEqual(
+      forbiddenLabels(
+        { "kubernetes.io/os": "linux" },
+        {
+          "kubernetes.io/os": "linux",
+          "node-role.kubernetes.io/master": "true",
+          "k3s.io/internal-ip": "1.2.3.4",
+        },
+      ),
+      ["node-role.kubernetes.io/master"],
+    );
+  });
+});
+
+describe("metrics-server", () => {
+  const addresses = [
+    { type: "InternalIP", address: "192.168.0.11" },
+    { type: "ExternalIP", address: "198.51.100.11" },
+    { type: "Hostname", address: "a1" },
+  ];
+  const defaults: [Generation, boolean, string][] = [
+    ["old", false, "a1"],
+    ["modern", false, "192.168.0.11"],
+    ["modern", true, "198.51.100.11"],
+  ];
+  for (const [gen, external, want] of defaults) {
+    test(`${gen}${external ? " with --flannel-external-ip" : ""} asks ${want}`, () => {
+      const s = settings(readDeployment(packaged(gen, external))!);
+      assert.equal(s.insecure, false);
+      assert.equal(metricsAddress(s.types, addresses)!.address, want);
+    });
+  }
+  test("no type that the node has", () =>
+    assert.equal(metricsAddress(["ExternalDNS"], addresses), undefined));
+  test("reads command and args in every form", () => {
+    const own = packaged("old", false).replace(
+      "        volumeMounts:",
+      `        command:\n          - /metrics-server\n          - "--kubelet-insecure-tls"  # why\n        args: ["--v=2", --kubelet-preferred-address-types=ExternalIP]\n        volumeMounts:`,
+    );
+    const found = readDeployment(own)!;
+    assert.deepEqual(found.args, [
+      "/metrics-server",
+      "--kubelet-insecure-tls",
+      "--v=2",
+      "--kubelet-preferred-address-types=ExternalIP",
+    ]);
+    assert.deepEqual(settings(found), { types: ["ExternalIP"], insecure: true });
+    const json = {
+      kind: "Deployment",
+      metadata: { name: "metrics-server", namespace: "kube-system" },
+      spec: {
+        template: { spec: { containers: [{ image: "x:v0.9.0", args: ["--kubelet-insecure-tls=false"] }] } },
+      },
+    };
+    assert.equal(settings(readDeployment(JSON.stringify(json))!).insecure, false);
+  });
+  test("another namespace's or name's deployment is not it", () => {
+    assert.equal(
+      readDeployment(packaged("old", false).replace("namespace: kube-system", "namespace: default")),
+      undefined,
+    );
+    assert.equal(
+      readDeployment(packaged("old", false).replace("  name: metrics-server\n", "  name: other\n")),
+      undefined,
+    );
+  });
+  test("v0.3 does not know a flag of v0.4", () => {
+    assert.match(
+      settings({ image: "rancher/metrics-server:v0.3.6", args: ["--kubelet-use-node-status-port"] }).error!,
+      /unknown flag/,
+    );
+    assert.equal(
+      settings({ image: "rancher/metrics-server:v0.9.0", args: ["--kubelet-use-node-status-port"] }).error,
+      undefined,
+    );
+  });
+
+  const inFolder = (work: (dir: string, write: (path: string, text: string) => void) => void): void => {
+    const dir = mkdtempSync(join(tmpdir(), "stand-in-test-"));
+    mkdirSync(join(dir, "metrics-server"));
+    const write = (path: string, text: string): void => writeFileSync(join(dir, path), text);
+    write("metrics-server/metrics-server-deployment.yaml", packaged("old", false));
+    try {
+      work(dir, write);
+    } finally {
+      rmSync(dir, { recursive: true });
+    }
+  };
+  const mine = packaged("old", false).replace("v0.3.6", "v0.3.7");
+  test("the packaged manifest is in force", () =>
+    inFolder((dir) => assert.match(deployPass(dir, new Set(), null)!.image, /v0\.3\.6/)));
+  test("a skipped manifest is not applied, what it made stays", () =>
+    inFolder((dir, write) => {
+      write("metrics-server/metrics-server-deployment.yaml.skip", "");
+      assert.equal(deployPass(dir, new Set(), null), null);
+      assert.deepEqual(deployPass(dir, new Set(), { image: "before", args: [] }), {
+        image: "before",
+        args: [],
+      });
+      write("own.yaml", mine);
+      assert.match(deployPass(dir, new Set(), null)!.image, /v0\.3\.7/);
+    }));
+  test("a disabled one is deleted, one's own beside it counts", () =>
+    inFolder((dir, write) => {
+      write("own.yaml", mine);
+      assert.match(deployPass(dir, new Set(["metrics-server"]), null)!.image, /v0\.3\.7/);
+      assert.throws(() => statSync(join(dir, "metrics-server/metrics-server-deployment.yaml")));
+    }));
+  test("one's own file of a disabled name is deleted too", () =>
+    inFolder((dir, write) => {
+      write("metrics-server.yaml", mine);
+      assert.equal(deployPass(dir, new Set(["metrics-server"]), { image: "before", args: [] }), null);
+      assert.throws(() => statSync(join(dir, "metrics-server.yaml")));
+    }));
+});
+
+describe("kubectl", () => {
+  const ages: [number, string][] = [
+    [0, "0s"],
+    [87, "87s"],
+    [119, "119s"],
+    [164, "2m44s"],
+    [548, "9m8s"],
+    [600, "10m"],
+    [10799, "179m"],
+    [10800, "3h"],
+    [36000, "10h"],
+    [200000, "2d"],
+  ];
+  for (const [seconds, want] of ages)
+    test(`${seconds} s is ${want}`, () => assert.equal(age(seconds * 1000), want));
+  test("columns", () =>
+    assert.equal(
+      table([
+        ["NAME", "AGE"],
+        ["a-long-name", "3s"],
+      ]),
+      "NAME          AGE\na-long-name   3s\n",
+    ));
+  test("flags", () => {
+    const { words: w, flags } = parseKubectl([
+      "-n",
+      "kube-system",
+      "get",
+      "deploy",
+      "metrics-server",
+      "-ojson",
+      "--request-timeout=5s",
+    ]);
+    assert.deepEqual(
+      [w, Object.fromEntries(flags)],
+      [
+        ["get", "deploy", "metrics-server"],
+        { namespace: "kube-system", output: "json", "request-timeout": "5s" },
+      ],
+    );
+    assert.throws(() => parseKubectl(["--nonsense"]), { message: "unknown flag: --nonsense" });
+  });
+});
+
+describe("the binary's stand-in", () => {
+  test("is a launcher with filler, the same every time", () => {
+    const text = standIn("v1.17.6+k3s1");
+    assert.match(
+      text,
+      /^#!\/bin\/sh\nexec \/opt\/k3s-stand-in\/node --no-warnings \/opt\/k3s-stand-in\/k3s\.ts 'v1\.17\.6\+k3s1' "\$0" "\$@"\nexit 126\n#/,
+    );
+    assert.ok(text.length > 3_000_000 && text.length < 3_300_000);
+    assert.equal(text, standIn("v1.17.6+k3s1"));
+    assert.notEqual(text, standIn("v1.36.3+k3s1"));
+  });
+  test("its files go with their fixtures", () => {
+    const to = boxFiles().map((f) => f.to);
+    for (const name of ["k3s.ts", "fixtures/k3s-server-help-v1.17.6.txt"])
+      assert.ok(to.includes(`/opt/k3s-stand-in/${name}`));
+  });
+
+  // Deno's https server does not ask for client certificates, so what runs in boxes is not run under it.
+  const skip =
+    "Deno" in globalThis
+      ? "needs node"
+      : spawnSync("openssl", ["version"]).status !== 0
+        ? "needs openssl"
+        : false;
+  const command = (version: string, name: string, args: string[]): string[] => [
+    ...process.execArgv.filter((a) => !/^--test/.test(a)),
+    join(import.meta.dirname, "stand-in", "k3s.ts"),
+    version,
+    name,
+    ...args,
+  ];
+  const k3s = (
+    version: string,
+    name: string,
+    ...args: string[]
+  ): { status: number | null; stdout: string; stderr: string } =>
+    spawnSync(process.execPath, command(version, name, args), {
+      encoding: "utf8",
+      env: { PATH: process.env.PATH },
+    });
+
+  for (const gen of generations) {
+    test(`${gen}: ends on a wrong flag`, { skip }, () => {
+      const ran = k3s(VERSION[gen], "/usr/local/bin/k3s", "server", "--nonsense");
+      assert.equal(ran.status, 1);
+      assert.equal(ran.stdout, incorrectUsage(gen, "server", "flag provided but not defined: -nonsense"));
+      assert.match(ran.stderr, /level=fatal msg="(Error: )?flag provided but not defined: -nonsense"\n$/);
+    });
+    test(`${gen}: an agent wants a token and a server`, { skip }, () => {
+      assert.match(k3s(VERSION[gen], "k3s", "agent").stderr, /--token is required"\n$/);
+      const ran = k3s(VERSION[gen], "k3s", "agent", "--token", "x");
+      assert.match(ran.stderr, /--server is required"\n$/);
+      assert.equal(ran.status, 1);
+    });
+    test(`${gen}: a server without its node`, { skip }, async () => {
+      const dir = mkdtempSync(join(tmpdir(), "stand-in-test-")),
+        config = join(dir, "k3s.yaml"),
+        port = gen === "old" ? 46443 : 46444;
+      const args = [
+        "server",
+        "--disable-agent",
+        "--data-dir",
+        dir,
+        "--write-kubeconfig",
+        config,
+        "--https-listen-port",
+        String(port),
+        "--node-ip",
+        "127.0.0.1",
+        "--bind-address",
+        "127.0.0.1",
+      ];
+      const server = spawn(process.execPath, command(VERSION[gen], "k3s", args), {
+        stdio: ["pipe", "pipe", "pipe"],
+        env: { PATH: process.env.PATH },
+      });
+      try {
+        let log = "";
+        const ended = new Promise<never>((_, no) =>
+          server.on("exit", (code) => no(new Error(`ended with ${code}: ${log}`))),
+        );
+        ended.catch(() => {});
+        await Promise.race([
+          ended,
+          new Promise<void>((done) =>
+            server.stderr.on("data", (d) => {
+              log += d;
+              if (/up and running/.test(log)) done();
+            }),
+          ),
+        ]);
+        assert.match(log.split("\n")[0], /k3s stand-in/);
+        const path = (name: string): string => join(dir, "server", name),
+          mode = (name: string): string => (statSync(name).mode & 0o777).toString(8);
+        const token = readFileSync(path("token"), "utf8");
+        assert.match(token, /^K10[0-9a-f]{64}::server:[0-9a-f]{32}\n$/);
+        assert.equal(token.length, 109);
+        assert.equal(
+          token.slice(3, 67),
+          createHash("sha256")
+            .update(readFileSync(path("tls/server-ca.crt")))
+            .digest("hex"),
+        );
+        assert.deepEqual(
+          [
+            mode(path("token")),
+            mode(config),
+            mode(path("")),
+            mode(path("tls/server-ca.key")),
+            mode(path("tls/server-ca.crt")),
+          ],
+          ["600", "600", "700", "600", "644"],
+        );
+        assert.ok(lstatSync(path("node-token")).isSymbolicLink());
+        assert.equal(readlinkSync(path("node-token")), path("token"));
+        assert.equal(
+          k3s(VERSION[gen], "/usr/local/bin/kubectl", "--kubeconfig", config, "get", "nodes").stderr,
+          "No resources found\n",
+        );
+        const missing = k3s(
+          VERSION[gen],
+          "k3s",
+          "kubectl",
+          "--kubeconfig",
+          config,
+          "get",
+          "node",
+          "nope",
+          "-o",
+          "json",
+        );
+        assert.deepEqual(
+          [missing.status, missing.stderr],
+          [1, `Error from server (NotFound): nodes "nope" not found\n`],
+        );
+        const code = (path: string, user?: string): string =>
+          spawnSync(
+            "curl",
+            [
+              "-sk",
+              "-o",
+              "/dev/null",
+              "-w",
+              "%{http_code}",
+              ...(user ? ["-u", user] : []),
+              `https://127.0.0.1:${port}${path}`,
+            ],
+            { encoding: "utf8" },
+          ).stdout;
+        if (spawnSync("curl", ["--version"]).status === 0) {
+          const good = `node:${token.trim().slice(-32)}`,
+            own = gen === "old" ? "/v1-k3s/config" : "/v1-k3s/readyz";
+          const paths = ["/cacerts", "/ping", "/healthz", "/apis"];
+          assert.deepEqual(
+            paths.map((p) => code(p)),
+            ["200", "200", "401", "401"],
+          );
+          assert.deepEqual(
+            paths.map((p) => code(p, good)),
+            gen === "old" ? ["200", "200", "200", "200"] : ["200", "200", "401", "401"],
+          );
+          assert.deepEqual(
+            [code(own), code(own, "node:wrong"), code(own, good)],
+            gen === "old" ? ["401", "401", "200"] : ["403", "401", "200"],
+          );
+        }
+        const twice = k3s(VERSION[gen], "k3s", ...args.map((a) => (a === dir ? `${dir}2` : a)));
+        assert.match(
+          twice.stderr,
+          new RegExp(`listen tcp 127.0.0.1:${port}: bind: address already in use"\\n$`),
+        );
+      } finally {
+        server.removeAllListeners("exit");
+        server.kill();
+        await new Promise((done) =>
+          server.exitCode !== null || server.signalCode ? done(0) : server.on("exit", done),
+        );
+        for (const d of [dir, `${dir}2`]) rmSync(d, { recursive: true, force: true });
+      }
+    });
+  }
+});

@@ -1,0 +1,404 @@
+/** What answers on 6443: the supervisor's paths, which nodes join by, and as much of Kubernetes as is needed. */
+import { createHash, randomUUID } from "node:crypto";
+import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import type { IncomingMessage } from "node:http";
+import { join } from "node:path";
+import type { TLSSocket } from "node:tls";
+import type { Generation } from "./common.ts";
+import type { Deployment, Usage } from "./metrics.ts";
+import * as rules from "./nodes.ts";
+import { type Ca, type Subject, sign } from "./pki.ts";
+
+export type State = {
+  nodes: Record<string, rules.Node>;
+  passwords: Record<string, string>;
+  deployment: Deployment | null;
+  tokenHash: string;
+  starts: number;
+  version: number;
+};
+
+/** A server, as its handlers and its timers share it. */
+export type Cluster = {
+  gen: Generation;
+  version: string;
+  hostname: string;
+  port: number;
+  advertised: string;
+  backend: string;
+  externalFirst: boolean;
+  ca: Ca;
+  clientCa: Ca;
+  /** The path of a key in server/tls. */
+  keyed: (name: string) => string;
+  credDir: string;
+  state: State;
+  save: () => void;
+  apiUp: boolean;
+  /** When a kubelet last spoke. */
+  seen: Map<string, number>;
+  /** undefined until metrics-server has tried once. */
+  usage: Map<string, Usage> | undefined;
+};
+
+export type Reply = { code: number; type: string; body: string; headers?: Record<string, string> };
+type Question = { method: string; url: URL; req: IncomingMessage; body: string };
+
+export const hash = (text: string): string => createHash("sha256").update(text).digest("hex");
+const quote = (text: string): string => JSON.stringify(text);
+const file = (path: string): string => readFileSync(path, "utf8");
+const text = (code: number, body: string): Reply => ({ code, type: "text/plain; charset=utf-8", body });
+const json = (code: number, body: unknown): Reply => ({
+  code,
+  type: "application/json",
+  body: JSON.stringify(body, null, 2),
+});
+const notFound = text(404, "404 page not found\n");
+
+const status = (code: number, reason: string, message: string, more: object = {}): Reply =>
+  json(code, {
+    kind: "Status",
+    apiVersion: "v1",
+    metadata: {},
+    status: "Failure",
+    message,
+    reason,
+    ...more,
+    code,
+  });
+const nodeStatus = (code: number, reason: string, message: string, name: string): Reply =>
+  status(code, reason, message, { details: { name, kind: "nodes" } });
+
+export const sortedNodes = (c: Cluster): rules.Node[] =>
+  Object.values(c.state.nodes).sort((a, b) => (a.metadata.name < b.metadata.name ? -1 : 1));
+
+export function putNode(c: Cluster, node: rules.Node): rules.Node {
+  node.metadata.resourceVersion = String(++c.state.version);
+  c.state.nodes[node.metadata.name] = node;
+  c.save();
+  return node;
+}
+
+export function answer(c: Cluster, q: Question): Reply {
+  const path = q.url.pathname;
+  if (path === "/cacerts") return { ...text(200, file(c.ca.crt)), type: "text/plain" };
+  if (path === "/ping") return text(200, "pong");
+  return path.startsWith("/v1-k3s/") ? supervisor(c, q, path.slice("/v1-k3s/".length)) : kubernetes(c, q);
+}
+
+/** A password first, then a certificate. undefined: wrong credentials; null: none. */
+function identify(c: Cluster, req: IncomingMessage, passwords: boolean): rules.User | null | undefined {
+  const basic = passwords ? /^Basic (.+)$/.exec(req.headers.authorization ?? "")?.[1] : undefined;
+  if (basic) {
+    const credentials = Buffer.from(basic, "base64").toString();
+    const lines = file(join(c.credDir, "passwd")).trim().split("\n");
+    const found = lines.map((l) => l.split(",")).find((l) => credentials === `${l[1]}:${l[0]}`);
+    if (found) return { name: found[1], groups: [found[3]] };
+  }
+  const socket = req.socket as TLSSocket;
+  if (!socket.authorized) return basic ? undefined : null;
+  const { CN, O } = socket.getPeerCertificate().subject;
+  return { name: String(CN), groups: O ? [O].flat() : [] };
+}
+
+/** v1.17 keeps node passwords in a file, which people edit; modern k3s in secrets, which go with their node. */
+function nodePasswordOk(c: Cluster, name: string, secret: string): boolean {
+  if (c.gen === "modern") {
+    if (c.state.passwords[name]) return c.state.passwords[name] === hash(secret);
+    c.state.passwords[name] = hash(secret);
+    c.save();
+    return true;
+  }
+  const path = join(c.credDir, "node-passwd"),
+    known = existsSync(path) ? file(path) : "";
+  const line = known.split("\n").find((l) => l.split(",")[1] === name);
+  if (line) return line.split(",")[0] === secret;
+  writeFileSync(path, `${known}${secret},${name},${name},\n`, { mode: 0o600 });
+  return true;
+}
+
+function supervisor(c: Cluster, { req }: Question, path: string): Reply {
+  const { gen } = c;
+  const user = identify(c, req, true);
+  const refuse = (code: number, reason: string, message: string): Reply =>
+    gen === "old"
+      ? text(401, "")
+      : json(code, { kind: "Status", metadata: {}, status: "Failure", message, reason, code });
+  if (user === undefined) return refuse(401, "Unauthorized", "not authorized");
+  const roles = gen === "old" ? ["k3s:agent"] : ["k3s:agent", "system:nodes"];
+  if (!user?.groups.some((g) => roles.includes(g))) return refuse(403, "Forbidden", "forbidden");
+
+  const send = (key: string, ca: Ca, subject: Subject): Reply =>
+    text(200, sign(gen, ca, c.keyed(key), subject) + file(ca.crt) + file(c.keyed(key)));
+  const name = String(req.headers["k3s-node-name"] ?? "").toLowerCase();
+  const secret = String(req.headers["k3s-node-password"] ?? "");
+  const nodeError = (): Reply | undefined => {
+    if (!name || !secret)
+      return text(gen === "old" ? 500 : 400, `node ${name ? "password" : "name"} not set`);
+    if (gen === "modern" && user.name.startsWith("system:node:")) {
+      if (user.name !== `system:node:${name}`)
+        return text(400, "header node name does not match auth node name");
+      if (!c.state.nodes[name])
+        return text(401, `unable to verify node identity: nodes ${quote(name)} not found`);
+    }
+    if (nodePasswordOk(c, name, secret)) return undefined;
+    const passwd = join(c.credDir, "node-passwd");
+    return text(
+      403,
+      gen === "old"
+        ? `Node password validation failed for '${name}', using passwd file '${passwd}'`
+        : `unable to verify password for node ${name}: hash does not match`,
+    );
+  };
+  switch (path) {
+    case "client-ca.crt":
+      return text(200, file(c.clientCa.crt));
+    case "server-ca.crt":
+      return text(200, file(c.ca.crt));
+    case "client-kube-proxy.crt":
+      return send("client-kube-proxy", c.clientCa, { cn: "system:kube-proxy", usage: "clientAuth" });
+    case "client-k3s-controller.crt":
+      return send("client-k3s-controller", c.clientCa, { cn: "system:k3s-controller", usage: "clientAuth" });
+    case "client-kubelet.crt": {
+      const subject: Subject = { cn: `system:node:${name}`, o: "system:nodes", usage: "clientAuth" };
+      return nodeError() ?? send("client-kubelet", c.clientCa, subject);
+    }
+    case "serving-kubelet.crt": {
+      // v1.17's has no address of the node: metrics-server can check it by name only.
+      const own = String(req.headers["k3s-node-ip"] ?? "").split(",");
+      const ips = gen === "old" ? ["127.0.0.1"] : ["127.0.0.1", "::1", ...own.filter(Boolean)];
+      const subject: Subject = { cn: name, dns: [name, "localhost"], ips, usage: "serverAuth" };
+      return nodeError() ?? send("serving-kubelet", c.ca, subject);
+    }
+    case "config":
+      return json(200, {
+        AdvertisePort: c.port,
+        ListenPort: 6444,
+        HTTPSPort: c.port,
+        ClusterDNS: "10.43.0.10",
+        ClusterDomain: "cluster.local",
+        FlannelBackend: c.backend,
+        ...(gen === "modern" ? { FlannelExternalIP: c.externalFirst } : {}),
+      });
+  }
+  if (gen === "old") return notFound;
+  if (path === "apiservers") return json(200, [`${c.advertised}:${c.port}`]);
+  if (path !== "readyz") return notFound;
+  return c.apiUp ? text(200, "ok") : refuse(503, "ServiceUnavailable", "runtime core not ready");
+}
+
+function kubernetes(c: Cluster, q: Question): Reply {
+  const { gen } = c,
+    path = q.url.pathname.replace(/\/+$/, "") || "/";
+  if (!c.apiUp) return status(503, "ServiceUnavailable", "starting");
+  // Modern k3s has passwords for its own paths only.
+  const user = identify(c, q.req, gen === "old");
+  if (!user) {
+    const headers = { "Www-Authenticate": `Basic realm="kubernetes-master"` };
+    return { ...status(401, "Unauthorized", "Unauthorized"), ...(gen === "old" ? { headers } : {}) };
+  }
+  if (["/readyz", "/livez", "/healthz"].includes(path)) {
+    const verbose = q.url.searchParams.has("verbose");
+    return text(200, verbose ? `[+]ping ok\n${path.slice(1)} check passed\n` : "ok");
+  }
+  if (path === "/version") {
+    const minor = c.version.split(".")[1];
+    const made = { gitTreeState: "clean", compiler: "gc", platform: "linux/amd64" };
+    return json(200, { major: "1", minor, gitVersion: c.version, ...made });
+  }
+  if (path === "/api") return json(200, { kind: "APIVersions", versions: ["v1"] });
+  if (path === "/apis") {
+    const group = (name: string, version: string): object => ({
+      name,
+      versions: [{ groupVersion: `${name}/${version}`, version }],
+    });
+    const metrics = c.state.deployment ? [group("metrics.k8s.io", "v1beta1")] : [];
+    return json(200, { kind: "APIGroupList", apiVersion: "v1", groups: [group("apps", "v1"), ...metrics] });
+  }
+  const node = /^\/api\/v1\/nodes(?:\/([^/]+))?(?:\/([^/]+))?$/.exec(path);
+  if (node) return nodes(c, q, user, node[1] && decodeURIComponent(node[1]), node[2]);
+  const other = /^\/(?:api\/v1|apis\/([^/]+)\/[^/]+)(?:\/namespaces\/([^/]+))?\/([a-z]+)(?:\/([^/]+))?$/.exec(
+    path,
+  );
+  if (!other || q.method !== "GET") return notFound;
+  const [, group, namespace, resource, name] = other;
+  const no = rules.forbidden(gen, user, {
+    verb: name ? "get" : "list",
+    resource,
+    group,
+    namespace,
+    name,
+  });
+  if (no) return status(403, "Forbidden", no);
+  const here = !namespace || namespace === "kube-system";
+  switch (`${group ?? ""}/${resource}`) {
+    case "metrics.k8s.io/nodes":
+      return metrics(c, name);
+    case "apps/deployments": {
+      const found = here ? deployment(c) : undefined;
+      if (!name) return listOf(c, "DeploymentList", "apps/v1", found ? [found] : []);
+      return found && name === "metrics-server"
+        ? json(200, found)
+        : status(404, "NotFound", `deployments.apps ${quote(name)} not found`);
+    }
+    case "/pods":
+      return name ? notFound : listOf(c, "PodList", "v1", here && c.state.deployment ? [pod(c)] : []);
+    case "/events":
+      return name ? notFound : listOf(c, "EventList", "v1", []);
+  }
+  return notFound;
+}
+
+function listOf(c: Cluster, kind: string, apiVersion: string, items: unknown[]): Reply {
+  const metadata = {
+    resourceVersion: String(c.state.version),
+    ...(c.gen === "old" ? { selfLink: "" } : {}),
+  };
+  return json(200, { apiVersion, items, kind, metadata });
+}
+
+function nodes(c: Cluster, q: Question, user: rules.User, name?: string, subresource?: string): Reply {
+  const { gen, state } = c,
+    query = q.url.searchParams;
+  const verbs: Record<string, rules.Verb> = {
+    GET: name ? "get" : query.get("watch") ? "watch" : "list",
+    POST: "create",
+    PATCH: "patch",
+    PUT: "update",
+    DELETE: "delete",
+  };
+  const verb = verbs[q.method] ?? "get",
+    fieldSelector = query.get("fieldSelector") ?? undefined;
+  const no = rules.forbidden(gen, user, { verb, resource: "nodes", name, subresource, fieldSelector });
+  if (no) return nodeStatus(403, "Forbidden", no, name ?? "");
+  if (verb === "list") {
+    const wanted = (n: rules.Node): boolean =>
+      !fieldSelector || fieldSelector === `metadata.name=${n.metadata.name}`;
+    return listOf(c, "NodeList", "v1", sortedNodes(c).filter(wanted));
+  }
+  if (verb === "create") return createNode(c, JSON.parse(q.body) as rules.Node, user);
+  const node = state.nodes[name ?? ""];
+  if (name && !node) return nodeStatus(404, "NotFound", `nodes ${quote(name)} not found`, name);
+  if (name && verb === "get") return json(200, node);
+  if (name && verb === "patch") return patchNode(c, q, user, node, subresource);
+  if (name && verb === "delete") {
+    delete state.nodes[name];
+    if (gen === "modern") delete state.passwords[name];
+    c.save();
+    const details = { name, kind: "nodes", uid: node.metadata.uid };
+    return json(200, { kind: "Status", apiVersion: "v1", metadata: {}, status: "Success", details });
+  }
+  const message = "the server does not allow this method on the requested resource";
+  return status(405, "MethodNotAllowed", message);
+}
+
+function createNode(c: Cluster, made: rules.Node, user: rules.User): Reply {
+  const { name } = made.metadata;
+  const no = rules.forbidden(c.gen, user, { verb: "create", resource: "nodes", name });
+  if (no) return nodeStatus(403, "Forbidden", no, name);
+  if (c.state.nodes[name])
+    return nodeStatus(409, "AlreadyExists", `nodes ${quote(name)} already exists`, name);
+  const taken = sortedNodes(c).map((n) => n.spec.podCIDR);
+  const podCIDR = rules.podCidr("10.42.0.0/16", taken);
+  made.metadata.uid = randomUUID();
+  if (c.gen === "old") made.metadata.selfLink = `/api/v1/nodes/${name}`;
+  made.spec = { ...made.spec, podCIDR, podCIDRs: [podCIDR] };
+  c.seen.set(name, Date.now());
+  return json(201, putNode(c, made));
+}
+
+const PATCH_TYPES = ["json-patch+json", "merge-patch+json", "strategic-merge-patch+json"];
+
+function patchNode(c: Cluster, q: Question, user: rules.User, node: rules.Node, subresource?: string): Reply {
+  const { name } = node.metadata;
+  let patch: Partial<rules.Node>;
+  try {
+    patch = JSON.parse(q.body) as Partial<rules.Node>;
+  } catch {
+    return status(400, "BadRequest", "error decoding patch");
+  }
+  if (!/^application\/(strategic-)?merge-patch\+json/.test(q.req.headers["content-type"] ?? "")) {
+    const accepted = PATCH_TYPES.map((t) => `application/${t}`).join(", ");
+    const message = `the body of the request was in an unknown format - accepted media types include: ${accepted}`;
+    return status(415, "UnsupportedMediaType", message);
+  }
+  const { metadata, spec } = patch;
+  const part = subresource === "status" ? { metadata, status: patch.status } : { metadata, spec };
+  const next = rules.mergePatch(node, part) as rules.Node;
+  if (part.status?.conditions)
+    next.status.conditions = rules.mergeConditions(node.status.conditions, part.status.conditions);
+  const strange = Object.entries(next.metadata.annotations).find(([, v]) => typeof v !== "string");
+  if (strange) {
+    const field = "Go struct field ObjectMeta.metadata.annotations";
+    return status(400, "BadRequest", `json: cannot unmarshal into ${field} of type string: ${strange[0]}`);
+  }
+  if (user.name.startsWith("system:node:")) {
+    const bad = rules.forbiddenLabels(node.metadata.labels, next.metadata.labels).join(", ");
+    if (bad) {
+      const message = `nodes ${quote(name)} is forbidden: is not allowed to modify labels: ${bad}`;
+      return nodeStatus(403, "Forbidden", message, name);
+    }
+    if (part.status) c.seen.set(name, Date.now());
+  }
+  next.metadata.name = name;
+  return json(200, putNode(c, next));
+}
+
+/** v0.3's metrics-server calls itself ready at once, a modern one after its first success. */
+function metricsReady(c: Cluster): boolean {
+  if (!c.state.deployment || !c.usage || (c.gen === "modern" && !c.usage.size)) return false;
+  const conditions = c.state.nodes[c.hostname]?.status.conditions ?? [];
+  return conditions.some((n) => n.type === "Ready" && n.status === "True");
+}
+
+function metrics(c: Cluster, name?: string): Reply {
+  if (!c.state.deployment) return notFound;
+  if (!metricsReady(c))
+    return status(503, "ServiceUnavailable", "the server is currently unable to handle the request");
+  const apiVersion = "metrics.k8s.io/v1beta1",
+    timestamp = new Date().toISOString().replace(/\.\d+/, "");
+  const known = [...(c.usage ?? [])].filter(([n]) => c.state.nodes[n]).sort();
+  const items = known.map(([n, usage]) => ({
+    metadata: { name: n, creationTimestamp: timestamp },
+    timestamp,
+    usage,
+    window: "10s",
+  }));
+  if (!name) return json(200, { kind: "NodeMetricsList", apiVersion, metadata: {}, items });
+  const item = items.find((i) => i.metadata.name === name);
+  return item
+    ? json(200, { kind: "NodeMetrics", apiVersion, ...item })
+    : status(404, "NotFound", `nodemetrics.metrics.k8s.io ${quote(name)} not found`);
+}
+
+const LABELS = { "k8s-app": "metrics-server" };
+
+function deployment(c: Cluster): object | undefined {
+  const d = c.state.deployment;
+  if (!d) return undefined;
+  const available = metricsReady(c) ? { availableReplicas: 1, readyReplicas: 1 } : { unavailableReplicas: 1 };
+  const containers = [{ args: d.args, image: d.image, name: "metrics-server" }];
+  return {
+    apiVersion: "apps/v1",
+    kind: "Deployment",
+    metadata: { annotations: {}, labels: LABELS, name: "metrics-server", namespace: "kube-system" },
+    spec: {
+      replicas: 1,
+      selector: { matchLabels: LABELS },
+      template: { metadata: { labels: LABELS }, spec: { containers } },
+    },
+    status: { observedGeneration: 1, replicas: 1, updatedReplicas: 1, ...available },
+  };
+}
+
+function pod(c: Cluster): object {
+  const up = metricsReady(c);
+  return {
+    metadata: { name: "metrics-server-0000000000-00000", namespace: "kube-system", labels: LABELS },
+    spec: { nodeName: c.hostname },
+    status: {
+      phase: up ? "Running" : "Pending",
+      conditions: [{ type: "Ready", status: up ? "True" : "False" }],
+    },
+  };
+}
