@@ -12,8 +12,8 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: ## the whole cluster: SERVER and all AGENTS (make -j up does the same)
-server: ## 4  k3s server on SERVER or HOST, through steps 1 to 3
-agent: ## 5  k3s agent on HOST, through steps 1 to 3
+server: ## 4  k3s server on SERVER or HOST, with steps 1 to 3 and 6
+agent: ## 5  k3s agent on HOST, with steps 1 to 3 and 6
 download-k3s: ## 1  a verified k3s binary
 upgrade-kernel: ## 2  a kernel with WireGuard, on CentOS 7
 install-wireguard: ## 3  WireGuard, proven
@@ -31,14 +31,14 @@ rehearse: $(MODULES) ## a cluster of two clouds inside this Linux machine (root)
 	@$(TS) test/lab/rehearse.ts up
 in-rehearsal: $(MODULES) ## CMD='make agent HOST=b2', as the rehearsal's operator
 	@$(TS) test/lab/rehearse.ts run "$$CMD"
-rehearse-down: $(MODULES) ## remove every trace of it
+rehearse-down: $(MODULES) ## its boxes, networks and processes go; built images stay cached
 	@$(TS) test/lab/rehearse.ts down
 
 test: $(MODULES) ## unit tests; no root, no network
 	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) --test test/*.test.ts
 test-lab: $(MODULES) ## the lab's suite (root): real boxes, NAT and WireGuard
 	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) --test --test-concurrency=1 test/lab/*.test.ts
-lint: ## types, format, lint, and shellcheck of the shell that is sent
+lint: ## types, format and lint
 	@test -x node_modules/.bin/biome || npm ci --no-audit --no-fund
 	@npm run --silent check
 

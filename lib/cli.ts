@@ -100,10 +100,12 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
     return 0;
   }
   const envFile = process.env.ENV_FILE || join(dirname(meta.filename), "..", ".env");
-  const { settings, origins } = settle(flags, process.env, shown(envFile));
+  // csh and its like export HOST as this machine's own name.
+  const env = { ...process.env, HOST: process.env.HOST === hostname() ? undefined : process.env.HOST };
+  const { settings, origins } = settle(flags, env, shown(envFile));
   for (const [name, from] of Object.entries(recipe.needs ?? {}))
     if (!settings[name as SettingName])
-      throw new SettingError(`${name} is not set: ${from} to ${shown(envFile)}`);
+      throw new SettingError(`${name} is not set: expected ${from} ${shown(envFile)}`);
   if (settings.K3S_BIN) settings.K3S_SHA256 = await hashOf(settings);
   const mode = flags.print ? "print" : flags["dry-run"] ? "dry-run" : "apply";
   const call: Call = { script, recipe, settings, origins, envFile, mode, reboot: Boolean(flags.reboot) };
@@ -154,7 +156,7 @@ Usage: make ${script} ${recipe.work ? "" : "[HOST=…] "}[SETTING=…] [DRY=1 | 
    or: node --import tsx scripts/${script}.ts [flags]
    or: deno run -A scripts/${script}.ts [flags]
 
-Settings, each a flag, an environment variable (${names[0]}, …) or a line of the env file:
+Settings, each a flag, an environment variable or a line of the env file (--${flagOf(names[0] as string)} is ${names[0]}):
 ${names.map((n) => row(`--${flagOf(n)} …`, `${SETTINGS[n].help}${SETTINGS[n].value && `; default: ${SETTINGS[n].value}`}`)).join("")}
 Flags:
 ${Object.entries(MODES)
@@ -238,9 +240,10 @@ export function jobFor(call: Call, target: Target, line: Line): Job {
 /** One recipe on every box of the call, side by side: one that fails stops none of the others. */
 async function fanOut(call: Call): Promise<number> {
   const { recipe, settings } = call;
-  if (call.origins.HOST === "default" && recipe.host !== "SERVER" && settings.AGENTS)
+  const known = words(`${settings.SERVER} ${settings.AGENTS}`);
+  if (call.origins.HOST === "default" && recipe.host !== "SERVER" && known.length)
     throw new SettingError(
-      `HOST is not set: expected some of ${words(settings.AGENTS).join(", ")}, or HOST= (empty) for this machine`,
+      `HOST is not set: expected some of ${known.join(", ")}, or HOST= (empty) for this machine`,
     );
   const boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
   const ui = await report(boxes.map((box) => box.name));
@@ -287,7 +290,11 @@ function again(call: Call, script: string, box: Target): string {
   const given = NAMES.filter(
     (n) => n !== "HOST" && !("secret" in SETTINGS[n]) && /^(flag|variable)/.test(call.origins[n]),
   );
-  const own = [box.host ? `HOST=${sh(box.word)}` : "", ...given.map((n) => `${n}=${sh(call.settings[n])}`)];
+  const local = call.origins.HOST !== "default" || call.recipe.work ? "HOST=" : "";
+  const own = [
+    box.host ? `HOST=${sh(box.word)}` : local,
+    ...given.map((n) => `${n}=${sh(call.settings[n])}`),
+  ];
   const file = process.env.ENV_FILE ? `ENV_FILE=${sh(process.env.ENV_FILE)}` : "";
   return ["make", script, ...own, file].filter(Boolean).join(" ");
 }

@@ -16,7 +16,7 @@ import { parse } from "dotenv";
 
 /** An assignment as dotenv 18 reads it (its LINE, plus the blanks and comment that follow kept apart). */
 const LINE =
-  /^([ \t]*(?:export[ \t]+)?([\w.-]+)(?:[ \t]*=[ \t]*?|:[ \t]+?))([ \t]*'(?:\\'|[^'])*'|[ \t]*"(?:\\"|[^"])*"|[ \t]*`(?:\\`|[^`])*`|[^#\r\n]*)/gm;
+  /^([ \t]*(?:export[ \t]+)?([\w.-]+)(?:[ \t]*=[ \t]*?|:[ \t]+?))([ \t]*'(?:\\'|[^'])*'|[ \t]*"(?:\\"|[^"])*"|[ \t]*`(?:\\`|[^`])*`|[^#\r\n]*)(?=[ \t]*(?:#[^\r\n]*)?\r?$)/gm;
 
 /** What an env file says, and on which line each key stands (1-based). A missing file is an empty one. */
 export function readEnv(path: string): { values: Record<string, string>; lines: Record<string, number> } {

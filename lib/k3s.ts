@@ -39,10 +39,16 @@ export function releaseOf(want: Settings, facts: Facts): { version: string; gene
   return generation ? { version, generation } : { version };
 }
 
-/** The name under which k3s registers a box: `--node-name`, or the host name in lower case (os.Hostname, kubelet). */
+/**
+ * The name under which k3s registers a box: `--node-name`, or the host name in lower case (os.Hostname, kubelet).
+ * @throws {Refusal} for one that Kubernetes would not take.
+ */
 export function nodeNameOf(args: string, facts: Facts): string {
   const given = /(?:^|\s)--node-name[= ]\s*(\S+)/.exec(args)?.[1];
-  return (given ?? facts.hostname?.trim() ?? "").toLowerCase();
+  const name = (given ?? facts.hostname?.trim() ?? "").toLowerCase();
+  if (!NAME.test(name))
+    throw new Refusal(`"${name}" cannot be a node's name: give the box another (hostnamectl set-hostname …)`);
+  return name;
 }
 
 /**
@@ -189,14 +195,24 @@ interface NodeObject {
   };
 }
 
-/** Nodes out of the JSON of a NodeList or of one Node; none where the text is neither. */
+/** Names and addresses as the API server itself would have them; any agent may write annotations. */
+const NAME = /^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$/;
+const IP = /^[0-9a-f.:]{2,39}$/;
+const CIDR = /^[0-9a-f.:]{2,39}\/\d{1,3}$/;
+const only = (pattern: RegExp, value: string | undefined) => (pattern.test(value ?? "") ? value : undefined);
+
+/**
+ * Nodes out of the JSON of a NodeList or of one Node; none where the text is neither. What is no address is
+ * left out: an agent may write into its own node what it likes, and must not reach another box's shell.
+ */
 export function nodesOf(json = ""): Node[] {
   try {
     const object = JSON.parse(json);
     const list: NodeObject[] = object.kind === "Node" ? [object] : object.items;
-    return list.map(({ metadata, spec, status }) => {
-      const address = (type: string) => status?.addresses?.find((a) => a.type === type)?.address;
-      const note = (name: string) => metadata.annotations?.[`flannel.alpha.coreos.com/${name}`];
+    return list.flatMap(({ metadata, spec, status }) => {
+      if (!NAME.test(metadata.name)) return [];
+      const address = (type: string) => only(IP, status?.addresses?.find((a) => a.type === type)?.address);
+      const note = (name: string) => only(IP, metadata.annotations?.[`flannel.alpha.coreos.com/${name}`]);
       const ready = status?.conditions?.find((c) => c.type === "Ready");
       return {
         name: metadata.name,
@@ -204,7 +220,7 @@ export function nodesOf(json = ""): Node[] {
         heartbeat: Date.parse(ready?.lastHeartbeatTime ?? "") / 1000 || 0,
         internalIp: address("InternalIP"),
         externalIp: address("ExternalIP"),
-        podCidr: spec?.podCIDR,
+        podCidr: only(CIDR, spec?.podCIDR),
         publicIp: note("public-ip"),
         overwrite: note("public-ip-overwrite"),
         version: status?.nodeInfo?.kubeletVersion ?? "",
@@ -320,10 +336,16 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
       sh: `install -d -m 700 /var/lib/rancher/k3s/${role}\n${writeFile(unitPath(role), text)}`,
     });
 
+  const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+  const other = nodesOf(facts.nodes).find((node) => node.name === name)?.externalIp;
+  if (changes.length === 0 && other && other !== want.PUBLIC_IP)
+    throw new Refusal(
+      `Node ${name} has the public address ${other}, this box ${want.PUBLIC_IP}: another box has its name`,
+    );
+
   const started = startedAt(facts);
   // ctime in whole seconds; half a second of grace for what was written just before this start.
   const stale = (facts.written ?? "").split("\n").some((s) => Number(s) > Math.floor((started ?? 0) + 0.5));
-  const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
   const ills = ailments(name, want.PUBLIC_IP, generation, facts);
   const down = started === undefined || facts.enabled?.trim() !== "enabled";
   if (changes.length || down || stale || pairs(facts.service).NeedDaemonReload === "yes")
@@ -422,11 +444,9 @@ done`;
 /** A unit's differences, short enough for one line: which lines come and which go. */
 function differences(have: string | undefined, text: string): string {
   if (have === undefined || have === "") return "it is not there";
-  const lines = (t: string) => t.split("\n").map((line) => line.trim());
+  const lines = (t: string) => t.split("\n").map((line) => line.replace(/^ExecStart=\S+ | \\$/g, "").trim());
   const gone = lines(have).filter((line) => !lines(text).includes(line));
   const come = lines(text).filter((line) => !lines(have).includes(line));
-  return (
-    [...gone.map((l) => `-${l}`), ...come.map((l) => `+${l}`)].slice(0, 6).join(" ") ||
-    "its lines are in another order"
-  );
+  const all = [...gone.map((line) => `- ${line}`), ...come.map((line) => `+ ${line}`)];
+  return all.slice(0, 6).join(", ") || "its lines are in another order";
 }

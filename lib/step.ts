@@ -87,7 +87,7 @@ export function applyScript(
 ): string {
   const body = changes.map((change, i) => {
     const given = (change.secrets ?? []).map((name) => `${name}=${secrets(name)}\n`).join("");
-    return `# ${change.why}
+    return `# ${change.why.replace(/\s+/g, " ")}
 change ${i} ${change.seconds ?? 60} <<'${mark}'
 main() {
 set -eu

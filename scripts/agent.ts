@@ -106,10 +106,12 @@ export const prepareSteps = [downloadK3s, upgradeKernel, installWireguard];
 /** What brings a box from nothing to an agent that every node can reach. */
 export const agentSteps = [...prepareSteps, agent, annotateAs("agent")];
 
+const FROM_SERVER = 'what "make server" writes; run it first, or copy both lines into';
+
 await run(import.meta, {
   about: "Joins a box to the server: binary, kernel, WireGuard, unit, and a node that is Ready.",
   steps: agentSteps,
-  needs: { K3S_URL: '"make server" writes it', K3S_TOKEN: '"make server" writes it' },
+  needs: { K3S_URL: FROM_SERVER, K3S_TOKEN: FROM_SERVER },
   nothing: (want, facts) =>
     `k3s ${releaseOf(want, facts).version} runs as wanted, node ${nodeNameOf(want.AGENT_ARGS, facts)} is Ready`,
 });

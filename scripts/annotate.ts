@@ -40,9 +40,18 @@ export const annotateAs = (role?: k3s.Role): Step => ({
       ];
     if (!node) return [];
     if (node.publicIp !== ip)
-      throw new Refusal(
-        `flannel's public-ip of ${name} is ${node.publicIp}, not ${ip}: does the server run with --flannel-external-ip? ("make server" sees to it)`,
-      );
+      return [
+        {
+          why: `wait until flannel's public-ip of ${name} is ${ip}, not ${node.publicIp ?? "unset"}`,
+          sh: `${k3s.KUBECTL}
+end=$(($(date +%s) + 60))
+until kc get node ${sh(name)} -o json 2>/dev/null | grep -q '"flannel.alpha.coreos.com/public-ip": "${ip}"'; do
+  [ "$(date +%s)" -lt "$end" ] || { echo 'Does the server run with --flannel-external-ip? "make server" sees to it'; exit 1; }
+  sleep 1
+done`,
+          seconds: 90,
+        },
+      ];
     return handshakes(facts, generation, name);
   },
 });

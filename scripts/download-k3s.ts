@@ -37,6 +37,8 @@ ${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1`
         why: "install curl, which downloads and asks the server",
         sh: install(osOf(facts).manager, ["curl", "ca-certificates"]),
         seconds: 600,
+        // Only then can the server be asked, before an agent is begun.
+        lookAgain: true,
       });
     const have = facts.version?.trim() || undefined;
     if (want.K3S_BIN) {
@@ -105,7 +107,7 @@ try() { # BASE, then the bases of other hosts, whose word is taken for the check
     [ -z "$sum" ] || break
     sum=$(get "$other" ${sums} --max-time 60 2>/dev/null | awk '$2 == "${file}" { print $1 }')
   done
-  [ -n "$sum" ] || { echo "$from: no other host gave its checksum: add a mirror, or set K3S_SHA256"; return 1; }
+  [ -n "$sum" ] || { echo "$from: no other host gave its checksum (has it ${version}?): add a mirror, or set K3S_SHA256"; return 1; }
   say "$from"
   if [ -s "$part" ]; then
     status=0

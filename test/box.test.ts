@@ -1,0 +1,148 @@
+import assert from "node:assert/strict";
+import { readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+import { addressOf, closeAll, open, reasonOf, Unreachable } from "../lib/box.ts";
+import { programs, shell, TOKEN, temporary } from "./helpers.ts";
+
+/** ssh that runs the command here, and writes down its arguments; sudo and id say what a test wants. */
+const SSH = `printf '%s\\n' "$*" >>"$LOG"
+case $1 in -G) echo "hostname \${FAKE_ADDRESS-203.0.113.9}"; exit ;; esac
+while [ "$1" != -- ]; do [ "$1" = -O ] && exit; shift; done
+[ -z "$FAKE_REFUSAL" ] || { echo "$FAKE_REFUSAL" >&2; exit 255; }
+exec sh -c "$3"`;
+const SUDO = `[ -z "$FAKE_SUDO" ] || { echo "$FAKE_SUDO" >&2; exit 1; }
+[ "$1" = -n ] && shift && exec env FAKE_USER=0 "$@"`;
+
+const folder = temporary();
+const log = join(folder, "log");
+const saved = { ...process.env };
+before(() =>
+  Object.assign(process.env, {
+    PATH: programs(folder, { ssh: SSH, sudo: SUDO, id: 'echo "${FAKE_USER:-0}"' }),
+    LOG: log,
+  }),
+);
+after(async () => {
+  await closeAll();
+  process.env.PATH = saved.PATH;
+});
+
+/** What a box answers while the fakes are as told. */
+async function run(host: string, script: string, fakes: Record<string, string> = {}) {
+  const lines: string[] = [];
+  for (const name of ["FAKE_REFUSAL", "FAKE_SUDO", "FAKE_USER"]) delete process.env[name];
+  Object.assign(process.env, fakes);
+  writeFileSync(log, "");
+  const result = await open(host).run(script, 20, (line) => lines.push(line));
+  return { ...result, lines, asked: readFileSync(log, "utf8") };
+}
+
+for (const [name, host] of [["this machine", ""], ["a box over ssh", "root@b1"]] as const)
+  describe(name, () => {
+    test("runs a script and hands on each of its lines", async () => {
+      const { status, lines, stderr } = await run(host, "echo one; printf 'two\\n\\nthree'; echo oops >&2");
+      assert.deepEqual({ status, lines, stderr }, { status: 0, lines: ["one", "two", "", "three"], stderr: "oops\n" });
+    });
+
+    test("answers with the script's own exit status, 255 too", async () => {
+      for (const status of [0, 1, 124, 255]) assert.equal((await run(host, `exit ${status}`)).status, status);
+    });
+
+    test("gets the script over stdin: no argument list holds its secrets", async () => {
+      const { lines, asked } = await run(host, `cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -c '[b]::server:0123' # ${TOKEN}`);
+      assert.deepEqual(lines, ["0"]);
+      assert.doesNotMatch(asked, /K10/);
+    });
+
+    test("is asked as root by sudo where the user is not root", async () => {
+      assert.deepEqual((await run(host, 'echo "${FAKE_USER-}"', { FAKE_USER: "1000" })).lines, ["0"]);
+    });
+
+    test("is not reached where sudo asks for a password, and nothing is run", async () => {
+      const touched = join(temporary(), "touched");
+      const fakes = { FAKE_USER: "1000", FAKE_SUDO: "sudo: a password is required" };
+      await assert.rejects(run(host, `touch ${touched}`, fakes), (error: Error) => {
+        assert.ok(error instanceof Unreachable);
+        assert.match(error.message, /sudo asks for a password.*passwordless/);
+        return true;
+      });
+      assert.equal(shell(`ls ${touched}`).stdout, "");
+    });
+
+    test("brings text of any script whole, in pieces as it comes", async () => {
+      const line = "汉字☃😀".repeat(1000);
+      const { lines } = await run(host, `i=0; while [ $i -lt 60 ]; do echo '${line}'; i=$((i + 1)); done`);
+      assert.equal(lines.length, 60);
+      assert.equal(lines.findIndex((got) => got !== line), -1);
+    });
+
+    test("that hangs is given up on in bounded time", async () => {
+      const began = Date.now();
+      await assert.rejects(open(host).run("sleep 30", 1, () => {}), /No end after 1 s/);
+      assert.ok(Date.now() - began < 10_000);
+    });
+
+    test("takes a file, byte for byte, for its owner only", async () => {
+      const from = join(temporary(), "it's");
+      const to = join(temporary(), "a file");
+      const bytes = Buffer.from(Array.from({ length: 300_000 }, (_, i) => (i * i) % 256));
+      writeFileSync(from, bytes);
+      await open(host).push(from, to);
+      assert.deepEqual(readFileSync(to), bytes);
+      assert.equal(shell(`ls -l '${to}'`).stdout.slice(0, 10), "-rw-------");
+    });
+
+    test("says why a file could not be pushed", async () => {
+      const from = join(temporary(), "file");
+      writeFileSync(from, "x");
+      await assert.rejects(open(host).push(from, "/nonexistent/file"), /Could not push .*nonexistent/s);
+    });
+  });
+
+describe("a box over ssh", () => {
+  test("is asked in batch mode, over one shared connection, with host keys enforced", async () => {
+    const { asked } = await run("root@b1", "true");
+    for (const option of ["BatchMode=yes", "ControlMaster=auto", "ControlPersist=60", "ConnectTimeout=15"]) assert.ok(asked.includes(`-o ${option}`), option);
+    assert.match(asked, / -- root@b1 /);
+    assert.doesNotMatch(asked, /StrictHostKeyChecking|UserKnownHostsFile/);
+  });
+
+  test("is not reached where ssh says so: 255 before anything ran is ssh's own", async () => {
+    await assert.rejects(run("b1", "true", { FAKE_REFUSAL: "ssh: connect to host b1 port 22: Connection refused" }), (error: Error) => {
+      assert.ok(error instanceof Unreachable);
+      assert.equal(error.message, "Could not reach b1: ssh: connect to host b1 port 22: Connection refused");
+      return true;
+    });
+  });
+
+  test("has the address that ssh's own settings name", async () => {
+    assert.equal(await addressOf("b1"), "203.0.113.9");
+    assert.match(readFileSync(log, "utf8"), /^-G -- b1$/m);
+  });
+});
+
+describe("the reason that is said", () => {
+  const cases: [said: string, reason: RegExp][] = [
+    ["@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.", /host key of b1 has changed: compare .* "ssh-keygen -R"/],
+    ["No ED25519 host key is known for b1 and you have requested strict checking.\nHost key verification failed.", /not known here: connect once with "ssh b1"/],
+    ["root@b1: Permission denied (publickey,password).", /b1 refused the login \(root@b1: Permission denied \(publickey,password\)\.\): check the user and the key/],
+    ["ssh: connect to host b1 port 22: Connection timed out", /Could not reach b1: .*timed out/],
+    ["ssh: Could not resolve hostname b1: Name or service not known", /Could not reach b1: .*not resolve/i],
+    ["kex_exchange_identification: Connection closed by remote host", /Could not reach b1: kex/],
+    ["sudo: a terminal is required to read the password", /sudo asks for a password on b1: log in as root/],
+    ["sudo: a password is required", /sudo asks for a password on b1/],
+    ["", /Could not reach b1: exit status 255/],
+  ];
+  for (const [said, reason] of cases)
+    test(`for ${JSON.stringify(said.split("\n").at(-1))}`, () => {
+      const text = reasonOf("b1", said, 255);
+      assert.match(text, reason);
+      assert.doesNotMatch(text, /\n/);
+    });
+
+  test("of this machine names no host", () => {
+    assert.match(reasonOf("", "sudo: a password is required", 1), /^sudo asks for a password: /);
+    assert.match(reasonOf("", "boom", 1), /^Could not run a shell: boom$/);
+  });
+});

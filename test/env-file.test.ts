@@ -1,0 +1,285 @@
+import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
+import fs, { mkdirSync, readdirSync, readFileSync, rmSync, statSync, symlinkSync, utimesSync, writeFileSync } from "node:fs";
+import { syncBuiltinESMExports } from "node:module";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import { pathToFileURL } from "node:url";
+import { parse } from "dotenv";
+import { readEnv, updateEnv, withValues } from "../lib/env-file.ts";
+import { program, ROOT, TOKEN, temporary } from "./helpers.ts";
+
+const HOSTILE: Record<string, string> = {
+  empty: "",
+  token: TOKEN,
+  "single quotes": "it's 'so'",
+  "double quotes": 'say "so"',
+  backticks: "`id`",
+  "two kinds of quotes": `it's "so"`,
+  "the other two kinds": "it's `so`",
+  hash: "a#b",
+  "hash after a blank": "a #b",
+  "only a hash": "#",
+  dollar: "$HOME ${HOME} $$",
+  equals: "a=b==",
+  backslash: "\\",
+  "backslash at the end": "a\\",
+  "backslash and letters": "a\\nb\\tc\\\\",
+  "backslash and quote": "a\\'b",
+  newline: "a\nb\n",
+  "only newlines": "\n\n",
+  "leading blanks": "  a",
+  "trailing blanks": "a  ",
+  tab: "\ta\t",
+  "an assignment": "A=1\nB=2",
+  "an export": "export A=1",
+  colon: "a: b",
+  unicode: "汉字 ☃ 😀 \u00a0 \u2028",
+  "control characters": "\u0001\u001b[0m\u007f",
+  "quotes on both ends": "'a'",
+  "one quote": "'",
+  "one double quote": '"',
+  "100 kB": "x y#'".repeat(20_000),
+};
+
+/** dotenv has no escapes, and its lines end at the first quote of their own kind. */
+const IMPOSSIBLE = "a'b\"c`d\nsecret";
+
+const FILE = `# my cluster
+SERVER=root@203.0.113.10   # Hong Kong
+export AGENTS='a b'
+EMPTY=
+  PROXY_MODE: ipvs
+
+this line is nobody's
+K3S_TOKEN="old" # learned
+# K3S_URL=https://203.0.113.1:6443
+TEXT="several
+lines # no comment"
+LAST=1`;
+
+describe("a value", () => {
+  for (const [name, value] of Object.entries(HOSTILE)) {
+    test(`comes back from dotenv as it was given: ${name}`, () => {
+      const text = withValues(FILE, { K3S_TOKEN: value });
+      assert.deepEqual(parse(text), { ...parse(FILE), K3S_TOKEN: value });
+      assert.deepEqual(parse(withValues("", { NEW: value })), { NEW: value });
+      assert.deepEqual(parse(withValues(FILE, { NEW: value })), { ...parse(FILE), NEW: value });
+    });
+    test(`written again changes nothing: ${name}`, () => {
+      const text = withValues(FILE, { K3S_TOKEN: value });
+      assert.equal(withValues(text, { K3S_TOKEN: value }), text);
+    });
+  }
+
+  test("with a carriage return is refused: dotenv turns it into a newline", () => {
+    assert.throws(() => withValues(FILE, { K3S_TOKEN: "a\rb" }), RangeError);
+  });
+
+  test("that no notation of dotenv can hold is refused, by its key alone", () => {
+    assert.throws(() => withValues(FILE, { K3S_TOKEN: IMPOSSIBLE }), (error: Error) => {
+      assert.ok(error instanceof RangeError);
+      assert.match(error.message, /K3S_TOKEN/);
+      assert.doesNotMatch(error.message, /secret/);
+      return true;
+    });
+  });
+});
+
+describe("the rest of the file", () => {
+  test("stays as it is: comments, order, blanks, and lines that are no assignment", () => {
+    const text = withValues(FILE, { K3S_TOKEN: "new", K3S_URL: "https://b:6443", SERVER: "b" });
+    const expected = FILE.replace('"old"', "new")
+      .replace("SERVER=root@203.0.113.10   #", "SERVER=b #")
+      .concat("\nK3S_URL=https://b:6443\n");
+    assert.equal(text, expected);
+  });
+
+  test("stays with its CRLF", () => {
+    const text = withValues("A=1\r\n# c\r\nB=2\r\nC=3\r\n", { B: "x" });
+    assert.match(text, /^A=1\r\n# c\r\nB=x\r?\nC=3\r\n$/);
+    assert.deepEqual(parse(text), { A: "1", B: "x", C: "3" });
+  });
+
+  test("is no part of a key that looks alike", () => {
+    const text = withValues("XK3S_URL=1\nK3S_URL_X=2\n#K3S_URL=3\n", { K3S_URL: "new" });
+    assert.equal(text, "XK3S_URL=1\nK3S_URL_X=2\n#K3S_URL=3\nK3S_URL=new\n");
+  });
+
+  test("says on which line each key stands; of a key that stands twice the last counts", () => {
+    const path = join(temporary(), ".env");
+    writeFileSync(path, `${FILE}\nLAST=2\n`);
+    const { values, lines } = readEnv(path);
+    assert.deepEqual(values, parse(`${FILE}\nLAST=2\n`));
+    assert.deepEqual(lines, { SERVER: 2, AGENTS: 3, EMPTY: 4, PROXY_MODE: 5, K3S_TOKEN: 8, TEXT: 10, LAST: 13 });
+    assert.equal(parse(withValues(`${FILE}\nLAST=2\n`, { LAST: "3" })).LAST, "3");
+  });
+
+  test("is nothing where there is no file", () => {
+    assert.deepEqual(readEnv(join(temporary(), "none")), { values: {}, lines: {} });
+  });
+});
+
+describe("the file", () => {
+  test("is for its owner only, also when it was open to all before", async () => {
+    const path = join(temporary(), ".env");
+    await updateEnv(path, { A: "1" });
+    assert.equal(statSync(path).mode & 0o777, 0o600);
+    writeFileSync(path, "A=1\n");
+    spawnSync("chmod", ["644", path]);
+    await updateEnv(path, { A: "2" });
+    assert.equal(statSync(path).mode & 0o777, 0o600);
+  });
+
+  test("is followed where it is a link, and the link stays", async () => {
+    const folder = temporary();
+    mkdirSync(`${folder}/real`);
+    writeFileSync(`${folder}/real/env`, "# c\nA=1\n");
+    symlinkSync("real/env", `${folder}/.env`);
+    await updateEnv(`${folder}/.env`, { A: "2" });
+    assert.equal(readFileSync(`${folder}/real/env`, "utf8"), "# c\nA=2\n");
+    assert.deepEqual(readdirSync(folder, { withFileTypes: true }).filter((f) => f.isSymbolicLink()).map((f) => f.name), [".env"]);
+    assert.deepEqual(readdirSync(`${folder}/real`), ["env"]);
+  });
+
+  test("is not touched when nothing changes", async () => {
+    const path = join(temporary(), ".env");
+    writeFileSync(path, "A=1\n", { mode: 0o600 });
+    utimesSync(path, 1, 1);
+    const { ino } = statSync(path);
+    await updateEnv(path, { A: "1" });
+    assert.deepEqual([statSync(path).ino, statSync(path).mtimeMs], [ino, 1000]);
+  });
+
+  test("stands alone afterwards: no lock, no half file", async () => {
+    const folder = temporary();
+    await updateEnv(`${folder}/.env`, { A: "1" });
+    assert.deepEqual(readdirSync(folder), [".env"]);
+    await assert.rejects(updateEnv(`${folder}/.env`, { A: IMPOSSIBLE }), RangeError);
+    assert.deepEqual(readdirSync(folder), [".env"]);
+  });
+});
+
+describe("the lock", () => {
+  test("of a process that has died is taken over", async () => {
+    const path = join(temporary(), ".env");
+    writeFileSync(`${path}.lock`, String(spawnSync("true").pid));
+    await updateEnv(path, { A: "1" }, 1);
+    assert.deepEqual(readEnv(path).values, { A: "1" });
+  });
+
+  test("that its owner died over before it wrote its name is taken over when it is old, not when it is new", async () => {
+    const path = join(temporary(), ".env");
+    writeFileSync(`${path}.lock`, "");
+    await assert.rejects(updateEnv(path, { A: "1" }, 0.3), /is held/);
+    utimesSync(`${path}.lock`, 1, 1);
+    await updateEnv(path, { A: "1" }, 1);
+    assert.deepEqual(readEnv(path).values, { A: "1" });
+  });
+
+  test("of a living process is waited for, and then named", async () => {
+    const path = join(temporary(), ".env");
+    writeFileSync(`${path}.lock`, String(process.pid));
+    await assert.rejects(updateEnv(path, { A: "1" }, 0.3), (error: Error) => {
+      assert.match(error.message, new RegExp(`"${path}.lock" is held by process ${process.pid}: try again`));
+      return true;
+    });
+    assert.deepEqual(readEnv(path).values, {});
+    assert.equal(readFileSync(`${path}.lock`, "utf8"), String(process.pid), "and stays its owner's");
+  });
+});
+
+/** A program in `folder`: `updateEnv` and its arguments are at hand, and `text` is what it does. */
+function writer(folder: string, text: string): string {
+  const file = join(folder, "writer.mts");
+  const lib = pathToFileURL(join(ROOT, "lib/env-file.ts")).href;
+  writeFileSync(
+    file,
+    `const [path, name] = process.argv.slice(2) as [string, string];
+const { updateEnv } = await import(${JSON.stringify(lib)});
+${text}`,
+  );
+  return file;
+}
+
+test("parallel writers lose nothing: four processes, fifty writes each", async () => {
+  const folder = temporary();
+  const path = join(folder, ".env");
+  writeFileSync(path, "# kept\nA=1\n");
+  const names = ["P", "Q", "R", "S"];
+  const file = writer(folder, `for (let i = 0; i < 50; i++) await updateEnv(path, { [\`\${name}_\${i}\`]: "'".repeat(i), LAST: String(i) }, 50);`);
+  const ends = await Promise.all(names.map((name) => program([file, path, name])));
+  for (const end of ends) assert.equal(end.status, 0, end.stderr);
+  const { values } = readEnv(path);
+  for (const name of names)
+    for (let i = 0; i < 50; i++) assert.equal(values[`${name}_${i}`], "'".repeat(i), `${name}_${i}`);
+  assert.equal(Object.keys(values).length, 202);
+  assert.ok(readFileSync(path, "utf8").startsWith("# kept\nA=1\n"));
+  assert.deepEqual(readdirSync(folder).sort(), [".env", "writer.mts"]);
+});
+
+/** Runs updateEnv until its call of the file system after the `n`th: from there on nothing reaches the disk. */
+async function updateCrashing(path: string, values: Record<string, string>, n: number): Promise<boolean> {
+  const calls = ["openSync", "writeSync", "fsyncSync", "closeSync", "renameSync", "rmSync"] as const;
+  const real = Object.fromEntries(calls.map((call) => [call, fs[call]]));
+  let left = n;
+  for (const call of calls)
+    Object.assign(fs, {
+      [call]: (...given: unknown[]) => {
+        if (left-- <= 0) throw new Error("crash");
+        return (real[call] as (...given: unknown[]) => unknown)(...given);
+      },
+    });
+  syncBuiltinESMExports();
+  try {
+    await updateEnv(path, values);
+    return true;
+  } catch (error) {
+    assert.equal((error as Error).message, "crash");
+    return false;
+  } finally {
+    Object.assign(fs, real);
+    syncBuiltinESMExports();
+  }
+}
+
+describe("a crash", () => {
+  const OLD = `# mine\nA=old\n${"B=".padEnd(50_000, "x")}\n`;
+  const NEW = OLD.replace("old", "new");
+
+  // Deno's named imports of node:fs do not follow a change of it: there the next test must do.
+  if (!("Deno" in globalThis))
+    test("between any two steps leaves the old file or the new one, and the next writer goes on", async () => {
+      const path = join(temporary(), ".env");
+      const seen: string[] = [];
+      for (let n = 0; seen.at(-1) !== "survived"; n++) {
+        writeFileSync(path, OLD);
+        const survived = await updateCrashing(path, { A: "new" }, n);
+        const text = readFileSync(path, "utf8");
+        assert.ok(text === OLD || text === NEW, `after ${n} steps the file is neither`);
+        seen.push(survived ? "survived" : text === OLD ? "old" : "new");
+        // The lock that a dead process leaves names it: that this is taken over has its own test.
+        rmSync(`${path}.lock`, { force: true });
+        await updateEnv(path, { A: "next" });
+        assert.equal(readFileSync(path, "utf8"), OLD.replace("old", "next"));
+        assert.ok(n < 40, seen.join());
+      }
+      const order = ["old", "new", "survived"];
+      assert.deepEqual([...new Set(seen)], order);
+      assert.deepEqual(seen, seen.toSorted((a, b) => order.indexOf(a) - order.indexOf(b)));
+    });
+
+  test("at any moment leaves the old file or the new one", async () => {
+    const folder = temporary();
+    const file = writer(folder, `console.log("begins"); for (let i = 0; ; i++) await updateEnv(path, { A: i % 2 ? "old" : "new" });`);
+    const kills = Array.from({ length: 8 }, async (_, i) => {
+      const path = join(folder, `${i}.env`);
+      writeFileSync(path, OLD);
+      const { stdout } = await program([file, path], {}, Math.random() * 0.2);
+      assert.match(stdout, /begins/);
+      const text = readFileSync(path, "utf8");
+      assert.ok(text === OLD || text === NEW);
+    });
+    await Promise.all(kills);
+  });
+});

@@ -1,0 +1,237 @@
+import { spawn, spawnSync } from "node:child_process";
+import { chmodSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
+import { interfaceOf, type Role, unitPath } from "../lib/k3s.ts";
+import { SETTINGS, type Settings } from "../lib/settings.ts";
+import { type Change, type Facts, lookScript, reader, type Step, whole } from "../lib/step.ts";
+
+export const ROOT = join(import.meta.dirname, "..");
+export const OLD = "v1.17.6+k3s1";
+export const MODERN = "v1.36.2+k3s1";
+export const TOKEN = `K10${"ab".repeat(32)}::server:${"0123456789abcdef".repeat(2)}`;
+/** The box of these tests: a1, behind 1:1 NAT. */
+export const IP = "198.51.100.11";
+/** The facts' present, in seconds since 1970; the box has been up for an hour and k3s for half of one. */
+export const NOW = Date.parse("2026-11-23T15:20:00Z") / 1000;
+const STARTED = NOW - 1800;
+
+export const fixture = (name: string): string =>
+  readFileSync(join(import.meta.dirname, "fixtures", name), "utf8");
+
+export const wanted = (over: Partial<Settings> = {}): Settings => ({
+  ...(Object.fromEntries(Object.entries(SETTINGS).map(([name, s]) => [name, s.value])) as Settings),
+  PUBLIC_IP: IP,
+  K3S_URL: "https://198.51.100.11:6443",
+  K3S_TOKEN: TOKEN,
+  ...over,
+});
+
+/** The facts of a box on which steps 1 to 3 are done and nothing of k3s is set up. */
+export const prepared = (version: string, over: Facts = {}): Facts => ({
+  uptime: "3600.00",
+  now: `${NOW}.000000000`,
+  boot: "f193e011-2833-4503-812f-2c98931dc2e5\n",
+  hostname: "a1\n",
+  arch: "x86_64\n",
+  kernel: "6.1.0-50-cloud-amd64\n",
+  os: fixture("os-release/debian-12"),
+  systemd: "yes\n",
+  addresses: "1: lo    inet 127.0.0.1/8 scope host lo\n2: eth0    inet 192.168.0.11/24 brd 192.168.0.255",
+  curl: "/usr/bin/curl\n",
+  kubectl: "/usr/local/bin/kubectl\n",
+  version: `${version}\n`,
+  module: "yes\n",
+  tool: "/usr/bin/wg\n",
+  loaded: "yes\n",
+  ...over,
+});
+
+export interface NodeSpec {
+  name: string;
+  ip: string;
+  n: number;
+  ready?: boolean;
+  beat?: number;
+  external?: string;
+  public?: string;
+  overwrite?: string;
+}
+
+/** A node as kubectl prints it. What is not said is as it should be. */
+export const node = (spec: NodeSpec) => ({
+  kind: "Node",
+  metadata: {
+    name: spec.name,
+    annotations: Object.fromEntries(
+      [
+        ["flannel.alpha.coreos.com/public-ip", spec.public ?? spec.ip],
+        ["flannel.alpha.coreos.com/public-ip-overwrite", spec.overwrite ?? spec.ip],
+      ].filter(([, value]) => value),
+    ),
+  },
+  spec: { podCIDR: `10.42.${spec.n}.0/24` },
+  status: {
+    addresses: [
+      { type: "InternalIP", address: spec.ip },
+      ...(spec.external === "" ? [] : [{ type: "ExternalIP", address: spec.external ?? spec.ip }]),
+      { type: "Hostname", address: spec.name },
+    ],
+    conditions: [
+      { type: "MemoryPressure", status: "False", lastHeartbeatTime: "2026-11-23T15:00:00Z" },
+      {
+        type: "Ready",
+        status: spec.ready === false ? "Unknown" : "True",
+        lastHeartbeatTime: new Date((spec.beat ?? NOW - 20) * 1000).toISOString(),
+      },
+    ],
+    nodeInfo: { kubeletVersion: MODERN },
+  },
+});
+export const nodes = (...specs: NodeSpec[]): string =>
+  JSON.stringify({ kind: "List", items: specs.map(node) });
+export const A1 = { name: "a1", ip: IP, n: 0 };
+export const B1 = { name: "b1", ip: "198.51.101.11", n: 1 };
+export const B2 = { name: "b2", ip: "198.51.101.12", n: 2 };
+
+/** A line of the fact `peers`: a peer of a1's, `age` seconds after its handshake (or without one). */
+export const peer = (version: string, of: NodeSpec, endpoint = of.ip, age?: number, allowed?: string) =>
+  [
+    interfaceOf(version === OLD ? "old" : "modern"),
+    "K34wY4qud184kBjd2diVrHmJyyjK4gaQB38QJOQ5a3c=",
+    "(none)",
+    `${endpoint}:51820`,
+    allowed ?? `10.42.${of.n}.0/24`,
+    age === undefined ? "0" : String(NOW - age),
+    "124",
+    "180",
+    "25",
+  ].join("\t");
+
+/** The facts of a healthy box of a1, b1 and b2, on which `unit` and `env` are as this project wrote them. */
+export function healthy(version: string, written: Facts, over: Facts = {}): Facts {
+  const running = interfaceOf(version === OLD ? "old" : "modern");
+  return prepared(version, {
+    ...written,
+    written: [1, 2, 3].map((n) => STARTED - n).join("\n"),
+    service: service(STARTED),
+    enabled: "enabled\n",
+    other: "inactive\n",
+    active: "active\ninactive\n",
+    interfaces: `eth0\n${running}\nlo\n`,
+    nodes: nodes(A1, B1, B2),
+    peers: [peer(version, B1, B1.ip, 30), peer(version, B2, B2.ip, 90)].join("\n"),
+    ...over,
+  });
+}
+
+/** `systemctl show` of a unit whose process began then, in seconds since 1970. */
+export const service = (started: number, more = "NeedDaemonReload=no"): string =>
+  `ActiveState=active\nMainPID=812\nExecMainStartTimestampMonotonic=${(3600 - (NOW - started)) * 1e6}\n${more}\n`;
+
+/** Facts of a step's files, read back by the real look after the real changes wrote them under a temporary root. */
+export function filesAfter(step: Step, want: Settings, changes: readonly Change[]): Facts {
+  const root = temporary();
+  const there = (text: string) =>
+    text.replaceAll("/etc/systemd/system", `${root}/etc`).replaceAll("/var/lib/rancher", `${root}/var`);
+  const back = (text: string) =>
+    text.replaceAll(`${root}/etc`, "/etc/systemd/system").replaceAll(`${root}/var`, "/var/lib/rancher");
+  for (const change of changes.filter((c) => c.why.startsWith("write "))) {
+    // The text of the unit names the folders too: only the paths that the shell writes to are moved.
+    const token = change.secrets ? `K3S_TOKEN='${want.K3S_TOKEN}'\n` : "";
+    const { status, stderr } = shell(`set -eu\n${token}${there(change.sh)}`);
+    if (status !== 0) throw new Error(`"${change.why}" failed with ${status}: ${stderr}`);
+  }
+  const unit = `${root}/etc/${unitPath(step.name as Role).split("/").at(-1)}`;
+  writeFileSync(unit, back(readFileSync(unit, "utf8")));
+  const PATH = programs(`${root}/bin`, { curl: "echo 'curl must not be asked' >&2; exit 7" });
+  return look([{ look: () => step.look(want).map(there) }], want, { PATH });
+}
+
+/** What the real look script says, run by this machine's sh. */
+export function look(steps: readonly Pick<Step, "look">[], want: Settings, env: Facts = {}): Facts {
+  const stream = reader("mark", {});
+  const { stdout } = shell(whole(lookScript(steps as Step[], want, "mark")), ["sh", "-s"], env);
+  const lines = stdout.split("\n");
+  if (lines.at(-1) === "") lines.pop();
+  for (const line of lines) stream.line(line);
+  if (!stream.seen.ended) throw new Error(`The look did not end: ${stdout.slice(-500)}`);
+  return stream.seen.facts;
+}
+
+/** Runs a script over stdin, as a box does. */
+export function shell(script: string, argv = ["sh", "-s"], env: Facts = {}) {
+  const [command = "sh", ...rest] = argv;
+  const { status, stdout, stderr } = spawnSync(command, rest, {
+    input: script,
+    env: { ...process.env, ...env },
+    maxBuffer: 1e8,
+  });
+  return { status, stdout: stdout.toString(), stderr: stderr.toString(), bytes: stdout };
+}
+
+const made: string[] = [];
+after(() => made.forEach((path) => rmSync(path, { recursive: true, force: true })));
+
+/** A folder of its own, removed when the tests have ended. */
+export function temporary(): string {
+  const path = mkdtempSync(join(tmpdir(), "k3s-across-clouds-test-"));
+  made.push(path);
+  return path;
+}
+
+/** Puts programs, as sh scripts, into a folder; answers a PATH that has them first. */
+export function programs(folder: string, scripts: Record<string, string>): string {
+  mkdirSync(folder, { recursive: true });
+  for (const [name, script] of Object.entries(scripts)) {
+    writeFileSync(join(folder, name), `#!/bin/sh\n${script}\n`);
+    chmodSync(join(folder, name), 0o755);
+  }
+  return `${folder}:${process.env.PATH}`;
+}
+
+export const has = (command: string): boolean =>
+  spawnSync("sh", ["-c", `command -v ${command}`]).status === 0;
+
+/** Why a test is skipped for want of programs; in CI nothing may skip, and the test fails instead. */
+export function lacks(...commands: string[]): string | false {
+  const missing = commands.filter((command) => !has(command));
+  return !process.env.CI && missing.length > 0 && `needs ${missing.join(", ")}`;
+}
+
+/** This runtime's words for running a TypeScript file. */
+const RUNTIME =
+  "Deno" in globalThis
+    ? ["run", "-A", "--config", join(ROOT, "deno.json")]
+    : "typescript" in process.features && process.features.typescript
+      ? ["--disable-warning=ExperimentalWarning"]
+      : ["--import", "tsx"];
+
+export interface Ended {
+  status: number | null;
+  stdout: string;
+  stderr: string;
+  seconds: number;
+}
+
+/** Runs a TypeScript file as a process; `kill` seconds after its first output it is killed. */
+export async function program(args: string[], env: Facts = {}, kill?: number): Promise<Ended> {
+  const began = Date.now();
+  const child = spawn(process.execPath, [...RUNTIME, ...args], {
+    cwd: ROOT,
+    env: { PATH: process.env.PATH ?? "", HOME: process.env.HOME ?? "", ...env },
+    stdio: ["ignore", "pipe", "pipe"],
+  });
+  const said = { stdout: "", stderr: "" };
+  child.stdout.on("data", (chunk) => (said.stdout += chunk));
+  child.stderr.on("data", (chunk) => (said.stderr += chunk));
+  const ended = new Promise<number | null>((resolve) => child.on("close", resolve));
+  if (kill !== undefined) {
+    await new Promise((resolve) => child.stdout.once("data", resolve));
+    await sleep(kill * 1000);
+    child.kill("SIGKILL");
+  }
+  return { status: await ended, ...said, seconds: (Date.now() - began) / 1000 };
+}

@@ -1,0 +1,292 @@
+import assert from "node:assert/strict";
+import { describe, test } from "node:test";
+import * as k3s from "../lib/k3s.ts";
+import type { Settings } from "../lib/settings.ts";
+import { annotate } from "../scripts/annotate.ts";
+import {
+  A1,
+  B1,
+  fixture,
+  IP,
+  look,
+  MODERN,
+  NOW,
+  nodes,
+  OLD,
+  prepared,
+  programs,
+  service,
+  temporary,
+  wanted,
+} from "./helpers.ts";
+
+describe("the generation of a release", () => {
+  const both = "--flannel-external-ip\nwireguard-native";
+  const cases: [version: string, flags: string | undefined, generation: k3s.Generation | undefined][] = [
+    ["v1.17.6+k3s1", undefined, "old"],
+    ["v1.22.17+k3s1", undefined, "old"],
+    ["v1.23.17+k3s1", undefined, undefined],
+    ["v1.24.1+k3s1", undefined, undefined],
+    ["v1.24.1+k3s1", "wireguard-native", "old"],
+    ["v1.24.17+k3s1", "--flannel-external-ip", "old"],
+    ["v1.24.17+k3s1", both, "modern"],
+    ["v1.25.3+k3s1", both, "modern"],
+    ["v1.26.0+k3s1", undefined, "modern"],
+    ["v1.36.2+k3s1", undefined, "modern"],
+  ];
+  for (const [version, flags, generation] of cases)
+    test(`${version} whose help has ${flags?.replace("\n", " and ") ?? "not been asked"} is ${generation ?? "not known yet"}`, () =>
+      assert.equal(k3s.generationOf(version, flags), generation));
+
+  test("of a K3S_BIN is that of its own version, whatever K3S_VERSION says", () => {
+    const want = wanted({ K3S_BIN: "./k3s", K3S_VERSION: MODERN });
+    assert.deepEqual(k3s.releaseOf(want, prepared(OLD)), { version: OLD, generation: "old" });
+  });
+
+  test("is not taken from the help of another release than the wanted one", () => {
+    const want = wanted({ K3S_VERSION: "v1.24.17+k3s1" });
+    assert.deepEqual(k3s.releaseOf(want, prepared("v1.25.3+k3s1", { flags: both })), {
+      version: "v1.24.17+k3s1",
+    });
+    assert.equal(k3s.releaseOf(want, prepared("v1.24.17+k3s1", { flags: both })).generation, "modern");
+  });
+});
+
+const RELEASES = [
+  { generation: "old", help: "v1.17.6" },
+  { generation: "modern", help: "v1.36.3" },
+] as const;
+const ROLES = ["server", "agent"] as const;
+const MODES = ["iptables", "ipvs", "nftables"];
+
+describe("the arguments of k3s", () => {
+  for (const { generation, help } of RELEASES)
+    for (const role of ROLES)
+      test(`of a ${generation} ${role} are all flags that ${help} knows`, () => {
+        const known = new Set(fixture(`k3s-${role}-help-${help}.txt`).match(/--[a-z][a-z-]*/g));
+        for (const mode of MODES)
+          for (const arg of k3s.argsOf(role, generation, wanted(), mode)) {
+            const [, flag = "", value] = /^(--[a-z-]+)(?:=(\S+))?$/.exec(arg) ?? [];
+            assert.ok(known.has(flag), `${arg} of a ${generation} ${role}`);
+            if (flag !== "--flannel-external-ip")
+              assert.ok(value, `${arg} has its value with it, not after it`);
+          }
+      });
+
+  test("leave out what a generation does not have", () => {
+    const old = k3s.argsOf("server", "old", wanted(), "iptables").join(" ");
+    const modern = k3s.argsOf("server", "modern", wanted(), "iptables").join(" ");
+    assert.doesNotMatch(old, /native|flannel-external-ip/);
+    assert.doesNotMatch(modern, /no-deploy|backend=wireguard(?!-native)/);
+  });
+
+  test("of an agent do not repeat what only a server may say", () => {
+    for (const { generation } of RELEASES)
+      assert.doesNotMatch(
+        k3s.argsOf("agent", generation, wanted(), "ipvs").join(" "),
+        /tls-san|flannel|disable/,
+      );
+  });
+
+  test("end with SERVER_ARGS or AGENT_ARGS, each word by itself", () => {
+    const want = wanted({
+      SERVER_ARGS: " --disable=traefik  --debug",
+      AGENT_ARGS: "--node-label=a=b\t--docker",
+    });
+    assert.deepEqual(k3s.argsOf("server", "old", want, "iptables").slice(-2), [
+      "--disable=traefik",
+      "--debug",
+    ]);
+    assert.deepEqual(k3s.argsOf("agent", "modern", want, "iptables").slice(-2), [
+      "--node-label=a=b",
+      "--docker",
+    ]);
+  });
+});
+
+describe("the unit", () => {
+  for (const { generation } of RELEASES)
+    for (const role of ROLES) {
+      const unit = (want: Settings, onCard: boolean, mode = "iptables") =>
+        k3s.unitText(role, generation, k3s.argsOf(role, generation, want, mode), onCard, IP);
+
+      test(`of a ${generation} ${role} is the one on record`, () =>
+        assert.equal(unit(wanted(), false, "ipvs"), fixture(`${k3s.unitOf(role)}-${generation}.service`)));
+
+      test(`of a ${generation} ${role} puts the public address on lo where no card has it, and only there`, () => {
+        assert.match(unit(wanted(), false), new RegExp(`ExecStartPre=.*ip addr replace ${IP}/32 dev lo`));
+        assert.doesNotMatch(unit(wanted(), true), /ip addr/);
+      });
+
+      test(`of a ${generation} ${role} hands every argument to k3s as one word, % and $ as they are`, () => {
+        const args = "--node-label=p=%h --kubelet-arg=x=$HOME,100%,${y} --node-label=z=a;b&c|d";
+        const text = unit(wanted({ SERVER_ARGS: args, AGENT_ARGS: args }), true);
+        const command = text.slice(text.indexOf("ExecStart=") + "ExecStart=".length).replaceAll("\\\n", " ");
+        const words = command
+          .trim()
+          .split(/\s+/)
+          .map((w) => w.replaceAll("$$", "$").replaceAll("%%", "%"));
+        assert.deepEqual(words.slice(-3), args.split(" "));
+        assert.deepEqual(words.slice(0, 2), ["/usr/local/bin/k3s", role]);
+        assert.deepEqual(
+          words.slice(2).filter((word) => !word.startsWith("--")),
+          [],
+          "no stray positional",
+        );
+        assert.doesNotMatch(
+          command.replaceAll("$$", "").replaceAll("%%", ""),
+          /[$%]/,
+          "nothing for systemd to expand",
+        );
+      });
+    }
+
+  test("loads ip_vs for ipvs only", () => {
+    const unit = (mode: string) =>
+      k3s.unitText("agent", "old", k3s.argsOf("agent", "old", wanted(), mode), true, IP);
+    assert.match(unit("ipvs"), /modprobe -a ip_vs/);
+    assert.doesNotMatch(unit("iptables"), /ip_vs/);
+  });
+});
+
+describe("nodes and peers", () => {
+  test("are read from a modern cluster's list", () => {
+    assert.deepEqual(k3s.nodesOf(fixture("nodes-v1.36.3.json")), [
+      {
+        name: "a1",
+        ready: true,
+        heartbeat: Date.parse("2026-11-23T15:15:19Z") / 1000,
+        internalIp: "192.168.0.11",
+        externalIp: "198.51.100.21",
+        podCidr: "10.42.0.0/24",
+        publicIp: "198.51.100.21",
+        overwrite: "198.51.100.21",
+        version: "v1.36.3+k3s1",
+      },
+      {
+        name: "b1",
+        ready: true,
+        heartbeat: Date.parse("2026-11-23T15:18:30Z") / 1000,
+        internalIp: "192.168.0.12",
+        externalIp: "198.51.101.21",
+        podCidr: "10.42.1.0/24",
+        publicIp: "198.51.101.21",
+        overwrite: "198.51.101.21",
+        version: "v1.36.3+k3s1",
+      },
+    ]);
+  });
+
+  test("are read from an old cluster's node, before and after its annotation", () => {
+    const [before] = k3s.nodesOf(fixture("node-before-annotation-v1.17.6.json"));
+    const [after] = k3s.nodesOf(fixture("node-after-annotation-v1.17.6.json"));
+    assert.deepEqual([before?.name, before?.publicIp, before?.overwrite], ["b1", "192.168.0.11", undefined]);
+    assert.deepEqual(
+      [after?.name, after?.publicIp, after?.overwrite],
+      ["b1", "198.51.101.11", "198.51.101.11"],
+    );
+    assert.equal(after?.version, OLD);
+  });
+
+  for (const text of [
+    "",
+    "{}",
+    "null",
+    "Error from server (Forbidden)",
+    '{"items": [{}]}',
+    '{"kind":"Status"}',
+  ])
+    test(`are none where kubectl says ${JSON.stringify(text)}`, () =>
+      assert.deepEqual(k3s.nodesOf(text), []));
+
+  const dumps = {
+    "v1.17.6 before": ["flannel.1", "before-annotation-v1.17.6"],
+    "v1.17.6 after": ["flannel.1", "after-annotation-v1.17.6"],
+    "v1.36.3": ["flannel-wg", "v1.36.3"],
+  };
+  const peers = {
+    "v1.17.6 before": [
+      { endpoint: "192.168.0.11:51820", allowedIps: ["10.42.0.0/24"], handshake: 0 },
+      { endpoint: "192.168.0.12:51820", allowedIps: ["10.42.1.0/24"], handshake: 1795446621 },
+    ],
+    "v1.17.6 after": [
+      { endpoint: "198.51.100.11:51820", allowedIps: ["10.42.0.0/24"], handshake: 1795446696 },
+      { endpoint: "192.168.0.12:51820", allowedIps: [], handshake: 0 },
+      { endpoint: "198.51.100.11:51820", allowedIps: [], handshake: 1795446681 },
+      { endpoint: "198.51.101.12:51820", allowedIps: ["10.42.1.0/24"], handshake: 1795446676 },
+    ],
+    "v1.36.3": [{ endpoint: "198.51.100.21:51820", allowedIps: ["10.42.0.0/24"], handshake: 1795447105 }],
+  };
+  for (const [name, [iface = "", file]] of Object.entries(dumps))
+    test(`are read from what wg said of ${name}, without the private key`, () => {
+      const path = programs(temporary(), {
+        wg: `[ "$2" = ${iface} ] && cat '${import.meta.dirname}/fixtures/wg-dump-${file}.txt'`,
+      });
+      const facts = look([annotate], wanted(), { PATH: path });
+      const expected = peers[name as keyof typeof peers].map((p) => ({ interface: iface, ...p }));
+      assert.deepEqual(k3s.peersOf(facts.peers), expected);
+      assert.doesNotMatch(JSON.stringify(facts), /PRIVATEKEY/);
+    });
+});
+
+describe("a node's name", () => {
+  const cases: [args: string, name: string][] = [
+    ["", "b1.example"],
+    ["--node-name=Cloud-B --docker", "cloud-b"],
+    ["--docker --node-name cloud-b", "cloud-b"],
+    ["--node-label=x--node-name=y", "b1.example"],
+  ];
+  for (const [args, name] of cases)
+    test(`with the arguments "${args}" is ${name}`, () =>
+      assert.equal(k3s.nodeNameOf(args, { hostname: "B1.Example\n" }), name));
+});
+
+describe("a node is healthy", () => {
+  const facts = (over = {}) =>
+    prepared(MODERN, {
+      nodes: nodes(A1, B1),
+      interfaces: "lo\nflannel-wg\n",
+      service: service(NOW - 600),
+      ...over,
+    });
+  const cases: [name: string, over: Record<string, string>, ill: RegExp | undefined][] = [
+    ["when it is Ready, reports, and has its address and interface", {}, undefined],
+    ["only once it is registered", { nodes: nodes(B1) }, /a1 is not registered/],
+    ["only when it is Ready", { nodes: nodes({ ...A1, ready: false }) }, /not Ready/],
+    [
+      "only when it reported since its start: Ready outlives a dead kubelet",
+      { nodes: nodes({ ...A1, beat: NOW - 640 }) },
+      /not reported/,
+    ],
+    [
+      "only when its ExternalIP is the public address",
+      { nodes: nodes({ ...A1, external: "192.168.0.11" }) },
+      /ExternalIP of a1 is 192.168.0.11, not 198/,
+    ],
+    [
+      "only when it has an ExternalIP",
+      { nodes: nodes({ ...A1, external: "" }) },
+      /ExternalIP of a1 is not set/,
+    ],
+    ["only when its generation's interface is there", { interfaces: "lo\nflannel.1\n" }, /no flannel-wg/],
+    [
+      "only while its service runs",
+      { service: "ActiveState=activating\nMainPID=0\nExecMainStartTimestampMonotonic=0\n" },
+      /not reported/,
+    ],
+  ];
+  for (const [name, over, ill] of cases)
+    test(name, () => {
+      const ills = k3s.ailments("a1", IP, "modern", facts(over));
+      if (ill === undefined) assert.deepEqual(ills, []);
+      else assert.match(ills.join(", "), ill);
+    });
+});
+
+test("the public address counts as on the card only where a card has exactly it", () => {
+  const on = (addresses: string) => k3s.onCard(IP, { addresses });
+  assert.equal(on(`2: eth0    inet ${IP}/24 brd 198.51.100.255 scope global eth0`), true);
+  assert.equal(on(`1: lo    inet ${IP}/32 scope global lo`), false);
+  assert.equal(on("2: eth0    inet 198.51.100.110/24 scope global eth0"), false);
+  assert.equal(on(""), false);
+});

@@ -1,0 +1,74 @@
+import assert from "node:assert/strict";
+import { describe, test } from "node:test";
+import { redacted, report } from "../lib/report.ts";
+import { TOKEN } from "./helpers.ts";
+
+const PASSWORD = TOKEN.split(":").at(-1) as string;
+
+describe("a token in whatever is printed", () => {
+  const texts = [
+    TOKEN,
+    `K3S_TOKEN='${TOKEN}'`,
+    `level=error msg="token ${TOKEN} is not valid"`,
+    `two: ${TOKEN} ${TOKEN}.`,
+    `\u001b[31m${TOKEN}\u001b[0m`,
+    `https://x/?token=${TOKEN}&y`,
+    `cut ::server:${PASSWORD}`,
+    `an agent's K10${"0".repeat(64)}::node:${PASSWORD}`,
+    `a user's K10${"0".repeat(64)}::deploy-bot:${PASSWORD}`,
+    `first line\n${TOKEN}\nlast line`,
+  ];
+  for (const text of texts)
+    test(`is masked: ${JSON.stringify(text.slice(0, 30))}`, () => {
+      assert.ok(!redacted(text).includes(PASSWORD));
+      assert.match(redacted(text), /\*{8}/);
+    });
+
+  test("is all that is masked", () => {
+    const text = "wg peer K34wY4qud184kBjd2diVrHmJyyjK4gaQB38QJOQ5a3c= at 198.51.100.11:51820, sha256 abc";
+    assert.equal(redacted(text), text);
+    assert.equal(redacted(`a ${TOKEN} b`), "a ******** b");
+  });
+});
+
+describe("what is said of several boxes", () => {
+  /** What a part of the report writes to standard error. */
+  async function said(names: string[], part: (ui: Awaited<ReturnType<typeof report>>) => void): Promise<string[]> {
+    const lines: string[] = [];
+    const real = process.stderr.write;
+    process.stderr.write = ((text: string) => lines.push(...text.split("\n").slice(0, -1)) > 0) as typeof real;
+    try {
+      part(await report(names));
+    } finally {
+      process.stderr.write = real;
+    }
+    return lines;
+  }
+
+  test("carries each box's name in a column of its own", async () => {
+    const lines = await said(["a1", "cloud-b"], (ui) => {
+      ui.line("a1").starts("install curl");
+      ui.line("cloud-b").starts("one\ntwo");
+      ui.line("a1").done(true, "all is well");
+    });
+    assert.deepEqual(lines, [
+      "a1       install curl",
+      "cloud-b  one",
+      "cloud-b  two",
+      "a1       nothing to do: all is well",
+    ]);
+  });
+
+  test("of a failure is the message, the end of the output, the command, and the line that tries it again", async () => {
+    const output = Array.from({ length: 50 }, (_, i) => `output ${i}`).join("\n");
+    const command = Array.from({ length: 20 }, (_, i) => `command ${i}`).join("\n");
+    const lines = await said(["a1", "b1"], (ui) =>
+      ui.line("b1").failed("it broke (exit status 3)", { why: "break it", sh: command }, `${output}\n${TOKEN}`, "make agent HOST=b1"),
+    );
+    assert.match(lines[0] as string, /^b1 {2}FAILED after [\d.]+ s: it broke \(exit status 3\)$/);
+    assert.ok(lines.includes("b1    | output 49") && !lines.includes("b1    | output 5"));
+    assert.ok(lines.includes("b1    $ command 0") && !lines.some((line) => line.includes("command 19")));
+    assert.equal(lines.at(-1), "b1    again: make agent HOST=b1");
+    assert.ok(!lines.join().includes(PASSWORD));
+  });
+});

@@ -1,0 +1,192 @@
+import assert from "node:assert/strict";
+import { describe, test } from "node:test";
+import { unitOf } from "../lib/k3s.ts";
+import type { Settings } from "../lib/settings.ts";
+import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { agent } from "../scripts/agent.ts";
+import { server } from "../scripts/server.ts";
+import {
+  A1,
+  B1,
+  filesAfter,
+  healthy,
+  IP,
+  MODERN,
+  NOW,
+  nodes,
+  OLD,
+  prepared,
+  service,
+  TOKEN,
+  wanted,
+} from "./helpers.ts";
+
+/** A plan as its verbs: what is written, started, waited for. */
+const verbs = (changes: Change[]) => changes.map(({ why }) => why.split(" ").slice(0, 2).join(" "));
+const refusal = (step: Step, want: Settings, facts: Facts): Error => {
+  let found: unknown;
+  assert.throws(() => step.plan(want, facts), (error) => ((found = error), true));
+  return found as Error;
+};
+
+for (const step of [server, agent] as const)
+  for (const version of [OLD, MODERN]) {
+    const unit = unitOf(step.name as "server");
+    const want = wanted({ K3S_VERSION: version });
+    const fresh = prepared(version);
+    const written = filesAfter(step, want, step.plan(want, fresh));
+    const { unit: text, envfile } = written;
+    const files = { unit: text, envfile } as Facts;
+    const well = (over: Facts = {}) => healthy(version, files, over);
+
+    describe(`${unit} of ${version}`, () => {
+      test("is written, started and waited for on a fresh box", () => {
+        const plan = step.plan(want, fresh);
+        assert.deepEqual(verbs(plan), [`write /etc/systemd/system/${unit}.service.env`, `write /etc/systemd/system/${unit}.service:`, `start ${unit}`]);
+        assert.ok(plan.every(({ seconds }) => (seconds ?? 60) <= 360), "each in bounded time");
+      });
+
+      test("is left alone once that has been done and the node is healthy", () => {
+        assert.deepEqual(step.plan(want, well()), []);
+      });
+
+      test("is the unit that was wanted, and its environment is for root only", () => {
+        assert.match(text ?? "", new RegExp(`\\nEnvironmentFile=/etc/systemd/system/${unit}.service.env\\n`));
+        assert.match(envfile ?? "", /^600\n[0-9a-f]{64}\n?$/);
+      });
+
+      const restarts: [name: string, over: Facts][] = [
+        ["when a run was cut between write and restart: a file is newer than the process", { written: `${NOW - 60}\n${NOW - 4000}` }],
+        ["when the binary was swapped under the running process", { written: `${NOW - 4000}\n${NOW - 1700}` }],
+        ["when systemd has an older unit in its mind", { service: service(NOW - 1800, "NeedDaemonReload=yes") }],
+        ["when it is not enabled", { enabled: "disabled\n" }],
+        ["when it does not run", { service: "ActiveState=failed\nMainPID=0\nExecMainStartTimestampMonotonic=99000000\nNeedDaemonReload=no\n" }],
+        ["when it only tries to start", { service: "ActiveState=activating\nMainPID=9\nExecMainStartTimestampMonotonic=99000000\nNeedDaemonReload=no\n" }],
+      ];
+      for (const [name, over] of restarts)
+        test(`is restarted, with no file touched, ${name}`, () => {
+          const plan = step.plan(want, well(over));
+          assert.equal(plan.length, 1, verbs(plan).join());
+          assert.match(plan[0]?.why ?? "", new RegExp(`^(re)?start ${unit} and wait until node a1 is Ready`));
+        });
+
+      const waits: [name: string, over: Facts, why: RegExp][] = [
+        ["is not registered", { nodes: nodes(B1) }, /a1 is not registered/],
+        ["is not Ready", { nodes: nodes({ ...A1, ready: false }, B1) }, /not Ready/],
+        ["is stale: Ready, but silent since the start", { nodes: nodes({ ...A1, beat: NOW - 1900 }, B1) }, /has not reported/],
+        ["has no ExternalIP yet", { nodes: nodes({ ...A1, external: "" }, B1) }, /ExternalIP of a1 is not set/],
+        ["has no WireGuard interface yet", { interfaces: "lo\neth0\n" }, /no flannel/],
+        ["cannot be seen: the API does not answer", { nodes: "" }, /a1 is not registered/],
+      ];
+      for (const [name, over, why] of waits)
+        test(`is waited for, not restarted, while its node ${name}`, () => {
+          const plan = step.plan(want, well(over));
+          assert.deepEqual(verbs(plan), ["wait until"]);
+          assert.match(plan[0]?.why ?? "", why);
+          assert.doesNotMatch(plan[0]?.sh ?? "", /systemctl (re)?start/);
+        });
+
+      test("of a box whose name another box's node has is refused", () => {
+        assert.match(refusal(step, want, well({ nodes: nodes({ ...A1, external: "198.51.100.99" }) })).message, /198\.51\.100\.99/);
+      });
+
+      test("is written anew and restarted when a setting of its arguments changes, and the file of its environment is not", () => {
+        const args = wanted({ ...want, SERVER_ARGS: "--disable=traefik", AGENT_ARGS: "--docker" });
+        const plan = step.plan(args, well());
+        assert.deepEqual(verbs(plan), [`write /etc/systemd/system/${unit}.service:`, `restart ${unit}`]);
+        assert.match(plan[0]?.why ?? "", /\+--(disable=traefik|docker)/, "and says which line");
+      });
+
+      test("is restarted when only the mode of its environment file is wrong", () => {
+        const plan = step.plan(want, well({ envfile: (envfile ?? "").replace("600", "644") }));
+        assert.deepEqual(verbs(plan), [`write /etc/systemd/system/${unit}.service.env`, `restart ${unit}`]);
+      });
+
+      test("does not care for settings of other steps", () => {
+        const other = { ELREPO_URL: "https://x.example", EPEL_URL: "https://y.example", K3S_MIRRORS: "https://z.example", SERVER: "x", AGENTS: "y" };
+        assert.deepEqual(step.plan(wanted({ ...want, ...other }), well()), []);
+      });
+
+      test("gets the public address on lo only where no card has it", () => {
+        const onCard = { addresses: `2: eth0    inet ${IP}/24 scope global eth0` };
+        const [, change] = step.plan(want, { ...fresh, ...onCard });
+        assert.doesNotMatch(change?.sh ?? "", /ip addr replace/);
+        assert.match(step.plan(want, fresh)[1]?.sh ?? "", /ip addr replace 198\.51\.100\.11\/32 dev lo/);
+        assert.deepEqual(verbs(step.plan(want, well(onCard))).length, 2, "a card that gets it later is a change");
+      });
+
+      test("uses ipvs where the kernel has it, and iptables where it has not", () => {
+        const ipvs = wanted({ ...want, PROXY_MODE: "ipvs" });
+        assert.match(step.plan(ipvs, { ...fresh, ipvs: "yes\n" })[1]?.sh ?? "", /--kube-proxy-arg=proxy-mode=ipvs/);
+        assert.doesNotMatch(step.plan(ipvs, fresh)[1]?.sh ?? "", /proxy-mode/);
+        assert.deepEqual(step.plan(ipvs, well()), [], "so there nothing changes");
+      });
+
+      test("uses nftables, or refuses where this k3s is too old for it", () => {
+        const nft = wanted({ ...want, PROXY_MODE: "nftables" });
+        if (version === OLD) assert.match(refusal(step, nft, fresh).message, /nftables needs k3s v1\.31 or later, not v1\.17\.6/);
+        else assert.match(step.plan(nft, fresh)[1]?.sh ?? "", /proxy-mode=nftables/);
+      });
+
+      test("is refused on a box of the other role, and on one without systemd", () => {
+        for (const over of [{ other: "active\n" }, { systemd: "" }]) assert.ok(refusal(step, want, { ...fresh, ...over }) instanceof Refusal);
+        assert.match(refusal(step, want, { ...fresh, other: "active\n" }).message, /it cannot be/);
+      });
+
+      test("has its token in no plan that is shown", () => {
+        for (const facts of [fresh, well({ enabled: "" }), well({ envfile: "644\nx" })]) assert.doesNotMatch(JSON.stringify(step.plan(want, facts)), /K10|0123456789abcdef/);
+      });
+    });
+  }
+
+describe("releases that have both ways", () => {
+  const middle = "v1.24.17+k3s1";
+  const want = wanted({ K3S_VERSION: middle });
+
+  test("are asked for their flags before anything is written", () => {
+    for (const step of [server, agent]) {
+      const plan = step.plan(want, prepared(OLD));
+      assert.equal(plan.length, 1);
+      assert.equal(plan[0]?.lookAgain, true);
+      assert.equal(plan[0]?.sh.trim(), ":");
+    }
+  });
+
+  test("get the flags of the way that their help names", () => {
+    const unit = (flags: string) => server.plan(want, prepared(middle, { flags }))[1]?.sh ?? "";
+    assert.match(unit("--flannel-external-ip\nwireguard-native\n"), /--flannel-backend=wireguard-native/);
+    assert.doesNotMatch(unit("wireguard-native\n"), /wireguard-native|flannel-external-ip/);
+  });
+});
+
+test("a K3S_BIN gets the flags of its own release, whatever K3S_VERSION says", () => {
+  const want = wanted({ K3S_BIN: "./k3s", K3S_VERSION: MODERN });
+  assert.match(server.plan(want, prepared(OLD))[1]?.sh ?? "", /--flannel-backend=wireguard(?!-native)/);
+});
+
+test("a new version restarts the service with that generation's unit", () => {
+  const old = wanted({ K3S_VERSION: OLD });
+  const { unit, envfile } = filesAfter(server, old, server.plan(old, prepared(OLD)));
+  const facts = healthy(OLD, { unit, envfile } as Facts, { version: `${MODERN}\n` });
+  const plan = server.plan(wanted({ K3S_VERSION: MODERN }), facts);
+  assert.deepEqual(verbs(plan), ["write /etc/systemd/system/k3s.service:", "restart k3s"]);
+});
+
+test("another token is written to the agent's environment alone, and the agent restarted", () => {
+  const want = wanted();
+  const { unit, envfile } = filesAfter(agent, want, agent.plan(want, prepared(MODERN)));
+  const facts = healthy(MODERN, { unit, envfile } as Facts);
+  const other = wanted({ K3S_TOKEN: TOKEN.replace("0123", "4567") });
+  assert.deepEqual(verbs(agent.plan(other, facts)), ["write /etc/systemd/system/k3s-agent.service.env", "restart k3s-agent"]);
+  assert.deepEqual(verbs(agent.plan(wanted({ K3S_URL: "https://203.0.113.77:6443" }), facts)), ["write /etc/systemd/system/k3s-agent.service.env", "restart k3s-agent"]);
+  assert.deepEqual(server.plan(want, healthy(MODERN, filesAfter(server, want, server.plan(want, prepared(MODERN))), {})), []);
+});
+
+describe("what the server teaches", () => {
+  test("is its URL at the public address, and its token", () => {
+    assert.deepEqual(server.learn?.(wanted(), prepared(MODERN, { token: `${TOKEN}\n` })), { K3S_URL: `https://${IP}:6443`, K3S_TOKEN: TOKEN });
+  });
+  test("is not nothing: a server without a token is a failure", () => {
+    assert.throws(() => server.learn?.(wanted(), prepared(MODERN, { token: "" })), /no node-token/);
+  });
+});

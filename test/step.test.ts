@@ -1,0 +1,296 @@
+import assert from "node:assert/strict";
+import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import type { Box } from "../lib/box.ts";
+import { sh } from "../lib/sh.ts";
+import {
+  applyScript,
+  type Change,
+  converge,
+  type Facts,
+  Failure,
+  type Job,
+  look as lookAt,
+  planAll,
+  printed,
+  reader,
+  Refusal,
+  type Step,
+  whole,
+} from "../lib/step.ts";
+import { lacks, look, shell, TOKEN, temporary, wanted } from "./helpers.ts";
+
+const skip = lacks("flock", "timeout");
+const LOCK = "/run/k3s-across-clouds.lock";
+
+/** Applies changes by this machine's sh, with a lock of its own. */
+function apply(changes: Change[], lock = join(temporary(), "lock")) {
+  const script = applyScript(changes, "mark", () => sh(TOKEN));
+  assert.ok(script.includes(LOCK));
+  const events: string[] = [];
+  const stream = reader("mark", { change: (i) => events.push(`change ${i}`), say: (text) => events.push(text) });
+  const { status, stdout } = shell(whole(script.replaceAll(LOCK, lock)));
+  for (const line of stdout.split("\n")) stream.line(line);
+  return { status, events, stdout, ...stream.seen };
+}
+const change = (text: string, more: Partial<Change> = {}): Change => ({ why: "a test", sh: text, ...more });
+
+describe("apply", { skip }, () => {
+  test("makes the changes in their order and tells each as it starts", () => {
+    const file = join(temporary(), "file");
+    const { status, events, failed } = apply([1, 2, 3].map((n) => change(`echo ${n} >>${file}; say did ${n}`)));
+    assert.equal(status, 0);
+    assert.equal(failed, undefined);
+    assert.equal(readFileSync(file, "utf8"), "1\n2\n3\n");
+    assert.deepEqual(events, ["change 0", "did 1", "change 1", "did 2", "change 2", "did 3"]);
+  });
+
+  test("stops at the first failure, with its number, its status, and the output of both streams in order", () => {
+    const file = join(temporary(), "file");
+    const { status, failed, output } = apply([
+      change("echo earlier"),
+      change("echo one; echo two >&2; echo three; exit 3"),
+      change(`touch ${file}`),
+    ]);
+    assert.equal(status, 1);
+    assert.deepEqual(failed, { i: 1, status: 3 });
+    assert.equal(output.trim(), "one\ntwo\nthree");
+    assert.equal(existsSync(file), false);
+  });
+
+  test("stops a change where a command of it fails, or a variable is not set", () => {
+    for (const text of ["false; echo went on", 'echo "$not_set"; echo went on']) {
+      const { failed, output } = apply([change(text)]);
+      assert.equal(failed?.i, 0);
+      assert.doesNotMatch(output, /went on/);
+    }
+  });
+
+  test("ends a change that takes longer than its limit, with status 124", () => {
+    const began = Date.now();
+    const { failed } = apply([change("sleep 20", { seconds: 1 })]);
+    assert.deepEqual(failed, { i: 0, status: 124 });
+    assert.ok(Date.now() - began < 10_000);
+  });
+
+  test("gives a change its secrets as variables, on no argument list and in no environment", { skip: !existsSync("/proc/self") && "needs /proc" }, () => {
+    // The brackets keep grep from finding its own pattern.
+    const spy = `printf 'token %s\\n' "$K3S_TOKEN" | cksum
+cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -c '[b]::server:0123' || true
+env | grep -c '[b]::server:0123' || true`;
+    const { output } = apply([change(spy, { secrets: ["K3S_TOKEN"] })]);
+    const sum = shell(`printf 'token %s\\n' ${sh(TOKEN)} | cksum`).stdout.trim();
+    assert.deepEqual(output.trim().split("\n"), [sum, "0", "0"]);
+  });
+
+  test("does not hand a secret to a change that did not ask for it", () => {
+    const { output } = apply([change(":", { secrets: ["K3S_TOKEN"] }), change('echo "${K3S_TOKEN-none}"')]);
+    assert.match(output, /^none$/m);
+  });
+
+  test("waits for nobody's input", () => {
+    assert.match(apply([change("read -r line || echo nothing to read")]).output, /nothing to read/);
+  });
+
+  test("is not fooled by a change that prints markers of its own", () => {
+    const { failed, events } = apply([change("echo 'k3s-across-clouds failed 0 1'; echo 'mork failed 0 1'; echo ' mark failed 0 1'")]);
+    assert.equal(failed, undefined);
+    assert.deepEqual(events, ["change 0"]);
+  });
+
+  test("keeps a second run out while one is at work", () => {
+    const lock = join(temporary(), "lock");
+    const script = applyScript([change("echo second")], "mark", () => "").replaceAll(LOCK, lock);
+    const { stdout } = shell(`exec 8>${lock}; flock 8\nsh -s 8>&- <<'END'\n${script.replace("-w 60", "-w 1")}\nEND`);
+    assert.match(stdout, /Another run is still at work/);
+    assert.doesNotMatch(stdout, /second/);
+  });
+
+  test("leaves its lock to nobody: what a change starts in the background does not hold it", () => {
+    const lock = join(temporary(), "lock");
+    apply([change("sleep 3 >/dev/null 2>&1 &")], lock);
+    assert.equal(shell(`flock -n ${lock} true`).status, 0);
+  });
+});
+
+test("a script that was cut off on its way runs nothing of it", () => {
+  const folder = temporary();
+  const changes = [1, 2, 3].map((n) => change(`touch ${folder}/change-${n}`));
+  const script = whole(`touch ${folder}/began\n${applyScript(changes, "mark", () => "")}\n`).replaceAll(LOCK, `${folder}/lock`);
+  const last = script.lastIndexOf("\nmain ");
+  for (let cut = 1; cut <= 20; cut++) {
+    shell(script.slice(0, Math.floor((last * cut) / 20)));
+    assert.deepEqual(shell(`ls ${folder}`).stdout, "", `cut at ${cut} of 20`);
+  }
+  if (!skip) {
+    shell(script);
+    assert.equal(shell(`ls ${folder}`).stdout, "began\nchange-1\nchange-2\nchange-3\nlock\n");
+  }
+});
+
+describe("facts", () => {
+  const hostile: Record<string, string> = {
+    nothing: "",
+    "no newline at the end": "a\nb",
+    "blank lines": "\n\na\n\n",
+    "lines like markers": "fact x\nmork fact x\n mark fact x\nmark\nk3s-across-clouds-0123 end\n",
+    "shell": "$(touch /x) `id` 'a' \"b\" \\n %s\n",
+    "control characters": "\u0001\t\u001b[0m\r\nx\u007f\u0000y\r",
+    unicode: "汉字 ☃ 😀\n",
+    "a megabyte": `${"0123456789abcdef汉字\n".repeat(45_000)}end`,
+  };
+  for (const [name, text] of Object.entries(hostile))
+    test(`with ${name} come back exactly`, () => {
+      const file = join(temporary(), "file");
+      writeFileSync(file, text);
+      const facts = look([{ look: () => [`fact hostile; cat ${file}`, "fact after; echo yes"] }], wanted());
+      assert.equal(facts.hostile, text);
+      assert.equal(facts.after, "yes\n");
+    });
+
+  test("are there from every look, whatever is missing on the box", () => {
+    const facts = look([], wanted());
+    assert.equal(facts.hostname, shell("uname -n").stdout);
+    assert.ok(Number(facts.now) > 1.7e9);
+  });
+
+  test("that several steps ask for are asked for once", () => {
+    const counted = { look: () => [`echo x >>${file}\nfact same; cat ${file}`] };
+    const file = join(temporary(), "file");
+    assert.equal(look([counted, { ...counted }], wanted()).same, "x\n");
+  });
+});
+
+describe("a printed plan", () => {
+  test("names its secrets and holds none", () => {
+    const text = printed([change('printf %s "$K3S_TOKEN"', { secrets: ["K3S_TOKEN"] })]);
+    assert.match(text, /^#!\/bin\/sh\n/);
+    assert.doesNotMatch(text, /K10/);
+    const { status, stderr } = shell(text);
+    assert.notEqual(status, 0);
+    assert.match(stderr, /K3S_TOKEN.*is a secret: set it/);
+  });
+
+  test("does on the box what apply does", { skip }, () => {
+    const folder = temporary();
+    const text = printed([change(`printf %s "$K3S_TOKEN" >${folder}/file`, { secrets: ["K3S_TOKEN"] })]);
+    const { status, stderr } = shell(text.replaceAll(LOCK, `${folder}/lock`), ["sh", "-s"], { K3S_TOKEN: TOKEN });
+    assert.equal(status, 0, stderr);
+    assert.equal(readFileSync(`${folder}/file`, "utf8"), TOKEN);
+  });
+
+  test("says what has to be copied first", () => {
+    assert.match(printed([change(":", { push: { file: "./k3s", path: "/tmp/k3s" } })]), /# first copy \.\/k3s to \/tmp\/k3s/);
+  });
+});
+
+/** A box whose scripts run here, and what it was asked. */
+function fakeBox(folder: string) {
+  const scripts: string[] = [];
+  const pushed: string[] = [];
+  const box: Box = {
+    host: "b1",
+    run: async (script, _seconds, onLine) => {
+      scripts.push(script);
+      const { status, stdout, stderr } = shell(script.replaceAll(LOCK, `${folder}/lock`));
+      stdout.replace(/\n$/, "").split("\n").forEach((line) => onLine(line));
+      return { status: status ?? 1, stderr };
+    },
+    push: async (file, path) => void pushed.push(`${file} ${path}`),
+    close: async () => {},
+  };
+  const starts: string[] = [];
+  const job = (mayReboot = true): Job => ({
+    box,
+    want: wanted(),
+    progress: { starts: (why) => starts.push(why), says: () => {} },
+    mayReboot,
+  });
+  return { scripts, pushed, starts, job };
+}
+
+/** A step that wants a file with this text. */
+const wants = (file: string, text: string, more: Partial<Change> = {}): Step => ({
+  name: "file",
+  options: [],
+  look: () => [`fact ${file.split("/").at(-1)}; cat ${file} 2>/dev/null`],
+  plan: (_, facts) =>
+    facts[file.split("/").at(-1) as string] === text ? [] : [change(`printf %s ${sh(text)} >${file}`, { why: `write ${file}`, ...more })],
+});
+
+describe("a box is brought to what is wanted", { skip }, () => {
+  test("by one trip where nothing is to do, and by three from a fresh box's look to its confirmation", async () => {
+    const folder = temporary();
+    const { scripts, job, starts } = fakeBox(folder);
+    const steps = [wants(`${folder}/a`, "1"), wants(`${folder}/b`, "2")];
+    const after = await converge(job(), steps, await lookAt(job(), steps));
+    assert.equal(scripts.length, 2, "a look, and one trip that applies and looks again");
+    assert.deepEqual([after.a, after.b], ["1", "2"]);
+    assert.deepEqual(starts, [`write ${folder}/a`, `write ${folder}/b`]);
+    scripts.length = 0;
+    const facts = await lookAt(job(), steps);
+    assert.equal(await converge(job(), steps, facts), facts);
+    assert.equal(scripts.length, 1);
+  });
+
+  test("or says what is left over: a change that does not take is a failure", async () => {
+    const folder = temporary();
+    const { job } = fakeBox(folder);
+    const steps = [{ ...wants(`${folder}/a`, "1"), plan: () => [change(":", { why: "do nothing" })] }];
+    await assert.rejects(converge(job(), steps, {}), /Still to be done after it was done: do nothing/);
+  });
+
+  test("or names the change that failed, with its status and output", async () => {
+    const { job } = fakeBox(temporary());
+    const step = (text: string, seconds?: number): Step => ({
+      ...wants("/x", ""),
+      plan: () => [change(text, { why: "break it", ...(seconds ? { seconds } : {}) })],
+    });
+    await assert.rejects(converge(job(), [step("echo why; exit 4")], {}), (error: Failure) => {
+      assert.ok(error instanceof Failure);
+      assert.equal(error.message, "break it (exit status 4)");
+      assert.equal(error.output.trim(), "why");
+      assert.equal(error.change?.why, "break it");
+      return true;
+    });
+    await assert.rejects(converge(job(), [step("sleep 9", 1)], {}), /break it \(no end after 1 s\)/);
+  });
+
+  test("or says that the connection was lost, where a look does not end", async () => {
+    const { job } = fakeBox(temporary());
+    await assert.rejects(lookAt(job(), [{ ...wants("/x", ""), look: () => ["exit 7"] }]), /connection was lost \(exit status 7\)/);
+  });
+
+  test("with a file pushed just before the change that uses it", async () => {
+    const folder = temporary();
+    const { job, pushed, scripts } = fakeBox(folder);
+    const push = { file: "./k3s", path: `${folder}/part` };
+    const steps = [wants(`${folder}/a`, "1"), wants(`${folder}/b`, "2", { push })];
+    await converge(job(), steps, {});
+    assert.deepEqual(pushed, [`./k3s ${folder}/part`]);
+    assert.equal(scripts.length, 2);
+    assert.ok(scripts[0]?.includes(`>${folder}/a`) && !scripts[0].includes(`>${folder}/b`));
+  });
+
+  test("and this machine is not restarted unless that was asked for", async () => {
+    const folder = temporary();
+    const { job } = fakeBox(folder);
+    const reboot = change(`touch ${folder}/restarted`, { why: "restart into the kernel", reboot: true });
+    const steps = [{ ...wants(`${folder}/a`, "1"), plan: () => [change(`touch ${folder}/before`), reboot] }];
+    await assert.rejects(converge(job(false), steps, {}), (error: Error) => {
+      assert.ok(error instanceof Refusal);
+      assert.match(error.message, /restart this machine \(or add --reboot\)/);
+      return true;
+    });
+    assert.deepEqual([existsSync(`${folder}/before`), existsSync(`${folder}/restarted`)], [true, false]);
+  });
+});
+
+test("a plan ends at a restart, and where the box must be looked at anew", () => {
+  const step = (more: Partial<Change>): Step => ({ ...wants("/x", ""), plan: () => [change(":", more)] });
+  const count = (...steps: Step[]) => planAll(steps, wanted(), {} as Facts).length;
+  assert.equal(count(step({}), step({}), step({})), 3);
+  assert.equal(count(step({}), step({ reboot: true }), step({})), 2);
+  assert.equal(count(step({ lookAgain: true }), step({})), 1);
+});
