@@ -2,6 +2,9 @@ import { lookup } from "node:dns/promises";
 import { createReadStream, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { Readable } from "node:stream";
+import { pipeline } from "node:stream/promises";
+import { StringDecoder } from "node:string_decoder";
 import { createGzip } from "node:zlib";
 import { $ } from "zx";
 import { sh } from "./sh.ts";
@@ -64,51 +67,58 @@ export async function closeAll(): Promise<void> {
 const asRoot = (command: string) =>
   `sh -c ${sh(`if [ "$(id -u)" = 0 ]; then exec sh -c ${sh(command)}; else exec sudo -n sh -c ${sh(command)}; fi`)}`;
 
+/** How long a binary may take to a box, in seconds: 70 MB at 20 kB/s. */
+const PUSH = 3600;
+
 export function open(host: string): Box {
-  const argv = (command: string) => (host ? [...ssh(host), asRoot(command)] : ["sh", "-c", asRoot(command)]);
-  const start = (command: string, input: string | Buffer | undefined) =>
-    $({
-      quiet: true,
-      nothrow: true,
-      detached: false,
-      ...(input === undefined ? {} : { input }),
-    })`${argv(command)}`;
+  /** Runs one command as root, with `input` on its standard input. */
+  async function execute(command: string, input: Readable, seconds: number, onText: (text: string) => void) {
+    const argv = host ? [...ssh(host), asRoot(command)] : ["sh", "-c", asRoot(command)];
+    const child = $({ quiet: true, nothrow: true, detached: false })`${argv}`;
+    const decoder = new StringDecoder("utf8");
+    child.stdout.on("data", (chunk: Buffer) => onText(decoder.write(chunk)));
+    // A command that ends before it has read everything says why by its status, not by our broken pipe.
+    pipeline(input, child.stdin).catch(() => {});
+    let timer: NodeJS.Timeout | undefined;
+    const late = new Promise<never>((_, reject) => {
+      timer = setTimeout(() => {
+        // Not awaited: a killed client of a shared connection may keep its pipes open (runtimes differ).
+        child.kill().catch(() => {});
+        reject(new Unreachable(`No end after ${seconds} s: the box hangs, or a command on it does`));
+      }, seconds * 1000);
+    });
+    return await Promise.race([child, late]).finally(() => clearTimeout(timer));
+  }
 
   return {
     host,
     async run(script, seconds, onLine) {
       let begun = false;
       let rest = "";
-      const child = start(`echo ${sh(BEGIN)}; exec sh -s`, script);
-      child.stdout.on("data", (chunk: Buffer | string) => {
-        const lines = (rest + chunk).split("\n");
-        rest = lines.pop() as string;
-        for (const line of lines) {
-          if (begun) onLine(line);
-          begun ||= line === BEGIN;
-        }
-      });
-      let timer: NodeJS.Timeout | undefined;
-      const late = new Promise<never>((_, reject) => {
-        timer = setTimeout(() => {
-          // Not awaited: a killed client of a shared connection may keep its pipes open (runtimes differ).
-          child.kill().catch(() => {});
-          reject(new Unreachable(`No end after ${seconds} s: the box hangs, or a command on it does`));
-        }, seconds * 1000);
-      });
-      const result = await Promise.race([child, late]).finally(() => clearTimeout(timer));
+      const result = await execute(
+        `echo ${sh(BEGIN)}; exec sh -s`,
+        Readable.from([script]),
+        seconds,
+        (text) => {
+          const lines = (rest + text).split("\n");
+          rest = lines.pop() as string;
+          for (const line of lines) {
+            if (begun) onLine(line);
+            begun ||= line === BEGIN;
+          }
+        },
+      );
       if (begun && rest) onLine(rest);
       if (!begun) throw new Unreachable(reasonOf(host, result.stderr, result.exitCode));
       return { status: result.exitCode ?? 1, stderr: result.stderr };
     },
     async push(file, path) {
-      const child = start(`umask 077; gzip -dc >${sh(path)}`, undefined);
       const gzip = createReadStream(file).pipe(createGzip({ level: 1 }));
-      gzip.pipe(child.stdin);
-      child.stdin.on("error", () => {});
-      const result = await child;
+      const result = await execute(`umask 077; gzip -dc >${sh(path)}`, gzip, PUSH, () => {});
       if (result.exitCode !== 0)
-        throw new Error(`Could not push ${file}: ${result.stderr.trim() || result.message}`);
+        throw new Unreachable(
+          `Could not push ${file}: ${result.stderr.trim() || `exit status ${result.exitCode}`}`,
+        );
     },
     async close() {
       if (!host || !opened.has(host)) return;
