@@ -269,7 +269,8 @@ function split(line: string, by: string): [string, string] {
 export function startedAt(facts: Facts): number | undefined {
   const service = pairs(facts.service);
   const since = Number(service.ExecMainStartTimestampMonotonic) / 1e6;
-  if (service.ActiveState !== "active" || !since) return undefined;
+  // A modern agent may be Ready while systemd still has it "activating" (v1.36.3 on a slow box, seen).
+  if (!Number(service.MainPID) || !since) return undefined;
   return Number(facts.now) - (Number(facts.uptime) - since);
 }
 
@@ -313,7 +314,7 @@ const sha256 = (text: string) => createHash("sha256").update(text).digest("hex")
 export function servicePlan(role: Role, env: string, want: Settings, facts: Facts): Change[] {
   const { version, generation } = releaseOf(want, facts);
   if (!generation) return [{ why: "ask the k3s binary for its flags", sh: ":", lookAgain: true }];
-  if (facts.other?.trim() === "active")
+  if (/^(active|activating)/.test(facts.other ?? ""))
     throw new Refusal(
       `This box runs ${unitOf(role === "server" ? "agent" : "server")}: it cannot be ${unitOf(role)} as well`,
     );
