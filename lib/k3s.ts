@@ -390,7 +390,7 @@ const HOPELESS = [
   "token does not match the server",
   "token CA hash does not match",
   "invalid token format",
-  "not authorized",
+  "server is not ready: .*not authorized",
   "Node password rejected",
   "only https:// URLs are supported",
   "flag provided but not defined",
@@ -417,16 +417,16 @@ while :; do
   p=$(systemctl show "$unit" -p MainPID | cut -d= -f2)
   if [ "$p" != "$pid" ]; then pid=$p; since=$now; [ "$p" = 0 ] || starts=$((starts + 1)); fi
   [ "$starts" -lt 5 ] || fail "$unit starts again and again"
-  if [ "$(journalctl -u "$unit" -o cat --no-pager --since "@$began" | grep -cE '${HOPELESS}')" -ge 2 ]; then
+  if [ "$(journalctl -u "$unit" -o cat --no-pager --since "@$began" | grep -cE '${HOPELESS}')" -ge 3 ]; then
     fail "$unit cannot go on"
   fi
   state=$(kc get node ${sh(name)} -o json 2>/dev/null | awk -F'"' '
-    /"lastHeartbeatTime":/ { beat = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { print status, beat }
-    /"address":/ { address = $4 } /"type": "ExternalIP"/ { print "ip", address }' | sort | tr '\\n' ' ') || state=
+    /"lastHeartbeatTime":/ { beat = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status " " beat }
+    /"address":/ { address = $4 } /"type": "ExternalIP"/ { ip = address } END { print ready, ip }') || state=
   set -- $state
   case \${1-} in True) shown=Ready ;; '') shown='not registered yet' ;; *) shown='not Ready' ;; esac
-  [ "\${4-}" = ${sh(want.PUBLIC_IP)} ] || [ -z "$state" ] || shown="$shown, ExternalIP \${4:-not set}"
-  if [ "\${1-}" = True ] && [ "$(date -d "$2" +%s)" -ge $((since - 2)) ] && [ "\${4-}" = ${sh(want.PUBLIC_IP)} ] &&
+  [ "\${3-}" = ${sh(want.PUBLIC_IP)} ] || [ -z "\${1-}" ] || shown="$shown, ExternalIP \${3:-not set}"
+  if [ "\${1-}" = True ] && [ "$(date -d "$2" +%s)" -ge $((since - 2)) ] && [ "\${3-}" = ${sh(want.PUBLIC_IP)} ] &&
     [ -d /sys/class/net/${interfaceOf(generation)} ]; then
     # v1.36.3 with a wrong backend dies a second after it was up: let it stand for five.
     [ $((now - since)) -lt 5 ] || break

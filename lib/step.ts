@@ -110,7 +110,7 @@ exec 9>&-`;
 }
 
 /** Runs only when it has arrived whole: a connection that is cut half-way runs nothing. */
-export const whole = (script: string): string => `main() {\n${script}\n}\nmain </dev/null\n`;
+export const whole = (script: string): string => `main() {\nexport LC_ALL=C\n${script}\n}\nmain </dev/null\n`;
 
 /** A plan as one sh script that a person could paste on the box; secrets are to be given in the environment. */
 export function printed(changes: readonly Change[]): string {
