@@ -423,10 +423,12 @@ while :; do
   state=$(kc get node ${sh(name)} -o json 2>/dev/null | awk -F'"' '
     /"lastHeartbeatTime":/ { beat = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status " " beat }
     /"address":/ { address = $4 } /"type": "ExternalIP"/ { ip = address } END { print ready, ip }') || state=
-  set -- $state
-  case \${1-} in True) shown=Ready ;; '') shown='not registered yet' ;; *) shown='not Ready' ;; esac
-  [ "\${3-}" = ${sh(want.PUBLIC_IP)} ] || [ -z "\${1-}" ] || shown="$shown, ExternalIP \${3:-not set}"
-  if [ "\${1-}" = True ] && [ "$(date -d "$2" +%s)" -ge $((since - 2)) ] && [ "\${3-}" = ${sh(want.PUBLIC_IP)} ] &&
+  read -r ready beat ip <<END
+$state
+END
+  case $ready in True) shown=Ready ;; '') shown='not registered yet' ;; *) shown='not Ready' ;; esac
+  [ "$ip" = ${sh(want.PUBLIC_IP)} ] || [ -z "$ready" ] || shown="$shown, ExternalIP \${ip:-not set}"
+  if [ "$ready" = True ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ] && [ "$ip" = ${sh(want.PUBLIC_IP)} ] &&
     [ -d /sys/class/net/${interfaceOf(generation)} ]; then
     # v1.36.3 with a wrong backend dies a second after it was up: let it stand for five.
     [ $((now - since)) -lt 5 ] || break

@@ -48,7 +48,7 @@ if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined
   fact date; sed -n 's/^[Dd]ate: //p' "$dir/head" 2>/dev/null
   fact door; printf 'user = "node:%s"\\n' ${sh(password)} |
     ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
-  fact taken; node=${name ? sh(name) : '"$(uname -n | tr A-Z a-z)"'}
+  fact taken; node=${name ? sh(name) : '"$(uname -n | tr "[:upper:]" "[:lower:]")"'}
   ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node"
   fact password; test -s /etc/rancher/node/password && echo yes
   rm -rf "$dir"

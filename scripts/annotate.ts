@@ -81,7 +81,7 @@ ${missing.map((m) => `${m.name} ${m.cidr} ${m.endpoint}`).join("\n")}
 EOF
 }
 while names=$(late) && [ -n "$names" ]; do
-  [ "$(date +%s)" -lt "$end" ] || { echo "No handshake with" $names: "is 51820/udp open on both sides?"; wg show ${k3s.interfaceOf(generation)}; exit 1; }
+  [ "$(date +%s)" -lt "$end" ] || { echo "No handshake with $(echo "$names" | tr '\\n' ' '): is 51820/udp open on both sides?"; wg show ${k3s.interfaceOf(generation)}; exit 1; }
   sleep 1
 done`,
       seconds: 120,
