@@ -138,7 +138,7 @@ export const KUBECTL = `kc() {
   for config in /etc/rancher/k3s/k3s.yaml $agent/k3scontroller.kubeconfig $agent/kubelet.kubeconfig; do
     [ -s "$config" ] || continue
     # kubectl prints an empty list beside "Forbidden": its word counts only when it succeeds.
-    if out=$(${K3S} kubectl --kubeconfig "$config" --request-timeout=10s "$@"); then
+    if out=$(timeout 20 ${K3S} kubectl --kubeconfig "$config" --request-timeout=10s "$@"); then
       printf '%s\\n' "$out"
       return
     fi
@@ -355,13 +355,13 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
     changes.push({
       why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
       sh: `unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=0\n${healthSh(name, generation, want)}`,
-      seconds: WAIT + 30,
+      seconds: WAIT + 60,
     });
   return changes;
 }
 
-/** How long a node may take to become healthy, in seconds: v1.36.3 on two emulated CPUs took 168. */
-const WAIT = 300;
+/** How long a node may take to become healthy, in seconds: v1.36.3 on two emulated CPUs took 168, starved ones 460. */
+const WAIT = 600;
 
 /** The change that (re)starts a unit and waits until its node is healthy. */
 export function restart(
@@ -380,7 +380,7 @@ systemctl daemon-reload
 systemctl enable ${unit} >/dev/null 2>&1
 systemctl restart --no-block ${unit}
 ${healthSh(name, generation, want)}`,
-    seconds: WAIT + 30,
+    seconds: WAIT + 60,
   };
 }
 

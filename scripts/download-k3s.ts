@@ -47,7 +47,7 @@ ${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1`
         changes.push({
           why: `put ${want.K3S_BIN} in place${have ? ` of ${have}` : ""}`,
           push: { file: want.K3S_BIN, path: `${PART}.part` },
-          sh: `part=${PART}.part; from=${sh(want.K3S_BIN)}; sum=${want.K3S_SHA256}\n${VERIFY}\n${swap("v1")}`,
+          sh: `${TELL}part=${PART}.part; from=${sh(want.K3S_BIN)}; sum=${want.K3S_SHA256}\n${VERIFY}\n${swap("v1")}`,
           seconds: 120,
           lookAgain: true,
         });
@@ -71,7 +71,10 @@ ${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1`
 };
 
 const VERIFY = `have=$(sha256sum <"$part" | cut -d' ' -f1)
-if [ "$have" != "$sum" ]; then rm -f "$part"; echo "$from: sha256 is $have, expected $sum"; exit 1; fi`;
+if [ "$have" != "$sum" ]; then rm -f "$part"; tell "$from: sha256 is $have, expected $sum"; exit 1; fi`;
+
+/** Said at once, and kept for a failure: what one mirror did matters even when the next one works. */
+const TELL = 'tell() { say "$1"; echo "$1"; }\n';
 
 /** The old binary stays until the new one has run and said the version that was asked for. */
 const swap = (version: string) => `chmod 755 "$part"
@@ -90,7 +93,7 @@ function fetch([file, sums]: [string, string], version: string, bases: string[],
     const others = bases.filter((other) => host(other) !== host(base));
     return `if try ${[base, ...others].map(sh).join(" ")}; then put; exit 0; fi`;
   });
-  return `part=${PART}-${version}.part
+  return `${TELL}part=${PART}-${version}.part
 get() { # BASE FILE CURL-OPTION…
   base=$1 name=$2; shift 2
   for release in ${version.replace("+", "%2B")} ${version.replace("+", "-")}; do
@@ -107,7 +110,7 @@ try() { # BASE, then the bases of other hosts, whose word is taken for the check
     [ -z "$sum" ] || break
     sum=$(get "$other" ${sums} --max-time 60 2>/dev/null | awk '$2 == "${file}" { print $1 }')
   done
-  [ -n "$sum" ] || { echo "$from: no other host gave its checksum (has it ${version}?): add a mirror, or set K3S_SHA256"; return 1; }
+  [ -n "$sum" ] || { tell "$from: no other host gave its checksum (has it ${version}?): add a mirror, or set K3S_SHA256"; return 1; }
   say "$from"
   if [ -s "$part" ]; then
     status=0
@@ -120,7 +123,7 @@ try() { # BASE, then the bases of other hosts, whose word is taken for the check
   (${VERIFY})
 }
 watch() { while sleep 10 >/dev/null 2>&1; do say "$(wc -c <"$part" 2>/dev/null || echo 0) bytes"; done; }
-stopped() { echo "$from: gave up at $(wc -c <"$part" 2>/dev/null || echo 0) bytes"; }
+stopped() { tell "$from: gave up at $(wc -c <"$part" 2>/dev/null || echo 0) bytes"; }
 put() {
   ${swap(`${version} `)}
 }

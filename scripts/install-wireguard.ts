@@ -2,6 +2,7 @@
 /** Step 3 of 7: WireGuard's tools, its module where the kernel has none, and proof that an interface can be made. */
 import { run } from "../lib/cli.ts";
 import { install, isEl7, type Os, osOf } from "../lib/os.ts";
+import { SETTINGS } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import type { Change, Step } from "../lib/step.ts";
 import { moduleLook, wireguardIn } from "./upgrade-kernel.ts";
@@ -31,32 +32,36 @@ export function packages(
   needsModule: boolean,
   want: { ELREPO_URL: string; EPEL_URL: string },
 ): Change[] {
-  const change = (names: string[], before = ""): Change => ({
+  const change = (names: string[], before = "", options = ""): Change => ({
     why: `install ${names.join(", ")} (${os.name}, ${os.manager})`,
-    sh: before + install(os.manager, names),
+    sh: before + install(os.manager, names, options),
     seconds: 900,
   });
   if (os.manager === "apt") return [change(["wireguard-tools", ...(needsModule ? ["wireguard-dkms"] : [])])];
   if (os.manager !== "yum" && os.manager !== "dnf") return [change(["wireguard-tools"])];
   if (os.id === "fedora" || os.id === "amzn") return [change(["wireguard-tools"])];
   const m = os.major;
-  const epel =
-    m <= 8
-      ? repository("epel-release", `${want.EPEL_URL}/epel-release-latest-${m}.noarch.rpm`, os.manager)
-      : "";
   const elrepo = needsModule
-    ? repository(
-        "elrepo-release",
-        `${want.ELREPO_URL}/elrepo-release-${m}.el${m}.elrepo.noarch.rpm`,
-        os.manager,
-      )
+    ? release("elrepo-release", `${want.ELREPO_URL}/elrepo-release-${m}.el${m}.elrepo.noarch.rpm`)
     : "";
+  const epel = m <= 8 ? release("epel-release", `${want.EPEL_URL}/epel-release-latest-${m}.noarch.rpm`) : "";
   const module = needsModule ? [...(isEl7(os) ? ["yum-plugin-elrepo"] : []), "kmod-wireguard"] : [];
-  return [change([...module, "wireguard-tools"], epel + elrepo)];
+  const options = [
+    // Where upgrade-kernel has installed elrepo-release, its lists may be gone: they are not needed here.
+    ...(needsModule ? [] : ["--disablerepo=elrepo*"]),
+    // EPEL's release package asks Fedora for a mirror: one that was named is used instead.
+    ...(epel && want.EPEL_URL !== SETTINGS.EPEL_URL.value
+      ? [
+          `--setopt=epel.baseurl=${want.EPEL_URL}/${m}${m < 8 ? "" : "/Everything"}/$basearch`,
+          "--setopt=epel.metalink=",
+        ]
+      : []),
+  ];
+  return [change([...module, "wireguard-tools"], elrepo + epel, options.map(sh).join(" "))];
 }
 
-const repository = (name: string, url: string, manager: string) =>
-  `rpm -q ${name} >/dev/null || ${manager} -y install ${sh(url)}\n`;
+/** A repository's release package, by rpm: yum would first load the lists of all repositories. */
+const release = (name: string, url: string) => `rpm -q ${name} >/dev/null || rpm -Uvh ${sh(url)}\n`;
 
 /** A tool that is there proves nothing: an interface is made and removed (by wireguard-go where flannel would too). */
 const PROOF: Change = {

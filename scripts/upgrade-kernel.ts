@@ -2,7 +2,7 @@
 /** Step 2 of 7: a kernel that has WireGuard, where the distro's own has none. The only step that restarts a box. */
 import { run } from "../lib/cli.ts";
 import { isEl7, osOf } from "../lib/os.ts";
-import { sh } from "../lib/sh.ts";
+import { sh, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
 /** WireGuard is in Linux since 5.6; elsewhere a module may have it (Debian and Ubuntu have backports). */
@@ -61,25 +61,31 @@ fact saved; grub2-editenv list 2>/dev/null | sed -n 's/^saved_entry=//p'`,
   },
 };
 
-/** Steps 1 to 6 of the article. What is there already stays: each may be run again after a cut. */
+/**
+ * Steps 1 to 6 of the article. What is there already stays: each may be run again after a cut. ELRepo has
+ * dropped el7, and the lists of its release package answer no more: with a repository of one's own that
+ * package is left out, since it would also enable [elrepo] and break every later yum.
+ */
 function installChanges(elrepo: string, repository: string): Change[] {
-  const only = "--disablerepo=* --enablerepo=elrepo-kernel";
+  const id = repository ? "k3s-elrepo-kernel" : "elrepo-kernel";
+  const only = `--disablerepo=* --enablerepo=${id}`;
+  const key = `${elrepo}/RPM-GPG-KEY-elrepo.org`;
   return [
-    {
-      why: "import ELRepo's key and install its release package",
-      sh: `rpm --import ${sh(`${elrepo}/RPM-GPG-KEY-elrepo.org`)}
-rpm -q elrepo-release >/dev/null || yum -y install ${sh(`${elrepo}/elrepo-release-7.el7.elrepo.noarch.rpm`)}`,
-      seconds: 300,
-    },
-    ...(repository
-      ? [
-          {
-            why: `point the repository elrepo-kernel at ${repository}`,
-            // ELRepo has dropped el7: the mirror list of its release package answers no more (k3s #11166).
-            sh: `sed -i -e '/^\\[elrepo-kernel\\]/,/^\\[/{s|^mirrorlist=|#&|;s|^#*baseurl=.*|baseurl='${sh(repository)}'|}' /etc/yum.repos.d/elrepo.repo`,
-          },
-        ]
-      : []),
+    { why: "import ELRepo's key", sh: `rpm --import ${sh(key)}`, seconds: 120 },
+    repository
+      ? {
+          why: `add the repository ${repository}`,
+          sh: writeFile(
+            `/etc/yum.repos.d/${id}.repo`,
+            `[${id}]\nname=kernel-ml\nbaseurl=${repository}\nenabled=0\ngpgcheck=1\ngpgkey=${key}\n`,
+          ),
+        }
+      : {
+          why: "install ELRepo's release package",
+          // By rpm: yum would first load the lists of all repositories, of which CentOS's own may be gone.
+          sh: `rpm -q elrepo-release >/dev/null || rpm -Uvh ${sh(`${elrepo}/elrepo-release-7.el7.elrepo.noarch.rpm`)}`,
+          seconds: 120,
+        },
     {
       why: "install kernel-ml from ELRepo",
       sh: `set -f
