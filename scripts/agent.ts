@@ -90,7 +90,7 @@ function examine(want: Settings, facts: Facts): void {
 /** curl's words for the three ways in which a port does not answer, and where to look. */
 function unreachable(url: string, error: string): string {
   const said = error.trim() || "no certificate came";
-  const what = /refused/.test(error)
+  const what = /refused|Failed to connect.*(after|Couldn't)/.test(error) && !/timed? ?out/i.test(error)
     ? "nothing listens there: is k3s up on the server?"
     : /timed? ?out/i.test(error)
       ? "packets are dropped: open 6443/tcp in the server's security group and firewall"

@@ -8,7 +8,10 @@ import { fixture, look, MODERN, node, prepared, programs, temporary, wanted } fr
 
 const CA = fixture("cacerts-v1.17.6.pem");
 const HASH = createHash("sha256").update(CA).digest("hex");
-const want = wanted({ K3S_URL: "https://198.51.100.10:6443", K3S_TOKEN: `K10${HASH}::server:${"0".repeat(32)}` });
+const want = wanted({
+  K3S_URL: "https://198.51.100.10:6443",
+  K3S_TOKEN: `K10${HASH}::server:${"0".repeat(32)}`,
+});
 /** The server lets the box in, and knows no node of its name. */
 const welcome: Facts = {
   cacerts: CA,
@@ -28,30 +31,86 @@ describe("an agent is set up", () => {
   const cases: [name: string, over: Facts][] = [
     ["where the server answers, lets the box in, and has no node of its name", {}],
     ["where the box is in the cluster already and joins it again", { taken: other, password: "yes\n" }],
-    ["where the server has not been asked: the box has joined with these very credentials", { cacerts: undefined as unknown as string }],
+    [
+      "where the server has not been asked: the box has joined with these very credentials",
+      { cacerts: undefined as unknown as string },
+    ],
   ];
   for (const [name, over] of cases)
     test(name, () => {
-      assert.match(agent.plan(want, prepared(MODERN, { ...welcome, ...over })).at(-1)?.why ?? "", /^start k3s-agent/);
+      assert.match(
+        agent.plan(want, prepared(MODERN, { ...welcome, ...over })).at(-1)?.why ?? "",
+        /^start k3s-agent/,
+      );
     });
 });
 
 describe("an agent is not set up, and nothing is touched", () => {
   const curl = "curl: (7) Failed to connect to 198.51.100.10 port 6443:";
   const cases: [name: string, kind: typeof Refusal | typeof SettingError, over: Facts, message: RegExp][] = [
-    ["where nothing listens", Refusal, { cacerts: "", error: `${curl} Connection refused` }, /does not answer this box at https:\/\/198\.51\.100\.10:6443\/cacerts: nothing listens there.*refused/],
-    ["where packets are dropped", Refusal, { cacerts: "", error: "curl: (28) Connection timed out after 8001 milliseconds" }, /packets are dropped: open 6443\/tcp/],
-    ["where packets are dropped, in newer curl's words", Refusal, { cacerts: "", error: `${curl} Timeout was reached` }, /packets are dropped: open 6443\/tcp/],
-    ["where the name does not resolve", Refusal, { cacerts: "", error: "curl: (6) Could not resolve host: k3s.example" }, /cannot resolve the name/],
-    ["where something else answers", Refusal, { cacerts: "<html>404</html>", error: "" }, /is it a k3s server\?/],
-    ["where the token is of another CA", SettingError, { cacerts: CA.replace("MIIB", "MIIC") }, /K3S_TOKEN is of another cluster: it names the CA ecf69351c0d9…, .* has [0-9a-f]{12}…/],
-    ["where the clock is before the CA's beginning", Refusal, { now: String(Date.parse("2026-11-23T15:00:00Z") / 1000) }, /clock says 2026-11-23T15:00:00\.000Z, the server's Mon, 23 Nov 2026 15:20:00 GMT.*set the clock/],
-    ["where the clock is after the CA's end", Refusal, { now: String(Date.parse("2040-01-01T00:00:00Z") / 1000) }, /clock says 2040/],
-    ["where the token is not valid", SettingError, { door: "401" }, /^K3S_TOKEN is not valid: .* answers 401/],
+    [
+      "where nothing listens",
+      Refusal,
+      { cacerts: "", error: `${curl} Connection refused` },
+      /does not answer this box at https:\/\/198\.51\.100\.10:6443\/cacerts: nothing listens there.*refused/,
+    ],
+    [
+      "where packets are dropped",
+      Refusal,
+      { cacerts: "", error: "curl: (28) Connection timed out after 8001 milliseconds" },
+      /packets are dropped: open 6443\/tcp/,
+    ],
+    [
+      "where packets are dropped, in newer curl's words",
+      Refusal,
+      { cacerts: "", error: `${curl} Timeout was reached` },
+      /packets are dropped: open 6443\/tcp/,
+    ],
+    [
+      "where the name does not resolve",
+      Refusal,
+      { cacerts: "", error: "curl: (6) Could not resolve host: k3s.example" },
+      /cannot resolve the name/,
+    ],
+    [
+      "where something else answers",
+      Refusal,
+      { cacerts: "<html>404</html>", error: "" },
+      /is it a k3s server\?/,
+    ],
+    [
+      "where the token is of another CA",
+      SettingError,
+      { cacerts: CA.replace("MIIB", "MIIC") },
+      /K3S_TOKEN is of another cluster: it names the CA ecf69351c0d9…, .* has [0-9a-f]{12}…/,
+    ],
+    [
+      "where the clock is before the CA's beginning",
+      Refusal,
+      { now: String(Date.parse("2026-11-23T15:00:00Z") / 1000) },
+      /clock says 2026-11-23T15:00:00\.000Z, the server's Mon, 23 Nov 2026 15:20:00 GMT.*set the clock/,
+    ],
+    [
+      "where the clock is after the CA's end",
+      Refusal,
+      { now: String(Date.parse("2040-01-01T00:00:00Z") / 1000) },
+      /clock says 2040/,
+    ],
+    [
+      "where the token is not valid",
+      SettingError,
+      { door: "401" },
+      /^K3S_TOKEN is not valid: .* answers 401/,
+    ],
     ["where the token may not come in", SettingError, { door: "403" }, /^K3S_TOKEN is not valid/],
     ["where the server is not well", Refusal, { door: "503" }, /it answers 503, try again/],
     ["where the connection broke", Refusal, { door: "000" }, /it answers 000/],
-    ["where the box's name is another node's", Refusal, { taken: other }, /The name a1 is taken by a node of the cluster \(198\.51\.100\.66\): rename this box.*--node-name.*kubectl delete node a1/],
+    [
+      "where the box's name is another node's",
+      Refusal,
+      { taken: other },
+      /The name a1 is taken by a node of the cluster \(198\.51\.100\.66\): rename this box.*--node-name.*kubectl delete node a1/,
+    ],
   ];
   for (const [name, kind, over, message] of cases)
     test(name, () => {
@@ -74,7 +133,8 @@ describe("the server is asked from the box", () => {
     const curl = `printf '%s\\n' "$*" >>${folder}/args
 case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n' ;; */nodes/*) echo "{}" ;; esac`;
     const facts = look([agent], settings, { PATH: programs(folder, { curl }) });
-    const read = (name: string) => look([{ look: () => [`fact x; cat ${folder}/${name} 2>/dev/null`] }], want).x ?? "";
+    const read = (name: string) =>
+      look([{ look: () => [`fact x; cat ${folder}/${name} 2>/dev/null`] }], want).x ?? "";
     return { facts, args: read("args"), stdin: read("stdin") };
   }
 
@@ -93,6 +153,7 @@ case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n'
   });
 
   test("not at all without a URL or a token", () => {
-    for (const none of [{ K3S_URL: "" }, { K3S_TOKEN: "" }]) assert.equal(asked({ ...want, ...none }).args, "");
+    for (const none of [{ K3S_URL: "" }, { K3S_TOKEN: "" }])
+      assert.equal(asked({ ...want, ...none }).args, "");
   });
 });

@@ -38,11 +38,17 @@ async function run(host: string, script: string, fakes: Record<string, string> =
   return { ...result, lines, asked: readFileSync(log, "utf8") };
 }
 
-for (const [name, host] of [["this machine", ""], ["a box over ssh", "root@b1"]] as const)
+for (const [name, host] of [
+  ["this machine", ""],
+  ["a box over ssh", "root@b1"],
+] as const)
   describe(name, () => {
     test("runs a script and hands on each of its lines", async () => {
       const { status, lines, stderr } = await run(host, "echo one; printf 'two\\n\\nthree'; echo oops >&2");
-      assert.deepEqual({ status, lines, stderr }, { status: 0, lines: ["one", "two", "", "three"], stderr: "oops\n" });
+      assert.deepEqual(
+        { status, lines, stderr },
+        { status: 0, lines: ["one", "two", "", "three"], stderr: "oops\n" },
+      );
     });
 
     test("answers with the script's own exit status, 255 too", async () => {
@@ -50,7 +56,10 @@ for (const [name, host] of [["this machine", ""], ["a box over ssh", "root@b1"]]
     });
 
     test("gets the script over stdin: no argument list holds its secrets", async () => {
-      const { lines, asked } = await run(host, `cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -c '[b]::server:0123' # ${TOKEN}`);
+      const { lines, asked } = await run(
+        host,
+        `cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -c '[b]::server:0123' # ${TOKEN}`,
+      );
       assert.deepEqual(lines, ["0"]);
       assert.doesNotMatch(asked, /K10/);
     });
@@ -74,12 +83,18 @@ for (const [name, host] of [["this machine", ""], ["a box over ssh", "root@b1"]]
       const line = "汉字☃😀".repeat(1000);
       const { lines } = await run(host, `i=0; while [ $i -lt 60 ]; do echo '${line}'; i=$((i + 1)); done`);
       assert.equal(lines.length, 60);
-      assert.equal(lines.findIndex((got) => got !== line), -1);
+      assert.equal(
+        lines.findIndex((got) => got !== line),
+        -1,
+      );
     });
 
     test("that hangs is given up on in bounded time", async () => {
       const began = Date.now();
-      await assert.rejects(open(host).run("sleep 30", 1, () => {}), /No end after 1 s/);
+      await assert.rejects(
+        open(host).run("sleep 30", 1, () => {}),
+        /No end after 1 s/,
+      );
       assert.ok(Date.now() - began < 10_000);
     });
 
@@ -103,17 +118,24 @@ for (const [name, host] of [["this machine", ""], ["a box over ssh", "root@b1"]]
 describe("a box over ssh", () => {
   test("is asked in batch mode, over one shared connection, with host keys enforced", async () => {
     const { asked } = await run("root@b1", "true");
-    for (const option of ["BatchMode=yes", "ControlMaster=auto", "ControlPersist=60", "ConnectTimeout=15"]) assert.ok(asked.includes(`-o ${option}`), option);
+    for (const option of ["BatchMode=yes", "ControlMaster=auto", "ControlPersist=60", "ConnectTimeout=15"])
+      assert.ok(asked.includes(`-o ${option}`), option);
     assert.match(asked, / -- root@b1 /);
     assert.doesNotMatch(asked, /StrictHostKeyChecking|UserKnownHostsFile/);
   });
 
   test("is not reached where ssh says so: 255 before anything ran is ssh's own", async () => {
-    await assert.rejects(run("b1", "true", { FAKE_REFUSAL: "ssh: connect to host b1 port 22: Connection refused" }), (error: Error) => {
-      assert.ok(error instanceof Unreachable);
-      assert.equal(error.message, "Could not reach b1: ssh: connect to host b1 port 22: Connection refused");
-      return true;
-    });
+    await assert.rejects(
+      run("b1", "true", { FAKE_REFUSAL: "ssh: connect to host b1 port 22: Connection refused" }),
+      (error: Error) => {
+        assert.ok(error instanceof Unreachable);
+        assert.equal(
+          error.message,
+          "Could not reach b1: ssh: connect to host b1 port 22: Connection refused",
+        );
+        return true;
+      },
+    );
   });
 
   test("has the address that ssh's own settings name", async () => {
@@ -124,9 +146,18 @@ describe("a box over ssh", () => {
 
 describe("the reason that is said", () => {
   const cases: [said: string, reason: RegExp][] = [
-    ["@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.", /host key of b1 has changed: compare .* "ssh-keygen -R"/],
-    ["No ED25519 host key is known for b1 and you have requested strict checking.\nHost key verification failed.", /not known here: connect once with "ssh b1"/],
-    ["root@b1: Permission denied (publickey,password).", /b1 refused the login \(root@b1: Permission denied \(publickey,password\)\.\): check the user and the key/],
+    [
+      "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.",
+      /host key of b1 has changed: compare .* "ssh-keygen -R"/,
+    ],
+    [
+      "No ED25519 host key is known for b1 and you have requested strict checking.\nHost key verification failed.",
+      /not known here: connect once with "ssh b1"/,
+    ],
+    [
+      "root@b1: Permission denied (publickey,password).",
+      /b1 refused the login \(root@b1: Permission denied \(publickey,password\)\.\): check the user and the key/,
+    ],
     ["ssh: connect to host b1 port 22: Connection timed out", /Could not reach b1: .*timed out/],
     ["ssh: Could not resolve hostname b1: Name or service not known", /Could not reach b1: .*not resolve/i],
     ["kex_exchange_identification: Connection closed by remote host", /Could not reach b1: kex/],

@@ -1,6 +1,15 @@
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
-import fs, { mkdirSync, readdirSync, readFileSync, rmSync, statSync, symlinkSync, utimesSync, writeFileSync } from "node:fs";
+import fs, {
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
 import { syncBuiltinESMExports } from "node:module";
 import { join } from "node:path";
 import { describe, test } from "node:test";
@@ -77,12 +86,15 @@ describe("a value", () => {
   });
 
   test("that no notation of dotenv can hold is refused, by its key alone", () => {
-    assert.throws(() => withValues(FILE, { K3S_TOKEN: IMPOSSIBLE }), (error: Error) => {
-      assert.ok(error instanceof RangeError);
-      assert.match(error.message, /K3S_TOKEN/);
-      assert.doesNotMatch(error.message, /secret/);
-      return true;
-    });
+    assert.throws(
+      () => withValues(FILE, { K3S_TOKEN: IMPOSSIBLE }),
+      (error: Error) => {
+        assert.ok(error instanceof RangeError);
+        assert.match(error.message, /K3S_TOKEN/);
+        assert.doesNotMatch(error.message, /secret/);
+        return true;
+      },
+    );
   });
 });
 
@@ -111,7 +123,15 @@ describe("the rest of the file", () => {
     writeFileSync(path, `${FILE}\nLAST=2\n`);
     const { values, lines } = readEnv(path);
     assert.deepEqual(values, parse(`${FILE}\nLAST=2\n`));
-    assert.deepEqual(lines, { SERVER: 2, AGENTS: 3, EMPTY: 4, PROXY_MODE: 5, K3S_TOKEN: 8, TEXT: 10, LAST: 13 });
+    assert.deepEqual(lines, {
+      SERVER: 2,
+      AGENTS: 3,
+      EMPTY: 4,
+      PROXY_MODE: 5,
+      K3S_TOKEN: 8,
+      TEXT: 10,
+      LAST: 13,
+    });
     assert.equal(parse(withValues(`${FILE}\nLAST=2\n`, { LAST: "3" })).LAST, "3");
   });
 
@@ -138,7 +158,12 @@ describe("the file", () => {
     symlinkSync("real/env", `${folder}/.env`);
     await updateEnv(`${folder}/.env`, { A: "2" });
     assert.equal(readFileSync(`${folder}/real/env`, "utf8"), "# c\nA=2\n");
-    assert.deepEqual(readdirSync(folder, { withFileTypes: true }).filter((f) => f.isSymbolicLink()).map((f) => f.name), [".env"]);
+    assert.deepEqual(
+      readdirSync(folder, { withFileTypes: true })
+        .filter((f) => f.isSymbolicLink())
+        .map((f) => f.name),
+      [".env"],
+    );
     assert.deepEqual(readdirSync(`${folder}/real`), ["env"]);
   });
 
@@ -207,7 +232,10 @@ test("parallel writers lose nothing: four processes, fifty writes each", async (
   const path = join(folder, ".env");
   writeFileSync(path, "# kept\nA=1\n");
   const names = ["P", "Q", "R", "S"];
-  const file = writer(folder, `for (let i = 0; i < 50; i++) await updateEnv(path, { [\`\${name}_\${i}\`]: "'".repeat(i), LAST: String(i) }, 50);`);
+  const file = writer(
+    folder,
+    `for (let i = 0; i < 50; i++) await updateEnv(path, { [\`\${name}_\${i}\`]: "'".repeat(i), LAST: String(i) }, 50);`,
+  );
   const ends = await Promise.all(names.map((name) => program([file, path, name])));
   for (const end of ends) assert.equal(end.status, 0, end.stderr);
   const { values } = readEnv(path);
@@ -266,12 +294,18 @@ describe("a crash", () => {
       }
       const order = ["old", "new", "survived"];
       assert.deepEqual([...new Set(seen)], order);
-      assert.deepEqual(seen, seen.toSorted((a, b) => order.indexOf(a) - order.indexOf(b)));
+      assert.deepEqual(
+        seen,
+        seen.toSorted((a, b) => order.indexOf(a) - order.indexOf(b)),
+      );
     });
 
   test("at any moment leaves the old file or the new one", async () => {
     const folder = temporary();
-    const file = writer(folder, `console.log("begins"); for (let i = 0; ; i++) await updateEnv(path, { A: i % 2 ? "old" : "new" });`);
+    const file = writer(
+      folder,
+      `console.log("begins"); for (let i = 0; ; i++) await updateEnv(path, { A: i % 2 ? "old" : "new" });`,
+    );
     const kills = Array.from({ length: 8 }, async (_, i) => {
       const path = join(folder, `${i}.env`);
       writeFileSync(path, OLD);

@@ -144,7 +144,9 @@ export function filesAfter(step: Step, want: Settings, changes: readonly Change[
     const { status, stderr } = shell(`set -eu\n${token}${there(change.sh)}`);
     if (status !== 0) throw new Error(`"${change.why}" failed with ${status}: ${stderr}`);
   }
-  const unit = `${root}/etc/${unitPath(step.name as Role).split("/").at(-1)}`;
+  const unit = `${root}/etc/${unitPath(step.name as Role)
+    .split("/")
+    .at(-1)}`;
   writeFileSync(unit, back(readFileSync(unit, "utf8")));
   const PATH = programs(`${root}/bin`, { curl: "echo 'curl must not be asked' >&2; exit 7" });
   return look([{ look: () => step.look(want).map(there) }], want, { PATH });
@@ -173,7 +175,9 @@ export function shell(script: string, argv = ["sh", "-s"], env: Facts = {}) {
 }
 
 const made: string[] = [];
-after(() => made.forEach((path) => rmSync(path, { recursive: true, force: true })));
+after(() => {
+  for (const path of made) rmSync(path, { recursive: true, force: true });
+});
 
 /** A folder of its own, removed when the tests have ended. */
 export function temporary(): string {

@@ -33,10 +33,14 @@ describe("a token in whatever is printed", () => {
 
 describe("what is said of several boxes", () => {
   /** What a part of the report writes to standard error. */
-  async function said(names: string[], part: (ui: Awaited<ReturnType<typeof report>>) => void): Promise<string[]> {
+  async function said(
+    names: string[],
+    part: (ui: Awaited<ReturnType<typeof report>>) => void,
+  ): Promise<string[]> {
     const lines: string[] = [];
     const real = process.stderr.write;
-    process.stderr.write = ((text: string) => lines.push(...text.split("\n").slice(0, -1)) > 0) as typeof real;
+    process.stderr.write = ((text: string) =>
+      lines.push(...text.split("\n").slice(0, -1)) > 0) as typeof real;
     try {
       part(await report(names));
     } finally {
@@ -63,7 +67,14 @@ describe("what is said of several boxes", () => {
     const output = Array.from({ length: 50 }, (_, i) => `output ${i}`).join("\n");
     const command = Array.from({ length: 20 }, (_, i) => `command ${i}`).join("\n");
     const lines = await said(["a1", "b1"], (ui) =>
-      ui.line("b1").failed("it broke (exit status 3)", { why: "break it", sh: command }, `${output}\n${TOKEN}`, "make agent HOST=b1"),
+      ui
+        .line("b1")
+        .failed(
+          "it broke (exit status 3)",
+          { why: "break it", sh: command },
+          `${output}\n${TOKEN}`,
+          "make agent HOST=b1",
+        ),
     );
     assert.match(lines[0] as string, /^b1 {2}FAILED after [\d.]+ s: it broke \(exit status 3\)$/);
     assert.ok(lines.includes("b1    | output 49") && !lines.includes("b1    | output 5"));

@@ -2,7 +2,16 @@ import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { check, flagOf, NAMES, publicIp, SETTINGS, SettingError, type SettingName, settle } from "../lib/settings.ts";
+import {
+  check,
+  flagOf,
+  NAMES,
+  publicIp,
+  SETTINGS,
+  SettingError,
+  type SettingName,
+  settle,
+} from "../lib/settings.ts";
 import { ROOT, TOKEN, temporary } from "./helpers.ts";
 
 const refusal = (name: SettingName, value: string, origin = "variable X"): string => {
@@ -33,10 +42,29 @@ describe("every setting", () => {
 
 /** What no setting may hold, or what one of them may not. */
 const WRONG: Partial<Record<SettingName, string[]>> = {
-  SERVER: ["-oProxyCommand=id", "a b", "a\nb", "$(id)", "`id`", "a;b", "a'b", "root@203.0.113.10=10.0.0.1", "a=1.2.3", "a=b=c"],
+  SERVER: [
+    "-oProxyCommand=id",
+    "a b",
+    "a\nb",
+    "$(id)",
+    "`id`",
+    "a;b",
+    "a'b",
+    "root@203.0.113.10=10.0.0.1",
+    "a=1.2.3",
+    "a=b=c",
+  ],
   AGENTS: ["ok -oProxyCommand=id", "ok a\nb", "ok $(id)", "ok,b", "a=192.168.1.1", "=203.0.113.1"],
   HOST: ["-v", "--", "a\rb", "${HOME}", "a&b", "a|b", "a>b", "\u0000", "a\tb=x", "汉字"],
-  K3S_VERSION: ["latest", "1.36.2", "v1.36.2", "v1.16.1+k3s1", "v1.36.2+k3s1; id", "v1.36.2+k3s1\n", "v2.0.0+k3s1"],
+  K3S_VERSION: [
+    "latest",
+    "1.36.2",
+    "v1.36.2",
+    "v1.16.1+k3s1",
+    "v1.36.2+k3s1; id",
+    "v1.36.2+k3s1\n",
+    "v2.0.0+k3s1",
+  ],
   K3S_MIRRORS: ["ftp://a/b", "https://a b", "https://a/$(id)", "https://a/'", "file:///etc", "//a"],
   K3S_SHA256: ["abc", "A".repeat(64), "a".repeat(65), `${"a".repeat(63)}\n`],
   K3S_BIN: ["a\nb", "a\u0000b"],
@@ -46,7 +74,13 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
   ELREPO_URL: ["https://x/ y", "rsync://x", "https://x/'"],
   ELREPO_KERNEL_URL: ["https://x/|sh", "x"],
   EPEL_URL: ["https://x/$y", "https://"],
-  K3S_URL: ["http://203.0.113.10:6443", "https://203.0.113.10:6443/x", "203.0.113.10", "https://a b", "https://a:6443\n"],
+  K3S_URL: [
+    "http://203.0.113.10:6443",
+    "https://203.0.113.10:6443/x",
+    "203.0.113.10",
+    "https://a b",
+    "https://a:6443\n",
+  ],
   K3S_TOKEN: ["secret", `${TOKEN} `, `${TOKEN}\n`, TOKEN.slice(3), `K10xyz::server:1`, `${TOKEN}$(id)`],
 };
 
@@ -83,10 +117,25 @@ const UNREACHABLE: [address: string, reason: RegExp][] = [
   ["224.0.0.1", /no host's/],
   ["255.255.255.255", /no host's/],
 ];
-const REACHABLE = ["203.0.113.10", "1.1.1.1", "9.255.255.255", "11.0.0.1", "100.63.255.255", "100.128.0.1", "172.15.0.1", "172.32.0.1", "192.167.1.1", "192.169.1.1", "223.255.255.255"];
+const REACHABLE = [
+  "203.0.113.10",
+  "1.1.1.1",
+  "9.255.255.255",
+  "11.0.0.1",
+  "100.63.255.255",
+  "100.128.0.1",
+  "172.15.0.1",
+  "172.32.0.1",
+  "192.167.1.1",
+  "192.169.1.1",
+  "223.255.255.255",
+];
 
 describe("a wrong value", () => {
-  for (const [name, values] of Object.entries({ ...WRONG, PUBLIC_IP: [...NOT_ADDRESSES, ...UNREACHABLE.map(([ip]) => ip)] }))
+  for (const [name, values] of Object.entries({
+    ...WRONG,
+    PUBLIC_IP: [...NOT_ADDRESSES, ...UNREACHABLE.map(([ip]) => ip)],
+  }))
     test(`of ${name} is refused with its name, where it came from, and what would be right`, () => {
       for (const value of values) {
         const message = refusal(name as SettingName, value);
@@ -101,7 +150,8 @@ describe("a wrong value", () => {
   });
 
   test("of a secret is not repeated", () => {
-    for (const value of ["hunter2", `${TOKEN}x y`]) assert.ok(!refusal("K3S_TOKEN", value).includes(value.slice(0, 6)));
+    for (const value of ["hunter2", `${TOKEN}x y`])
+      assert.ok(!refusal("K3S_TOKEN", value).includes(value.slice(0, 6)));
   });
 
   test("of any length is cut short in its message", () => {
@@ -111,23 +161,40 @@ describe("a wrong value", () => {
 });
 
 describe("a public address", () => {
-  for (const [address, reason] of UNREACHABLE) test(`is not ${address}`, () => assert.match(publicIp(address) ?? "", reason));
+  for (const [address, reason] of UNREACHABLE)
+    test(`is not ${address}`, () => assert.match(publicIp(address) ?? "", reason));
   test("is any other of IPv4", () => {
     for (const address of REACHABLE) assert.equal(publicIp(address), undefined, address);
   });
 });
 
 test("destinations may be all that ssh takes: users, aliases, ports by URL, each with its public address", () => {
-  for (const value of ["b1", "root@b1", "deploy@cloud-b.example", "ssh://root@b1:2222", "b1=203.0.113.9", "root@203.0.113.9", "[2001:db8::1]", "_alias"])
+  for (const value of [
+    "b1",
+    "root@b1",
+    "deploy@cloud-b.example",
+    "ssh://root@b1:2222",
+    "b1=203.0.113.9",
+    "root@203.0.113.9",
+    "[2001:db8::1]",
+    "_alias",
+  ])
     assert.equal(refusal("HOST", value), "", value);
 });
 
 describe("settings", () => {
   const path = join(temporary(), ".env");
-  writeFileSync(path, "# mine\nPROXY_MODE=ipvs\n\nSERVER='root@203.0.113.10'\nAGENTS=\nK3S_VERSION=v1.17.6+k3s1\n");
+  writeFileSync(
+    path,
+    "# mine\nPROXY_MODE=ipvs\n\nSERVER='root@203.0.113.10'\nAGENTS=\nK3S_VERSION=v1.17.6+k3s1\n",
+  );
 
   test("come from flags before the environment before the env file before the defaults", () => {
-    const { settings, origins } = settle({ "k3s-version": "v1.30.1+k3s1" }, { K3S_VERSION: "v1.31.1+k3s1", PROXY_MODE: "nftables" }, path);
+    const { settings, origins } = settle(
+      { "k3s-version": "v1.30.1+k3s1" },
+      { K3S_VERSION: "v1.31.1+k3s1", PROXY_MODE: "nftables" },
+      path,
+    );
     assert.deepEqual(
       [settings.K3S_VERSION, settings.PROXY_MODE, settings.SERVER, settings.EPEL_URL],
       ["v1.30.1+k3s1", "nftables", "root@203.0.113.10", SETTINGS.EPEL_URL.value],
@@ -149,7 +216,13 @@ describe("settings", () => {
     for (const name of NAMES) assert.equal(settings[name], SETTINGS[name].value);
   });
 
-  const wrong: [name: string, flags: Record<string, string>, env: Record<string, string>, line: string, origin: string][] = [
+  const wrong: [
+    name: string,
+    flags: Record<string, string>,
+    env: Record<string, string>,
+    line: string,
+    origin: string,
+  ][] = [
     ["a flag", { "proxy-mode": "x" }, {}, "", "flag --proxy-mode"],
     ["a variable", {}, { PROXY_MODE: "x" }, "", "variable PROXY_MODE"],
     ["a line of the env file", {}, {}, "PROXY_MODE=x", "line 3"],
@@ -158,7 +231,10 @@ describe("settings", () => {
     test(`name the origin of a wrong value: ${name}`, () => {
       const own = join(temporary(), ".env");
       writeFileSync(own, `# one\n\n${line}\n`);
-      assert.throws(() => settle(flags, env, own), (error: Error) => error instanceof SettingError && error.message.includes(origin));
+      assert.throws(
+        () => settle(flags, env, own),
+        (error: Error) => error instanceof SettingError && error.message.includes(origin),
+      );
     });
 
   test("have each a flag of their own", () => {

@@ -68,7 +68,8 @@ for (const argv of SHELLS) {
 
     test("a secret stands in a written file as it is, whatever it holds", () => {
       const folder = temporary();
-      const write = (i: number) => writeFile(`${folder}/${i}`, "URL=u\nTOKEN=@K3S_TOKEN@\n@OTHER@\n", "600", ["K3S_TOKEN"]);
+      const write = (i: number) =>
+        writeFile(`${folder}/${i}`, "URL=u\nTOKEN=@K3S_TOKEN@\n@OTHER@\n", "600", ["K3S_TOKEN"]);
       const script = HARD.map((secret, i) => `K3S_TOKEN=${sh(secret)}\n${write(i)}`).join("\n");
       const { status, stderr } = shell(`${QUICK}\n${script}`, [...argv, "-s"]);
       assert.equal(status, 0, stderr);
@@ -81,7 +82,8 @@ for (const argv of SHELLS) {
 }
 
 test("a plain word stays as it is, to be read by people", () => {
-  for (const word of ["k3s", "--a=b", "/usr/local/bin/k3s", "root@203.0.113.10:22", "1%+_,."]) assert.equal(sh(word), word);
+  for (const word of ["k3s", "--a=b", "/usr/local/bin/k3s", "root@203.0.113.10:22", "1%+_,."])
+    assert.equal(sh(word), word);
 });
 
 test("a word with a NUL is refused: no shell can carry it", () => {

@@ -14,8 +14,8 @@ import {
   look as lookAt,
   planAll,
   printed,
-  reader,
   Refusal,
+  reader,
   type Step,
   whole,
 } from "../lib/step.ts";
@@ -29,7 +29,10 @@ function apply(changes: Change[], lock = join(temporary(), "lock")) {
   const script = applyScript(changes, "mark", () => sh(TOKEN));
   assert.ok(script.includes(LOCK));
   const events: string[] = [];
-  const stream = reader("mark", { change: (i) => events.push(`change ${i}`), say: (text) => events.push(text) });
+  const stream = reader("mark", {
+    change: (i) => events.push(`change ${i}`),
+    say: (text) => events.push(text),
+  });
   const { status, stdout } = shell(whole(script.replaceAll(LOCK, lock)));
   for (const line of stdout.split("\n")) stream.line(line);
   return { status, events, stdout, ...stream.seen };
@@ -39,7 +42,9 @@ const change = (text: string, more: Partial<Change> = {}): Change => ({ why: "a 
 describe("apply", { skip }, () => {
   test("makes the changes in their order and tells each as it starts", () => {
     const file = join(temporary(), "file");
-    const { status, events, failed } = apply([1, 2, 3].map((n) => change(`echo ${n} >>${file}; say did ${n}`)));
+    const { status, events, failed } = apply(
+      [1, 2, 3].map((n) => change(`echo ${n} >>${file}; say did ${n}`)),
+    );
     assert.equal(status, 0);
     assert.equal(failed, undefined);
     assert.equal(readFileSync(file, "utf8"), "1\n2\n3\n");
@@ -74,7 +79,9 @@ describe("apply", { skip }, () => {
     assert.ok(Date.now() - began < 10_000);
   });
 
-  test("gives a change its secrets as variables, on no argument list and in no environment", { skip: !existsSync("/proc/self") && "needs /proc" }, () => {
+  test("gives a change its secrets as variables, on no argument list and in no environment", {
+    skip: !existsSync("/proc/self") && "needs /proc",
+  }, () => {
     // The brackets keep grep from finding its own pattern.
     const spy = `printf 'token %s\\n' "$K3S_TOKEN" | cksum
 cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -c '[b]::server:0123' || true
@@ -94,7 +101,9 @@ env | grep -c '[b]::server:0123' || true`;
   });
 
   test("is not fooled by a change that prints markers of its own", () => {
-    const { failed, events } = apply([change("echo 'k3s-across-clouds failed 0 1'; echo 'mork failed 0 1'; echo ' mark failed 0 1'")]);
+    const { failed, events } = apply([
+      change("echo 'k3s-across-clouds failed 0 1'; echo 'mork failed 0 1'; echo ' mark failed 0 1'"),
+    ]);
     assert.equal(failed, undefined);
     assert.deepEqual(events, ["change 0"]);
   });
@@ -102,7 +111,9 @@ env | grep -c '[b]::server:0123' || true`;
   test("keeps a second run out while one is at work", () => {
     const lock = join(temporary(), "lock");
     const script = applyScript([change("echo second")], "mark", () => "").replaceAll(LOCK, lock);
-    const { stdout } = shell(`exec 8>${lock}; flock 8\nsh -s 8>&- <<'END'\n${script.replace("-w 60", "-w 1")}\nEND`);
+    const { stdout } = shell(
+      `exec 8>${lock}; flock 8\nsh -s 8>&- <<'END'\n${script.replace("-w 60", "-w 1")}\nEND`,
+    );
     assert.match(stdout, /Another run is still at work/);
     assert.doesNotMatch(stdout, /second/);
   });
@@ -117,7 +128,10 @@ env | grep -c '[b]::server:0123' || true`;
 test("a script that was cut off on its way runs nothing of it", () => {
   const folder = temporary();
   const changes = [1, 2, 3].map((n) => change(`touch ${folder}/change-${n}`));
-  const script = whole(`touch ${folder}/began\n${applyScript(changes, "mark", () => "")}\n`).replaceAll(LOCK, `${folder}/lock`);
+  const script = whole(`touch ${folder}/began\n${applyScript(changes, "mark", () => "")}\n`).replaceAll(
+    LOCK,
+    `${folder}/lock`,
+  );
   const last = script.lastIndexOf("\nmain ");
   for (let cut = 1; cut <= 20; cut++) {
     shell(script.slice(0, Math.floor((last * cut) / 20)));
@@ -135,7 +149,7 @@ describe("facts", () => {
     "no newline at the end": "a\nb",
     "blank lines": "\n\na\n\n",
     "lines like markers": "fact x\nmork fact x\n mark fact x\nmark\nk3s-across-clouds-0123 end\n",
-    "shell": "$(touch /x) `id` 'a' \"b\" \\n %s\n",
+    shell: "$(touch /x) `id` 'a' \"b\" \\n %s\n",
     "control characters": "\u0001\t\u001b[0m\r\nx\u007f\u0000y\r",
     unicode: "汉字 ☃ 😀\n",
     "a megabyte": `${"0123456789abcdef汉字\n".repeat(45_000)}end`,
@@ -175,13 +189,18 @@ describe("a printed plan", () => {
   test("does on the box what apply does", { skip }, () => {
     const folder = temporary();
     const text = printed([change(`printf %s "$K3S_TOKEN" >${folder}/file`, { secrets: ["K3S_TOKEN"] })]);
-    const { status, stderr } = shell(text.replaceAll(LOCK, `${folder}/lock`), ["sh", "-s"], { K3S_TOKEN: TOKEN });
+    const { status, stderr } = shell(text.replaceAll(LOCK, `${folder}/lock`), ["sh", "-s"], {
+      K3S_TOKEN: TOKEN,
+    });
     assert.equal(status, 0, stderr);
     assert.equal(readFileSync(`${folder}/file`, "utf8"), TOKEN);
   });
 
   test("says what has to be copied first", () => {
-    assert.match(printed([change(":", { push: { file: "./k3s", path: "/tmp/k3s" } })]), /# first copy \.\/k3s to \/tmp\/k3s/);
+    assert.match(
+      printed([change(":", { push: { file: "./k3s", path: "/tmp/k3s" } })]),
+      /# first copy \.\/k3s to \/tmp\/k3s/,
+    );
   });
 });
 
@@ -194,7 +213,7 @@ function fakeBox(folder: string) {
     run: async (script, _seconds, onLine) => {
       scripts.push(script);
       const { status, stdout, stderr } = shell(script.replaceAll(LOCK, `${folder}/lock`));
-      stdout.replace(/\n$/, "").split("\n").forEach((line) => onLine(line));
+      for (const line of stdout.replace(/\n$/, "").split("\n")) onLine(line);
       return { status: status ?? 1, stderr };
     },
     push: async (file, path) => void pushed.push(`${file} ${path}`),
@@ -216,7 +235,9 @@ const wants = (file: string, text: string, more: Partial<Change> = {}): Step => 
   options: [],
   look: () => [`fact ${file.split("/").at(-1)}; cat ${file} 2>/dev/null`],
   plan: (_, facts) =>
-    facts[file.split("/").at(-1) as string] === text ? [] : [change(`printf %s ${sh(text)} >${file}`, { why: `write ${file}`, ...more })],
+    facts[file.split("/").at(-1) as string] === text
+      ? []
+      : [change(`printf %s ${sh(text)} >${file}`, { why: `write ${file}`, ...more })],
 });
 
 describe("a box is brought to what is wanted", { skip }, () => {
@@ -259,7 +280,10 @@ describe("a box is brought to what is wanted", { skip }, () => {
 
   test("or says that the connection was lost, where a look does not end", async () => {
     const { job } = fakeBox(temporary());
-    await assert.rejects(lookAt(job(), [{ ...wants("/x", ""), look: () => ["exit 7"] }]), /connection was lost \(exit status 7\)/);
+    await assert.rejects(
+      lookAt(job(), [{ ...wants("/x", ""), look: () => ["exit 7"] }]),
+      /connection was lost \(exit status 7\)/,
+    );
   });
 
   test("with a file pushed just before the change that uses it", async () => {

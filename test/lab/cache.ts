@@ -36,7 +36,7 @@ systemctl mask -q apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e
   console-getty.service systemd-timesyncd.service`;
 
 /** This machine's own apt sources for its own release: whatever mirror works here works for boxes. */
-async function aptSources() {
+export async function aptSources() {
   const list = () =>
     $`apt-get indextargets --format ${"$(CODENAME) $(ORIGIN) $(SITE) $(RELEASE) $(COMPONENT)"} ${"Created-By: Packages"}`;
   const codename = (await $`. /etc/os-release; echo "$VERSION_CODENAME"`).stdout.trim();
@@ -59,13 +59,13 @@ async function aptSources() {
 }
 
 /** Proxies and certificates that this machine's apt needs, in mmdebstrap's words. */
-async function aptOptions() {
+export async function aptOptions() {
   const lines = (await $`apt-config dump`).stdout.split("\n");
   return lines.filter((line) => /^Acquire::https?::.* "..*";$/.test(line)).map((line) => `--aptopt=${line}`);
 }
 
 /** Builds into a folder of its own, and renames it when whole: what is in place is complete. */
-async function kept(name: string, parts: unknown, build: (folder: string) => Promise<void>) {
+export async function kept(name: string, parts: unknown, build: (folder: string) => Promise<void>) {
   const hash = createHash("sha256").update(JSON.stringify(parts)).digest("hex").slice(0, 12);
   const folder = join(CACHE, `${name}-${hash}`);
   if (existsSync(folder)) return folder;

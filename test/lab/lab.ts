@@ -250,7 +250,7 @@ const PATH = `${dirname(process.execPath)}:/usr/local/sbin:/usr/local/bin:/usr/s
 
 const boxNames = (dir: string) => readdirSync(join(dir, "boxes")).sort();
 
-function place(box: string) {
+export function place(box: string) {
   const [, cloud, digits] = /^([ab])([1-9]\d?)$/.exec(box) ?? [];
   const n = Number(digits) + 10;
   if (!cloud) throw new Error(`"${box}" is no name for a box: one is a letter, a or b, and a number`);
@@ -288,7 +288,7 @@ async function furnishOperator(dir: string) {
 }
 
 /** Tells the operator the boxes' addresses and host keys. */
-async function acquaint(dir: string) {
+export async function acquaint(dir: string) {
   let hosts = "127.0.0.1 localhost operator\n";
   let config = "";
   let known = "";

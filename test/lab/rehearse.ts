@@ -27,7 +27,9 @@ async function rehearse() {
   say(`make -j up, with ${lab.envFile}:`);
   const make = await lab.op(["make", "-j", "up"], { live: true, timeout: 3600 });
   if (make.exitCode) {
-    say(`make -j up failed; the boxes stay: make in-rehearsal CMD='make -j up' tries again, make rehearse-down ends it`);
+    say(
+      `make -j up failed; the boxes stay: make in-rehearsal CMD='make -j up' tries again, make rehearse-down ends it`,
+    );
     return make.exitCode ?? 1;
   }
   say("done; WireGuard between the boxes, seconds since the last handshake:");

@@ -1,0 +1,248 @@
+import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import { Refusal } from "../lib/step.ts";
+import { downloadK3s } from "../scripts/download-k3s.ts";
+import { MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+
+const HASH = "a".repeat(64);
+const verbs = (over = {}, facts = {}) =>
+  downloadK3s
+    .plan(wanted(over), prepared(MODERN, facts))
+    .map(({ why }) => why.replace(/ in place of.*/, " over it"));
+
+describe("k3s", () => {
+  const cases: [name: string, want: object, facts: object, changes: string[]][] = [
+    ["that is the wanted one is left alone", {}, {}, []],
+    ["of another version is replaced", { K3S_VERSION: OLD }, {}, [`download k3s ${OLD} over it`]],
+    [
+      "that is missing is downloaded, and kubectl linked",
+      {},
+      { version: "", kubectl: "" },
+      [`download k3s ${MODERN}`, "link kubectl to k3s"],
+    ],
+    ["that does not run here (no version) is downloaded", {}, { version: "\n" }, [`download k3s ${MODERN}`]],
+    ["with the wanted hash is left alone", { K3S_SHA256: HASH }, { sha256: `${HASH}\n` }, []],
+    [
+      "with another hash than the wanted one is replaced",
+      { K3S_SHA256: HASH },
+      { sha256: "b\n" },
+      [`download k3s ${MODERN} over it`],
+    ],
+    [
+      "at hand is pushed",
+      { K3S_BIN: "./k3s", K3S_SHA256: HASH },
+      { version: "", sha256: "" },
+      ["put ./k3s in place"],
+    ],
+    [
+      "at hand that is there already is left alone, whatever its version",
+      { K3S_BIN: "./k3s", K3S_SHA256: HASH },
+      { version: OLD, sha256: `${HASH}\n` },
+      [],
+    ],
+    [
+      "needs curl, which is installed first",
+      {},
+      { curl: "", version: "" },
+      ["install curl, which downloads and asks the server", `download k3s ${MODERN}`],
+    ],
+    ["without its kubectl gets the link alone", {}, { kubectl: "" }, ["link kubectl to k3s"]],
+  ];
+  for (const [name, want, facts, changes] of cases)
+    test(name, () => assert.deepEqual(verbs(want, facts), changes));
+
+  test("is pushed before the change that checks it, and looked at again", () => {
+    const [change] = downloadK3s.plan(
+      wanted({ K3S_BIN: "./my k3s", K3S_SHA256: HASH }),
+      prepared(MODERN, { sha256: "" }),
+    );
+    assert.equal(change?.push?.file, "./my k3s");
+    assert.ok(change?.sh.includes(`part=${change.push?.path};`));
+    assert.ok(change?.lookAgain);
+  });
+
+  const arches = {
+    x86_64: "k3s sha256sum-amd64.txt",
+    aarch64: "k3s-arm64 sha256sum-arm64.txt",
+    armv7l: "k3s-armhf sha256sum-arm.txt",
+  };
+  for (const [arch, names] of Object.entries(arches))
+    test(`for ${arch} is ${names.replace(" ", ", checked by ")}`, () => {
+      const sh =
+        downloadK3s.plan(wanted(), prepared(MODERN, { version: "", arch: `${arch}\n` }))[0]?.sh ?? "";
+      const [file, sums] = names.split(" ");
+      assert.match(sh, new RegExp(`get "\\$from" ${file} `));
+      assert.match(sh, new RegExp(`get "\\$other" ${sums} `));
+    });
+
+  test("for no other architecture is there; a K3S_BIN may be", () => {
+    const facts = prepared(MODERN, { version: "", arch: "riscv64\n" });
+    assert.throws(
+      () => downloadK3s.plan(wanted(), facts),
+      (e: Error) => e instanceof Refusal && /riscv64.*K3S_BIN/.test(e.message),
+    );
+    assert.equal(downloadK3s.plan(wanted({ K3S_BIN: "./k3s", K3S_SHA256: HASH }), facts).length, 1);
+  });
+});
+
+/** A curl that serves files of a folder by host and path, with -C -, and statuses as curl's. */
+const CURL = `out=; from=0
+for word; do
+  case $last in -o) out=$word ;; esac
+  case $word in -C) from=1 ;; http*) url=$word ;; esac
+  last=$word
+done
+echo "$url" >>"$WWW/log"
+file=$WWW/\${url#*://}
+[ -d "\${file%%/releases*}" ] || exit 7
+[ -f "$file" ] || exit 22
+[ -n "$out" ] || exec cat "$file"
+if [ "$from" = 1 ]; then tail -c +$(($(wc -c <"$out") + 1)) "$file" >>"$out"; else cat "$file" >"$out"; fi
+[ ! -f "$file.cut" ] || exit 18`;
+
+describe("the download", () => {
+  const GOOD = `#!/bin/sh\necho "k3s version ${OLD} (bd7fb4b0)"\n`;
+  const hash = (text: string) => createHash("sha256").update(text).digest("hex");
+  const A = "https://a.example/releases";
+  const B = "https://b.example/releases";
+  const release = "v1.17.6%2Bk3s1";
+
+  /** Runs the change with hosts that serve these files, in place of an older binary. */
+  function download(
+    hosts: Record<string, Record<string, string>>,
+    { mirrors = `${A} ${B}`, sha256 = "", part = "" } = {},
+  ) {
+    const root = temporary();
+    for (const [host, files] of Object.entries(hosts)) {
+      mkdirSync(join(root, "www", host), { recursive: true });
+      for (const [path, text] of Object.entries(files)) {
+        mkdirSync(join(root, "www", host, "releases", path, ".."), { recursive: true });
+        writeFileSync(join(root, "www", host, "releases", path), text);
+      }
+    }
+    mkdirSync(join(root, "bin"));
+    writeFileSync(join(root, "bin/k3s"), "the old one", { mode: 0o755 });
+    if (part) writeFileSync(join(root, `bin/.k3s-${OLD}.part`), part);
+    const want = wanted({ K3S_VERSION: OLD, K3S_MIRRORS: mirrors, K3S_SHA256: sha256 });
+    const [change] = downloadK3s.plan(want, prepared(MODERN));
+    const script = `say() { :; }; set -eu\n${change?.sh.replaceAll("/usr/local/bin", `${root}/bin`)}`;
+    const { status, stdout } = shell(script, ["sh", "-s"], {
+      PATH: programs(`${root}/programs`, { curl: CURL }),
+      WWW: `${root}/www`,
+    });
+    const log = join(root, "www/log");
+    return {
+      status,
+      stdout,
+      k3s: readFileSync(join(root, "bin/k3s"), "utf8"),
+      rest: readdirSync(join(root, "bin")).filter((name) => name !== "k3s"),
+      asked: existsSync(log) ? readFileSync(log, "utf8") : "",
+    };
+  }
+  const good = { [`${release}/k3s`]: GOOD, [`${release}/sha256sum-amd64.txt`]: `${hash(GOOD)}  k3s\n` };
+  const sums = { [`${release}/sha256sum-amd64.txt`]: good[`${release}/sha256sum-amd64.txt`] as string };
+
+  test("takes the binary from the first mirror and its checksum from another", () => {
+    const { status, k3s, rest, asked } = download({ "a.example": good, "b.example": good });
+    assert.deepEqual({ status, k3s, rest }, { status: 0, k3s: GOOD, rest: [] });
+    assert.deepEqual(asked.trim().split("\n"), [
+      `${B}/${release}/sha256sum-amd64.txt`,
+      `${A}/${release}/k3s`,
+    ]);
+  });
+
+  const passed: [
+    name: string,
+    hosts: Parameters<typeof download>[0],
+    options?: Parameters<typeof download>[1],
+  ][] = [
+    ["goes on to the next mirror where one has no such release", { "a.example": sums, "b.example": good }],
+    [
+      "knows mirrors that name a release with - for +",
+      {
+        "a.example": { "v1.17.6-k3s1/k3s": GOOD },
+        "b.example": { "v1.17.6-k3s1/sha256sum-amd64.txt": `${hash(GOOD)}  k3s\n` },
+      },
+    ],
+    [
+      "needs no second mirror where K3S_SHA256 is known",
+      { "a.example": { [`${release}/k3s`]: GOOD } },
+      { mirrors: A, sha256: hash(GOOD) },
+    ],
+    [
+      "goes on where an earlier one stopped",
+      { "a.example": good, "b.example": good },
+      { part: GOOD.slice(0, 20) },
+    ],
+    [
+      "begins anew where what an earlier one left is not a part of it",
+      { "a.example": good, "b.example": good },
+      { part: "rubbish" },
+    ],
+    [
+      "goes on at the next mirror where one is cut",
+      {
+        "a.example": { ...good, [`${release}/k3s`]: GOOD.slice(0, 30), [`${release}/k3s.cut`]: "" },
+        "b.example": good,
+      },
+    ],
+    [
+      "goes on to the next mirror where one sends rubbish",
+      { "a.example": { ...good, [`${release}/k3s`]: "<html>" }, "b.example": good },
+    ],
+  ];
+  for (const [name, hosts, options] of passed)
+    test(name, () => {
+      const { status, k3s, rest, stdout } = download(hosts, options);
+      assert.deepEqual({ status, k3s, rest }, { status: 0, k3s: GOOD, rest: [] }, stdout);
+    });
+
+  const failed: [
+    name: string,
+    hosts: Parameters<typeof download>[0],
+    options: Parameters<typeof download>[1],
+    said: RegExp,
+  ][] = [
+    ["no mirror answers", {}, {}, /No mirror gave a good binary/],
+    [
+      "the checksum could only come from the mirror itself",
+      { "a.example": good },
+      { mirrors: `${A} ${A}/more` },
+      /no other host gave its checksum.*K3S_SHA256/,
+    ],
+    [
+      "the binary is corrupt",
+      { "a.example": { ...good, [`${release}/k3s`]: "rubbish" }, "b.example": sums },
+      {},
+      new RegExp(`sha256 is ${hash("rubbish")}, expected ${hash(GOOD)}`),
+    ],
+    [
+      "the binary is not what K3S_SHA256 says",
+      { "a.example": good, "b.example": good },
+      { sha256: HASH },
+      new RegExp(`sha256 is ${hash(GOOD)}, expected ${HASH}`),
+    ],
+    [
+      "the binary is of another version",
+      { "a.example": { [`${release}/k3s`]: GOOD.replace(OLD, MODERN) }, "b.example": {} },
+      { sha256: hash(GOOD.replace(OLD, MODERN)) },
+      /the new binary says: k3s version v1\.36/,
+    ],
+    [
+      "the binary does not run here",
+      { "a.example": { [`${release}/k3s`]: "#!/bin/sh\nexit 1\n" }, "b.example": {} },
+      { sha256: hash("#!/bin/sh\nexit 1\n") },
+      /does not run here/,
+    ],
+  ];
+  for (const [name, hosts, options, said] of failed)
+    test(`leaves the old binary, and says why, where ${name}`, () => {
+      const { status, k3s, stdout } = download(hosts, options);
+      assert.notEqual(status, 0);
+      assert.equal(k3s, "the old one");
+      assert.match(stdout, said);
+    });
+});

@@ -1,0 +1,102 @@
+/** Runs that are cut off: the operator's machine dies, the connection goes, somebody presses Ctrl-C. The next run finishes. */
+import assert from "node:assert/strict";
+import { after, before, test } from "node:test";
+import type { Box } from "./lab.ts";
+import { bench, connected, script, starts } from "./suite.ts";
+
+const t = await bench({ name: "cut" });
+after(() => t.lab.down());
+const [b1, b2] = [t.box("b1"), t.box("b2")];
+
+before(async () => {
+  t.settings();
+  await t.ok("make server");
+  await t.ok("make agent HOST=b2");
+});
+
+/** Ends whatever an operator started on the box, as a lost power line would. */
+const hangUp = (box: Box) => box.sh("systemctl kill -s KILL 'session-*.scope' || true");
+
+/** What a run leaves on a box, less what is the box's own: its address, its key and its clock. */
+const result = async ({ sh, name, publicIp }: Box) =>
+  (
+    await sh(`find /etc/systemd /usr/local /var/lib/rancher /etc/rancher -printf '%p %y %m %U %l\\n' | sort
+cat /etc/systemd/system/k3s-agent.service
+sha256sum /usr/local/bin/k3s /etc/systemd/system/k3s-agent.service.env
+dpkg -l wireguard-tools | tail -n 1
+systemctl is-active k3s-agent; systemctl is-enabled k3s-agent
+ls -A /tmp /run | grep -e k3s -e '^tmp'`)
+  )
+    .replaceAll(publicIp, "PUBLIC_IP")
+    .replaceAll(name, "NAME");
+
+test("killed at any step, a later run goes on, and ends where an uncut run ends", async () => {
+  const steps = [
+    /download k3s/,
+    /install wireguard-tools/,
+    /prove that/,
+    /write .*service\.env/,
+    /write .*k3s-agent\.service:/,
+    /start k3s-agent/,
+    /node b1: /,
+  ];
+  const reached = [];
+  for (const [i, step] of steps.entries()) {
+    const run = await t.cut("make agent HOST=b1", step, "KILL");
+    if (run.reached) {
+      reached.push(step.source);
+      assert.equal(run.status, 137);
+    }
+    // Every other time the box goes on alone, and the next run meets it at work.
+    if (i % 2 === 0) await hangUp(b1);
+  }
+  // What a cut-off run did to its end is not to be done again, so not every step need be reached.
+  for (const certain of ["download k3s", "install wireguard-tools"])
+    assert(reached.includes(certain), `${reached}`);
+  assert(reached.length >= 4, `${reached}`);
+  await t.ok("make agent HOST=b1");
+  await connected(t.lab.boxes);
+  await t.says("make agent HOST=b1", 0, ["nothing to do"]);
+  assert.equal(await result(b1), await result(b2));
+});
+
+test("cut between the unit's new text and its restart, the next run does that one restart", async () => {
+  const before = await starts(b1);
+  const command = "make agent HOST=b1 AGENT_ARGS=--node-label=cut=yes";
+  await b1.sh(`cat >/usr/local/sbin/systemctl <<'SH'
+#!/bin/sh
+case "$*" in *restart*) exec sleep 600 ;; esac
+exec /usr/bin/systemctl "$@"
+SH
+chmod 755 /usr/local/sbin/systemctl`);
+  const run = await t.cut(command, /restart k3s-agent and wait/, "KILL");
+  assert(run.reached, run.text);
+  await hangUp(b1);
+  await b1.sh("rm /usr/local/sbin/systemctl");
+  assert.match(await b1.sh("cat /etc/systemd/system/k3s-agent.service"), /cut=yes/);
+  assert.equal(await starts(b1), before);
+
+  const { text } = await t.ok(command);
+  assert.equal(await starts(b1), before + 1);
+  assert.doesNotMatch(text, /write /);
+  await t.says(command, 0, ["nothing to do"]);
+});
+
+test("Ctrl-C ends a script with 130 and says how to go on; the next run finishes", async () => {
+  const command = script("agent", "--host b1 --agent-args=--node-label=cut=no");
+  const run = await t.cut(command, /restart k3s-agent/, "INT");
+  assert(run.reached, run.text);
+  assert.equal(run.status, 130, run.text);
+  assert.match(run.text, /Interrupted\. .*run the same again to finish\./);
+  await t.ok(command);
+  await t.says(command, 0, ["nothing to do"]);
+});
+
+test("Ctrl-C ends make as well, with all that it started", async () => {
+  const run = await t.cut("make agent HOST=b1", /restart k3s-agent/, "INT");
+  assert(run.reached, run.text);
+  assert.equal(run.status, 130, run.text);
+  assert.equal((await t.op("pgrep -f scripts/agent.ts")).status, 1);
+  await t.ok("make agent HOST=b1");
+  await connected(t.lab.boxes);
+});

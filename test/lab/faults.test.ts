@@ -1,0 +1,170 @@
+/** What goes wrong at other people's places: each fault has its message and exit status, and leaves the box as it was. */
+import assert from "node:assert/strict";
+import { readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+import { bench, connected, script, starts, state } from "./suite.ts";
+
+const t = await bench({ name: "faults" });
+after(() => t.lab.down());
+const [a1, b1, b2] = [t.box("a1"), t.box("b1"), t.box("b2")];
+const API = "https://198.51.100.11:6443";
+const agent = script("agent", "--host b1");
+
+/** Drops what matches at a cloud's router, until the function that is answered is called. */
+async function drop(cloud: "a" | "b", what: string) {
+  const router = `router-${cloud}`;
+  const said = await t.lab.net(router, `nft -e -a insert rule ip filter ports ${what} drop`);
+  const handle = /# handle (\d+)/.exec(said)?.[1];
+  return () => t.lab.net(router, `nft delete rule ip filter ports handle ${handle}`);
+}
+
+/** The command fails so and leaves b1 exactly as it was; `fault` may break something and answer how to mend it. */
+async function refused(
+  command: string,
+  status: number,
+  texts: (string | RegExp)[],
+  { env = {}, fault }: { env?: Record<string, string>; fault?: () => Promise<() => unknown> } = {},
+) {
+  const before = await state(b1);
+  const mend = await fault?.();
+  try {
+    const said = await t.says(command, status, texts, { env });
+    assert(said.seconds < 60, `it took ${said.seconds} s`);
+  } finally {
+    await mend?.();
+  }
+  assert.equal(await state(b1), before);
+}
+
+describe("a box that cannot join is told why, and is not touched", () => {
+  before(async () => {
+    t.settings();
+    await t.ok("make server");
+  });
+
+  test("a token with a wrong password", () =>
+    refused(agent, 2, [`K3S_TOKEN is not valid: ${API} answers 401`, "again: make agent HOST=b1"], {
+      env: { K3S_TOKEN: `${t.env().K3S_TOKEN?.slice(0, -32)}${"0".repeat(32)}` },
+    }));
+
+  test("a token of another cluster", () =>
+    refused(agent, 2, ["K3S_TOKEN is of another cluster", '"make server" writes the present one'], {
+      env: { K3S_TOKEN: `K10${"0".repeat(64)}::server:${"0".repeat(32)}` },
+    }));
+
+  test("a server that refuses the connection", () =>
+    refused(`${agent} --k3s-url https://198.51.101.12:6443`, 1, [
+      "The server does not answer this box at https://198.51.101.12:6443/cacerts: nothing listens there",
+    ]));
+
+  test("a firewall that drops packets to the server", () =>
+    refused(agent, 1, [`${API}/cacerts: packets are dropped: open 6443/tcp`], {
+      fault: () => drop("a", "tcp dport 6443"),
+    }));
+
+  test("a name that another node has", () =>
+    refused(agent, 1, ["The name a1 is taken by a node of the cluster (198.51.100.11)", "hostnamectl"], {
+      fault: async () => {
+        await b1.sh("hostname a1");
+        return () => b1.sh("hostname b1");
+      },
+    }));
+
+  test("a user who may not become root", () =>
+    refused(script("agent", "--host plain@b1"), 1, [
+      /sudo asks for a password on plain@b1: log in as root, or/,
+    ]));
+
+  test("a host key that is not known", () =>
+    refused(agent, 1, ['The host key of b1 is not known here: connect once with "ssh b1"'], {
+      fault: () => knownHosts(() => ""),
+    }));
+
+  test("a host key that has changed", () =>
+    refused(agent, 1, ["The host key of b1 has changed"], {
+      fault: () =>
+        knownHosts((text) => {
+          const key = (name: string) =>
+            text
+              .split("\n")
+              .find((line) => line.startsWith(name))
+              ?.split(" ")
+              .slice(1)
+              .join(" ");
+          return text.replace(key("b1,") as string, key("b2,") as string);
+        }),
+    }));
+
+  test("a box that does not answer ssh, within the time that ssh is given", () =>
+    refused(agent, 1, [/Could not reach b1: .*timed out/, "again: make agent HOST=b1"], {
+      fault: () => drop("b", "ip daddr 192.168.0.11 tcp dport 22"),
+    }));
+
+  test("a private address as the public one", () =>
+    refused(`${agent} --public-ip 192.168.0.11`, 2, ["192.168.0.11 is private"]));
+
+  test("a server as its own agent", async () => {
+    const before = await state(a1);
+    await t.says(script("agent", "--host a1"), 1, ["This box runs k3s: it cannot be k3s-agent as well"]);
+    assert.equal(await state(a1), before);
+  });
+});
+
+/** Another known_hosts, until the function that is answered is called. */
+async function knownHosts(change: (text: string) => string) {
+  const file = join(t.lab.dir, "home/.ssh/known_hosts");
+  const text = readFileSync(file, "utf8");
+  writeFileSync(file, change(text));
+  return () => writeFileSync(file, text);
+}
+
+test("a command that fails shows its box, its change, its output, itself, and the line that tries it again", async () => {
+  const packages = "http://203.0.113.82/";
+  await t.lab.mirror.fault(packages, { mode: "down" });
+  const { text } = await t.says(script("install-wireguard", "--host b1"), 1, [
+    /^b1 +FAILED after [\d.]+ s: install wireguard-tools \(Debian.*, apt\) \(exit status 100\)$/m,
+    /^b1 +\| .*203\.0\.113\.82.*$/m,
+    /^b1 +command:\nb1 +\$ export DEBIAN_FRONTEND=noninteractive$/m,
+    /^b1 +again: make install-wireguard HOST=b1 ENV_FILE=\S+$/m,
+  ]);
+  await t.lab.mirror.fault(packages, { mode: "none" });
+  await t.ok(again(text, "b1"));
+  assert.match(await b1.sh("wg --version"), /^wireguard-tools /);
+});
+
+test("of three boxes one that fails stops no other, and the line that tries it again works once it is mended", async () => {
+  await t.lab.add("b3");
+  const mend = await drop("b", "ip daddr 192.168.0.12 tcp dport 22");
+  const { text } = await t.says(script("agent", '--host "b1 b2 b3"'), 1, [
+    /^b1 +done in/m,
+    /^b2 +FAILED after .*Could not reach b2/m,
+    /^b3 +done in/m,
+  ]);
+  await mend();
+  await connected([a1, b1, t.box("b3")]);
+  assert.equal(text.match(/again: /g)?.length, 1);
+  await t.ok(again(text, "b2"));
+  await connected(t.lab.boxes);
+});
+
+/** The command that a failed box's lines end with. */
+function again(text: string, box: string): string {
+  const command = new RegExp(`^${box} +again: (.*)$`, "m").exec(text)?.[1];
+  assert(command, text);
+  return command;
+}
+
+test("a k3s that does not come up shows the lines of its journal that matter, and the next run mends it", async () => {
+  const { seconds } = await t.says(script("agent", "--host b2 --agent-args=--nonsense"), 1, [
+    /^b2 +FAILED after .*restart k3s-agent and wait until node b2 is Ready/m,
+    /^b2 +\| .*flag provided but not defined: -nonsense/m,
+    "again: make agent HOST=b2 AGENT_ARGS=--nonsense",
+  ]);
+  assert(seconds < 90, `${seconds} s`);
+  await t.ok("make agent HOST=b2");
+  await connected(t.lab.boxes);
+  const before = await starts(b2);
+  await t.says("make agent HOST=b2", 0, ["nothing to do"]);
+  assert.equal(await starts(b2), before);
+});

@@ -1,0 +1,124 @@
+/** The rehearsal as its users run it: built, played with, built again, removed without a trace; also after a crash. */
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import { after, before, test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
+import { $ } from "zx";
+import { attach } from "./lab.ts";
+
+const cwd = join(import.meta.dirname, "../..");
+const run = $({
+  quiet: true,
+  nothrow: true,
+  cwd,
+  stdio: ["ignore", "pipe", "pipe"],
+});
+let mine = false;
+let clean: Awaited<ReturnType<typeof traces>>;
+
+before(async () => {
+  if (await attach("rehearse")) throw new Error("A rehearsal is running: make rehearse-down, then try again");
+  mine = true;
+  clean = await traces();
+});
+after(async () => {
+  if (mine) await run`make rehearse-down`;
+});
+
+/** What of a rehearsal could stay: namespaces, links, mounts, cgroups, processes, its folder. */
+async function traces() {
+  const processes = readdirSync("/proc").filter((pid) => {
+    if (!/^\d+$/.test(pid)) return false;
+    try {
+      return /k3s-across-clouds\/rehearse\b|k3s-lab-rehearse-/.test(
+        readFileSync(`/proc/${pid}/cmdline`, "utf8") + readFileSync(`/proc/${pid}/cgroup`, "utf8"),
+      );
+    } catch {
+      return false;
+    }
+  });
+  const groups = (await run`find /sys/fs/cgroup -maxdepth 2 -name ${"k3s-lab-rehearse-*"}`).stdout;
+  return {
+    processes,
+    groups,
+    namespaces: (await run`ip netns list`).stdout,
+    mounts: readFileSync("/proc/self/mountinfo", "utf8")
+      .split("\n")
+      .filter((line) => line.includes("rehearse")),
+    folder: (await run`ls -d /var/lib/k3s-across-clouds/rehearse`).stdout,
+  };
+}
+
+/** The table of handshakes: every box with every other, none older than three minutes. */
+function table(text: string) {
+  const rows = text
+    .split("\n")
+    .filter((line) => /^(from|a1|b1|b2) +\S+ +\S+ +\S+ +\S+/.test(line))
+    .slice(-4);
+  const cells = rows.map((row) => row.trim().split(/ +/));
+  assert.deepEqual(cells[0], ["from", "a1", "b1", "b2", "public", "address"], text);
+  for (const [i, row] of cells.slice(1).entries())
+    for (const [j, cell] of row.slice(1, 4).entries())
+      if (i === j) assert.equal(cell, "-");
+      else assert(Number(cell) >= 0 && Number(cell) < 180, `${row[0]}: ${cell}`);
+}
+
+test("a rehearsal that is killed while it builds is no hindrance to the next", async () => {
+  const child = spawn("make", ["rehearse"], { cwd, detached: true, stdio: ["ignore", "ignore", "pipe"] });
+  const ended = once(child, "exit");
+  let text = "";
+  const building = new Promise<void>((resolve) => {
+    child.stderr.on("data", (chunk) => {
+      text += chunk;
+      if (text.includes("building two clouds")) resolve();
+    });
+  });
+  await Promise.race([building, ended]);
+  await sleep(1500);
+  assert.equal(child.exitCode, null, text);
+  process.kill(-(child.pid as number), "SIGKILL");
+  await ended;
+  assert.equal(await attach("rehearse"), undefined);
+});
+
+test("make rehearse builds two clouds and a cluster, says that its k3s is a stand-in, and ends in fresh handshakes", async (context) => {
+  const began = Date.now();
+  const { exitCode, stdout, stderr } = await run`make rehearse`;
+  assert.equal(exitCode, 0, stderr);
+  table(stdout);
+  assert.match(stderr, /The k3s in this rehearsal is a STAND-IN/);
+  context.diagnostic(`first: ${Math.round((Date.now() - began) / 1000)} s`);
+});
+
+test("again, it keeps the boxes and finds nothing to do", async (context) => {
+  const began = Date.now();
+  const { exitCode, stdout, stderr } = await run`make rehearse`;
+  assert.equal(exitCode, 0, stderr);
+  table(stdout);
+  assert.match(stderr, /the boxes run already/);
+  assert.equal(stderr.match(/nothing to do/g)?.length, 3, stderr);
+  context.diagnostic(`again: ${Math.round((Date.now() - began) / 1000)} s`);
+});
+
+test("any command runs in it as its operator, with its exit status", async () => {
+  const agent = await run`make in-rehearsal ${"CMD=make agent HOST=b2"}`;
+  assert.equal(agent.exitCode, 0, agent.stderr);
+  assert.match(agent.stderr, /^b2 +nothing to do/m);
+  assert.equal((await run`make in-rehearsal ${"CMD=ssh a1 hostname"}`).stdout, "a1\n");
+  assert.notEqual((await run`make in-rehearsal CMD=false`).exitCode, 0);
+});
+
+test("make rehearse-down leaves no trace", async () => {
+  const { exitCode, stderr } = await run`make rehearse-down`;
+  assert.equal(exitCode, 0, stderr);
+  assert.deepEqual(await traces(), clean);
+  assert.deepEqual(
+    { ...clean, namespaces: "" },
+    { processes: [], groups: "", namespaces: "", mounts: [], folder: "" },
+  );
+  const after = await run`make in-rehearsal CMD=true`;
+  assert.match(after.stderr, /No rehearsal is running: make rehearse/);
+});

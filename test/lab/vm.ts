@@ -1,0 +1,224 @@
+/**
+ * A machine with a kernel of its own in a lab's cloud, beside the nspawn boxes: QEMU, on a tap of the cloud's
+ * LAN. It is a CentOS 7 stand-in, whose kernel has no WireGuard. It may be unplugged, restarted, and put back
+ * to the state it was saved in.
+ */
+import { existsSync } from "node:fs";
+import { cp, mkdir, mkdtemp, open, readFile, rm, writeFile } from "node:fs/promises";
+import { connect } from "node:net";
+import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { $ as zx } from "zx";
+import { PACKAGES_URL } from "./cache.ts";
+import { acquaint, type Box, type Lab, place } from "./lab.ts";
+import { type Image, image } from "./vm-image.ts";
+import { ELREPO_KERNEL_URL, ELREPO_URL, EPEL_HOST, EPEL_URL } from "./vm-rpms.ts";
+
+const $ = zx({ quiet: true });
+
+export type Machine = Box & {
+  image: Image;
+  /** What it wrote to its serial console, from the first start on. */
+  console(): Promise<string>;
+  /** Keeps memory and disk as they are now, while it runs. */
+  save(): Promise<void>;
+  /** Back to what was saved, running or not; its clock is set. */
+  restore(): Promise<void>;
+  /** Whether it has power: a machine that shut itself down has not. */
+  powered(): Promise<boolean>;
+};
+
+/** Settings under which the lab's repositories stand in for the real ones. */
+export const REPOSITORIES = { ELREPO_URL, ELREPO_KERNEL_URL, EPEL_URL };
+
+const MEMORY = 768;
+/** Software emulation on a busy machine: seconds from power to ssh, at most. */
+const BOOT = 300;
+
+/** Adds a machine to a running lab, starts it and waits for its ssh. */
+export async function addMachine(
+  lab: Lab,
+  name: string,
+  say: (line: string) => void = () => {},
+): Promise<Machine> {
+  const made = await image(say);
+  await publish(lab, made.repositories);
+  await furnish(lab, name, made);
+  await acquaint(lab.dir);
+  const machine = handle(lab, name, made, (await kvmWorks()) ? "kvm" : "tcg,thread=multi,tb-size=256");
+  await machine.on();
+  return machine;
+}
+
+/** What the lab's mirror serves from now on. */
+async function publish(lab: Lab, repositories: string) {
+  const site = join(lab.mirror.dir, new URL(PACKAGES_URL).hostname);
+  for (const folder of ["elrepo", "elrepo-archive", "pub", "vault"])
+    if (!existsSync(join(site, folder)))
+      await cp(join(repositories, folder), join(site, folder), { recursive: true });
+}
+
+/** A layer over the image's disk, and a second disk: who the machine is, and the k3s stand-in. */
+async function furnish(lab: Lab, name: string, { disk }: Image) {
+  const home = join(lab.dir, "boxes", name);
+  const { privateIp } = place(name);
+  const seed = join(home, "seed");
+  await mkdir(home);
+  await $`cp -a --reflink=auto ${lab.dir}/stand-in ${seed}`;
+  const put = async (path: string, text: string, mode = 0o644) => {
+    const to = join(seed, ".identity", path);
+    await mkdir(join(to, ".."), { recursive: true });
+    await writeFile(to, text, { mode });
+  };
+  const mirror = new URL(PACKAGES_URL).hostname;
+  await put("etc/hostname", `${name}\n`);
+  await put("etc/hosts", `127.0.0.1 localhost\n127.0.1.1 ${name}\n${mirror} ${EPEL_HOST}\n`);
+  await put(
+    "etc/systemd/network/10-eth0.network",
+    `[Match]
+Name=eth0
+[Network]
+Address=${privateIp}/24
+Gateway=192.168.0.1
+LinkLocalAddressing=no
+IPv6AcceptRA=no
+`,
+  );
+  await put(
+    "root/.ssh/authorized_keys",
+    await readFile(join(lab.dir, "home/.ssh/id_ed25519.pub"), "utf8"),
+    0o600,
+  );
+  await mkdir(join(seed, ".identity/etc/ssh"));
+  const key = join(seed, ".identity/etc/ssh/ssh_host_ed25519_key");
+  await $`ssh-keygen -q -t ed25519 -N ${""} -C ${name} -f ${key}`;
+  await cp(`${key}.pub`, join(home, "host-key.pub"));
+  await $`chmod 700 ${seed}/.identity/root ${seed}/.identity/root/.ssh`;
+
+  const size = Number((await $`du -sm ${seed}`).stdout.split("\t")[0]);
+  await $`mke2fs -q -t ext4 -O ${"^has_journal"} -L lab -d ${seed} ${home}/seed.raw ${Math.ceil(size * 1.1) + 16}M`;
+  await rm(seed, { recursive: true });
+  await $`qemu-img create -q -f qcow2 -b ${disk} -F raw ${home}/disk.qcow2`;
+}
+
+function handle(lab: Lab, name: string, made: Image, accel: string): Machine {
+  const { cloud, privateIp, publicIp } = place(name);
+  const home = join(lab.dir, "boxes", name);
+  const router = `router-${cloud}`;
+  const n = publicIp.replace("198.51.", "").split(".").map(Number);
+  const mac = ["02:00:c6:33", ...n.map((x) => x.toString(16).padStart(2, "0"))].join(":");
+  // A flush by the guest reaches the file: what is lost with the power is what a real disk would lose.
+  const words =
+    `qemu-system-x86_64 -name ${lab.name}-${name} -machine pc -accel ${accel} -cpu max -smp 1 -m ${MEMORY}
+    -nodefaults -display none -chardev file,id=log,path=${home}/console.log,append=on -serial chardev:log -monitor unix:${home}/monitor,server,nowait -pidfile ${home}/pid
+    -device virtio-rng-pci -drive file=${home}/disk.qcow2,if=virtio,cache=writeback -drive
+    file=${home}/seed.raw,if=virtio,format=raw,readonly=on -netdev tap,id=lan,ifname=${name},script=no,downscript=no
+    -device virtio-net-pci,netdev=lan,mac=${mac},romfile=`.replace(/\s+/g, " ");
+
+  const alive = async () =>
+    (await lab.net(router, `kill -0 $(cat ${home}/pid) 2>/dev/null && echo yes || :`)) !== "";
+  const start = async (more = "") => {
+    await rm(join(home, "pid"), { force: true });
+    await lab.net(
+      router,
+      `ip link show ${name} >/dev/null 2>&1 || { ip tuntap add dev ${name} mode tap; ip link set ${name} master lan up; }
+ip address replace ${publicIp}/32 dev wan
+nft "add element ip nat dnat4 { ${publicIp} : ${privateIp} }; add element ip nat snat4 { ${privateIp} : ${publicIp} }"
+setsid nice -n 5 ${words} ${more} </dev/null >>${home}/qemu.log 2>&1 &`,
+    );
+    for (const end = Date.now() + 20_000; !existsSync(join(home, "pid")); await sleep(50))
+      if (Date.now() > end)
+        throw new Error(`${name}: QEMU did not start:\n${await readFile(join(home, "qemu.log"), "utf8")}`);
+  };
+  const readConsole = () => readFile(join(home, "console.log"), "utf8");
+  const answers = async (seconds = BOOT) => {
+    const end = Date.now() + seconds * 1000;
+    while ((await lab.op(`ssh -o ConnectTimeout=3 ${name} true`, { timeout: 20 })).exitCode)
+      if (Date.now() > end)
+        throw new Error(
+          `${name}: no ssh in ${seconds} s. Its console:\n${(await readConsole()).slice(-2000)}`,
+        );
+      else await sleep(500);
+  };
+  const sh = async (script: string) => {
+    const { exitCode, stdout, stderr } = await lab.op(["ssh", name, "sh -eu -s"], { input: script });
+    if (exitCode) throw new Error(`${name}: exit status ${exitCode}: ${stdout}${stderr}`);
+    return stdout;
+  };
+  const off = async () => {
+    if (await alive()) await lab.net(router, `kill -9 $(cat ${home}/pid)`);
+    while (await alive()) await sleep(50);
+  };
+
+  return {
+    name,
+    privateIp,
+    publicIp,
+    image: made,
+    sh,
+    off,
+    answers,
+    console: readConsole,
+    powered: alive,
+    on: async () => {
+      if (!(await alive())) await start();
+      await answers();
+    },
+    save: async () => {
+      const said = await monitor(join(home, "monitor"), "savevm lab");
+      if (/error/i.test(said)) throw new Error(`${name}: ${said}`);
+    },
+    restore: async () => {
+      await off();
+      await start("-loadvm lab");
+      await answers(60);
+      await sh(`date -u -s @${Math.floor(Date.now() / 1000)} >/dev/null`);
+    },
+  };
+}
+
+/** One command to QEMU's monitor, and what it said. */
+function monitor(path: string, command: string) {
+  return new Promise<string>((resolve, reject) => {
+    let said = "";
+    let sent = false;
+    const socket = connect(path);
+    socket.setTimeout(120_000, () =>
+      socket.destroy(new Error(`QEMU's monitor did not answer to "${command}"`)),
+    );
+    socket.on("error", reject).on("data", (chunk) => {
+      said += chunk;
+      if (!said.endsWith("(qemu) ")) return;
+      if (!sent) {
+        socket.write(`${command}\n`);
+        sent = true;
+        said = "";
+        return;
+      }
+      socket.end();
+      resolve(said);
+    });
+  });
+}
+
+/**
+ * Whether KVM runs code here from the first instruction on: there are machines that have /dev/kvm and take it
+ * for real mode never. A boot sector that tells QEMU to end is the proof.
+ */
+async function kvmWorks() {
+  const kvm = await open("/dev/kvm", "r+").catch(() => undefined);
+  if (!kvm) return false;
+  await kvm.close();
+  const folder = await mkdtemp("/tmp/k3s-lab-kvm-");
+  // mov dx, 0xf4; mov al, 1; out dx, al; hlt
+  const sector = Buffer.alloc(512);
+  sector.set([0xba, 0xf4, 0x00, 0xb0, 0x01, 0xee, 0xf4]);
+  sector.set([0x55, 0xaa], 510);
+  await writeFile(join(folder, "disk"), sector);
+  const { exitCode } = await $({
+    nothrow: true,
+  })`timeout -k 1 5 qemu-system-x86_64 -accel kvm -cpu max -m 64 \
+    -nodefaults -display none -device isa-debug-exit,iobase=0xf4,iosize=4 -drive file=${folder}/disk,format=raw,if=ide`;
+  await rm(folder, { recursive: true });
+  return exitCode === 3;
+}
