@@ -90,13 +90,14 @@ function examine(want: Settings, facts: Facts): void {
 /** curl's words for the three ways in which a port does not answer, and where to look. */
 function unreachable(url: string, error: string): string {
   const said = error.trim() || "no certificate came";
-  const what = /refused|Failed to connect.*(after|Couldn't)/.test(error) && !/timed? ?out/i.test(error)
-    ? "nothing listens there: is k3s up on the server?"
-    : /timed? ?out/i.test(error)
-      ? "packets are dropped: open 6443/tcp in the server's security group and firewall"
-      : /resolve/.test(error)
-        ? "this box cannot resolve the name"
-        : "is it a k3s server?";
+  const what =
+    /refused|Failed to connect.*(after|Couldn't)/.test(error) && !/timed? ?out/i.test(error)
+      ? "nothing listens there: is k3s up on the server?"
+      : /timed? ?out/i.test(error)
+        ? "packets are dropped: open 6443/tcp in the server's security group and firewall"
+        : /resolve/.test(error)
+          ? "this box cannot resolve the name"
+          : "is it a k3s server?";
   return `The server does not answer this box at ${url}/cacerts: ${what} (${said})`;
 }
 

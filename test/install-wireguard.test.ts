@@ -19,10 +19,10 @@ const DISTROS: Record<string, [manager: Manager, tools: string, withModule: stri
   "centos-7": [
     "yum",
     `${EPEL7} wireguard-tools`,
-    `${EPEL7} ${EL7} yum-plugin-elrepo kmod-wireguard wireguard-tools`,
+    `${EL7} ${EPEL7} yum-plugin-elrepo kmod-wireguard wireguard-tools`,
   ],
-  "rocky-8": ["dnf", `${EPEL8} wireguard-tools`, `${EPEL8} ${EL8} kmod-wireguard wireguard-tools`],
-  "oracle-8": ["dnf", `${EPEL8} wireguard-tools`, `${EPEL8} ${EL8} kmod-wireguard wireguard-tools`],
+  "rocky-8": ["dnf", `${EPEL8} wireguard-tools`, `${EL8} ${EPEL8} kmod-wireguard wireguard-tools`],
+  "oracle-8": ["dnf", `${EPEL8} wireguard-tools`, `${EL8} ${EPEL8} kmod-wireguard wireguard-tools`],
   "almalinux-9": ["dnf", "wireguard-tools", `${EL9} kmod-wireguard wireguard-tools`],
   "rhel-9": ["dnf", "wireguard-tools", `${EL9} kmod-wireguard wireguard-tools`],
   "centos-stream-10": ["dnf", "wireguard-tools", `${EL10} kmod-wireguard wireguard-tools`],
@@ -50,7 +50,7 @@ function installs(manager: Manager, script: string): string {
   const fakes = ["apt-get", "yum", "dnf", "zypper", "apk", "pacman"].map(
     (name) => `${name.replace("-", "_")}() { used=${name}; ${asked}; }`,
   );
-  const text = `${fakes.join("\n")}\nrpm() { return 1; }\nset -eu\n${script.replaceAll("apt-get", "apt_get")}\necho "by $used"`;
+  const text = `${fakes.join("\n")}\nrpm() { [ "$1" = -Uvh ] && echo "$2"; }\nset -eu\n${script.replaceAll("apt-get", "apt_get")}\necho "by $used"`;
   const { stdout, stderr, status } = shell(text);
   assert.equal(status, 0, stderr);
   const words = stdout

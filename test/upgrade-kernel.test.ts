@@ -47,7 +47,8 @@ describe("CentOS 7", () => {
     assert.deepEqual(
       whys(el7()).map((why) => why.split(/[,:]/)[0]),
       [
-        "import ELRepo's key and install its release package",
+        "import ELRepo's key",
+        "install ELRepo's release package",
         "install kernel-ml from ELRepo",
         "replace the old kernel's tools by kernel-ml's",
         "make kernel-ml the default boot entry",
@@ -102,15 +103,16 @@ describe("CentOS 7", () => {
       .map((c) => c.sh)
       .join("\n");
     assert.match(text, /rpm --import https:\/\/m\.example\/elrepo\/RPM-GPG-KEY-elrepo\.org/);
+    assert.match(text, /baseurl=https:\/\/m\.example\/archive\/kernel\/el7\/x86_64/);
+    assert.match(text, /gpgcheck=1\ngpgkey=https:\/\/m\.example\/elrepo\/RPM-GPG-KEY-elrepo\.org/);
+    assert.doesNotMatch(text, /www\.elrepo\.org|elrepo-release/, "whose lists are gone");
+  });
+
+  test("without a repository of one's own gets ELRepo's release package, from ELREPO_URL", () => {
+    const text = plan(el7(), { ELREPO_URL: "https://m.example/elrepo" })
+      .map((c) => c.sh)
+      .join("\n");
     assert.match(text, /https:\/\/m\.example\/elrepo\/elrepo-release-7\.el7\.elrepo\.noarch\.rpm/);
-    assert.match(text, /baseurl=.*https:\/\/m\.example\/archive\/kernel\/el7\/x86_64/);
-    assert.doesNotMatch(text, /www\.elrepo\.org/);
-    assert.doesNotMatch(
-      plan(el7())
-        .map((c) => c.sh)
-        .join("\n"),
-      /baseurl/,
-      "which is left as it is otherwise",
-    );
+    assert.doesNotMatch(text, /baseurl|www\.elrepo\.org/);
   });
 });

@@ -64,11 +64,22 @@ export async function aptOptions() {
   return lines.filter((line) => /^Acquire::https?::.* "..*";$/.test(line)).map((line) => `--aptopt=${line}`);
 }
 
-/** Builds into a folder of its own, and renames it when whole: what is in place is complete. */
+const underWay = new Map<string, Promise<string>>();
+
+/**
+ * Builds into a folder of its own, and renames it when whole: what is in place is complete. Labs that start
+ * side by side in one process wait for one build.
+ */
 export async function kept(name: string, parts: unknown, build: (folder: string) => Promise<void>) {
   const hash = createHash("sha256").update(JSON.stringify(parts)).digest("hex").slice(0, 12);
   const folder = join(CACHE, `${name}-${hash}`);
   if (existsSync(folder)) return folder;
+  const made = underWay.get(folder) ?? make(folder, build).finally(() => underWay.delete(folder));
+  underWay.set(folder, made);
+  return await made;
+}
+
+async function make(folder: string, build: (folder: string) => Promise<void>) {
   await mkdir(CACHE, { recursive: true });
   const building = `${folder}.${process.pid}`;
   await rm(building, { recursive: true, force: true });

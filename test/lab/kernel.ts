@@ -33,7 +33,9 @@ async function rehearse() {
   say(`b3: kernel ${await kernelOf(machine)}`);
   if (await make(lab, "upgrade-kernel HOST=b3")) return 1;
   if (await make(lab, "agent HOST=b3")) return 1;
-  console.log(await machine.sh("ip -o -d link show type wireguard; wg show; modprobe ip_vs && lsmod | grep ^ip_vs"));
+  console.log(
+    await machine.sh("ip -o -d link show type wireguard; wg show; modprobe ip_vs && lsmod | grep ^ip_vs"),
+  );
   console.log(await lab.box("a1").sh("kubectl get nodes -o wide"));
   say("done. Go on with: kernel.ts run 'ssh b3', remove it: kernel.ts down");
   return 0;

@@ -39,9 +39,7 @@ export function build(version: string): string {
 }
 
 export function versionText(version: string): string {
-  return (
-    `k3s version ${build(version)}\n` + (generation(version) === "modern" ? "go version go1.26.8\n" : "")
-  );
+  return `k3s version ${build(version)}\n${generation(version) === "modern" ? "go version go1.26.8\n" : ""}`;
 }
 
 /** A recorded text. In a box the fixtures lie beside this file, in the project one folder up. */

@@ -96,7 +96,7 @@ export function age(ms: number): string {
 export function table(rows: string[][]): string {
   const widths = rows[0]?.map((_, i) => Math.max(...rows.map((r) => r[i].length))) ?? [];
   return rows
-    .map((r) => r.map((c, i) => (i === r.length - 1 ? c : c.padEnd(widths[i] + 3))).join("") + "\n")
+    .map((r) => `${r.map((c, i) => (i === r.length - 1 ? c : c.padEnd(widths[i] + 3))).join("")}\n`)
     .join("");
 }
 
@@ -110,7 +110,7 @@ const sortKeys = (value: unknown): unknown =>
             .map(([k, v]) => [k, sortKeys(v)]),
         )
       : value;
-const pretty = (value: unknown): string => JSON.stringify(sortKeys(value), null, 4) + "\n";
+const pretty = (value: unknown): string => `${JSON.stringify(sortKeys(value), null, 4)}\n`;
 
 /** A node's row as `get nodes` prints it. */
 export function nodeRow(node: Node, wide: boolean, now = Date.now()): string[] {
