@@ -122,7 +122,15 @@ try() { # BASE, then the bases of other hosts, whose word is taken for the check
   get "$from" ${file} -o "$part" || { stopped; return 1; }
   (${VERIFY})
 }
-watch() { while sleep 10 >/dev/null 2>&1; do say "$(wc -c <"$part" 2>/dev/null || echo 0) bytes"; done; }
+watch() {
+  nap=
+  trap 'kill $nap 2>/dev/null; exit' TERM
+  while :; do
+    sleep 10 >/dev/null 2>&1 & nap=$!
+    wait "$nap"
+    say "$(wc -c <"$part" 2>/dev/null || echo 0) bytes"
+  done
+}
 stopped() { tell "$from: gave up at $(wc -c <"$part" 2>/dev/null || echo 0) bytes"; }
 put() {
   ${swap(`${version} `)}
