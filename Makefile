@@ -29,6 +29,8 @@ $(STEPS) up: $(MODULES)
 
 rehearse: $(MODULES) ## a cluster of two clouds inside this Linux machine (root)
 	@$(TS) test/lab/rehearse.ts up
+rehearse-kernel: $(MODULES) ## a CentOS 7 stand-in gets another kernel, restarts and joins, in QEMU (root)
+	@$(TS) test/lab/rehearse.ts kernel
 in-rehearsal: $(MODULES) ## CMD='make agent HOST=b2', as the rehearsal's operator
 	@$(TS) test/lab/rehearse.ts run "$$CMD"
 rehearse-down: $(MODULES) ## its boxes, networks and processes go; built images stay cached
@@ -46,4 +48,4 @@ node_modules/.package-lock.json: package-lock.json
 	npm ci --omit=dev --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(STEPS) download kernel wireguard metrics rehearse in-rehearsal rehearse-down test test-lab lint
+.PHONY: help up $(STEPS) download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab lint

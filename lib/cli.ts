@@ -231,6 +231,7 @@ export function jobFor(call: Call, target: Target, line: Line): Job {
   const want = { ...call.settings, HOST: target.host, PUBLIC_IP: target.ip };
   return {
     box: open(target.host),
+    server: open(want.SERVER.split("=")[0] as string),
     want,
     progress: line,
     mayReboot: Boolean(target.host) || call.reboot,

@@ -169,9 +169,15 @@ fact peers; for i in flannel.1 flannel-wg; do wg show "$i" dump 2>/dev/null | se
 fact interfaces; ls /sys/class/net
 `;
 
+/** The boot id with which this project marks a node that it drains, so that it uncordons no node of the user's. */
+export const DRAINED = "k3s-across-clouds/drained";
+
 export interface Node {
   name: string;
   ready: boolean;
+  cordoned: boolean;
+  /** In which boot of its box this project drained it. */
+  drained: string | undefined;
   /** When its kubelet last said so, in seconds since 1970 by the node's own clock. */
   heartbeat: number;
   internalIp: string | undefined;
@@ -187,7 +193,7 @@ export interface Node {
 interface NodeObject {
   kind?: string;
   metadata: { name: string; annotations?: Record<string, string> };
-  spec?: { podCIDR?: string };
+  spec?: { podCIDR?: string; unschedulable?: boolean };
   status?: {
     addresses?: { type: string; address: string }[];
     conditions?: { type: string; status: string; lastHeartbeatTime: string }[];
@@ -198,6 +204,7 @@ interface NodeObject {
 /** Names and addresses as the API server itself would have them; any agent may write annotations. */
 const NAME = /^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$/;
 const IP = /^[0-9a-f.:]{2,39}$/;
+const BOOT = /^[0-9a-f-]{36}$/;
 const CIDR = /^[0-9a-f.:]{2,39}\/\d{1,3}$/;
 const only = (pattern: RegExp, value: string | undefined) => (pattern.test(value ?? "") ? value : undefined);
 
@@ -217,6 +224,8 @@ export function nodesOf(json = ""): Node[] {
       return {
         name: metadata.name,
         ready: ready?.status === "True",
+        cordoned: spec?.unschedulable === true,
+        drained: only(BOOT, metadata.annotations?.[DRAINED]),
         heartbeat: Date.parse(ready?.lastHeartbeatTime ?? "") / 1000 || 0,
         internalIp: address("InternalIP"),
         externalIp: address("ExternalIP"),

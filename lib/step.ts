@@ -19,6 +19,10 @@ export interface Change {
   push?: { file: string; path: string };
   /** The box restarts after this change: wait for its new boot id, then look again. */
   reboot?: true;
+  /** It runs on the cluster's server, not on this box: what an agent's credentials do not allow. */
+  onServer?: true;
+  /** It takes a node out of its cluster: one box at a time, and none after one that failed. */
+  alone?: true;
   /** What follows depends on what this brings to light: look again before planning on. */
   lookAgain?: true;
 }
@@ -97,12 +101,22 @@ ${given}${change.sh}
 main </dev/null
 ${mark}`;
   });
-  return `exec 9>/run/k3s-across-clouds.lock
+  // What the server does for a node does not touch the server's own files, and may take minutes.
+  const lock = changes.some((change) => change.onServer)
+    ? ""
+    : `exec 9>/run/k3s-across-clouds.lock
 flock -w 60 9 || { echo 'Another run is still at work on this box'; exit 1; }
+`;
+  return `${lock}# A package manager must not die of a connection that was cut: its output is still read then.
+relay() (
+  trap '' PIPE
+  while IFS= read -r line || [ -n "$line" ]; do printf '%s\\n' "$line" 2>/dev/null || :; line=; done
+)
 change() {
   printf '\\n%s change %s\\n' ${mark} "$1"
-  timeout -k 5 "$2" sh -s 2>&1 9>&- && return
-  printf '\\n%s failed %s %s\\n' ${mark} "$1" "$?"
+  { status=$({ { timeout -k 5 "$2" sh -s 2>&1 3>&- 4>&- 9>&-; echo $? >&3; } | relay >&4; } 3>&1); } 4>&1
+  [ "$status" != 0 ] || return 0
+  printf '\\n%s failed %s %s\\n' ${mark} "$1" "$status"
   exit 1
 }
 ${body.join("\n")}
@@ -119,7 +133,19 @@ export function printed(changes: readonly Change[]): string {
     (name) => `: "\${${name}:?is a secret: set it before you run this}"; export ${name}`,
   );
   const pushes = changes.flatMap(({ push }) => (push ? [`# first copy ${push.file} to ${push.path}`] : []));
-  return `#!/bin/sh\n${whole([...needs, ...pushes, applyScript(changes, "k3s-across-clouds", (name) => `"$${name}"`)].join("\n"))}`;
+  const elsewhere = changes.flatMap(({ onServer, why, sh }) =>
+    onServer
+      ? [
+          `# first, on the server: ${why}`,
+          ...sh
+            .trim()
+            .split("\n")
+            .map((row) => `#   ${row}`),
+        ]
+      : [],
+  );
+  const here = changes.filter((change) => !change.onServer);
+  return `#!/bin/sh\n${whole([...needs, ...pushes, ...elsewhere, applyScript(here, "k3s-across-clouds", (name) => `"$${name}"`)].join("\n"))}`;
 }
 
 /** Cuts what a box printed into markers; text between them goes to the last one. */
@@ -165,6 +191,8 @@ export interface Progress {
 /** What the operator's side must remember of a box while it brings it through its steps. */
 export interface Job {
   box: Box;
+  /** The box of the cluster's server. */
+  server: Box;
   want: Settings;
   progress: Progress;
   /** Restart a box where a change needs it (over ssh: yes; on this machine: only with --reboot). */
@@ -214,16 +242,33 @@ export function planAll(steps: readonly Step[], want: Settings, facts: Facts): C
   return changes;
 }
 
+/** Nodes leave their cluster in turn. */
+let turn: Promise<unknown> = Promise.resolve();
+
 /**
  * Applies the plan of `steps` and looks again until nothing is left to do. `all` is what each look takes in.
  *
  * @throws {Failure} when a change fails, or when the same plan is left over after it was applied.
  */
-export async function converge(job: Job, steps: readonly Step[], facts: Facts, all = steps): Promise<Facts> {
+export async function converge(
+  job: Job,
+  steps: readonly Step[],
+  facts: Facts,
+  all = steps,
+  myTurn = false,
+): Promise<Facts> {
   let now = facts;
   for (let before = "", round = 1; ; round++) {
     const changes = planAll(steps, job.want, now);
     if (changes.length === 0) return now;
+    if (!myTurn && changes.some((change) => change.alone)) {
+      const others = turn.catch(() => {
+        throw new Refusal("Not restarted: another node of this call has failed before it");
+      });
+      const mine = others.then(async () => converge(job, steps, await look(job, all), all, true));
+      turn = mine;
+      return await mine;
+    }
     const same = JSON.stringify(changes);
     if (same === before || round > 6)
       throw new Failure(
@@ -236,39 +281,55 @@ export async function converge(job: Job, steps: readonly Step[], facts: Facts, a
 }
 
 async function apply(job: Job, all: readonly Step[], changes: Change[], facts: Facts): Promise<Facts> {
-  let from = 0;
-  for (const [i, change] of changes.entries()) {
-    if (!change.push) continue;
-    if (i > from) await trip(job, [], changes.slice(from, i));
-    job.progress.says(`copies ${change.push.file} to the box`);
-    await job.box.push(change.push.file, change.push.path);
-    from = i;
-  }
-  const rest = changes.slice(from);
-  const last = rest.at(-1) as Change;
-  if (!last.reboot) return await trip(job, all, rest);
-  if (!job.mayReboot) {
-    if (rest.length > 1) await trip(job, [], rest.slice(0, -1));
+  const last = changes.at(-1) as Change;
+  if (last.reboot && !job.mayReboot) {
+    const before = changes.filter((change) => change !== last && !change.alone);
+    if (before.length) await trip(job, [], before);
     throw new Refusal(`${last.why}: restart this machine (or add --reboot), then run the same again`);
   }
+  let from = 0;
+  for (const [i, change] of changes.entries()) {
+    if (!change.push && !change.onServer) continue;
+    if (i > from) await trip(job, [], changes.slice(from, i));
+    from = i;
+    if (change.push) {
+      job.progress.says(`copies ${change.push.file} to the box`);
+      await job.box.push(change.push.file, change.push.path);
+    } else {
+      await trip({ ...job, box: job.server }, [], [change]);
+      from = i + 1;
+    }
+  }
+  const rest = changes.slice(from);
+  if (!rest.length) return await look(job, all);
+  if (!last.reboot) return await trip(job, all, rest);
   await trip(job, [], rest);
-  return await rebooted(job, all, facts.boot ?? "", last.seconds ?? 600);
+  return await rebooted(job, all, facts, last.seconds ?? 600);
 }
 
-/** Waits until the box answers with another boot id. @throws {Failure} after `seconds`. */
-async function rebooted(job: Job, all: readonly Step[], boot: string, seconds: number): Promise<Facts> {
-  const end = Date.now() + seconds * 1000;
-  let last = "it still answers with its old boot id";
+/** Waits until the box answers with another boot id. @throws {Failure} after `seconds`, with what was last seen of it. */
+async function rebooted(job: Job, all: readonly Step[], facts: Facts, seconds: number): Promise<Facts> {
+  const began = Date.now();
+  const since = (time: number) => `${Math.round((time - began) / 1000)} s after the order`;
+  let seen = began;
+  let silence = "";
   await job.box.close();
-  while (Date.now() < end) {
+  while (Date.now() < began + seconds * 1000) {
     await new Promise((done) => setTimeout(done, 3000));
     try {
-      const facts = await look(job, all);
-      if (facts.boot && facts.boot !== boot) return facts;
+      const now = await look(job, all);
+      if (now.boot && now.boot !== facts.boot) return now;
+      seen = Date.now();
+      silence = "";
     } catch (error) {
-      last = (error as Error).message;
+      silence = (error as Error).message;
       await job.box.close();
     }
   }
-  throw new Failure(`The box did not come back within ${seconds} s of its restart (last seen: ${last})`);
+  const kernel = `kernel ${facts.kernel?.trim()}, boot ${facts.boot?.trim()}`;
+  throw new Failure(
+    silence
+      ? `The box did not come back within ${seconds} s of its restart. Last seen ${since(seen)}, still with ${kernel}; since then: ${silence}. Look at its console at the vendor's: if the new kernel does not start there, choose the old one in the boot menu`
+      : `The box did not restart within ${seconds} s: ${since(seen)} it still answered with ${kernel}. "systemctl list-jobs" there says what it waits for`,
+  );
 }

@@ -1,6 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 2 of 7: a kernel that has WireGuard, where the distro's own has none. The only step that restarts a box. */
 import { run } from "../lib/cli.ts";
+import { drain, drainLook, uncordon } from "../lib/drain.ts";
 import { isEl7, osOf } from "../lib/os.ts";
 import { sh, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -17,40 +18,70 @@ export const moduleLook = `fact module; { test -d /sys/module/wireguard || modpr
 fact userspace; test -c /dev/net/tun && command -v wireguard-go
 `;
 
-const GRUB = `grub=/boot/grub2/grub.cfg
-[ -d /sys/firmware/efi ] && grub=/boot/efi/EFI/centos/grub.cfg`;
+/** What el7 knows of kernel-ml: its release as \`uname -r\` would say it, and the boot entry that starts it. */
+const BOOT = `grub=/boot/grub2/grub.cfg
+if [ -d /sys/firmware/efi ]; then
+  for grub in /boot/efi/EFI/*/grub.cfg; do if [ -s "$grub" ]; then break; fi; done
+fi
+kernel_ml() { rpm -ql kernel-ml 2>/dev/null | sed -n 's|^/boot/vmlinuz-||p' | sort -V | tail -n 1; }
+# With BLS an entry is a file's name, else a title, behind its submenu's if it has one.
+entry_of() {
+  if grep -q '^ *blscfg' "$grub" 2>/dev/null; then
+    grep -lE "^linux[[:blank:]].*/vmlinuz-$1\\$" /boot/loader/entries/*.conf 2>/dev/null | head -n 1 | sed 's|.*/||; s|[.]conf$||'
+  else
+    awk -F"'" -v kernel="/vmlinuz-$1 " '/^submenu / { menu = $2 ">" } /^}/ { menu = "" } /^[ \\t]*menuentry / { title = menu $2 }
+      /^[ \\t]+linux/ && index($0, kernel) { print title; exit }' "$grub" 2>/dev/null
+  fi
+}
+saved_entry() { grub2-editenv list 2>/dev/null | sed -n 's/^saved_entry=//p'; }`;
+
+/** What a kernel and its initramfs may take in /boot, in MiB; rpm does not count the initramfs. */
+const ROOM = 80;
 
 export const upgradeKernel: Step = {
   name: "upgrade-kernel",
-  options: ["ELREPO_URL", "ELREPO_KERNEL_URL"],
+  options: ["SERVER", "ELREPO_URL", "ELREPO_KERNEL_URL"],
 
   look: () => [
     moduleLook,
-    `fact kernel-ml; rpm -q --qf '%{VERSION}-%{RELEASE}.%{ARCH}\\n' kernel-ml 2>/dev/null | grep -v 'not installed' | tail -n 1
-fact tools; rpm -q kernel-ml-tools kernel-ml-devel kernel-ml-headers >/dev/null 2>&1 && echo yes
-fact entries; ${GRUB}; grep '^menuentry' "$grub" 2>/dev/null | cut -d "'" -f2
-fact saved; grub2-editenv list 2>/dev/null | sed -n 's/^saved_entry=//p'`,
+    drainLook,
+    `${BOOT}
+if command -v rpm >/dev/null; then
+  fact kernel-ml; kernel_ml
+  fact tools; rpm -q kernel-ml-tools kernel-ml-devel kernel-ml-headers >/dev/null 2>&1 && echo yes
+  fact entry; entry_of "$(kernel_ml)"
+  fact saved; saved_entry
+  fact chosen; stat -L -c %Y /boot/grub2/grubenv 2>/dev/null
+  fact room; df -Pk /boot 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }'
+fi`,
   ],
 
   plan(want, facts) {
-    if (wireguardIn(facts)) return [];
-    const os = osOf(facts);
+    const [installed, running, saved] = [facts["kernel-ml"], facts.kernel, facts.saved].map((f) => f?.trim());
+    if (wireguardIn(facts)) return installed ? uncordon(want, facts) : [];
     // Other distros get WireGuard as a package: install-wireguard's work, and its to prove.
-    if (!isEl7(os)) return [];
-    const installed = facts["kernel-ml"]?.trim();
+    if (!isEl7(osOf(facts))) return [];
+    if (!installed && Number(facts.room) < ROOM)
+      throw new Refusal(
+        `/boot has ${facts.room?.trim()} MiB free, and a kernel with its initramfs takes up to ${ROOM}: remove an old kernel (package-cleanup --oldkernels --count=1)`,
+      );
     if (!installed || !facts.tools?.trim())
       return [
         ...installChanges(want.ELREPO_URL, want.ELREPO_KERNEL_URL),
         { ...SET_DEFAULT, lookAgain: true },
       ];
-    const running = facts.kernel?.trim();
     if (running === installed)
       throw new Refusal(
         `Kernel ${running} is running and has no WireGuard all the same: is its module there?`,
       );
-    const entry = facts.entries?.split("\n").find((line) => line.includes(installed));
+    const chosen = saved && saved === facts.entry?.trim();
+    if (chosen && Number(facts.chosen) < Number(facts.now) - Number(facts.uptime))
+      throw new Refusal(
+        `"${saved}" is the default boot entry, and yet this box has booted kernel ${running} since: choose the entry at its console; where the vendor boots a kernel of its own, choose GRUB in the vendor's panel. It is not restarted again for this`,
+      );
     return [
-      ...(facts.saved?.trim() === entry ? [] : [SET_DEFAULT]),
+      ...(chosen ? [] : [SET_DEFAULT]),
+      ...drain(want, facts),
       {
         why: `restart into kernel ${installed}: ${running} has no WireGuard`,
         sh: "nohup sh -c 'sleep 1; systemctl reboot' >/dev/null 2>&1 &",
@@ -70,8 +101,17 @@ function installChanges(elrepo: string, repository: string): Change[] {
   const id = repository ? "k3s-elrepo-kernel" : "elrepo-kernel";
   const only = `--disablerepo=* --enablerepo=${id}`;
   const key = `${elrepo}/RPM-GPG-KEY-elrepo.org`;
+  const archive =
+    "an archive's repository with kernel-ml for el7, such as http://mirrors.coreix.net/elrepo-archive-archive/kernel/el7/x86_64";
+  const gone = repository
+    ? `ELREPO_KERNEL_URL is ${repository}: expected ${archive}, signed with the key of ELREPO_URL`
+    : `ELRepo itself has no kernel for el7 any more: set ELREPO_KERNEL_URL to ${archive}`;
   return [
-    { why: "import ELRepo's key", sh: `rpm --import ${sh(key)}`, seconds: 120 },
+    {
+      why: "import ELRepo's key",
+      sh: `rpm --import ${sh(key)} || { echo 'ELREPO_URL may name another place that has this key'; exit 1; }`,
+      seconds: 120,
+    },
     repository
       ? {
           why: `add the repository ${repository}`,
@@ -88,9 +128,13 @@ function installChanges(elrepo: string, repository: string): Change[] {
         },
     {
       why: "install kernel-ml from ELRepo",
+      // One that is there may lack its initramfs or its boot entry, if the power was cut while it was installed.
       sh: `set -f
-yum ${only} repolist
-yum -y ${only} install kernel-ml`,
+gone() { echo ${sh(gone)}; exit 1; }
+yum ${only} repolist || gone
+if rpm -q kernel-ml >/dev/null; then yum -y ${only} reinstall kernel-ml || :; fi
+yum -y ${only} install kernel-ml || gone
+sync`,
       seconds: 1800,
     },
     {
@@ -99,7 +143,8 @@ yum -y ${only} install kernel-ml`,
 for old in kernel-tools kernel-tools-libs; do
   if rpm -q "$old" >/dev/null; then yum -y remove "$old"; fi
 done
-yum -y ${only} install kernel-ml-tools kernel-ml-devel kernel-ml-headers`,
+yum -y ${only} install kernel-ml-tools kernel-ml-devel kernel-ml-headers
+sync`,
       seconds: 1800,
     },
   ];
@@ -108,13 +153,14 @@ yum -y ${only} install kernel-ml-tools kernel-ml-devel kernel-ml-headers`,
 /** Steps 7 to 9. grub2-set-default returns 0 even when it fails: the entry is read back. */
 const SET_DEFAULT: Change = {
   why: "make kernel-ml the default boot entry, and read it back",
-  sh: `${GRUB}
-version=$(rpm -q --qf '%{VERSION}-%{RELEASE}.%{ARCH}\\n' kernel-ml | tail -n 1)
-entry=$(grep '^menuentry' "$grub" | cut -d "'" -f2 | grep -F "$version" | head -n 1)
-[ -n "$entry" ] || { echo "$grub has no entry for kernel $version:"; grep '^menuentry' "$grub" | cut -d "'" -f2; exit 1; }
+  sh: `${BOOT}
+entry=$(entry_of "$(kernel_ml)")
+[ -n "$entry" ] || { echo "$grub has no entry for kernel $(kernel_ml): grub2-mkconfig -o $grub writes one"; exit 1; }
+grep -q saved_entry "$grub" || { echo "$grub does not ask for the saved entry: write GRUB_DEFAULT=saved into /etc/default/grub, then grub2-mkconfig -o $grub"; exit 1; }
 grub2-set-default "$entry"
-saved=$(grub2-editenv list | sed -n 's/^saved_entry=//p')
-[ "$saved" = "$entry" ] || { echo "the default boot entry is \\"$saved\\", not \\"$entry\\""; exit 1; }
+saved=$(saved_entry)
+[ "$saved" = "$entry" ] || { echo "The default boot entry is still \\"$saved\\", not \\"$entry\\": can /boot/grub2/grubenv be written (lsattr, df)? grub2-editenv create makes a new one"; exit 1; }
+sync
 say "default: $entry"`,
 };
 

@@ -1,10 +1,24 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
+import { DRAINED } from "../lib/k3s.ts";
 import { applyScript, lookScript, printed, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
 import { serverSteps } from "../scripts/server.ts";
-import { A1, B1, fixture, healthy, lacks, MODERN, nodes, OLD, prepared, shell, wanted } from "./helpers.ts";
+import {
+  A1,
+  B1,
+  fixture,
+  healthy,
+  lacks,
+  MODERN,
+  node,
+  nodes,
+  OLD,
+  prepared,
+  shell,
+  wanted,
+} from "./helpers.ts";
 
 const skip = lacks("shellcheck");
 
@@ -19,13 +33,26 @@ function changesOf(steps: readonly Step[], version: string) {
   const want = wanted({
     K3S_VERSION: version,
     PROXY_MODE: "ipvs",
+    SERVER: "a1",
     ELREPO_KERNEL_URL: "https://m.example/kernel",
   });
   const el7 = { os: fixture("os-release/centos-7"), kernel: "3.10.0\n", module: "" };
+  const member = { roles: "k3s-agent\n", nodes: nodes(A1) };
+  const drained = node(A1);
+  drained.metadata.annotations[DRAINED] = "88e9fd3e-8477-40e7-aaf5-7b4c1351751a";
   const states = [
     prepared(version, { curl: "", version: "", kubectl: "", tool: "", loaded: "" }),
     prepared(version, { ...el7, tool: "", loaded: "" }),
-    prepared(version, { ...el7, "kernel-ml": "5.7.7\n", tools: "yes\n", saved: "", entries: "(5.7.7)\n" }),
+    prepared(version, {
+      ...el7,
+      ...member,
+      "kernel-ml": "5.7.7\n",
+      tools: "yes\n",
+      saved: "",
+      entry: "5.7.7\n",
+    }),
+    prepared(version, { "kernel-ml": "5.7.7\n", ...member, uptime: "20", nodes: "" }),
+    prepared(version, { "kernel-ml": "5.7.7\n", ...member, nodes: JSON.stringify(drained) }),
     healthy(
       version,
       {},

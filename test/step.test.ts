@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import type { Box } from "../lib/box.ts";
+import { type Box, Unreachable } from "../lib/box.ts";
 import { sh } from "../lib/sh.ts";
 import {
   applyScript,
@@ -19,8 +19,9 @@ import {
   type Step,
   whole,
 } from "../lib/step.ts";
-import { lacks, look, shell, TOKEN, temporary, wanted } from "./helpers.ts";
+import { has, lacks, look, shell, TOKEN, temporary, wanted } from "./helpers.ts";
 
+const SHELLS = [["sh"], ["dash"], ["bash"], ["busybox", "sh"]].filter(([name]) => has(name as string));
 const skip = lacks("flock", "timeout");
 const LOCK = "/run/k3s-across-clouds.lock";
 
@@ -116,6 +117,19 @@ env | grep -c '[b]::server:0123' || true`;
     );
     assert.match(stdout, /Another run is still at work/);
     assert.doesNotMatch(stdout, /second/);
+  });
+
+  test("of a connection that was cut ends the change it is at, whatever that prints, and begins no other", () => {
+    for (const argv of SHELLS) {
+      const folder = temporary();
+      const text = `i=0; while [ $i -lt 2000 ]; do echo "package $i of many, each with a line of its own"; i=$((i + 1)); done`;
+      const changes = [change(`${text}\ntouch ${folder}/ended`), change(`touch ${folder}/begun`)];
+      const script = whole(applyScript(changes, "mark", () => "").replaceAll(LOCK, `${folder}/lock`));
+      writeFileSync(`${folder}/script`, script);
+      shell(`${argv.join(" ")} <${folder}/script 2>/dev/null | head -n 2; flock ${folder}/lock true`);
+      assert.equal(existsSync(`${folder}/ended`), true, `the change ends, in ${argv}`);
+      assert.equal(existsSync(`${folder}/begun`), false, `no other begins, in ${argv}`);
+    }
   });
 
   test("leaves its lock to nobody: what a change starts in the background does not hold it", () => {
@@ -222,6 +236,7 @@ function fakeBox(folder: string) {
   const starts: string[] = [];
   const job = (mayReboot = true): Job => ({
     box,
+    server: box,
     want: wanted(),
     progress: { starts: (why) => starts.push(why), says: () => {} },
     mayReboot,
@@ -309,6 +324,102 @@ describe("a box is brought to what is wanted", { skip }, () => {
     });
     assert.deepEqual([existsSync(`${folder}/before`), existsSync(`${folder}/restarted`)], [true, false]);
   });
+});
+
+describe("a restart", { skip }, () => {
+  /** A box that does not answer from the order on, or answers with these boot ids. */
+  const restart = (seconds: number, ...boots: string[]) => {
+    const folder = temporary();
+    const { job } = fakeBox(folder);
+    const first = job();
+    const run: Box["run"] = async (script, limit, onLine) => {
+      if (!existsSync(`${folder}/restarted`)) return await first.box.run(script, limit, onLine);
+      const boot = boots.length > 1 ? boots.shift() : boots[0];
+      if (boot === undefined) throw new Unreachable("Could not reach b1: Connection timed out");
+      return await first.box.run(
+        script.replaceAll("cat /proc/sys/kernel/random/boot_id", `echo ${boot}`),
+        limit,
+        onLine,
+      );
+    };
+    const reboot = change(`touch ${folder}/restarted`, { why: "restart it", reboot: true, seconds });
+    const plan = () => (existsSync(`${folder}/restarted`) ? [] : [reboot]);
+    const facts = { boot: "old\n", kernel: "3.10\n" };
+    return converge({ ...first, box: { ...first.box, run } }, [{ ...wants("/x", ""), plan }], facts);
+  };
+
+  test("is over when the box answers with another boot id", async () => {
+    assert.equal((await restart(20, "old", "new")).boot, "new\n");
+  });
+
+  test("from which a box does not come back is told with what was last seen of it", async () => {
+    await assert.rejects(
+      restart(2),
+      /did not come back within 2 s of its restart. Last seen 0 s after the order, still with kernel 3.10, boot old; since then: Could not reach b1: Connection timed out. Look at its console/,
+    );
+  });
+
+  test("that does not happen is told as that", async () => {
+    await assert.rejects(
+      restart(2, "old"),
+      /did not restart within 2 s: 3 s after the order it still answered.*list-jobs/,
+    );
+  });
+});
+
+describe("a node that has to leave its cluster for a while", { skip }, () => {
+  /** Boxes that drain, restart (without it), and are done; what ran where is in one file. */
+  const boxes = (folder: string, ...names: string[]) =>
+    names.map((name) => {
+      const { job } = fakeBox(folder);
+      const log = (what: string) => `echo '${name} ${what}' >>${folder}/log`;
+      const plan = (): Change[] =>
+        existsSync(`${folder}/${name}`)
+          ? []
+          : [
+              change(log("drains"), { onServer: true, alone: true }),
+              change(
+                `${log("works")}; sleep 0.3; [ ${name} != bad ] || exit 1; touch ${folder}/${name}; ${log("is back")}`,
+              ),
+            ];
+      const own = job();
+      const server = {
+        ...own.box,
+        run: (async (script, ...rest) =>
+          own.box.run(script.replaceAll(" drains", " drains on the server"), ...rest)) as Box["run"],
+      };
+      return converge({ ...own, server }, [{ ...wants("/x", ""), plan }], {});
+    });
+  const log = (folder: string) => readFileSync(`${folder}/log`, "utf8").trim().split("\n");
+
+  test("is drained on the server's box, and no other is before it is back", async () => {
+    const folder = temporary();
+    await Promise.all(boxes(folder, "b1", "b2"));
+    assert.deepEqual(
+      log(folder),
+      ["b1", "b2"].flatMap((b) => [`${b} drains on the server`, `${b} works`, `${b} is back`]),
+    );
+  });
+
+  test("stays in it when another has failed before", async () => {
+    const folder = temporary();
+    const [bad, next] = await Promise.allSettled(boxes(folder, "bad", "b3"));
+    assert.match(String((bad as PromiseRejectedResult).reason), /exit status 1/);
+    assert.match(
+      String((next as PromiseRejectedResult).reason),
+      /Not restarted: another node of this call has failed/,
+    );
+    assert.deepEqual(log(folder), ["bad drains on the server", "bad works"]);
+  });
+});
+
+test("a printed plan names what has to be done on the server, and does not do it here", () => {
+  const text = printed([
+    change("kubectl drain b1", { onServer: true, why: "drain it" }),
+    change("echo here"),
+  ]);
+  assert.match(text, /^# first, on the server: drain it\n# {3}kubectl drain b1$/m);
+  assert.doesNotMatch(text, /^kubectl/m);
 });
 
 test("a plan ends at a restart, and where the box must be looked at anew", () => {

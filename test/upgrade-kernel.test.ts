@@ -1,13 +1,14 @@
 import assert from "node:assert/strict";
+import { mkdirSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
 import { type Facts, Refusal } from "../lib/step.ts";
 import { upgradeKernel } from "../scripts/upgrade-kernel.ts";
-import { fixture, OLD, prepared, wanted } from "./helpers.ts";
+import { fixture, look, NOW, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const OWN = "3.10.0-1160.el7.x86_64";
 const ML = "5.7.7-1.el7.elrepo.x86_64";
 const ENTRY = `CentOS Linux (${ML}) 7 (Core)`;
-const ENTRIES = `${ENTRY}\nCentOS Linux (${OWN}) 7 (Core)\nCentOS Linux (0-rescue-0123) 7 (Core)\n`;
 /** CentOS 7 with its own kernel, and nothing of the article's done. */
 const el7 = (over: Facts = {}): Facts =>
   prepared(OLD, {
@@ -17,12 +18,21 @@ const el7 = (over: Facts = {}): Facts =>
     userspace: "",
     "kernel-ml": "",
     tools: "",
-    entries: ENTRIES.split("\n").slice(1).join("\n"),
+    entry: "",
     saved: `CentOS Linux (${OWN}) 7 (Core)\n`,
+    chosen: `${NOW - 7200}\n`,
+    room: "700\n",
     ...over,
   });
 const installed = (over: Facts = {}) =>
-  el7({ "kernel-ml": `${ML}\n`, tools: "yes\n", entries: ENTRIES, saved: `${ENTRY}\n`, ...over });
+  el7({
+    "kernel-ml": `${ML}\n`,
+    tools: "yes\n",
+    entry: `${ENTRY}\n`,
+    saved: `${ENTRY}\n`,
+    chosen: `${NOW - 60}\n`,
+    ...over,
+  });
 const plan = (facts: Facts, over = {}) => upgradeKernel.plan(wanted(over), facts);
 const whys = (facts: Facts, over = {}) => plan(facts, over).map(({ why }) => why);
 
@@ -84,7 +94,6 @@ describe("CentOS 7", () => {
         [false, true],
       );
       assert.match(changes[0]?.sh ?? "", /grub2-set-default "\$entry"\nsaved=/);
-      assert.match(changes[0]?.sh ?? "", /the default boot entry is/);
     });
 
   test("that runs kernel-ml without WireGuard is not restarted for ever", () => {
@@ -115,4 +124,187 @@ describe("CentOS 7", () => {
     assert.match(text, /https:\/\/m\.example\/elrepo\/elrepo-release-7\.el7\.elrepo\.noarch\.rpm/);
     assert.doesNotMatch(text, /baseurl|www\.elrepo\.org/);
   });
+});
+
+describe("CentOS 7 is not touched, and its user told what to do,", () => {
+  const cases: [name: string, facts: Facts, text: RegExp][] = [
+    ["where /boot has no room", el7({ room: "34\n" }), /\/boot has 34 MiB free.*up to 80.*package-cleanup/],
+    [
+      "where an older kernel was booted although kernel-ml is the default",
+      installed({ chosen: `${NOW - 7200}\n` }),
+      /has booted kernel 3\.10.* since: choose the entry at its console.*not restarted again/,
+    ],
+  ];
+  for (const [name, facts, text] of cases)
+    test(name, () =>
+      assert.throws(
+        () => plan(facts),
+        (e: Error) => e instanceof Refusal && text.test(e.message),
+      ),
+    );
+
+  test("but room counts only while there is something to install", () => {
+    assert.equal(plan(installed({ room: "3\n" })).length, 1);
+  });
+});
+
+describe("a repository that is gone", () => {
+  const install = (want: object) => {
+    const sh = plan(el7(), want).find(({ why }) => why.startsWith("install kernel-ml"))?.sh ?? "";
+    const fakes = { yum: "echo 'Cannot find a valid baseurl'; exit 1", rpm: "exit 1" };
+    return shell(`set -eu\n${sh}`, ["sh", "-s"], { PATH: programs(temporary(), fakes) });
+  };
+
+  test("of ELRepo's own is answered with the setting that names an archive", () => {
+    const { status, stdout } = install({});
+    assert.equal(status, 1);
+    assert.match(stdout, /no kernel for el7 any more: set ELREPO_KERNEL_URL to an archive's repository/);
+  });
+
+  test("that was named is named again", () => {
+    const { status, stdout } = install({ ELREPO_KERNEL_URL: "https://m.example/el7" });
+    assert.equal(status, 1);
+    assert.match(stdout, /ELREPO_KERNEL_URL is https:\/\/m\.example\/el7: expected/);
+  });
+});
+
+describe("kernel-ml that is there already", () => {
+  test("but may be half there is installed over again", () => {
+    const sh =
+      plan(el7({ "kernel-ml": ML })).find(({ why }) => why.startsWith("install kernel-ml"))?.sh ?? "";
+    const { stdout } = shell(`set -eu\n${sh}`, ["sh", "-s"], {
+      PATH: programs(temporary(), { yum: 'echo "$*"', rpm: ":", sync: ":" }),
+    });
+    assert.match(stdout, / repolist\n.* reinstall kernel-ml\n.* install kernel-ml\n/);
+  });
+});
+
+/** The files of a boot loader under a root of their own, and what the step does and sees there. */
+describe("the default boot entry", () => {
+  const OTHER = "CentOS Linux (3.10.0-1160.el7.x86_64) 7 (Core)";
+  const entry = (title: string, kernel: string, indent = "") =>
+    `${indent}menuentry '${title}' --class centos {\n${indent}\tlinux16 /vmlinuz-${kernel} root=/dev/vda2 ro\n${indent}}\n`;
+  const HEAD =
+    'if [ "${next_entry}" ] ; then\n  set default="${next_entry}"\nelse\n  set default="${saved_entry}"\nfi\n';
+  const BLS = "96820b9851c24560b5f942f2496b9aeb";
+  const bls = (kernel: string) => ({
+    [`boot/loader/entries/${BLS}-${kernel}.conf`]: `title CentOS Linux (${kernel})\nlinux /vmlinuz-${kernel}\n`,
+  });
+  const both = entry(ENTRY, ML) + entry(OTHER, OWN) + entry("CentOS Linux (0-rescue-0123)", "0-rescue-0123");
+
+  const LAYOUTS: [name: string, files: Record<string, string>, entry: string][] = [
+    ["BIOS", { "boot/grub2/grub.cfg": HEAD + both }, ENTRY],
+    ["BIOS, the newest last", { "boot/grub2/grub.cfg": HEAD + entry(OTHER, OWN) + entry(ENTRY, ML) }, ENTRY],
+    [
+      "BIOS, in a submenu",
+      {
+        "boot/grub2/grub.cfg": `${HEAD}${entry(OTHER, OWN)}submenu 'Advanced options' {\n${entry(OTHER, OWN, "\t")}${entry(ENTRY, ML, "\t")}}\n`,
+      },
+      `Advanced options>${ENTRY}`,
+    ],
+    [
+      "UEFI",
+      {
+        "sys/firmware/efi/x": "",
+        "boot/efi/EFI/centos/grub.cfg": HEAD + both.replaceAll("linux16", "linuxefi"),
+      },
+      ENTRY,
+    ],
+    [
+      "BLS",
+      {
+        "boot/grub2/grub.cfg": `${HEAD}insmod blscfg\nblscfg\n`,
+        ...bls(OWN),
+        ...bls(ML),
+        ...bls("0-rescue-0123"),
+      },
+      `${BLS}-${ML}`,
+    ],
+    [
+      "BLS with UEFI",
+      {
+        "sys/firmware/efi/x": "",
+        "boot/efi/EFI/centos/grub.cfg": `${HEAD}blscfg\n`,
+        ...bls(ML),
+        ...bls(OWN),
+      },
+      `${BLS}-${ML}`,
+    ],
+  ];
+
+  /** What runs in this root, with an environment block that is one file, written unless it is read-only. */
+  function box(files: Record<string, string>, setDefault = 'echo "saved_entry=$1" >ROOT/env') {
+    const root = temporary();
+    for (const [path, text] of Object.entries(files)) {
+      mkdirSync(dirname(join(root, path)), { recursive: true });
+      writeFileSync(join(root, path), text);
+    }
+    writeFileSync(join(root, "env"), `saved_entry=${OTHER}\n`);
+    const there = (text: string) =>
+      text.replaceAll("ROOT", root).replace(/(?<![\w/])\/(boot|sys)\//g, `${root}/$1/`);
+    const PATH = programs(join(root, "bin"), {
+      rpm: there(
+        `[ "$1" = -q ] || printf '%s\\n' /boot/System.map-${ML} /boot/vmlinuz-${ML} /boot/vmlinuz-5.4.1-1.el7.elrepo.x86_64 /lib/modules/${ML}/vmlinuz-x`,
+      ),
+      "grub2-set-default": there(setDefault),
+      "grub2-editenv": there("cat ROOT/env"),
+      sync: ":",
+    });
+    const env = { PATH };
+    return {
+      look: () => look([{ look: (want) => upgradeKernel.look(want).map(there) }], wanted(), env),
+      set: () =>
+        shell(
+          `set -eu\nsay() { echo "$@"; }\n${there(plan(installed({ saved: "" }))[0]?.sh ?? "")}`,
+          ["sh", "-s"],
+          env,
+        ),
+    };
+  }
+
+  for (const [name, files, title] of LAYOUTS)
+    test(`of ${name} is found, set and read back`, () => {
+      const { look, set } = box(files);
+      const before = look();
+      assert.deepEqual(
+        [before["kernel-ml"]?.trim(), before.entry?.trim(), before.saved?.trim()],
+        [ML, title, OTHER],
+      );
+      const { status, stdout } = set();
+      assert.equal(status, 0, stdout);
+      assert.equal(stdout, `default: ${title}\n`);
+      assert.equal(look().saved?.trim(), title);
+    });
+
+  const FAULTS: [
+    name: string,
+    files: Record<string, string>,
+    setDefault: string | undefined,
+    text: RegExp,
+  ][] = [
+    [
+      "did not take, though grub2-set-default returned 0",
+      LAYOUTS[0]?.[1] ?? {},
+      "echo 'invalid environment block' >&2",
+      /still "CentOS Linux \(3\.10.*", not ".*5\.7\.7.*grub2-editenv create/,
+    ],
+    [
+      "is missing from the menu",
+      { "boot/grub2/grub.cfg": HEAD + entry(OTHER, OWN) },
+      undefined,
+      /no entry for kernel 5\.7\.7.*grub2-mkconfig -o/,
+    ],
+    [
+      "is not asked for by the menu",
+      { "boot/grub2/grub.cfg": `set default="0"\n${both}` },
+      undefined,
+      /GRUB_DEFAULT=saved/,
+    ],
+  ];
+  for (const [name, files, setDefault, text] of FAULTS)
+    test(`that ${name} is a failure that says what to do`, () => {
+      const { status, stdout } = box(files, setDefault).set();
+      assert.equal(status, 1);
+      assert.match(stdout, text);
+    });
 });

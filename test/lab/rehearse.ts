@@ -3,7 +3,8 @@
  * The rehearsal: the real commands on real boxes, in two clouds inside this machine.
  *
  *     rehearse.ts up        build the clouds (or go on with those that run), then `make -j up` in them
- *     rehearse.ts run CMD   any command as the rehearsal's operator
+ *     rehearse.ts kernel    clouds of their own, in which a CentOS 7 stand-in gets another kernel, and joins
+ *     rehearse.ts run CMD   any command as the rehearsal's operator (the kernel's, if that runs)
  *     rehearse.ts down      remove every trace
  *
  * K3S_VERSION picks the release, K3S_BIN a real k3s to run in place of the stand-in;
@@ -12,8 +13,10 @@
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { resolve } from "node:path";
 import { attach, down, k3sVersion, type Lab, up } from "./lab.ts";
+import { addMachine, type Machine, REPOSITORIES } from "./vm.ts";
 
 const NAME = "rehearse";
+const KERNEL = "rehearse-kernel";
 const started = Date.now();
 const say = (line: string) =>
   console.error(`[${((Date.now() - started) / 1000).toFixed(1).padStart(5)} s] ${line}`);
@@ -65,6 +68,47 @@ async function build(k3sBin?: string, version?: string) {
   return lab;
 }
 
+/** The article's steps 2 to 5 on a machine with a kernel of its own, in QEMU. */
+async function rehearseKernel() {
+  say("building two clouds of the same private network, and a server");
+  const lab = await up({ name: KERNEL, boxes: ["a1"] }, say);
+  writeFileSync(lab.envFile, kernelEnvFile(lab), { mode: 0o600 });
+  const server = make(lab, "server");
+  const machine = await addMachine(lab, "b3", say);
+  say(`b3 is ${machine.privateIp} behind ${machine.publicIp}, ${await kernelOf(machine)}`);
+  if (await server) return 1;
+  for (const target of ["upgrade-kernel HOST=b3", "upgrade-kernel HOST=b3", "agent HOST=b3"]) {
+    if (await make(lab, target)) return 1;
+    say(`b3: ${await kernelOf(machine)}`);
+  }
+  console.log(await machine.sh("ip -o -d link show type wireguard; wg show flannel-wg; lsmod | grep ^ip_vs"));
+  console.log(await lab.box("a1").sh("kubectl get nodes -o wide"));
+  say(
+    "done; CentOS 7 and k3s are stand-ins, kernels, restart and WireGuard real. Go on with: make in-rehearsal CMD='ssh b3'; remove it: make rehearse-down",
+  );
+  return 0;
+}
+
+async function make(lab: Lab, target: string) {
+  say(`make ${target}`);
+  const { exitCode } = await lab.op(`make ${target}`, { live: true, timeout: 3600 });
+  if (exitCode) say(`make ${target} failed; the boxes stay: make in-rehearsal CMD='make ${target}'`);
+  return exitCode;
+}
+
+const kernelOf = async (machine: Machine) =>
+  (await machine.sh("echo kernel $(uname -r), boot $(cat /proc/sys/kernel/random/boot_id)")).trim();
+
+const kernelEnvFile = ({ mirror }: Lab) => `# a1 in one cloud, b3 with its old kernel in another.
+SERVER=a1
+AGENTS=b3
+PROXY_MODE=ipvs
+K3S_MIRRORS="${mirror.plain} ${mirror.github}"
+# In place of ELRepo's and EPEL's, which have no more packages for CentOS 7.
+${Object.entries(REPOSITORIES)
+  .map(([key, value]) => `${key}=${value}\n`)
+  .join("")}`;
+
 const envFile = (
   { boxes, mirror }: Lab,
   version?: string,
@@ -111,8 +155,9 @@ async function handshakes({ boxes }: Lab) {
 
 async function main([verb, ...words]: string[]): Promise<number> {
   if (verb === "up") return rehearse();
+  if (verb === "kernel") return rehearseKernel();
   if (verb === "down") {
-    await down(NAME);
+    for (const name of [NAME, KERNEL]) await down(name);
     say("no trace of the rehearsal is left");
     return 0;
   }
@@ -125,7 +170,7 @@ async function main([verb, ...words]: string[]): Promise<number> {
     );
     return 2;
   }
-  const lab = await attach(NAME);
+  const lab = (await attach(KERNEL)) ?? (await attach(NAME));
   if (!lab) throw new Error("No rehearsal is running: make rehearse");
   return (await lab.op(words.join(" "), { live: true, timeout: 24 * 3600 })).exitCode ?? 1;
 }

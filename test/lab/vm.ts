@@ -4,7 +4,7 @@
  * to the state it was saved in.
  */
 import { existsSync } from "node:fs";
-import { cp, mkdir, mkdtemp, open, readFile, rm, writeFile } from "node:fs/promises";
+import { cp, mkdir, readFile, rm, writeFile } from "node:fs/promises";
 import { connect } from "node:net";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -45,7 +45,7 @@ export async function addMachine(
   await publish(lab, made.repositories);
   await furnish(lab, name, made);
   await acquaint(lab.dir);
-  const machine = handle(lab, name, made, (await kvmWorks()) ? "kvm" : "tcg,thread=multi,tb-size=256");
+  const machine = handle(lab, name, made);
   await machine.on();
   return machine;
 }
@@ -101,15 +101,14 @@ IPv6AcceptRA=no
   await $`qemu-img create -q -f qcow2 -b ${disk} -F raw ${home}/disk.qcow2`;
 }
 
-function handle(lab: Lab, name: string, made: Image, accel: string): Machine {
+function handle(lab: Lab, name: string, made: Image): Machine {
   const { cloud, privateIp, publicIp } = place(name);
   const home = join(lab.dir, "boxes", name);
   const router = `router-${cloud}`;
   const n = publicIp.replace("198.51.", "").split(".").map(Number);
   const mac = ["02:00:c6:33", ...n.map((x) => x.toString(16).padStart(2, "0"))].join(":");
   // A flush by the guest reaches the file: what is lost with the power is what a real disk would lose.
-  const words =
-    `qemu-system-x86_64 -name ${lab.name}-${name} -machine pc -accel ${accel} -cpu max -smp 1 -m ${MEMORY}
+  const words = `qemu-system-x86_64 -name ${lab.name}-${name} -machine pc ${made.accel} -smp 2 -m ${MEMORY}
     -nodefaults -display none -chardev file,id=log,path=${home}/console.log,append=on -serial chardev:log -monitor unix:${home}/monitor,server,nowait -pidfile ${home}/pid
     -device virtio-rng-pci -drive file=${home}/disk.qcow2,if=virtio,cache=writeback -drive
     file=${home}/seed.raw,if=virtio,format=raw,readonly=on -netdev tap,id=lan,ifname=${name},script=no,downscript=no
@@ -124,7 +123,7 @@ function handle(lab: Lab, name: string, made: Image, accel: string): Machine {
       `ip link show ${name} >/dev/null 2>&1 || { ip tuntap add dev ${name} mode tap; ip link set ${name} master lan up; }
 ip address replace ${publicIp}/32 dev wan
 nft "add element ip nat dnat4 { ${publicIp} : ${privateIp} }; add element ip nat snat4 { ${privateIp} : ${publicIp} }"
-setsid nice -n 5 ${words} ${more} </dev/null >>${home}/qemu.log 2>&1 &`,
+setsid nice -n 5 ${words} ${more} </dev/null >${home}/qemu.log 2>&1 &`,
     );
     for (const end = Date.now() + 20_000; !existsSync(join(home, "pid")); await sleep(50))
       if (Date.now() > end)
@@ -133,12 +132,14 @@ setsid nice -n 5 ${words} ${more} </dev/null >>${home}/qemu.log 2>&1 &`,
   const readConsole = () => readFile(join(home, "console.log"), "utf8");
   const answers = async (seconds = BOOT) => {
     const end = Date.now() + seconds * 1000;
-    while ((await lab.op(`ssh -o ConnectTimeout=3 ${name} true`, { timeout: 20 })).exitCode)
-      if (Date.now() > end)
+    while ((await lab.op(`ssh -o ConnectTimeout=3 ${name} true`, { timeout: 20 })).exitCode) {
+      const log = await readFile(join(home, "qemu.log"), "utf8");
+      if (!(await alive()) || Date.now() > end)
         throw new Error(
-          `${name}: no ssh in ${seconds} s. Its console:\n${(await readConsole()).slice(-2000)}`,
+          `${name}: no ssh in ${seconds} s. Its console:\n${(await readConsole()).slice(-2000)}${log}`,
         );
-      else await sleep(500);
+      await sleep(500);
+    }
   };
   const sh = async (script: string) => {
     const { exitCode, stdout, stderr } = await lab.op(["ssh", name, "sh -eu -s"], { input: script });
@@ -199,26 +200,4 @@ function monitor(path: string, command: string) {
       resolve(said);
     });
   });
-}
-
-/**
- * Whether KVM runs code here from the first instruction on: there are machines that have /dev/kvm and take it
- * for real mode never. A boot sector that tells QEMU to end is the proof.
- */
-async function kvmWorks() {
-  const kvm = await open("/dev/kvm", "r+").catch(() => undefined);
-  if (!kvm) return false;
-  await kvm.close();
-  const folder = await mkdtemp("/tmp/k3s-lab-kvm-");
-  // mov dx, 0xf4; mov al, 1; out dx, al; hlt
-  const sector = Buffer.alloc(512);
-  sector.set([0xba, 0xf4, 0x00, 0xb0, 0x01, 0xee, 0xf4]);
-  sector.set([0x55, 0xaa], 510);
-  await writeFile(join(folder, "disk"), sector);
-  const { exitCode } = await $({
-    nothrow: true,
-  })`timeout -k 1 5 qemu-system-x86_64 -accel kvm -cpu max -m 64 \
-    -nodefaults -display none -device isa-debug-exit,iobase=0xf4,iosize=4 -drive file=${folder}/disk,format=raw,if=ide`;
-  await rm(folder, { recursive: true });
-  return exitCode === 3;
 }

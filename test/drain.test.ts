@@ -1,0 +1,160 @@
+import assert from "node:assert/strict";
+import { describe, test } from "node:test";
+import { drain, uncordon } from "../lib/drain.ts";
+import { DRAINED } from "../lib/k3s.ts";
+import { type Facts, Refusal } from "../lib/step.ts";
+import { A1, B1, MODERN, node, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+
+const BOOT = "f193e011-2833-4503-812f-2c98931dc2e5";
+const BEFORE = "88e9fd3e-8477-40e7-aaf5-7b4c1351751a";
+
+/** The box b1, and its node as the cluster has it: ready or not, cordoned or not, drained in a boot or not. */
+function facts({
+  ready = true,
+  cordoned = false,
+  drained = "",
+  roles = "k3s-agent\n",
+  name = "b1",
+} = {}): Facts {
+  const own = node({ ...(name === "a1" ? A1 : B1), ready });
+  Object.assign(own.spec, cordoned ? { unschedulable: true } : {});
+  Object.assign(own.metadata.annotations, drained ? { [DRAINED]: drained } : {});
+  return prepared(OLD, {
+    hostname: `${name}\n`,
+    boot: `${BOOT}\n`,
+    roles,
+    nodes: JSON.stringify({ kind: "List", items: [own] }),
+  });
+}
+const want = wanted({ SERVER: "a1" });
+const none = { ...facts(), nodes: "", roles: "" };
+
+describe("before its restart", () => {
+  const cases: [name: string, facts: Facts, drained: boolean][] = [
+    ["a node that is Ready is drained", facts(), true],
+    [
+      "a node that this project has drained already is drained to its end",
+      facts({ cordoned: true, drained: BOOT }),
+      true,
+    ],
+    ["a node that the user has cordoned is left to the user", facts({ cordoned: true }), false],
+    ["a node that is not Ready is not", facts({ ready: false }), false],
+    ["a box that is no node is not", none, false],
+    ["a box whose cluster does not answer is not", { ...facts(), nodes: "" }, false],
+  ];
+  for (const [name, seen, drained] of cases)
+    test(name, () => assert.equal(drain(want, seen).length, drained ? 1 : 0));
+
+  test("an agent's node is drained on the server, the server's own where it is", () => {
+    const [of] = [drain(want, facts())[0], drain(want, facts({ roles: "k3s\n", name: "a1" }))[0]];
+    assert.equal(of?.onServer, true);
+    assert.equal(drain(want, facts({ roles: "k3s\n", name: "a1" }))[0]?.onServer, undefined);
+  });
+
+  test("an agent whose server is not known is not restarted", () => {
+    assert.throws(
+      () => drain(wanted(), facts()),
+      (e: Error) => e instanceof Refusal && /set SERVER, or cordon and drain it yourself/.test(e.message),
+    );
+    assert.equal(drain(wanted(), facts({ roles: "k3s\n", name: "a1" })).length, 1);
+  });
+
+  test("it is known by its name in the cluster", () => {
+    const named = wanted({ SERVER: "a1", AGENT_ARGS: "--node-name=b1" });
+    assert.equal(drain(named, { ...facts(), hostname: "another\n" }).length, 1);
+    assert.equal(drain(want, { ...facts(), hostname: "another\n" }).length, 0);
+  });
+});
+
+describe("after its restart", () => {
+  const cases: [name: string, facts: Facts, whys: RegExp[]][] = [
+    [
+      "a node that this project drained is uncordoned",
+      facts({ cordoned: true, drained: BEFORE }),
+      [/^uncordon node b1/],
+    ],
+    ["a node that the user cordoned is left to the user", facts({ cordoned: true }), []],
+    ["a node with a mark and no cordon loses the mark", facts({ drained: BEFORE }), [/^uncordon node b1/]],
+    ["another node is left alone", facts(), []],
+    ["a box that is no node is left alone", { ...none, uptime: "20.00" }, []],
+    [
+      "a cluster that does not answer yet is waited for",
+      { ...facts(), nodes: "", uptime: "20.00" },
+      [/^wait until the cluster says/],
+    ],
+    ["and not for ever", { ...facts(), nodes: "", uptime: "200.00" }, []],
+  ];
+  for (const [name, seen, whys] of cases)
+    test(name, () => {
+      const plan = uncordon(want, seen).map(({ why }) => why);
+      assert.equal(plan.length, whys.length, `${plan}`);
+      for (const [i, why] of whys.entries()) assert.match(plan[i] ?? "", why);
+    });
+});
+
+/** What the shell of a change asks of kubectl, line by line; `answers` is a case statement over its words. */
+function asks(text: string, version: string, answers = "") {
+  const folder = temporary();
+  const kubectl = `shift; [ "$1 $2" = "--kubeconfig ${folder}/config" ] && shift 2
+echo "$*" >>${folder}/asked
+case $* in ${answers} *) ;; esac`;
+  const k3s = `case $1 in --version) echo 'k3s version ${version} (abc)' ;; kubectl) ${kubectl} ;; esac`;
+  const PATH = programs(folder, { k3s, sleep: ":" });
+  const script = text
+    .replaceAll("/usr/local/bin/k3s", `${folder}/k3s`)
+    .replaceAll("/etc/rancher/k3s/k3s.yaml", `${folder}/config`);
+  const run = (config: string) =>
+    shell(`${config}set -eu\n${script}\ncat ${folder}/asked`, ["sh", "-s"], { PATH });
+  return {
+    ...run(`echo x >${folder}/config\n`),
+    asked: () => shell(`cat ${folder}/asked`).stdout.trim().split("\n"),
+    without: () => run(`rm ${folder}/config\n`),
+  };
+}
+
+describe("kubectl", () => {
+  const drainSh = drain(want, facts())[0]?.sh ?? "";
+  const backSh = uncordon(want, facts({ cordoned: true, drained: BEFORE }))[0]?.sh ?? "";
+  const DRAIN = (flag: string) => `drain b1 --ignore-daemonsets ${flag} --timeout=300s`;
+
+  for (const [version, flag] of [
+    [OLD, "--delete-local-data"],
+    ["v1.19.3+k3s1", "--delete-local-data"],
+    ["v1.20.0+k3s1", "--delete-emptydir-data"],
+    [MODERN, "--delete-emptydir-data"],
+  ] as const)
+    test(`of ${version} is asked to mark and to drain, within a time`, () => {
+      const { status, asked } = asks(drainSh, version);
+      assert.equal(status, 0);
+      assert.deepEqual(asked(), [`annotate --overwrite node b1 ${DRAINED}=${BOOT}`, DRAIN(flag)]);
+    });
+
+  test("that cannot drain has the node as it was, and the user told", () => {
+    const { status, stdout, asked } = asks(drainSh, MODERN, "drain*) exit 1 ;;");
+    assert.equal(status, 1);
+    assert.match(stdout, /Move by hand what stays/);
+    assert.deepEqual(asked().slice(-2), ["uncordon b1", `annotate node b1 ${DRAINED}-`]);
+  });
+
+  test("that is not the server's is not asked", () => {
+    assert.match(asks(drainSh, MODERN).without().stdout, /No k3s server is on this box: SERVER/);
+  });
+
+  test("gives a node back once it is Ready in another boot, and only then", () => {
+    const state = (boot: string, ready: string) =>
+      `"get node"*) printf '%s\\n' '"lastHeartbeatTime": "x",' '"status": "${ready}",' '"type": "Ready"' '"bootID": "${boot}",' ;;`;
+    const back = asks(backSh, MODERN, state(BOOT, "True"));
+    assert.equal(back.status, 0);
+    assert.deepEqual(back.asked(), ["get node b1 -o json", "uncordon b1", `annotate node b1 ${DRAINED}-`]);
+    const soon = backSh.replace("+ 300", "+ 1");
+    for (const [boot, ready] of [
+      [BEFORE, "True"],
+      [BOOT, "Unknown"],
+    ] as const) {
+      const { status, stdout, asked } = asks(soon, MODERN, state(boot, ready));
+      assert.equal(status, 1);
+      assert.match(stdout, /not Ready after its restart: it stays cordoned/);
+      assert.equal(asked().includes("uncordon b1"), false);
+    }
+  });
+});
