@@ -4,8 +4,10 @@ import { sh } from "./sh.ts";
 import { type Change, type Facts, Refusal } from "./step.ts";
 
 /** Facts about the node that this box is, if it is one; also while k3s is still starting. */
-export const drainLook = `fact roles; for unit in k3s k3s-agent; do systemctl -q is-enabled $unit 2>/dev/null && echo $unit; done
-${clusterLook}`;
+export const drainLook: string[] = [
+  "fact roles; for unit in k3s k3s-agent; do systemctl -q is-enabled $unit 2>/dev/null && echo $unit; done",
+  clusterLook,
+];
 
 /** How long pods may take to leave a node, and a node to come back, in seconds. */
 const PATIENCE = 300;

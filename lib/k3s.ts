@@ -1,7 +1,7 @@
 import { createHash } from "node:crypto";
 import { type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
-import { type Change, type Facts, Refusal } from "./step.ts";
+import { type Change, type Facts, Refusal, type Step } from "./step.ts";
 
 export const K3S = "/usr/local/bin/k3s";
 
@@ -70,6 +70,20 @@ export function argsOf(role: Role, generation: Generation, want: Settings, proxy
         ["--flannel-backend=wireguard-native", "--flannel-external-ip"];
   return [`--tls-san=${ip}`, ...shared, "--disable=servicelb", ...flannel, ...words(want.SERVER_ARGS)];
 }
+
+/** Before anything else is done to a box that is to run k3s: Alpine's OpenRC is not supported. */
+export const systemdFirst: Step = {
+  name: "systemd",
+  options: [],
+  look: () => ["fact openrc; test -d /run/openrc && echo yes"],
+  plan(_want, facts) {
+    if (facts.systemd?.trim()) return [];
+    const name = /^PRETTY_NAME="?([^"\n]*)/m.exec(facts.os ?? "")?.[1] ?? "This box";
+    throw new Refusal(
+      `${name} is run by ${facts.openrc?.trim() ? "OpenRC" : "something else"}, not by systemd: k3s is a systemd unit here, so take a distro that has it; nothing was installed`,
+    );
+  },
+};
 
 export const unitOf = (role: Role): string => (role === "server" ? "k3s" : "k3s-agent");
 export const unitPath = (role: Role): string => `/etc/systemd/system/${unitOf(role)}.service`;

@@ -35,23 +35,29 @@ export function osOf(facts: Facts): Os {
   const name = release.PRETTY_NAME ?? (id || "a distro without os-release");
   if (!found)
     throw new Refusal(`This is ${name}: install WireGuard's tools and curl there by hand, then try again`);
-  return { id, like, major, name, manager: found === "dnf" && major === 7 ? "yum" : found };
+  const old = major === 7 || (id === "amzn" && major === 2);
+  return { id, like, major, name, manager: found === "dnf" && old ? "yum" : found };
 }
 
 /** Is it CentOS 7 or another of its family, whose kernel 3.10 has no WireGuard? */
-export const isEl7 = (os: Os): boolean => os.manager === "yum";
+export const isEl7 = (os: Os): boolean => os.manager === "yum" && os.id !== "amzn";
+
+/** CentOS 7's mirrors went in 2024. */
+const VAULT = `The mirrors of CentOS 7 are gone, its packages are at vault.centos.org:
+sed -i 's/^mirrorlist/#&/; s|^#* *baseurl=http://mirror.centos.org|baseurl=http://vault.centos.org|' /etc/yum.repos.d/CentOS-*.repo`;
 
 /** Shell that installs packages without a question. Another apt at work (cloud-init's, on a new box) is waited for. */
 export function install(manager: Manager, packages: readonly string[], options = ""): string {
-  const names = packages.map(sh).join(" ");
+  const names = [options, ...packages.map(sh)].filter(Boolean).join(" ");
   switch (manager) {
     case "apt":
       return `export DEBIAN_FRONTEND=noninteractive
 apt-get -q -o DPkg::Lock::Timeout=120 update
 apt-get -q -y -o DPkg::Lock::Timeout=120 --no-install-recommends install ${names}`;
     case "yum":
+      return `yum -y install ${names} || { printf '%s\\n' ${sh(VAULT)}; exit 1; }`;
     case "dnf":
-      return `${manager} -y ${options ? `${options} ` : ""}install ${names}`;
+      return `dnf -y install ${names}`;
     case "zypper":
       return `zypper --non-interactive install --no-recommends ${names}`;
     case "apk":

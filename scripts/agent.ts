@@ -2,7 +2,15 @@
 /** Step 5 of 7: a healthy k3s agent that has joined the server. Brings the box through steps 1 to 3 too. */
 import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
-import { envPath, nodeNameOf, nodesOf, releaseOf, serviceLook, servicePlan } from "../lib/k3s.ts";
+import {
+  envPath,
+  nodeNameOf,
+  nodesOf,
+  releaseOf,
+  serviceLook,
+  servicePlan,
+  systemdFirst,
+} from "../lib/k3s.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -20,8 +28,6 @@ export const agent: Step = {
   look: (want) => [...serviceLook("agent"), ...(want.K3S_URL && want.K3S_TOKEN ? [serverLook(want)] : [])],
 
   plan(want, facts): Change[] {
-    if (!facts.systemd?.trim())
-      throw new Refusal("systemd does not run this box: k3s is started by a systemd unit here");
     examine(want, facts);
     return servicePlan("agent", ENV(want), want, facts);
   },
@@ -102,7 +108,7 @@ function unreachable(url: string, error: string): string {
 }
 
 /** What an agent needs before there is a server to join. */
-export const prepareSteps = [downloadK3s, upgradeKernel, installWireguard];
+export const prepareSteps = [systemdFirst, downloadK3s, upgradeKernel, installWireguard];
 
 /** What brings a box from nothing to an agent that every node can reach. */
 export const agentSteps = [...prepareSteps, agent, annotateAs("agent")];

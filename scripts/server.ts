@@ -1,8 +1,8 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { run } from "../lib/cli.ts";
-import { nodeNameOf, releaseOf, serviceLook, servicePlan } from "../lib/k3s.ts";
-import { type Change, Failure, Refusal, type Step } from "../lib/step.ts";
+import { nodeNameOf, releaseOf, serviceLook, servicePlan, systemdFirst } from "../lib/k3s.ts";
+import { type Change, Failure, type Step } from "../lib/step.ts";
 import { annotateAs } from "./annotate.ts";
 import { downloadK3s } from "./download-k3s.ts";
 import { installWireguard } from "./install-wireguard.ts";
@@ -18,8 +18,6 @@ export const server: Step = {
   ],
 
   plan(want, facts): Change[] {
-    if (!facts.systemd?.trim())
-      throw new Refusal("systemd does not run this box: k3s is started by a systemd unit here");
     return servicePlan("server", "# read by k3s.service\n", want, facts);
   },
 
@@ -31,7 +29,14 @@ export const server: Step = {
 };
 
 /** What brings a box from nothing to a server whose node others can reach. */
-export const serverSteps = [downloadK3s, upgradeKernel, installWireguard, server, annotateAs("server")];
+export const serverSteps = [
+  systemdFirst,
+  downloadK3s,
+  upgradeKernel,
+  installWireguard,
+  server,
+  annotateAs("server"),
+];
 
 await run(import.meta, {
   about: "Makes a box the k3s server: binary, kernel, WireGuard, unit, and a node that is Ready.",

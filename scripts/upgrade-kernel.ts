@@ -44,7 +44,7 @@ export const upgradeKernel: Step = {
 
   look: () => [
     moduleLook,
-    drainLook,
+    ...drainLook,
     `${BOOT}
 if command -v rpm >/dev/null; then
   fact kernel-ml; kernel_ml

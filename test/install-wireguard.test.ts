@@ -7,39 +7,43 @@ import { type Facts, Refusal } from "../lib/step.ts";
 import { installWireguard } from "../scripts/install-wireguard.ts";
 import { fixture, MODERN, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
-const EL7 = "https://www.elrepo.org/elrepo-release-7.el7.elrepo.noarch.rpm";
 const EL8 = "https://www.elrepo.org/elrepo-release-8.el8.elrepo.noarch.rpm";
-const EL9 = "https://www.elrepo.org/elrepo-release-9.el9.elrepo.noarch.rpm";
-const EL10 = "https://www.elrepo.org/elrepo-release-10.el10.elrepo.noarch.rpm";
-const EPEL7 = "https://dl.fedoraproject.org/pub/epel/epel-release-latest-7.noarch.rpm";
+const EPEL7 =
+  "https://archives.fedoraproject.org/pub/archive/epel/7/x86_64/Packages/e/epel-release-7-14.noarch.rpm";
 const EPEL8 = "https://dl.fedoraproject.org/pub/epel/epel-release-latest-8.noarch.rpm";
+const TOOLS = "wireguard-tools";
 
-/** By distro: its package manager; what the tools alone need; what they and a module need. Repositories first. */
-const DISTROS: Record<string, [manager: Manager, tools: string, withModule: string]> = {
-  "centos-7": [
-    "yum",
-    `${EPEL7} wireguard-tools`,
-    `${EL7} ${EPEL7} yum-plugin-elrepo kmod-wireguard wireguard-tools`,
+/**
+ * By distro: its package manager; what the tools alone need, repositories first; and for a kernel that lacks the
+ * module, what brings it (the tools come too), or what the user is told to do instead.
+ */
+const DISTROS: Record<string, [manager: Manager, tools: string, kernel: string, module: string | RegExp]> = {
+  "centos-7": ["yum", `${EPEL7} ${TOOLS}`, "3.10.0-1160.el7.x86_64", /make upgrade-kernel/],
+  "rocky-8": ["dnf", `${EPEL8} ${TOOLS}`, "4.18.0-553.el8_10.x86_64", `${EL8} ${EPEL8} kmod-wireguard`],
+  "oracle-8": [
+    "dnf",
+    `${EPEL8} ${TOOLS}`,
+    "5.15.0-300.el8uek.x86_64",
+    `${EPEL8} kernel-uek-modules-5.15.0-300.el8uek.x86_64`,
   ],
-  "rocky-8": ["dnf", `${EPEL8} wireguard-tools`, `${EL8} ${EPEL8} kmod-wireguard wireguard-tools`],
-  "oracle-8": ["dnf", `${EPEL8} wireguard-tools`, `${EL8} ${EPEL8} kmod-wireguard wireguard-tools`],
-  "almalinux-9": ["dnf", "wireguard-tools", `${EL9} kmod-wireguard wireguard-tools`],
-  "rhel-9": ["dnf", "wireguard-tools", `${EL9} kmod-wireguard wireguard-tools`],
-  "centos-stream-10": ["dnf", "wireguard-tools", `${EL10} kmod-wireguard wireguard-tools`],
-  "fedora-41": ["dnf", "wireguard-tools", "wireguard-tools"],
-  "amazon-2023": ["dnf", "wireguard-tools", "wireguard-tools"],
-  "debian-11": ["apt", "wireguard-tools", "wireguard-tools wireguard-dkms"],
-  "debian-12": ["apt", "wireguard-tools", "wireguard-tools wireguard-dkms"],
-  "debian-13": ["apt", "wireguard-tools", "wireguard-tools wireguard-dkms"],
-  "ubuntu-20.04": ["apt", "wireguard-tools", "wireguard-tools wireguard-dkms"],
-  "ubuntu-22.04": ["apt", "wireguard-tools", "wireguard-tools wireguard-dkms"],
-  "ubuntu-24.04": ["apt", "wireguard-tools", "wireguard-tools wireguard-dkms"],
-  "ubuntu-26.04": ["apt", "wireguard-tools", "wireguard-tools wireguard-dkms"],
-  "opensuse-leap-15.6": ["zypper", "wireguard-tools", "wireguard-tools"],
-  "opensuse-tumbleweed": ["zypper", "wireguard-tools", "wireguard-tools"],
-  "sles-15": ["zypper", "wireguard-tools", "wireguard-tools"],
-  arch: ["pacman", "wireguard-tools", "wireguard-tools"],
-  "alpine-3.20": ["apk", "wireguard-tools", "wireguard-tools"],
+  "almalinux-9": ["dnf", TOOLS, "5.14.0-503.el9.x86_64", "kernel-modules-5.14.0-503.el9.x86_64"],
+  "rhel-9": ["dnf", TOOLS, "5.14.0-503.el9.x86_64", "kernel-modules-5.14.0-503.el9.x86_64"],
+  "centos-stream-10": ["dnf", TOOLS, "6.12.0-55.el10.x86_64", "kernel-modules-6.12.0-55.el10.x86_64"],
+  "fedora-41": ["dnf", TOOLS, "6.11.4-301.fc41.x86_64", "kernel-modules-6.11.4-301.fc41.x86_64"],
+  "amazon-2": ["yum", TOOLS, "4.14.355-275.amzn2.x86_64", /amazon-linux-extras install kernel-5\.10/],
+  "amazon-2023": ["dnf", TOOLS, "6.1.100-1.amzn2023.x86_64", /newest kernel/],
+  "debian-11": ["apt", TOOLS, "5.10.0-30-amd64", /linux-image-amd64/],
+  "debian-12": ["apt", TOOLS, "6.1.0-40-cloud-amd64", /linux-image-amd64/],
+  "debian-13": ["apt", TOOLS, "6.12.0-1-amd64", /linux-image-amd64/],
+  "ubuntu-20.04": ["apt", TOOLS, "5.4.0-200-generic", "linux-modules-extra-5.4.0-200-generic"],
+  "ubuntu-22.04": ["apt", TOOLS, "5.15.0-1070-aws", "linux-modules-extra-5.15.0-1070-aws"],
+  "ubuntu-24.04": ["apt", TOOLS, "6.8.0-50-generic", "linux-modules-extra-6.8.0-50-generic"],
+  "ubuntu-26.04": ["apt", TOOLS, "7.0.0-10-generic", "linux-modules-extra-7.0.0-10-generic"],
+  "opensuse-leap-15.6": ["zypper", TOOLS, "6.4.0-150600.23-default", /kernel-default/],
+  "opensuse-tumbleweed": ["zypper", TOOLS, "6.17.1-1-default", /kernel-default/],
+  "sles-15": ["zypper", TOOLS, "5.14.21-150500.55-default", /kernel-default/],
+  arch: ["pacman", TOOLS, "6.17.1-arch1-1", /pacman -Syu linux/],
+  "alpine-3.20": ["apk", TOOLS, "6.6.50-0-virt", /apk add linux-lts/],
 };
 
 const plan = (over: Facts, want = {}) => installWireguard.plan(wanted(want), prepared(MODERN, over));
@@ -62,16 +66,22 @@ function installs(manager: Manager, script: string): string {
 }
 
 describe("WireGuard", () => {
-  for (const [name, [manager, tools, withModule]] of Object.entries(DISTROS)) {
-    const os = { os: fixture(`os-release/${name}`) };
-    test(`of ${name} is installed by ${manager}, its module only where the kernel has none`, () => {
+  for (const [name, [manager, tools, kernel, module]] of Object.entries(DISTROS)) {
+    const os = { os: fixture(`os-release/${name}`), kernel: `${kernel}\n` };
+    const lacking = { ...os, module: "", loaded: "" };
+    test(`of ${name} is installed by ${manager}`, () => {
       assert.equal(osOf(os).manager, manager);
       assert.equal(installs(manager, plan({ ...os, tool: "" })[0]?.sh ?? ""), tools);
-      assert.equal(
-        installs(manager, plan({ ...os, tool: "", module: "", loaded: "" })[0]?.sh ?? ""),
-        withModule,
-      );
-      assert.equal(installs(manager, plan({ ...os, module: "", loaded: "" })[0]?.sh ?? ""), withModule);
+    });
+    test(`in kernel ${kernel} of ${name} that lacks its module ${module instanceof RegExp ? "needs another kernel, and that is said" : "comes with it"}`, () => {
+      if (module instanceof RegExp)
+        assert.throws(
+          () => plan(lacking),
+          (e: Error) => e instanceof Refusal && module.test(e.message) && e.message.includes(kernel),
+        );
+      else
+        for (const tool of ["", "/usr/bin/wg\n"])
+          assert.equal(installs(manager, plan({ ...lacking, tool })[0]?.sh ?? ""), `${module} ${TOOLS}`);
     });
   }
 
@@ -88,11 +98,6 @@ describe("WireGuard", () => {
     ["that is here and was never used is only proven", { loaded: "" }, ["prove"]],
     ["that lacks its tools gets them, and is proven", { tool: "" }, ["install", "prove"]],
     [
-      "that lacks all of it gets it, and is proven",
-      { tool: "", module: "", loaded: "" },
-      ["install", "prove"],
-    ],
-    [
       "of wireguard-go's is left alone",
       { module: "", userspace: "/usr/bin/wireguard-go\n", loaded: "/usr/bin/wireguard-go\n" },
       [],
@@ -108,11 +113,23 @@ describe("WireGuard", () => {
 
   test("comes from the mirrors that are set", () => {
     const want = { ELREPO_URL: "https://m.example/elrepo", EPEL_URL: "https://m.example/epel" };
-    const sh =
-      plan({ os: fixture("os-release/centos-7"), tool: "", module: "", loaded: "" }, want)[0]?.sh ?? "";
-    assert.match(sh, /https:\/\/m\.example\/epel\/epel-release-latest-7/);
-    assert.match(sh, /https:\/\/m\.example\/elrepo\/elrepo-release-7/);
-    assert.doesNotMatch(sh, /fedoraproject|www\.elrepo/);
+    const of = (name: string) =>
+      plan({ os: fixture(`os-release/${name}`), tool: "", module: "", loaded: "", kernel: "4.18.0" }, want)[0]
+        ?.sh ?? "";
+    assert.match(of("rocky-8"), /https:\/\/m\.example\/epel\/epel-release-latest-8/);
+    assert.match(of("rocky-8"), /https:\/\/m\.example\/elrepo\/elrepo-release-8/);
+    const el7 = plan({ os: fixture("os-release/centos-7"), tool: "" }, want)[0]?.sh ?? "";
+    assert.match(el7, /https:\/\/m\.example\/epel\/epel-release-latest-7/);
+    for (const text of [of("rocky-8"), el7]) assert.doesNotMatch(text, /fedoraproject|www\.elrepo/);
+  });
+
+  test("of CentOS 7 asks no list but EPEL's, and names the vault where even that fails", () => {
+    const sh = plan({ os: fixture("os-release/centos-7"), tool: "" })[0]?.sh ?? "";
+    assert.match(sh, /yum -y install '--disablerepo=\*' --enablerepo=epel wireguard-tools/);
+    const fakes = { yum: "echo 'Cannot find a valid baseurl for repo: base/7/x86_64'; exit 1", rpm: ":" };
+    const { status, stdout } = shell(`set -eu\n${sh}`, ["sh", "-s"], { PATH: programs(temporary(), fakes) });
+    assert.equal(status, 1);
+    assert.match(stdout, /vault\.centos\.org/);
   });
 
   for (const [name, os] of Object.entries({

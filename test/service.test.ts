@@ -2,13 +2,14 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { unitOf } from "../lib/k3s.ts";
 import type { Settings } from "../lib/settings.ts";
-import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
-import { agent } from "../scripts/agent.ts";
-import { server } from "../scripts/server.ts";
+import { type Change, type Facts, planAll, Refusal, type Step } from "../lib/step.ts";
+import { agent, agentSteps, prepareSteps } from "../scripts/agent.ts";
+import { server, serverSteps } from "../scripts/server.ts";
 import {
   A1,
   B1,
   filesAfter,
+  fixture,
   healthy,
   IP,
   MODERN,
@@ -187,9 +188,8 @@ for (const step of [server, agent] as const)
         else assert.match(step.plan(nft, fresh)[1]?.sh ?? "", /proxy-mode=nftables/);
       });
 
-      test("is refused on a box of the other role, and on one without systemd", () => {
-        for (const over of [{ other: "active\n" }, { systemd: "" }] as Facts[])
-          assert.ok(refusal(step, want, { ...fresh, ...over }) instanceof Refusal);
+      test("is refused on a box of the other role", () => {
+        assert.ok(refusal(step, want, { ...fresh, other: "active\n" }) instanceof Refusal);
         assert.match(refusal(step, want, { ...fresh, other: "active\n" }).message, /it cannot be/);
       });
 
@@ -199,6 +199,26 @@ for (const step of [server, agent] as const)
       });
     });
   }
+
+test("a box without systemd is refused before anything is installed there, Alpine's OpenRC by its name", () => {
+  for (const [os, openrc, text] of [
+    ["alpine-3.20", "yes\n", /Alpine Linux v3\.20 is run by OpenRC, not by systemd.*nothing was installed/],
+    ["debian-12", "", /Debian GNU\/Linux 12 \(bookworm\) is run by something else, not by systemd/],
+  ] as const)
+    for (const steps of [serverSteps, agentSteps, prepareSteps]) {
+      const facts = prepared(OLD, {
+        os: fixture(`os-release/${os}`),
+        openrc,
+        systemd: "",
+        curl: "",
+        tool: "",
+      });
+      assert.throws(
+        () => planAll(steps, wanted(), facts),
+        (e: Error) => e instanceof Refusal && text.test(e.message),
+      );
+    }
+});
 
 describe("releases that have both ways", () => {
   const middle = "v1.24.17+k3s1";

@@ -20,10 +20,10 @@ export type Machine = Box & {
   image: Image;
   /** What it wrote to its serial console, from the first start on. */
   console(): Promise<string>;
-  /** Keeps memory and disk as they are now, while it runs. */
-  save(): Promise<void>;
+  /** Keeps memory and disk as they are now, under a name, while it runs. */
+  save(tag: string): Promise<void>;
   /** Back to what was saved, running or not; its clock is set. */
-  restore(): Promise<void>;
+  restore(tag: string): Promise<void>;
   /** Whether it has power: a machine that shut itself down has not. */
   powered(): Promise<boolean>;
 };
@@ -165,13 +165,13 @@ setsid nice -n 5 ${words} ${more} </dev/null >${home}/qemu.log 2>&1 &`,
       if (!(await alive())) await start();
       await answers();
     },
-    save: async () => {
-      const said = await monitor(join(home, "monitor"), "savevm lab");
+    save: async (tag) => {
+      const said = await monitor(join(home, "monitor"), `savevm ${tag}`);
       if (/error/i.test(said)) throw new Error(`${name}: ${said}`);
     },
-    restore: async () => {
+    restore: async (tag) => {
       await off();
-      await start("-loadvm lab");
+      await start(`-loadvm ${tag}`);
       await answers(60);
       await sh(`date -u -s @${Math.floor(Date.now() / 1000)} >/dev/null`);
     },

@@ -1,0 +1,111 @@
+/**
+ * The package managers that Debian has as programs, each against a small repository and a root of its own. apt
+ * runs in the boxes of the other suites, yum (as dnf) in the kernel's; no package registry here has apk.
+ */
+import assert from "node:assert/strict";
+import { mkdirSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { before, describe, test } from "node:test";
+import { $ as zx } from "zx";
+import { osOf } from "../../lib/os.ts";
+import { packages } from "../../scripts/install-wireguard.ts";
+import { fixture, programs, shell, temporary, wanted } from "../helpers.ts";
+
+const $ = zx({ quiet: true });
+const folder = temporary();
+const root = (name: string) => join(folder, `root-${name}`);
+const TOOL = "#!/bin/sh\necho wireguard-tools v1.0\n";
+const put = (path: string, text: string) => {
+  mkdirSync(join(path, ".."), { recursive: true });
+  writeFileSync(path, text, { mode: 0o755 });
+};
+
+/** A repository of RPMs with wireguard-tools, and with a package that must not come along. */
+async function rpms() {
+  const repository = join(folder, "rpms");
+  put(join(folder, "wg"), TOOL);
+  put(
+    join(folder, "wireguard-tools.spec"),
+    `Name: wireguard-tools
+Version: 1.0
+Release: 1
+Summary: A stand-in
+License: MIT
+BuildArch: noarch
+AutoReqProv: no
+Recommends: not-needed
+%description
+A stand-in for tests.
+%install
+install -D -m 755 ${folder}/wg %{buildroot}/usr/bin/wg
+%files
+/usr/bin/wg
+`,
+  );
+  const defines = [`_topdir ${folder}/build`, `_rpmdir ${repository}`, `_dbpath ${folder}/db`];
+  await $`rpmbuild --quiet -bb ${defines.flatMap((line) => ["--define", line])} ${folder}/wireguard-tools.spec`;
+  await $`createrepo_c -q ${repository}`;
+  return `[lab]\nname=lab\nbaseurl=file://${repository}\nenabled=1\ngpgcheck=0\n`;
+}
+
+/** A repository of Arch's with wireguard-tools. */
+async function pacman() {
+  const build = join(folder, "arch");
+  put(join(build, ".PKGINFO"), "pkgname = wireguard-tools\npkgver = 1.0-1\narch = any\nsize = 1\n");
+  put(join(build, "usr/bin/wg"), TOOL);
+  await $`tar -C ${build} --zstd -cf ${folder}/wireguard-tools-1.0-1-any.pkg.tar.zst .PKGINFO usr`;
+  const fields = {
+    FILENAME: "wireguard-tools-1.0-1-any.pkg.tar.zst",
+    NAME: "wireguard-tools",
+    VERSION: "1.0-1",
+    ARCH: "any",
+  };
+  const desc = Object.entries(fields).map(([key, value]) => `%${key}%\n${value}\n\n`);
+  put(join(folder, "db/wireguard-tools-1.0-1/desc"), desc.join(""));
+  await $`tar -C ${folder}/db -czf ${folder}/lab.db wireguard-tools-1.0-1`;
+  mkdirSync(join(root("arch"), "var/lib/pacman"), { recursive: true });
+  put(
+    join(folder, "pacman.conf"),
+    `[options]\nArchitecture = auto\nSigLevel = Never\n[lab]\nServer = file://${folder}\n`,
+  );
+}
+
+describe("WireGuard's tools are installed", () => {
+  before(async () => {
+    const repository = await rpms();
+    put(join(root("almalinux-9"), "etc/yum.repos.d/lab.repo"), repository);
+    put(join(root("opensuse-leap-15.6"), "etc/zypp/repos.d/lab.repo"), repository);
+    await pacman();
+  });
+
+  for (const [name, command] of [
+    [
+      "almalinux-9",
+      `dnf --installroot=${root("almalinux-9")} --releasever=9 --setopt=reposdir=${root("almalinux-9")}/etc/yum.repos.d`,
+    ],
+    ["opensuse-leap-15.6", `zypper --root ${root("opensuse-leap-15.6")} --no-gpg-checks`],
+    [
+      "arch",
+      `pacman --root ${root("arch")} --dbpath ${root("arch")}/var/lib/pacman --config ${folder}/pacman.conf --cachedir ${folder}/pacman`,
+    ],
+  ] as const)
+    test(`by ${command.split(" ")[0]} as ${name} is asked to, once and again`, async () => {
+      const os = osOf({ os: fixture(`os-release/${name}`) });
+      const real = (await $`command -v ${os.manager}`).stdout.trim();
+      const PATH = programs(join(folder, name), {
+        [os.manager]: `exec ${command.replace(os.manager, real)} "$@"`,
+      });
+      const script = packages(os, undefined, wanted())
+        .map((change) => change.sh)
+        .join("\n");
+      for (let time = 1; time <= 2; time++) {
+        const { status, stdout, stderr } = shell(
+          `main() {\nset -eu\n${script}\n}\nmain </dev/null 2>&1`,
+          ["sh", "-s"],
+          { PATH },
+        );
+        assert.equal(status, 0, stdout + stderr);
+        assert.match((await $`${root(name)}/usr/bin/wg`).stdout, /wireguard-tools/);
+      }
+    });
+});
