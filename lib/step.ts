@@ -9,7 +9,10 @@ export type Facts = Record<string, string>;
 export interface Change {
   /** What will be done and for what reason, in one line; shown to the user, never with a secret in it. */
   why: string;
-  /** The shell that does it, as root, under `set -eu`; `say TEXT` reports progress. */
+  /**
+   * The shell that does it, as root, under `set -eu`. `say TEXT` reports progress, `early FACT TEXT` a fact that
+   * others wait for; `beat`, now and then in a long wait, ends it when the operator is gone.
+   */
   sh: string;
   /** Time limit in seconds; default 60. */
   seconds?: number;
@@ -84,7 +87,13 @@ export function applyScript(
   changes: readonly Change[],
   mark: string,
   secrets: (name: SettingName) => string,
+  reader: "program" | "person" = "program",
 ): string {
+  // A fact may be a secret: it is for the program that asked.
+  const asides =
+    reader === "person"
+      ? "early() { :; }\nbeat() { :; }"
+      : `early() { printf '%s early %s %s\\n' ${mark} "$1" "$2"; }\nbeat() { printf '%s beat\\n' ${mark}; }`;
   const body = changes.map((change, i) => {
     const given = (change.secrets ?? []).map((name) => `${name}=${secrets(name)}\n`).join("");
     return `# ${change.why.replace(/\s+/g, " ")}
@@ -92,6 +101,7 @@ change ${i} ${change.seconds ?? 60} <<'${mark}'
 main() {
 set -eu
 say() { printf '%s say %s\\n' ${mark} "$*"; }
+${asides}
 ${given}${change.sh}
 }
 main </dev/null
@@ -119,11 +129,14 @@ export function printed(changes: readonly Change[]): string {
     (name) => `: "\${${name}:?is a secret: set it before you run this}"; export ${name}`,
   );
   const pushes = changes.flatMap(({ push }) => (push ? [`# first copy ${push.file} to ${push.path}`] : []));
-  return `#!/bin/sh\n${whole([...needs, ...pushes, applyScript(changes, "k3s-across-clouds", (name) => `"$${name}"`)].join("\n"))}`;
+  return `#!/bin/sh\n${whole([...needs, ...pushes, applyScript(changes, "k3s-across-clouds", (name) => `"$${name}"`, "person")].join("\n"))}`;
 }
 
 /** Cuts what a box printed into markers; text between them goes to the last one. */
-export function reader(mark: string, on: { change?(i: number): void; say?(text: string): void }) {
+export function reader(
+  mark: string,
+  on: { change?(i: number): void; say?(text: string): void; early?(fact: Facts): void },
+) {
   const facts: Facts = {};
   const seen = {
     facts,
@@ -145,6 +158,8 @@ export function reader(mark: string, on: { change?(i: number): void; say?(text: 
         fact = rest[0] as string;
         delete facts[fact];
       } else if (kind === "say") on.say?.(rest.join(" "));
+      else if (kind === "early") on.early?.({ [rest[0] as string]: rest.slice(1).join(" ") });
+      else if (kind === "beat") return;
       else if (kind === "end") seen.ended = true;
       else if (kind === "failed") seen.failed = { i: Number(rest[0]), status: Number(rest[1]) };
       else {
@@ -167,6 +182,8 @@ export interface Job {
   box: Box;
   want: Settings;
   progress: Progress;
+  /** A fact that a change reports before it has ended. */
+  early?(fact: Facts): void;
   /** Restart a box where a change needs it (over ssh: yes; on this machine: only with --reboot). */
   mayReboot: boolean;
 }
@@ -185,6 +202,7 @@ async function trip(job: Job, steps: readonly Step[], changes: readonly Change[]
   const stream = reader(mark, {
     change: (i) => job.progress.starts((changes[i] as Change).why),
     say: (text) => job.progress.says(text),
+    early: (fact) => job.early?.(fact),
   });
   const apply = changes.length ? applyScript(changes, mark, (name) => sh(job.want[name])) : "";
   const script = whole(`${apply}\n${lookScript(steps, job.want, mark)}`);

@@ -98,7 +98,14 @@ async function measure(lab: Lab, command: string[]): Promise<Run> {
 
 async function once(contender: string, boxes: number, ms: number): Promise<Result> {
   const began = performance.now();
-  const lab = await up({ name: "bench", boxes: names(boxes), tools: true, slow: true, hairpin: ["a", "b"], startSeconds: START });
+  const lab = await up({
+    name: "bench",
+    boxes: names(boxes),
+    tools: true,
+    slow: true,
+    hairpin: ["a", "b"],
+    startSeconds: START,
+  });
   const started = since(began);
   try {
     const [server, ...agents] = all(lab);
@@ -144,7 +151,21 @@ function median(runs: Result[]): Result {
 const key = (r: Result) => `${r.boxes} ${r.ms} ${r.contender}`;
 
 function table(results: Result[]): string {
-  const head = ["boxes", "ms", "what", "fresh", "again", "floor ×", "bare ssh ×", "commands", "logins", "CPU", "MB", "kB sent", "lab"];
+  const head = [
+    "boxes",
+    "ms",
+    "what",
+    "fresh",
+    "again",
+    "floor ×",
+    "bare ssh ×",
+    "commands",
+    "logins",
+    "CPU",
+    "MB",
+    "kB sent",
+    "lab",
+  ];
   const rows = results.map((r) => {
     const floor = results.find((f) => f.contender === "floor" && f.boxes === r.boxes && f.ms === r.ms);
     const of = (value: number, other?: number) => (other ? (value / other).toFixed(2) : "-");
@@ -167,7 +188,12 @@ function table(results: Result[]): string {
   });
   const widths = head.map((_, i) => Math.max(...[head, ...rows].map((row) => (row[i] as string).length)));
   return [head, ...rows]
-    .map((row) => row.map((cell, i) => cell.padEnd(widths[i] as number)).join("  ").trimEnd())
+    .map((row) =>
+      row
+        .map((cell, i) => cell.padEnd(widths[i] as number))
+        .join("  ")
+        .trimEnd(),
+    )
     .join("\n");
 }
 

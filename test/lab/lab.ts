@@ -136,7 +136,9 @@ export async function up(spec: LabSpec, say: (line: string) => void = () => {}):
   for (const { from, to } of boxFiles()) await cp(from, join(dir, "stand-in", relative(STAND_IN, to)));
   await run`cp --link ${cache.node} ${dir}/stand-in/node 2>/dev/null || cp --reflink=auto ${cache.node} ${dir}/stand-in/node`;
 
-  await run({ env: { ...process.env, ...COMPILED(join(dir, "stand-in")) } })`${dir}/stand-in/node --no-warnings ${dir}/stand-in/k3s.ts ${VERSIONS[0]} k3s --version`;
+  await run({
+    env: { ...process.env, ...COMPILED(join(dir, "stand-in")) },
+  })`${dir}/stand-in/node --no-warnings ${dir}/stand-in/k3s.ts ${VERSIONS[0]} k3s --version`;
 
   await detached(join(dir, "lab.log"), [
     "sh",
@@ -239,8 +241,11 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
       const tops = await cgroupTops();
       // Time is counted in version 2's tree whatever controllers it has; memory where its controller is.
       const read = async (file: string) =>
-        (await Promise.all(tops.map((top) => readFile(join(top, `k3s-lab-${name}-${meter}`, file), "utf8").catch(() => ""))))
-          .join("");
+        (
+          await Promise.all(
+            tops.map((top) => readFile(join(top, `k3s-lab-${name}-${meter}`, file), "utf8").catch(() => "")),
+          )
+        ).join("");
       const usec = /(?<=^usage_usec )\d+/m.exec(await read("cpu.stat"))?.[0];
       const bytes = (await read("memory.peak")) || (await read("memory.max_usage_in_bytes"));
       if (!usec || !bytes) throw new Error("This machine's cgroups do not tell CPU time and peak memory");

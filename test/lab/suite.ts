@@ -114,7 +114,11 @@ cat "$log"`,
       await part();
       return readFileSync(lab.mirror.log, "utf8").slice(before).trim().split("\n").filter(Boolean);
     },
-    trips: (names: string[], part: () => Promise<unknown>) => trips(names.map((name) => lab.box(name)), part),
+    trips: (names: string[], part: () => Promise<unknown>) =>
+      trips(
+        names.map((name) => lab.box(name)),
+        part,
+      ),
   };
 }
 
