@@ -53,17 +53,16 @@ test("a box with a slow download holds up no other", async () => {
   await mend();
   assert.deepEqual(done(text).toSorted(), ["b1", "b2", "b3"], text);
   assert.equal(done(text).at(-1), "b2", text);
-  assert.match(text, /^b2 +\d+ bytes$/m, "it says how far it is");
 });
 
 test("a download over a long line that loses packets, cut twice, fetches no byte a second time", async () => {
   await t.box("b1").sh(away);
-  await t.lab.line("b", 200, 0.5);
+  await t.lab.line("b", 200, 0.3);
   const cut = (bytes: number) => t.lab.mirror.fault(t.lab.mirror.plain, { mode: "cut", bytes, only: "/k3s" });
   const size = standIn(MODERN).length;
   const alone = `make download-k3s HOST=b1 K3S_MIRRORS=${t.lab.mirror.plain} K3S_SHA256=${await t.box("a1").sh("sha256sum </usr/local/bin/k3s | cut -c1-64")}`;
   const requests = await t.requests(async () => {
-    for (const bytes of [1_000_000, 1_200_000]) {
+    for (const bytes of [700_000, 900_000]) {
       await cut(bytes);
       await t.says(alone, 2, ["What came is kept: run the same again"]);
     }
@@ -73,7 +72,7 @@ test("a download over a long line that loses packets, cut twice, fetches no byte
   await t.lab.line("b", 0);
   assert.deepEqual(
     requests.map((line) => line.split(" ").slice(3).join(" ")),
-    ["- 200", "bytes=1000000- 206", "bytes=2200000- 206"],
+    ["- 200", "bytes=700000- 206", "bytes=1600000- 206"],
   );
   assert.equal((await t.box("b1").sh("stat -c %s /usr/local/bin/k3s")).trim(), `${size}`);
 });
