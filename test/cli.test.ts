@@ -203,10 +203,15 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
 });
 
 test("a wrong setting is answered at once: in no more than a second over --help", async () => {
-  const help = await call("server", ["--help"]);
-  const wrong = await call("server", ["--host", "no..such"]);
-  assert.equal(wrong.status, 2);
-  assert.ok(wrong.seconds - help.seconds < 1, `${wrong.seconds} s, --help ${help.seconds} s`);
+  // The best of three: other work on this machine can only slow a run down.
+  const best = { help: Number.POSITIVE_INFINITY, wrong: Number.POSITIVE_INFINITY };
+  for (let i = 0; i < 3; i++) {
+    best.help = Math.min(best.help, (await call("server", ["--help"])).seconds);
+    const wrong = await call("server", ["--host", "no..such"]);
+    assert.equal(wrong.status, 2);
+    best.wrong = Math.min(best.wrong, wrong.seconds);
+  }
+  assert.ok(best.wrong - best.help < 1, JSON.stringify(best));
 });
 
 test("a box that cannot be reached is a failure, with its reason and the line that tries it again", async () => {

@@ -3,6 +3,8 @@
 
 TOKEN='cat /var/lib/rancher/k3s/server/node-token'
 READY='until k3s kubectl get node "$(uname -n)" 2>/dev/null | grep " Ready "; do sleep 1; done'
+# With the number of nodes and the rest of the loop behind it.
+ANSWERED='until [ "$(k3s kubectl top nodes --no-headers 2>/dev/null | grep -c %)" -ge'
 
 download() { # BASE VERSION
 	echo "[ -x /usr/local/bin/k3s ] || { curl -fsS -o /usr/local/bin/k3s '$1/$2/k3s' && chmod 755 /usr/local/bin/k3s; }"

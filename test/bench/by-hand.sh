@@ -29,4 +29,4 @@ for agent; do
 	ssh "$server" 'kubectl get nodes' >/dev/null
 	ssh "$box" 'wg show flannel-wg' >/dev/null
 done
-ssh "$server" 'kubectl top nodes' >/dev/null || :
+ssh "$server" "$ANSWERED $(($# + 1)) ]; do sleep 1; done" >/dev/null

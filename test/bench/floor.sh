@@ -1,5 +1,6 @@
 #!/bin/bash
-# The floor: one connection a box, three remote commands, all boxes at once. Nothing is checked, nothing explained.
+# The floor: one connection a box, three remote commands, all boxes at once; it ends when `kubectl top` answers for
+# every node. Nothing is checked, nothing explained, and nothing would be mended.
 #
 #   floor.sh DOWNLOAD-BASE VERSION SERVER=IP AGENT=IP…
 set -eu
@@ -8,6 +9,7 @@ shift 3
 # shellcheck source=test/bench/box.sh
 . "$(dirname "$0")/box.sh"
 dir=$(mktemp -d)
+boxes=$(($# + 1))
 
 on() { # BOX COMMANDS
 	ssh -o ControlMaster=auto -o ControlPath="$dir/%C" -o ControlPersist=60 "$1" "set -eu; $2"
@@ -18,7 +20,7 @@ serve() {
 	on "$server" "$(start_server "$server_ip")
 $TOKEN" >"$dir/token.new"
 	mv "$dir/token.new" "$dir/token"
-	on "$server" "$READY" >/dev/null
+	on "$server" "$ANSWERED $boxes ]; do sleep 1; done" >/dev/null
 }
 
 join() { # AGENT IP

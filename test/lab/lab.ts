@@ -411,6 +411,7 @@ async function specOf(dir: string): Promise<LabSpec & { root: string }> {
 async function holderOf(dir: string) {
   const record = await readFile(join(dir, "holder"), "utf8").catch(() => "");
   const [pid, started, boot] = record.trim().split(" ");
+  if (!pid) return;
   const stat = await readFile(`/proc/${pid}/stat`, "utf8").catch(() => "");
   const fields = stat.replace(/^.*\) /s, "").split(" ");
   const same = fields[0] !== "Z" && fields[19] === started;
