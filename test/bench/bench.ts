@@ -7,10 +7,11 @@
  *     BOXES="3 9 17"    how many boxes
  *     MS="50 150"       round trip of the operator, in milliseconds
  *     ONLY="up floor"   which contenders; default all
+ *     K3SUP=…, K3S_INSTALL_SH=…   k3sup's binary and k3s's install.sh, to have k3sup run as well
  *     TIMES=3           runs of each; the one with the median fresh time counts
  */
-import { existsSync, readFileSync, writeFileSync } from "node:fs";
-import { cpus } from "node:os";
+import { copyFileSync, existsSync, readFileSync, writeFileSync } from "node:fs";
+import { cpus, loadavg } from "node:os";
 import { join } from "node:path";
 import { type Lab, up } from "../lab/lab.ts";
 import { MODERN, nodes, trips } from "../lab/suite.ts";
@@ -24,20 +25,37 @@ interface Contender {
   about: string;
   /** The command of the operator; both runs are the same. */
   command(lab: Lab): string[];
+  /** What it needs that is not ours: variables that name files. Without them it is left out. */
+  needs?: string[];
+  prepare?(lab: Lab): Promise<unknown>;
 }
 
 const all = (lab: Lab) => lab.boxes.map(({ name, publicIp }) => `${name}=${publicIp}`);
-const script = (name: string) => (lab: Lab) => [
-  join(import.meta.dirname, name),
-  lab.mirror.plain,
-  MODERN,
-  ...all(lab),
-];
+const script =
+  (name: string, ...first: string[]) =>
+  (lab: Lab) => [join(import.meta.dirname, name), ...first, lab.mirror.plain, MODERN, ...all(lab)];
+
+/** k3sup runs k3s's installation script, which a box gets from the lab's mirror, like all that it asks curl for. */
+const K3SUP = {
+  needs: ["K3SUP", "K3S_INSTALL_SH"],
+  prepare: async (lab: Lab) => {
+    const { host } = new URL(lab.mirror.github);
+    copyFileSync(process.env.K3S_INSTALL_SH as string, join(lab.mirror.dir, host, "install.sh"));
+    const curl = `#!/bin/bash
+args=("\${@/#https:\\/\\/get.k3s.io/http://${host}/install.sh}")
+exec /usr/bin/curl "\${args[@]/#https:\\/\\/github.com/http://${host}}"
+`;
+    const put = `cat >/usr/local/bin/curl <<'SH'\n${curl}SH\nchmod 755 /usr/local/bin/curl`;
+    await Promise.all(lab.boxes.map((box) => box.sh(put)));
+  },
+};
 
 const CONTENDERS: Record<string, Contender> = {
   up: { about: "make -j up", command: () => ["make", "-j", "up"] },
   floor: { about: "the floor: 3 commands a box, all at once", command: script("floor.sh") },
   "by-hand": { about: "the article by hand", command: script("by-hand.sh") },
+  k3sup: { ...K3SUP, about: "k3sup, eight joins at once", command: script("k3sup.sh", "8") },
+  "k3sup-1": { ...K3SUP, about: "k3sup, box after box", command: script("k3sup.sh", "1") },
 };
 
 interface Run {
@@ -46,6 +64,8 @@ interface Run {
   cpu: number;
   memory: number;
   sent: number;
+  /** CPU that the boxes took, in seconds a box, k3s's stand-in included. */
+  boxCpu: number;
   /** The most that any one box saw. */
   commands: number;
   logins: number;
@@ -61,7 +81,9 @@ interface Result {
   bare: number;
   fresh: Run;
   again: Run;
+  /** The machine, and its load average when the run ended. */
   machine: string;
+  load: number;
 }
 
 const round = (value: number, digits = 1) => Number(value.toFixed(digits));
@@ -76,11 +98,17 @@ async function measure(lab: Lab, command: string[]): Promise<Run> {
     const [link] = JSON.parse(await lab.net("op", "ip -s -j link show eth0"));
     return link.stats64.tx.bytes / 1000;
   };
+  const boxCpu = async () => {
+    const each = await Promise.all(lab.boxes.map((box) => lab.cpuOf(box.name)));
+    return each.reduce((sum, seconds) => sum + seconds, 0) / each.length;
+  };
   let run: Run | undefined;
   const seen = await trips(lab.boxes, async () => {
     const before = await sent();
+    const cpuBefore = await boxCpu();
     const began = performance.now();
-    const { ran, cpu, memory } = await lab.metered(command, { timeout: 400 });
+    const env = { K3SUP: process.env.K3SUP ?? "" };
+    const { ran, cpu, memory } = await lab.metered(command, { timeout: 400, env });
     const seconds = since(began);
     if (ran.exitCode) throw new Error(`${command[0]} failed:\n${ran.stdout}${ran.stderr}`);
     run = {
@@ -88,6 +116,7 @@ async function measure(lab: Lab, command: string[]): Promise<Run> {
       cpu: round(cpu, 2),
       memory: round(memory / 1e6, 0),
       sent: round((await sent()) - before, 0),
+      boxCpu: round((await boxCpu()) - cpuBefore, 2),
       commands: 0,
       logins: 0,
     };
@@ -121,7 +150,8 @@ async function once(contender: string, boxes: number, ms: number): Promise<Resul
         .map((name) => `ssh ${name} true &`)
         .join(" ")} wait`,
     ]);
-    const { command } = CONTENDERS[contender] as Contender;
+    const { command, prepare } = CONTENDERS[contender] as Contender;
+    await prepare?.(lab);
     const fresh = await measure(lab, command(lab));
     const ready = Object.values(await nodes(lab.box("a1"))).filter((node) => node.ready).length;
     if (ready !== boxes) throw new Error(`${contender}: only ${ready} nodes of ${boxes} are Ready`);
@@ -137,6 +167,7 @@ async function once(contender: string, boxes: number, ms: number): Promise<Resul
       fresh,
       again,
       machine,
+      load: round(loadavg()[0] as number),
     };
   } finally {
     await lab.down();
@@ -181,6 +212,7 @@ function table(results: Result[]): string {
       both("commands"),
       both("logins"),
       both("cpu"),
+      both("boxCpu"),
       both("memory"),
       both("sent"),
       `${r.lab} s`,
@@ -201,6 +233,11 @@ const kept: Result[] = existsSync(RESULTS) ? JSON.parse(readFileSync(RESULTS, "u
 for (const boxes of list("BOXES", "3 9 17").map(Number))
   for (const ms of list("MS", "50 150").map(Number))
     for (const contender of list("ONLY", Object.keys(CONTENDERS).join(" "))) {
+      const missing = CONTENDERS[contender]?.needs?.filter((name) => !process.env[name]) ?? [];
+      if (missing.length) {
+        console.error(`${contender} is left out: ${missing.join(" and ")} not set`);
+        continue;
+      }
       const runs: Result[] = [];
       for (let i = 0; i < Number(process.env.TIMES || 1); i++) {
         runs.push(await once(contender, boxes, ms));

@@ -77,6 +77,8 @@ export type Lab = {
   op(command: string | string[], options?: Run): Promise<ProcessOutput>;
   /** The same, and what the command took: CPU of all its processes in seconds, their peak memory in bytes. */
   metered(command: string[], options?: Run): Promise<{ ran: ProcessOutput; cpu: number; memory: number }>;
+  /** CPU that a box has taken so far, in seconds. */
+  cpuOf(box: string): Promise<number>;
   /** Runs sh in a network namespace: op, inet, router-a, router-b or a box. */
   net(namespace: string, script: string): Promise<string>;
   hairpin(cloud: Cloud, on: boolean): Promise<void>;
@@ -163,7 +165,7 @@ export async function up(spec: LabSpec, say: (line: string) => void = () => {}):
   await Promise.all(names.map((name) => furnishBox(dir, name)));
   await acquaint(dir);
   await Promise.all(names.map((name) => start(dir, name)));
-  await Promise.all(lab.boxes.map((box) => box.answers()));
+  await Promise.all(lab.boxes.map((box) => box.answers(60 + 5 * names.length)));
   await until(() => existsSync(socket), 10, join(dir, "mirror.log"));
   await writeFile(join(dir, "whole"), "");
   return lab;
@@ -238,19 +240,13 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
     metered: async (command, options) => {
       const meter = `meter${meters++}`;
       const ran = await op(["sh", INSIDE, "meter", name, dir, meter, ...command], options);
-      const tops = await cgroupTops();
-      // Time is counted in version 2's tree whatever controllers it has; memory where its controller is.
-      const read = async (file: string) =>
-        (
-          await Promise.all(
-            tops.map((top) => readFile(join(top, `k3s-lab-${name}-${meter}`, file), "utf8").catch(() => "")),
-          )
-        ).join("");
-      const usec = /(?<=^usage_usec )\d+/m.exec(await read("cpu.stat"))?.[0];
-      const bytes = (await read("memory.peak")) || (await read("memory.max_usage_in_bytes"));
-      if (!usec || !bytes) throw new Error("This machine's cgroups do not tell CPU time and peak memory");
-      return { ran, cpu: Number(usec) / 1e6, memory: Number(bytes) };
+      const group = `k3s-lab-${name}-${meter}`;
+      const bytes =
+        (await counted(group, "memory.peak")) || (await counted(group, "memory.max_usage_in_bytes"));
+      if (!bytes) throw new Error("This machine's cgroups do not tell peak memory");
+      return { ran, cpu: await cpuOf(group), memory: Number(bytes) };
     },
+    cpuOf: (box) => cpuOf(`k3s-lab-${name}-${box}`),
     net: async (namespace, script) =>
       (await run`${[...inside, "ip", "netns", "exec", namespace, "sh", "-euc", script]}`).stdout,
     hairpin: async (cloud, on) => void (await shell("hairpin", cloud, on ? "on" : "off")),
@@ -449,6 +445,19 @@ async function cgroupTops() {
   const top = "/sys/fs/cgroup";
   if (existsSync(join(top, "cgroup.procs"))) return [top];
   return (await readdir(top)).map((name) => join(top, name));
+}
+
+/** What a cgroup's file says, in whichever tree it is. */
+async function counted(group: string, file: string): Promise<string> {
+  const read = (top: string) => readFile(join(top, group, file), "utf8").catch(() => "");
+  return (await Promise.all((await cgroupTops()).map(read))).join("");
+}
+
+/** Seconds. They are counted in version 2's tree whatever controllers it has. */
+async function cpuOf(group: string): Promise<number> {
+  const usec = /(?<=^usage_usec )\d+/m.exec(await counted(group, "cpu.stat"))?.[0];
+  if (!usec) throw new Error("This machine's cgroups do not tell CPU time");
+  return Number(usec) / 1e6;
 }
 
 async function removeGroup(group: string) {
