@@ -180,6 +180,8 @@ fact interfaces; ls /sys/class/net
 export interface Node {
   name: string;
   ready: boolean;
+  /** When it joined, in seconds since 1970 by the server's clock. */
+  created: number;
   /** When its kubelet last said so, in seconds since 1970 by the node's own clock. */
   heartbeat: number;
   internalIp: string | undefined;
@@ -194,7 +196,7 @@ export interface Node {
 /** What is read of a Node as the API gives it. */
 interface NodeObject {
   kind?: string;
-  metadata: { name: string; annotations?: Record<string, string> };
+  metadata: { name: string; creationTimestamp?: string; annotations?: Record<string, string> };
   spec?: { podCIDR?: string };
   status?: {
     addresses?: { type: string; address: string }[];
@@ -225,6 +227,7 @@ export function nodesOf(json = ""): Node[] {
       return {
         name: metadata.name,
         ready: ready?.status === "True",
+        created: Date.parse(metadata.creationTimestamp ?? "") / 1000 || 0,
         heartbeat: Date.parse(ready?.lastHeartbeatTime ?? "") / 1000 || 0,
         internalIp: address("InternalIP"),
         externalIp: address("ExternalIP"),
@@ -371,7 +374,7 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
   else if (ills.length)
     changes.push({
       why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
-      sh: `unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=0; stand=0\n${healthSh(name, generation, want)}`,
+      sh: `unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=0; stand=0\n${healthSh(name, generation, want, role === "agent" ? 1 : 0)}`,
       seconds: WAIT + 60,
     });
   return changes;
@@ -402,7 +405,7 @@ export function restart(
 systemctl daemon-reload
 systemctl enable ${unit} >/dev/null 2>&1
 systemctl restart --no-block ${unit}
-${healthSh(name, generation, want, role === "server" && generation === "modern" && verb === "start" ? DOOR : "")}`,
+${healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "server" && generation === "modern" && verb === "start" ? DOOR : "")}`,
     seconds: WAIT + 60,
   };
 }
@@ -435,7 +438,13 @@ const HOPELESS = [
 ].join("|");
 
 /** Waits for a healthy node, says how it goes, and on failure prints the journal's lines that matter. */
-function healthSh(name: string, generation: Generation, want: Settings, meanwhile = ""): string {
+function healthSh(
+  name: string,
+  generation: Generation,
+  want: Settings,
+  peers: number,
+  meanwhile = "",
+): string {
   return `${KUBECTL}
 began=$(date +%s); starts=0; was=; up=
 nap() { sleep 0.2 2>/dev/null || sleep 1; }
@@ -483,7 +492,7 @@ done
 # WireGuard needs some seconds more; who is still missing then is the next look's to say.
 end=$(($(date +%s) + 10))
 while [ "$(date +%s)" -lt "$end" ]; do
-  wg show ${interfaceOf(generation)} dump | awk -v now="$(date +%s)" 'NR > 1 && $4 != "(none)" && now - $5 > 180 { bad = 1 } END { exit bad }' && break
+  wg show ${interfaceOf(generation)} dump | awk -v now="$(date +%s)" 'NR > 1 && $4 != "(none)" && now - $5 > 180 { bad = 1 } NR > 1 { n++ } END { exit bad || n < ${peers} }' && break
   nap
 done`;
 }

@@ -37,7 +37,7 @@ for agent; do
 	jobs="$jobs $!"
 done
 status=0
-for job in $jobs; do wait "$job" || status=1; done
-for box in "$server" "${@%%=*}"; do ssh -o ControlPath="$dir/%C" -O exit "$box" 2>/dev/null; done
+for job in $jobs; do wait "$job" || status=$?; done
+for box in "$server" "${@%%=*}"; do ssh -o ControlPath="$dir/%C" -O exit "$box" 2>/dev/null || :; done
 rm -rf "$dir"
 exit $status
