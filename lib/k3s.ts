@@ -473,16 +473,17 @@ while :; do
   if [ "$(journalctl -u "$unit" -o cat --no-pager --since "@$began" | grep -cE '${HOPELESS}')" -ge 3 ]; then
     fail "$unit cannot go on"
   fi
-  state=$(kc get node ${sh(name)} -o json 2>/dev/null | awk -F'"' '
+  # kubectl costs a small box a good part of a second: it is asked when it can say yes.
+  state=; [ ! -d /sys/class/net/${interfaceOf(generation)} ] || state=$(kc get node ${sh(name)} -o json 2>/dev/null | awk -F'"' '
     /"lastHeartbeatTime":/ { beat = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status " " beat }
     /"address":/ { address = $4 } /"type": "ExternalIP"/ { ip = address } END { print ready, ip }') || state=
   read -r ready beat ip <<END
 $state
 END
   case $ready in True) shown=Ready ;; '') shown='not registered yet' ;; *) shown='not Ready' ;; esac
+  [ -d /sys/class/net/${interfaceOf(generation)} ] || shown='no ${interfaceOf(generation)} yet'
   [ "$ip" = ${sh(want.PUBLIC_IP)} ] || [ -z "$ready" ] || shown="$shown, ExternalIP \${ip:-not set}"
-  if [ "$ready" = True ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ] && [ "$ip" = ${sh(want.PUBLIC_IP)} ] &&
-    [ -d /sys/class/net/${interfaceOf(generation)} ]; then
+  if [ "$ready" = True ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ] && [ "$ip" = ${sh(want.PUBLIC_IP)} ]; then
     [ $((now - since)) -lt "$stand" ] || break
   fi
   [ "$shown" = "$was" ] || say "node ${name}: $shown"

@@ -155,6 +155,7 @@ describe("nodes and peers", () => {
       {
         name: "a1",
         ready: true,
+        created: 0,
         heartbeat: Date.parse("2026-11-23T15:15:19Z") / 1000,
         internalIp: "192.168.0.11",
         externalIp: "198.51.100.21",
@@ -166,6 +167,7 @@ describe("nodes and peers", () => {
       {
         name: "b1",
         ready: true,
+        created: 0,
         heartbeat: Date.parse("2026-11-23T15:18:30Z") / 1000,
         internalIp: "192.168.0.12",
         externalIp: "198.51.101.21",

@@ -81,6 +81,8 @@ interface Result {
   /** `ssh box true` on all boxes at once, in seconds. */
   bare: number;
   fresh: Run;
+  /** Until every node is Ready, in seconds, with half a second of doubt. */
+  ready: number;
   again: Run;
   /** The machine, and its load average when the run ended. */
   machine: string;
@@ -153,12 +155,14 @@ async function once(contender: string, boxes: number, ms: number): Promise<Resul
     ]);
     const { command, prepare } = CONTENDERS[contender] as Contender;
     await prepare?.(lab);
+    const launched = performance.now();
     const fresh = await measure(lab, command(lab));
     // k3sup ends before that.
     const ready = async () => Object.values(await nodes(lab.box("a1"))).filter((node) => node.ready).length;
     for (const end = Date.now() + 60_000; (await ready()) < boxes; await sleep(500))
       if (Date.now() > end)
         throw new Error(`${contender}: only ${await ready()} nodes of ${boxes} are Ready`);
+    const allReady = round(since(launched));
     const again = await measure(lab, command(lab));
     const machine = `${cpus().length} × ${cpus()[0]?.model}, Node ${process.versions.node}`;
     return {
@@ -169,6 +173,7 @@ async function once(contender: string, boxes: number, ms: number): Promise<Resul
       lab: round(started),
       bare: bare.seconds,
       fresh,
+      ready: allReady,
       again,
       machine,
       load: round(loadavg()[0] as number),
@@ -191,6 +196,7 @@ function table(results: Result[]): string {
     "ms",
     "what",
     "fresh",
+    "Ready",
     "again",
     "floor ×",
     "bare ssh ×",
@@ -211,6 +217,7 @@ function table(results: Result[]): string {
       `${r.ms}`,
       r.contender,
       `${r.fresh.seconds} s`,
+      `${r.ready} s`,
       `${r.again.seconds} s`,
       of(r.fresh.seconds, floor?.fresh.seconds),
       of(r.again.seconds, r.bare),
