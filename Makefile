@@ -40,6 +40,8 @@ test: $(MODULES) ## unit tests; no root, no network
 	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) --test --test-concurrency=4 test/*.test.ts
 test-lab: $(MODULES) ## the lab's suite (root): real boxes, NAT and WireGuard
 	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) --test --test-concurrency=1 test/lab/*.test.ts
+bench: $(MODULES) ## times and costs beside the floor and the article by hand, in slow labs (root); test/bench/bench.ts
+	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) test/bench/bench.ts
 lint: ## types, format and lint
 	@test -x node_modules/.bin/biome || npm ci --no-audit --no-fund
 	@npm run --silent check
@@ -48,4 +50,4 @@ node_modules/.package-lock.json: package-lock.json
 	npm ci --omit=dev --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(STEPS) download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab lint
+.PHONY: help up $(STEPS) download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab bench lint

@@ -314,6 +314,17 @@ export function showPlan(call: Call, box: Target, steps: readonly Step[], job: J
     );
 }
 
+/** What the steps learned from the facts. @throws {SettingError} where it cannot be a setting's value. */
+export function learned(steps: readonly Step[], job: Job, facts: Facts): Partial<Settings> {
+  const values: Partial<Settings> = Object.assign(
+    {},
+    ...steps.map((step) => step.learn?.(job.want, facts) ?? {}),
+  );
+  for (const [name, value] of Object.entries(values))
+    check(name as SettingName, value, `learned from ${job.box.host || "this machine"}`);
+  return values;
+}
+
 /** Writes what the steps learned to the env file. */
 export async function learn(
   call: Call,
@@ -321,12 +332,7 @@ export async function learn(
   job: Job,
   facts: Facts,
 ): Promise<Partial<Settings>> {
-  const values = Object.assign(
-    {},
-    ...steps.map((step) => step.learn?.(job.want, facts) ?? {}),
-  ) as Partial<Settings>;
-  for (const [name, value] of Object.entries(values))
-    check(name as SettingName, value, `learned from ${job.box.host || "this machine"}`);
+  const values = learned(steps, job, facts);
   if (Object.keys(values).length) await updateEnv(call.envFile, values as Record<string, string>);
   return values;
 }

@@ -200,6 +200,8 @@ export interface Node {
   cordoned: boolean;
   /** In which boot of its box this project drained it. */
   drained: string | undefined;
+  /** When it joined, in seconds since 1970 by the server's clock. */
+  created: number;
   /** When its kubelet last said so, in seconds since 1970 by the node's own clock. */
   heartbeat: number;
   internalIp: string | undefined;
@@ -214,7 +216,7 @@ export interface Node {
 /** What is read of a Node as the API gives it. */
 interface NodeObject {
   kind?: string;
-  metadata: { name: string; annotations?: Record<string, string> };
+  metadata: { name: string; creationTimestamp?: string; annotations?: Record<string, string> };
   spec?: { podCIDR?: string; unschedulable?: boolean };
   status?: {
     addresses?: { type: string; address: string }[];
@@ -248,6 +250,7 @@ export function nodesOf(json = ""): Node[] {
         ready: ready?.status === "True",
         cordoned: spec?.unschedulable === true,
         drained: only(BOOT, metadata.annotations?.[DRAINED]),
+        created: Date.parse(metadata.creationTimestamp ?? "") / 1000 || 0,
         heartbeat: Date.parse(ready?.lastHeartbeatTime ?? "") / 1000 || 0,
         internalIp: address("InternalIP"),
         externalIp: address("ExternalIP"),
@@ -394,7 +397,7 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
   else if (ills.length)
     changes.push({
       why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
-      sh: `unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=0\n${healthSh(name, generation, want)}`,
+      sh: `unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=0; stand=0\n${healthSh(name, generation, want, role === "agent" ? 1 : 0)}`,
       seconds: WAIT + 60,
     });
   return changes;
@@ -418,14 +421,29 @@ export function restart(
   return {
     why: `${verb} ${unit} and wait until node ${name} is Ready with its public address`,
     // --no-block: with wrong credentials a modern agent stays "activating" for ever (seen with v1.36.3).
-    sh: `unit=${unit}; pid=; since=$(date +%s)
+    sh: `unit=${unit}; pid=; since=$(date +%s); stand=0
+# v1.36.3 with a wrong backend dies a second after it was up. It makes no interface, but where one is left from
+# before, only time tells: k3s has to stand for five seconds.
+[ ! -d /sys/class/net/${interfaceOf(generation)} ] || stand=5
 systemctl daemon-reload
 systemctl enable ${unit} >/dev/null 2>&1
 systemctl restart --no-block ${unit}
-${healthSh(name, generation, want)}`,
+${healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "server" && generation === "modern" && verb === "start" ? DOOR : "")}`,
     seconds: WAIT + 60,
   };
 }
+
+/**
+ * Tells the token as soon as it opens the server's door, so that agents join while the server's own node gets
+ * Ready. Not on old k3s, which annotate restarts once more.
+ */
+const DOOR = `if [ -z "\${open-}" ] && token=$(cat /var/lib/rancher/k3s/server/node-token 2>/dev/null) && [ -n "$token" ]; then
+    door=$(printf 'user = "node:%s"\\n' "\${token##*:}" |
+      curl -s -K - --cacert /var/lib/rancher/k3s/server/tls/server-ca.crt --max-time 5 -o /dev/null -w '%{http_code}' \\
+        https://127.0.0.1:6443/v1-k3s/client-k3s-controller.crt) || :
+    if [ "$door" = 200 ]; then open=yes; early token "$token"; fi
+  fi
+`;
 
 /** What an agent or server says again and again without ever giving up (v1.17.6 and v1.36.3, recorded). */
 const HOPELESS = [
@@ -443,9 +461,23 @@ const HOPELESS = [
 ].join("|");
 
 /** Waits for a healthy node, says how it goes, and on failure prints the journal's lines that matter. */
-function healthSh(name: string, generation: Generation, want: Settings): string {
+function healthSh(
+  name: string,
+  generation: Generation,
+  want: Settings,
+  peers: number,
+  meanwhile = "",
+): string {
   return `${KUBECTL}
-began=$(date +%s); starts=0; was=
+began=$(date +%s); starts=0; was=; up=
+nap() { sleep 0.2 2>/dev/null || sleep 1; }
+# A second, or less when systemd hears just then that k3s is up.
+pause() {
+  for _ in 1 2 3 4 5; do
+    nap
+    [ -n "$up" ] || [ "$(systemctl is-active "$unit")" != active ] || { up=yes; return 0; }
+  done
+}
 fail() {
   echo "$1"
   echo "journal of $unit since then, what matters of it:"
@@ -455,35 +487,37 @@ fail() {
   exit 1
 }
 while :; do
-  sleep 1
+  pause
+  beat
   now=$(date +%s)
-  p=$(systemctl show "$unit" -p MainPID | cut -d= -f2)
+  ${meanwhile}p=$(systemctl show "$unit" -p MainPID | cut -d= -f2)
   if [ "$p" != "$pid" ]; then pid=$p; since=$now; [ "$p" = 0 ] || starts=$((starts + 1)); fi
   [ "$starts" -lt 5 ] || fail "$unit starts again and again"
   if [ "$(journalctl -u "$unit" -o cat --no-pager --since "@$began" | grep -cE '${HOPELESS}')" -ge 3 ]; then
     fail "$unit cannot go on"
   fi
-  state=$(kc get node ${sh(name)} -o json 2>/dev/null | awk -F'"' '
+  # kubectl costs a small box a good part of a second: it is asked when it can say yes.
+  state=; [ ! -d /sys/class/net/${interfaceOf(generation)} ] || state=$(kc get node ${sh(name)} -o json 2>/dev/null | awk -F'"' '
     /"lastHeartbeatTime":/ { beat = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status " " beat }
     /"address":/ { address = $4 } /"type": "ExternalIP"/ { ip = address } END { print ready, ip }') || state=
   read -r ready beat ip <<END
 $state
 END
   case $ready in True) shown=Ready ;; '') shown='not registered yet' ;; *) shown='not Ready' ;; esac
+  [ -d /sys/class/net/${interfaceOf(generation)} ] || shown='no ${interfaceOf(generation)} yet'
   [ "$ip" = ${sh(want.PUBLIC_IP)} ] || [ -z "$ready" ] || shown="$shown, ExternalIP \${ip:-not set}"
-  if [ "$ready" = True ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ] && [ "$ip" = ${sh(want.PUBLIC_IP)} ] &&
-    [ -d /sys/class/net/${interfaceOf(generation)} ]; then
-    # v1.36.3 with a wrong backend dies a second after it was up: let it stand for five.
-    [ $((now - since)) -lt 5 ] || break
+  if [ "$ready" = True ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ] && [ "$ip" = ${sh(want.PUBLIC_IP)} ]; then
+    [ $((now - since)) -lt "$stand" ] || break
   fi
   [ "$shown" = "$was" ] || say "node ${name}: $shown"
   was=$shown
   [ $((now - began)) -lt ${WAIT} ] || fail "node ${name} is not healthy after ${WAIT} s: $shown"
 done
 # WireGuard needs some seconds more; who is still missing then is the next look's to say.
-for _ in 1 2 3 4 5 6 7 8 9 10; do
-  wg show ${interfaceOf(generation)} dump | awk -v now="$(date +%s)" 'NR > 1 && $4 != "(none)" && now - $5 > 180 { bad = 1 } END { exit bad }' && break
-  sleep 1
+end=$(($(date +%s) + 10))
+while [ "$(date +%s)" -lt "$end" ]; do
+  wg show ${interfaceOf(generation)} dump | awk -v now="$(date +%s)" 'NR > 1 && $4 != "(none)" && now - $5 > 180 { bad = 1 } NR > 1 { n++ } END { exit bad || n < ${peers} }' && break
+  nap
 done`;
 }
 

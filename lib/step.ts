@@ -9,7 +9,10 @@ export type Facts = Record<string, string>;
 export interface Change {
   /** What will be done and for what reason, in one line; shown to the user, never with a secret in it. */
   why: string;
-  /** The shell that does it, as root, under `set -eu`; `say TEXT` reports progress. */
+  /**
+   * The shell that does it, as root, under `set -eu`. `say TEXT` reports progress, `early FACT TEXT` a fact that
+   * others wait for; `beat`, now and then in a long wait, ends it when the operator is gone.
+   */
   sh: string;
   /** Time limit in seconds; default 60. */
   seconds?: number;
@@ -92,7 +95,13 @@ export function applyScript(
   changes: readonly Change[],
   mark: string,
   secrets: (name: SettingName) => string,
+  reader: "program" | "person" = "program",
 ): string {
+  // A fact may be a secret: it is for the program that asked.
+  const asides =
+    reader === "person"
+      ? "early() { :; }\nbeat() { :; }"
+      : `early() { printf '%s early %s %s\\n' ${mark} "$1" "$2"; }\nbeat() { printf '%s beat\\n' ${mark}; }`;
   const body = changes.map((change, i) => {
     const given = (change.secrets ?? []).map((name) => `${name}=${secrets(name)}\n`).join("");
     return `# ${change.why.replace(/\s+/g, " ")}
@@ -100,6 +109,7 @@ change ${i} ${change.seconds ?? 60} <<'${mark}'
 main() {
 set -eu
 say() { printf '%s say %s\\n' ${mark} "$*"; }
+${asides}
 ${given}${change.sh}
 }
 main </dev/null
@@ -158,12 +168,15 @@ export function printed(changes: readonly Change[]): string {
   );
   const here = changes.filter((change) => !change.onServer);
   const late = `[ -z "$waited" ] || { echo 'An earlier run has just ended here: make this plan anew'; exit 1; }`;
-  const apply = applyScript(here, "k3s-across-clouds", (name) => `"$${name}"`);
+  const apply = applyScript(here, "k3s-across-clouds", (name) => `"$${name}"`, "person");
   return `#!/bin/sh\n${whole([...needs, ...pushes, ...elsewhere, apply, late].join("\n"))}`;
 }
 
 /** Cuts what a box printed into markers; text between them goes to the last one. */
-export function reader(mark: string, on: { change?(i: number): void; say?(text: string): void }) {
+export function reader(
+  mark: string,
+  on: { change?(i: number): void; say?(text: string): void; early?(fact: Facts): void },
+) {
   const facts: Facts = {};
   const seen = {
     facts,
@@ -189,6 +202,8 @@ export function reader(mark: string, on: { change?(i: number): void; say?(text: 
         fact = rest[0] as string;
         delete facts[fact];
       } else if (kind === "say") on.say?.(rest.join(" "));
+      else if (kind === "early") on.early?.({ [rest[0] as string]: rest.slice(1).join(" ") });
+      else if (kind === "beat") return;
       else if (kind === "end") seen.ended = true;
       else if (kind === "waited") seen.waited = true;
       else if (kind === "busy") seen.busy = rest[0] ?? "";
@@ -215,6 +230,8 @@ export interface Job {
   server: Box;
   want: Settings;
   progress: Progress;
+  /** A fact that a change reports before it has ended. */
+  early?(fact: Facts): void;
   /** Restart a box where a change needs it (over ssh: yes; on this machine: only with --reboot). */
   mayReboot: boolean;
 }
@@ -233,6 +250,7 @@ async function trip(job: Job, steps: readonly Step[], changes: readonly Change[]
   const stream = reader(mark, {
     change: (i) => job.progress.starts((changes[i] as Change).why),
     say: (text) => job.progress.says(text),
+    early: (fact) => job.early?.(fact),
   });
   const apply = changes.length ? applyScript(changes, mark, (name) => sh(job.want[name])) : "";
   const script = whole(`${apply}\n${lookScript(steps, job.want, mark)}`);

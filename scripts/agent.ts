@@ -44,6 +44,7 @@ function serverLook(want: Settings): string {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
   const password = want.K3S_TOKEN.split(":").at(-1) as string;
   const joined = createHash("sha256").update(ENV(want).replace("@K3S_TOKEN@", want.K3S_TOKEN)).digest("hex");
+  const ca = want.K3S_TOKEN.slice(3, 67);
   const name = nodeNameIn(want.AGENT_ARGS);
   return `
 if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined} ] && command -v curl >/dev/null; then (
@@ -54,11 +55,14 @@ if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined
   fact cacerts; ask -k -D "$dir/head" "$url/cacerts" | tee "$dir/ca"
   fact error; cat "$dir/error"
   fact date; sed -n 's/^[Dd]ate: //p' "$dir/head" 2>/dev/null
-  fact door; printf 'user = "node:%s"\\n' ${sh(password)} |
-    ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
-  fact shut; cat "$dir/error"
-  fact taken; node=${name ? sh(name) : '"$(uname -n | tr "[:upper:]" "[:lower:]")"'}
-  ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node"
+  # The password is only for the CA that the token names.
+  if [ "$(sha256sum <"$dir/ca" | cut -d' ' -f1)" = ${ca} ]; then
+    fact door; printf 'user = "node:%s"\\n' ${sh(password)} |
+      ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
+    fact shut; cat "$dir/error"
+    fact taken; node=${name ? sh(name) : '"$(uname -n | tr "[:upper:]" "[:lower:]")"'}
+    ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node"
+  fi
   fact password; test -s /etc/rancher/node/password && echo yes
 ) fi`;
 }

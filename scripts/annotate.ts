@@ -59,11 +59,14 @@ done`,
 /** A peer renews its handshake every two minutes while keepalives flow; after three WireGuard drops the session. */
 const FRESH = 180;
 
+/** Of nodes that join at the same time, in seconds: each waits for the handshakes with those that came before it. */
+const JOINING = 60;
+
 /** Waits for the peers that lack a fresh handshake at their public address; none lacks one: nothing to do. */
 function handshakes(facts: Facts, generation: k3s.Generation, name: string): Change[] {
   const peers = k3s.peersOf(facts.peers).filter((p) => p.interface === k3s.interfaceOf(generation));
   const now = Number(facts.now);
-  const missing = expected(k3s.nodesOf(facts.nodes), name).filter(
+  const missing = expected(k3s.nodesOf(facts.nodes), name, now).filter(
     ({ cidr, endpoint }) =>
       !peers.some((p) => p.allowedIps.includes(cidr) && p.endpoint === endpoint && now - p.handshake < FRESH),
   );
@@ -91,14 +94,21 @@ done`,
 
 /**
  * The peers this node must have: every other node that is Ready and has done its own part (its flannel
- * address is its public one). A node that is down, or still on its way, is its own call's to mend.
+ * address is its public one). A node that is down, or still on its way, is its own call's to mend; so is, of
+ * nodes that join side by side, the one that came later. `now` is in seconds since 1970.
  */
 export function expected(
   nodes: readonly k3s.Node[],
   name: string,
+  now = Number.POSITIVE_INFINITY,
 ): { name: string; cidr: string; endpoint: string }[] {
+  const own = nodes.find((n) => n.name === name);
+  const later = (n: k3s.Node) =>
+    own !== undefined &&
+    now - n.created < JOINING &&
+    (n.created > own.created || (n.created === own.created && n.name > name));
   return nodes.flatMap((n) =>
-    n.name !== name && n.ready && n.podCidr && n.publicIp && n.publicIp === n.externalIp
+    n.name !== name && n.ready && n.podCidr && n.publicIp && n.publicIp === n.externalIp && !later(n)
       ? [{ name: n.name, cidr: n.podCidr, endpoint: `${n.publicIp}:51820` }]
       : [],
   );

@@ -6,7 +6,7 @@ import type { Settings } from "../lib/settings.ts";
 import { converge, type Facts, Failure, type Job, look } from "../lib/step.ts";
 import { agentSteps, prepareSteps } from "./agent.ts";
 import { fixMetrics } from "./fix-metrics.ts";
-import { serverSteps } from "./server.ts";
+import { server as serverStep, serverSteps } from "./server.ts";
 
 /** What the server's box is looked at for: fix-metrics comes last, when all nodes are there. */
 const allSteps = [...serverSteps, fixMetrics];
@@ -21,8 +21,16 @@ async function up(call: cli.Call): Promise<number> {
   let facts: Facts = {};
   let changed = false;
   let learned: Partial<Settings> | undefined;
+  let tell = (_: Facts) => {};
+  /** The server lets agents in, though its own node may not be Ready yet. */
+  const opened = new Promise<Facts>((done) => {
+    tell = done;
+  }).then((fact) => {
+    learned = cli.learned([serverStep], job as Job, fact);
+  });
   const serverUp = cli.attempt(call, "server", server, ui.line(server.name), async (line) => {
     job = cli.jobFor(call, server, line);
+    job.early = tell;
     facts = await look(job, allSteps);
     if (call.mode !== "apply")
       return cli.showPlan(call, server, facts.nodes ? allSteps : serverSteps, job, facts);
@@ -44,19 +52,26 @@ async function up(call: cli.Call): Promise<number> {
       }
       let facts = await converge(job, prepareSteps, first, agentSteps);
       if (!learned) line.waits("the server's token");
-      await serverUp;
+      await Promise.race([opened, serverUp]);
       if (!learned) throw new Failure("Not joined: the server is not up");
       // The look above asked the server by what the env file knew: nothing, or perhaps another cluster.
       if (learned.K3S_URL !== job.want.K3S_URL || learned.K3S_TOKEN !== job.want.K3S_TOKEN) {
         job.want = { ...job.want, ...learned };
         facts = await look(job, agentSteps);
       }
-      const after = await converge(job, agentSteps, facts);
+      const joined = converge(job, agentSteps, facts);
+      // What still runs on this box then ends with the connection.
+      const lost = serverUp.then((status) => {
+        if (status) throw new Failure("Not joined: the server did not come up");
+        return joined;
+      });
+      const after = await Promise.race([joined, lost]);
       changed ||= after !== first;
       line.done(after === first);
     }),
   );
 
+  opened.catch(() => {}); // where there are no agents, the server's own part says it
   const statuses = await Promise.all([serverUp, ...agentsUp]);
   if (statuses[0] === 0 && call.mode === "apply")
     statuses.push(

@@ -144,8 +144,10 @@ describe("an agent is not set up, and nothing is touched", () => {
 });
 
 describe("the server is asked from the box", () => {
+  const pem = createHash("sha256").update("pem\n").digest("hex");
+  const known = { ...want, K3S_TOKEN: want.K3S_TOKEN.replace(HASH, pem) };
   /** The look with a curl that writes down its arguments and what it reads. */
-  function asked(settings = want) {
+  function asked(settings = known) {
     const folder = temporary();
     const curl = `printf '%s\\n' "$*" >>${folder}/args
 case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n' ;; */nodes/*) echo "{}" ;; esac`;
@@ -166,11 +168,17 @@ case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n'
   });
 
   test("for the name that --node-name gives", () => {
-    assert.match(asked({ ...want, AGENT_ARGS: "--node-name=cloud-b" }).args, /\/nodes\/cloud-b$/m);
+    assert.match(asked({ ...known, AGENT_ARGS: "--node-name=cloud-b" }).args, /\/nodes\/cloud-b$/m);
   });
 
   test("not at all without a URL or a token", () => {
     for (const none of [{ K3S_URL: "" }, { K3S_TOKEN: "" }])
       assert.equal(asked({ ...want, ...none }).args, "");
+  });
+
+  test("for its CA only, where that is not the one the token names: nobody else gets the password", () => {
+    const { facts, args, stdin } = asked(want);
+    assert.deepEqual([facts.cacerts, facts.door, stdin], ["pem\n", undefined, ""]);
+    assert.equal(args.trim().split("\n").length, 1);
   });
 });

@@ -3,7 +3,7 @@ import { describe, test } from "node:test";
 import { nodesOf } from "../lib/k3s.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { annotate, annotateAs, expected } from "../scripts/annotate.ts";
-import { A1, B1, B2, healthy, IP, MODERN, nodes, OLD, peer, wanted } from "./helpers.ts";
+import { A1, B1, B2, healthy, IP, MODERN, NOW, nodes, OLD, peer, wanted } from "./helpers.ts";
 
 const verbs = (changes: Change[]) => changes.map(({ why }) => why.split(" ").slice(0, 2).join(" "));
 const facts = (version: string, over: Facts = {}) => healthy(version, {}, over);
@@ -139,4 +139,22 @@ test("the peers that a node must have are all others that are Ready at their pub
     expected(list, "b1").map((p) => p.name),
     ["a1"],
   );
+});
+
+test("of nodes that join side by side each waits for those that came before it, and later for all", () => {
+  const at = (name: string, created: number) => ({
+    ...nodesOf(nodes(A1, B1, B2)).find((n) => n.name === name)!,
+    created,
+  });
+  const list = [at("a1", NOW - 90), at("b1", NOW - 3), at("b2", NOW - 3)];
+  const waits = (name: string, now: number) => expected(list, name, now).map((p) => p.name);
+  assert.deepEqual(waits("b1", NOW), ["a1"]);
+  assert.deepEqual(waits("b2", NOW), ["a1", "b1"]);
+  assert.deepEqual(waits("a1", NOW), []);
+  for (const [name, others] of [
+    ["a1", ["b1", "b2"]],
+    ["b1", ["a1", "b2"]],
+    ["b2", ["a1", "b1"]],
+  ] as const)
+    assert.deepEqual(waits(name, NOW + 60), [...others]);
 });

@@ -710,7 +710,7 @@ describe("the binary's stand-in", () => {
     const text = standIn("v1.17.6+k3s1");
     assert.match(
       text,
-      /^#!\/bin\/sh\nexec \/opt\/k3s-stand-in\/node --no-warnings \/opt\/k3s-stand-in\/k3s\.ts 'v1\.17\.6\+k3s1' "\$0" "\$@"\nexit 126\n#/,
+      /^#!\/bin\/sh\nexec env NODE_COMPILE_CACHE=\S+ NODE_COMPILE_CACHE_PORTABLE=1 \/opt\/k3s-stand-in\/node --no-warnings \/opt\/k3s-stand-in\/k3s\.ts 'v1\.17\.6\+k3s1' "\$0" "\$@"\nexit 126\n#/,
     );
     assert.ok(text.length > 3_000_000 && text.length < 3_300_000);
     assert.equal(text, standIn("v1.17.6+k3s1"));

@@ -33,6 +33,7 @@ function apply(changes: Change[], lock = join(temporary(), "lock")) {
   const stream = reader("mark", {
     change: (i) => events.push(`change ${i}`),
     say: (text) => events.push(text),
+    early: (fact) => events.push(JSON.stringify(fact)),
   });
   const { status, stdout } = shell(whole(script.replaceAll(LOCK, lock)));
   for (const line of stdout.split("\n")) stream.line(line);
@@ -90,6 +91,21 @@ env | grep -c '[b]::server:0123' || true`;
     const { output } = apply([change(spy, { secrets: ["K3S_TOKEN"] })]);
     const sum = shell(`printf 'token %s\\n' ${sh(TOKEN)} | cksum`).stdout.trim();
     assert.deepEqual(output.trim().split("\n"), [sum, "0", "0"]);
+  });
+
+  test("hears of a fact before the change has ended, and keeps it out of its output", () => {
+    const { events, output } = apply([change(`early token ${TOKEN}; beat; say waits; echo done`)]);
+    assert.deepEqual(events, ["change 0", JSON.stringify({ token: TOKEN }), "waits"]);
+    assert.equal(output.trim(), "done");
+  });
+
+  test("ends a wait when nobody listens any more", () => {
+    const file = join(temporary(), "file");
+    const wait = `i=0; while [ $i -lt 50 ]; do beat; i=$((i + 1)); sleep 0.1; done; touch ${file}`;
+    shell(`sh -s <<'SCRIPT' | head -n 3 >/dev/null
+${whole(applyScript([change(wait)], "mark", () => "").replaceAll(LOCK, join(temporary(), "lock")))}
+SCRIPT`);
+    assert.equal(existsSync(file), false);
   });
 
   test("does not hand a secret to a change that did not ask for it", () => {
@@ -205,6 +221,14 @@ describe("facts", () => {
 });
 
 describe("a printed plan", () => {
+  test("tells a person nothing that is for the program", () => {
+    const lock = join(temporary(), "lock");
+    const text = printed([change(`early token ${TOKEN}; beat; echo done`)]).replaceAll(LOCK, lock);
+    const { stdout } = shell(text);
+    assert.equal(stdout.includes(TOKEN), false);
+    assert.match(stdout, /^done$/m);
+  });
+
   test("names its secrets and holds none", () => {
     const text = printed([change('printf %s "$K3S_TOKEN"', { secrets: ["K3S_TOKEN"] })]);
     assert.match(text, /^#!\/bin\/sh\n/);

@@ -42,7 +42,11 @@ describe("make -j up", { concurrency: true }, () => {
       after(() => t?.lab.down());
 
       test("brings up a server and two agents from nothing", async () => {
-        const seen = await commandLines(t, () => t.ok("make -j up"));
+        const seen = await commandLines(t, async () => {
+          const trips = await t.trips(["a1", "b1", "b2"], () => t.ok("make -j up"));
+          for (const { commands, logins } of Object.values(trips))
+            assert(commands <= 4 && logins === 1, JSON.stringify(trips));
+        });
         const { K3S_TOKEN = "" } = t.env();
         assert.match(K3S_TOKEN, /^K10[0-9a-f]{64}::server:[0-9a-f]{32}$/);
         for (const shown of ["scripts/up.ts", "k3s server", "k3s agent", "systemctl"])

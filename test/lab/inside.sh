@@ -18,7 +18,7 @@ hold() {
 	started=$(sed 's/.*) //' /proc/$$/stat | cut -d ' ' -f 20)
 	echo "$$ $started $(cat /proc/sys/kernel/random/boot_id)" >"$dir/holder"
 	exec unshare --mount --net --pid --uts --fork --kill-child --mount-proc \
-		sh "$here/inside.sh" keep "$lab" "$dir"
+		sh "$here/inside.sh" keep "$lab" "$dir" "$@"
 }
 
 keep() {
@@ -41,8 +41,8 @@ keep() {
 	ip -n inet link set br0 up
 	for address in 80 81 82; do ip -n inet address add "203.0.113.$address/24" dev br0; done
 	ip -n inet route add 198.51.100.0/23 dev br0
-	ip link add eth0 type veth peer name op netns inet
-	ip -n inet link set op master br0 up
+	[ "${1-}" != slow ] || slow_ports
+	wire op eth0 op
 	ip address add 203.0.113.254/24 dev eth0
 	ip link set eth0 up
 	ip route add 198.51.100.0/23 dev eth0
@@ -59,12 +59,46 @@ keep() {
 
 # --- networks ---------------------------------------------------------------------------------
 
+# wire NAMESPACE DEVICE PORT: a line into the internet. A port that is there already is a TAP of the switch.
+wire() {
+	if ip -n inet link show "$3" >/dev/null 2>&1; then
+		ip -n inet link set "$3" netns "$1" name "$2"
+	else
+		ip -n "$1" link add "$2" type veth peer name "$3" netns inet
+		ip -n inet link set "$3" master br0 up
+	fi
+}
+
+# Where the kernel has no netem, the lines come from a switch of our own.
+slow_ports() {
+	! ip netns exec inet tc qdisc add dev lo root netem delay 0ms 2>/dev/null || return 0
+	mkdir "$dir/lines"
+	for port in op wan-a wan-b internet; do echo 0 0 >"$dir/lines/$port"; done
+	ip netns exec inet python3 "$here/switch.py" "$dir/lines" op wan-a wan-b internet &
+	until ip -n inet link set internet master br0 up 2>/dev/null; do sleep 0.02; done
+}
+
+# inside.sh line LAB DIR a|b|op MS LOSS: how many milliseconds a packet takes on that line, either way, and
+# the percentage of packets that it loses.
+line() {
+	case $1 in
+	op) namespace=op device=eth0 port=op ;;
+	*) namespace=router-$1 device=wan port=wan-$1 ;;
+	esac
+	if [ -d "$dir/lines" ]; then
+		echo "$2 $3" >"$dir/lines/.$port"
+		mv "$dir/lines/.$port" "$dir/lines/$port"
+	else
+		tc -n inet qdisc replace dev "$port" root netem delay "$2ms" loss "$3%" limit 10000
+		tc -n "$namespace" qdisc replace dev "$device" root netem delay "$2ms" loss "$3%" limit 10000
+	fi
+}
+
 cloud() {
 	router=router-$1
 	ip netns add "$router"
 	ip -n "$router" link set lo up
-	ip -n "$router" link add wan type veth peer name "wan-$1" netns inet
-	ip -n inet link set "wan-$1" master br0 up
+	wire "$router" wan "wan-$1"
 	ip -n "$router" address add "$2/24" dev wan
 	ip -n "$router" link set wan up
 	ip -n "$router" route add 198.51.100.0/23 dev wan
@@ -146,7 +180,7 @@ enter_cgroup() {
 		if [ ! -w "$top/cgroup.procs" ] || [ -L "$top" ]; then continue; fi
 		if [ "$top" != /sys/fs/cgroup ] && [ -e /sys/fs/cgroup/cgroup.procs ]; then continue; fi
 		# A kubelet wants controllers that systemd does not always hand down.
-		if [ "${2-}" = real ] && [ -e "$top/cgroup.subtree_control" ]; then
+		if [ "${2-}" = all ] && [ -e "$top/cgroup.subtree_control" ]; then
 			for controller in cpu cpuset memory pids io; do
 				echo "+$controller" 2>/dev/null >"$top/cgroup.subtree_control" || :
 			done
@@ -160,7 +194,7 @@ enter_cgroup() {
 	done
 }
 
-# inside.sh furnish LAB DIR BOX ROOT [real]: the box's own file system over the shared ROOT.
+# inside.sh furnish LAB DIR BOX ROOT KIND [SECONDS]: the box's own file system over the shared ROOT.
 furnish() {
 	box=$1 lower=$2 home=$dir/boxes/$1
 	root=$home/root
@@ -179,7 +213,11 @@ furnish() {
 		install -m 600 "$dir/home/.ssh/id_ed25519.pub" "$root/$user/.ssh/authorized_keys"
 		chown -R --reference="$root/$user" "$root/$user/.ssh"
 	done
-	[ "${3-}" != real ] || furnish_real "$root"
+	if [ "${4-}" ]; then
+		mkdir -p "$root/etc/systemd/system.conf.d"
+		printf '[Manager]\nDefaultEnvironment=STAND_IN_START_SECONDS=%s\n' "$4" >"$root/etc/systemd/system.conf.d/stand-in.conf"
+	fi
+	[ "$3" != real ] || furnish_real "$root"
 }
 
 # A real k3s writes where a box may not: the box gets files of its own there, bound at boot.
@@ -217,13 +255,20 @@ furnish_real() {
 	ln -s ../lab-real.service "$1/etc/systemd/system/basic.target.wants/"
 }
 
+# inside.sh meter LAB DIR NAME COMMAND...: in cgroups of its own, which tell afterwards what it took.
+meter() {
+	enter_cgroup "$1" all
+	shift
+	exec "$@"
+}
+
 # inside.sh run LAB DIR BOX CLOUD PRIVATE PUBLIC KIND [NSPAWN-OPTION...]: until the box is off.
 run() {
 	box=$1
 	# After a hard power-off the one before may still be clearing up.
 	exec 9>"$dir/boxes/$box/lock"
 	flock 9
-	enter_cgroup "$box" "$5"
+	if [ "$5" = real ]; then enter_cgroup "$box" all; else enter_cgroup "$box"; fi
 	while :; do
 		plug "$1" "$2" "$3" "$4"
 		status=0

@@ -16,7 +16,7 @@ import { request } from "node:http";
 import { dirname, join, relative } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { $, type ProcessOutput } from "zx";
-import { boxFiles, standIn } from "../stand-in/pack.ts";
+import { boxFiles, COMPILED, standIn } from "../stand-in/pack.ts";
 import { caches, PACKAGES_URL } from "./cache.ts";
 import type { Fault } from "./mirror.ts";
 
@@ -32,6 +32,10 @@ export type LabSpec = {
   hairpin?: Cloud[];
   /** Boxes come with wireguard-tools. Default: they have to be installed, from the lab's mirror. */
   tools?: boolean;
+  /** Its lines can be made slow: `line`. */
+  slow?: boolean;
+  /** Seconds from k3s's start to its node being Ready, for the stand-in; default: as fast as it can. */
+  startSeconds?: number;
   /** A real k3s, served in place of the stand-in of its version; boxes are then made so that it runs. */
   k3sBin?: string;
 };
@@ -71,9 +75,15 @@ export type Lab = {
   add(name: string): Promise<Box>;
   /** Runs as the operator, in the project's folder: words, or one string for sh. Never throws. */
   op(command: string | string[], options?: Run): Promise<ProcessOutput>;
+  /** The same, and what the command took: CPU of all its processes in seconds, their peak memory in bytes. */
+  metered(command: string[], options?: Run): Promise<{ ran: ProcessOutput; cpu: number; memory: number }>;
+  /** CPU that a box has taken so far, in seconds. */
+  cpuOf(box: string): Promise<number>;
   /** Runs sh in a network namespace: op, inet, router-a, router-b or a box. */
   net(namespace: string, script: string): Promise<string>;
   hairpin(cloud: Cloud, on: boolean): Promise<void>;
+  /** What the line of a cloud or of the operator adds to every round trip, in milliseconds, and the percentage of packets it loses. */
+  line(of: Cloud | "op", ms: number, loss?: number): Promise<void>;
   mirror: Mirror;
   down(): Promise<void>;
 };
@@ -110,12 +120,13 @@ const NEEDS = {
 };
 
 const run = $({ quiet: true, stdio: ["ignore", "pipe", "pipe"] });
+let meters = 0;
 
 /** Starts a lab, after clearing away what is left of one of this name. */
 export async function up(spec: LabSpec, say: (line: string) => void = () => {}): Promise<Lab> {
   if (!/^[a-z0-9-]{1,20}$/.test(spec.name)) throw new Error(`"${spec.name}" is no name for a lab`);
   const names = spec.boxes ?? ["a1", "b1", "b2"];
-  await requirements(say);
+  await requirements(spec.slow ? { ...NEEDS, python3: "python3" } : NEEDS, say);
   if (names.length > 8) await moreInotify(say);
   await down(spec.name);
   const dir = join(STATE, spec.name);
@@ -128,7 +139,18 @@ export async function up(spec: LabSpec, say: (line: string) => void = () => {}):
   for (const { from, to } of boxFiles()) await cp(from, join(dir, "stand-in", relative(STAND_IN, to)));
   await run`cp --link ${cache.node} ${dir}/stand-in/node 2>/dev/null || cp --reflink=auto ${cache.node} ${dir}/stand-in/node`;
 
-  await detached(join(dir, "lab.log"), ["sh", INSIDE, "hold", spec.name, dir]);
+  await run({
+    env: { ...process.env, ...COMPILED(join(dir, "stand-in")) },
+  })`${dir}/stand-in/node --no-warnings ${dir}/stand-in/k3s.ts ${VERSIONS[0]} k3s --version`;
+
+  await detached(join(dir, "lab.log"), [
+    "sh",
+    INSIDE,
+    "hold",
+    spec.name,
+    dir,
+    ...(spec.slow ? ["slow"] : []),
+  ]);
   await until(() => existsSync(join(dir, "ready")), 10, join(dir, "lab.log"));
   const inside = await entrance(dir);
   if (!inside) throw new Error(`The lab ended at once: ${await readFile(join(dir, "lab.log"), "utf8")}`);
@@ -144,7 +166,7 @@ export async function up(spec: LabSpec, say: (line: string) => void = () => {}):
   await Promise.all(names.map((name) => furnishBox(dir, name)));
   await acquaint(dir);
   await Promise.all(names.map((name) => start(dir, name)));
-  await Promise.all(lab.boxes.map((box) => box.answers()));
+  await Promise.all(lab.boxes.map((box) => box.answers(60 + 5 * names.length)));
   await until(() => existsSync(socket), 10, join(dir, "mirror.log"));
   await writeFile(join(dir, "whole"), "");
   return lab;
@@ -182,6 +204,21 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
       },
     };
   };
+  const op: Lab["op"] = async (command, { input, env = {}, timeout = 600, live } = {}) => {
+    const words = typeof command === "string" ? ["sh", "-c", command] : command;
+    const own = { HOME: join(dir, "home"), USER: "root", ENV_FILE: envFile, PATH, LANG: "C.UTF-8" };
+    const terminal = process.env.TERM ? { TERM: process.env.TERM } : {};
+    const all = Object.entries({ ...own, ...terminal, ...env }).map(([key, value]) => `${key}=${value}`);
+    const first = live ? "inherit" : input === undefined ? "ignore" : "pipe";
+    const rest = live ? "inherit" : "pipe";
+    return await $({
+      quiet: true,
+      nothrow: true,
+      stdio: [first, rest, rest],
+      timeout: `${timeout}s`,
+      ...(input === undefined ? {} : { input }),
+    })`${[...inside, "env", "-i", "-C", PROJECT, ...all, ...words]}`;
+  };
   const envFile = join(dir, "home/.env");
   const { k3sBin } = await specOf(dir);
   return {
@@ -200,24 +237,21 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
       await box(name).answers();
       return box(name);
     },
-    op: async (command, { input, env = {}, timeout = 600, live } = {}) => {
-      const words = typeof command === "string" ? ["sh", "-c", command] : command;
-      const own = { HOME: join(dir, "home"), USER: "root", ENV_FILE: envFile, PATH, LANG: "C.UTF-8" };
-      const terminal = process.env.TERM ? { TERM: process.env.TERM } : {};
-      const all = Object.entries({ ...own, ...terminal, ...env }).map(([key, value]) => `${key}=${value}`);
-      const first = live ? "inherit" : input === undefined ? "ignore" : "pipe";
-      const rest = live ? "inherit" : "pipe";
-      return await $({
-        quiet: true,
-        nothrow: true,
-        stdio: [first, rest, rest],
-        timeout: `${timeout}s`,
-        ...(input === undefined ? {} : { input }),
-      })`${[...inside, "env", "-i", "-C", PROJECT, ...all, ...words]}`;
+    op,
+    metered: async (command, options) => {
+      const meter = `meter${meters++}`;
+      const ran = await op(["sh", INSIDE, "meter", name, dir, meter, ...command], options);
+      const group = `k3s-lab-${name}-${meter}`;
+      const bytes =
+        (await counted(group, "memory.peak")) || (await counted(group, "memory.max_usage_in_bytes"));
+      if (!bytes) throw new Error("This machine's cgroups do not tell peak memory");
+      return { ran, cpu: await cpuOf(group), memory: Number(bytes) };
     },
+    cpuOf: (box) => cpuOf(`k3s-lab-${name}-${box}`),
     net: async (namespace, script) =>
       (await run`${[...inside, "ip", "netns", "exec", namespace, "sh", "-euc", script]}`).stdout,
     hairpin: async (cloud, on) => void (await shell("hairpin", cloud, on ? "on" : "off")),
+    line: async (of, ms, loss = 0) => void (await shell("line", of, `${ms / 2}`, `${loss}`)),
     mirror: {
       dir: join(dir, "mirror"),
       log: join(dir, "mirror.log"),
@@ -258,13 +292,13 @@ export function place(box: string) {
   return { cloud, privateIp: `192.168.0.${n}`, publicIp: `198.51.${cloud === "a" ? 100 : 101}.${n}` };
 }
 
-async function requirements(say: (line: string) => void) {
+async function requirements(needs: Record<string, string>, say: (line: string) => void) {
   // A shell by `su` has no sbin in its PATH.
   process.env.PATH += ":/usr/local/sbin:/usr/sbin:/sbin";
   if (process.platform !== "linux" || process.getuid?.() !== 0)
     throw new Error("The lab needs Linux and root: it makes namespaces and mounts");
   const missing = [];
-  for (const [command, name] of Object.entries(NEEDS))
+  for (const [command, name] of Object.entries(needs))
     if ((await run({ nothrow: true })`command -v ${command}`).exitCode) missing.push(name);
   const install = `apt-get install -y --no-install-recommends ${missing.join(" ")}`;
   const apt = await run({ nothrow: true })`command -v apt-get`;
@@ -347,9 +381,10 @@ export async function k3sVersion(bin: string) {
 
 async function furnishBox(dir: string, name: string) {
   place(name);
-  const { name: lab, root, k3sBin } = await specOf(dir);
+  const { name: lab, root, k3sBin, startSeconds } = await specOf(dir);
+  const words = [lab, dir, name, root, kindOf(k3sBin), ...(startSeconds ? [`${startSeconds}`] : [])];
   await mkdir(join(dir, "boxes", name));
-  await run`${[...((await entrance(dir)) ?? []), "sh", INSIDE, "furnish", lab, dir, name, root, kindOf(k3sBin)]}`;
+  await run`${[...((await entrance(dir)) ?? []), "sh", INSIDE, "furnish", ...words]}`;
 }
 
 async function start(dir: string, name: string) {
@@ -419,6 +454,19 @@ async function cgroupTops() {
   const top = "/sys/fs/cgroup";
   if (existsSync(join(top, "cgroup.procs"))) return [top];
   return (await readdir(top)).map((name) => join(top, name));
+}
+
+/** What a cgroup's file says, in whichever tree it is. */
+async function counted(group: string, file: string): Promise<string> {
+  const read = (top: string) => readFile(join(top, group, file), "utf8").catch(() => "");
+  return (await Promise.all((await cgroupTops()).map(read))).join("");
+}
+
+/** Seconds. They are counted in version 2's tree whatever controllers it has. */
+async function cpuOf(group: string): Promise<number> {
+  const usec = /(?<=^usage_usec )\d+/m.exec(await counted(group, "cpu.stat"))?.[0];
+  if (!usec) throw new Error("This machine's cgroups do not tell CPU time");
+  return Number(usec) / 1e6;
 }
 
 async function removeGroup(group: string) {

@@ -120,26 +120,31 @@ cat "$log"`,
       await part();
       return readFileSync(lab.mirror.log, "utf8").slice(before).trim().split("\n").filter(Boolean);
     },
-    /** Remote commands and logins that the boxes' sshd saw while `part` ran, by box. */
-    async trips(names: string[], part: () => Promise<unknown>) {
-      const boxes = names.map((name) => lab.box(name));
-      await Promise.all(boxes.map(listen));
-      const count = async () => Promise.all(boxes.map(async (box) => JSON.parse(await box.sh(TRIPS))));
-      const before = await count();
-      await part();
-      const now = await count();
-      return Object.fromEntries(
-        names.map((name, i) => [
-          name,
-          { commands: now[i].commands - before[i].commands, logins: now[i].logins - before[i].logins },
-        ]),
-      );
-    },
+    trips: (names: string[], part: () => Promise<unknown>) =>
+      trips(
+        names.map((name) => lab.box(name)),
+        part,
+      ),
   };
 }
 
 /** The script as a program, for its exit status: make answers 2 whatever went wrong. */
 export const script = (name: string, flags = "") => `node --import tsx scripts/${name}.ts ${flags}`;
+
+/** Remote commands and logins that the boxes' sshd saw while `part` ran, by box. */
+export async function trips(boxes: Box[], part: () => Promise<unknown>) {
+  await Promise.all(boxes.map(listen));
+  const count = async () => Promise.all(boxes.map(async (box) => JSON.parse(await box.sh(TRIPS))));
+  const before = await count();
+  await part();
+  const now = await count();
+  return Object.fromEntries(
+    boxes.map(({ name }, i) => [
+      name,
+      { commands: now[i].commands - before[i].commands, logins: now[i].logins - before[i].logins },
+    ]),
+  );
+}
 
 /** sshd has to say what it is asked for. */
 async function listen(box: Box) {

@@ -536,6 +536,7 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
   await again("flannel", () => patch({ metadata: { annotations } }));
   if (gen === "old" && wireguard) await bringUp(gen, node.spec.podCIDR, "10.42.0.0/16").catch(failed);
   if (gen === "modern") log("info", "Running flannel backend");
+  await sleep(DELAY.start - performance.now());
   isReady = true;
   await again("Error updating node status", heart);
   if (gen === "modern" && !s.inServer) {

@@ -19,6 +19,8 @@ export const DELAY = {
   /** kube-controller-manager's node-monitor-grace-period is 40 s. */
   grace: 1000 * Number(process.env.STAND_IN_GRACE_SECONDS ?? 40),
   heartbeat: 3000,
+  /** From the start to a Ready node, where one wants to know that beforehand (test/bench). */
+  start: 1000 * Number(process.env.STAND_IN_START_SECONDS ?? 0),
   poll: 1000,
   manifests: 3000,
   metrics: 3000,

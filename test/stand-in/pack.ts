@@ -10,10 +10,17 @@ import { basename, join } from "node:path";
 const HOME = "/opt/k3s-stand-in";
 const SIZE = 3 * 1024 * 1024;
 
+/** Where node keeps what it has compiled: each call would spend 170 ms of CPU on it, instead of 40. */
+export const COMPILED = (home: string) => ({
+  NODE_COMPILE_CACHE: `${home}/compiled`,
+  NODE_COMPILE_CACHE_PORTABLE: "1",
+});
+
 /** The text served as the release's `k3s` file: large enough that a download can be cut, slowed and resumed. */
 export function standIn(version: string): string {
+  const env = Object.entries(COMPILED(HOME)).map(([key, value]) => `${key}=${value}`);
   const launcher = `#!/bin/sh
-exec ${HOME}/node --no-warnings ${HOME}/k3s.ts '${version}' "$0" "$@"
+exec env ${env.join(" ")} ${HOME}/node --no-warnings ${HOME}/k3s.ts '${version}' "$0" "$@"
 exit 126
 `;
   let seed = version;

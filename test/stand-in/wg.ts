@@ -51,7 +51,7 @@ export async function bringUp(gen: Generation, podCidr: string, network: string)
       stdio: "ignore",
       env: { ...process.env, NOTIFY_SOCKET: "" },
     });
-    for (let i = 0; !exists(name) && i < 20; i++) await sleep(50);
+    for (let i = 0; !exists(name) && i < 100; i++) await sleep(50);
     if (user.status !== 0 || !exists(name))
       throw failed(
         `${kernel.stderr.trim()}\nwireguard-go: ${user.error?.message ?? `exit status ${user.status}`}`,

@@ -1,0 +1,266 @@
+#!/usr/bin/env -S node --import tsx
+/**
+ * How long a cluster takes, and what it costs: `make -j up` fresh and again, beside the article by hand and beside
+ * the floor, in labs of their own: the operator's line adds MS to every round trip, and the stand-in is Ready two
+ * seconds after its start. What was measured goes into results.json, and the table of all that is there is printed.
+ *
+ *     BOXES="3 9 17"    how many boxes
+ *     MS="50 150"       round trip of the operator, in milliseconds
+ *     ONLY="up floor"   which contenders; default all
+ *     K3SUP=…, K3S_INSTALL_SH=…   k3sup's binary and k3s's install.sh, to have k3sup run as well
+ *     TIMES=3           runs of each; the one with the median fresh time counts
+ */
+import { copyFileSync, existsSync, readFileSync, writeFileSync } from "node:fs";
+import { cpus, loadavg } from "node:os";
+import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { type Lab, up } from "../lab/lab.ts";
+import { MODERN, nodes, trips } from "../lab/suite.ts";
+
+/** From k3s's start to Ready. Longer than the stand-in itself takes on two busy cores, shorter than any k3s. */
+const START = 2;
+const RESULTS = join(import.meta.dirname, "results.json");
+const list = (name: string, value: string) => (process.env[name] || value).split(/\s+/).filter(Boolean);
+
+interface Contender {
+  about: string;
+  /** The command of the operator; both runs are the same. */
+  command(lab: Lab): string[];
+  /** What it needs that is not ours: variables that name files. Without them it is left out. */
+  needs?: string[];
+  prepare?(lab: Lab): Promise<unknown>;
+}
+
+const all = (lab: Lab) => lab.boxes.map(({ name, publicIp }) => `${name}=${publicIp}`);
+const script =
+  (name: string, ...first: string[]) =>
+  (lab: Lab) => [join(import.meta.dirname, name), ...first, lab.mirror.plain, MODERN, ...all(lab)];
+
+/** k3sup runs k3s's installation script, which a box gets from the lab's mirror, like all that it asks curl for. */
+const K3SUP = {
+  needs: ["K3SUP", "K3S_INSTALL_SH"],
+  prepare: async (lab: Lab) => {
+    const { host } = new URL(lab.mirror.github);
+    copyFileSync(process.env.K3S_INSTALL_SH as string, join(lab.mirror.dir, host, "install.sh"));
+    const curl = `#!/bin/bash
+args=("\${@/#https:\\/\\/get.k3s.io/http://${host}/install.sh}")
+exec /usr/bin/curl "\${args[@]/#https:\\/\\/github.com/http://${host}}"
+`;
+    const put = `cat >/usr/local/bin/curl <<'SH'\n${curl}SH\nchmod 755 /usr/local/bin/curl`;
+    await Promise.all(lab.boxes.map((box) => box.sh(put)));
+  },
+};
+
+const CONTENDERS: Record<string, Contender> = {
+  up: { about: "make -j up", command: () => ["make", "-j", "up"] },
+  floor: { about: "the floor: 3 commands a box, all at once", command: script("floor.sh") },
+  "by-hand": { about: "the article by hand", command: script("by-hand.sh") },
+  k3sup: { ...K3SUP, about: "k3sup, eight joins at once", command: script("k3sup.sh", "8") },
+  "k3sup-1": { ...K3SUP, about: "k3sup, box after box", command: script("k3sup.sh", "1") },
+};
+
+interface Run {
+  seconds: number;
+  /** Of the operator's processes, in seconds; their peak memory in MB, what they sent in kB. */
+  cpu: number;
+  memory: number;
+  sent: number;
+  /** CPU that the boxes took, in seconds a box, k3s's stand-in included. */
+  boxCpu: number;
+  /** The most that any one box saw. */
+  commands: number;
+  logins: number;
+}
+
+interface Result {
+  contender: string;
+  boxes: number;
+  ms: number;
+  times: number;
+  lab: number;
+  /** `ssh box true` on all boxes at once, in seconds. */
+  bare: number;
+  fresh: Run;
+  /** Until every node is Ready, in seconds, with half a second of doubt. */
+  ready: number;
+  again: Run;
+  /** The machine, and its load average when the run ended. */
+  machine: string;
+  load: number;
+}
+
+const round = (value: number, digits = 1) => Number(value.toFixed(digits));
+const since = (began: number) => (performance.now() - began) / 1000;
+
+/** a1 is the server; the agents are spread over both clouds. */
+const names = (boxes: number) =>
+  Array.from({ length: boxes }, (_, i) => `${i % 2 ? "b" : "a"}${Math.floor(i / 2) + 1}`);
+
+async function measure(lab: Lab, command: string[]): Promise<Run> {
+  const sent = async () => {
+    const [link] = JSON.parse(await lab.net("op", "ip -s -j link show eth0"));
+    return link.stats64.tx.bytes / 1000;
+  };
+  const boxCpu = async () => {
+    const each = await Promise.all(lab.boxes.map((box) => lab.cpuOf(box.name)));
+    return each.reduce((sum, seconds) => sum + seconds, 0) / each.length;
+  };
+  let run: Run | undefined;
+  const seen = await trips(lab.boxes, async () => {
+    const before = await sent();
+    const cpuBefore = await boxCpu();
+    const began = performance.now();
+    const env = { K3SUP: process.env.K3SUP ?? "" };
+    const { ran, cpu, memory } = await lab.metered(command, { timeout: 400, env });
+    const seconds = since(began);
+    if (ran.exitCode) throw new Error(`${command[0]} failed:\n${ran.stdout}${ran.stderr}`);
+    run = {
+      seconds: round(seconds),
+      cpu: round(cpu, 2),
+      memory: round(memory / 1e6, 0),
+      sent: round((await sent()) - before, 0),
+      boxCpu: round((await boxCpu()) - cpuBefore, 2),
+      commands: 0,
+      logins: 0,
+    };
+  });
+  const most = (what: "commands" | "logins") => Math.max(...Object.values(seen).map((box) => box[what]));
+  return { ...(run as Run), commands: most("commands"), logins: most("logins") };
+}
+
+async function once(contender: string, boxes: number, ms: number): Promise<Result> {
+  const began = performance.now();
+  const lab = await up({
+    name: "bench",
+    boxes: names(boxes),
+    tools: true,
+    slow: true,
+    hairpin: ["a", "b"],
+    startSeconds: START,
+  });
+  const started = since(began);
+  try {
+    const [server, ...agents] = all(lab);
+    writeFileSync(
+      lab.envFile,
+      `SERVER=${server}\nAGENTS="${agents.join(" ")}"\nK3S_MIRRORS="${lab.mirror.plain} ${lab.mirror.github}"\n`,
+    );
+    await lab.line("op", ms);
+    const bare = await measure(lab, [
+      "sh",
+      "-c",
+      `${names(boxes)
+        .map((name) => `ssh ${name} true &`)
+        .join(" ")} wait`,
+    ]);
+    const { command, prepare } = CONTENDERS[contender] as Contender;
+    await prepare?.(lab);
+    const launched = performance.now();
+    const fresh = await measure(lab, command(lab));
+    // k3sup ends before that.
+    const ready = async () => Object.values(await nodes(lab.box("a1"))).filter((node) => node.ready).length;
+    for (const end = Date.now() + 60_000; (await ready()) < boxes; await sleep(500))
+      if (Date.now() > end)
+        throw new Error(`${contender}: only ${await ready()} nodes of ${boxes} are Ready`);
+    const allReady = round(since(launched));
+    const again = await measure(lab, command(lab));
+    const machine = `${cpus().length} × ${cpus()[0]?.model}, Node ${process.versions.node}`;
+    return {
+      contender,
+      boxes,
+      ms,
+      times: 1,
+      lab: round(started),
+      bare: bare.seconds,
+      fresh,
+      ready: allReady,
+      again,
+      machine,
+      load: round(loadavg()[0] as number),
+    };
+  } finally {
+    await lab.down();
+  }
+}
+
+function median(runs: Result[]): Result {
+  const sorted = runs.toSorted((a, b) => a.fresh.seconds - b.fresh.seconds);
+  return { ...(sorted[Math.floor((runs.length - 1) / 2)] as Result), times: runs.length };
+}
+
+const key = (r: Result) => `${r.boxes} ${r.ms} ${r.contender}`;
+
+function table(results: Result[]): string {
+  const head = [
+    "boxes",
+    "ms",
+    "what",
+    "fresh",
+    "Ready",
+    "again",
+    "floor ×",
+    "bare ssh ×",
+    "commands",
+    "logins",
+    "CPU",
+    "CPU a box",
+    "MB",
+    "kB sent",
+    "lab",
+  ];
+  const rows = results.map((r) => {
+    const floor = results.find((f) => f.contender === "floor" && f.boxes === r.boxes && f.ms === r.ms);
+    const of = (value: number, other?: number) => (other ? (value / other).toFixed(2) : "-");
+    const both = (what: keyof Run) => `${r.fresh[what]}, ${r.again[what]}`;
+    return [
+      `${r.boxes}`,
+      `${r.ms}`,
+      r.contender,
+      `${r.fresh.seconds} s`,
+      `${r.ready} s`,
+      `${r.again.seconds} s`,
+      of(r.fresh.seconds, floor?.fresh.seconds),
+      of(r.again.seconds, r.bare),
+      both("commands"),
+      both("logins"),
+      both("cpu"),
+      both("boxCpu"),
+      both("memory"),
+      both("sent"),
+      `${r.lab} s`,
+    ];
+  });
+  const widths = head.map((_, i) => Math.max(...[head, ...rows].map((row) => (row[i] as string).length)));
+  return [head, ...rows]
+    .map((row) =>
+      row
+        .map((cell, i) => cell.padEnd(widths[i] as number))
+        .join("  ")
+        .trimEnd(),
+    )
+    .join("\n");
+}
+
+const kept: Result[] = existsSync(RESULTS) ? JSON.parse(readFileSync(RESULTS, "utf8")) : [];
+for (const boxes of list("BOXES", "3 9 17").map(Number))
+  for (const ms of list("MS", "50 150").map(Number))
+    for (const contender of list("ONLY", Object.keys(CONTENDERS).join(" "))) {
+      const missing = CONTENDERS[contender]?.needs?.filter((name) => !process.env[name]) ?? [];
+      if (missing.length) {
+        console.error(`${contender} is left out: ${missing.join(" and ")} not set`);
+        continue;
+      }
+      const runs: Result[] = [];
+      for (let i = 0; i < Number(process.env.TIMES || 1); i++) {
+        runs.push(await once(contender, boxes, ms));
+        const { fresh, again } = runs.at(-1) as Result;
+        console.error(`${boxes} boxes, ${ms} ms, ${contender}: ${fresh.seconds} s, again ${again.seconds} s`);
+      }
+      const result = median(runs);
+      const at = kept.findIndex((r) => key(r) === key(result));
+      if (at < 0) kept.push(result);
+      else kept[at] = result;
+      kept.sort((a, b) => a.boxes - b.boxes || a.ms - b.ms);
+      writeFileSync(RESULTS, `${JSON.stringify(kept, null, 1)}\n`);
+    }
+console.log(table(kept));

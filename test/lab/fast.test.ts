@@ -1,0 +1,94 @@
+/** What a deploy costs, in counts: connections, remote commands, bytes asked for. Times are for `make bench`. */
+import assert from "node:assert/strict";
+import { writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { after, test } from "node:test";
+import { standIn } from "../stand-in/pack.ts";
+import { bench, connected, MODERN } from "./suite.ts";
+
+const NAMES = ["a1", "a2", "b1", "b2", "b3"];
+const t = await bench({ name: "fast", boxes: NAMES, hairpin: ["a", "b"], slow: true });
+after(() => t.lab.down());
+t.settings({}, { agents: NAMES.slice(1).join(" ") });
+
+test("five new boxes take one connection each, and at most four commands", async () => {
+  await t.lab.line("op", 50);
+  const seen = await t.trips(NAMES, () => t.ok("make -j up"));
+  for (const [box, { commands, logins }] of Object.entries(seen)) {
+    assert.equal(logins, 1, box);
+    assert(commands <= 4, `${box}: ${commands} commands`);
+  }
+  await connected(t.lab.boxes);
+});
+
+test("with nothing to do it is one command, for the cluster as for a whole `make agent` and `make server`", async () => {
+  const agents = NAMES.slice(1);
+  for (const [command, names] of [
+    ["make -j up", NAMES],
+    [`make agent HOST="${agents.join(" ")}"`, agents],
+    ["make server", ["a1"]],
+  ] as const) {
+    const seen = await t.trips([...names], () => t.ok(command));
+    for (const [box, trip] of Object.entries(seen))
+      assert.deepEqual(trip, { commands: 1, logins: 1 }, `${command}: ${box}`);
+  }
+});
+
+/** Lets a box have so many bytes a second of the mirror's answers, until the function that is answered is called. */
+async function narrow(box: "b1" | "b2" | "b3", rate: string) {
+  const { privateIp } = t.box(box);
+  const rule = `insert rule ip filter forward ip daddr ${privateIp} tcp sport 80 limit rate over ${rate} burst 20 kbytes drop`;
+  const said = await t.lab.net("router-b", `nft -e -a ${rule}`);
+  const handle = /# handle (\d+)/.exec(said)?.[1];
+  return () => t.lab.net("router-b", `nft delete rule ip filter forward handle ${handle}`);
+}
+
+const away = "rm -f /usr/local/bin/k3s /usr/local/bin/.k3s*";
+const done = (text: string) => [...text.matchAll(/^(\w+) +done in/gm)].map((match) => match[1]);
+
+test("a box with a slow download holds up no other", async () => {
+  await Promise.all(["b1", "b2", "b3"].map((name) => t.box(name).sh(away)));
+  const mend = await narrow("b2", "300 kbytes/second");
+  const { text } = await t.ok('make download-k3s HOST="b2 b1 b3"');
+  await mend();
+  assert.deepEqual(done(text).toSorted(), ["b1", "b2", "b3"], text);
+  assert.equal(done(text).at(-1), "b2", text);
+});
+
+test("a download over a long line that loses packets, cut twice, fetches no byte a second time", async () => {
+  await t.box("b1").sh(away);
+  await t.lab.line("b", 200, 0.3);
+  const cut = (bytes: number) => t.lab.mirror.fault(t.lab.mirror.plain, { mode: "cut", bytes, only: "/k3s" });
+  const size = standIn(MODERN).length;
+  const alone = `make download-k3s HOST=b1 K3S_MIRRORS=${t.lab.mirror.plain} K3S_SHA256=${await t.box("a1").sh("sha256sum </usr/local/bin/k3s | cut -c1-64")}`;
+  const requests = await t.requests(async () => {
+    for (const bytes of [700_000, 900_000]) {
+      await cut(bytes);
+      await t.says(alone, 2, ["What came is kept: run the same again"]);
+    }
+    await t.lab.mirror.fault(t.lab.mirror.plain, { mode: "none" });
+    await t.ok(alone);
+  });
+  await t.lab.line("b", 0);
+  assert.deepEqual(
+    requests.map((line) => line.split(" ").slice(3).join(" ")),
+    ["- 200", "bytes=700000- 206", "bytes=1600000- 206"],
+  );
+  assert.equal((await t.box("b1").sh("stat -c %s /usr/local/bin/k3s")).trim(), `${size}`);
+});
+
+test("K3S_BIN goes to all boxes at once, compressed, and to none that has it", async () => {
+  await Promise.all(["b1", "b2"].map((name) => t.box(name).sh(away)));
+  // Half of it compresses away.
+  writeFileSync(join(t.lab.dir, "home", "k3s"), `${standIn(MODERN)}${"#\n".repeat(1_500_000)}`);
+  const sent = async () => JSON.parse(await t.lab.net("op", "ip -s -j link show eth0"))[0].stats64.tx.bytes;
+  const push = 'make download-k3s HOST="b1 b2" K3S_BIN=$HOME/k3s';
+  const before = await sent();
+  const { text } = await t.ok(push);
+  const bytes = (await sent()) - before;
+  assert(bytes < 2 * 3_500_000, `${bytes} bytes were sent`);
+  assert(text.lastIndexOf("copies") < text.indexOf("done in"), `one after the other:\n${text}`);
+  const again = await sent();
+  assert.equal((await t.ok(push)).text.match(/nothing to do/g)?.length, 2);
+  assert((await sent()) - again < 100_000);
+});
