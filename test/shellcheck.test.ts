@@ -1,10 +1,24 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
+import { ask, clusterOf, LOOKS, tries } from "../lib/cluster.ts";
 import { applyScript, lookScript, printed, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
 import { serverSteps } from "../scripts/server.ts";
-import { A1, B1, fixture, healthy, lacks, MODERN, nodes, OLD, prepared, shell, wanted } from "./helpers.ts";
+import {
+  A1,
+  B1,
+  fixture,
+  healthy,
+  lacks,
+  MODERN,
+  member,
+  nodes,
+  OLD,
+  prepared,
+  shell,
+  wanted,
+} from "./helpers.ts";
 
 const skip = lacks("shellcheck");
 
@@ -72,4 +86,15 @@ describe("shellcheck finds nothing to say", { skip }, () => {
         check(printed(changes));
       });
     }
+
+  for (const spec of [A1, B1]) {
+    const cluster = clusterOf(
+      [A1, B1].map((box) => member(MODERN, box, { resolvers: "10.0.0.2" })),
+      wanted(),
+    );
+    const box = cluster.boxes.find(({ name }) => name === spec.name) as (typeof cluster.boxes)[number];
+    for (const [what, text] of Object.entries({ look: LOOKS[box.role], tries: tries(box, cluster) }))
+      test(`about the ${what} of check, ${box.role}`, () =>
+        check(`#!/bin/sh\n${whole(lookScript([ask(text)], wanted(), "mark"))}`));
+  }
 });
