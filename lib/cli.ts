@@ -5,6 +5,7 @@ import { dirname, join, relative } from "node:path";
 import minimist from "minimist";
 import { addressOf, closeAll, open, Unreachable } from "./box.ts";
 import { updateEnv } from "./env-file.ts";
+import type { Ill } from "./journal.ts";
 import { type Line, report } from "./report.ts";
 import {
   check,
@@ -295,9 +296,34 @@ export async function attempt(
   } catch (error) {
     const { message, change, output } = error as Failure;
     const known = [Failure, Refusal, Unreachable, SettingError].some((type) => error instanceof type);
-    line.failed(message, change, known ? output : (error as Error).stack, again(call, script, box));
+    const retry = again(call, script, box);
+    const ills =
+      error instanceof Failure && ASKED.includes(script)
+        ? await causes(call, script, box, line, output, retry)
+        : [];
+    line.failed(message, change, known ? output : (error as Error).stack, retry, ills);
     return error instanceof SettingError ? 2 : 1;
   }
+}
+
+/** Scripts whose failure may have its cause elsewhere than where it shows. */
+const ASKED = ["server", "agent", "annotate", "fix-metrics"];
+
+/** What check would say of the box; else what its journal means, as far as the failure has lines of it. */
+async function causes(
+  call: Call,
+  script: string,
+  box: Target,
+  line: Line,
+  output: string,
+  retry: string,
+): Promise<Ill[]> {
+  line.says("looks for the cause");
+  // Late, for it is rare; and it asks this file for the boxes.
+  const [{ explain }, { meaningOf }] = await Promise.all([import("./cluster.ts"), import("./journal.ts")]);
+  const ills = await explain(call, box, script === "agent" || script === "annotate" ? "agent" : "server");
+  const meaning = meaningOf(output, retry);
+  return ills.length || !meaning ? ills : [{ box: box.name, ...meaning }];
 }
 
 /** The command that tries it again: what was given for this call is given again, but for secrets. */

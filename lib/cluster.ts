@@ -2,8 +2,9 @@
  * The whole cluster as its boxes see it, all at once: what each says of itself in one trip, then what
  * passes between them in a second. Nothing is changed on any box.
  */
-import { type Call, jobFor, type Target } from "./cli.ts";
-import { MEANT } from "./journal.ts";
+import { type Call, jobFor, type Target, targets } from "./cli.ts";
+import { diagnose } from "./diagnosis.ts";
+import { type Ill, MEANT } from "./journal.ts";
 import {
   KUBECTL,
   type Node,
@@ -33,6 +34,8 @@ export interface Member {
   clock?: number;
   /** The second trip: what it reached. */
   tried: Facts;
+  /** The third, with check's own pods: what they reached. */
+  paths?: Facts;
 }
 
 /** A step that only looks: the facts of `sh`, and no plan. */
@@ -75,7 +78,7 @@ fact joins; sed -n 's/^K3S_URL=//p; s/^K3S_TOKEN=K10\\([0-9a-f]*\\)::.*/\\1/p' /
 };
 
 /** How long a box may take to say what it knows, in seconds; ssh itself gives up on a dead one after 15. */
-const PATIENCE = 40;
+export const PATIENCE = 40;
 
 /** What each box is looked at for, and how it is named in the settings. */
 export type Listed = { target: Target; role: Role }[];
@@ -98,7 +101,8 @@ export async function survey(call: Call, listed: Listed, more = ""): Promise<Mem
   );
 }
 
-const line = (says: Line["says"] = () => {}): Line => ({
+/** Hears what a box says, and shows nothing. */
+export const line = (says: Line["says"] = () => {}): Line => ({
   says,
   starts() {},
   waits() {},
@@ -153,6 +157,8 @@ export interface Tried {
   /** TCP: open, refused, dropped, or another word. */
   kubelet: Record<string, string>;
   api: string | undefined;
+  /** The API's service, by kube-proxy's rules. */
+  service: string | undefined;
   /** Nodes for which `kubectl top nodes` has figures. */
   top: string[];
   /** By the resolver's address. */
@@ -161,7 +167,14 @@ export interface Tried {
   passed: Record<string, { received: number; sent: number }>;
   /** Senders of UDP 51820 that came as far as the network card in those seconds; undefined: nothing could watch. */
   arrived: string[] | undefined;
-  /** Why it could not be tried. */
+  /** By the other node: did a packet pass from this box's pod to that one's? */
+  pods: Record<string, boolean>;
+  /** From this box's pod. */
+  services: Record<string, boolean>;
+  /** From the server, by node. */
+  logs: Record<string, boolean>;
+  exec: Record<string, boolean>;
+  /** Tools that the box has not. */
   missing: string[];
 }
 
@@ -177,7 +190,11 @@ export function clusterOf(members: readonly Member[], want: Settings): Cluster {
   return { boxes: members.map((member) => seen(member, nodes, want)), nodes };
 }
 
-function seen({ target, role, error, facts, clock, tried }: Member, nodes: Node[], want: Settings): Seen {
+function seen(
+  { target, role, error, facts, clock, tried, paths }: Member,
+  nodes: Node[],
+  want: Settings,
+): Seen {
   const there = nodes.find(({ externalIp }) => externalIp === target.ip);
   const name = nameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts) || (there?.name ?? "");
   const unit = (facts.units ?? "")
@@ -231,7 +248,7 @@ function seen({ target, role, error, facts, clock, tried }: Member, nodes: Node[
     said: facts.said?.trim() ?? "",
     metrics: Boolean(facts.metrics?.trim()),
     now: Number(facts.now),
-    tried: triedOf(tried),
+    tried: triedOf({ ...tried, ...paths }),
   };
 }
 
@@ -250,20 +267,29 @@ function triedOf(facts: Facts): Tried {
     tunnel: {},
     kubelet: {},
     api: undefined,
+    service: undefined,
     top: [],
     resolvers: {},
     passed: {},
     arrived: undefined,
+    pods: {},
+    services: {},
+    logs: {},
+    exec: {},
     missing: [],
   };
-  for (const row of (facts.tries ?? "").split("\n")) {
+  for (const row of `${facts.tries ?? ""}\n${facts.paths ?? ""}\n${facts.kubelets ?? ""}`.split("\n")) {
     const [what, name = "", ...rest] = row.split(" ");
     const how = rest.join(" ");
     if (what === "tunnel") tried.tunnel[name] = Number(how);
     else if (what === "kubelet") tried.kubelet[name] = how;
     else if (what === "api") tried.api = how;
+    else if (what === "proxied") tried.service = how;
     else if (what === "top" && !how.includes("<unknown>")) tried.top.push(name);
     else if (what === "resolver") tried.resolvers[name] = how === "yes";
+    else if (what === "pod") tried.pods[name] = how === "yes";
+    else if (what === "service") tried.services[name] = how === "yes";
+    else if (what === "logs" || what === "exec") tried[what][name] = how === "yes";
     else if (what === "without") tried.missing.push(name);
   }
   const bytes = (text = "") =>
@@ -276,6 +302,49 @@ function triedOf(facts: Facts): Tried {
   const arrived = facts.arrived?.trim().split("\n").filter(Boolean);
   if (arrived && !arrived.includes("?")) tried.arrived = arrived;
   return tried;
+}
+
+/** The boxes of the settings. @throws {SettingError} */
+export async function listed(call: Call): Promise<Listed> {
+  const servers = await targets(call, "SERVER");
+  const agents = call.settings.AGENTS ? await targets(call, "AGENTS") : [];
+  return [
+    ...servers.map((target) => ({ target, role: "server" as const })),
+    ...agents.map((target) => ({ target, role: "agent" as const })),
+  ];
+}
+
+/** All boxes, a trip each for what they are and one for what passes between them. */
+export async function examine(call: Call, boxes: Listed) {
+  const members = await survey(call, boxes);
+  await attempt(call, members, clusterOf(members, call.settings));
+  return members;
+}
+
+/** One that is under way serves all who ask meanwhile: of several boxes that fail, one look is enough. */
+let underWay: Promise<Member[]> | undefined;
+
+/**
+ * Why a script failed on a box, as check would say it: what is wrong with that box, else with any other.
+ * Nothing where that cannot be found out.
+ */
+export async function explain(call: Call, failed: Target, role: Role): Promise<Ill[]> {
+  try {
+    const boxes = await listed(call).catch((): Listed => []);
+    const known = boxes.some(({ target }) => target.host === failed.host);
+    if (!known) boxes.push({ target: failed, role });
+    const look = (known && underWay) || examine(call, boxes);
+    if (known) underWay = look;
+    const members = await look.finally(() => {
+      if (underWay === look) underWay = undefined;
+    });
+    const ills = diagnose(clusterOf(members, call.settings), call.settings);
+    const name = members.find(({ target }) => target.host === failed.host)?.target.name;
+    const own = ills.filter(({ box }) => box === name);
+    return own.length ? own : ills;
+  } catch {
+    return [];
+  }
 }
 
 /** The second trip, all boxes side by side: packets through every tunnel, kubelets, the API, resolvers. */
@@ -313,7 +382,9 @@ export function tries(box: Seen, cluster: Cluster): string {
   const wg = box.wireguard;
   const to = wg ? tunnels(box, cluster) : [];
   const kubelets = box.role === "server" ? cluster.nodes.filter((n) => n.externalIp) : [];
-  const own = cluster.boxes.find(({ role }) => role === "server")?.ip;
+  const own = cluster.boxes.find(({ role }) => role === "server");
+  // The API's service has the first address of the services' network.
+  const cidr = own?.node?.args.join(" ").match(/--service-cidr[= ]([\d.]+)\.\d+\//)?.[1] ?? "10.43.0";
   const server = box.role === "server";
   const dead = box.resolvers.filter((ip) => /is (private|the provider)/.test(publicIp(ip) ?? ""));
   return `${server ? KUBECTL : ""}
@@ -336,6 +407,12 @@ resolves() {
 printf "\\x13\\x37\\x01\\0\\0\\x01\\0\\0\\0\\0\\0\\0\\0\\0\\x02\\0\\x01" >&3; head -c 3 <&3' - "$1" 2>/dev/null | wc -c)
   if [ "$got" -gt 0 ]; then echo "resolver $1 yes"; else echo "resolver $1 no"; fi
 }
+serves() {
+  case $(knock proxy '' 127.0.0.1 10256) in
+    *open) knock proxied kubernetes ${cidr}.1 443 ;;
+    *) echo without kube-proxy ;;
+  esac
+}
 fact tries
 has=yes; for c in bash timeout; do command -v $c >/dev/null || { echo "without $c"; has=; }; done
 ping=yes; command -v ping >/dev/null || { echo "without ping"; ping=; }
@@ -345,8 +422,9 @@ said=$(
 ${to.map(([name, ip]) => `    through ${sh(name)} ${sh(ip)} &\n`).join("")}  fi
 ${server ? "  kc top nodes --no-headers 2>/dev/null | sed 's/^/top /' &\n" : ""}  if [ -n "$has" ]; then :
 ${kubelets.map((n) => `    knock kubelet ${sh(n.name)} ${sh(n.externalIp as string)} 10250 &\n`).join("")}${
-  box.role === "agent" && own ? `    knock api server ${sh(own)} 6443 &\n` : ""
-}${dead.map((ip) => `    resolves ${sh(ip)} &\n`).join("")}  fi
+  box.role === "agent" && own ? `    knock api server ${sh(own.ip)} 6443 &\n` : ""
+}${dead.map((ip) => `    resolves ${sh(ip)} &\n`).join("")}    serves &
+  fi
   wait
 )
 printf '%s\\n' "$said"

@@ -42,7 +42,7 @@ export function diagnose(cluster: Cluster, want: Settings): Ill[] {
       say(
         b.name,
         `it has the same WireGuard key as ${a.name}: one was cloned from the other`,
-        `on ${b.name}: rm -f /run/flannel/wgkey && systemctl restart ${unitOf(b.role)}`,
+        `on ${b.name}: rm -f /run/flannel/wgkey && systemctl restart ${unitOf(b.role)}; then restart k3s on the others`,
       );
     }
   for (const box of boxes) {
@@ -60,7 +60,7 @@ export function diagnose(cluster: Cluster, want: Settings): Ill[] {
       );
 
   const sound = boxes.filter((box) => box.error === undefined && !blamed.has(box.name) && box.wireguard);
-  ills.push(...tunnelIlls(sound), ...serverIlls(cluster, blamed));
+  ills.push(...tunnelIlls(sound), ...serverIlls(cluster, blamed), ...podIlls(boxes, blamed));
   return ills;
 }
 
@@ -162,6 +162,11 @@ function smallIlls(box: Seen, want: Settings): Line[] {
         `its DNS upstream ${ip} is a private address that does not answer: where CoreDNS runs there, no pod resolves outside names`,
         `put a resolver that answers into its /etc/resolv.conf, then systemctl restart ${unitOf(box.role)}`,
       ]);
+  if (box.tried.service && box.tried.service !== "open")
+    lines.push([
+      `it does not reach the API's service (${box.tried.service}): kube-proxy's rules, or 6443 at the server's public address`,
+      `systemctl restart ${unitOf(box.role)} on it`,
+    ]);
   for (const what of box.node?.pressure ?? [])
     lines.push([
       `the kubelet reports ${what} (disk ${box.disk ?? "?"} %, memory ${box.memory ?? "?"} % in use)`,
@@ -218,7 +223,7 @@ function tunnelIlls(boxes: Seen[]): Ill[] {
           ills.push({
             box: a.name,
             cause: there ? `it has an old WireGuard key of ${b.name}` : `its WireGuard has no peer ${b.name}`,
-            remedy: `systemctl restart ${unitOf(b.role)} on ${b.name}; if it stays, ${unitOf(a.role)} on ${a.name}`,
+            remedy: `systemctl restart ${there ? `${unitOf(b.role)} on ${b.name}` : `${unitOf(a.role)} on it`}`,
           });
       } else if (reach(a, b) === 0 && back?.key === a.wireguard?.key) lost.push([a, b]);
     }
@@ -275,6 +280,43 @@ function tunnelIlls(boxes: Seen[]): Ill[] {
           }),
     });
   }
+  return ills;
+}
+
+/** What pods do not reach, where the boxes themselves do: each kind once, with the boxes it concerns. */
+function podIlls(boxes: Seen[], blamed: Set<string>): Ill[] {
+  const sound = boxes.filter((box) => box.error === undefined && !blamed.has(box.name));
+  const failed = (of: (box: Seen) => Record<string, boolean>) =>
+    sound.flatMap((box) => Object.entries(of(box)).flatMap(([to, fine]) => (fine ? [] : [{ box, to }])));
+  const ills: Ill[] = [];
+  for (const { box, to } of failed(({ tried }) => tried.pods))
+    if ((box.tried.tunnel[to] ?? 1) > 0)
+      ills.push({
+        box: box.name,
+        cause: `its pods do not reach the pods of ${to}, although the boxes reach each other`,
+        remedy:
+          "a firewall on one of them drops what is forwarded: trust 10.42.0.0/16 and 10.43.0.0/16 on both",
+      });
+  for (const { box, to } of failed(({ tried }) => tried.services))
+    ills.push({
+      box: box.name,
+      ...(to === "DNS"
+        ? {
+            cause: "its pods get no answer of CoreDNS",
+            remedy: "kubectl -n kube-system get pods -o wide -l k8s-app=kube-dns: does it run, and where?",
+          }
+        : {
+            cause: `its pods do not reach the service ${to}: kube-proxy's rules, or 6443 at the server's public address`,
+            remedy: `systemctl restart ${unitOf(box.role)} on it`,
+          }),
+    });
+  for (const what of ["logs", "exec"] as const)
+    for (const { to } of failed(({ tried }) => tried[what]))
+      ills.push({
+        box: sound.find(({ nodeName }) => nodeName === to)?.name ?? to,
+        cause: `kubectl ${what} does not work on it`,
+        remedy: "open 10250/tcp for the server, and 6443/tcp on the server for it; then make agent",
+      });
   return ills;
 }
 

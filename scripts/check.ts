@@ -1,41 +1,37 @@
 #!/usr/bin/env -S node --import tsx
 /** The whole cluster in one look, and what is wrong with it. Changes nothing. */
+import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
 import * as cli from "../lib/cli.ts";
-import { ask, attempt, type Cluster, clusterOf, type Listed, type Seen, survey } from "../lib/cluster.ts";
+import { ask, type Cluster, clusterOf, examine, listed, type Seen } from "../lib/cluster.ts";
 import { diagnose } from "../lib/diagnosis.ts";
 import type { Ill } from "../lib/journal.ts";
+import { tryPods } from "../lib/pods.ts";
 import { redacted } from "../lib/report.ts";
 
 /** With --watch, seconds between two looks. */
 const PAUSE = 5;
 
 async function check(call: cli.Call): Promise<number> {
-  const [server] = (await cli.targets(call, "SERVER")) as [cli.Target];
-  const agents = call.settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
-  const listed: Listed = [
-    { target: server, role: "server" },
-    ...agents.map((target) => ({ target, role: "agent" as const })),
-  ];
+  const boxes = await listed(call);
+  const watch = call.flags.has("watch");
   for (;;) {
-    const { cluster, ills } = await examine(call, listed);
-    if (call.flags.has("json")) process.stdout.write(`${JSON.stringify(asJson(cluster, ills))}\n`);
-    else {
-      const page = reportOf(cluster, ills, process.stdout.isTTY ? process.stdout : {});
-      const clear = call.flags.has("watch") && process.stdout.isTTY ? "\x1b[H\x1b[J" : "";
-      process.stdout.write(`${clear}${page}`);
-    }
-    if (!call.flags.has("watch")) return ills.length ? 1 : 0;
+    const members = await examine(call, boxes);
+    let cluster = clusterOf(members, call.settings);
+    // Pods come and go in seconds: not every few of them.
+    const mark = randomBytes(3).toString("hex");
+    const podless = watch ? "not with --watch" : await tryPods(call, members, cluster, mark);
+    cluster = clusterOf(members, call.settings);
+    const ills = diagnose(cluster, call.settings);
+    const { stdout } = process;
+    if (call.flags.has("json")) stdout.write(`${JSON.stringify(asJson(cluster, ills, podless))}\n`);
+    else
+      stdout.write(
+        `${watch && stdout.isTTY ? "\x1b[H\x1b[J" : ""}${reportOf(cluster, ills, stdout.isTTY ? stdout : {}, podless)}`,
+      );
+    if (!watch) return ills.length ? 1 : 0;
     await sleep(PAUSE * 1000);
   }
-}
-
-/** All boxes, a trip each for what they are and one for what passes between them. */
-async function examine(call: cli.Call, listed: Listed) {
-  const members = await survey(call, listed);
-  await attempt(call, members, clusterOf(members, call.settings));
-  const cluster = clusterOf(members, call.settings);
-  return { cluster, ills: diagnose(cluster, call.settings) };
 }
 
 /** A line of the report on what was tried: what passed, and what could not be tried and why. */
@@ -46,15 +42,24 @@ interface Proof {
   untested: string[];
 }
 
-export function proofsOf({ boxes, nodes }: Cluster): Proof[] {
+export function proofsOf({ boxes, nodes }: Cluster, podless: string | undefined): Proof[] {
   const server = boxes.find(({ role }) => role === "server");
   const heard = boxes.filter(({ error }) => error === undefined);
   const sizes = heard.flatMap(({ tried, wireguard }) =>
     Object.values(tried.tunnel).map((size) => size > 0 && size === wireguard?.mtu),
   );
-  const without = (tool: string) =>
-    heard.filter(({ tried }) => tried.missing.includes(tool)).map(({ name }) => `${name} has no ${tool}`);
+  const without = (tool: string) => {
+    const names = heard.filter(({ tried }) => tried.missing.includes(tool)).map(({ name }) => name);
+    return names.length ? [`no ${tool} on ${names.join(", ")}`] : [];
+  };
+  const services = heard.flatMap(({ tried }) => tried.service ?? []);
   const kubelets = Object.values(server?.tried.kubelet ?? {});
+  const byPods = (what: string, of: (tried: Seen["tried"]) => Record<string, boolean>) => {
+    const all = heard.flatMap(({ tried }) => Object.values(of(tried)));
+    return { what, passed: all.filter(Boolean).length, of: all.length, untested: [] };
+  };
+  const one = (name: string) => (tried: Seen["tried"]) =>
+    tried.services[name] === undefined ? {} : { [name]: tried.services[name] as boolean };
   return [
     {
       what: "full-size packets through the tunnels",
@@ -66,20 +71,37 @@ export function proofsOf({ boxes, nodes }: Cluster): Proof[] {
       what: "kubelets at 10250 from the server",
       passed: kubelets.filter((how) => how === "open").length,
       of: kubelets.length,
-      untested: server?.tried.missing.includes("bash") ? [`${server.name} has no bash`] : [],
+      untested: without("bash"),
+    },
+    {
+      what: "the API's service from every node",
+      passed: services.filter((how) => how === "open").length,
+      of: services.length,
+      untested: without("kube-proxy"),
     },
     ...(server?.metrics
       ? [{ what: "nodes in kubectl top", passed: server.tried.top.length, of: nodes.length, untested: [] }]
       : []),
+    byPods("full-size packets from pod to pod", ({ pods }) => pods),
+    byPods("pods to the service of the API", one("kubernetes")),
+    byPods("DNS from the pods of every node", one("DNS")),
+    byPods("kubectl logs", ({ logs }) => logs),
+    byPods("kubectl exec", ({ exec }) => exec),
+    {
+      what: "pods, services, DNS, logs and exec",
+      passed: 0,
+      of: 0,
+      untested: [...(podless ? [podless] : []), ...without("netns")],
+    },
   ];
 }
 
 /** What programs read. */
-function asJson({ boxes, nodes }: Cluster, ills: Ill[]) {
+function asJson({ boxes, nodes }: Cluster, ills: Ill[], podless: string | undefined) {
   return {
     ok: ills.length === 0,
     wrong: ills,
-    proofs: proofsOf({ boxes, nodes }),
+    proofs: proofsOf({ boxes, nodes }, podless).filter(({ of, untested }) => of || untested.length),
     boxes: boxes.map(({ word: _, said, node, ...box }) => ({
       ...box,
       said: redacted(said),
@@ -102,7 +124,7 @@ interface Page {
 }
 
 /** The report as text: tables, what was proved, and what is wrong. */
-export function reportOf(cluster: Cluster, ills: readonly Ill[], page: Page): string {
+export function reportOf(cluster: Cluster, ills: readonly Ill[], page: Page, podless?: string): string {
   const width = page.columns ?? Number.POSITIVE_INFINITY;
   const colour = page.isTTY && !process.env.NO_COLOR;
   const paint = (code: number, text: string) => (colour ? `\x1b[${code}m${text}\x1b[0m` : text);
@@ -112,7 +134,7 @@ export function reportOf(cluster: Cluster, ills: readonly Ill[], page: Page): st
   const tables = [nodeTable(cluster), boxTable(cluster), wireguardTable(cluster, width)].map((rows) =>
     lay(rows, width, red, bold),
   );
-  const proofs = proofsOf(cluster).flatMap(({ what, passed, of, untested }) => [
+  const proofs = proofsOf(cluster, podless).flatMap(({ what, passed, of, untested }) => [
     ...(of ? [`${passed === of ? green("ok   ") : red("wrong")} ${what}: ${passed} of ${of}`] : []),
     ...untested.map((why) => `could not test ${what}: ${why}`),
   ]);

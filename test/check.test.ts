@@ -405,6 +405,50 @@ describe("a broken cluster is told its cause and what to do:", () => {
   });
 });
 
+describe("what check's own pods found", () => {
+  const pods = (rows: string) => {
+    const [a1, b1, b2] = boxes(MODERN) as [Member, Member, Member];
+    return [{ ...a1, paths: { kubelets: rows } }, { ...b1, paths: { paths: rows } }, b2];
+  };
+  const cases: [rows: string, box: string, cause: RegExp][] = [
+    ["pod b2 no", "b1", /its pods do not reach the pods of b2, although the boxes reach each other/],
+    ["service kubernetes no", "b1", /its pods do not reach the service kubernetes/],
+    ["service DNS no", "b1", /its pods get no answer of CoreDNS/],
+  ];
+  for (const [rows, box, cause] of cases)
+    test(`is said: ${rows}`, () => {
+      const [, b1, b2] = pods(rows) as [Member, Member, Member];
+      const [ill, ...more] = illsOf([boxes(MODERN)[0] as Member, b1, b2]);
+      assert.equal(ill?.box, box);
+      assert.match(ill?.cause ?? "", cause);
+      assert.deepEqual(more, []);
+    });
+
+  for (const what of ["logs", "exec"])
+    test(`is said: no ${what}`, () => {
+      const [a1] = pods(`${what} b2 no\n${what} a1 yes`) as [Member];
+      const [ill, ...more] = illsOf([a1, ...boxes(MODERN).slice(1)]);
+      assert.deepEqual([ill?.box, ill?.cause, more], ["b2", `kubectl ${what} does not work on it`, []]);
+    });
+
+  test("is shown as what passed, and without pods as what could not be tested", () => {
+    const cluster = clusterOf(
+      pods("pod b2 yes\npod a1 yes\nservice DNS yes\nlogs b1 yes\nexec b1 yes"),
+      wanted(),
+    );
+    const text = reportOf(cluster, [], {});
+    for (const row of [
+      "full-size packets from pod to pod: 4 of 4",
+      "DNS from the pods of every node: 2 of 2",
+      "kubectl exec: 2 of 2",
+    ])
+      assert.ok(text.includes(`ok    ${row}\n`), text);
+    const without = reportOf(clusterOf(boxes(MODERN), wanted()), [], {}, "no image");
+    assert.match(without, /^could not test pods, services, DNS, logs and exec: no image$/m);
+    assert.doesNotMatch(without, /pod to pod/);
+  });
+});
+
 describe("what k3s says in its journal", () => {
   const known = fixture("k3s-messages.txt")
     .split("\n")

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { ask, clusterOf, LOOKS, tries } from "../lib/cluster.ts";
+import { kubelets, made, type Pod, paths } from "../lib/pods.ts";
 import { applyScript, lookScript, printed, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
@@ -93,7 +94,16 @@ describe("shellcheck finds nothing to say", { skip }, () => {
       wanted(),
     );
     const box = cluster.boxes.find(({ name }) => name === spec.name) as (typeof cluster.boxes)[number];
-    for (const [what, text] of Object.entries({ look: LOOKS[box.role], tries: tries(box, cluster) }))
+    const pods = [A1, B1].map(({ name, n }) => ({ name: `pod-${name}`, node: name, ip: `10.42.${n}.9` }));
+    const services = { kubernetes: "10.43.0.1", "kube-dns": "10.43.0.10" };
+    const scripts = {
+      look: LOOKS[box.role],
+      tries: tries(box, cluster),
+      "pods of": made(["a1", "b1"], "abc"),
+      "ways of pods of": paths(pods[0] as Pod, pods, services, 1420),
+      "kubelets of": kubelets(pods),
+    };
+    for (const [what, text] of Object.entries(scripts))
       test(`about the ${what} of check, ${box.role}`, () =>
         check(`#!/bin/sh\n${whole(lookScript([ask(text)], wanted(), "mark"))}`));
   }
