@@ -75,10 +75,14 @@ ${BASE}${[...new Set(steps.flatMap((step) => step.look(want)))].join("\n")}
 printf '\\n%s end\\n' "$m"`;
 }
 
+/** How long an earlier run may go on on a box whose operator it has lost, in seconds. */
+const PATIENCE = 900;
+
 /**
  * The script that applies: each change is a shell of its own under \`timeout\`, with the output of both
  * streams in order; the first that fails ends it. A lock keeps out a second operator, and what an earlier
- * run that lost its connection may have left running.
+ * run that lost its connection may have left running: after waiting for that one the plan is out of date,
+ * and nothing of it is done.
  */
 export function applyScript(
   changes: readonly Change[],
@@ -97,9 +101,17 @@ ${given}${change.sh}
 main </dev/null
 ${mark}`;
   });
-  return `exec 9>/run/k3s-across-clouds.lock
-flock -w 60 9 || { echo 'Another run is still at work on this box'; exit 1; }
+  return `lock=/run/k3s-across-clouds.lock; waited=
+exec 9>>$lock
+flock -n 9 || {
+  waited=yes
+  printf '\\n%s say waits for an earlier run, process %s here\\n' ${mark} "$(cat $lock)"
+  flock -w ${PATIENCE} 9 || { printf '\\n%s busy %s\\n' ${mark} "$(cat $lock)"; exit 1; }
+  printf '\\n%s waited\\n' ${mark}
+}
+echo $$ >$lock
 change() {
+  [ -z "$waited" ] || return 0
   printf '\\n%s change %s\\n' ${mark} "$1"
   timeout -k 5 "$2" sh -s 2>&1 9>&- && return
   printf '\\n%s failed %s %s\\n' ${mark} "$1" "$?"
@@ -109,8 +121,12 @@ ${body.join("\n")}
 exec 9>&-`;
 }
 
+/** sudo on the family of RHEL leaves /usr/local/bin out of PATH, a plain ssh the folders of root's programs. */
+const PATH = 'PATH="$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"';
+
 /** Runs only when it has arrived whole: a connection that is cut half-way runs nothing. */
-export const whole = (script: string): string => `main() {\nexport LC_ALL=C\n${script}\n}\nmain </dev/null\n`;
+export const whole = (script: string): string =>
+  `main() {\nexport LC_ALL=C ${PATH}\n${script}\n}\nmain </dev/null\n`;
 
 /** A plan as one sh script that a person could paste on the box; secrets are to be given in the environment. */
 export function printed(changes: readonly Change[]): string {
@@ -119,7 +135,9 @@ export function printed(changes: readonly Change[]): string {
     (name) => `: "\${${name}:?is a secret: set it before you run this}"; export ${name}`,
   );
   const pushes = changes.flatMap(({ push }) => (push ? [`# first copy ${push.file} to ${push.path}`] : []));
-  return `#!/bin/sh\n${whole([...needs, ...pushes, applyScript(changes, "k3s-across-clouds", (name) => `"$${name}"`)].join("\n"))}`;
+  const late = `[ -z "$waited" ] || { echo 'An earlier run has just ended here: make this plan anew'; exit 1; }`;
+  const apply = applyScript(changes, "k3s-across-clouds", (name) => `"$${name}"`);
+  return `#!/bin/sh\n${whole([...needs, ...pushes, apply, late].join("\n"))}`;
 }
 
 /** Cuts what a box printed into markers; text between them goes to the last one. */
@@ -128,6 +146,10 @@ export function reader(mark: string, on: { change?(i: number): void; say?(text: 
   const seen = {
     facts,
     ended: false,
+    /** Nothing was done, since an earlier run was still at work. */
+    waited: false,
+    /** The process of an earlier run that did not end. */
+    busy: undefined as string | undefined,
     failed: undefined as { i: number; status: number } | undefined,
     output: "",
   };
@@ -146,6 +168,8 @@ export function reader(mark: string, on: { change?(i: number): void; say?(text: 
         delete facts[fact];
       } else if (kind === "say") on.say?.(rest.join(" "));
       else if (kind === "end") seen.ended = true;
+      else if (kind === "waited") seen.waited = true;
+      else if (kind === "busy") seen.busy = rest[0] ?? "";
       else if (kind === "failed") seen.failed = { i: Number(rest[0]), status: Number(rest[1]) };
       else {
         seen.output = "";
@@ -176,16 +200,11 @@ const LOOK = 120;
 
 /** One trip: facts, and nothing else. @throws {Failure} when the box did not answer to the end. */
 export async function look(job: Job, steps: readonly Step[], seconds = LOOK): Promise<Facts> {
-  return await trip(job, steps, [], seconds);
+  return (await trip(job, steps, [], seconds)).facts;
 }
 
 /** One trip: the changes, then the facts that confirm them. @throws {Failure} naming the change that failed. */
-async function trip(
-  job: Job,
-  steps: readonly Step[],
-  changes: readonly Change[],
-  extra = LOOK,
-): Promise<Facts> {
+async function trip(job: Job, steps: readonly Step[], changes: readonly Change[], extra = LOOK + PATIENCE) {
   const mark = newMark();
   const stream = reader(mark, {
     change: (i) => job.progress.starts((changes[i] as Change).why),
@@ -204,9 +223,13 @@ async function trip(
         : `exit status ${seen.failed.status}`;
     throw new Failure(`${change.why} (${how})`, change, seen.output);
   }
+  if (seen.busy !== undefined)
+    throw new Failure(
+      `An earlier run is still at work on this box after ${PATIENCE} s: wait, or end it there (kill ${seen.busy})`,
+    );
   if (!seen.ended)
     throw new Failure(`The connection was lost (exit status ${status})`, undefined, seen.output + stderr);
-  return seen.facts;
+  return seen;
 }
 
 /** Plans of several steps as one, up to a change after which the box must be looked at anew. */
@@ -235,16 +258,20 @@ export async function converge(job: Job, steps: readonly Step[], facts: Facts, a
         `Still to be done after it was done: ${changes.map((c) => c.why).join("; ")}`,
         changes[0],
       );
-    before = same;
-    now = await apply(job, all, changes, now);
+    const { facts: after, waited } = await apply(job, all, changes, now);
+    before = waited ? "" : same;
+    now = after;
   }
 }
 
-async function apply(job: Job, all: readonly Step[], changes: Change[], facts: Facts): Promise<Facts> {
+async function apply(job: Job, all: readonly Step[], changes: Change[], facts: Facts) {
+  /** What comes before a push or a restart; it is not worth a look, unless it had to wait. */
+  const waits = async (some: readonly Change[]) => (await trip(job, [], some)).waited;
+  const anew = async () => ({ facts: await look(job, all), waited: true });
   let from = 0;
   for (const [i, change] of changes.entries()) {
     if (!change.push) continue;
-    if (i > from) await trip(job, [], changes.slice(from, i));
+    if (i > from && (await waits(changes.slice(from, i)))) return await anew();
     job.progress.says(`copies ${change.push.file} to the box`);
     await job.box.push(change.push.file, change.push.path);
     from = i;
@@ -253,11 +280,11 @@ async function apply(job: Job, all: readonly Step[], changes: Change[], facts: F
   const last = rest.at(-1) as Change;
   if (!last.reboot) return await trip(job, all, rest);
   if (!job.mayReboot) {
-    if (rest.length > 1) await trip(job, [], rest.slice(0, -1));
+    if (rest.length > 1 && (await waits(rest.slice(0, -1)))) return await anew();
     throw new Refusal(`${last.why}: restart this machine (or add --reboot), then run the same again`);
   }
-  await trip(job, [], rest);
-  return await rebooted(job, all, facts.boot ?? "", last.seconds ?? 600);
+  if (await waits(rest)) return await anew();
+  return { facts: await rebooted(job, all, facts.boot ?? "", last.seconds ?? 600), waited: false };
 }
 
 /** Waits until the box answers with another boot id. @throws {Failure} after `seconds`. */

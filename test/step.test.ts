@@ -108,14 +108,28 @@ env | grep -c '[b]::server:0123' || true`;
     assert.deepEqual(events, ["change 0"]);
   });
 
-  test("keeps a second run out while one is at work", () => {
+  /** A run of `echo second` while another holds the lock for so many seconds; it waits for one at most. */
+  const late = (seconds: number) => {
     const lock = join(temporary(), "lock");
     const script = applyScript([change("echo second")], "mark", () => "").replaceAll(LOCK, lock);
-    const { stdout } = shell(
-      `exec 8>${lock}; flock 8\nsh -s 8>&- <<'END'\n${script.replace("-w 60", "-w 1")}\nEND`,
+    const held = `flock ${lock} sh -c 'echo 4711 >${lock}; sleep ${seconds}' & sleep 0.3`;
+    const { stdout, status } = shell(
+      `${held}\nsh -s <<'END'\n${script.replace(/flock -w \d+/, "flock -w 1")}\nEND\nkill $! 2>/dev/null`,
     );
-    assert.match(stdout, /Another run is still at work/);
+    return { stdout, status };
+  };
+
+  test("keeps a second run out while one is at work, and names its process", () => {
+    const { stdout } = late(3);
+    assert.match(stdout, /^mark say waits for an earlier run, process 4711 here$/m);
+    assert.match(stdout, /^mark busy 4711$/m);
     assert.doesNotMatch(stdout, /second/);
+  });
+
+  test("does nothing of a plan that had to wait: it is out of date", () => {
+    const { stdout } = late(0.8);
+    assert.match(stdout, /^mark waited$/m);
+    assert.doesNotMatch(stdout, /busy|second/);
   });
 
   test("leaves its lock to nobody: what a change starts in the background does not hold it", () => {

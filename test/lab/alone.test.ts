@@ -80,7 +80,9 @@ describe("each script alone", { concurrency: true }, () => {
           /^install wireguard-tools \(Debian.*, apt\),prove that a/,
         );
         assert.deepEqual(planned.annotate, [], "server annotates its own node");
-        assert.equal(planned["fix-metrics"]?.length, name === "old" ? 2 : 0);
+        // Where metrics-server answers already for this one node, there is nothing to wait for.
+        if (name === "old") assert.match(planned["fix-metrics"]?.[0] ?? "", /^deploy metrics-server/);
+        else assert.deepEqual(planned["fix-metrics"], []);
       });
 
       test("on an agent's own box, without ssh", async () => {

@@ -4,7 +4,7 @@ import { readFileSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { parse } from "dotenv";
 import { sh } from "../../lib/sh.ts";
-import { type Box, type Lab, type LabSpec, type Run, up } from "./lab.ts";
+import { type Box, down, type Lab, type LabSpec, type Run, up } from "./lab.ts";
 
 export const OLD = "v1.17.6+k3s1";
 export const MODERN = "v1.36.2+k3s1";
@@ -33,7 +33,13 @@ export type Bench = Awaited<ReturnType<typeof bench>>;
  * no token shows, and no escape sequence comes down a pipe.
  */
 export async function bench(spec: LabSpec) {
-  return over(await up({ ...spec, name: `t-${spec.name}` }));
+  const name = `t-${spec.name}`;
+  return over(
+    await up({ ...spec, name }).catch(async (error) => {
+      await down(name);
+      throw error;
+    }),
+  );
 }
 
 function over(lab: Lab) {
@@ -147,12 +153,13 @@ echo "{ \\"commands\\": $(echo "$log" | grep -c '^Starting session: command'),
 
 /**
  * All that a box is told by: files of /etc, /usr/local, the homes and /boot with their hashes, modes and times,
- * packages, what lies in /tmp and k3s's folders, k3s's units with the time they started, and what runs.
+ * k3s's manifests, packages, what lies in /tmp and k3s's folders, k3s's units with the time they started, and what runs.
  */
 export const state = (box: Box) =>
   box.sh(`find /etc /usr/local /root /home /boot -xdev -printf '%p %y %m %u %s %T@ %l\\n' | sort
 find /etc /usr/local /root /home /boot -xdev -type f -exec sha256sum {} + | sort
 sha256sum /var/lib/dpkg/status
+find /var/lib/rancher/k3s/server/manifests -type f -exec sha256sum {} + 2>/dev/null | sort
 ls -A /tmp /run/k3s-across-clouds.lock /var/lib/rancher /etc/rancher 2>&1 | grep -v '^systemd-private'
 ls /sys/class/net
 ${STARTS}
