@@ -12,6 +12,8 @@ const LABEL = "k3s-across-clouds-check";
 /** How long pods may take until they run, in seconds: an image may have to be fetched. */
 const WAIT = 15;
 
+const nameOf = (mark: string, node: string) => `${LABEL}-${mark}-${node}`;
+
 /** A pod that runs. */
 export interface Pod {
   name: string;
@@ -25,7 +27,7 @@ export function made(nodes: readonly string[], mark: string): string {
 apiVersion: v1
 kind: Pod
 metadata:
-  name: ${LABEL}-${mark}-${node}
+  name: ${nameOf(mark, node)}
   labels: {app: ${LABEL}, run: "${mark}"}
 spec:
   nodeName: ${node}
@@ -43,7 +45,7 @@ spec:
 image=$(sed -n "s/.*sandbox\\(_image\\)\\{0,1\\} = [\\"']\\([^\\"']*\\)[\\"'].*/\\2/p" /var/lib/rancher/k3s/agent/etc/containerd/config.toml 2>/dev/null | head -n 1)
 fact image; echo "$image"
 pods() {
-  kc -n kube-system get pods -l run=${mark} -o 'jsonpath={range .items[*]}{.metadata.name} {.spec.nodeName} {.status.phase} {.status.podIP} {.status.containerStatuses[0].state.waiting.reason}{"\\n"}{end}'
+  kc -n kube-system get pods -l run=${mark} -o 'jsonpath={range .items[*]}{.metadata.name} {.spec.nodeName} {.status.phase} {.status.podIP} {.status.containerStatuses[*].state.waiting.reason}{"\\n"}{end}'
 }
 fact pods; if [ -n "$image" ]; then
   # Of a check that was cut off.
@@ -138,37 +140,37 @@ export async function tryPods(
     look(jobFor(call, member.target, line()), [ask(text)], PATIENCE);
   try {
     const up = await trip(server, made(nodes, mark));
-    if (!up.image?.trim())
-      return "containerd's configuration on the server names no sandbox image: no k3s with pods runs there";
+    const image = up.image?.trim();
+    if (!image) return "containerd's configuration on the server names no image for them";
     const rows = (up.pods ?? "").split("\n").map((row) => row.split(" "));
     const pods = rows.flatMap(([name = "", node = "", phase, ip = ""]) =>
-      phase === "Running" &&
-      /^[\d.]+$/.test(ip) &&
-      nodes.includes(node) &&
-      name === `${LABEL}-${mark}-${node}`
+      nodes.includes(node) && name === nameOf(mark, node) && phase === "Running" && /^[\d.]+$/.test(ip)
         ? [{ name, node, ip }]
         : [],
     );
-    const late = nodes.filter((node) => !pods.some((pod) => pod.node === node));
     const services = Object.fromEntries(
       [...(up.services ?? "").matchAll(/^\S+\/(\S+) ([\d.]+)$/gm)].map((m) => [m[1], m[2]]),
     );
     await Promise.all(
-      cluster.boxes.map(async (box) => {
-        const member = members.find(({ target }) => target.name === box.name) as Member;
-        const own = pods.find(({ node }) => node === box.nodeName);
-        if (member.error !== undefined || !own) return;
-        const size = box.wireguard?.mtu ?? 1280;
-        const more = member === server ? kubelets(pods) : "";
-        member.paths = await trip(member, `${paths(own, pods, services, size)}\n${more}`).catch(() => ({}));
+      cluster.boxes.map(async ({ name, nodeName, wireguard }) => {
+        const member = members.find(({ target }) => target.name === name) as Member;
+        const own = pods.find(({ node }) => node === nodeName);
+        const parts = [
+          own ? paths(own, pods, services, wireguard?.mtu ?? 1280) : "",
+          member === server && pods.length ? kubelets(pods) : "",
+        ].filter(Boolean);
+        if (member.error === undefined && parts.length)
+          member.paths = await trip(member, parts.join("\n")).catch(() => ({}));
       }),
     );
-    if (late.length === 0) return undefined;
-    const reason = rows.find(([, node, phase]) => late.includes(node as string) && phase !== "Running");
-    return `pods of ${up.image.trim()} do not run on ${late.join(", ")} within ${WAIT} s (${reason?.[4] || reason?.[2] || "not made"})`;
+    await trip(server, gone(mark));
+    const late = nodes.filter((node) => !pods.some((pod) => pod.node === node));
+    const [, , phase, , reason] = rows.find(([, node]) => late.includes(node as string)) ?? [];
+    return late.length
+      ? `pods of ${image} do not run on ${late.join(", ")} within ${WAIT} s (${reason || phase || "they could not be made"})`
+      : undefined;
   } catch (error) {
-    return (error as Error).message;
-  } finally {
     await trip(server, gone(mark)).catch(() => {});
+    return (error as Error).message;
   }
 }

@@ -1,5 +1,7 @@
 /** `make check` on running clusters: a healthy one has nothing wrong; each fault, made and mended in turn, has its line. */
 import assert from "node:assert/strict";
+import { readFileSync, statSync } from "node:fs";
+import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { type Bench, bench, MODERN, OLD, script, state } from "./suite.ts";
 
@@ -167,8 +169,12 @@ const GENERATIONS: { version: string; faults: Fault[] }[] = [
           await t.box("b2").sh(`echo '${key}' >/run/flannel/wgkey; systemctl restart k3s-agent; sleep 3`);
           return async () => {
             await t.box("b2").sh("rm -f /run/flannel/wgkey; systemctl restart k3s-agent");
-            await t.box("b1").sh("systemctl restart k3s-agent");
-            await t.ok('make agent HOST="b1 b2"');
+            for (const [box, unit] of [
+              ["b1", "k3s-agent"],
+              ["a1", "k3s"],
+            ] as const)
+              await t.box(box).sh(`systemctl restart ${unit}`);
+            await t.ok("make -j up");
           };
         },
         says: [
@@ -221,6 +227,50 @@ describe("make check", { concurrency: true }, () => {
         assert(own > 0 && own < 3, `${own} s of its own`);
       });
 
+      test("is one login and two trips a box, and three to the server, which is asked for pods", async () => {
+        const trips = await t.trips(["a1", "b1", "b2"], () => t.ok("make check"));
+        assert.deepEqual(trips, {
+          a1: { commands: 3, logins: 1 },
+          b1: { commands: 2, logins: 1 },
+          b2: { commands: 2, logins: 1 },
+        });
+      });
+
+      test("has an object for programs, with the same verdict", async () => {
+        const said = JSON.parse((await t.ok(`${check} --json`)).out);
+        assert.deepEqual([said.ok, said.wrong, said.boxes.length, said.nodes.length], [true, [], 3, 3]);
+      });
+
+      test("has a short form: make status, ten lines by one trip to the server", async () => {
+        let out = "";
+        const trips = await t.trips(["a1", "b1"], async () => {
+          ({ out } = await t.ok("make status"));
+        });
+        assert.deepEqual(trips, { a1: { commands: 1, logins: 1 }, b1: { commands: 0, logins: 0 } });
+        assert.equal(out.trim().split("\n").length, 10, out);
+        for (const row of [
+          /^nodes +3, all Ready$/m,
+          /^WireGuard +2 of 2 peers of a1/m,
+          /^verdict +nothing is wrong/m,
+        ])
+          assert.match(out, row);
+      });
+
+      test("its cluster's kubeconfig is merged into the operator's, and lets them in from where they are", async () => {
+        const path = join(t.lab.dir, "home/.kube/config");
+        await t.ok("make kubeconfig");
+        const text = readFileSync(path, "utf8");
+        assert.equal((statSync(path).mode & 0o777).toString(8), "600");
+        assert.match(text, /^current-context: ""$/m);
+        await t.says("make kubeconfig", 0, ["nothing to do: context k3s-198.51.100.11 in "]);
+        await t.ok("make kubeconfig USE=1");
+        assert.match(readFileSync(path, "utf8"), /^current-context: k3s-198\.51\.100\.11$/m);
+        // The stand-in's kubectl, as the operator has it.
+        const { dir } = t.lab;
+        const k3s = `${dir}/stand-in/node --no-warnings ${dir}/stand-in/k3s.ts ${version} k3s`;
+        await t.says(`${k3s} kubectl --kubeconfig ${path} get nodes --no-headers`, 0, [/^b2 +Ready/m]);
+      });
+
       for (const { name, make, says, env } of faults)
         test(`says what is wrong and what to do: ${name}`, async () => {
           const mend = await make(t);
@@ -233,6 +283,14 @@ describe("make check", { concurrency: true }, () => {
           }
           await healthy(t);
         });
+
+      test("its words end a script's own failure: who fails reads the cause", async () => {
+        await t.says("make agent HOST=b2 AGENT_ARGS=--nonsense", 2, [
+          /^b2 +cause: b2: SERVER_ARGS or AGENT_ARGS has --?nonsense, that this release of k3s does not know$/m,
+          /^b2 +do: correct it, then "?make agent HOST=b2/m,
+        ]);
+        await t.ok("make agent HOST=b2");
+      });
     });
 });
 
