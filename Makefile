@@ -27,6 +27,13 @@ metrics: fix-metrics
 $(STEPS) up: $(MODULES)
 	@$(TS) scripts/$@.ts $(FLAGS)
 
+check: $(MODULES) ## the whole cluster, and what is wrong with it (JSON=1, WATCH=1)
+	@$(TS) scripts/check.ts $(if $(JSON),--json) $(if $(WATCH),--watch)
+status: $(MODULES) ## the cluster in ten lines, by one trip to the server
+	@$(TS) scripts/status.ts
+kubeconfig: $(MODULES) ## merge the cluster's kubeconfig into yours; USE=1 makes it the current one
+	@$(TS) scripts/kubeconfig.ts $(if $(USE),--use)
+
 rehearse: $(MODULES) ## a cluster of two clouds inside this Linux machine (root)
 	@$(TS) test/lab/rehearse.ts up
 rehearse-kernel: $(MODULES) ## a CentOS 7 stand-in gets another kernel, restarts and joins, in QEMU (root)
@@ -50,4 +57,4 @@ node_modules/.package-lock.json: package-lock.json
 	npm ci --omit=dev --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(STEPS) download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab bench lint
+.PHONY: help up $(STEPS) check status kubeconfig download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab bench lint

@@ -5,6 +5,7 @@ import { dirname, join, relative } from "node:path";
 import minimist from "minimist";
 import { addressOf, closeAll, open, Unreachable } from "./box.ts";
 import { updateEnv } from "./env-file.ts";
+import type { Ill } from "./journal.ts";
 import { type Line, report } from "./report.ts";
 import {
   check,
@@ -44,6 +45,8 @@ export interface Recipe {
   nothing?(want: Settings, facts: Facts): string;
   /** Where more is to be done than these steps on each box. Answers the exit status. */
   work?(call: Call): Promise<number>;
+  /** Its own switches and their help, in place of --dry-run, --print and --reboot. */
+  flags?: Record<string, string>;
 }
 
 /** A box of this call. */
@@ -66,6 +69,8 @@ export interface Call {
   envFile: string;
   mode: Mode;
   reboot: boolean;
+  /** The recipe's own switches that were given. */
+  flags: ReadonlySet<string>;
 }
 
 /**
@@ -94,7 +99,7 @@ export async function run(meta: ImportMeta, recipe: Recipe): Promise<void> {
 
 async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   const script = /([\w-]+)\.ts$/.exec(meta.filename)?.[1] as string;
-  const flags = flagsOf(process.argv.slice(2));
+  const flags = flagsOf(process.argv.slice(2), switchesOf(recipe));
   if (flags.help) {
     process.stdout.write(help(script, recipe));
     return 0;
@@ -108,7 +113,12 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
       throw new SettingError(`${name} is not set: expected ${from} ${shown(envFile)}`);
   if (settings.K3S_BIN) settings.K3S_SHA256 = await hashOf(settings);
   const mode = flags.print ? "print" : flags["dry-run"] ? "dry-run" : "apply";
-  const call: Call = { script, recipe, settings, origins, envFile, mode, reboot: Boolean(flags.reboot) };
+  const own = new Set(Object.keys(recipe.flags ?? {}).filter((name) => flags[name]));
+  const call: Call = {
+    ...{ script, recipe, settings, origins, envFile, mode },
+    reboot: Boolean(flags.reboot),
+    flags: own,
+  };
   return await (recipe.work ?? fanOut)(call);
 }
 
@@ -122,18 +132,22 @@ const MODES = {
   "dry-run": "print the plan, change nothing",
   print: "print the plan as a sh script",
   reboot: "restart this machine where a step needs it",
-  help: "this text",
 };
 
-function flagsOf(argv: string[]): Record<string, string> {
+const switchesOf = (recipe: Recipe): Record<string, string> => ({
+  ...(recipe.flags ?? MODES),
+  help: "this text",
+});
+
+function flagsOf(argv: string[], switches: Record<string, string>): Record<string, string> {
   const strings = NAMES.map(flagOf);
-  const known = [...strings, ...Object.keys(MODES)];
+  const known = [...strings, ...Object.keys(switches)];
   const wrong = (flag: string): never => {
     throw new SettingError(`${flag} (flag): expected one of --${known.join(", --")}`);
   };
   const { _: rest, ...flags } = minimist(argv, {
     string: strings,
-    boolean: Object.keys(MODES),
+    boolean: Object.keys(switches),
     unknown: wrong,
   });
   for (const word of rest) wrong(word);
@@ -146,20 +160,22 @@ function flagsOf(argv: string[]): Record<string, string> {
 }
 
 function help(script: string, recipe: Recipe): string {
-  const names = NAMES.filter(
-    (n) => n === (recipe.work ? "AGENTS" : "HOST") || recipe.steps.some((step) => step.options.includes(n)),
-  );
+  const boxes = recipe.work ? (recipe.host ?? "AGENTS") : "HOST";
+  const names = NAMES.filter((n) => n === boxes || recipe.steps.some((step) => step.options.includes(n)));
+  const modes = Object.keys(recipe.flags ?? { DRY: "", PRINT: "" })
+    .map((flag) => `${flag.toUpperCase()}=1`)
+    .join(" | ");
   const row = (left: string, right: string) => `  ${left.padEnd(24)} ${right}\n`;
   return `${recipe.about}
 
-Usage: make ${script} ${recipe.work ? "" : "[HOST=…] "}[SETTING=…] [DRY=1 | PRINT=1]
+Usage: make ${script} ${recipe.work ? "" : "[HOST=…] "}[SETTING=…] ${modes && `[${modes}]`}
    or: node --import tsx scripts/${script}.ts [flags]
    or: deno run -A scripts/${script}.ts [flags]
 
 Settings, each a flag, an environment variable or a line of the env file (--${flagOf(names[0] as string)} is ${names[0]}):
 ${names.map((n) => row(`--${flagOf(n)} …`, `${SETTINGS[n].help}${SETTINGS[n].value && `; default: ${SETTINGS[n].value}`}`)).join("")}
 Flags:
-${Object.entries(MODES)
+${Object.entries(switchesOf(recipe))
   .map(([flag, text]) => row(`--${flag}`, text))
   .join("")}
 The env file is .env beside the Makefile, or what ENV_FILE names.
@@ -281,9 +297,34 @@ export async function attempt(
   } catch (error) {
     const { message, change, output } = error as Failure;
     const known = [Failure, Refusal, Unreachable, SettingError].some((type) => error instanceof type);
-    line.failed(message, change, known ? output : (error as Error).stack, again(call, script, box));
+    const retry = again(call, script, box);
+    const ills =
+      error instanceof Failure && ASKED.includes(script)
+        ? await causes(call, script, box, line, output, retry)
+        : [];
+    line.failed(message, change, known ? output : (error as Error).stack, retry, ills);
     return error instanceof SettingError ? 2 : 1;
   }
+}
+
+/** Scripts whose failure may have its cause elsewhere than where it shows. */
+const ASKED = ["server", "agent", "annotate", "fix-metrics"];
+
+/** What check would say of the box; else what its journal means, as far as the failure has lines of it. */
+async function causes(
+  call: Call,
+  script: string,
+  box: Target,
+  line: Line,
+  output: string,
+  retry: string,
+): Promise<Ill[]> {
+  line.says("looks for the cause");
+  // Late, for it is rare; and it asks this file for the boxes.
+  const [{ explain }, { meaningOf }] = await Promise.all([import("./cluster.ts"), import("./journal.ts")]);
+  const ills = await explain(call, box, script === "agent" || script === "annotate" ? "agent" : "server");
+  const meaning = meaningOf(output, retry);
+  return ills.length || !meaning ? ills : [{ box: box.name, ...meaning }];
 }
 
 /** The command that tries it again: what was given for this call is given again, but for secrets. */

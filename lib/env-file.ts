@@ -65,22 +65,27 @@ export async function updateEnv(path: string, values: Record<string, string>, se
     const old = textOf(file);
     const text = withValues(old, values);
     if (text === old) return;
-    const temporary = `${file}.${randomBytes(4).toString("hex")}.tmp`;
-    try {
-      const handle = openSync(temporary, "wx", 0o600);
-      writeSync(handle, text);
-      fsyncSync(handle);
-      closeSync(handle);
-      renameSync(temporary, file);
-    } finally {
-      rmSync(temporary, { force: true });
-    }
-    const folder = openSync(dirname(file), "r");
-    fsyncSync(folder);
-    closeSync(folder);
+    replaceFile(file, text);
   } finally {
     release();
   }
+}
+
+/** Puts a text in a file's place, 0600: a crash leaves the old one or the new one. */
+export function replaceFile(file: string, text: string): void {
+  const temporary = `${file}.${randomBytes(4).toString("hex")}.tmp`;
+  try {
+    const handle = openSync(temporary, "wx", 0o600);
+    writeSync(handle, text);
+    fsyncSync(handle);
+    closeSync(handle);
+    renameSync(temporary, file);
+  } finally {
+    rmSync(temporary, { force: true });
+  }
+  const folder = openSync(dirname(file), "r");
+  fsyncSync(folder);
+  closeSync(folder);
 }
 
 /** Takes a lock file that holds its owner's process id; one left by a dead process is taken over. */
@@ -134,7 +139,7 @@ function textOf(path: string): string {
   }
 }
 
-function realPath(path: string): string {
+export function realPath(path: string): string {
   try {
     return realpathSync(path);
   } catch {

@@ -1,4 +1,5 @@
 import { createHash } from "node:crypto";
+import { HOPELESS } from "./journal.ts";
 import { type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "./step.ts";
@@ -184,10 +185,16 @@ fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } &&
   return [binaryLook, service, clusterLook];
 }
 
-/** Facts about the cluster as this box sees it: its nodes, and WireGuard's peers (never the private key). */
-export const clusterLook = `${KUBECTL}
-fact nodes; kc get nodes -o json 2>/dev/null
-fact peers; for i in flannel.1 flannel-wg; do wg show "$i" dump 2>/dev/null | sed "1d;s/^/$i\t/"; done
+/** WireGuard's peers, never the private key. */
+export const peersLook =
+  'fact peers; for i in flannel.1 flannel-wg; do wg show "$i" dump 2>/dev/null | sed "1d;s/^/$i\t/"; done';
+
+export const nodesLook = `${KUBECTL}
+fact nodes; kc get nodes -o json 2>/dev/null`;
+
+/** Facts about the cluster as this box sees it: its nodes, and WireGuard's peers. */
+export const clusterLook = `${nodesLook}
+${peersLook}
 fact interfaces; ls /sys/class/net
 `;
 
@@ -211,6 +218,10 @@ export interface Node {
   publicIp: string | undefined;
   overwrite: string | undefined;
   version: string;
+  /** The arguments that k3s really got, secrets masked by k3s (its annotation node-args). */
+  args: string[];
+  /** What the kubelet runs short of: MemoryPressure, DiskPressure, PIDPressure. */
+  pressure: string[];
 }
 
 /** What is read of a Node as the API gives it. */
@@ -230,6 +241,7 @@ const NAME = /^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$/;
 const IP = /^[0-9a-f.:]{2,39}$/;
 const BOOT = /^[0-9a-f-]{36}$/;
 const CIDR = /^[0-9a-f.:]{2,39}\/\d{1,3}$/;
+const VERSION = /^v[\w.+-]{1,60}$/;
 const only = (pattern: RegExp, value: string | undefined) => (pattern.test(value ?? "") ? value : undefined);
 
 /**
@@ -257,7 +269,11 @@ export function nodesOf(json = ""): Node[] {
         podCidr: only(CIDR, spec?.podCIDR),
         publicIp: note("public-ip"),
         overwrite: note("public-ip-overwrite"),
-        version: status?.nodeInfo?.kubeletVersion ?? "",
+        version: only(VERSION, status?.nodeInfo?.kubeletVersion) ?? "",
+        args: argsIn(metadata.annotations?.["k3s.io/node-args"]),
+        pressure: (status?.conditions ?? []).flatMap(({ type, status }) =>
+          /^[A-Z][A-Za-z]+Pressure$/.test(type) && status === "True" ? [type] : [],
+        ),
       };
     });
   } catch {
@@ -265,12 +281,25 @@ export function nodesOf(json = ""): Node[] {
   }
 }
 
+function argsIn(json = "[]"): string[] {
+  try {
+    return (JSON.parse(json) as unknown[]).filter((word) => typeof word === "string");
+  } catch {
+    return [];
+  }
+}
+
 export interface Peer {
   interface: string;
+  /** Its public key. */
+  key: string;
   endpoint: string;
   allowedIps: string[];
   /** Time of the last handshake in seconds since 1970; 0: never. */
   handshake: number;
+  /** Bytes received from it and sent to it. */
+  received: number;
+  sent: number;
 }
 
 /** Peers out of the fact `peers`: lines of `wg show IF dump` less the first, each behind its interface. @see wg(8) */
@@ -279,11 +308,14 @@ export function peersOf(dump = ""): Peer[] {
     .split("\n")
     .map((line) => line.split("\t"))
     .filter((fields) => fields.length === 9)
-    .map(([name, , , endpoint, allowed, handshake]) => ({
+    .map(([name, key, , endpoint, allowed, handshake, received, sent]) => ({
       interface: name as string,
+      key: key as string,
       endpoint: endpoint as string,
       allowedIps: allowed === "(none)" ? [] : (allowed as string).split(","),
       handshake: Number(handshake),
+      received: Number(received),
+      sent: Number(sent),
     }));
 }
 
@@ -444,21 +476,6 @@ const DOOR = `if [ -z "\${open-}" ] && token=$(cat /var/lib/rancher/k3s/server/n
     if [ "$door" = 200 ]; then open=yes; early token "$token"; fi
   fi
 `;
-
-/** What an agent or server says again and again without ever giving up (v1.17.6 and v1.36.3, recorded). */
-const HOPELESS = [
-  "token is not valid",
-  "token does not match the server",
-  "token CA hash does not match",
-  "invalid token format",
-  "server is not ready: .*not authorized",
-  "Node password rejected",
-  "only https:// URLs are supported",
-  "flag provided but not defined",
-  "host IP unknown",
-  "bootstrap data already found",
-  "flannel exited",
-].join("|");
 
 /** Waits for a healthy node, says how it goes, and on failure prints the journal's lines that matter. */
 function healthSh(

@@ -1,4 +1,5 @@
 import type { Ora } from "ora";
+import type { Ill } from "./journal.ts";
 import type { Change } from "./step.ts";
 
 /** What is said of one box, on standard error. */
@@ -7,7 +8,13 @@ export interface Line {
   says(text: string): void;
   waits(what: string): void;
   done(nothing: boolean, why?: string): void;
-  failed(message: string, change: Change | undefined, output: string | undefined, again: string): void;
+  failed(
+    message: string,
+    change: Change | undefined,
+    output: string | undefined,
+    again: string,
+    ills?: readonly Ill[],
+  ): void;
 }
 
 /** Tokens never show, whatever printed them. */
@@ -59,7 +66,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
           finish();
           write(name, `${nothing ? "nothing to do" : `done in ${seconds()}`}${why ? `: ${why}` : ""}`);
         },
-        failed(message, change, output, again) {
+        failed(message, change, output, again, ills = []) {
           spinner?.fail();
           spinner = undefined;
           write(name, `FAILED after ${seconds()}: ${message}`);
@@ -71,6 +78,10 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
             for (const row of command.slice(0, 8)) write(name, `  $ ${row}`);
             if (command.length > 8)
               write(name, `  $ … (${command.length - 8} lines more: PRINT=1 shows them)`);
+          }
+          for (const { box, cause, remedy } of ills) {
+            write(name, `  cause: ${box}: ${cause}`);
+            write(name, `     do: ${remedy}`);
           }
           write(name, `  again: ${again}`);
         },

@@ -236,16 +236,16 @@ export interface Job {
   mayReboot: boolean;
 }
 
-/** One trip: facts, and nothing else. @throws {Failure} when the box did not answer to the end. */
-export async function look(job: Job, steps: readonly Step[]): Promise<Facts> {
-  return (await trip(job, steps, [])).facts;
-}
-
 /** What a look may take beside its changes, in seconds: a box that hangs must not hang the rest. */
 const LOOK = 120;
 
+/** One trip: facts, and nothing else. @throws {Failure} when the box did not answer to the end. */
+export async function look(job: Job, steps: readonly Step[], seconds = LOOK): Promise<Facts> {
+  return (await trip(job, steps, [], seconds)).facts;
+}
+
 /** One trip: the changes, then the facts that confirm them. @throws {Failure} naming the change that failed. */
-async function trip(job: Job, steps: readonly Step[], changes: readonly Change[]) {
+async function trip(job: Job, steps: readonly Step[], changes: readonly Change[], extra = LOOK + PATIENCE) {
   const mark = newMark();
   const stream = reader(mark, {
     change: (i) => job.progress.starts((changes[i] as Change).why),
@@ -254,7 +254,7 @@ async function trip(job: Job, steps: readonly Step[], changes: readonly Change[]
   });
   const apply = changes.length ? applyScript(changes, mark, (name) => sh(job.want[name])) : "";
   const script = whole(`${apply}\n${lookScript(steps, job.want, mark)}`);
-  const seconds = changes.reduce((sum, change) => sum + (change.seconds ?? 60), LOOK + PATIENCE);
+  const seconds = changes.reduce((sum, change) => sum + (change.seconds ?? 60), extra);
   const { status, stderr } = await job.box.run(script, seconds, stream.line);
   const { seen } = stream;
   if (seen.failed) {

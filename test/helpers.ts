@@ -4,7 +4,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { interfaceOf, type Role, unitPath } from "../lib/k3s.ts";
+import type { Member } from "../lib/cluster.ts";
+import { interfaceOf, type Role, unitOf, unitPath } from "../lib/k3s.ts";
 import { SETTINGS, type Settings } from "../lib/settings.ts";
 import { type Change, type Facts, lookScript, reader, type Step, whole } from "../lib/step.ts";
 
@@ -58,6 +59,9 @@ export interface NodeSpec {
   external?: string;
   public?: string;
   overwrite?: string;
+  /** What k3s says that it was given; default: nothing. */
+  args?: string[];
+  version?: string;
 }
 
 /** A node as kubectl prints it. What is not said is as it should be. */
@@ -69,6 +73,7 @@ export const node = (spec: NodeSpec) => ({
       [
         ["flannel.alpha.coreos.com/public-ip", spec.public ?? spec.ip],
         ["flannel.alpha.coreos.com/public-ip-overwrite", spec.overwrite ?? spec.ip],
+        ["k3s.io/node-args", spec.args && JSON.stringify(spec.args)],
       ].filter(([, value]) => value),
     ),
   },
@@ -87,7 +92,7 @@ export const node = (spec: NodeSpec) => ({
         lastHeartbeatTime: new Date((spec.beat ?? NOW - 20) * 1000).toISOString(),
       },
     ],
-    nodeInfo: { kubeletVersion: MODERN },
+    nodeInfo: { kubeletVersion: spec.version ?? MODERN },
   },
 });
 export const nodes = (...specs: NodeSpec[]): string =>
@@ -126,6 +131,51 @@ export function healthy(version: string, written: Facts, over: Facts = {}): Fact
     ...over,
   });
 }
+
+/** A box of a1, b1 and b2 as `check` finds it in a healthy cluster; a1 is the server. */
+export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried: Facts = {}): Member {
+  const others = [A1, B1, B2].filter(({ name }) => name !== spec.name);
+  const role = spec.name === "a1" ? "server" : "agent";
+  const iface = interfaceOf(version === OLD ? "old" : "modern");
+  const hash = "c1".repeat(32);
+  const dump = others.map(({ name, ip, n }) =>
+    [iface, keyOf(name), "(none)", `${ip}:51820`, `10.42.${n}.0/24`, NOW - 30, 4096, 123_456, 25].join("\t"),
+  );
+  const ways = others.map(({ name }) => `tunnel ${name} 1420`);
+  const reached =
+    role === "server"
+      ? [A1, B1, B2].flatMap(({ name }) => [`kubelet ${name} open`, `top ${name} 100m 5% 500Mi 20%`])
+      : ["api server open"];
+  return {
+    target: { host: spec.name, ip: spec.ip, word: spec.name, name: spec.name },
+    role,
+    clock: 0.04,
+    facts: {
+      now: `${NOW}.5`,
+      uptime: "3600.00",
+      hostname: spec.name,
+      kernel: "6.1.0-50-cloud-amd64",
+      addresses: `1: lo    inet ${spec.ip}/32 scope global lo\n3: ${iface}    inet 10.42.${spec.n}.0/32 scope global ${iface}`,
+      units: `Id=${unitOf(role)}.service\nActiveState=active\nNRestarts=0\nMainPID=812\nExecMainStartTimestampMonotonic=1800000000\n\nId=${unitOf(role === "server" ? "agent" : "server")}.service\nActiveState=inactive\nMainPID=0`,
+      wg: `${iface} 1420 ${keyOf(spec.name)}`,
+      peers: dump.join("\n"),
+      disk: "Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/vda1 20000000 8000000 12000000 40% /",
+      memory: "MemTotal:       2000000 kB\nMemAvailable:   1500000 kB",
+      ...(role === "server"
+        ? {
+            nodes: nodes(A1, B1, B2),
+            ca: `${hash}  -`,
+            metrics: "/var/lib/rancher/k3s/server/manifests/metrics-server",
+          }
+        : { joins: `https://${IP}:6443\n${hash}` }),
+      ...facts,
+    },
+    tried: { tries: [...ways, ...reached].join("\n"), ...tried },
+  };
+}
+
+/** A public key of its own for each box. */
+export const keyOf = (name: string): string => `${name}${"k".repeat(41)}=`;
 
 /** `systemctl show` of a unit whose process began then, in seconds since 1970. */
 export const service = (started: number, more = "NeedDaemonReload=no"): string =>

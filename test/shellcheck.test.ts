@@ -1,6 +1,8 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
+import { ask, clusterOf, LOOKS, tries } from "../lib/cluster.ts";
 import { DRAINED } from "../lib/k3s.ts";
+import { kubelets, made, type Pod, paths } from "../lib/pods.ts";
 import { SettingError } from "../lib/settings.ts";
 import { applyScript, lookScript, printed, Refusal, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
@@ -13,6 +15,7 @@ import {
   healthy,
   lacks,
   MODERN,
+  member,
   node,
   nodes,
   OLD,
@@ -101,4 +104,24 @@ describe("shellcheck finds nothing to say", { skip }, () => {
         check(printed(changes));
       });
     }
+
+  for (const spec of [A1, B1]) {
+    const cluster = clusterOf(
+      [A1, B1].map((box) => member(MODERN, box, { resolvers: "10.0.0.2" })),
+      wanted(),
+    );
+    const box = cluster.boxes.find(({ name }) => name === spec.name) as (typeof cluster.boxes)[number];
+    const pods = [A1, B1].map(({ name, n }) => ({ name: `pod-${name}`, node: name, ip: `10.42.${n}.9` }));
+    const services = { kubernetes: "10.43.0.1", "kube-dns": "10.43.0.10" };
+    const scripts = {
+      look: LOOKS[box.role],
+      tries: tries(box, cluster),
+      "pods of": made(["a1", "b1"], "abc"),
+      "ways of pods of": paths(pods[0] as Pod, pods, services, 1420),
+      "kubelets of": kubelets(pods),
+    };
+    for (const [what, text] of Object.entries(scripts))
+      test(`about the ${what} of check, ${box.role}`, () =>
+        check(`#!/bin/sh\n${whole(lookScript([ask(text)], wanted(), "mark"))}`));
+  }
 });

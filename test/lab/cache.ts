@@ -16,7 +16,7 @@ const NODE = `node-linux-${process.arch}`;
 const IN_BOXES = [
   "systemd systemd-sysv dbus udev kmod procps sudo",
   "openssh-server openssl curl ca-certificates",
-  "iproute2 iptables nftables wireguard-go",
+  "iproute2 iptables iputils-ping nftables wireguard-go",
 ].join(" ");
 /** Not in the root, but served to the boxes by the lab's own apt repository. */
 const FOR_BOXES = ["wireguard-tools"];

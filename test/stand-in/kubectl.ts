@@ -141,6 +141,10 @@ export function nodeRow(node: Node, wide: boolean, now = Date.now()): string[] {
   ];
 }
 
+type Pod = {
+  metadata: { namespace: string; name: string };
+  status: { phase: string; conditions: { type: string; status: string }[] };
+};
 type Config = { server: string; call: Call };
 
 function readConfig(flags: Map<string, string>): Config {
@@ -323,6 +327,15 @@ async function run(version: string, args: string[]): Promise<string> {
       : ["pod", "pods", "po", "event", "events", "ev"].includes(kind ?? "")
         ? "/api/v1"
         : "";
+    if (path === "/api/v1" && /^po/.test(kind) && output === "" && flags.has("all-namespaces") && !names[0]) {
+      const { items } = await good<{ items: Pod[] }>("/api/v1/pods");
+      const head = ["NAMESPACE", "NAME", "READY", "STATUS", "RESTARTS", "AGE"];
+      const rows = items.map(({ metadata, status }) => {
+        const up = status.conditions.some((c) => c.type === "Ready" && c.status === "True");
+        return [metadata.namespace, metadata.name, up ? "1/1" : "0/1", status.phase, "0", "<unknown>"];
+      });
+      return table([...(flags.has("no-headers") ? [] : [head]), ...rows]);
+    }
     if (path && output === "json") {
       const plural = path === "/apis/apps/v1" ? "deployments" : /^ev/.test(kind) ? "events" : "pods";
       const scope = flags.has("all-namespaces") ? "" : `/namespaces/${flags.get("namespace") ?? "default"}`;

@@ -1,0 +1,480 @@
+/**
+ * The whole cluster as its boxes see it, all at once: what each says of itself in one trip, then what
+ * passes between them in a second. Nothing is changed on any box.
+ */
+import { type Call, jobFor, type Target, targets } from "./cli.ts";
+import { diagnose } from "./diagnosis.ts";
+import { type Ill, MEANT } from "./journal.ts";
+import {
+  KUBECTL,
+  type Node,
+  nodeNameOf,
+  nodesLook,
+  nodesOf,
+  type Peer,
+  pairs,
+  peersLook,
+  peersOf,
+  type Role,
+  unitOf,
+} from "./k3s.ts";
+import type { Line } from "./report.ts";
+import { publicIp, type Settings, words } from "./settings.ts";
+import { sh } from "./sh.ts";
+import { type Facts, look, type Step } from "./step.ts";
+
+/** A box of the cluster and what it says. */
+export interface Member {
+  target: Target;
+  role: Role;
+  /** Why it could not be looked at. */
+  error?: string;
+  facts: Facts;
+  /** Its clock less this machine's when it began to speak, in seconds: too little by the way of a packet. */
+  clock?: number;
+  /** The second trip: what it reached. */
+  tried: Facts;
+  /** The third, with check's own pods: what they reached. */
+  paths?: Facts;
+}
+
+/** A step that only looks: the facts of `sh`, and no plan. */
+export const ask = (sh: string, options: Step["options"] = []): Step => ({
+  name: "check",
+  options,
+  look: () => [sh],
+  plan: () => [],
+});
+
+const boxLook = `
+printf '%s say %s\\n' "$m" "$(date +%s.%N)"
+fact units; systemctl show k3s k3s-agent -p Id -p ActiveState -p NRestarts -p MainPID -p ExecMainStartTimestampMonotonic
+fact wg; for i in flannel.1 flannel-wg; do
+  [ ! -d /sys/class/net/$i ] || echo "$i $(cat /sys/class/net/$i/mtu) $(wg show $i public-key 2>/dev/null)"
+done
+${peersLook}
+fact cni; cat /sys/class/net/cni0/mtu 2>/dev/null
+fact disk; df -Pk /var/lib/rancher 2>/dev/null || df -Pk /
+fact memory; grep -E '^Mem(Total|Available):' /proc/meminfo
+fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
+# As k3s picks it (pkg/agent/config): a resolver that is not the host's own, else 8.8.8.8.
+fact resolvers; for f in /etc/resolv.conf /run/systemd/resolve/resolv.conf; do
+  list=$(sed -n 's/^nameserver[[:space:]]*//p' $f 2>/dev/null)
+  case $list in ''|127.*|*'
+127.'*|169.254.*) ;; *) echo "$list"; break ;; esac
+done
+fact said; journalctl -u k3s -u k3s-agent -o cat --no-pager --since -60s -n 400 2>/dev/null |
+  grep -E ${sh(MEANT)} | sed -E 's/^time="[^"]*" //' | awk '!seen[$0]++' | cut -c1-400 | tail -n 5
+`;
+
+export const LOOKS: Record<Role, string> = {
+  server: `${boxLook}
+fact metrics; ls -d /var/lib/rancher/k3s/server/manifests/metrics-server* 2>/dev/null
+fact ca; sha256sum </var/lib/rancher/k3s/server/tls/server-ca.crt 2>/dev/null
+${nodesLook}`,
+  // Of the token only what pins the CA, which is no secret.
+  agent: `${boxLook}
+fact joins; sed -n 's/^K3S_URL=//p; s/^K3S_TOKEN=K10\\([0-9a-f]*\\)::.*/\\1/p' /etc/systemd/system/k3s-agent.service.env 2>/dev/null`,
+};
+
+/** How long a box may take to say what it knows, in seconds; ssh itself gives up on a dead one after 15. */
+export const PATIENCE = 40;
+
+/** What each box is looked at for, and how it is named in the settings. */
+export type Listed = { target: Target; role: Role }[];
+
+/** All boxes side by side, a trip each, with `more` to look at. A box that cannot be looked at carries its error. */
+export async function survey(call: Call, listed: Listed, more = ""): Promise<Member[]> {
+  return await Promise.all(
+    listed.map(async ({ target, role }) => {
+      const member: Member = { target, role, facts: {}, tried: {} };
+      try {
+        const heard: Line["says"] = (text) => {
+          member.clock ??= Number(text) - Date.now() / 1000;
+        };
+        member.facts = await look(jobFor(call, target, line(heard)), [ask(LOOKS[role] + more)], PATIENCE);
+      } catch (error) {
+        member.error = (error as Error).message;
+      }
+      return member;
+    }),
+  );
+}
+
+/** Hears what a box says, and shows nothing. */
+export const line = (says: Line["says"] = () => {}): Line => ({
+  says,
+  starts() {},
+  waits() {},
+  done() {},
+  failed() {},
+});
+
+/** A box as it is shown and judged; what it did not say is undefined. */
+export interface Seen {
+  name: string;
+  host: string;
+  word: string;
+  ip: string;
+  role: Role;
+  error: string | undefined;
+  /** The node that k3s runs here as, by the box's name; and the cluster's node of that name, if any. */
+  nodeName: string;
+  node: Node | undefined;
+  kernel: string | undefined;
+  /** systemd's ActiveState of the role's unit, restarts since boot (unknown to systemd 219), seconds it has run. */
+  unit: { state: string; restarts: number | undefined; runs: number | undefined };
+  /** Its clock less this machine's, in seconds. */
+  clock: number | undefined;
+  /** Percent in use. */
+  disk: number | undefined;
+  memory: number | undefined;
+  /** The interface of flannel's WireGuard, its own address, MTU and public key. */
+  wireguard: { name: string; mtu: number; key: string; address: string | undefined } | undefined;
+  /** MTU of the pods' bridge; there is none before the first pod. */
+  cniMtu: number | undefined;
+  peers: Peer[];
+  addresses: string[];
+  ipvs: boolean;
+  /** DNS servers that pods' names end up at. */
+  resolvers: string[];
+  /** sha256 of the cluster's CA: the server's own, or the one that the agent's token names. */
+  ca: string | undefined;
+  /** What the agent joins by. */
+  url: string | undefined;
+  /** Lines of the journal's last minute that have a meaning. */
+  said: string;
+  /** metrics-server is part of the server: k3s's own, or fix-metrics'. */
+  metrics: boolean;
+  now: number;
+  tried: Tried;
+}
+
+/** What was tried from a box, by the name of the other end. */
+export interface Tried {
+  /** The largest packet that passes through the tunnel, in bytes; 0: none does. */
+  tunnel: Record<string, number>;
+  /** TCP: open, refused, dropped, or another word. */
+  kubelet: Record<string, string>;
+  api: string | undefined;
+  /** The API's service, by kube-proxy's rules. */
+  service: string | undefined;
+  /** Nodes for which `kubectl top nodes` has figures. */
+  top: string[];
+  /** By the resolver's address. */
+  resolvers: Record<string, boolean>;
+  /** While packets were lost: bytes received and sent by the peer's public key in some seconds. */
+  passed: Record<string, { received: number; sent: number }>;
+  /** Senders of UDP 51820 that came as far as the network card in those seconds; undefined: nothing could watch. */
+  arrived: string[] | undefined;
+  /** By the other node: did a packet pass from this box's pod to that one's? */
+  pods: Record<string, boolean>;
+  /** From this box's pod. */
+  services: Record<string, boolean>;
+  /** From the server, by node. */
+  logs: Record<string, boolean>;
+  exec: Record<string, boolean>;
+  /** Tools that the box has not. */
+  missing: string[];
+}
+
+/** The cluster: the boxes of the settings, and all nodes that the API knows. */
+export interface Cluster {
+  boxes: Seen[];
+  nodes: Node[];
+}
+
+/** What the boxes said, as one. */
+export function clusterOf(members: readonly Member[], want: Settings): Cluster {
+  const nodes = nodesOf(members.find(({ role }) => role === "server")?.facts.nodes);
+  return { boxes: members.map((member) => seen(member, nodes, want)), nodes };
+}
+
+function seen(
+  { target, role, error, facts, clock, tried, paths }: Member,
+  nodes: Node[],
+  want: Settings,
+): Seen {
+  const there = nodes.find(({ externalIp }) => externalIp === target.ip);
+  const name = nameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts) || (there?.name ?? "");
+  const unit = (facts.units ?? "")
+    .split(/\n\n+/)
+    .map(pairs)
+    .find(({ Id }) => Id === `${unitOf(role)}.service`);
+  const started = Number(unit?.MainPID) ? Number(unit?.ExecMainStartTimestampMonotonic) / 1e6 : 0;
+  const [wg, mtu, key] = facts.wg?.trim().split("\n").at(-1)?.split(" ") ?? [];
+  const memory = Object.fromEntries(
+    [...(facts.memory ?? "").matchAll(/^(\w+):\s+(\d+)/gm)].map((m) => [m[1], Number(m[2])]),
+  );
+  const joins = (facts.joins ?? "").trim().split("\n");
+  const addresses = (facts.addresses ?? "").split("\n").map((row) => row.split(/\s+/));
+  return {
+    name: target.name,
+    host: target.host,
+    word: target.word,
+    ip: target.ip,
+    role,
+    error,
+    nodeName: name,
+    node: nodes.find((node) => node.name === name),
+    kernel: facts.kernel?.trim(),
+    unit: {
+      state: unit?.ActiveState ?? "unknown",
+      restarts: unit?.NRestarts === undefined ? undefined : Number(unit.NRestarts),
+      runs: started ? Number(facts.uptime) - started : undefined,
+    },
+    clock,
+    disk: numberOf(/(\d+)%/.exec(facts.disk ?? "")?.[1]),
+    memory:
+      memory.MemTotal && memory.MemAvailable !== undefined
+        ? Math.round(100 * (1 - memory.MemAvailable / memory.MemTotal))
+        : undefined,
+    wireguard: wg
+      ? {
+          name: wg,
+          mtu: Number(mtu),
+          key: key ?? "",
+          address: addresses.find(([, device]) => device === wg)?.[3]?.split("/")[0],
+        }
+      : undefined,
+    cniMtu: numberOf(facts.cni?.trim()),
+    peers: peersOf(facts.peers).filter((peer) => peer.interface === wg),
+    addresses: addresses.flatMap(([, , , address]) => address?.split("/")[0] ?? []),
+    ipvs: Boolean(facts.ipvs?.trim()),
+    resolvers: words((facts.resolvers ?? "").replaceAll("\n", " ")),
+    ca:
+      role === "server" ? facts.ca?.split(" ")[0]?.trim() : joins.find((word) => /^[0-9a-f]{64}$/.test(word)),
+    url: joins.find((word) => word.startsWith("http")),
+    said: facts.said?.trim() ?? "",
+    metrics: Boolean(facts.metrics?.trim()),
+    now: Number(facts.now),
+    tried: triedOf({ ...tried, ...paths }),
+  };
+}
+
+const numberOf = (text: string | undefined) => (text ? Number(text) : undefined);
+
+function nameOf(args: string, facts: Facts): string {
+  try {
+    return nodeNameOf(args, facts);
+  } catch {
+    return "";
+  }
+}
+
+function triedOf(facts: Facts): Tried {
+  const tried: Tried = {
+    tunnel: {},
+    kubelet: {},
+    api: undefined,
+    service: undefined,
+    top: [],
+    resolvers: {},
+    passed: {},
+    arrived: undefined,
+    pods: {},
+    services: {},
+    logs: {},
+    exec: {},
+    missing: [],
+  };
+  for (const row of `${facts.tries ?? ""}\n${facts.paths ?? ""}\n${facts.kubelets ?? ""}`.split("\n")) {
+    const [what, name = "", ...rest] = row.split(" ");
+    const how = rest.join(" ");
+    if (what === "tunnel") tried.tunnel[name] = Number(how);
+    else if (what === "kubelet") tried.kubelet[name] = how;
+    else if (what === "api") tried.api = how;
+    else if (what === "proxied") tried.service = how;
+    else if (what === "top" && !how.includes("<unknown>")) tried.top.push(name);
+    else if (what === "resolver") tried.resolvers[name] = how === "yes";
+    else if (what === "pod") tried.pods[name] = how === "yes";
+    else if (what === "service") tried.services[name] = how === "yes";
+    else if (what === "logs" || what === "exec") tried[what][name] = how === "yes";
+    else if (what === "without") tried.missing.push(name);
+  }
+  const bytes = (text = "") =>
+    new Map(text.split("\n").map((row) => [row.split("\t")[0], row.split("\t").slice(1).map(Number)]));
+  const [before, after] = [bytes(facts.before), bytes(facts.after)];
+  for (const [key, [received = 0, sent = 0]] of after) {
+    const [r = 0, s = 0] = before.get(key) ?? [];
+    if (key) tried.passed[key] = { received: received - r, sent: sent - s };
+  }
+  const arrived = facts.arrived?.trim().split("\n").filter(Boolean);
+  if (arrived && !arrived.includes("?")) tried.arrived = arrived;
+  return tried;
+}
+
+/** The boxes of the settings. @throws {SettingError} */
+export async function listed(call: Call): Promise<Listed> {
+  const servers = await targets(call, "SERVER");
+  const agents = call.settings.AGENTS ? await targets(call, "AGENTS") : [];
+  return [
+    ...servers.map((target) => ({ target, role: "server" as const })),
+    ...agents.map((target) => ({ target, role: "agent" as const })),
+  ];
+}
+
+/** All boxes, a trip each for what they are and one for what passes between them. */
+export async function examine(call: Call, boxes: Listed) {
+  const members = await survey(call, boxes);
+  await attempt(call, members, clusterOf(members, call.settings));
+  return members;
+}
+
+/** One that is under way serves all who ask meanwhile: of several boxes that fail, one look is enough. */
+let underWay: Promise<Member[]> | undefined;
+
+/**
+ * Why a script failed on a box, as check would say it: what is wrong with that box, else with any other.
+ * Nothing where that cannot be found out.
+ */
+export async function explain(call: Call, failed: Target, role: Role): Promise<Ill[]> {
+  try {
+    const boxes = await listed(call).catch((): Listed => []);
+    const known = boxes.some(({ target }) => target.host === failed.host);
+    if (!known) boxes.push({ target: failed, role });
+    const look = (known && underWay) || examine(call, boxes);
+    if (known) underWay = look;
+    const members = await look.finally(() => {
+      if (underWay === look) underWay = undefined;
+    });
+    const ills = diagnose(clusterOf(members, call.settings), call.settings);
+    const name = members.find(({ target }) => target.host === failed.host)?.target.name;
+    const own = ills.filter(({ box }) => box === name);
+    return own.length ? own : ills;
+  } catch {
+    return [];
+  }
+}
+
+/** The second trip, all boxes side by side: packets through every tunnel, kubelets, the API, resolvers. */
+export async function attempt(call: Call, members: readonly Member[], cluster: Cluster): Promise<void> {
+  await Promise.all(
+    members.map(async (member) => {
+      const box = cluster.boxes.find(({ name }) => name === member.target.name) as Seen;
+      if (member.error) return;
+      try {
+        member.tried = await look(jobFor(call, member.target, line()), [ask(tries(box, cluster))], PATIENCE);
+      } catch (error) {
+        member.error = (error as Error).message;
+      }
+    }),
+  );
+}
+
+/** The other nodes by the address of their end of the tunnel: flannel gives it the first of the pods' network. */
+function tunnels(box: Seen, { boxes, nodes }: Cluster): [string, string][] {
+  const names = new Map<string, string>();
+  for (const { name, podCidr } of nodes)
+    if (name !== box.nodeName && podCidr) names.set(name, podCidr.replace(/\/.*/, ""));
+  for (const { nodeName, wireguard } of boxes)
+    if (nodeName && nodeName !== box.nodeName && wireguard?.address) names.set(nodeName, wireguard.address);
+  return [...names];
+}
+
+/** Sizes tried where full ones do not pass, in bytes: the largest that does is the MTU to set. */
+const SIZES = [1412, 1400, 1392, 1380, 1372, 1360, 1340, 1320, 1300, 1280, 1240, 1200, 1000, 576, 128];
+/** While packets are lost, seconds of watching: WireGuard repeats a handshake every five. */
+const WATCH = 7;
+
+/** The shell that tries a box's ways to the others. It sends packets, and leaves nothing behind. */
+export function tries(box: Seen, cluster: Cluster): string {
+  const wg = box.wireguard;
+  const to = wg ? tunnels(box, cluster) : [];
+  const kubelets = box.role === "server" ? cluster.nodes.filter((n) => n.externalIp) : [];
+  const own = cluster.boxes.find(({ role }) => role === "server");
+  // The API's service has the first address of the services' network.
+  const cidr = own?.node?.args.join(" ").match(/--service-cidr[= ]([\d.]+)\.\d+\//)?.[1] ?? "10.43.0";
+  const server = box.role === "server";
+  const dead = box.resolvers.filter((ip) => /is (private|the provider)/.test(publicIp(ip) ?? ""));
+  return `${server ? KUBECTL : ""}
+echoes() { ping -n -c 1 -W 1 \${dont:+-M do} -s "$(($2 - 28))" "$1" >/dev/null 2>&1; }
+through() {
+  full=${wg?.mtu ?? 0}
+  if echoes "$2" $full || echoes "$2" $full; then size=$full
+  else size=$(for n in ${SIZES.join(" ")}; do { echoes "$2" "$n" && echo "$n"; } & done | sort -n | tail -n 1); fi
+  echo "tunnel $1 \${size:-0}"
+}
+knock() {
+  # shellcheck disable=SC2016
+  said=$(timeout 3 bash -c ': <"/dev/tcp/$1/$2"' - "$3" "$4" 2>&1)
+  case $?,$said in 0,*) how=open ;; 124,*) how=dropped ;; *refused*) how=refused ;; *) how=\${said##*: } ;; esac
+  echo "$1 $2 $how"
+}
+resolves() {
+  # shellcheck disable=SC2016
+  got=$(timeout 2 bash -c 'exec 3<>"/dev/udp/$1/53"
+printf "\\x13\\x37\\x01\\0\\0\\x01\\0\\0\\0\\0\\0\\0\\0\\0\\x02\\0\\x01" >&3; head -c 3 <&3' - "$1" 2>/dev/null | wc -c)
+  if [ "$got" -gt 0 ]; then echo "resolver $1 yes"; else echo "resolver $1 no"; fi
+}
+serves() {
+  case $(knock proxy '' 127.0.0.1 10256) in
+    *open) knock proxied kubernetes ${cidr}.1 443 ;;
+    *) echo without kube-proxy ;;
+  esac
+}
+fact tries
+has=yes; for c in bash timeout; do command -v $c >/dev/null || { echo "without $c"; has=; }; done
+ping=yes; command -v ping >/dev/null || { echo "without ping"; ping=; }
+dont=; ping -n -c 1 -W 1 -M "do" 127.0.0.1 >/dev/null 2>&1 && dont=yes
+said=$(
+  if [ -n "$ping" ]; then :
+${to.map(([name, ip]) => `    through ${sh(name)} ${sh(ip)} &\n`).join("")}  fi
+${server ? "  kc top nodes --no-headers 2>/dev/null | sed 's/^/top /' &\n" : ""}  if [ -n "$has" ]; then :
+${kubelets.map((n) => `    knock kubelet ${sh(n.name)} ${sh(n.externalIp as string)} 10250 &\n`).join("")}${
+  box.role === "agent" && own ? `    knock api server ${sh(own.ip)} 6443 &\n` : ""
+}${dead.map((ip) => `    resolves ${sh(ip)} &\n`).join("")}    serves &
+  fi
+  wait
+)
+printf '%s\\n' "$said"
+${wg ? watch(wg.name, to) : ""}`;
+}
+
+/**
+ * Where a tunnel passes nothing: what WireGuard counts while packets are sent, and whose packets come as far
+ * as the network card, before any firewall of the box. The two ends tell who loses them.
+ */
+const watch = (name: string, to: [string, string][]) => `
+case $said in *' 0
+'*|*' 0')
+  fact before; wg show ${name} transfer
+  lost=$(
+    {
+${to.map(([node, ip]) => `      case $said in *${sh(`tunnel ${node} 0`)}*) ping -n -w ${WATCH} ${sh(ip)} & ;; esac\n`).join("")}      wait
+    } >/dev/null 2>&1 &
+    python=; for p in python3 /usr/libexec/platform-python python; do command -v $p >/dev/null && python=$p; done
+    # shellcheck disable=SC2016
+    if command -v perl >/dev/null; then timeout 20 perl -e ${sh(PERL)}
+    elif [ -n "$python" ]; then timeout 20 $python -c ${sh(PYTHON)}
+    else sleep ${WATCH}; echo '?'; fi
+    wait
+  )
+  fact after; wg show ${name} transfer
+  fact arrived; echo "$lost" ;;
+esac`;
+
+/** Senders of UDP 51820 to this box, from a packet socket (17; 0x800 is IPv4; type 4 is outgoing). */
+const PERL = `socket(S, 17, 2, unpack("S", pack("n", 0x800))) or do { print "?\\n"; exit };
+my ($end, %seen, $set) = (time + ${WATCH});
+while (time < $end) {
+  vec($set = "", fileno(S), 1) = 1;
+  next unless select($set, undef, undef, 1) > 0;
+  my $from = recv(S, my $p, 64, 0);
+  next if length $p < 28 or ord(substr($from, 10, 1)) == 4 or ord(substr($p, 9, 1)) != 17;
+  my $ports = (ord($p) & 15) * 4;
+  $seen{join ".", unpack("C4", substr($p, 12, 4))} = 1 if unpack("n", substr($p, $ports + 2, 2)) == 51820;
+}
+print "$_\\n" for keys %seen;`;
+
+const PYTHON = `import socket, time
+try: s = socket.socket(17, socket.SOCK_DGRAM, socket.htons(0x800))
+except Exception: print("?"); raise SystemExit
+s.settimeout(1); end = time.time() + ${WATCH}; seen = set()
+while time.time() < end:
+    try: p, a = s.recvfrom(64)
+    except socket.timeout: continue
+    p = bytearray(p); h = (p[0] & 15) * 4
+    if len(p) < 28 or a[2] == 4 or p[9] != 17: continue
+    if p[h + 2] * 256 + p[h + 3] == 51820: seen.add(".".join(map(str, p[12:16])))
+for ip in seen: print(ip)`;

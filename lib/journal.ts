@@ -1,0 +1,137 @@
+/** What is wrong, and what to do about it: a line each. */
+export interface Ill {
+  /** The box that is to be mended, as the user names it. */
+  box: string;
+  cause: string;
+  remedy: string;
+}
+
+interface Word {
+  /** An extended regular expression, for grep on the box and for RegExp here. */
+  said: string;
+  cause: string;
+  /** `make`'s line is put in place of AGAIN. */
+  remedy: string;
+  /** k3s says it again and again without ever giving up. */
+  forever?: true;
+}
+
+/** What k3s says in its journal, and what it means (v1.17.6 and v1.36.3, recorded). The first that fits counts. */
+const WORDS: readonly Word[] = [
+  {
+    said: "Node password rejected",
+    cause: "another node has this box's name, or had it before this box was reinstalled",
+    remedy:
+      "hostnamectl set-hostname another name there; if the node is this box's own of before: kubectl delete node (v1.17.6: and its line in server/cred/node-passwd); then AGAIN",
+    forever: true,
+  },
+  {
+    said: "token (CA hash )?does not match",
+    cause: "its K3S_TOKEN is of another cluster, or the server was set up anew",
+    remedy: '"make server" writes the present token, then AGAIN',
+    forever: true,
+  },
+  {
+    said: "token is not valid|server is not ready: .*not authorized",
+    cause: "the password in its K3S_TOKEN is wrong",
+    remedy: '"make server" writes the present token, then AGAIN',
+    forever: true,
+  },
+  {
+    said: "invalid token format|token credentials are the wrong format",
+    cause: "its K3S_TOKEN is not a k3s token",
+    remedy: '"make server" writes the present token, then AGAIN',
+    forever: true,
+  },
+  {
+    said: "only https:// URLs are supported",
+    cause: "its K3S_URL is not an https:// address",
+    remedy: '"make server" writes the right one, then AGAIN',
+    forever: true,
+  },
+  {
+    said: "x509: certificate has expired or is not yet valid",
+    cause: "its clock is outside the time for which the cluster's certificates hold",
+    remedy: "timedatectl set-ntp true there, then AGAIN",
+  },
+  {
+    said: "x509: certificate signed by unknown authority|is not trusted",
+    cause: "the server at its K3S_URL is another one, or was set up anew",
+    remedy: '"make server" writes the present token, then AGAIN',
+  },
+  {
+    said: "failed to get CA certs",
+    cause: "it does not reach the server's 6443/tcp",
+    remedy: "open 6443/tcp in the server's security group and firewall, and see that k3s runs there",
+  },
+  {
+    said: "flag provided but not defined",
+    cause: "SERVER_ARGS or AGENT_ARGS has a flag that this release of k3s does not know",
+    remedy: "correct it, then AGAIN",
+    forever: true,
+  },
+  {
+    said: "Cannot configure unknown flannel backend",
+    cause: "SERVER_ARGS on the server names a flannel backend that this release of k3s does not have",
+    remedy: 'correct it, then "make server"',
+  },
+  {
+    said: "host IP unknown|not found in the host's network interfaces",
+    cause: "--node-ip is the public address, and no interface of the box has it",
+    remedy: "AGAIN: its unit puts the address on lo",
+    forever: true,
+  },
+  {
+    said: "bootstrap data already found",
+    cause: "the server was given another token than the one its data are encrypted with",
+    remedy: "take --token out of SERVER_ARGS, then AGAIN",
+    forever: true,
+  },
+  {
+    said: "could not create wireguard interface|wg: not found|wg-add.sh|operation not supported",
+    cause: "the box has no WireGuard, in its kernel or at all",
+    remedy: '"make upgrade-kernel" and "make install-wireguard" on it, then AGAIN',
+  },
+  {
+    said: "flannel exited",
+    cause: "flannel does not start",
+    remedy: "journalctl -u k3s -u k3s-agent there has its words",
+    forever: true,
+  },
+  {
+    said: "bind: address already in use",
+    cause: "another program has one of k3s's ports, or an earlier k3s still runs",
+    remedy: "ss -ltnp on it names the program; end it, then AGAIN",
+  },
+  {
+    said: "no default routes found",
+    cause: "the box has no default route",
+    remedy: "give it one (ip route), then AGAIN",
+  },
+  {
+    said: "--token is required",
+    cause: "its unit has lost the token",
+    remedy: "AGAIN",
+  },
+];
+
+/** For grep -E on the box: lines that have a meaning here. */
+export const MEANT = WORDS.map(({ said }) => said.replaceAll("'", "."))
+  .join("|")
+  .replace(/^-|\|-/g, (s) => s.replace("-", "[-]"));
+
+/** For grep -E: what k3s repeats for ever (the wait for its health ends there). */
+export const HOPELESS = WORDS.filter(({ forever }) => forever)
+  .map(({ said }) => said.replaceAll("'", "."))
+  .join("|");
+
+/** What lines of k3s's journal mean, by the first meaning that fits; `again` is the line that mends the box. */
+export function meaningOf(text: string, again: string): { cause: string; remedy: string } | undefined {
+  const word = WORDS.find(({ said }) => new RegExp(said).test(text));
+  if (!word) return undefined;
+  const flag = /flag provided but not defined: -?(-[\w-]+)/.exec(text)?.[1];
+  return {
+    cause: flag ? word.cause.replace("a flag", `-${flag.replace(/^-+/, "-")},`) : word.cause,
+    remedy: word.remedy.replace("AGAIN", `"${again}"`),
+  };
+}

@@ -1,0 +1,303 @@
+#!/usr/bin/env -S node --import tsx
+/** The whole cluster in one look, and what is wrong with it. Changes nothing. */
+import { randomBytes } from "node:crypto";
+import { setTimeout as sleep } from "node:timers/promises";
+import * as cli from "../lib/cli.ts";
+import { ask, type Cluster, clusterOf, examine, listed, type Seen } from "../lib/cluster.ts";
+import { diagnose } from "../lib/diagnosis.ts";
+import type { Ill } from "../lib/journal.ts";
+import { tryPods } from "../lib/pods.ts";
+import { redacted } from "../lib/report.ts";
+
+/** With --watch, seconds between two looks. */
+const PAUSE = 5;
+
+async function check(call: cli.Call): Promise<number> {
+  const boxes = await listed(call);
+  const watch = call.flags.has("watch");
+  for (;;) {
+    const members = await examine(call, boxes);
+    let cluster = clusterOf(members, call.settings);
+    // Pods come and go in seconds: not every few of them.
+    const mark = randomBytes(3).toString("hex");
+    const podless = watch ? "not with --watch" : await tryPods(call, members, cluster, mark);
+    cluster = clusterOf(members, call.settings);
+    const ills = diagnose(cluster, call.settings);
+    const { stdout } = process;
+    if (call.flags.has("json")) stdout.write(`${JSON.stringify(asJson(cluster, ills, podless))}\n`);
+    else
+      stdout.write(
+        `${watch && stdout.isTTY ? "\x1b[H\x1b[J" : ""}${reportOf(cluster, ills, stdout.isTTY ? stdout : {}, podless)}`,
+      );
+    if (!watch) return ills.length ? 1 : 0;
+    await sleep(PAUSE * 1000);
+  }
+}
+
+/** A line of the report on what was tried: what passed, and what could not be tried and why. */
+interface Proof {
+  what: string;
+  passed: number;
+  of: number;
+  untested: string[];
+}
+
+export function proofsOf({ boxes, nodes }: Cluster, podless: string | undefined): Proof[] {
+  const server = boxes.find(({ role }) => role === "server");
+  const heard = boxes.filter(({ error }) => error === undefined);
+  const sizes = heard.flatMap(({ tried, wireguard }) =>
+    Object.values(tried.tunnel).map((size) => size > 0 && size === wireguard?.mtu),
+  );
+  const without = (tool: string) => {
+    const names = heard.filter(({ tried }) => tried.missing.includes(tool)).map(({ name }) => name);
+    return names.length ? [`no ${tool} on ${names.join(", ")}`] : [];
+  };
+  const services = heard.flatMap(({ tried }) => tried.service ?? []);
+  const kubelets = Object.values(server?.tried.kubelet ?? {});
+  const byPods = (what: string, of: (tried: Seen["tried"]) => Record<string, boolean>) => {
+    const all = heard.flatMap(({ tried }) => Object.values(of(tried)));
+    return { what, passed: all.filter(Boolean).length, of: all.length, untested: [] };
+  };
+  const one = (name: string) => (tried: Seen["tried"]) =>
+    tried.services[name] === undefined ? {} : { [name]: tried.services[name] as boolean };
+  return [
+    {
+      what: "full-size packets through the tunnels",
+      passed: sizes.filter(Boolean).length,
+      of: sizes.length,
+      untested: without("ping"),
+    },
+    {
+      what: "kubelets at 10250 from the server",
+      passed: kubelets.filter((how) => how === "open").length,
+      of: kubelets.length,
+      untested: without("bash"),
+    },
+    {
+      what: "the API's service from every node",
+      passed: services.filter((how) => how === "open").length,
+      of: services.length,
+      untested: without("kube-proxy"),
+    },
+    ...(server?.metrics
+      ? [{ what: "nodes in kubectl top", passed: server.tried.top.length, of: nodes.length, untested: [] }]
+      : []),
+    byPods("full-size packets from pod to pod", ({ pods }) => pods),
+    byPods("pods to the service of the API", one("kubernetes")),
+    byPods("DNS from the pods of every node", one("DNS")),
+    byPods("kubectl logs", ({ logs }) => logs),
+    byPods("kubectl exec", ({ exec }) => exec),
+    {
+      what: "pods, services, DNS, logs and exec",
+      passed: 0,
+      of: 0,
+      untested: [...(podless ? [podless] : []), ...without("netns")],
+    },
+  ];
+}
+
+/** What programs read. */
+function asJson({ boxes, nodes }: Cluster, ills: Ill[], podless: string | undefined) {
+  return {
+    ok: ills.length === 0,
+    wrong: ills,
+    proofs: proofsOf({ boxes, nodes }, podless).filter(({ of, untested }) => of || untested.length),
+    boxes: boxes.map(({ word: _, said, node, ...box }) => ({
+      ...box,
+      said: redacted(said),
+      node: node?.name,
+    })),
+    nodes,
+  };
+}
+
+interface Cell {
+  text: string;
+  wrong?: boolean;
+}
+type Row = (Cell | string)[];
+
+/** Where the report goes: a terminal has a width; a pipe gets every column whole, and no colour. */
+interface Page {
+  columns?: number;
+  isTTY?: boolean;
+}
+
+/** The report as text: tables, what was proved, and what is wrong. */
+export function reportOf(cluster: Cluster, ills: readonly Ill[], page: Page, podless?: string): string {
+  const width = page.columns ?? Number.POSITIVE_INFINITY;
+  const colour = page.isTTY && !process.env.NO_COLOR;
+  const paint = (code: number, text: string) => (colour ? `\x1b[${code}m${text}\x1b[0m` : text);
+  const red = (text: string) => paint(31, text);
+  const green = (text: string) => paint(32, text);
+  const bold = (text: string) => paint(1, text);
+  const tables = [nodeTable(cluster), boxTable(cluster), wireguardTable(cluster, width)].map((rows) =>
+    lay(rows, width, red, bold),
+  );
+  const proofs = proofsOf(cluster, podless).flatMap(({ what, passed, of, untested }) => [
+    ...(of ? [`${passed === of ? green("ok   ") : red("wrong")} ${what}: ${passed} of ${of}`] : []),
+    ...untested.map((why) => `could not test ${what}: ${why}`),
+  ]);
+  const wrong = merged(ills).flatMap(({ box, cause, remedy }) => [
+    red(`${box}: ${redacted(cause)}`),
+    `    do: ${redacted(remedy)}`,
+  ]);
+  const last = wrong.length ? wrong : [green("Nothing is wrong.")];
+  return `${[...tables, proofs, last].map((lines) => lines.join("\n")).join("\n\n")}\n`;
+}
+
+/** What is wrong in the same way with several boxes, said once. */
+export function merged(ills: readonly Ill[]): Ill[] {
+  const one = new Map<string, Ill>();
+  for (const { box, cause, remedy } of ills) {
+    const before = one.get(`${cause}\n${remedy}`);
+    one.set(`${cause}\n${remedy}`, { box: before ? `${before.box}, ${box}` : box, cause, remedy });
+  }
+  return [...one.values()];
+}
+
+/** Columns as wide as their longest cell; where the page is too narrow, the widest is cut. */
+function lay(
+  rows: Row[],
+  width: number,
+  red: (text: string) => string,
+  bold: (text: string) => string,
+): string[] {
+  const text = (cell: Cell | string) => (typeof cell === "string" ? cell : cell.text);
+  const widths = (rows[0] ?? []).map((_, i) => Math.max(...rows.map((row) => text(row[i] ?? "").length)));
+  const gap = rows.some((row) => row.length > 12) ? 1 : 2;
+  for (;;) {
+    const total = widths.reduce((sum, w) => sum + w + gap, -gap);
+    const widest = Math.max(...widths);
+    if (total <= width || widest <= 4) break;
+    widths[widths.indexOf(widest)] = widest - 1;
+  }
+  return rows.map((row, r) =>
+    row
+      .map((cell, i) => {
+        const [all, w] = [text(cell), widths[i] as number];
+        const cut = all.length > w ? `${all.slice(0, w - 1)}…` : i === row.length - 1 ? all : all.padEnd(w);
+        if (r === 0) return bold(cut);
+        return typeof cell !== "string" && cell.wrong ? red(cut) : cut;
+      })
+      .join(" ".repeat(gap))
+      .trimEnd(),
+  );
+}
+
+const SHORT = (value: string | number | undefined) => (value === undefined ? "-" : String(value));
+
+/** Every node of the cluster, and every box of the settings that is none. */
+function nodeTable({ boxes, nodes }: Cluster): Row[] {
+  const others = boxes.filter(({ node }) => !node);
+  return [
+    ["node", "ready", "internal", "external", "flannel", "MTU wg/cni"],
+    ...nodes.map((node): Row => {
+      const box = boxes.find(({ nodeName }) => nodeName === node.name);
+      const ip = box?.ip ?? node.externalIp;
+      return [
+        node.name,
+        { text: node.ready ? "yes" : "no", wrong: !node.ready },
+        SHORT(node.internalIp),
+        { text: SHORT(node.externalIp), wrong: node.externalIp !== ip },
+        { text: SHORT(node.publicIp), wrong: node.publicIp !== ip },
+        `${SHORT(box?.wireguard?.mtu)}/${SHORT(box?.cniMtu)}`,
+      ];
+    }),
+    ...others.map((box): Row => [box.name, { text: "none", wrong: true }, "-", box.ip, "-", "-/-"]),
+  ];
+}
+
+/** What every box of the settings says of itself. */
+function boxTable({ boxes }: Cluster): Row[] {
+  const clocks = boxes.flatMap(({ clock }) => clock ?? []).sort((a, b) => a - b);
+  const middle = clocks[Math.floor((clocks.length - 1) / 2)] ?? 0;
+  return [
+    ["box", "k3s", "kernel", "unit", "restarts", "up", "clock", "disk", "mem"],
+    ...boxes.map((box): Row => {
+      const { state, restarts, runs } = box.unit;
+      const ahead = box.clock === undefined ? undefined : box.clock - middle;
+      return [
+        box.name,
+        SHORT(box.node?.version || undefined),
+        SHORT(box.kernel),
+        { text: box.error === undefined ? state : "unseen", wrong: state !== "active" },
+        SHORT(restarts),
+        runs === undefined ? "-" : span(runs),
+        ahead === undefined ? "-" : `${ahead <= -0.05 ? "-" : "+"}${span(Math.abs(ahead), 1)}`,
+        box.disk === undefined ? "-" : `${box.disk}%`,
+        box.memory === undefined ? "-" : `${box.memory}%`,
+      ];
+    }),
+  ];
+}
+
+/** A handshake is renewed every two minutes while keepalives flow. */
+const FRESH = 180;
+
+/** From each node (a row) to each other: seconds since the last handshake, received and sent, and the endpoint. */
+function wireguardTable({ boxes, nodes }: Cluster, width: number): Row[] {
+  const shown = boxes.filter(({ error, wireguard }) => error === undefined && wireguard);
+  const cell = (from: Seen, to: (typeof nodes)[number], short: boolean): Cell | string => {
+    if (to.name === from.nodeName) return short ? "·" : "-";
+    const peer = from.peers.find((p) => p.allowedIps.includes(to.podCidr ?? "-"));
+    if (!peer) return { text: short ? "x" : "no peer", wrong: true };
+    const age = Math.floor(from.now - peer.handshake);
+    const wrong = age > FRESH || peer.endpoint.replace(/:\d+$/, "") !== to.externalIp;
+    const text = peer.handshake ? span(age) : short ? "x" : "never";
+    return {
+      text: short ? text.replace(/s$/, "") : `${text} ${size(peer.received)}/${size(peer.sent)}`,
+      wrong,
+    };
+  };
+  const endpoints = (to: (typeof nodes)[number]) => {
+    const all = shown.flatMap(({ peers }) =>
+      peers.filter((p) => p.allowedIps.includes(to.podCidr ?? "-")).map((p) => p.endpoint),
+    );
+    return [...new Set(all)].join(" ") || "-";
+  };
+  const full: Row[] = [
+    ["WireGuard", ...nodes.map(({ name }) => name), "its endpoint at the others"],
+    ...nodes.map((to): Row => {
+      const from = shown.find(({ nodeName }) => nodeName === to.name);
+      return [to.name, ...nodes.map((n) => (from ? cell(from, n, false) : "?")), endpoints(to)];
+    }),
+  ];
+  const wide = full.map((row) =>
+    row.reduce((sum, c) => sum + 2 + (typeof c === "string" ? c : c.text).length, -2),
+  );
+  if (Math.max(...wide) <= width) return full;
+  return [
+    ["WireGuard", ...nodes.map((_, i) => String(i + 1))],
+    ...nodes.map((to, i): Row => {
+      const from = shown.find(({ nodeName }) => nodeName === to.name);
+      return [`${i + 1} ${to.name}`, ...nodes.map((n) => (from ? cell(from, n, true) : "?"))];
+    }),
+  ];
+}
+
+/** A time in at most three characters: 59s, 12m, 23h, 40d; below ten with a digit more, if asked for. */
+function span(seconds: number, digits = 0): string {
+  if (seconds < 99.5) return `${seconds.toFixed(seconds < 9.95 ? digits : 0)}s`;
+  if (seconds < 5970) return `${Math.round(seconds / 60)}m`;
+  return seconds < 172_800 ? `${Math.round(seconds / 3600)}h` : `${Math.round(seconds / 86_400)}d`;
+}
+
+/** Bytes, short: 900, 12K, 3.4M. */
+function size(bytes: number): string {
+  const [unit, scale] =
+    bytes < 1000 ? ["", 1] : bytes < 1e6 ? ["K", 1e3] : bytes < 1e9 ? ["M", 1e6] : ["G", 1e9];
+  const value = bytes / (scale as number);
+  return `${unit && value < 9.95 ? value.toFixed(1) : Math.round(value)}${unit}`;
+}
+
+await cli.run(import.meta, {
+  about:
+    "Shows the whole cluster, tries what passes between its boxes, and says what is wrong. Changes nothing.",
+  steps: [ask("", ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", "AGENT_ARGS"])],
+  flags: {
+    json: "one JSON object, for programs",
+    watch: `again every ${PAUSE} s, until it is interrupted`,
+  },
+  work: check,
+});

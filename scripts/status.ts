@@ -1,0 +1,136 @@
+#!/usr/bin/env -S node --import tsx
+/** The cluster in ten lines, from one round trip to the server. Changes nothing. */
+import * as cli from "../lib/cli.ts";
+import { ask, type Cluster, clusterOf, type Seen, survey } from "../lib/cluster.ts";
+import { KUBECTL, type Node } from "../lib/k3s.ts";
+import { redacted } from "../lib/report.ts";
+
+/** Beside what check asks of a server; both at once, for the API is what takes time. */
+const MORE = `${KUBECTL}
+fact tries
+said=$(
+  kc get pods -A --no-headers 2>/dev/null | sed 's/^/pod /' &
+  kc top nodes --no-headers 2>/dev/null | sed 's/^/top /' &
+  wait
+)
+printf '%s\\n' "$said"`;
+
+/** A line: what it is about, what is seen, and whether that is as it should be. */
+export type Row = [what: string, text: string, well: boolean];
+
+/** Ten lines. @see wg(8) for the 180 seconds after which a session is dropped. */
+export function statusOf({ boxes, nodes }: Cluster, pods: string | undefined): Row[] {
+  const server = boxes[0] as Seen;
+  const names = (list: Node[]) => list.map(({ name }) => name).join(", ");
+  const versions = [...new Set(nodes.map(({ version }) => version))];
+  const down = nodes.filter(({ ready }) => !ready);
+  const astray = nodes.filter(({ externalIp, publicIp }) => !externalIp || publicIp !== externalIp);
+  const others = nodes.filter(({ name }) => name !== server.nodeName);
+  const age = ({ podCidr }: Node) =>
+    server.now -
+    Math.max(0, ...server.peers.filter((p) => p.allowedIps.includes(podCidr ?? "-")).map((p) => p.handshake));
+  const stale = others.filter((node) => !(age(node) < 180));
+  const oldest = Math.round(Math.max(0, ...others.map(age)));
+  const rows = (pods ?? "")
+    .split("\n")
+    .filter(Boolean)
+    .map((row) => row.split(/\s+/));
+  const ill = rows.filter(
+    ([, , ready = "", state]) => state !== "Completed" && (state !== "Running" || !/^(\d+)\/\1$/.test(ready)),
+  );
+  const { top } = server.tried;
+  const { state, runs, restarts } = server.unit;
+  const up =
+    runs === undefined
+      ? "not running"
+      : `up ${Math.floor(runs / 3600)} h ${Math.floor((runs % 3600) / 60)} min`;
+  const list: Row[] = [
+    ["cluster", `${server.name}, https://${server.ip}:6443`, nodes.length > 0],
+    ["k3s", versions.join(", ") || "the API does not answer", versions.length === 1],
+    [
+      "nodes",
+      down.length
+        ? `${down.length} of ${nodes.length} not Ready: ${names(down)}`
+        : `${nodes.length}, all Ready`,
+      down.length === 0 && nodes.length > 0,
+    ],
+    [
+      "addresses",
+      astray.length
+        ? `peers have a wrong address of ${names(astray)}`
+        : "every node is known to its peers by its public address",
+      astray.length === 0,
+    ],
+    [
+      "WireGuard",
+      `${others.length - stale.length} of ${others.length} peers of ${server.name} are fresh${stale.length ? `, not: ${names(stale)}` : `, the oldest handshake ${oldest} s ago`}`,
+      stale.length === 0,
+    ],
+    [
+      "pods",
+      ill.length
+        ? `${ill.length} of ${rows.length} not well: ${ill
+            .slice(0, 3)
+            .map(([, name, , state]) => `${name} ${state}`)
+            .join(", ")}${ill.length > 3 ? ", …" : ""}`
+        : `${rows.length}, all well`,
+      ill.length === 0,
+    ],
+    [
+      "metrics",
+      server.metrics
+        ? `kubectl top has ${top.length} of ${nodes.length} nodes`
+        : "metrics-server is disabled",
+      !server.metrics || top.length === nodes.length,
+    ],
+    [
+      "server",
+      `k3s ${state}, ${up}${restarts === undefined ? "" : `, ${restarts} restarts`}`,
+      state === "active",
+    ],
+    [
+      "room",
+      `disk ${server.disk ?? "?"} %, memory ${server.memory ?? "?"} % in use`,
+      nodes.every(({ pressure }) => pressure.length === 0),
+    ],
+  ];
+  const well = list.every(([, , fine]) => fine);
+  return [
+    ...list,
+    [
+      "verdict",
+      well
+        ? "nothing is wrong as the server sees it; make check asks every box"
+        : "something is wrong: make check names the cause",
+      well,
+    ],
+  ];
+}
+
+async function status(call: cli.Call): Promise<number> {
+  const [target] = (await cli.targets(call, "SERVER")) as [cli.Target];
+  const [server] = await survey(call, [{ target, role: "server" }], MORE);
+  if (!server || server.error !== undefined) {
+    process.stderr.write(`${target.name}: ${redacted(server?.error ?? "")}\n`);
+    return 1;
+  }
+  const pods = server.facts.tries
+    ?.match(/^pod .*/gm)
+    ?.map((row) => row.slice(4))
+    .join("\n");
+  const rows = statusOf(clusterOf([{ ...server, tried: server.facts }], call.settings), pods);
+  const colour = process.stdout.isTTY && !process.env.NO_COLOR;
+  for (const [what, text, well] of rows)
+    process.stdout.write(
+      `${what.padEnd(10)} ${colour && !well ? `\x1b[31m${redacted(text)}\x1b[0m` : redacted(text)}\n`,
+    );
+  return rows.every(([, , well]) => well) ? 0 : 1;
+}
+
+await cli.run(import.meta, {
+  about: "The cluster in ten lines, from one round trip to the server. Changes nothing.",
+  steps: [ask("", ["SERVER", "PUBLIC_IP", "SERVER_ARGS"])],
+  host: "SERVER",
+  flags: {},
+  work: status,
+});

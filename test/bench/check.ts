@@ -1,0 +1,97 @@
+#!/usr/bin/env -S node --import tsx
+/**
+ * How long `make check` takes with 3 boxes and with 20, in one run (root; some minutes). First in a lab whose
+ * boxes all share this machine's cores, then with an ssh that answers as those boxes did, each after 150 ms: what
+ * is left there is the script's own, as where every box has cores of its own.
+ */
+import { chmodSync, mkdirSync, writeFileSync } from "node:fs";
+import { cpus } from "node:os";
+import { join } from "node:path";
+import { type Lab, up } from "../lab/lab.ts";
+
+const CHECK = "node --import tsx scripts/check.ts --json";
+const FEW = ["a1", "b1", "b2"];
+const MANY = ["a", "b"].flatMap((cloud) => Array.from({ length: 10 }, (_, i) => `${cloud}${i + 1}`));
+const ROUNDS = 3;
+const DELAY = 0.15;
+
+/** Wall seconds of each of several runs, and the script's own CPU seconds of the last. */
+async function measure(lab: Lab, names: string[], what: string, env: Record<string, string> = {}) {
+  const agents = names.filter((name) => name !== "a1").join(" ");
+  const walls: string[] = [];
+  let own = "";
+  for (let round = 0; round < ROUNDS; round++) {
+    const began = performance.now();
+    const { exitCode, stdout, stderr } = await lab.op(
+      ["bash", "-c", `TIMEFORMAT='own %U+%S'; time ${CHECK}`],
+      {
+        env: { AGENTS: agents, ...env },
+      },
+    );
+    walls.push(((performance.now() - began) / 1000).toFixed(2));
+    own = /own \S+/.exec(stderr)?.[0] ?? "";
+    const said = JSON.parse(stdout);
+    if (said.boxes.length !== names.length || said.nodes.length < names.length)
+      throw new Error(`${what}: ${said.boxes.length} boxes, ${said.nodes.length} nodes, not ${names.length}`);
+    if (exitCode) console.log(`  (${said.wrong.map((ill: { cause: string }) => ill.cause).join("; ")})`);
+  }
+  console.log(
+    `${what.padEnd(34)} ${String(names.length).padStart(2)} boxes  wall ${walls.join(" ")} s  ${own} s CPU`,
+  );
+}
+
+/** An ssh that lets the real one answer, and remembers; or answers so after a while. */
+function shim(lab: Lab) {
+  const folder = join(lab.dir, "home/shim");
+  mkdirSync(join(folder, "kept"), { recursive: true });
+  const text = `#!/bin/sh
+for word; do case $word in -G|-O) exec /usr/bin/ssh "$@" ;; esac; done
+host=; past=; for word; do [ -n "$past" ] && { host=$word; break; }; [ "$word" != -- ] || past=yes; done
+script=$(cat)
+mark=$(printf '%s\\n' "$script" | sed -n 's/^m=//p')
+case $script in *'fact tries'*) part=tries ;; *) part=look ;; esac
+kept=${folder}/kept/$host.$part
+if [ -n "$RECORD" ]; then
+  printf '%s\\n' "$script" | /usr/bin/ssh "$@" | sed "s/$mark/MARK/g" | tee "$kept" | sed "s/MARK/$mark/g"
+else
+  sleep ${DELAY}
+  now=$(date +%s)
+  sed "s/MARK/$mark/g; s/ say [0-9.]*/ say $now/" "$kept"
+fi
+`;
+  writeFileSync(join(folder, "ssh"), text);
+  chmodSync(join(folder, "ssh"), 0o755);
+  return folder;
+}
+
+const lab = await up({ name: "t-check-bench", boxes: FEW, hairpin: ["a", "b"] }, console.error);
+try {
+  const write = (names: string[]) =>
+    writeFileSync(
+      lab.envFile,
+      `SERVER=a1\nAGENTS="${names.filter((n) => n !== "a1").join(" ")}"\nK3S_MIRRORS="${lab.mirror.plain} ${lab.mirror.github}"\n`,
+      { mode: 0o600 },
+    );
+  const make = async (command: string) => {
+    const { exitCode, stderr } = await lab.op(command);
+    if (exitCode) throw new Error(`${command}: ${stderr.slice(-2000)}`);
+  };
+  console.log(`${cpus().length} cores, node ${process.version}`);
+  write(FEW);
+  await make("make -j up");
+  await measure(lab, FEW, "boxes share this machine");
+  const more = MANY.filter((name) => !FEW.includes(name));
+  for (const name of more) await lab.add(name);
+  write(MANY);
+  await make(`make agent HOST="${more.join(" ")}"`);
+  await measure(lab, MANY, "boxes share this machine");
+
+  const folder = shim(lab);
+  const PATH = `${folder}:${process.env.PATH}`;
+  const recorded = await lab.op(CHECK, { env: { PATH, RECORD: "yes" } });
+  if (!recorded.stdout) throw new Error(recorded.stderr);
+  await measure(lab, FEW, `answers of theirs after ${DELAY} s`, { PATH });
+  await measure(lab, MANY, `answers of theirs after ${DELAY} s`, { PATH });
+} finally {
+  await lab.down();
+}

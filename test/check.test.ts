@@ -1,0 +1,590 @@
+import assert from "node:assert/strict";
+import { describe, test } from "node:test";
+import { clusterOf, type Member, tries } from "../lib/cluster.ts";
+import { diagnose } from "../lib/diagnosis.ts";
+import { MEANT, meaningOf } from "../lib/journal.ts";
+import type { Settings } from "../lib/settings.ts";
+import type { Facts } from "../lib/step.ts";
+import { merged, reportOf } from "../scripts/check.ts";
+import {
+  A1,
+  B1,
+  B2,
+  fixture,
+  IP,
+  keyOf,
+  MODERN,
+  member,
+  type NodeSpec,
+  nodes,
+  OLD,
+  shell,
+  TOKEN,
+  wanted,
+} from "./helpers.ts";
+
+type Over = { facts?: Facts; tried?: Facts; error?: string; clock?: number };
+
+/** Three healthy boxes, but for what is given of one or the other. */
+function boxes(version: string, over: Record<string, Over> = {}): Member[] {
+  return [A1, B1, B2].map((spec) => {
+    const { facts, tried, ...rest } = over[spec.name] ?? {};
+    return { ...member(version, spec, facts, tried), ...rest };
+  });
+}
+
+const illsOf = (members: Member[], want: Partial<Settings> = {}) => {
+  const settings = wanted(want);
+  return diagnose(clusterOf(members, settings), settings);
+};
+
+const list = (...specs: (NodeSpec & { version?: string })[]) => ({
+  a1: { facts: { nodes: nodes(...specs) } },
+});
+const units = (unit: string, state: string, pid = 0, more = "NRestarts=0") =>
+  `Id=${unit}.service\nActiveState=${state}\n${more}\nMainPID=${pid}\nExecMainStartTimestampMonotonic=${pid ? 1800e6 : 0}`;
+/** What a box reached: the larger part of a line for each way, written out. */
+const reached = (...rows: string[]): { tried: Facts } => ({ tried: { tries: rows.join("\n") } });
+const tunnels = (over: Record<string, number>) =>
+  ["a1", "b1", "b2"].map((name) => [name, over[name] ?? 1420]);
+const ways = (own: string, over: Record<string, number>, more: Facts = {}) => ({
+  tried: {
+    tries: [
+      ...tunnels(over)
+        .filter(([name]) => name !== own)
+        .map(([name, size]) => `tunnel ${name} ${size}`),
+      ...(own === "a1"
+        ? ["a1", "b1", "b2"].flatMap((name) => [`kubelet ${name} open`, `top ${name} 1m`])
+        : ["api server open"]),
+    ].join("\n"),
+    ...more,
+  },
+});
+/** WireGuard's counters of a peer before and after some seconds in which packets were sent. */
+const passed = (of: Record<string, number>, arrived = "") => ({
+  before: Object.keys(of)
+    .map((name) => `${keyOf(name)}\t1000\t1000`)
+    .join("\n"),
+  after: Object.entries(of)
+    .map(([name, bytes]) => `${keyOf(name)}\t${1000 + bytes}\t1900`)
+    .join("\n"),
+  arrived,
+});
+
+const FLAG = ["server", "--flannel-backend", "wireguard-native", "--flannel-external-ip"];
+const DROPPED = { tries: "tunnel a1 0\ntunnel b2 0\napi server open" };
+
+describe("a healthy cluster", () => {
+  for (const version of [OLD, MODERN])
+    test(`of ${version} has nothing wrong`, () => assert.deepEqual(illsOf(boxes(version)), []));
+
+  test("without metrics-server has nothing wrong either", () => {
+    const a1 = { facts: { metrics: "" }, tried: { tries: "tunnel b1 1420\ntunnel b2 1420" } };
+    assert.deepEqual(illsOf(boxes(MODERN, { a1 })), []);
+  });
+
+  test("of one box has nothing wrong", () => {
+    const alone = member(
+      MODERN,
+      A1,
+      { nodes: nodes(A1), peers: "" },
+      { tries: "kubelet a1 open\ntop a1 1m" },
+    );
+    assert.deepEqual(illsOf([alone]), []);
+  });
+
+  test("may have clocks that are a second apart, a flannel.1 under pods of 1500, and a proxy that was ipvs where it can be", () => {
+    const over = { b1: { clock: 1, facts: { cni: "1500", ipvs: "yes" } } };
+    assert.deepEqual(illsOf(boxes(OLD, over)), []);
+  });
+});
+
+describe("a broken cluster is told its cause and what to do:", () => {
+  const cases: [
+    name: string,
+    members: Member[],
+    box: string,
+    cause: RegExp,
+    remedy: RegExp,
+    want?: Partial<Settings>,
+  ][] = [
+    [
+      "an endpoint that is a private address, old k3s",
+      boxes(
+        OLD,
+        list({ ...A1, version: OLD }, { ...B1, version: OLD, public: "192.168.0.11", overwrite: "" }, B2),
+      ),
+      "b1",
+      /flannel's address of it is 192\.168\.0\.11, a private address: it is not annotated/,
+      /^make annotate HOST=b1$/,
+    ],
+    [
+      "an annotation without a restart after it, old k3s",
+      boxes(OLD, list({ ...A1, version: OLD }, { ...B1, version: OLD, public: "192.168.0.11" }, B2)),
+      "b1",
+      /it was annotated and not restarted since/,
+      /make annotate HOST=b1/,
+    ],
+    [
+      "an annotation deleted by modern k3s",
+      boxes(
+        MODERN,
+        list({ ...A1, args: FLAG.slice(0, 3) }, { ...B1, public: "192.168.0.11", overwrite: "" }, B2),
+      ),
+      "b1",
+      /without --flannel-external-ip k3s v1\.36\.2\+k3s1 deletes the annotation public-ip-overwrite at each start/,
+      /^make server, then systemctl restart k3s-agent on the agents$/,
+    ],
+    [
+      "a private address although the flag is there",
+      boxes(MODERN, list({ ...A1, args: FLAG }, { ...B1, public: "192.168.0.11" }, B2)),
+      "b1",
+      /192\.168\.0\.11, a private address, not 198\.51\.101\.11/,
+      /systemctl restart k3s-agent/,
+    ],
+    [
+      "a wrong external address",
+      boxes(MODERN, list(A1, { ...B1, external: "198.51.101.99" }, B2)),
+      "b1",
+      /ExternalIP is 198\.51\.101\.99, not 198\.51\.101\.11/,
+      /make agent HOST=b1/,
+    ],
+    [
+      "two peers with the same key",
+      boxes(MODERN, { b2: { facts: { wg: `flannel-wg 1420 ${keyOf("b1")}` } } }),
+      "b2",
+      /the same WireGuard key as b1/,
+      /rm -f \/run\/flannel\/wgkey/,
+    ],
+    [
+      "UDP 51820 closed by the host's firewall",
+      boxes(MODERN, {
+        a1: ways("a1", { b1: 0 }, passed({ b1: 148, b2: 300 })),
+        b1: { tried: { ...DROPPED, ...passed({ a1: 0, b2: 0 }, `${IP}\n${B2.ip}`) } },
+        b2: ways("b2", { b1: 0 }, passed({ b1: 148, a1: 300 })),
+      }),
+      "b1",
+      /UDP 51820 is closed by its own firewall/,
+      /allow 51820\/udp on it/,
+    ],
+    [
+      "UDP 51820 closed by the security group",
+      boxes(MODERN, {
+        a1: ways("a1", { b1: 0 }, passed({ b1: 148, b2: 300 })),
+        b1: { tried: { ...DROPPED, ...passed({ a1: 0, b2: 0 }, "192.0.2.1") } },
+        b2: ways("b2", { b1: 0 }, passed({ b1: 148, a1: 300 })),
+      }),
+      "b1",
+      /do not reach its network card/,
+      /security group of b1$/,
+    ],
+    [
+      "UDP 51820 closed on a box that has nothing to watch its card with",
+      boxes(MODERN, {
+        a1: ways("a1", { b1: 0 }, passed({ b1: 148, b2: 300 })),
+        b1: { tried: { ...DROPPED, ...passed({ a1: 0, b2: 0 }, "?") } },
+        b2: ways("b2", { b1: 0 }, passed({ b1: 148, a1: 300 })),
+      }),
+      "b1",
+      /closed on its side/,
+      /the security group and the firewall of b1/,
+    ],
+    [
+      "two boxes of one cloud without hairpin NAT",
+      boxes(MODERN, {
+        b1: ways("b1", { b2: 0 }, passed({ a1: 300, b2: 0 })),
+        b2: ways("b2", { b1: 0 }, passed({ a1: 300, b1: 0 })),
+      }),
+      "b2",
+      /it and b1 do not reach each other at 198\.51\.101\.12 and 198\.51\.101\.11, while others do/,
+      /hairpin/,
+    ],
+    [
+      "a firewall that drops what comes out of the tunnel",
+      boxes(MODERN, {
+        b1: ways("b1", { b2: 0 }, passed({ a1: 300, b2: 300 })),
+        b2: ways("b2", { b1: 0 }, passed({ a1: 300, b1: 300 })),
+      }),
+      "b2",
+      /nothing answers behind it/,
+      /trust 10\.42\.0\.0\/16/,
+    ],
+    [
+      "an MTU that is too large for one box's way",
+      boxes(MODERN, {
+        a1: ways("a1", { b1: 1372 }),
+        b1: ways("b1", { a1: 1380, b2: 1372 }),
+        b2: ways("b2", { b1: 1372 }),
+      }),
+      "b1",
+      /MTU 1420 of flannel-wg is too large between it and its peers: larger packets than 1372 are lost/,
+      /network card's MTU to 1452/,
+    ],
+    [
+      "an MTU that is too large between two boxes, old k3s",
+      boxes(OLD, { a1: ways("a1", { b2: 1280 }) }),
+      "b2",
+      /MTU 1420 of flannel\.1 is too large between a1, b2: larger packets than 1280/,
+      /ip link set flannel\.1 mtu 1280/,
+    ],
+    [
+      "a host name that is taken",
+      boxes(MODERN, { b1: { facts: { hostname: "a1", units: units("k3s-agent", "activating", 812) } } }),
+      "b1",
+      /its host name a1 is taken: that node is the box a1 at 198\.51\.100\.11/,
+      /hostnamectl set-hostname/,
+    ],
+    [
+      "a clock that is behind",
+      boxes(MODERN, { b1: { clock: -3600 } }),
+      "b1",
+      /its clock is 3600 s behind/,
+      /timedatectl/,
+    ],
+    [
+      "ipvs without the kernel's ip_vs",
+      boxes(MODERN, { a1: { facts: { ipvs: "yes" } }, b1: { facts: { ipvs: "yes" } } }),
+      "b2",
+      /its kernel 6\.1\.0-50-cloud-amd64 has no ip_vs: kube-proxy uses iptables/,
+      /PROXY_MODE=iptables/,
+      { PROXY_MODE: "ipvs" },
+    ],
+    [
+      "a token of another cluster",
+      boxes(MODERN, { b2: { facts: { joins: `https://${IP}:6443\n${"0".repeat(64)}` } } }),
+      "b2",
+      /K3S_TOKEN is of another cluster: it names the CA 000000000000…, the server has c1c1c1c1c1c1…/,
+      /^make server, then make agent HOST=b2$/,
+    ],
+    [
+      "an agent of another server",
+      boxes(MODERN, { b2: { facts: { joins: `https://192.0.2.9:6443\n${"c1".repeat(32)}` } } }),
+      "b2",
+      /it joins https:\/\/192\.0\.2\.9:6443, not a1/,
+      /make agent HOST=b2/,
+    ],
+    [
+      "6443 dropped",
+      boxes(MODERN, { b2: reached("tunnel a1 1420", "tunnel b1 1420", "api server dropped") }),
+      "b2",
+      /does not reach the server's 6443\/tcp: packets are dropped/,
+      /open 6443\/tcp/,
+    ],
+    [
+      "10250 unreachable",
+      boxes(MODERN, {
+        a1: reached(
+          "tunnel b1 1420",
+          "tunnel b2 1420",
+          "kubelet a1 open",
+          "kubelet b1 dropped",
+          "kubelet b2 open",
+          "top a1 1m",
+          "top b2 1m",
+        ),
+      }),
+      "b1",
+      /kubelet cannot be reached at 198\.51\.101\.11:10250 \(dropped\): no logs, exec and metrics/,
+      /open 10250\/tcp/,
+    ],
+    [
+      "metrics-server that misses a node",
+      boxes(MODERN, {
+        a1: reached(
+          "tunnel b1 1420",
+          "tunnel b2 1420",
+          ...["a1", "b1", "b2"].map((n) => `kubelet ${n} open`),
+          "top a1 1m",
+          "top b1 <unknown>",
+        ),
+      }),
+      "a1",
+      /"kubectl top nodes" has nothing of b1, b2/,
+      /make fix-metrics/,
+    ],
+    [
+      "a DNS upstream on a private address",
+      boxes(MODERN, {
+        b2: {
+          tried: {
+            ...boxes(MODERN)[2]?.tried,
+            tries: `${boxes(MODERN)[2]?.tried.tries}\nresolver 10.0.0.2 no`,
+          },
+        },
+      }),
+      "b2",
+      /its DNS upstream 10\.0\.0\.2 is a private address that does not answer/,
+      /\/etc\/resolv\.conf/,
+    ],
+    [
+      "a public address that no interface has",
+      boxes(MODERN, {
+        ...list(A1, { ...B1, ready: false, args: ["agent", "--node-ip", B1.ip] }, B2),
+        b1: { facts: { addresses: "2: eth0    inet 192.168.0.11/24" } },
+      }),
+      "b1",
+      /--node-ip is 198\.51\.101\.11, and no interface of the box has it/,
+      /make agent HOST=b1/,
+    ],
+    [
+      "a unit that does not run",
+      boxes(MODERN, { b1: { facts: { units: units("k3s-agent", "failed"), wg: "", peers: "" } } }),
+      "b1",
+      /k3s-agent does not run \(systemd: failed\)/,
+      /make agent HOST=b1/,
+    ],
+    [
+      "a unit that starts again and again",
+      boxes(MODERN, {
+        b1: { facts: { units: units("k3s-agent", "active", 9, "NRestarts=12").replace("1800", "3590") } },
+      }),
+      "b1",
+      /starts again and again \(12 restarts\)/,
+      /make agent HOST=b1/,
+    ],
+    [
+      "a box that is not set up",
+      boxes(MODERN, {
+        ...list(A1, B1),
+        b2: { facts: { units: units("k3s-agent", "inactive"), wg: "", peers: "", joins: "" } },
+      }),
+      "b2",
+      /k3s does not run on it/,
+      /make agent HOST=b2/,
+    ],
+    [
+      "a box that cannot be reached",
+      boxes(MODERN, { b1: { error: "Could not reach b1: timed out", facts: {}, tried: {} } }),
+      "b1",
+      /Could not reach b1: timed out/,
+      /ssh b1/,
+    ],
+    [
+      "a node that nobody knows any more",
+      boxes(MODERN, list(A1, B1, B2, { name: "b9", ip: "198.51.101.19", n: 9, ready: false })),
+      "b9",
+      /not Ready, and is in neither SERVER nor AGENTS/,
+      /kubectl delete node b9/,
+    ],
+    [
+      "a server whose API is silent",
+      boxes(MODERN, { a1: { facts: { nodes: "" }, tried: { tries: "" } } }),
+      "a1",
+      /the API does not answer on it/,
+      /^make server$/,
+    ],
+    [
+      "a peer that has an old key of another",
+      boxes(MODERN, { a1: ways("a1", { b1: 0 }), b1: { facts: { wg: `flannel-wg 1420 ${keyOf("b7")}` } } }),
+      "a1",
+      /it has an old WireGuard key of b1/,
+      /restart k3s-agent on b1/,
+    ],
+  ];
+  for (const [name, members, box, cause, remedy, want] of cases)
+    test(name, () => {
+      const ills = illsOf(members, want);
+      assert.deepEqual(
+        ills.map((ill) => ill.box),
+        [box],
+        JSON.stringify(ills),
+      );
+      assert.match(ills[0]?.cause ?? "", cause);
+      assert.match(ills[0]?.remedy ?? "", remedy);
+      assert.doesNotMatch(JSON.stringify(ills), /undefined|NaN|\\n/);
+    });
+
+  test("a disk that is full", () => {
+    const full = JSON.parse(nodes(A1, B1, B2));
+    full.items[1].status.conditions.push({ type: "DiskPressure", status: "True", lastHeartbeatTime: "" });
+    const [ill] = illsOf(boxes(MODERN, { a1: { facts: { nodes: JSON.stringify(full) } } }));
+    assert.deepEqual(
+      [ill?.box, ill?.cause],
+      ["b1", "the kubelet reports DiskPressure (disk 40 %, memory 25 % in use)"],
+    );
+  });
+});
+
+describe("what check's own pods found", () => {
+  const pods = (rows: string) => {
+    const [a1, b1, b2] = boxes(MODERN) as [Member, Member, Member];
+    return [{ ...a1, paths: { kubelets: rows } }, { ...b1, paths: { paths: rows } }, b2];
+  };
+  const cases: [rows: string, box: string, cause: RegExp][] = [
+    ["pod b2 no", "b1", /its pods do not reach the pods of b2, although the boxes reach each other/],
+    ["service kubernetes no", "b1", /its pods do not reach the service kubernetes/],
+    ["service DNS no", "b1", /its pods get no answer of CoreDNS/],
+  ];
+  for (const [rows, box, cause] of cases)
+    test(`is said: ${rows}`, () => {
+      const [, b1, b2] = pods(rows) as [Member, Member, Member];
+      const [ill, ...more] = illsOf([boxes(MODERN)[0] as Member, b1, b2]);
+      assert.equal(ill?.box, box);
+      assert.match(ill?.cause ?? "", cause);
+      assert.deepEqual(more, []);
+    });
+
+  for (const what of ["logs", "exec"])
+    test(`is said: no ${what}`, () => {
+      const [a1] = pods(`${what} b2 no\n${what} a1 yes`) as [Member];
+      const [ill, ...more] = illsOf([a1, ...boxes(MODERN).slice(1)]);
+      assert.deepEqual([ill?.box, ill?.cause, more], ["b2", `kubectl ${what} does not work on it`, []]);
+    });
+
+  test("is shown as what passed, and without pods as what could not be tested", () => {
+    const cluster = clusterOf(
+      pods("pod b2 yes\npod a1 yes\nservice DNS yes\nlogs b1 yes\nexec b1 yes"),
+      wanted(),
+    );
+    const text = reportOf(cluster, [], {});
+    for (const row of [
+      "full-size packets from pod to pod: 4 of 4",
+      "DNS from the pods of every node: 2 of 2",
+      "kubectl exec: 2 of 2",
+    ])
+      assert.ok(text.includes(`ok    ${row}\n`), text);
+    const without = reportOf(clusterOf(boxes(MODERN), wanted()), [], {}, "no image");
+    assert.match(without, /^could not test pods, services, DNS, logs and exec: no image$/m);
+    assert.doesNotMatch(without, /pod to pod/);
+  });
+});
+
+describe("what k3s says in its journal", () => {
+  const known = fixture("k3s-messages.txt")
+    .split("\n")
+    .slice(1)
+    .filter(Boolean)
+    .map((row) => row.split("\t") as [string, string, string]);
+  for (const [generation, name, text] of known)
+    test(`has a meaning: ${name}, ${generation}`, () => {
+      const meaning = meaningOf(text, "make agent HOST=b1");
+      assert.ok(meaning, text);
+      assert.doesNotMatch(`${meaning.cause}${meaning.remedy}`, /AGAIN|undefined/);
+      const { status } = shell(text, ["grep", "-E", MEANT]);
+      assert.equal(status, 0, "grep on the box does not find it");
+    });
+
+  test("is said of a node that is not well, and of no other", () => {
+    const said = `level=info msg="Waiting to retrieve agent configuration; server is not ready: failed to retrieve configuration from server: not authorized"`;
+    const over = { facts: { said, units: units("k3s-agent", "activating", 812) } };
+    assert.deepEqual(illsOf(boxes(MODERN, { b1: over })), []);
+    const [ill] = illsOf(boxes(MODERN, { ...list(A1, { ...B1, ready: false }, B2), b1: over }));
+    assert.match(ill?.cause ?? "", /the password in its K3S_TOKEN is wrong/);
+  });
+
+  test("names the flag that is not known", () => {
+    const [row] = known.filter(([, name]) => name === "unknown flag");
+    assert.match(
+      meaningOf(row?.[2] ?? "", "x")?.cause ?? "",
+      /^SERVER_ARGS or AGENT_ARGS has --nonsense, that/,
+    );
+  });
+});
+
+describe("the report", () => {
+  const ESC = "\x1b";
+  const many = () => {
+    const specs = Array.from({ length: 20 }, (_, i) => ({
+      name: `cloud-${i + 1}`,
+      ip: `203.0.113.${i + 1}`,
+      n: i,
+    }));
+    return specs.map((spec, i) => {
+      const others = specs.filter((s) => s !== spec);
+      const peers = others.map(({ name, ip, n }) =>
+        [
+          "flannel-wg",
+          keyOf(name),
+          "(none)",
+          `${ip}:51820`,
+          `10.42.${n}.0/24`,
+          1795446000 - n * 9,
+          3e6,
+          4e9,
+          25,
+        ].join("\t"),
+      );
+      const one = member(MODERN, spec, { peers: peers.join("\n"), now: "1795446000.1", joins: "" });
+      return i
+        ? one
+        : {
+            ...one,
+            role: "server" as const,
+            facts: { ...one.facts, nodes: nodes(...specs), ca: "", units: units("k3s", "active", 7) },
+          };
+    });
+  };
+  const page = (members: Member[], where: object) => {
+    const cluster = clusterOf(members, wanted());
+    return reportOf(cluster, diagnose(cluster, wanted()), where);
+  };
+
+  test("of 20 nodes fits a terminal of 80 columns, and every pair is in it", () => {
+    const text = page(many(), { columns: 80 });
+    const tables = text.split("\n\n").slice(0, 3);
+    for (const row of tables.join("\n").split("\n")) assert.ok(row.length <= 80, `${row.length}: ${row}`);
+    const rows = (tables[2] as string).split("\n").slice(1);
+    assert.equal(rows.length, 20);
+    for (const row of rows) assert.equal(row.slice(row.indexOf("cloud")).trim().split(/\s+/).length, 21, row);
+  });
+
+  test("in a pipe has whole columns and no escape sequence; on a terminal it has colour, unless NO_COLOR", () => {
+    const plain = page(boxes(MODERN), {});
+    assert.ok(!plain.includes(ESC) && !plain.includes("…"));
+    assert.match(plain, /^b1 +30s 4\.1K\/123K +- +30s 4\.1K\/123K +198\.51\.101\.11:51820$/m);
+    assert.match(plain, /Nothing is wrong\.\n$/);
+    const terminal = { columns: 80, isTTY: true };
+    assert.ok(page(boxes(MODERN), terminal).includes(`${ESC}[32m`));
+    process.env.NO_COLOR = "1";
+    try {
+      assert.ok(!page(boxes(MODERN), terminal).includes(ESC));
+    } finally {
+      delete process.env.NO_COLOR;
+    }
+  });
+
+  test("marks what is wrong in its place, and says the cause and what to do below", () => {
+    const text = page(
+      boxes(
+        OLD,
+        list({ ...A1, version: OLD }, { ...B1, version: OLD, public: "192.168.0.11", overwrite: "" }, B2),
+      ),
+      {
+        isTTY: true,
+        columns: 100,
+      },
+    );
+    assert.ok(text.includes(`${ESC}[31m192.168.0.11`));
+    assert.match(text, /b1: flannel's address .*\n {4}do: make annotate HOST=b1/);
+  });
+
+  test("says once what is wrong with several boxes in the same way", () => {
+    const same = ["a1", "b1"].map((box) => ({ box, cause: "c", remedy: "r" }));
+    assert.deepEqual(merged([...same, { box: "b2", cause: "c", remedy: "other" }]), [
+      { box: "a1, b1", cause: "c", remedy: "r" },
+      { box: "b2", cause: "c", remedy: "other" },
+    ]);
+  });
+
+  test("shows no token, whatever a box said", () => {
+    assert.doesNotMatch(page(boxes(MODERN, { b1: { error: `broken ${TOKEN}` } }), {}), /0123456789abcdef/);
+  });
+
+  test("shows boxes that said nothing", () => {
+    const [a1, b1, b2] = boxes(MODERN) as [Member, Member, Member];
+    const { clock: _, ...silent } = b1;
+    const text = page([a1, { ...silent, error: "gone", facts: {}, tried: {} }, b2], {});
+    assert.match(text, /^b1 +v1\.36\.2\+k3s1 +- +unseen +- +- +- +- +-$/m);
+    assert.doesNotMatch(text, /undefined|NaN/);
+  });
+});
+
+test("what a box tries are the ways to the others, and what it is told of them cannot become its shell", () => {
+  const evil = { ...B1, name: "b1;reboot", ip: "$(reboot)" };
+  const cluster = clusterOf(boxes(MODERN, list(A1, evil as NodeSpec, B2)), wanted());
+  const [server, b1] = cluster.boxes.map((box) => tries(box, cluster));
+  assert.doesNotMatch(`${server}${b1}`, /reboot/);
+  assert.match(server ?? "", /through b2 10\.42\.2\.0 &/);
+  assert.match(server ?? "", /knock kubelet b2 198\.51\.101\.12 10250 &/);
+  assert.match(b1 ?? "", /knock api server 198\.51\.100\.11 6443 &/);
+});

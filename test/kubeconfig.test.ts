@@ -1,0 +1,265 @@
+import assert from "node:assert/strict";
+import { lstatSync, readdirSync, readFileSync, statSync, symlinkSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import { SettingError } from "../lib/settings.ts";
+import { accessOf, merge, withAccess } from "../scripts/kubeconfig.ts";
+import { IP, temporary } from "./helpers.ts";
+
+/** /etc/rancher/k3s/k3s.yaml as k3s v1.36.3 writes it, with short stand-ins for its base64. */
+const MODERN_YAML = `apiVersion: v1
+clusters:
+- cluster:
+    certificate-authority-data: LS0tLS1CRUdJTg==
+    server: https://127.0.0.1:6443
+  name: default
+contexts:
+- context:
+    cluster: default
+    user: default
+  name: default
+current-context: default
+kind: Config
+users:
+- name: default
+  user:
+    client-certificate-data: Q0VSVA==
+    client-key-data: S0VZ
+`;
+/** As v1.17.6 writes it. */
+const OLD_YAML = MODERN_YAML.replace("users:", "preferences: {}\nusers:").replace(
+  /client-cert[\s\S]*/,
+  "password: 0123456789abcdef\n    username: admin\n",
+);
+const ACCESS = accessOf(MODERN_YAML, IP);
+const NAME = `k3s-${IP}`;
+const OURS = [
+  `- cluster:\n    certificate-authority-data: LS0tLS1CRUdJTg==\n    server: https://${IP}:6443\n  name: ${NAME}\n`,
+  `- context:\n    cluster: ${NAME}\n    user: ${NAME}\n  name: ${NAME}\n`,
+  `- name: ${NAME}\n  user:\n    client-certificate-data: Q0VSVA==\n    client-key-data: S0VZ\n`,
+] as const;
+
+/** A user's own: comments, odd names, an exec plugin, a block scalar whose text looks like entries. */
+const OWN = `# my clusters
+apiVersion: v1
+clusters:
+- cluster:
+    server: https://work.example.com   # by VPN
+  name: work
+- name: "home"
+  cluster:
+    insecure-skip-tls-verify: true
+    server: https://10.0.0.9:6443
+contexts:
+- context: {cluster: work, user: 'me', namespace: x}
+  name: work
+current-context: work
+kind: Config
+preferences: {}
+
+users:
+# signs in by browser
+- name: me
+  user:
+    exec:
+      apiVersion: client.authentication.k8s.io/v1
+      args:
+      - --audience=a
+      command: login
+      installHint: |
+        users:
+        - name: not-one
+          name: twice
+`;
+
+describe("what k3s.yaml gives", () => {
+  test("is the cluster at its public address, with a certificate on modern k3s", () => {
+    assert.deepEqual(ACCESS, {
+      name: NAME,
+      cluster: ["certificate-authority-data: LS0tLS1CRUdJTg==", `server: https://${IP}:6443`],
+      user: ["client-certificate-data: Q0VSVA==", "client-key-data: S0VZ"],
+    });
+  });
+
+  test("is a password on v1.17.6, and another port where k3s listens there", () => {
+    const access = accessOf(OLD_YAML.replace(":6443", ":7443"), IP);
+    assert.deepEqual(access.user, ["username: admin", "password: 0123456789abcdef"]);
+    assert.equal(access.cluster[1], `server: https://${IP}:7443`);
+  });
+
+  for (const [name, text] of Object.entries({
+    nothing: "",
+    "no YAML": "<html>",
+    "a name for a server": MODERN_YAML.replace("https://127.0.0.1:6443", "unix:/x"),
+    "a user without a key": MODERN_YAML.replace(/ +client-key-data.*\n/, ""),
+    "a value that is no base64": MODERN_YAML.replace("LS0tLS1CRUdJTg==", '"a b"'),
+  }))
+    test(`is refused when it is ${name}`, () =>
+      assert.throws(() => accessOf(text, IP), /not as k3s writes it/));
+});
+
+describe("a kubeconfig", () => {
+  test("that is not there yet becomes one with this cluster, and no current context", () => {
+    const text = `apiVersion: v1\nkind: Config\npreferences: {}\ncurrent-context: ""\nclusters:\n${OURS[0]}contexts:\n${OURS[1]}users:\n${OURS[2]}`;
+    assert.equal(withAccess("", ACCESS, false), text);
+    assert.equal(withAccess("", ACCESS, true), text.replace('""', NAME));
+  });
+
+  test("of the user's own keeps every byte, and gets three entries at the ends of its lists", () => {
+    const text = withAccess(OWN, ACCESS, false);
+    let rest = text;
+    for (const entry of OURS) {
+      assert.equal(rest.split(entry).length, 2, entry);
+      rest = rest.replace(entry, "");
+    }
+    assert.equal(rest, OWN);
+    assert.ok(text.includes(`server: https://10.0.0.9:6443\n${OURS[0]}contexts:`));
+    assert.ok(text.includes(`  name: work\n${OURS[1]}current-context: work`));
+    assert.ok(text.endsWith(`name: twice\n${OURS[2]}`));
+  });
+
+  test("changes its current context with --use only, and nothing else by it", () => {
+    const [before, after] = [withAccess(OWN, ACCESS, false), withAccess(OWN, ACCESS, true)];
+    assert.match(before, /^current-context: work$/m);
+    assert.equal(after, before.replace("current-context: work", `current-context: ${NAME}`));
+    const without = OWN.replace("current-context: work\n", "");
+    assert.match(withAccess(without, ACCESS, true), new RegExp(`^current-context: ${NAME}$`, "m"));
+  });
+
+  test("is the same after a second time", () => {
+    for (const own of ["", OWN, MODERN_YAML, OLD_YAML]) {
+      const once = withAccess(own, ACCESS, true);
+      assert.equal(withAccess(once, ACCESS, true), once);
+    }
+  });
+
+  test("gets new credentials in their place when the server was set up anew, and no second entry", () => {
+    const once = withAccess(OWN, ACCESS, false);
+    const anew = { ...ACCESS, user: ["client-certificate-data: TkVX", "client-key-data: TkVX"] };
+    assert.equal(withAccess(once, anew, false), once.replace(/Q0VSVA==|S0VZ/g, "TkVX"));
+  });
+
+  test("keeps what the user added to this cluster's entries", () => {
+    const once = withAccess(OWN, ACCESS, false).replace(
+      `    user: ${NAME}\n`,
+      `    namespace: mine\n    user: ${NAME}\n`,
+    );
+    assert.equal(withAccess(once, ACCESS, false), once);
+  });
+
+  const shapes: Record<string, [own: string, expected: RegExp]> = {
+    "with indented lists": [
+      OWN.replace(
+        /^clusters:\n[\s\S]*?(?=^contexts)/m,
+        "clusters:\n  - cluster:\n      server: https://x\n    name: x\n",
+      ),
+      new RegExp(
+        `^ {4}name: x\\n {2}- cluster:\\n {6}certificate-authority-data: \\S+\\n {6}server: \\S+\\n {4}name: ${NAME}\\ncontexts:`,
+        "m",
+      ),
+    ],
+    "with empty lists": [
+      "apiVersion: v1\nkind: Config\nclusters: []\ncontexts: null\nusers: # none yet\n",
+      /^clusters:\n- cluster:\n/m,
+    ],
+    "without a newline at its end": ["apiVersion: v1\nkind: Config", /^kind: Config\nclusters:\n/m],
+    "that begins a document": ["---\napiVersion: v1\nkind: Config\n", /^---\napiVersion: v1\n/],
+  };
+  for (const [name, [own, expected]] of Object.entries(shapes))
+    test(`${name} is merged into`, () => {
+      const text = withAccess(own, ACCESS, false);
+      assert.match(text, expected);
+      assert.equal(withAccess(text, ACCESS, false), text);
+    });
+
+  const bad: Record<string, string> = {
+    "in JSON": '{"apiVersion": "v1", "kind": "Config"}',
+    "with a list in flow style": OWN.replace(
+      /^clusters:\n[\s\S]*?(?=^contexts)/m,
+      "clusters: [{name: x, cluster: {server: y}}]\n",
+    ),
+    "with anchors": OWN.replace("- cluster:", "- &a cluster:"),
+    "with aliases": OWN.replace("user:\n    exec:", "user: *x\n    exec:"),
+    "with tags": OWN.replace("name: me", "name: !!str me"),
+    "with tabs": OWN.replace("    server: https://work", "\tserver: https://work"),
+    "with CRLF": OWN.replaceAll("\n", "\r\n"),
+    "with the same list twice": `${OWN}users:\n- name: z\n  user: {}\n`,
+    "with two entries of one name": OWN.replace('name: "home"', "name: work"),
+    "with an entry without a name": OWN.replace("  name: work\n- name", "- name"),
+    "with two documents": `${OWN}---\nkind: Config\n`,
+    "of another kind": OWN.replace("kind: Config", "kind: Pod"),
+    "that is text": "hello\n",
+    "with a name over several lines": OWN.replace("- name: me", "- name: >\n    me"),
+    "with an escaped name": OWN.replace('"home"', '"ho\\u006de"'),
+    "with uneven lists": OWN.replace("  name: work\ncurrent", " name: work\ncurrent"),
+  };
+  for (const [name, own] of Object.entries(bad))
+    test(`${name} is refused`, () => {
+      assert.throws(
+        () => withAccess(own, ACCESS, false),
+        (error) => error instanceof SettingError && !error.message.includes("\n"),
+      );
+    });
+});
+
+describe("a kubeconfig's file", () => {
+  const file = (text?: string, mode = 0o644) => {
+    const path = join(temporary(), "config");
+    if (text !== undefined) writeFileSync(path, text, { mode });
+    return path;
+  };
+  const modeOf = (path: string) => (statSync(path).mode & 0o777).toString(8);
+
+  test("is made with its folder, 0600", () => {
+    const path = join(temporary(), "new/.kube/config");
+    assert.equal(merge(path, ACCESS, false), true);
+    assert.equal(modeOf(path), "600");
+    assert.deepEqual(readdirSync(join(path, "..")), ["config"]);
+  });
+
+  test("is kept as it was beside it before the first change, and only then", () => {
+    const path = file(OWN);
+    const backup = `${path}.before-k3s-across-clouds`;
+    assert.equal(merge(path, ACCESS, false), true);
+    assert.equal(readFileSync(backup, "utf8"), OWN);
+    assert.deepEqual([modeOf(path), modeOf(backup)], ["600", "600"]);
+    assert.equal(merge(path, ACCESS, false), false);
+    assert.equal(merge(path, ACCESS, true), true);
+    assert.equal(readFileSync(backup, "utf8"), OWN);
+    assert.deepEqual(readdirSync(join(path, "..")).sort(), ["config", "config.before-k3s-across-clouds"]);
+  });
+
+  test("is followed where it is a link", () => {
+    const path = file(OWN);
+    const link = join(temporary(), "link");
+    symlinkSync(path, link);
+    merge(link, ACCESS, false);
+    assert.ok(lstatSync(link).isSymbolicLink());
+    assert.match(readFileSync(path, "utf8"), new RegExp(NAME));
+  });
+
+  const refused: Record<string, (path: string) => void> = {
+    "is locked by kubectl": (path) => writeFileSync(`${path}.lock`, ""),
+    "cannot be edited": (path) => writeFileSync(path, "{}"),
+    "is no UTF-8": (path) => writeFileSync(path, Buffer.from([0x61, 0x3a, 0x20, 0xff, 0x0a])),
+  };
+  for (const [name, spoil] of Object.entries(refused))
+    test(`is refused untouched where it ${name}`, () => {
+      const path = file(OWN);
+      spoil(path);
+      const before = readFileSync(path);
+      const files = readdirSync(join(path, ".."));
+      assert.throws(
+        () => merge(path, ACCESS, true),
+        (error) => error instanceof SettingError && error.message.startsWith(path),
+      );
+      assert.deepEqual(readFileSync(path), before);
+      assert.deepEqual(readdirSync(join(path, "..")), files);
+    });
+
+  test("whose folder cannot be written is refused", () => {
+    const folder = join(temporary(), "file");
+    writeFileSync(folder, "");
+    assert.throws(() => merge(join(folder, "config"), ACCESS, false), SettingError);
+  });
+});

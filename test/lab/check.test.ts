@@ -1,0 +1,305 @@
+/** `make check` on running clusters: a healthy one has nothing wrong; each fault, made and mended in turn, has its line. */
+import assert from "node:assert/strict";
+import { readFileSync, statSync } from "node:fs";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+import { type Bench, bench, MODERN, OLD, script, state } from "./suite.ts";
+
+const check = script("check");
+
+interface Fault {
+  name: string;
+  /** Breaks the cluster, and answers how it is mended. */
+  make(t: Bench): Promise<() => unknown>;
+  /** What is wrong and what to do, as check prints it. */
+  says: RegExp[];
+  env?: Record<string, string>;
+}
+
+/** A rule in front of what a cloud's router passes on, until the function that is answered is called. */
+async function rule(t: Bench, cloud: "a" | "b", chain: "forward" | "ports", text: string) {
+  const router = `router-${cloud}`;
+  const said = await t.lab.net(router, `nft -e -a 'insert rule ip filter ${chain} ${text} drop'`);
+  const handle = /# handle (\d+)/.exec(said)?.[1];
+  return () => t.lab.net(router, `nft delete rule ip filter ${chain} handle ${handle}`);
+}
+
+/** A shell for a box and one that undoes it. */
+const onBox = (box: string, sh: string, undo: string) => async (t: Bench) => {
+  await t.box(box).sh(sh);
+  return () => t.box(box).sh(undo);
+};
+
+/** A shell for a box; `make` is what mends it. */
+const mendedBy =
+  (box: string, sh: string, command: string, undo = "") =>
+  async (t: Bench) => {
+    await t.box(box).sh(sh);
+    return async () => {
+      if (undo) await t.box(box).sh(undo);
+      await t.ok(command);
+    };
+  };
+
+const ENV = "/etc/systemd/system/k3s-agent.service.env";
+const RESTART = "systemctl restart --no-block k3s-agent; sleep 4";
+
+/** Faults of the network and the boxes: of either generation. */
+const COMMON: Fault[] = [
+  {
+    name: "UDP 51820 closed in the security group of one cloud's box",
+    make: (t) => rule(t, "b", "forward", "ip daddr 192.168.0.11 udp dport 51820"),
+    says: [
+      /^b1: UDP 51820 is closed before it: its peers' packets do not reach its network card$/m,
+      /^ +do: open 51820\/udp in the security group of b1$/m,
+    ],
+  },
+  {
+    name: "UDP 51820 closed in a box's own firewall",
+    make: onBox(
+      "b1",
+      "iptables -I INPUT -p udp --dport 51820 -j DROP",
+      "iptables -D INPUT -p udp --dport 51820 -j DROP",
+    ),
+    says: [/^b1: UDP 51820 is closed by its own firewall/m, /^ +do: allow 51820\/udp on it/m],
+  },
+  {
+    name: "packets of full size lost on the way between the clouds",
+    make: (t) => rule(t, "a", "forward", "udp dport 51820 ip length > 1440"),
+    says: [
+      /^a1: the MTU 1420 of flannel\S+ is too large between it and its peers: larger packets than 1372 are lost$/m,
+    ],
+  },
+  {
+    name: "10250 unreachable",
+    make: (t) => rule(t, "b", "ports", "ip daddr 192.168.0.12 tcp dport 10250"),
+    says: [
+      /^b2: its kubelet cannot be reached at 198\.51\.101\.12:10250 \(dropped\): no logs, exec and metrics$/m,
+      /^ +do: open 10250\/tcp/m,
+    ],
+  },
+  {
+    name: "6443 unreachable",
+    make: (t) => rule(t, "a", "ports", "tcp dport 6443"),
+    says: [
+      /^b1, b2: it does not reach the server's 6443\/tcp: packets are dropped$/m,
+      /^ +do: open 6443\/tcp/m,
+    ],
+  },
+  {
+    name: "a DNS upstream on a private address that is another cloud's",
+    make: onBox("b2", "echo nameserver 192.168.0.254 >/etc/resolv.conf", ": >/etc/resolv.conf"),
+    says: [/^b2: its DNS upstream 192\.168\.0\.254 is a private address that does not answer/m],
+  },
+  {
+    name: "clocks apart",
+    // The boxes share the machine's clock: a box's `date` is told another.
+    make: onBox(
+      "b2",
+      `printf '#!/bin/sh\\nexec /usr/bin/date -d "-1 hour" "$@"' >/usr/local/bin/date; chmod +x /usr/local/bin/date`,
+      "rm /usr/local/bin/date",
+    ),
+    says: [/^b2: its clock is 3600 s behind the others'$/m, /^ +do: timedatectl set-ntp true on it$/m],
+  },
+  {
+    name: "ipvs asked for where the kernel lacks it",
+    make: async () => () => {},
+    env: { PROXY_MODE: "ipvs" },
+    says: [/^a1, b1, b2: ipvs is asked for, but its kernel \S+ has no ip_vs: kube-proxy uses iptables$/m],
+  },
+  {
+    name: "a token of another cluster",
+    make: mendedBy("b2", `sed -i 's/K10......../K1000000000/' ${ENV}; ${RESTART}`, "make agent HOST=b2"),
+    says: [
+      /^b2: its K3S_TOKEN is of another cluster: it names the CA 00000000\S+, the server has/m,
+      /^ +do: make server, then make agent HOST=b2$/m,
+    ],
+  },
+  {
+    name: "a host name that is taken",
+    make: mendedBy("b2", `hostname a1; ${RESTART}`, "make agent HOST=b2", `hostname b2; ${RESTART}`),
+    says: [
+      /^b2: its host name a1 is taken: that node is the box a1 at 198\.51\.100\.11$/m,
+      /^ +do: hostnamectl set-hostname another name on it, then make agent HOST=b2$/m,
+    ],
+  },
+  {
+    name: "k3s that is stopped",
+    make: mendedBy("b1", "systemctl stop k3s-agent", "make agent HOST=b1"),
+    says: [/^b1: k3s-agent does not run \(systemd: (inactive|failed)\)$/m, /^ +do: make agent HOST=b1$/m],
+  },
+  {
+    name: "a box that is off",
+    make: async (t) => {
+      await t.box("b2").off();
+      return async () => {
+        await t.box("b2").on();
+        await t.ok("make agent HOST=b2");
+      };
+    },
+    says: [/^b2: Could not reach b2: /m],
+  },
+];
+
+const GENERATIONS: { version: string; faults: Fault[] }[] = [
+  {
+    version: MODERN,
+    faults: [
+      ...COMMON,
+      {
+        name: "the annotation deleted by k3s, for want of --flannel-external-ip",
+        make: async (t) => {
+          await t
+            .box("a1")
+            .sh(
+              "sed -i '/--flannel-external-ip/d; s/wireguard-native .*/wireguard-native/' /etc/systemd/system/k3s.service; systemctl daemon-reload; systemctl restart k3s",
+            );
+          await t.box("b1").sh("systemctl restart k3s-agent; sleep 3");
+          return () => t.ok("make server && ssh b1 systemctl restart k3s-agent && make agent HOST=b1");
+        },
+        says: [
+          /^a1, b1: flannel's address of it is 192\.168\.0\.11, a private address: without --flannel-external-ip k3s v1\.36\.2\+k3s1 deletes/m,
+          /^ +do: make server, then systemctl restart k3s-agent on the agents$/m,
+        ],
+      },
+      {
+        name: "two boxes with the same WireGuard key",
+        make: async (t) => {
+          const key = (await t.box("b1").sh("cat /run/flannel/wgkey")).trim();
+          await t.box("b2").sh(`echo '${key}' >/run/flannel/wgkey; systemctl restart k3s-agent; sleep 3`);
+          return async () => {
+            await t.box("b2").sh("rm -f /run/flannel/wgkey; systemctl restart k3s-agent");
+            for (const [box, unit] of [
+              ["b1", "k3s-agent"],
+              ["a1", "k3s"],
+            ] as const)
+              await t.box(box).sh(`systemctl restart ${unit}`);
+            await t.ok("make -j up");
+          };
+        },
+        says: [
+          /^b2: it has the same WireGuard key as b1: one was cloned from the other$/m,
+          /^ +do: on b2: rm -f \/run\/flannel\/wgkey && systemctl restart k3s-agent$/m,
+        ],
+      },
+    ],
+  },
+  {
+    version: OLD,
+    faults: [
+      {
+        name: "an endpoint that is a private address",
+        make: async (t) => {
+          await t.box("a1").sh("kubectl annotate node b1 flannel.alpha.coreos.com/public-ip-overwrite-");
+          await t.box("b1").sh("systemctl restart k3s-agent; sleep 3");
+          return () => t.ok("make annotate HOST=b1");
+        },
+        says: [
+          /^b1: flannel's address of it is 192\.168\.0\.11, a private address: it is not annotated with its public one$/m,
+          /^ +do: make annotate HOST=b1$/m,
+        ],
+      },
+      ...COMMON.filter(({ name }) => /own firewall|full size|token of|name that/.test(name)),
+    ],
+  },
+];
+
+describe("make check", { concurrency: true }, () => {
+  for (const { version, faults } of GENERATIONS)
+    describe(`of k3s ${version}`, { concurrency: 1 }, () => {
+      let t: Bench;
+      before(async () => {
+        t = await bench({ name: version === OLD ? "check-old" : "check" });
+        t.settings({ K3S_VERSION: version });
+        await t.ok("make -j up");
+      });
+      after(() => t?.lab.down());
+
+      test("finds nothing wrong with a healthy cluster, and changes nothing", async () => {
+        const before = await Promise.all(t.lab.boxes.map(state));
+        const { out, text } = await t.says(`bash -c 'time -p ${check}'`, 0, ["Nothing is wrong."]);
+        for (const row of [/^b1 +\d+s \S+\/\S+ +- /m, /^b2 +yes +198\.51\.101\.12 +198\.51\.101\.12 /m])
+          assert.match(out, row);
+        assert.match(out, /^ok +full-size packets through the tunnels: 6 of 6$/m);
+        assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), before);
+        // Of its own: what boxes, ssh and a busy machine take beside it is not the script's.
+        const own = [...text.matchAll(/^(?:user|sys) ([\d.]+)$/gm)].reduce((sum, m) => sum + Number(m[1]), 0);
+        assert(own > 0 && own < 3, `${own} s of its own`);
+      });
+
+      test("is one login and two trips a box, and three to the server, which is asked for pods", async () => {
+        const trips = await t.trips(["a1", "b1", "b2"], () => t.ok("make check"));
+        assert.deepEqual(trips, {
+          a1: { commands: 3, logins: 1 },
+          b1: { commands: 2, logins: 1 },
+          b2: { commands: 2, logins: 1 },
+        });
+      });
+
+      test("has an object for programs, with the same verdict", async () => {
+        const said = JSON.parse((await t.ok(`${check} --json`)).out);
+        assert.deepEqual([said.ok, said.wrong, said.boxes.length, said.nodes.length], [true, [], 3, 3]);
+      });
+
+      test("has a short form: make status, ten lines by one trip to the server", async () => {
+        let out = "";
+        const trips = await t.trips(["a1", "b1"], async () => {
+          ({ out } = await t.ok("make status"));
+        });
+        assert.deepEqual(trips, { a1: { commands: 1, logins: 1 }, b1: { commands: 0, logins: 0 } });
+        assert.equal(out.trim().split("\n").length, 10, out);
+        for (const row of [
+          /^nodes +3, all Ready$/m,
+          /^WireGuard +2 of 2 peers of a1/m,
+          /^verdict +nothing is wrong/m,
+        ])
+          assert.match(out, row);
+      });
+
+      test("its cluster's kubeconfig is merged into the operator's, and lets them in from where they are", async () => {
+        const path = join(t.lab.dir, "home/.kube/config");
+        await t.ok("make kubeconfig");
+        const text = readFileSync(path, "utf8");
+        assert.equal((statSync(path).mode & 0o777).toString(8), "600");
+        assert.match(text, /^current-context: ""$/m);
+        await t.says("make kubeconfig", 0, ["nothing to do: context k3s-198.51.100.11 in "]);
+        await t.ok("make kubeconfig USE=1");
+        assert.match(readFileSync(path, "utf8"), /^current-context: k3s-198\.51\.100\.11$/m);
+        // The stand-in's kubectl, as the operator has it.
+        const { dir } = t.lab;
+        const k3s = `${dir}/stand-in/node --no-warnings ${dir}/stand-in/k3s.ts ${version} k3s`;
+        await t.says(`${k3s} kubectl --kubeconfig ${path} get nodes --no-headers`, 0, [/^b2 +Ready/m]);
+      });
+
+      for (const { name, make, says, env } of faults)
+        test(`says what is wrong and what to do: ${name}`, async () => {
+          const mend = await make(t);
+          try {
+            const { text } = await t.says(check, 1, says, env ? { env } : {});
+            const lines = text.match(/^ {4}do: /gm) ?? [];
+            assert.equal(lines.length, 1, `one cause, one line:\n${text}`);
+          } finally {
+            await mend();
+          }
+          await healthy(t);
+        });
+
+      test("its words end a script's own failure: who fails reads the cause", async () => {
+        await t.says("make agent HOST=b2 AGENT_ARGS=--nonsense", 2, [
+          /^b2 +cause: b2: SERVER_ARGS or AGENT_ARGS has --?nonsense, that this release of k3s does not know$/m,
+          /^b2 +do: correct it, then "?make agent HOST=b2/m,
+        ]);
+        await t.ok("make agent HOST=b2");
+      });
+    });
+});
+
+/** Nothing is wrong any more; handshakes and the API's word may take some seconds. */
+async function healthy(t: Bench) {
+  for (let tries = 6; ; tries--) {
+    const said = await t.op(check);
+    if (said.status === 0) return;
+    assert(tries, `still wrong after it was mended:\n${said.text}`);
+    await new Promise((done) => setTimeout(done, 2000));
+  }
+}

@@ -1,0 +1,76 @@
+import assert from "node:assert/strict";
+import { describe, test } from "node:test";
+import { clusterOf } from "../lib/cluster.ts";
+import type { Facts } from "../lib/step.ts";
+import { statusOf } from "../scripts/status.ts";
+import { A1, B1, B2, MODERN, member, type NodeSpec, nodes, wanted } from "./helpers.ts";
+
+const PODS = `kube-system   coredns-1   1/1   Running     0             5d
+kube-system   helm-1      0/1   Completed   0             5d
+kube-system   metrics-1   1/1   Running     3 (2d ago)    5d`;
+
+const status = (facts: Facts = {}, pods = PODS, tried?: Facts) =>
+  statusOf(clusterOf([member(MODERN, A1, facts, tried)], wanted()), pods);
+const list = (...specs: NodeSpec[]) => ({ nodes: nodes(...specs) });
+
+describe("status", () => {
+  test("is ten lines, and of a healthy cluster each is as it should be", () => {
+    const rows = status();
+    assert.equal(rows.length, 10);
+    assert.deepEqual(
+      rows.filter(([, , well]) => !well),
+      [],
+    );
+    const texts = Object.fromEntries(rows);
+    assert.equal(texts.nodes, "3, all Ready");
+    assert.equal(texts.WireGuard, "2 of 2 peers of a1 are fresh, the oldest handshake 31 s ago");
+    assert.equal(texts.pods, "3, all well");
+    assert.equal(texts.server, "k3s active, up 0 h 30 min, 0 restarts");
+    assert.match(texts.verdict ?? "", /nothing is wrong as the server sees it/);
+  });
+
+  const cases: [name: string, rows: ReturnType<typeof status>, what: string, text: RegExp][] = [
+    [
+      "a node that is not Ready",
+      status(list(A1, { ...B1, ready: false }, B2)),
+      "nodes",
+      /1 of 3 not Ready: b1/,
+    ],
+    [
+      "a node with a private address",
+      status(list(A1, B1, { ...B2, public: "192.168.0.12" })),
+      "addresses",
+      /wrong address of b2/,
+    ],
+    ["a peer that is gone", status({ peers: "" }), "WireGuard", /0 of 2 peers of a1 are fresh, not: b1, b2/],
+    [
+      "a pod that does not start",
+      status({}, `${PODS}\nweb   w-1   0/1   ImagePullBackOff   0   1d`),
+      "pods",
+      /1 of 4 not well: w-1 ImagePullBackOff/,
+    ],
+    ["a pod that is not ready", status({}, "web   w-1   1/2   Running   0   1d"), "pods", /w-1 Running/],
+    [
+      "metrics that miss a node",
+      status({}, PODS, { tries: "top a1 1m" }),
+      "metrics",
+      /kubectl top has 1 of 3 nodes/,
+    ],
+    ["an API that is silent", status({ nodes: "" }, ""), "k3s", /the API does not answer/],
+    [
+      "a unit that does not run",
+      status({ units: "Id=k3s.service\nActiveState=failed\nMainPID=0" }),
+      "server",
+      /k3s failed, not running/,
+    ],
+  ];
+  for (const [name, rows, what, text] of cases)
+    test(`of a cluster with ${name} says so, in ten lines`, () => {
+      assert.equal(rows.length, 10);
+      const row = rows.find(([is]) => is === what);
+      assert.match(row?.[1] ?? "", text);
+      assert.equal(row?.[2], false);
+      assert.deepEqual(rows.at(-1), ["verdict", "something is wrong: make check names the cause", false]);
+      assert.doesNotMatch(JSON.stringify(rows), /undefined|NaN|Infinity/);
+    });
+});
