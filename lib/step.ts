@@ -124,10 +124,13 @@ flock -n 9 || {
   printf '\\n%s waited\\n' ${mark}
 }
 echo $$ >$lock
-# A package manager must not die of a connection that was cut: its output is still read then.
+# A package manager must not die of a connection that was cut: its output is still read then. A wait's is not.
 relay() (
   trap '' PIPE
-  while IFS= read -r line || [ -n "$line" ]; do printf '%s\\n' "$line" 2>/dev/null || :; line=; done
+  while IFS= read -r line || [ -n "$line" ]; do
+    printf '%s\\n' "$line" 2>/dev/null || [ "$line" != '${mark} beat' ] || exit
+    line=
+  done
 )
 change() {
   [ -z "$waited" ] || return 0
