@@ -18,13 +18,13 @@ const STARTING = 180;
 const ADMIN = `[ -s /etc/rancher/k3s/k3s.yaml ] || { echo "No k3s server is on this box: SERVER has to name the cluster's"; exit 1; }
 kc() { ${K3S} kubectl --kubeconfig /etc/rancher/k3s/k3s.yaml "$@"; }`;
 
-/** The node that this box is, as its cluster has it, and where it may be drained. */
+/** The node that this box is: its name, what its cluster says of it, and where it may be drained. */
 function nodeHere(want: Settings, facts: Facts) {
   const server = facts.roles?.split("\n")[0] === "k3s";
   const name = nodeNameOf(server ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
-  const node = nodesOf(facts.nodes).find((n) => n.name === name);
+  const nodes = nodesOf(facts.nodes);
   const how: Partial<Change> = { seconds: PATIENCE + 60, alone: true, ...(server ? {} : { onServer: true }) };
-  return node && { node, how };
+  return { name, known: nodes.length > 0, node: nodes.find((n) => n.name === name), how };
 }
 
 /**
@@ -34,22 +34,27 @@ function nodeHere(want: Settings, facts: Facts) {
  * @throws {Refusal} where the server is not known.
  */
 export function drain(want: Settings, facts: Facts): Change[] {
-  const { node, how } = nodeHere(want, facts) ?? {};
-  if (!node?.ready || (node.cordoned && !node.drained)) return [];
-  if (how?.onServer && !want.SERVER)
+  if (!facts.roles?.trim()) return [];
+  const { name, known, node, how } = nodeHere(want, facts);
+  if (known && (!node?.ready || (node.cordoned && !node.drained))) return [];
+  if (how.onServer && !want.SERVER) {
+    if (!known) return [];
     throw new Refusal(
-      `Node ${node.name} is to be drained before its restart, which only the cluster's server may do: set SERVER, or cordon and drain it yourself first`,
+      `Node ${name} is to be drained before its restart, which only the cluster's server may do: set SERVER, or cordon and drain it yourself first`,
     );
+  }
+  // A box that cannot see its cluster just now may be a healthy node all the same.
+  const asked = `[ "$(kc get node ${sh(name)} --no-headers | awk '{ print $2 }')" = Ready ] || exit 0\n`;
   return [
     {
-      why: `drain node ${node.name}`,
+      why: `drain node ${name}`,
       sh: `${ADMIN}
-kc annotate --overwrite node ${sh(node.name)} ${DRAINED}=${sh(facts.boot?.trim() ?? "")}
+${known ? "" : asked}kc annotate --overwrite node ${sh(name)} ${DRAINED}=${sh(facts.boot?.trim() ?? "")}
 # The flag's name is of v1.20.
 case $(${K3S} --version) in *'k3s version v1.1'[789].*) scratch=--delete-local-data ;; *) scratch=--delete-emptydir-data ;; esac
-kc drain ${sh(node.name)} --ignore-daemonsets "$scratch" --timeout=${PATIENCE}s || {
-  kc uncordon ${sh(node.name)}
-  kc annotate node ${sh(node.name)} ${DRAINED}-
+kc drain ${sh(name)} --ignore-daemonsets "$scratch" --timeout=${PATIENCE}s || {
+  kc uncordon ${sh(name)}
+  kc annotate node ${sh(name)} ${DRAINED}-
   echo 'Move by hand what stays (kubectl drain), and run this again: a node that you have cordoned is restarted as it is'
   exit 1
 }`,
@@ -60,7 +65,9 @@ kc drain ${sh(node.name)} --ignore-daemonsets "$scratch" --timeout=${PATIENCE}s 
 
 /** Gives the node its work back after a restart, if it was this project that took it; also if that run was cut. */
 export function uncordon(want: Settings, facts: Facts): Change[] {
-  if (facts.roles?.trim() && !nodesOf(facts.nodes).length && Number(facts.uptime) < STARTING)
+  if (!facts.roles?.trim()) return [];
+  const { known, name, node, how } = nodeHere(want, facts);
+  if (!known && Number(facts.uptime) < STARTING)
     return [
       {
         why: "wait until the cluster says whether this node is drained",
@@ -73,23 +80,23 @@ done`,
         lookAgain: true,
       },
     ];
-  const { node, how } = nodeHere(want, facts) ?? {};
-  if (!node?.drained) return [];
+  // One that is long up and not Ready has something else to be mended first.
+  if (!node?.drained || (!node.ready && Number(facts.uptime) >= STARTING)) return [];
   // A node counts as Ready for 40 s after its kubelet has died: it must have said so since the restart.
   const old = node.drained === facts.boot?.trim() ? "" : node.drained;
   return [
     {
-      why: `uncordon node ${node.name} once it is Ready`,
+      why: `uncordon node ${name} once it is Ready`,
       sh: `${ADMIN}
 end=$(($(date +%s) + ${PATIENCE}))
-until kc get node ${sh(node.name)} -o json | awk -F'"' '
+until kc get node ${sh(name)} -o json | awk -F'"' '
   /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
   END { exit !(ready == "True" && boot != "${old}") }'; do
   [ "$(date +%s)" -lt "$end" ] || { echo 'The node is not Ready after its restart: it stays cordoned, run this again once it is'; exit 1; }
   sleep 2
 done
-kc uncordon ${sh(node.name)}
-kc annotate node ${sh(node.name)} ${DRAINED}-`,
+kc uncordon ${sh(name)}
+kc annotate node ${sh(name)} ${DRAINED}-`,
       ...how,
     },
   ];

@@ -40,7 +40,7 @@ describe("before its restart", () => {
     ["a node that the user has cordoned is left to the user", facts({ cordoned: true }), false],
     ["a node that is not Ready is not", facts({ ready: false }), false],
     ["a box that is no node is not", none, false],
-    ["a box whose cluster does not answer is not", { ...facts(), nodes: "" }, false],
+    ["a node that cannot see its cluster is, if that says it is Ready", { ...facts(), nodes: "" }, true],
   ];
   for (const [name, seen, drained] of cases)
     test(name, () => assert.equal(drain(want, seen).length, drained ? 1 : 0));
@@ -75,6 +75,16 @@ describe("after its restart", () => {
     ],
     ["a node that the user cordoned is left to the user", facts({ cordoned: true }), []],
     ["a node with a mark and no cordon loses the mark", facts({ drained: BEFORE }), [/^uncordon node b1/]],
+    [
+      "one that is not Ready yet is waited for",
+      { ...facts({ cordoned: true, drained: BEFORE, ready: false }), uptime: "20.00" },
+      [/^uncordon node b1/],
+    ],
+    [
+      "but one that is long up and not Ready is left to the steps that mend it",
+      facts({ cordoned: true, drained: BEFORE, ready: false }),
+      [],
+    ],
     ["another node is left alone", facts(), []],
     ["a box that is no node is left alone", { ...none, uptime: "20.00" }, []],
     [
@@ -128,6 +138,18 @@ describe("kubectl", () => {
       assert.equal(status, 0);
       assert.deepEqual(asked(), [`annotate --overwrite node b1 ${DRAINED}=${BOOT}`, DRAIN(flag)]);
     });
+
+  test("that finds the node of a blind box not Ready, or cordoned, leaves it", () => {
+    const blind = drain(want, { ...facts(), nodes: "" })[0]?.sh ?? "";
+    for (const [status, drained] of [
+      ["Ready", true],
+      ["NotReady", false],
+      ["Ready,SchedulingDisabled", false],
+    ] as const) {
+      const { asked } = asks(blind, MODERN, `"get node"*) echo 'b1 ${status} <none> 1d' ;;`);
+      assert.equal(asked().includes(DRAIN("--delete-emptydir-data")), drained, status);
+    }
+  });
 
   test("that cannot drain has the node as it was, and the user told", () => {
     const { status, stdout, asked } = asks(drainSh, MODERN, "drain*) exit 1 ;;");

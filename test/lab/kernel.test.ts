@@ -130,7 +130,9 @@ grub2-reboot "$(grep '^menuentry' /boot/grub2/grub.cfg | cut -d"'" -f2 | grep cl
     const ready = ({ status }: Seen) =>
       status.nodeInfo.kernelVersion === b3.image.old &&
       status.conditions.some((c) => c.type === "Ready" && c.status === "True");
-    for (const end = Date.now() + 120_000; !ready(await node()) && Date.now() < end; );
+    const up = () => b3.sh("wg show flannel-wg >/dev/null 2>&1 && pgrep -x wireguard-go || true");
+    for (const end = Date.now() + 120_000; !(ready(await node()) && (await up())); )
+      assert(Date.now() < end, await b3.sh("journalctl -u k3s-agent -o cat --no-pager -n 30"));
     const said = await t.says(upgrade, 0, [
       "make kernel-ml the default boot entry",
       "drain node b3",
