@@ -1,5 +1,5 @@
 import { createHash } from "node:crypto";
-import { createReadStream, realpathSync } from "node:fs";
+import { createReadStream, readFileSync, realpathSync } from "node:fs";
 import { hostname } from "node:os";
 import { dirname, join, relative } from "node:path";
 import minimist from "minimist";
@@ -10,6 +10,7 @@ import {
   check,
   flagOf,
   NAMES,
+  nameOf,
   type Origins,
   publicIp,
   SETTINGS,
@@ -63,6 +64,11 @@ export interface Call {
   recipe: Recipe;
   settings: Settings;
   origins: Origins;
+  /**
+   * By a box's name ("" for one that has none here) what it has in place of those: its own lines of the env file,
+   * and what is in the files that are named.
+   */
+  own: Record<string, Partial<Settings>>;
   envFile: string;
   mode: Mode;
   reboot: boolean;
@@ -102,13 +108,18 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   const envFile = process.env.ENV_FILE || join(dirname(meta.filename), "..", ".env");
   // csh and its like export HOST as this machine's own name.
   const env = { ...process.env, HOST: process.env.HOST === hostname() ? undefined : process.env.HOST };
-  const { settings, origins } = settle(flags, env, shown(envFile));
+  const { settings, origins, own } = settle(flags, env, shown(envFile));
   for (const [name, from] of Object.entries(recipe.needs ?? {}))
     if (!settings[name as SettingName])
       throw new SettingError(`${name} is not set: expected ${from} ${shown(envFile)}`);
-  if (settings.K3S_BIN) settings.K3S_SHA256 = await hashOf(settings);
+  own[""] = {};
+  for (const name of Object.keys(own))
+    own[name] = { ...own[name], ...(await filesOf({ ...settings, ...own[name] })) };
   const mode = flags.print ? "print" : flags["dry-run"] ? "dry-run" : "apply";
-  const call: Call = { script, recipe, settings, origins, envFile, mode, reboot: Boolean(flags.reboot) };
+  const call: Call = {
+    ...{ script, recipe, settings, origins, own, envFile, mode },
+    reboot: Boolean(flags.reboot),
+  };
   return await (recipe.work ?? fanOut)(call);
 }
 
@@ -167,6 +178,38 @@ Exit status: 0 done or nothing to do, 1 failed, 2 a setting is wrong and nothing
 `;
 }
 
+/** What the files that settings name hold: K3S_BIN's hash, and K3S_CONFIG's text. @throws {SettingError} */
+async function filesOf(want: Settings): Promise<Partial<Settings>> {
+  return {
+    ...(want.K3S_BIN ? { K3S_SHA256: await hashOf(want) } : {}),
+    ...(want.K3S_CONFIG ? { K3S_CONFIG: configIn(want) } : {}),
+  };
+}
+
+/** Keys of k3s's config file that this project has to know of, and where they belong. */
+const ELSEWHERE: Record<string, string> = {
+  "node-name": "SERVER_ARGS or AGENT_ARGS: --node-name=…",
+  "node-label": "NODE_LABELS",
+  "node-taint": "NODE_TAINTS",
+  token: "K3S_TOKEN",
+};
+
+/** @throws {SettingError} when the file cannot be read, or holds what belongs into a setting. */
+function configIn({ K3S_CONFIG }: Settings): string {
+  let text: string;
+  try {
+    text = readFileSync(K3S_CONFIG, "utf8").trimEnd();
+  } catch (error) {
+    throw new SettingError(`K3S_CONFIG is "${K3S_CONFIG}": ${(error as Error).message}`);
+  }
+  for (const [, key = ""] of text.matchAll(/^["']?([\w-]+)\+?["']?[ \t]*:/gm))
+    if (ELSEWHERE[key])
+      throw new SettingError(
+        `K3S_CONFIG is "${K3S_CONFIG}": it has ${key}, expected it in ${ELSEWHERE[key]}`,
+      );
+  return text;
+}
+
 /** @throws {SettingError} when the file cannot be read or is not the one K3S_SHA256 names. */
 async function hashOf({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
   const hash = createHash("sha256");
@@ -194,7 +237,7 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
   const found = await Promise.all(
     (list.length ? list : [""]).map(async (word) => {
       const [host = "", own] = word.split("=");
-      const name = host ? host.replace(/^(ssh:\/\/)?([^@]*@)?/, "") : hostname();
+      const name = nameOf(host);
       const given =
         own ??
         ((setting !== "AGENTS" && settings.PUBLIC_IP) ||
@@ -228,7 +271,8 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
 }
 
 export function jobFor(call: Call, target: Target, line: Line): Job {
-  const want = { ...call.settings, HOST: target.host, PUBLIC_IP: target.ip };
+  const own = call.own[target.name] ?? call.own[""];
+  const want = { ...call.settings, ...own, HOST: target.host, PUBLIC_IP: target.ip };
   return {
     box: open(target.host),
     want,

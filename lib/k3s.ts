@@ -1,4 +1,5 @@
 import { createHash } from "node:crypto";
+import { FILES, filesLook, filesPlan, labelArgs, labelsPlan } from "./node.ts";
 import { type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
 import { type Change, type Facts, Refusal } from "./step.ts";
@@ -62,6 +63,7 @@ export function argsOf(role: Role, generation: Generation, want: Settings, proxy
   const shared = [`--node-ip=${ip}`, `--node-external-ip=${ip}`];
   // One flag an argument: of the article's `--kube-proxy-arg "a" "b"` k3s drops "b" as a positional.
   if (proxyMode !== "iptables") shared.push(`--kube-proxy-arg=proxy-mode=${proxyMode}`);
+  shared.push(...labelArgs(want));
   if (role === "agent") return [...shared, ...words(want.AGENT_ARGS)];
   const flannel =
     generation === "old"
@@ -153,13 +155,13 @@ export function serviceLook(role: Role): string[] {
   const other = unitOf(role === "server" ? "agent" : "server");
   const service = `fact unit; cat ${unitPath(role)} 2>/dev/null
 fact envfile; stat -c %a ${envPath(role)} 2>/dev/null && sha256sum <${envPath(role)} | cut -d' ' -f1
-fact written; stat -c %Z ${K3S} ${unitPath(role)} ${envPath(role)} 2>/dev/null
+fact written; stat -c %Z ${K3S} ${unitPath(role)} ${envPath(role)} ${FILES} 2>/dev/null
 fact service; systemctl show ${unit} -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic -p NeedDaemonReload
 fact enabled; systemctl is-enabled ${unit} 2>/dev/null
 fact other; systemctl is-active ${other} 2>/dev/null
 fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
 `;
-  return [binaryLook, service, clusterLook];
+  return [binaryLook, service, filesLook, clusterLook];
 }
 
 /** Facts about the cluster as this box sees it: its nodes, and WireGuard's peers (never the private key). */
@@ -181,13 +183,16 @@ export interface Node {
   publicIp: string | undefined;
   overwrite: string | undefined;
   version: string;
+  labels: Record<string, string>;
+  /** `key=value:Effect` or `key:Effect`. */
+  taints: string[];
 }
 
 /** What is read of a Node as the API gives it. */
 interface NodeObject {
   kind?: string;
-  metadata: { name: string; annotations?: Record<string, string> };
-  spec?: { podCIDR?: string };
+  metadata: { name: string; annotations?: Record<string, string>; labels?: Record<string, string> };
+  spec?: { podCIDR?: string; taints?: { key: string; value?: string; effect: string }[] };
   status?: {
     addresses?: { type: string; address: string }[];
     conditions?: { type: string; status: string; lastHeartbeatTime: string }[];
@@ -224,6 +229,10 @@ export function nodesOf(json = ""): Node[] {
         publicIp: note("public-ip"),
         overwrite: note("public-ip-overwrite"),
         version: status?.nodeInfo?.kubeletVersion ?? "",
+        labels: metadata.labels ?? {},
+        taints: (spec?.taints ?? []).map(
+          ({ key, value, effect }) => `${key}${value ? `=${value}` : ""}:${effect}`,
+        ),
       };
     });
   } catch {
@@ -324,7 +333,9 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
   const unit = unitOf(role);
   const args = argsOf(role, generation, want, proxyModeOf(want, facts));
   const text = unitText(role, generation, args, onCard(want.PUBLIC_IP, facts), want.PUBLIC_IP);
-  const changes: Change[] = [];
+  const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+  const { changes: files, gone } = filesPlan(generation, version, want, facts);
+  const changes: Change[] = [...labelsPlan(role, name, args, facts), ...files];
   if (facts.envfile?.trim() !== `600\n${sha256(env.replaceAll("@K3S_TOKEN@", want.K3S_TOKEN))}`)
     changes.push({
       why: `write ${envPath(role)} (0600)`,
@@ -337,7 +348,6 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
       sh: `install -d -m 700 /var/lib/rancher/k3s/${role}\n${writeFile(unitPath(role), text)}`,
     });
 
-  const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
   const other = nodesOf(facts.nodes).find((node) => node.name === name)?.externalIp;
   if (changes.length === 0 && other && other !== want.PUBLIC_IP)
     throw new Refusal(
@@ -349,8 +359,8 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
   const stale = (facts.written ?? "").split("\n").some((s) => Number(s) > Math.floor((started ?? 0) + 0.5));
   const ills = ailments(name, want.PUBLIC_IP, generation, facts);
   const down = started === undefined || facts.enabled?.trim() !== "enabled";
-  if (changes.length || down || stale || pairs(facts.service).NeedDaemonReload === "yes")
-    changes.push(restart(role, generation, name, want, down ? "start" : "restart"));
+  if (changes.length || gone.length || down || stale || pairs(facts.service).NeedDaemonReload === "yes")
+    changes.push(restart(role, generation, name, want, down ? "start" : "restart", gone));
   else if (ills.length)
     changes.push({
       why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
@@ -370,12 +380,15 @@ export function restart(
   name: string,
   want: Settings,
   verb = "restart",
+  gone: readonly string[] = [],
 ): Change {
   const unit = unitOf(role);
+  // In one change: a run that is cut between the two would leave a k3s that runs by what is no longer there.
+  const remove = gone.length ? `rm -f ${gone.join(" ")}\n` : "";
   return {
-    why: `${verb} ${unit} and wait until node ${name} is Ready with its public address`,
+    why: `${gone.map((path) => `remove ${path}, `).join("")}${verb} ${unit} and wait until node ${name} is Ready with its public address`,
     // --no-block: with wrong credentials a modern agent stays "activating" for ever (seen with v1.36.3).
-    sh: `unit=${unit}; pid=; since=$(date +%s)
+    sh: `${remove}unit=${unit}; pid=; since=$(date +%s)
 systemctl daemon-reload
 systemctl enable ${unit} >/dev/null 2>&1
 systemctl restart --no-block ${unit}

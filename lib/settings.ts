@@ -1,3 +1,4 @@
+import { hostname } from "node:os";
 import { readEnv } from "./env-file.ts";
 
 /** A setting is wrong: where it came from, what was found, what would be right. Exit status 2, nothing touched. */
@@ -9,6 +10,8 @@ interface Setting {
   /** A value as one would write it: env.example shows it, and the tests hold `check` against it. */
   example: string;
   secret?: true;
+  /** One for all boxes: it says which they are, or is the cluster's own. */
+  shared?: true;
   /** What would be right, when the (non-empty) value is wrong. */
   check(value: string): string | undefined;
 }
@@ -24,9 +27,38 @@ const each = (check: Setting["check"]) => (value: string) =>
     .map(check)
     .find((wrong) => wrong !== undefined);
 const file = matches(/^[^\0\n]+$/, "the path of a file");
-const args = matches(
-  /^[^\0\n\r'"`\\]*$/,
-  "arguments separated by blanks, on one line, without quotes or backslashes",
+
+/** What only K3S_TOKEN and its like may hold: every user of a box can read its arguments. */
+const SECRET_ARG = /(^|\s)--?(token|t|agent-token|cluster-secret|datastore-endpoint)([= ]|$)/;
+function args(value: string): string | undefined {
+  if (!/^[^\0\n\r'"`\\]*$/.test(value))
+    return "arguments separated by blanks, on one line, without quotes or backslashes";
+  return SECRET_ARG.test(value)
+    ? "no secret among arguments, which every user of the box can read"
+    : undefined;
+}
+
+/**
+ * k3s's own way to several servers has etcd's members at private addresses, and its clock ticks in milliseconds:
+ * upstream does not support it across clouds (k3s docs, "Distributed hybrid or multicloud cluster").
+ */
+const serverArgs = (value: string) =>
+  /(^|\s)--?(cluster-init|cluster-reset\S*|server|s)([= ]|$)/.test(value)
+    ? "no embedded etcd: its members need each other's private addresses and a few milliseconds, which clouds do not give; several servers go by K3S_DATASTORE_ENDPOINT"
+    : args(value);
+
+const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
+const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
+function label(value: string): string | undefined {
+  if (!new RegExp(`^${KEY}=(${WORD})?$`).test(value)) return "labels KEY=VALUE, separated by blanks";
+  const owned = /^([^/]*\.)?(kubernetes|k8s)\.io\//.test(value);
+  return owned && !/^(kubelet|node|topology)\.kubernetes\.io\//.test(value)
+    ? `labels that a node may give itself, and ${value.split("=")[0]} is none (NodeRestriction)`
+    : undefined;
+}
+const taint = matches(
+  new RegExp(`^${KEY}(=(${WORD})?)?:(NoSchedule|PreferNoSchedule|NoExecute)$`),
+  "taints KEY=VALUE:EFFECT or KEY:EFFECT, separated by blanks, with NoSchedule, PreferNoSchedule or NoExecute",
 );
 
 /** Every setting, declared once: flags, the env file's keys, `--help` and env.example come from here. */
@@ -35,30 +67,35 @@ export const SETTINGS = {
     value: "",
     help: "ssh destination of the control plane, HOST or HOST=PUBLIC_IP; empty: this machine",
     example: "root@203.0.113.10",
+    shared: true,
     check: destination,
   },
   AGENTS: {
     value: "",
     help: "ssh destinations of the agents, HOST or HOST=PUBLIC_IP, separated by blanks",
     example: "root@198.51.100.20 debian@cloud-b=198.51.100.21",
+    shared: true,
     check: each(destination),
   },
   HOST: {
     value: "",
     help: "the box or boxes of this call, HOST or HOST=PUBLIC_IP; empty: this machine",
     example: "root@198.51.100.20",
+    shared: true,
     check: each(destination),
   },
   PUBLIC_IP: {
     value: "",
     help: "address at which other clouds reach this call's box; default: what ssh resolves HOST to",
     example: "198.51.100.20",
+    shared: true,
     check: publicIp,
   },
   K3S_VERSION: {
     value: "v1.36.2+k3s1",
     help: "k3s release, v1.17 or later",
     example: "v1.17.6+k3s1",
+    shared: true,
     check: matches(
       /^v1\.(1[7-9]|[2-9]\d)\.\d+(-rc\d+)?\+k3s\d+$/,
       "a release of v1.17 or later, such as v1.36.2+k3s1",
@@ -88,12 +125,35 @@ export const SETTINGS = {
     example: "ipvs",
     check: matches(/^(iptables|ipvs|nftables)$/, "iptables, ipvs or nftables"),
   },
-  SERVER_ARGS: { value: "", help: "more arguments of k3s server", example: "--disable=traefik", check: args },
+  SERVER_ARGS: {
+    value: "",
+    help: "more arguments of k3s server",
+    example: "--disable=traefik",
+    check: serverArgs,
+  },
   AGENT_ARGS: {
     value: "",
     help: "more arguments of k3s agent",
     example: "--node-label=cloud=b",
     check: args,
+  },
+  NODE_LABELS: {
+    value: "",
+    help: "labels of the node, KEY=VALUE, separated by blanks; one that goes here goes from the node",
+    example: "disk=ssd region=b",
+    check: each(label),
+  },
+  NODE_TAINTS: {
+    value: "",
+    help: "taints of the node, KEY=VALUE:EFFECT, separated by blanks",
+    example: "dedicated=build:NoSchedule",
+    check: each(taint),
+  },
+  K3S_CONFIG: {
+    value: "",
+    help: "a YAML file at hand with more settings of k3s, for /etc/rancher/k3s/config.yaml.d (modern k3s)",
+    example: "./k3s-config.yaml",
+    check: file,
   },
   ELREPO_URL: {
     value: "https://www.elrepo.org",
@@ -117,6 +177,7 @@ export const SETTINGS = {
     value: "",
     help: "the cluster's API; written by `server`, read by `agent`",
     example: "https://203.0.113.10:6443",
+    shared: true,
     check: matches(/^https:\/\/[\w.-]+(:\d+)?$/, "an address such as https://203.0.113.10:6443"),
   },
   K3S_TOKEN: {
@@ -124,6 +185,7 @@ export const SETTINGS = {
     help: "what joins a box to the cluster; written by `server`, read by `agent`",
     example: `K10${"0".repeat(64)}::server:${"0".repeat(32)}`,
     secret: true,
+    shared: true,
     check: matches(
       /^K10[0-9a-f]{64}::[\w-]+:[\w.-]+$/,
       "K10, the hash of the cluster's CA, ::server: and a password, as server/node-token has it",
@@ -142,21 +204,22 @@ export const flagOf = (name: string): string => name.toLowerCase().replaceAll("_
 
 export const words = (value: string): string[] => value.split(/[ \t]+/).filter(Boolean);
 
+/** A box as the user reads it: its ssh destination without the user, or this machine's name. */
+export const nameOf = (host: string): string => host.replace(/^(ssh:\/\/)?([^@]*@)?/, "") || hostname();
+
 /**
- * Settings by precedence: flag, environment, env file, default. A value that is set but empty counts.
+ * Settings by precedence: flag, environment, env file, default. A value that is set but empty counts. What the
+ * env file says for one box, NAME__BOX, counts before its NAME, on that box: `own` has it by the box's name.
  *
  * @throws {SettingError} for the first value that is wrong, named with its origin, and for a key of the env
- * file that is no setting: a slip of the pen would be lost.
+ * file that is no setting, or one of a box that is not there: a slip of the pen would be lost.
  */
 export function settle(
   flags: Record<string, string>,
   env: Record<string, string | undefined>,
   path: string,
-): { settings: Settings; origins: Origins } {
+): { settings: Settings; origins: Origins; own: Record<string, Partial<Settings>> } {
   const { values, lines } = readEnv(path);
-  for (const key of Object.keys(values))
-    if (!(key in SETTINGS))
-      throw new SettingError(`${key} (${path} line ${lines[key]}): expected a setting: ${NAMES.join(", ")}`);
   const settings = {} as Settings;
   const origins = {} as Origins;
   for (const name of NAMES) {
@@ -172,7 +235,28 @@ export function settle(
     origins[name] = origin as string;
     if (settings[name]) check(name, settings[name], origins[name]);
   }
-  return { settings, origins };
+  const boxes = words(`${settings.SERVER} ${settings.AGENTS} ${settings.HOST}`).map((word) =>
+    nameOf(word.split("=")[0] as string),
+  );
+  const own: Record<string, Partial<Settings>> = {};
+  for (const [key, value] of Object.entries(values)) {
+    if (key in SETTINGS) continue;
+    const origin = `${path} line ${lines[key]}`;
+    const [, name, box = ""] = /^([A-Z0-9_]+?)__(.+)$/.exec(key) ?? [];
+    if (name === undefined || !(name in SETTINGS))
+      throw new SettingError(`${key} (${origin}): expected a setting: ${NAMES.join(", ")}`);
+    if ((SETTINGS as Record<string, Setting>)[name]?.shared)
+      throw new SettingError(`${key} (${origin}): expected ${name}, which is one for all boxes`);
+    if (![...boxes, hostname()].includes(box))
+      throw new SettingError(
+        `${key} (${origin}): expected a box of SERVER, AGENTS or HOST after the __: ${boxes.join(", ") || hostname()}`,
+      );
+    if (value.trim()) check(name as SettingName, value.trim(), origin);
+    // What was given for this call alone counts for all its boxes.
+    if (!/^(flag|variable)/.test(origins[name as SettingName]))
+      own[box] = { ...own[box], [name]: value.trim() };
+  }
+  return { settings, origins, own };
 }
 
 /** @throws {SettingError} when the value is not one this setting can have. Secrets are not repeated. */
@@ -180,7 +264,7 @@ export function check(name: SettingName, value: string, origin: string): void {
   const setting: Setting = SETTINGS[name];
   const right = value.length > 4096 ? "at most 4096 characters" : setting.check(value);
   if (right === undefined) return;
-  const shown = setting.secret ? "" : ` is ${JSON.stringify(value.slice(0, 80))}`;
+  const shown = setting.secret || SECRET_ARG.test(value) ? "" : ` is ${JSON.stringify(value.slice(0, 80))}`;
   throw new SettingError(`${name}${shown} (${origin}): expected ${right}`);
 }
 

@@ -3,6 +3,7 @@
 import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
 import { envPath, nodeNameOf, nodesOf, releaseOf, serviceLook, servicePlan } from "../lib/k3s.ts";
+import { NODE_SETTINGS } from "../lib/node.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -15,7 +16,7 @@ const ENV = (want: Settings) => `K3S_URL=${want.K3S_URL}\nK3S_TOKEN=@K3S_TOKEN@\
 
 export const agent: Step = {
   name: "agent",
-  options: ["PUBLIC_IP", "PROXY_MODE", "AGENT_ARGS", "K3S_URL", "K3S_TOKEN"],
+  options: ["PUBLIC_IP", "PROXY_MODE", "AGENT_ARGS", ...NODE_SETTINGS, "K3S_URL", "K3S_TOKEN"],
 
   look: (want) => [...serviceLook("agent"), ...(want.K3S_URL && want.K3S_TOKEN ? [serverLook(want)] : [])],
 

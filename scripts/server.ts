@@ -2,6 +2,7 @@
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { run } from "../lib/cli.ts";
 import { nodeNameOf, releaseOf, serviceLook, servicePlan } from "../lib/k3s.ts";
+import { NODE_SETTINGS } from "../lib/node.ts";
 import { type Change, Failure, Refusal, type Step } from "../lib/step.ts";
 import { annotateAs } from "./annotate.ts";
 import { downloadK3s } from "./download-k3s.ts";
@@ -10,7 +11,7 @@ import { upgradeKernel } from "./upgrade-kernel.ts";
 
 export const server: Step = {
   name: "server",
-  options: ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS"],
+  options: ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", ...NODE_SETTINGS],
 
   look: () => [
     ...serviceLook("server"),

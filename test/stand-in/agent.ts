@@ -312,7 +312,8 @@ async function configure(s: Start, url: string, ca: string, token: Token, dir: s
     externalIp: external.join(",") || undefined,
     args: nodeArgs(s.argv),
     env: nodeEnv(process.env),
-    labels: values["node-label"],
+    labels: list(values, "node-label"),
+    taints: list(values, "node-taint"),
   };
   return {
     facts,

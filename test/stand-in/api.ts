@@ -338,6 +338,10 @@ function patchNode(c: Cluster, q: Question, user: rules.User, node: rules.Node, 
       const message = `nodes ${quote(name)} is forbidden: is not allowed to modify labels: ${bad}`;
       return nodeStatus(403, "Forbidden", message, name);
     }
+    if (JSON.stringify(next.spec.taints ?? []) !== JSON.stringify(node.spec.taints ?? [])) {
+      const message = `nodes ${quote(name)} is forbidden: node ${quote(name)} is not allowed to modify taints`;
+      return nodeStatus(403, "Forbidden", message, name);
+    }
     if (part.status) c.seen.set(name, Date.now());
   }
   next.metadata.name = name;
