@@ -1,10 +1,11 @@
 import { createHash } from "node:crypto";
-import { createReadStream, readFileSync, realpathSync } from "node:fs";
+import { createReadStream, existsSync, readFileSync, realpathSync } from "node:fs";
 import { hostname } from "node:os";
 import { dirname, join, relative } from "node:path";
 import minimist from "minimist";
 import { addressOf, closeAll, open, Unreachable } from "./box.ts";
 import { updateEnv } from "./env-file.ts";
+import { noProxy } from "./node.ts";
 import { type Line, report } from "./report.ts";
 import {
   check,
@@ -69,6 +70,8 @@ export interface Call {
    * and what is in the files that are named.
    */
   own: Record<string, Partial<Settings>>;
+  /** Public addresses of SERVER and AGENTS, where the boxes have a proxy that must not come between them. */
+  addresses: { servers: string[]; agents: string[] };
   envFile: string;
   mode: Mode;
   reboot: boolean;
@@ -118,8 +121,18 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   const mode = flags.print ? "print" : flags["dry-run"] ? "dry-run" : "apply";
   const call: Call = {
     ...{ script, recipe, settings, origins, own, envFile, mode },
+    addresses: { servers: [], agents: [] },
     reboot: Boolean(flags.reboot),
   };
+  if ([settings, ...Object.values(own)].some((of) => of.HTTPS_PROXY || of.HTTP_PROXY))
+    call.addresses = {
+      servers: settings.SERVER
+        ? await addressesOf(call, "SERVER")
+        : recipe.work
+          ? words(settings.PUBLIC_IP)
+          : [],
+      agents: await addressesOf(call, "AGENTS"),
+    };
   return await (recipe.work ?? fanOut)(call);
 }
 
@@ -181,7 +194,7 @@ Exit status: 0 done or nothing to do, 1 failed, 2 a setting is wrong and nothing
 /** What the files that settings name hold: K3S_BIN's hash, and K3S_CONFIG's text. @throws {SettingError} */
 async function filesOf(want: Settings): Promise<Partial<Settings>> {
   return {
-    ...(want.K3S_BIN ? { K3S_SHA256: await hashOf(want) } : {}),
+    ...(want.K3S_BIN ? { K3S_SHA256: await hashOf(want), AIRGAP: await imagesBeside(want) } : {}),
     ...(want.K3S_CONFIG ? { K3S_CONFIG: configIn(want) } : {}),
   };
 }
@@ -212,16 +225,39 @@ function configIn({ K3S_CONFIG }: Settings): string {
 
 /** @throws {SettingError} when the file cannot be read or is not the one K3S_SHA256 names. */
 async function hashOf({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
-  const hash = createHash("sha256");
-  try {
-    for await (const chunk of createReadStream(K3S_BIN)) hash.update(chunk as Buffer);
-  } catch (error) {
-    throw new SettingError(`K3S_BIN is "${K3S_BIN}": ${(error as Error).message}`);
-  }
-  const have = hash.digest("hex");
+  const have = await sha256Of(K3S_BIN).catch((error) => {
+    throw new SettingError(`K3S_BIN is "${K3S_BIN}": ${error.message}`);
+  });
   if (K3S_SHA256 && K3S_SHA256 !== have)
     throw new SettingError(`K3S_SHA256 is ${K3S_SHA256}, but "${K3S_BIN}" (K3S_BIN) has ${have}`);
   return have;
+}
+
+async function sha256Of(path: string): Promise<string> {
+  const hash = createHash("sha256");
+  for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
+  return hash.digest("hex");
+}
+
+/**
+ * AIRGAP, and below it the airgap images beside K3S_BIN, a line each: sha256 and path; the smallest file of each
+ * architecture.
+ * @throws {SettingError} where there are none and AIRGAP asks for them.
+ */
+async function imagesBeside({ K3S_BIN, AIRGAP }: Settings): Promise<string> {
+  const folder = dirname(K3S_BIN);
+  const found = ["amd64", "arm64", "arm"].flatMap(
+    (arch) =>
+      ["tar.zst", "tar.gz", "tar"]
+        .map((ext) => join(folder, `k3s-airgap-images-${arch}.${ext}`))
+        .find((path) => existsSync(path)) ?? [],
+  );
+  if (AIRGAP && found.length === 0)
+    throw new SettingError(
+      `AIRGAP is yes: expected k3s-airgap-images-ARCH.tar.zst beside K3S_BIN, in ${folder}`,
+    );
+  const lines = await Promise.all(found.map(async (path) => `${await sha256Of(path)} ${path}`));
+  return lines.length ? [AIRGAP, ...lines].join("\n") : "";
 }
 
 /** Boxes of a setting, each with the address at which other clouds reach it. @throws {SettingError} */
@@ -270,9 +306,21 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
   return found;
 }
 
+/** @throws {SettingError} for a box whose address is not known, or not public. */
+async function addressesOf(call: Call, setting: "SERVER" | "AGENTS"): Promise<string[]> {
+  return call.settings[setting] ? (await targets(call, setting)).map(({ ip }) => ip).sort() : [];
+}
+
 export function jobFor(call: Call, target: Target, line: Line): Job {
   const own = call.own[target.name] ?? call.own[""];
   const want = { ...call.settings, ...own, HOST: target.host, PUBLIC_IP: target.ip };
+  if (want.HTTPS_PROXY || want.HTTP_PROXY) {
+    const { servers, agents } = call.addresses;
+    // An agent has to do with no other agent but through WireGuard.
+    const isServer = call.recipe.host === "SERVER" || words(want.SERVER).includes(target.word);
+    const url = /^https:\/\/([\d.]+)/.exec(want.K3S_URL)?.[1] ?? "";
+    want.NO_PROXY = noProxy(want, [...servers, ...(isServer ? agents : []), url, target.ip]);
+  }
   return {
     box: open(target.host),
     want,

@@ -1,6 +1,6 @@
 import { createHash } from "node:crypto";
-import { FILES, filesLook, filesPlan, labelArgs, labelsPlan } from "./node.ts";
-import { type Settings, words } from "./settings.ts";
+import { filesLook, filesPlan, labelArgs, labelsPlan } from "./node.ts";
+import { type SettingName, type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
 import { type Change, type Facts, Refusal } from "./step.ts";
 
@@ -155,7 +155,7 @@ export function serviceLook(role: Role): string[] {
   const other = unitOf(role === "server" ? "agent" : "server");
   const service = `fact unit; cat ${unitPath(role)} 2>/dev/null
 fact envfile; stat -c %a ${envPath(role)} 2>/dev/null && sha256sum <${envPath(role)} | cut -d' ' -f1
-fact written; stat -c %Z ${K3S} ${unitPath(role)} ${envPath(role)} ${FILES} 2>/dev/null
+fact written; stat -c %Z ${K3S} ${unitPath(role)} ${envPath(role)} 2>/dev/null
 fact service; systemctl show ${unit} -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic -p NeedDaemonReload
 fact enabled; systemctl is-enabled ${unit} 2>/dev/null
 fact other; systemctl is-active ${other} 2>/dev/null
@@ -312,13 +312,19 @@ export function ailments(name: string, ip: string, generation: Generation, facts
   ].filter(Boolean);
 }
 
+const SECRET = /@([A-Z0-9_]+)@/g;
+
+/** A text with its secrets in their places. */
+export const filled = (text: string, want: Settings): string =>
+  text.replace(SECRET, (_, name) => want[name as SettingName]);
+
 const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");
 
 /**
  * Changes that make a role's unit run as wanted: its two files, then one restart if what runs is older than
  * what is on disk (so a run that was cut between the two is finished by the next), then health.
  *
- * @param env lines of the EnvironmentFile; `@K3S_TOKEN@` stands for the token.
+ * @param env lines of the EnvironmentFile; `@NAME@` stands for a setting that is secret.
  */
 export function servicePlan(role: Role, env: string, want: Settings, facts: Facts): Change[] {
   const { version, generation } = releaseOf(want, facts);
@@ -336,12 +342,14 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
   const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
   const { changes: files, gone } = filesPlan(generation, version, want, facts);
   const changes: Change[] = [...labelsPlan(role, name, args, facts), ...files];
-  if (facts.envfile?.trim() !== `600\n${sha256(env.replaceAll("@K3S_TOKEN@", want.K3S_TOKEN))}`)
+  if (facts.envfile?.trim() !== `600\n${sha256(filled(env, want))}`) {
+    const secrets = [...env.matchAll(SECRET)].map((m) => m[1] as SettingName);
     changes.push({
       why: `write ${envPath(role)} (0600)`,
-      sh: writeFile(envPath(role), env, "600", ["K3S_TOKEN"]),
-      ...(env.includes("@K3S_TOKEN@") ? { secrets: ["K3S_TOKEN"] as const } : {}),
+      sh: writeFile(envPath(role), env, "600", secrets),
+      ...(secrets.length ? { secrets } : {}),
     });
+  }
   if (facts.unit !== text)
     changes.push({
       ...rewrite(unitPath(role), facts.unit, text),
@@ -356,7 +364,9 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
 
   const started = startedAt(facts);
   // ctime in whole seconds; half a second of grace for what was written just before this start.
-  const stale = (facts.written ?? "").split("\n").some((s) => Number(s) > Math.floor((started ?? 0) + 0.5));
+  const stale = `${facts.written}\n${facts.read}`
+    .split("\n")
+    .some((s) => Number(s) > Math.floor((started ?? 0) + 0.5));
   const ills = ailments(name, want.PUBLIC_IP, generation, facts);
   const down = started === undefined || facts.enabled?.trim() !== "enabled";
   if (changes.length || gone.length || down || stale || pairs(facts.service).NeedDaemonReload === "yes")
@@ -481,7 +491,11 @@ export function diff(have: string, text: string): string[] {
 }
 
 /** A file that is written anew: its differences for the dry run, and the first of them in one line. */
-function rewrite(path: string, have: string | undefined, text: string): Pick<Change, "why" | "detail"> {
+export function rewrite(
+  path: string,
+  have: string | undefined,
+  text: string,
+): Pick<Change, "why" | "detail"> {
   if (!have) return { why: `write ${path}: it is not there` };
   const detail = diff(have, text);
   if (detail.length === 0) return { why: `write ${path}: its blanks differ` };

@@ -12,6 +12,8 @@ interface Setting {
   secret?: true;
   /** One for all boxes: it says which they are, or is the cluster's own. */
   shared?: true;
+  /** Programs of this machine go by it too: from the environment it counts only where make was given it. */
+  ambient?: true;
   /** What would be right, when the (non-empty) value is wrong. */
   check(value: string): string | undefined;
 }
@@ -59,6 +61,17 @@ function label(value: string): string | undefined {
 const taint = matches(
   new RegExp(`^${KEY}(=(${WORD})?)?:(NoSchedule|PreferNoSchedule|NoExecute)$`),
   "taints KEY=VALUE:EFFECT or KEY:EFFECT, separated by blanks, with NoSchedule, PreferNoSchedule or NoExecute",
+);
+
+const mirror = (value: string) => {
+  const [, registry, address = ""] = /^([^=]*)=(.*)$/.exec(value) ?? [];
+  return /^([\w.-]+(:\d+)?|\*)$/.test(registry ?? "") && !url(address)
+    ? undefined
+    : "mirrors REGISTRY=URL, separated by blanks, such as docker.io=https://mirror.example.org";
+};
+const proxy = matches(
+  /^(https?|socks5):\/\/([\w.~%!*+,;=:-]+@)?[\w.-]+(:\d+)?\/?$/,
+  "a proxy such as http://proxy.example.org:3128, or http://USER:PASSWORD@…",
 );
 
 /** Every setting, declared once: flags, the env file's keys, `--help` and env.example come from here. */
@@ -149,6 +162,41 @@ export const SETTINGS = {
     example: "dedicated=build:NoSchedule",
     check: each(taint),
   },
+  AIRGAP: {
+    value: "",
+    help: "yes: boxes get k3s's images too, from K3S_MIRRORS or from beside K3S_BIN, where they are taken in any case",
+    example: "yes",
+    check: matches(/^yes$/, "yes, or nothing"),
+  },
+  REGISTRY_MIRRORS: {
+    value: "",
+    help: "registries to ask in place of others, REGISTRY=URL, in order, for /etc/rancher/k3s/registries.yaml",
+    example: "docker.io=https://mirror.example.org registry.k8s.io=https://mirror.example.org:5000",
+    check: each(mirror),
+  },
+  HTTPS_PROXY: {
+    value: "",
+    help: "proxy of k3s and its downloads on the box (not this machine's: not from the environment)",
+    example: "http://proxy.example.org:3128",
+    secret: true,
+    ambient: true,
+    check: proxy,
+  },
+  HTTP_PROXY: {
+    value: "",
+    help: "the same for addresses that begin with http://",
+    example: "http://proxy.example.org:3128",
+    secret: true,
+    ambient: true,
+    check: proxy,
+  },
+  NO_PROXY: {
+    value: "",
+    help: "what goes by no proxy, separated by commas; the cluster's ranges and nodes are added",
+    example: "registry.example.org,192.0.2.0/24",
+    ambient: true,
+    check: matches(/^[\w.,:/*-]+$/, "names, addresses and ranges, separated by commas"),
+  },
   K3S_CONFIG: {
     value: "",
     help: "a YAML file at hand with more settings of k3s, for /etc/rancher/k3s/config.yaml.d (modern k3s)",
@@ -222,11 +270,13 @@ export function settle(
   const { values, lines } = readEnv(path);
   const settings = {} as Settings;
   const origins = {} as Origins;
+  const isAmbient = (name: SettingName) => (SETTINGS[name] as Setting).ambient;
+  const madeWith = (name: string) => new RegExp(`(^| )${name}=`).test(env.MAKEFLAGS ?? "");
   for (const name of NAMES) {
     const [value, origin] =
       flags[flagOf(name)] !== undefined
         ? [flags[flagOf(name)], `flag --${flagOf(name)}`]
-        : env[name] !== undefined
+        : env[name] !== undefined && (!isAmbient(name) || madeWith(name))
           ? [env[name], `variable ${name}`]
           : values[name] !== undefined
             ? [values[name], `${path} line ${lines[name]}`]

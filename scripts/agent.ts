@@ -2,8 +2,8 @@
 /** Step 5 of 7: a healthy k3s agent that has joined the server. Brings the box through steps 1 to 3 too. */
 import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
-import { envPath, nodeNameOf, nodesOf, releaseOf, serviceLook, servicePlan } from "../lib/k3s.ts";
-import { NODE_SETTINGS } from "../lib/node.ts";
+import { envPath, filled, nodeNameOf, nodesOf, releaseOf, serviceLook, servicePlan } from "../lib/k3s.ts";
+import { NODE_SETTINGS, proxyEnv } from "../lib/node.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -12,7 +12,7 @@ import { downloadK3s } from "./download-k3s.ts";
 import { installWireguard } from "./install-wireguard.ts";
 import { upgradeKernel } from "./upgrade-kernel.ts";
 
-const ENV = (want: Settings) => `K3S_URL=${want.K3S_URL}\nK3S_TOKEN=@K3S_TOKEN@\n`;
+const ENV = (want: Settings) => `K3S_URL=${want.K3S_URL}\nK3S_TOKEN=@K3S_TOKEN@\n${proxyEnv(want)}`;
 
 export const agent: Step = {
   name: "agent",
@@ -37,7 +37,9 @@ export const agent: Step = {
 function serverLook(want: Settings): string {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
   const password = want.K3S_TOKEN.split(":").at(-1) as string;
-  const joined = createHash("sha256").update(ENV(want).replace("@K3S_TOKEN@", want.K3S_TOKEN)).digest("hex");
+  const joined = createHash("sha256")
+    .update(filled(ENV(want), want))
+    .digest("hex");
   const name = /--node-name[= ]\s*(\S+)/.exec(want.AGENT_ARGS)?.[1];
   return `
 if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined} ] && command -v curl >/dev/null; then

@@ -1,8 +1,9 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 3 of 7: WireGuard's tools, its module where the kernel has none, and proof that an interface can be made. */
 import { run } from "../lib/cli.ts";
+import { byProxy } from "../lib/node.ts";
 import { install, isEl7, type Os, osOf } from "../lib/os.ts";
-import { SETTINGS } from "../lib/settings.ts";
+import { SETTINGS, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import type { Change, Step } from "../lib/step.ts";
 import { moduleLook, wireguardIn } from "./upgrade-kernel.ts";
@@ -27,16 +28,13 @@ export const installWireguard: Step = {
 };
 
 /** What to install by distro. EL has the tools in EPEL (7 and 8) or AppStream (9 and later), modules at ELRepo. */
-export function packages(
-  os: Os,
-  needsModule: boolean,
-  want: { ELREPO_URL: string; EPEL_URL: string },
-): Change[] {
-  const change = (names: string[], before = "", options = ""): Change => ({
-    why: `install ${names.join(", ")} (${os.name}, ${os.manager})`,
-    sh: before + install(os.manager, names, options),
-    seconds: 900,
-  });
+export function packages(os: Os, needsModule: boolean, want: Settings): Change[] {
+  const change = (names: string[], before = "", options = ""): Change =>
+    byProxy(want, {
+      why: `install ${names.join(", ")} (${os.name}, ${os.manager})`,
+      sh: before + install(os.manager, names, options),
+      seconds: 900,
+    });
   if (os.manager === "apt") return [change(["wireguard-tools", ...(needsModule ? ["wireguard-dkms"] : [])])];
   if (os.manager !== "yum" && os.manager !== "dnf") return [change(["wireguard-tools"])];
   if (os.id === "fedora" || os.id === "amzn") return [change(["wireguard-tools"])];

@@ -2,7 +2,7 @@
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { run } from "../lib/cli.ts";
 import { nodeNameOf, releaseOf, serviceLook, servicePlan } from "../lib/k3s.ts";
-import { NODE_SETTINGS } from "../lib/node.ts";
+import { NODE_SETTINGS, proxyEnv } from "../lib/node.ts";
 import { type Change, Failure, Refusal, type Step } from "../lib/step.ts";
 import { annotateAs } from "./annotate.ts";
 import { downloadK3s } from "./download-k3s.ts";
@@ -21,7 +21,7 @@ export const server: Step = {
   plan(want, facts): Change[] {
     if (!facts.systemd?.trim())
       throw new Refusal("systemd does not run this box: k3s is started by a systemd unit here");
-    return servicePlan("server", "# read by k3s.service\n", want, facts);
+    return servicePlan("server", `# read by k3s.service\n${proxyEnv(want)}`, want, facts);
   },
 
   learn(want, facts) {

@@ -103,6 +103,27 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "a='b':NoExecute",
   ],
   K3S_CONFIG: ["a\nb"],
+  AIRGAP: ["no", "YES", "true"],
+  REGISTRY_MIRRORS: [
+    "docker.io",
+    "https://x",
+    "docker.io=x",
+    "docker.io=https://a'b",
+    "a b=https://x",
+    '"x"=https://x',
+    "=https://x",
+  ],
+  HTTPS_PROXY: [
+    "proxy:3128",
+    "http://",
+    "http://a b",
+    "ftp://x",
+    "http://u:p'@x",
+    "http://x/y",
+    "http://$(id)@x",
+  ],
+  HTTP_PROXY: ["proxy"],
+  NO_PROXY: ["a b", "a;b", "$(id)"],
   ELREPO_URL: ["https://x/ y", "rsync://x", "https://x/'"],
   ELREPO_KERNEL_URL: ["https://x/|sh", "x"],
   EPEL_URL: ["https://x/$y", "https://"],
@@ -284,6 +305,18 @@ describe("settings", () => {
         (error: Error) => error instanceof SettingError && error.message.includes(origin),
       );
     });
+
+  test("of proxies are not taken from a shell's own variables, but from make's words, flags and the env file", () => {
+    const own = join(temporary(), ".env");
+    writeFileSync(own, "HTTPS_PROXY=http://boxes:1\n");
+    const env = { HTTPS_PROXY: "http://here:2", NO_PROXY: "here" };
+    assert.equal(settle({}, env, own).settings.HTTPS_PROXY, "http://boxes:1");
+    assert.equal(settle({}, env, own).settings.NO_PROXY, "");
+    const made = { ...env, MAKEFLAGS: "s -- DRY=1 HTTPS_PROXY=http://here:2" };
+    assert.equal(settle({}, made, own).settings.HTTPS_PROXY, "http://here:2");
+    assert.equal(settle({}, made, own).settings.NO_PROXY, "");
+    assert.equal(settle({ "https-proxy": "http://flag:3" }, env, own).settings.HTTPS_PROXY, "http://flag:3");
+  });
 
   test("have each a flag of their own", () => {
     assert.equal(new Set(NAMES.map(flagOf)).size, NAMES.length);
