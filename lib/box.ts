@@ -123,7 +123,7 @@ export function open(host: string): Box {
         text += said;
       });
       const { size } = statSync(file);
-      const start = Number(text) < size ? Number(text) : 0;
+      const start = Number(text) <= size ? Number(text) : 0;
       const packed = /\.(zst|gz)$/.test(file);
       const stream = createReadStream(file, { start });
       const result = await execute(

@@ -43,6 +43,8 @@ export interface Recipe {
   needs?: Partial<Record<SettingName, string>>;
   /** The setting that names the box when HOST does not. */
   host?: "SERVER";
+  /** With `host`: how the boxes must be together. @throws {SettingError} */
+  examine?(call: Call, boxes: readonly Target[]): void;
   nothing?(want: Settings, facts: Facts): string;
   /** Where more is to be done than these steps on each box. Answers the exit status. */
   work?(call: Call): Promise<number>;
@@ -337,20 +339,25 @@ async function fanOut(call: Call): Promise<number> {
     throw new SettingError(
       `HOST is not set: expected some of ${known.join(", ")}, or HOST= (empty) for this machine`,
     );
-  const boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
+  let boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
+  // Of several servers only `server` itself is meant for all.
+  if (recipe.host && !recipe.examine) boxes = boxes.slice(0, 1);
+  recipe.examine?.(call, boxes);
   const ui = await report(boxes.map((box) => box.name));
-  const done = await Promise.all(
-    boxes.map((box) =>
-      attempt(call, call.script, box, ui.line(box.name), async (line) => {
-        const job = jobFor(call, box, line);
-        const facts = await look(job, recipe.steps);
-        if (call.mode !== "apply") return showPlan(call, box, recipe.steps, job, facts);
-        const after = await converge(job, recipe.steps, facts);
-        await learn(call, recipe.steps, job, after);
-        line.done(facts === after, recipe.nothing?.(job.want, after));
-      }),
-    ),
-  );
+  const one = (box: Target) =>
+    attempt(call, call.script, box, ui.line(box.name), async (line) => {
+      const job = jobFor(call, box, line);
+      const facts = await look(job, recipe.steps);
+      if (call.mode !== "apply") return showPlan(call, box, recipe.steps, job, facts);
+      const after = await converge(job, recipe.steps, facts);
+      Object.assign(call.settings, await learn(call, recipe.steps, job, after));
+      line.done(facts === after, recipe.nothing?.(job.want, after));
+    });
+  // Further servers join by what the first one teaches.
+  const first = recipe.examine ? boxes.splice(0, 1) : [];
+  const done = [];
+  for (const box of first) done.push(await one(box));
+  if (worst(done) === 0) done.push(...(await Promise.all(boxes.map(one))));
   return worst(done);
 }
 

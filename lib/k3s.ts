@@ -324,9 +324,15 @@ const sha256 = (text: string) => createHash("sha256").update(text).digest("hex")
  * Changes that make a role's unit run as wanted: its two files, then one restart if what runs is older than
  * what is on disk (so a run that was cut between the two is finished by the next), then health.
  *
- * @param env lines of the EnvironmentFile; `@NAME@` stands for a setting that is secret.
+ * @param envs lines of the EnvironmentFile, any of which will do; the first is written. `@NAME@` stands for a
+ * setting that is secret.
  */
-export function servicePlan(role: Role, env: string, want: Settings, facts: Facts): Change[] {
+export function servicePlan(
+  role: Role,
+  [env, ...others]: readonly [string, ...string[]],
+  want: Settings,
+  facts: Facts,
+): Change[] {
   const { version, generation } = releaseOf(want, facts);
   if (!generation) return [{ why: "ask the k3s binary for its flags", sh: ":", lookAgain: true }];
   if (/^(active|activating)/.test(facts.other ?? ""))
@@ -342,7 +348,7 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
   const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
   const { changes: files, gone } = filesPlan(generation, version, want, facts);
   const changes: Change[] = [...labelsPlan(role, name, args, facts), ...files];
-  if (facts.envfile?.trim() !== `600\n${sha256(filled(env, want))}`) {
+  if (![env, ...others].some((text) => facts.envfile?.trim() === `600\n${sha256(filled(text, want))}`)) {
     const secrets = [...env.matchAll(SECRET)].map((m) => m[1] as SettingName);
     changes.push({
       why: `write ${envPath(role)} (0600)`,

@@ -108,7 +108,7 @@ export function filesPlan(
   if (!mirrors && have.startsWith(OURS)) gone.push(REGISTRIES);
   if (mirrors && have !== mirrors)
     changes.push({
-      ...rewrite(REGISTRIES, facts.registries?.trim(), mirrors),
+      ...rewrite(REGISTRIES, facts.registries?.trim() && have, mirrors),
       sh: writeFile(REGISTRIES, mirrors),
     });
   return { changes, gone };

@@ -10,9 +10,12 @@ export interface Line {
   failed(message: string, change: Change | undefined, output: string | undefined, again: string): void;
 }
 
-/** Tokens never show, whatever printed them. */
+/** Tokens, and passwords in addresses, never show, whatever printed them. */
 export const redacted = (text: string): string =>
-  text.replace(/K10[0-9a-f]{64}::[\w-]+:[\w.-]+|(?<=::(server|node):)[\w.-]+/g, "********");
+  text.replace(
+    /(?<=\w:\/\/[^\s:/@]*:)[^\s]+(?=@)|K10[0-9a-f]{64}::[\w-]+:[\w.-]+|(?<=::(server|node):)[\w.-]+/g,
+    "********",
+  );
 
 /** A spinner where one person watches one box on a terminal; else plain lines, each with its box's name. */
 export async function report(names: readonly string[]): Promise<{ line(name: string): Line }> {

@@ -40,13 +40,15 @@ function args(value: string): string | undefined {
     : undefined;
 }
 
+const ETCD =
+  "embedded etcd needs its members' private addresses and a few milliseconds between them, which clouds do not give";
 /**
  * k3s's own way to several servers has etcd's members at private addresses, and its clock ticks in milliseconds:
  * upstream does not support it across clouds (k3s docs, "Distributed hybrid or multicloud cluster").
  */
 const serverArgs = (value: string) =>
   /(^|\s)--?(cluster-init|cluster-reset\S*|server|s)([= ]|$)/.test(value)
-    ? "no embedded etcd: its members need each other's private addresses and a few milliseconds, which clouds do not give; several servers go by K3S_DATASTORE_ENDPOINT"
+    ? `no argument for several servers: they go by K3S_DATASTORE_ENDPOINT (${ETCD})`
     : args(value);
 
 const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
@@ -78,10 +80,10 @@ const proxy = matches(
 export const SETTINGS = {
   SERVER: {
     value: "",
-    help: "ssh destination of the control plane, HOST or HOST=PUBLIC_IP; empty: this machine",
+    help: "ssh destination of the control plane, HOST or HOST=PUBLIC_IP; empty: this machine; several by K3S_DATASTORE_ENDPOINT, the first first",
     example: "root@203.0.113.10",
     shared: true,
-    check: destination,
+    check: each(destination),
   },
   AGENTS: {
     value: "",
@@ -221,6 +223,18 @@ export const SETTINGS = {
     example: "https://mirrors.example.org/epel",
     check: url,
   },
+  K3S_DATASTORE_ENDPOINT: {
+    value: "",
+    help: "a database that several servers share, in place of the server's own SQLite",
+    example: "postgres://k3s:PASSWORD@db.example.org:5432/k3s?sslmode=verify-full",
+    secret: true,
+    shared: true,
+    // As an EnvironmentFile of systemd reads it: without quotes nothing in it means anything.
+    check: matches(
+      /^(postgres|postgresql|mysql|nats|https?):\/\/[^\s'"\\`]+$/,
+      "postgres://…, mysql://… or https://… (etcd), without blanks, quotes or backslashes",
+    ),
+  },
   K3S_URL: {
     value: "",
     help: "the cluster's API; written by `server`, read by `agent`",
@@ -285,6 +299,11 @@ export function settle(
     origins[name] = origin as string;
     if (settings[name]) check(name, settings[name], origins[name]);
   }
+  const servers = words(settings.SERVER);
+  if (servers.length > 1 && !settings.K3S_DATASTORE_ENDPOINT)
+    throw new SettingError(
+      `SERVER (${origins.SERVER}): expected one of ${servers.join(", ")}, or a K3S_DATASTORE_ENDPOINT that they share: ${ETCD}`,
+    );
   const boxes = words(`${settings.SERVER} ${settings.AGENTS} ${settings.HOST}`).map((word) =>
     nameOf(word.split("=")[0] as string),
   );

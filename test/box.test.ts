@@ -119,7 +119,7 @@ for (const [name, host] of [
         writeFileSync(to, Buffer.concat([Buffer.from("mark"), bytes.subarray(4, 123_456)]));
         await open(host).push(from, to);
         assert.deepEqual(readFileSync(to), Buffer.concat([Buffer.from("mark"), bytes.subarray(4)]));
-        // What is longer than the file, or as long, is not its beginning.
+        // What is longer than the file is not its beginning.
         writeFileSync(to, Buffer.alloc(400_000));
         await open(host).push(from, to);
         assert.deepEqual(readFileSync(to), bytes);

@@ -127,6 +127,14 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
   ELREPO_URL: ["https://x/ y", "rsync://x", "https://x/'"],
   ELREPO_KERNEL_URL: ["https://x/|sh", "x"],
   EPEL_URL: ["https://x/$y", "https://"],
+  K3S_DATASTORE_ENDPOINT: [
+    "sqlite:///x",
+    "postgres://a b",
+    "postgres://a'b",
+    "etcd",
+    "postgres://",
+    "mysql://a\nb",
+  ],
   K3S_URL: [
     "http://203.0.113.10:6443",
     "https://203.0.113.10:6443/x",
@@ -204,7 +212,8 @@ describe("a wrong value", () => {
 
   test("of a secret is not repeated", () => {
     for (const value of ["hunter2", `${TOKEN}x y`])
-      assert.ok(!refusal("K3S_TOKEN", value).includes(value.slice(0, 6)));
+      for (const name of ["K3S_TOKEN", "K3S_DATASTORE_ENDPOINT", "HTTPS_PROXY"] as const)
+        assert.ok(!refusal(name, value).includes(value.slice(0, 6)));
   });
 
   test("of arguments that holds a secret is not repeated", () => {
@@ -322,6 +331,17 @@ describe("settings", () => {
     assert.equal(new Set(NAMES.map(flagOf)).size, NAMES.length);
     assert.equal(flagOf("K3S_BIN"), "k3s-bin");
   });
+});
+
+test("several servers are refused without a datastore that they share, with the reason", () => {
+  const path = join(temporary(), ".env");
+  writeFileSync(path, 'SERVER="a1 b1"\n');
+  assert.throws(
+    () => settle({}, {}, path),
+    /SERVER \(.*line 1\): expected one of a1, b1, or a K3S_DATASTORE_ENDPOINT.*embedded etcd/,
+  );
+  const url = "mysql://k3s:x@tcp(db.example.org:3306)/k3s";
+  assert.equal(settle({}, { K3S_DATASTORE_ENDPOINT: url }, path).settings.SERVER, "a1 b1");
 });
 
 describe("a line of the env file for one box", () => {

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
+import { CLOSE_AGAIN, firewallLook, firewallPlan, scriptText } from "../lib/firewall.ts";
 import { applyScript, lookScript, printed, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
@@ -79,4 +80,18 @@ describe("shellcheck finds nothing to say", { skip }, () => {
         check(printed(changes));
       });
     }
+
+  test("about the firewall: its look, its changes, its script, and what takes it away", () => {
+    const fresh = { nft: "/usr/sbin/nft\n" };
+    const firewalld = { firewalld: "running\n", zone: "public\n", target: "default\n", ports: "10250/tcp\n" };
+    const ufw = {
+      ufw: "Status: active\nDefault: deny (incoming), allow (outgoing)\n",
+      added: "ufw allow 10250/tcp\n",
+    };
+    check(`#!/bin/sh\nfact() { echo "$1"; }\n${firewallLook}`);
+    check(scriptText(["198.51.100.11"]));
+    check(`#!/bin/sh\n${CLOSE_AGAIN}\n`);
+    for (const facts of [fresh, firewalld, ufw])
+      for (const { sh } of firewallPlan(facts, ["198.51.100.11"])) check(`#!/bin/sh\n${sh}\n`);
+  });
 });

@@ -1,9 +1,12 @@
 /** Settings of boxes and nodes: one that changes changes what depends on it, and nothing else. Both generations of k3s. */
 import assert from "node:assert/strict";
-import { writeFileSync } from "node:fs";
+import { createHash } from "node:crypto";
+import { appendFileSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
-import { type Bench, bench, connected, MODERN, OLD, starts, state } from "./suite.ts";
+import { sh } from "../../lib/sh.ts";
+import { standIn } from "../stand-in/pack.ts";
+import { type Bench, bench, connected, MODERN, mirrored, OLD, starts, state } from "./suite.ts";
 
 describe("settings", { concurrency: true }, () => {
   for (const [generation, version] of Object.entries({ old: OLD, modern: MODERN }))
@@ -119,6 +122,99 @@ rm /usr/local/sbin/systemctl`);
         assert.equal((await t.box("b2").sh(`ls ${path} 2>/dev/null || true`)).trim(), "");
       });
 
+      test("registry mirrors and a proxy: each box's own, one restart for both, and they go with their settings", async () => {
+        const proxy = "http://someone:hunter2@203.0.113.254:3128";
+        t.secret("hunter2");
+        env({
+          REGISTRY_MIRRORS: "docker.io=https://one.example docker.io=https://two.example:5000",
+          REGISTRY_MIRRORS__b2: "",
+          HTTPS_PROXY__b1: proxy,
+          NO_PROXY: "mine.example",
+        });
+        await restarts([1, 1, 0], () => t.ok("make -j up"));
+        const file = await t.box("b1").sh("cat /etc/rancher/k3s/registries.yaml");
+        assert.match(
+          file,
+          /\n {2}"docker\.io":\n {4}endpoint:\n {6}- "https:\/\/one\.example"\n {6}- "https:\/\/two/,
+        );
+        const environment = await t
+          .box("b1")
+          .sh(
+            "stat -c %a /etc/systemd/system/k3s-agent.service.env; tr '\\0' '\\n' </proc/$(systemctl show k3s-agent -p MainPID --value)/environ",
+          );
+        assert(
+          environment.startsWith("600\n") && environment.includes(`\nHTTPS_PROXY=${proxy}\n`),
+          environment,
+        );
+        assert.match(
+          environment,
+          /^NO_PROXY=mine\.example,localhost,127\.0\.0\.0\/8,10\.42\.0\.0\/16,10\.43\.0\.0\/16,\.svc,\.cluster\.local,198\.51\.100\.11,198\.51\.101\.11$/m,
+        );
+        env();
+        await restarts([1, 1, 0], () => t.ok("make -j up"));
+        assert.equal(await t.box("b1").sh("ls /etc/rancher/k3s 2>/dev/null || true"), "");
+      });
+
+      test("a box downloads by its proxy", async () => {
+        const log = join(t.lab.dir, "home/proxy.log");
+        await t.ok(
+          `node -e ${sh(PROXY)} 3128 ${log} >/dev/null 2>&1 & until grep -q listens ${log} 2>/dev/null; do sleep 0.1; done`,
+        );
+        await t.box("b2").sh("rm /usr/local/bin/k3s");
+        env({ HTTP_PROXY__b2: "http://203.0.113.254:3128" });
+        await t.ok("make download-k3s HOST=b2");
+        const asked = readFileSync(log, "utf8");
+        assert.match(asked, /^198\.51\.101\.12 GET http:\/\/203\.0\.113\.81\/k3s-io\/.*\/k3s$/m);
+        assert.match(
+          asked,
+          /^198\.51\.101\.12 GET http:\/\/203\.0\.113\.80\/k3s-io\/.*sha256sum-amd64\.txt$/m,
+        );
+        env();
+        await t.ok("make agent HOST=b2");
+      });
+
+      const images = `k3s-airgap-images-amd64.${generation === "old" ? "tar" : "tar.zst"}`;
+      const folder = "/var/lib/rancher/k3s/agent/images";
+
+      test("AIRGAP: images come from one mirror, their checksum from another, and k3s starts after them", async () => {
+        const text = "images\n".repeat(100_000);
+        for (const address of ["203.0.113.80", "203.0.113.81"]) {
+          const path = mirrored(t.lab, address, `k3s-io/k3s/releases/download/${version}`);
+          writeFileSync(join(path, images), text);
+          appendFileSync(
+            join(path, "sha256sum-amd64.txt"),
+            `${createHash("sha256").update(text).digest("hex")}  ${images}\n`,
+          );
+        }
+        env({ AIRGAP__b1: "yes" });
+        const asked = await t.requests(() => restarts([0, 1, 0], () => t.ok("make -j up")));
+        assert.equal(asked.length, 2, asked.join("\n"));
+        assert.equal(
+          (await t.box("b1").sh(`ls ${folder}; wc -c <${folder}/${images}`)).trim(),
+          `${images}\n700000`,
+        );
+      });
+
+      test("images beside K3S_BIN are pushed once; cut in the middle, the next run goes on from there", async () => {
+        const home = join(t.lab.dir, "home/airgap");
+        mkdirSync(home);
+        writeFileSync(join(home, "k3s"), standIn(version));
+        writeFileSync(join(home, images), Buffer.alloc(generation === "old" ? 9e8 : 3e8));
+        env({ AIRGAP__b1: "yes", K3S_BIN__b2: join(home, "k3s") });
+        const run = await t.cut("make agent HOST=b2", new RegExp(`copies .*${images}`), "KILL");
+        assert(run.reached, run.text);
+        await t.box("b2").sh("sleep 1");
+        const part = await t
+          .box("b2")
+          .sh(`cd ${folder}/..; stat -c '%s %i' images-*.part; ls images 2>/dev/null || true`);
+        const [, size = "", inode] = /^(\d+) (\d+)\n$/.exec(part) ?? [];
+        assert(Number(size) < (generation === "old" ? 9e8 : 3e8), part);
+        await restarts([0, 0, 1], () => t.ok("make -j up"));
+        const there = await t.box("b2").sh(`cd ${folder}; stat -c '%i %n %a' *`);
+        assert.equal(there, `${inode} ${images} 600\n`);
+        assert.equal(await t.box("b2").sh(`ls ${folder}/.. | grep part || true`), "");
+      });
+
       test("an agent's taints are set when it joins; later ones are refused with the line that sets them", async () => {
         await t.lab.add("b3");
         env({ NODE_TAINTS__b3: "spot=yes:NoSchedule" });
@@ -142,3 +238,15 @@ rm /usr/local/sbin/systemctl`);
       test("all boxes still reach each other", () => connected(t.lab.boxes));
     });
 });
+
+/** A proxy for plain http that writes down who asks for what. */
+const PROXY = `const { appendFileSync } = require("node:fs"), http = require("node:http");
+const [port, log] = process.argv.slice(1);
+http.createServer((asked, answer) => {
+  appendFileSync(log, asked.socket.remoteAddress.replace("::ffff:", "") + " " + asked.method + " " + asked.url + "\\n");
+  const { method, headers } = asked;
+  asked.pipe(http.request(asked.url, { method, headers }, (got) => {
+    answer.writeHead(got.statusCode, got.headers);
+    got.pipe(answer);
+  }).on("error", () => answer.destroy()));
+}).listen(port, () => appendFileSync(log, "listens\\n"));`;
