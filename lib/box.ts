@@ -2,7 +2,7 @@ import { lookup } from "node:dns/promises";
 import { createReadStream, mkdtempSync, rmSync, statSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
-import { Readable } from "node:stream";
+import { PassThrough, Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { StringDecoder } from "node:string_decoder";
 import { createGzip } from "node:zlib";
@@ -125,10 +125,12 @@ export function open(host: string): Box {
       const { size } = statSync(file);
       const start = Number(text) <= size ? Number(text) : 0;
       const packed = /\.(zst|gz)$/.test(file);
-      const stream = createReadStream(file, { start });
+      const stream = packed ? new PassThrough() : createGzip({ level: 1 });
+      // A file that cannot be read ends it with an error, and with it the copy.
+      pipeline(createReadStream(file, { start }), stream).catch(() => {});
       const result = await execute(
         `umask 077; ${packed ? "cat" : "gzip -dc"} ${start ? ">>" : ">"}${part}`,
-        packed ? stream : stream.pipe(createGzip({ level: 1 })),
+        stream,
         Math.max(PUSH, size / 20_000),
         () => {},
       );
@@ -151,7 +153,7 @@ export function reasonOf(host: string, stderr: string, status: number | null): s
     return `The host key of ${host} has changed: compare its fingerprint at the vendor's console, then "ssh-keygen -R" the old one`;
   if (/Host key verification failed/.test(stderr))
     return `The host key of ${host} is not known here: connect once with "ssh ${host}" and compare its fingerprint`;
-  if (/sudo: .*(password|terminal)/.test(stderr))
+  if (/sudo: .*(password|terminal|tty)/.test(stderr))
     return `sudo asks for a password${host && ` on ${host}`}: log in as root, or allow this user passwordless sudo`;
   if (/Permission denied/.test(stderr))
     return `${host} refused the login (${said}): check the user and the key`;

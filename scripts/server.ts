@@ -1,7 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { type Call, run, type Target } from "../lib/cli.ts";
-import { envPath, nodeNameOf, releaseOf, serviceLook, servicePlan } from "../lib/k3s.ts";
+import { envPath, healthySaying, serviceLook, servicePlan } from "../lib/k3s.ts";
 import { NODE_SETTINGS, proxyEnv } from "../lib/node.ts";
 import { nameOf, SettingError, type Settings, words } from "../lib/settings.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
@@ -89,6 +89,5 @@ await run(import.meta, {
   steps: serverSteps,
   host: "SERVER",
   examine,
-  nothing: (want, facts) =>
-    `k3s ${releaseOf(want, facts).version} runs as wanted, node ${nodeNameOf(want.SERVER_ARGS, facts)} is Ready`,
+  nothing: (want, facts) => healthySaying("server", want, facts),
 });

@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { CLOSE_AGAIN, firewallLook, firewallPlan, scriptText } from "../lib/firewall.ts";
-import { applyScript, lookScript, printed, type Step, whole } from "../lib/step.ts";
+import { SettingError } from "../lib/settings.ts";
+import { applyScript, lookScript, printed, Refusal, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
 import { serverSteps } from "../scripts/server.ts";
@@ -49,8 +50,9 @@ function changesOf(steps: readonly Step[], version: string) {
     steps.flatMap((step) => {
       try {
         return step.plan(want, facts);
-      } catch {
-        return [];
+      } catch (error) {
+        if (error instanceof Refusal || error instanceof SettingError) return [];
+        throw error;
       }
     }),
   );
