@@ -207,6 +207,9 @@ const ELSEWHERE: Record<string, string> = {
   "node-label": "NODE_LABELS",
   "node-taint": "NODE_TAINTS",
   token: "K3S_TOKEN",
+  "datastore-endpoint": "K3S_DATASTORE_ENDPOINT",
+  "cluster-init": "no file: several servers go by K3S_DATASTORE_ENDPOINT",
+  server: "K3S_URL",
 };
 
 /** @throws {SettingError} when the file cannot be read, or holds what belongs into a setting. */
@@ -235,10 +238,17 @@ async function hashOf({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
   return have;
 }
 
-async function sha256Of(path: string): Promise<string> {
-  const hash = createHash("sha256");
-  for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
-  return hash.digest("hex");
+const hashes = new Map<string, Promise<string>>();
+/** Several boxes may name one file, and it may be large. */
+function sha256Of(path: string): Promise<string> {
+  const read = async () => {
+    const hash = createHash("sha256");
+    for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
+    return hash.digest("hex");
+  };
+  const known = hashes.get(path) ?? read();
+  hashes.set(path, known);
+  return known;
 }
 
 /**
@@ -341,7 +351,7 @@ async function fanOut(call: Call): Promise<number> {
     );
   let boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
   // Of several servers only `server` itself is meant for all.
-  if (recipe.host && !recipe.examine) boxes = boxes.slice(0, 1);
+  if (recipe.host && !recipe.examine && call.origins.HOST === "default") boxes = boxes.slice(0, 1);
   recipe.examine?.(call, boxes);
   const ui = await report(boxes.map((box) => box.name));
   const one = (box: Target) =>

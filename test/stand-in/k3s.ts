@@ -105,7 +105,6 @@ async function main([version, name, ...args]: string[]): Promise<void> {
     "with-node-id",
     "rootless",
     "docker",
-    "datastore-endpoint",
     "cluster-init",
     "disable-cloud-controller",
     "cluster-cidr",
@@ -113,6 +112,8 @@ async function main([version, name, ...args]: string[]): Promise<void> {
   ]) {
     if (one(values, flag)) fatal(gen, `stand-in: --${flag} is not imitated`);
   }
+  if (one(values, "datastore-endpoint") && !/^https?:/.test(one(values, "datastore-endpoint") ?? ""))
+    fatal(gen, "stand-in: of datastores only etcd is imitated");
   const notify = process.env.NOTIFY_SOCKET;
   delete process.env.NOTIFY_SOCKET;
   // v1.17's unit ends as failed when it is stopped.

@@ -308,7 +308,10 @@ export function forbidden(gen: Generation, user: User, ask: Ask): string | undef
   const no = `${subject}: User ${JSON.stringify(user.name)} cannot ${ask.verb} resource ${JSON.stringify(what)} in API group ${JSON.stringify(ask.group ?? "")} ${ask.namespace ? `in the namespace ${JSON.stringify(ask.namespace)}` : "at the cluster scope"}`;
   if (ask.resource !== "nodes") {
     const reads = ["get", "list", "watch"].includes(ask.verb);
-    return user.name === "system:k3s-controller" && ask.resource === "pods" && !ask.group && reads
+    return user.name === "system:k3s-controller" &&
+      ["pods", "endpoints"].includes(ask.resource) &&
+      !ask.group &&
+      reads
       ? undefined
       : no;
   }
