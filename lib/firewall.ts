@@ -136,8 +136,8 @@ export function blocked(facts: Facts, nodes: readonly string[]): string[] {
         (ip, protocol, port) =>
           open(words(facts.ports), protocol, port) || lines(facts.rules).includes(rich(ip, protocol, port)),
       ),
-      ...RANGES.filter((range) => !sources.includes(range)).map((range) => `all from ${range}`),
-    ].map((what) => `firewalld (zone ${zone}) lets through no ${what}`);
+      ...RANGES.filter((range) => !sources.includes(range)).map((range) => `everything from ${range}`),
+    ].map((what) => `firewalld (zone ${zone}) drops ${what}`);
   }
   if (kind === "ufw") {
     if (/Default: allow \(incoming\)/.test(facts.ufw ?? "")) return [];
@@ -145,8 +145,8 @@ export function blocked(facts: Facts, nodes: readonly string[]): string[] {
     const has = (rule: string) => [...ours, ...others].includes(rule);
     return [
       ...missing((ip, protocol, port) => open(world, protocol, port) || has(allow(ip, protocol, port))),
-      ...RANGES.filter((range) => !has(`allow from ${range}`)).map((range) => `all from ${range}`),
-    ].map((what) => `ufw lets through no ${what}`);
+      ...RANGES.filter((range) => !has(`allow from ${range}`)).map((range) => `everything from ${range}`),
+    ].map((what) => `ufw drops ${what}`);
   }
   return dropping(facts.ruleset)
     .filter(({ text }) => !text.includes(MARK) && !/51820|FLANNEL/.test(text))

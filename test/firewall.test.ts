@@ -37,11 +37,11 @@ describe("firewalld", () => {
   test("as it comes blocks the nodes and the pods, and says so", () => {
     const fresh = zone("", [], "");
     assert.deepEqual(blocked(fresh, NODES), [
-      `firewalld (zone public) lets through no 6443/tcp from ${A}, ${B}`,
-      `firewalld (zone public) lets through no 10250/tcp from ${A}, ${B}`,
-      `firewalld (zone public) lets through no 51820/udp from ${A}, ${B}`,
-      "firewalld (zone public) lets through no all from 10.42.0.0/16",
-      "firewalld (zone public) lets through no all from 10.43.0.0/16",
+      `firewalld (zone public) drops 6443/tcp from ${A}, ${B}`,
+      `firewalld (zone public) drops 10250/tcp from ${A}, ${B}`,
+      `firewalld (zone public) drops 51820/udp from ${A}, ${B}`,
+      "firewalld (zone public) drops everything from 10.42.0.0/16",
+      "firewalld (zone public) drops everything from 10.43.0.0/16",
     ]);
     const commands = shOf(fresh);
     assert.equal(commands.length, 2 * (6 + 2));
@@ -111,7 +111,7 @@ describe("ufw", () => {
   test("as it comes blocks the nodes and the pods, and says so", () => {
     const facts = { ufw: status, added: added(["allow 22/tcp"]) };
     assert.equal(blocked(facts, NODES).length, 5);
-    assert.match(blocked(facts, NODES)[2] ?? "", /^ufw lets through no 51820\/udp from /);
+    assert.match(blocked(facts, NODES)[2] ?? "", /^ufw drops 51820\/udp from /);
     assert.deepEqual(
       shOf(facts),
       ours.map((rule) => `ufw ${rule} comment k3s-across-clouds`),

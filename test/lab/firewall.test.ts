@@ -1,6 +1,7 @@
 /** make firewall on boxes with firewalld, with ufw and with nft rules that drop: the nodes pass, the world does not, ssh stays. */
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
+import { CLOSE_AGAIN } from "../../lib/firewall.ts";
 import type { Box } from "./lab.ts";
 import { type Bench, bench, connected, state } from "./suite.ts";
 
@@ -119,6 +120,24 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     t.settings({ ...learned() });
     await t.ok("make firewall");
     assert.deepEqual((await rules()).map(Number), [0, 0, 0]);
+  });
+
+  test("all of it can be taken away again, with nothing else", async () => {
+    await Promise.all(t.lab.boxes.map(({ sh }) => sh(CLOSE_AGAIN)));
+    const [nft, ufw, firewalld] = await Promise.all([
+      a1.sh(
+        "nft list ruleset | grep -e k3s.across -e 'chain input'; ls /usr/local/sbin /etc/systemd/system | grep firewall || true",
+      ),
+      b1.sh("ufw show added"),
+      b2.sh(
+        "firewall-cmd --list-rich-rules; firewall-cmd --permanent --list-rich-rules; firewall-cmd --zone=trusted --list-sources",
+      ),
+    ]);
+    assert.deepEqual(
+      [nft.trim(), ufw.trim().split("\n").slice(1), firewalld.trim()],
+      ["chain input {", ["ufw allow 22/tcp"], ""],
+    );
+    assert.deepEqual((await doors()).ssh, SHUT.ssh);
   });
 
   const learned = () => {
