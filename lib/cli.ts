@@ -330,7 +330,7 @@ export function jobFor(call: Call, target: Target, line: Line): Job {
     const { servers, agents } = call.addresses;
     // An agent has to do with no other agent but through WireGuard.
     const isServer = call.recipe.host === "SERVER" || words(want.SERVER).includes(target.word);
-    const url = /^https:\/\/([\d.]+)/.exec(want.K3S_URL)?.[1] ?? "";
+    const url = /^https:\/\/([\w.-]+)/.exec(want.K3S_URL)?.[1] ?? "";
     want.NO_PROXY = noProxy(want, [...servers, ...(isServer ? agents : []), url, target.ip]);
   }
   return {

@@ -8,8 +8,7 @@ const BETWEEN = [
   ["tcp", "10250"],
   ["udp", "51820"],
 ] as const;
-/** Pods and services, and the interfaces they come by. @see k3s docs, "Requirements", "Operating Systems" */
-const RANGES = ["10.42.0.0/16", "10.43.0.0/16"];
+/** What pods come by. */
 const INTERFACES = ["cni0", "flannel.1", "flannel-wg"];
 /**
  * The world has no business at these: the API and kubelets, and kube-proxy's, the scheduler's and the controller
@@ -119,8 +118,9 @@ const TABLE = "k3s_across_clouds";
 /**
  * What the box's firewall keeps from the cluster, a sentence each; none: it lets the cluster work.
  * @param nodes public addresses of all nodes.
+ * @param ranges networks of pods and services. @see k3s docs, "Requirements", "Operating Systems"
  */
-export function blocked(facts: Facts, nodes: readonly string[]): string[] {
+export function blocked(facts: Facts, nodes: readonly string[], ranges: readonly [string, string]): string[] {
   const kind = kindOf(facts);
   const missing = (has: (ip: string, protocol: string, port: string) => boolean) =>
     BETWEEN.flatMap(([protocol, port]) => {
@@ -136,7 +136,7 @@ export function blocked(facts: Facts, nodes: readonly string[]): string[] {
         (ip, protocol, port) =>
           open(words(facts.ports), protocol, port) || lines(facts.rules).includes(rich(ip, protocol, port)),
       ),
-      ...RANGES.filter((range) => !sources.includes(range)).map((range) => `everything from ${range}`),
+      ...ranges.filter((range) => !sources.includes(range)).map((range) => `everything from ${range}`),
     ].map((what) => `firewalld (zone ${zone}) drops ${what}`);
   }
   if (kind === "ufw") {
@@ -145,7 +145,7 @@ export function blocked(facts: Facts, nodes: readonly string[]): string[] {
     const has = (rule: string) => [...ours, ...others].includes(rule);
     return [
       ...missing((ip, protocol, port) => open(world, protocol, port) || has(allow(ip, protocol, port))),
-      ...RANGES.filter((range) => !has(`allow from ${range}`)).map((range) => `everything from ${range}`),
+      ...ranges.filter((range) => !has(`allow from ${range}`)).map((range) => `everything from ${range}`),
     ].map((what) => `ufw drops ${what}`);
   }
   return dropping(facts.ruleset)
@@ -153,12 +153,16 @@ export function blocked(facts: Facts, nodes: readonly string[]): string[] {
     .map(({ table, chain, hook }) =>
       hook === "input"
         ? `nft's ${table} ${chain} drops what it does not name, and it does not name 51820/udp`
-        : `nft's ${table} ${chain} drops what it does not name, and it does not name the pods' ${RANGES[0]}`,
+        : `nft's ${table} ${chain} drops what it does not name, and it does not name the pods' ${ranges[0]}`,
     );
 }
 
 /** Changes after which the nodes reach each other's k3s and the world does not. ssh is not touched. @throws {Refusal} */
-export function firewallPlan(facts: Facts, nodes: readonly string[]): Change[] {
+export function firewallPlan(
+  facts: Facts,
+  nodes: readonly string[],
+  ranges: readonly [string, string],
+): Change[] {
   const kind = kindOf(facts);
   const what = `open 6443/tcp, 10250/tcp and 51820/udp to ${nodes.join(", ")}, and close k3s's ports to all others`;
   const wanted = (rule: (ip: string, protocol: string, port: string) => string) =>
@@ -174,9 +178,9 @@ export function firewallPlan(facts: Facts, nodes: readonly string[]): Change[] {
       const rule = wanted(rich);
       return [
         ...rule.filter((r) => !rules.includes(r)).map((r) => `${zone} --add-rich-rule=${sh(r)}`),
-        ...RANGES.filter((range) => !words(facts[`sources${when}`]).includes(range)).map(
-          (range) => `--zone=trusted --add-source=${range}`,
-        ),
+        ...ranges
+          .filter((range) => !words(facts[`sources${when}`]).includes(range))
+          .map((range) => `--zone=trusted --add-source=${range}`),
         ...rules
           .filter((r) => RICH.test(r) && !rule.includes(r))
           .map((r) => `${zone} --remove-rich-rule=${sh(r)}`),
@@ -193,7 +197,7 @@ export function firewallPlan(facts: Facts, nodes: readonly string[]): Change[] {
         "ufw lets everything in by default: allow ssh (ufw allow OpenSSH), then ufw default deny incoming",
       );
     const { ours, world } = ufwRules(facts);
-    const rules = [...wanted(allow), ...RANGES.map((range) => `allow from ${range}`)];
+    const rules = [...wanted(allow), ...ranges.map((range) => `allow from ${range}`)];
     // `allow PORT` twice is one rule; new ones come first, so that nothing is cut off in between.
     const commands = [
       ...rules.filter((rule) => !ours.includes(rule)).map((rule) => `ufw ${rule} comment ${sh(MARK)}`),
@@ -209,9 +213,9 @@ export function firewallPlan(facts: Facts, nodes: readonly string[]): Change[] {
   const iptables = dropping(facts.ruleset).filter((c) => isIptables(c) && !/51820|FLANNEL/.test(c.text));
   if (iptables.length)
     throw new Refusal(
-      `iptables' own ${iptables.map(({ chain }) => chain).join(" and ")} drops: its rules are nobody's but yours; let through 6443/tcp, 10250/tcp and 51820/udp from ${nodes.join(", ")} and everything from ${RANGES.join(" and ")} there`,
+      `iptables' own ${iptables.map(({ chain }) => chain).join(" and ")} drops: its rules are nobody's but yours; let through 6443/tcp, 10250/tcp and 51820/udp from ${nodes.join(", ")} and everything from ${ranges.join(" and ")} there`,
     );
-  const script = scriptText(nodes);
+  const script = scriptText(nodes, ranges[0]);
   const live = new RegExp(`^table inet ${TABLE} `, "m").test(facts.ruleset ?? "");
   const cut = dropping(facts.ruleset).some((c) => !isIptables(c) && !c.text.includes(MARK));
   if (
@@ -238,7 +242,7 @@ systemctl restart k3s-firewall`,
 }
 
 /** Shell that takes away all of it, and the files: what \`firewallPlan\` made, whichever firewall runs. */
-export const CLOSE_AGAIN = `if [ -e ${UNIT} ]; then
+export const closeAgain = (ranges: readonly [string, string]): string => `if [ -e ${UNIT} ]; then
   systemctl disable --now k3s-firewall >/dev/null 2>&1 || :
   rm -f ${UNIT} ${SCRIPT}
   systemctl daemon-reload
@@ -256,7 +260,7 @@ if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
         grep -E '^rule family="ipv4" source address="[0-9.]+" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$' |
         while read -r rule; do firewall-cmd -q $when --zone="$zone" --remove-rich-rule="$rule" </dev/null; done
     done
-    for range in ${RANGES.join(" ")}; do firewall-cmd -q $when --zone=trusted --remove-source=$range 2>/dev/null || :; done
+    for range in ${ranges.join(" ")}; do firewall-cmd -q $when --zone=trusted --remove-source=$range 2>/dev/null || :; done
   done
 fi`;
 
@@ -284,7 +288,7 @@ const set = (ranges: readonly (readonly [number, number])[]) =>
   `{ ${ranges.map(([from, to]) => (from === to ? from : `${from}-${to}`)).join(", ")} }`;
 
 /** The script of a box without firewalld and ufw: a table of our own, and a way through chains that drop. */
-export const scriptText = (nodes: readonly string[]): string => `#!/bin/sh
+export const scriptText = (nodes: readonly string[], pods: string): string => `#!/bin/sh
 # Written by k3s-across-clouds, make firewall.
 set -eu
 # An accept in one table does not overrule a drop in another: where somebody's chain drops, it gets our rules too.
@@ -323,7 +327,7 @@ dropping input | while read -r family table chain; do
   rule "$family" "$table" "$chain" ip saddr '{ ${nodes.join(", ")} }' udp dport 51820
 done
 dropping forward | while read -r family table chain; do
-  rule "$family" "$table" "$chain" ip saddr ${RANGES[0]}
-  rule "$family" "$table" "$chain" ip daddr ${RANGES[0]}
+  rule "$family" "$table" "$chain" ip saddr ${pods}
+  rule "$family" "$table" "$chain" ip daddr ${pods}
 done
 `;

@@ -45,20 +45,26 @@ export function registriesText(mirrors: string): string {
   return `${OURS}\nmirrors:\n${rows.join("")}`;
 }
 
+const argument = (args: string, name: string, value: string) =>
+  new RegExp(`--${name}[= ](\\S+)`).exec(args)?.[1] ?? value;
+
+/** The networks of pods and of services: k3s's own, or what SERVER_ARGS says. */
+export const rangesOf = ({ SERVER_ARGS }: Settings): [pods: string, services: string] => [
+  argument(SERVER_ARGS, "cluster-cidr", "10.42.0.0/16"),
+  argument(SERVER_ARGS, "service-cidr", "10.43.0.0/16"),
+];
+
 /**
  * What must not go by the proxy: k3s reaches its API, kubelets and pods by Go's defaults, which heed it.
  * @param nodes public addresses of the nodes this one talks to.
  */
 export function noProxy(want: Settings, nodes: readonly string[]): string {
-  const flag = (name: string, value: string) =>
-    new RegExp(`--${name}[= ](\\S+)`).exec(want.SERVER_ARGS)?.[1] ?? value;
   const own = [
     "localhost",
     "127.0.0.0/8",
-    flag("cluster-cidr", "10.42.0.0/16"),
-    flag("service-cidr", "10.43.0.0/16"),
+    ...rangesOf(want),
     ".svc",
-    `.${flag("cluster-domain", "cluster.local")}`,
+    `.${argument(want.SERVER_ARGS, "cluster-domain", "cluster.local")}`,
   ];
   return [...new Set([...want.NO_PROXY.split(","), ...own, ...nodes].filter(Boolean))].join(",");
 }

@@ -3,17 +3,18 @@
 import * as cli from "../lib/cli.ts";
 import { firewallLook, firewallPlan } from "../lib/firewall.ts";
 import { clusterLook, nodesOf } from "../lib/k3s.ts";
+import { rangesOf } from "../lib/node.ts";
 import { report } from "../lib/report.ts";
 import { converge, look, type Step } from "../lib/step.ts";
 
 /** @param known public addresses of the boxes that the settings name; the cluster's own nodes are added. */
 export const firewallFor = (known: readonly string[]): Step => ({
   name: "firewall",
-  options: ["SERVER", "AGENTS", "HOST", "PUBLIC_IP"],
+  options: ["SERVER", "AGENTS", "HOST", "PUBLIC_IP", "SERVER_ARGS"],
   look: () => [clusterLook, firewallLook],
   plan(want, facts) {
     const joined = nodesOf(facts.nodes).flatMap(({ externalIp }) => externalIp ?? []);
-    return firewallPlan(facts, [...new Set([...known, ...joined, want.PUBLIC_IP])].sort());
+    return firewallPlan(facts, [...new Set([...known, ...joined, want.PUBLIC_IP])].sort(), rangesOf(want));
   },
 });
 

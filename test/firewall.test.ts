@@ -1,10 +1,14 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { blocked, firewallPlan, scriptText, UNIT_TEXT } from "../lib/firewall.ts";
+import * as firewall from "../lib/firewall.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
 
 const [A, B] = ["198.51.100.11", "198.51.101.11"];
 const NODES = [A, B];
+const RANGES = ["10.42.0.0/16", "10.43.0.0/16"] as const;
+const blocked = (facts: Facts, nodes: string[]) => firewall.blocked(facts, nodes, RANGES);
+const firewallPlan = (facts: Facts, nodes: string[]) => firewall.firewallPlan(facts, nodes, RANGES);
+const scriptText = (nodes: string[]) => firewall.scriptText(nodes, RANGES[0]);
 const shOf = (facts: Facts, nodes = NODES) =>
   firewallPlan(facts, nodes)
     .map(({ sh }) => sh)
@@ -192,7 +196,7 @@ describe("nft", () => {
   const written = (): Facts => ({
     nft: "/sbin/nft\n",
     script: scriptText(NODES),
-    boot: UNIT_TEXT,
+    boot: firewall.UNIT_TEXT,
     booted: "enabled\nactive\n",
     ruleset: OURS,
   });

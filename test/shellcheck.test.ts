@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { CLOSE_AGAIN, firewallLook, firewallPlan, scriptText } from "../lib/firewall.ts";
+import { closeAgain, firewallLook, firewallPlan, scriptText } from "../lib/firewall.ts";
 import { SettingError } from "../lib/settings.ts";
 import { applyScript, lookScript, printed, Refusal, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
@@ -84,6 +84,7 @@ describe("shellcheck finds nothing to say", { skip }, () => {
     }
 
   test("about the firewall: its look, its changes, its script, and what takes it away", () => {
+    const ranges = ["10.42.0.0/16", "10.43.0.0/16"] as const;
     const fresh = { nft: "/usr/sbin/nft\n" };
     const firewalld = { firewalld: "running\n", zone: "public\n", target: "default\n", ports: "10250/tcp\n" };
     const ufw = {
@@ -91,9 +92,9 @@ describe("shellcheck finds nothing to say", { skip }, () => {
       added: "ufw allow 10250/tcp\n",
     };
     check(`#!/bin/sh\nfact() { echo "$1"; }\n${firewallLook}`);
-    check(scriptText(["198.51.100.11"]));
-    check(`#!/bin/sh\n${CLOSE_AGAIN}\n`);
+    check(scriptText(["198.51.100.11"], ranges[0]));
+    check(`#!/bin/sh\n${closeAgain(ranges)}\n`);
     for (const facts of [fresh, firewalld, ufw])
-      for (const { sh } of firewallPlan(facts, ["198.51.100.11"])) check(`#!/bin/sh\n${sh}\n`);
+      for (const { sh } of firewallPlan(facts, ["198.51.100.11"], ranges)) check(`#!/bin/sh\n${sh}\n`);
   });
 });

@@ -1,7 +1,7 @@
 /** make firewall on boxes with firewalld, with ufw and with nft rules that drop: the nodes pass, the world does not, ssh stays. */
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
-import { CLOSE_AGAIN } from "../../lib/firewall.ts";
+import { closeAgain } from "../../lib/firewall.ts";
 import type { Box } from "./lab.ts";
 import { type Bench, bench, connected, state } from "./suite.ts";
 
@@ -123,7 +123,7 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
   });
 
   test("all of it can be taken away again, with nothing else", async () => {
-    await Promise.all(t.lab.boxes.map(({ sh }) => sh(CLOSE_AGAIN)));
+    await Promise.all(t.lab.boxes.map(({ sh }) => sh(closeAgain(["10.42.0.0/16", "10.43.0.0/16"]))));
     const [nft, ufw, firewalld] = await Promise.all([
       a1.sh(
         "nft list ruleset | grep -e k3s.across -e 'chain input'; ls /usr/local/sbin /etc/systemd/system | grep firewall || true",
