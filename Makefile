@@ -19,12 +19,13 @@ upgrade-kernel: ## 2  a kernel with WireGuard, on CentOS 7
 install-wireguard: ## 3  WireGuard, proven
 annotate: ## 6  every peer at its public address
 fix-metrics: ## 7  kubectl top answers for every node
+firewall: ## the nodes reach each other's k3s, the world does not (all boxes, or HOST)
 download: download-k3s
 kernel: upgrade-kernel
 wireguard: install-wireguard
 metrics: fix-metrics
 
-$(STEPS) up: $(MODULES)
+$(STEPS) up firewall: $(MODULES)
 	@$(TS) scripts/$@.ts $(FLAGS)
 
 check: $(MODULES) ## the whole cluster, and what is wrong with it (JSON=1, WATCH=1)
@@ -57,4 +58,4 @@ node_modules/.package-lock.json: package-lock.json
 	npm ci --omit=dev --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(STEPS) check status kubeconfig download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab bench lint
+.PHONY: help up $(STEPS) check status kubeconfig firewall download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab bench lint

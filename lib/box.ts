@@ -1,8 +1,8 @@
 import { lookup } from "node:dns/promises";
-import { createReadStream, mkdtempSync, rmSync } from "node:fs";
+import { createReadStream, mkdtempSync, rmSync, statSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { Readable } from "node:stream";
+import { dirname, join } from "node:path";
+import { PassThrough, Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { StringDecoder } from "node:string_decoder";
 import { createGzip } from "node:zlib";
@@ -26,7 +26,10 @@ export interface Box {
     seconds: number,
     onLine: (line: string) => void,
   ): Promise<{ status: number; stderr: string }>;
-  /** Copies a local file to `path` on the box, compressed on the way. */
+  /**
+   * Copies a local file to `path` on the box, compressed on the way. What an earlier copy that was cut has left
+   * there is gone on from, so the path should name the content, and a hash decide in the end.
+   */
   push(file: string, path: string): Promise<void>;
   /** Drops the connection, as before a reboot. */
   close(): Promise<void>;
@@ -67,7 +70,7 @@ export async function closeAll(): Promise<void> {
 const asRoot = (command: string) =>
   `sh -c ${sh(`if [ "$(id -u)" = 0 ]; then exec sh -c ${sh(command)}; else exec sudo -n sh -c ${sh(command)}; fi`)}`;
 
-/** How long a binary may take to a box, in seconds: 70 MB at 20 kB/s. */
+/** How long a binary may take to a box, in seconds: 70 MB at 20 kB/s; a larger file as much longer. */
 const PUSH = 3600;
 
 export function open(host: string): Box {
@@ -113,10 +116,24 @@ export function open(host: string): Box {
       return { status: result.exitCode ?? 1, stderr: result.stderr };
     },
     async push(file, path) {
-      const gzip = createGzip({ level: 1 });
-      // A file that cannot be read ends gzip with an error, and with it the copy.
-      pipeline(createReadStream(file), gzip).catch(() => {});
-      const result = await execute(`umask 077; gzip -dc >${sh(path)}`, gzip, PUSH, () => {});
+      let text = "";
+      const part = sh(path);
+      const there = `mkdir -p ${sh(dirname(path))}; wc -c 2>/dev/null <${part} || echo 0`;
+      await execute(there, Readable.from([]), 60, (said) => {
+        text += said;
+      });
+      const { size } = statSync(file);
+      const start = Number(text) <= size ? Number(text) : 0;
+      const packed = /\.(zst|gz)$/.test(file);
+      const stream = packed ? new PassThrough() : createGzip({ level: 1 });
+      // A file that cannot be read ends it with an error, and with it the copy.
+      pipeline(createReadStream(file, { start }), stream).catch(() => {});
+      const result = await execute(
+        `umask 077; ${packed ? "cat" : "gzip -dc"} ${start ? ">>" : ">"}${part}`,
+        stream,
+        Math.max(PUSH, size / 20_000),
+        () => {},
+      );
       if (result.exitCode !== 0)
         throw new Unreachable(
           `Could not push ${file}: ${result.stderr.trim() || `exit status ${result.exitCode}`}`,

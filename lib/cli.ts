@@ -1,16 +1,18 @@
 import { createHash } from "node:crypto";
-import { createReadStream, realpathSync } from "node:fs";
+import { createReadStream, existsSync, readFileSync, realpathSync } from "node:fs";
 import { hostname } from "node:os";
 import { dirname, join, relative } from "node:path";
 import minimist from "minimist";
 import { addressOf, closeAll, open, Unreachable } from "./box.ts";
 import { updateEnv } from "./env-file.ts";
 import type { Ill } from "./journal.ts";
+import { noProxy } from "./node.ts";
 import { type Line, report } from "./report.ts";
 import {
   check,
   flagOf,
   NAMES,
+  nameOf,
   type Origins,
   publicIp,
   SETTINGS,
@@ -42,6 +44,8 @@ export interface Recipe {
   needs?: Partial<Record<SettingName, string>>;
   /** The setting that names the box when HOST does not. */
   host?: "SERVER";
+  /** With `host`: how the boxes must be together. @throws {SettingError} */
+  examine?(call: Call, boxes: readonly Target[]): void;
   nothing?(want: Settings, facts: Facts): string;
   /** Where more is to be done than these steps on each box. Answers the exit status. */
   work?(call: Call): Promise<number>;
@@ -66,6 +70,13 @@ export interface Call {
   recipe: Recipe;
   settings: Settings;
   origins: Origins;
+  /**
+   * By a box's name ("" for one that has none here) what it has in place of those: its own lines of the env file,
+   * and what is in the files that are named.
+   */
+  own: Record<string, Partial<Settings>>;
+  /** Public addresses of SERVER and AGENTS, where the boxes have a proxy that must not come between them. */
+  addresses: { servers: string[]; agents: string[] };
   envFile: string;
   mode: Mode;
   reboot: boolean;
@@ -107,18 +118,29 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   const envFile = process.env.ENV_FILE || join(dirname(meta.filename), "..", ".env");
   // csh and its like export HOST as this machine's own name.
   const env = { ...process.env, HOST: process.env.HOST === hostname() ? undefined : process.env.HOST };
-  const { settings, origins } = settle(flags, env, shown(envFile));
+  const { settings, origins, own } = settle(flags, env, shown(envFile));
   for (const [name, from] of Object.entries(recipe.needs ?? {}))
     if (!settings[name as SettingName])
       throw new SettingError(`${name} is not set: expected ${from} ${shown(envFile)}`);
-  if (settings.K3S_BIN) settings.K3S_SHA256 = await hashOf(settings);
+  own[""] = {};
+  for (const name of Object.keys(own))
+    own[name] = { ...own[name], ...(await filesOf({ ...settings, ...own[name] })) };
   const mode = flags.print ? "print" : flags["dry-run"] ? "dry-run" : "apply";
-  const own = new Set(Object.keys(recipe.flags ?? {}).filter((name) => flags[name]));
   const call: Call = {
-    ...{ script, recipe, settings, origins, envFile, mode },
+    ...{ script, recipe, settings, origins, own, envFile, mode },
+    addresses: { servers: [], agents: [] },
     reboot: Boolean(flags.reboot),
-    flags: own,
+    flags: new Set(Object.keys(recipe.flags ?? {}).filter((name) => flags[name])),
   };
+  if ([settings, ...Object.values(own)].some((of) => of.HTTPS_PROXY || of.HTTP_PROXY))
+    call.addresses = {
+      servers: settings.SERVER
+        ? await addressesOf(call, "SERVER")
+        : recipe.work
+          ? words(settings.PUBLIC_IP)
+          : [],
+      agents: await addressesOf(call, "AGENTS"),
+    };
   return await (recipe.work ?? fanOut)(call);
 }
 
@@ -183,18 +205,83 @@ Exit status: 0 done or nothing to do, 1 failed, 2 a setting is wrong and nothing
 `;
 }
 
+/** What the files that settings name hold: K3S_BIN's hash, and K3S_CONFIG's text. @throws {SettingError} */
+async function filesOf(want: Settings): Promise<Partial<Settings>> {
+  return {
+    ...(want.K3S_BIN ? { K3S_SHA256: await hashOf(want), AIRGAP: await imagesBeside(want) } : {}),
+    ...(want.K3S_CONFIG ? { K3S_CONFIG: configIn(want) } : {}),
+  };
+}
+
+/** Keys of k3s's config file that this project has to know of, and where they belong. */
+const ELSEWHERE: Record<string, string> = {
+  "node-name": "SERVER_ARGS or AGENT_ARGS: --node-name=…",
+  "node-label": "NODE_LABELS",
+  "node-taint": "NODE_TAINTS",
+  token: "K3S_TOKEN",
+  "datastore-endpoint": "K3S_DATASTORE_ENDPOINT",
+  "cluster-init": "no file: several servers go by K3S_DATASTORE_ENDPOINT",
+  server: "K3S_URL",
+};
+
+/** @throws {SettingError} when the file cannot be read, or holds what belongs into a setting. */
+function configIn({ K3S_CONFIG }: Settings): string {
+  let text: string;
+  try {
+    text = readFileSync(K3S_CONFIG, "utf8").trimEnd();
+  } catch (error) {
+    throw new SettingError(`K3S_CONFIG is "${K3S_CONFIG}": ${(error as Error).message}`);
+  }
+  for (const [, key = ""] of text.matchAll(/^["']?([\w-]+)\+?["']?[ \t]*:/gm))
+    if (ELSEWHERE[key])
+      throw new SettingError(
+        `K3S_CONFIG is "${K3S_CONFIG}": it has ${key}, expected it in ${ELSEWHERE[key]}`,
+      );
+  return text;
+}
+
 /** @throws {SettingError} when the file cannot be read or is not the one K3S_SHA256 names. */
 async function hashOf({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
-  const hash = createHash("sha256");
-  try {
-    for await (const chunk of createReadStream(K3S_BIN)) hash.update(chunk as Buffer);
-  } catch (error) {
-    throw new SettingError(`K3S_BIN is "${K3S_BIN}": ${(error as Error).message}`);
-  }
-  const have = hash.digest("hex");
+  const have = await sha256Of(K3S_BIN).catch((error) => {
+    throw new SettingError(`K3S_BIN is "${K3S_BIN}": ${error.message}`);
+  });
   if (K3S_SHA256 && K3S_SHA256 !== have)
     throw new SettingError(`K3S_SHA256 is ${K3S_SHA256}, but "${K3S_BIN}" (K3S_BIN) has ${have}`);
   return have;
+}
+
+const hashes = new Map<string, Promise<string>>();
+/** Several boxes may name one file, and it may be large. */
+function sha256Of(path: string): Promise<string> {
+  const read = async () => {
+    const hash = createHash("sha256");
+    for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
+    return hash.digest("hex");
+  };
+  const known = hashes.get(path) ?? read();
+  hashes.set(path, known);
+  return known;
+}
+
+/**
+ * AIRGAP, and below it the airgap images beside K3S_BIN, a line each: sha256 and path; the smallest file of each
+ * architecture.
+ * @throws {SettingError} where there are none and AIRGAP asks for them.
+ */
+async function imagesBeside({ K3S_BIN, AIRGAP }: Settings): Promise<string> {
+  const folder = dirname(K3S_BIN);
+  const found = ["amd64", "arm64", "arm"].flatMap(
+    (arch) =>
+      ["tar.zst", "tar.gz", "tar"]
+        .map((ext) => join(folder, `k3s-airgap-images-${arch}.${ext}`))
+        .find((path) => existsSync(path)) ?? [],
+  );
+  if (AIRGAP && found.length === 0)
+    throw new SettingError(
+      `AIRGAP is yes: expected k3s-airgap-images-ARCH.tar.zst beside K3S_BIN, in ${folder}`,
+    );
+  const lines = await Promise.all(found.map(async (path) => `${await sha256Of(path)} ${path}`));
+  return lines.length ? [AIRGAP, ...lines].join("\n") : "";
 }
 
 /** Boxes of a setting, each with the address at which other clouds reach it. @throws {SettingError} */
@@ -210,7 +297,7 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
   const found = await Promise.all(
     (list.length ? list : [""]).map(async (word) => {
       const [host = "", own] = word.split("=");
-      const name = host ? host.replace(/^(ssh:\/\/)?([^@]*@)?/, "") : hostname();
+      const name = nameOf(host);
       const given =
         own ??
         ((setting !== "AGENTS" && settings.PUBLIC_IP) ||
@@ -243,8 +330,21 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
   return found;
 }
 
+/** @throws {SettingError} for a box whose address is not known, or not public. */
+async function addressesOf(call: Call, setting: "SERVER" | "AGENTS"): Promise<string[]> {
+  return call.settings[setting] ? (await targets(call, setting)).map(({ ip }) => ip).sort() : [];
+}
+
 export function jobFor(call: Call, target: Target, line: Line): Job {
-  const want = { ...call.settings, HOST: target.host, PUBLIC_IP: target.ip };
+  const own = call.own[target.name] ?? call.own[""];
+  const want = { ...call.settings, ...own, HOST: target.host, PUBLIC_IP: target.ip };
+  if (want.HTTPS_PROXY || want.HTTP_PROXY) {
+    const { servers, agents } = call.addresses;
+    // An agent has to do with no other agent but through WireGuard.
+    const isServer = call.recipe.host === "SERVER" || words(want.SERVER).includes(target.word);
+    const url = /^https:\/\/([\w.-]+)/.exec(want.K3S_URL)?.[1] ?? "";
+    want.NO_PROXY = noProxy(want, [...servers, ...(isServer ? agents : []), url, target.ip]);
+  }
   return {
     box: open(target.host),
     server: open(want.SERVER.split("=")[0] as string),
@@ -262,20 +362,25 @@ async function fanOut(call: Call): Promise<number> {
     throw new SettingError(
       `HOST is not set: expected some of ${known.join(", ")}, or HOST= (empty) for this machine`,
     );
-  const boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
+  let boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
+  // Of several servers only `server` itself is meant for all.
+  if (recipe.host && !recipe.examine && call.origins.HOST === "default") boxes = boxes.slice(0, 1);
+  recipe.examine?.(call, boxes);
   const ui = await report(boxes.map((box) => box.name));
-  const done = await Promise.all(
-    boxes.map((box) =>
-      attempt(call, call.script, box, ui.line(box.name), async (line) => {
-        const job = jobFor(call, box, line);
-        const facts = await look(job, recipe.steps);
-        if (call.mode !== "apply") return showPlan(call, box, recipe.steps, job, facts);
-        const after = await converge(job, recipe.steps, facts);
-        await learn(call, recipe.steps, job, after);
-        line.done(facts === after, recipe.nothing?.(job.want, after));
-      }),
-    ),
-  );
+  const one = (box: Target) =>
+    attempt(call, call.script, box, ui.line(box.name), async (line) => {
+      const job = jobFor(call, box, line);
+      const facts = await look(job, recipe.steps);
+      if (call.mode !== "apply") return showPlan(call, box, recipe.steps, job, facts);
+      const after = await converge(job, recipe.steps, facts);
+      Object.assign(call.settings, await learn(call, recipe.steps, job, after));
+      line.done(facts === after, recipe.nothing?.(job.want, after));
+    });
+  // Further servers join by what the first one teaches.
+  const first = recipe.examine ? boxes.splice(0, 1) : [];
+  const done = [];
+  for (const box of first) done.push(await one(box));
+  if (worst(done) === 0) done.push(...(await Promise.all(boxes.map(one))));
   return worst(done);
 }
 
@@ -350,7 +455,7 @@ export function showPlan(call: Call, box: Target, steps: readonly Step[], job: J
   else
     process.stdout.write(
       changes.length
-        ? `${box.name}: ${changes.length} to do\n${changes.map((c, i) => `  ${i + 1}. ${c.why}\n`).join("")}${changes.some((c) => c.reboot || c.lookAgain) ? "  … then look again\n" : ""}`
+        ? `${box.name}: ${changes.length} to do\n${changes.map(planned).join("")}${changes.some((c) => c.reboot || c.lookAgain) ? "  … then look again\n" : ""}`
         : `${box.name}: nothing to do\n`,
     );
 }
@@ -365,6 +470,9 @@ export function learned(steps: readonly Step[], job: Job, facts: Facts): Partial
     check(name as SettingName, value, `learned from ${job.box.host || "this machine"}`);
   return values;
 }
+/** A change as a dry run shows it: the differences of a file have a line each. */
+const planned = ({ why, detail = [] }: Change, i: number) =>
+  `  ${i + 1}. ${detail.length ? why.replace(/: .*/, ":") : why}\n${detail.map((line) => `       ${line}\n`).join("")}`;
 
 /** Writes what the steps learned to the env file. */
 export async function learn(

@@ -1,6 +1,7 @@
 import { createHash } from "node:crypto";
 import { HOPELESS } from "./journal.ts";
-import { type Settings, words } from "./settings.ts";
+import { filesLook, filesPlan, labelArgs, labelsPlan } from "./node.ts";
+import { type SettingName, type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "./step.ts";
 
@@ -66,6 +67,7 @@ export function argsOf(role: Role, generation: Generation, want: Settings, proxy
   const shared = [`--node-ip=${ip}`, `--node-external-ip=${ip}`];
   // One flag an argument: of the article's `--kube-proxy-arg "a" "b"` k3s drops "b" as a positional.
   if (proxyMode !== "iptables") shared.push(`--kube-proxy-arg=proxy-mode=${proxyMode}`);
+  shared.push(...labelArgs(want));
   if (role === "agent") return [...shared, ...words(want.AGENT_ARGS)];
   const flannel =
     generation === "old"
@@ -182,7 +184,7 @@ fact enabled; systemctl is-enabled ${unit} 2>/dev/null
 fact other; systemctl is-active ${other} 2>/dev/null
 fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
 `;
-  return [binaryLook, service, clusterLook];
+  return [binaryLook, service, filesLook, clusterLook];
 }
 
 /** WireGuard's peers, never the private key. */
@@ -222,13 +224,25 @@ export interface Node {
   args: string[];
   /** What the kubelet runs short of: MemoryPressure, DiskPressure, PIDPressure. */
   pressure: string[];
+  labels: Record<string, string>;
+  /** `key=value:Effect` or `key:Effect`. */
+  taints: string[];
 }
 
 /** What is read of a Node as the API gives it. */
 interface NodeObject {
   kind?: string;
-  metadata: { name: string; creationTimestamp?: string; annotations?: Record<string, string> };
-  spec?: { podCIDR?: string; unschedulable?: boolean };
+  metadata: {
+    name: string;
+    creationTimestamp?: string;
+    annotations?: Record<string, string>;
+    labels?: Record<string, string>;
+  };
+  spec?: {
+    podCIDR?: string;
+    unschedulable?: boolean;
+    taints?: { key: string; value?: string; effect: string }[];
+  };
   status?: {
     addresses?: { type: string; address: string }[];
     conditions?: { type: string; status: string; lastHeartbeatTime: string }[];
@@ -273,6 +287,10 @@ export function nodesOf(json = ""): Node[] {
         args: argsIn(metadata.annotations?.["k3s.io/node-args"]),
         pressure: (status?.conditions ?? []).flatMap(({ type, status }) =>
           /^[A-Z][A-Za-z]+Pressure$/.test(type) && status === "True" ? [type] : [],
+        ),
+        labels: metadata.labels ?? {},
+        taints: (spec?.taints ?? []).map(
+          ({ key, value, effect }) => `${key}${value ? `=${value}` : ""}:${effect}`,
         ),
       };
     });
@@ -375,15 +393,27 @@ export function ailments(name: string, ip: string, generation: Generation, facts
   ].filter(Boolean);
 }
 
+const SECRET = /@([A-Z0-9_]+)@/g;
+
+/** A text with its secrets in their places. */
+export const filled = (text: string, want: Settings): string =>
+  text.replace(SECRET, (_, name) => want[name as SettingName]);
+
 const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");
 
 /**
  * Changes that make a role's unit run as wanted: its two files, then one restart if what runs is older than
  * what is on disk (so a run that was cut between the two is finished by the next), then health.
  *
- * @param env lines of the EnvironmentFile; `@K3S_TOKEN@` stands for the token.
+ * @param envs lines of the EnvironmentFile, any of which will do; the first is written. `@NAME@` stands for a
+ * setting that is secret.
  */
-export function servicePlan(role: Role, env: string, want: Settings, facts: Facts): Change[] {
+export function servicePlan(
+  role: Role,
+  [env, ...others]: readonly [string, ...string[]],
+  want: Settings,
+  facts: Facts,
+): Change[] {
   const { version, generation } = releaseOf(want, facts);
   if (!generation) return [{ why: "ask the k3s binary for its flags", sh: ":", lookAgain: true }];
   if (/^(active|activating)/.test(facts.other ?? ""))
@@ -397,35 +427,44 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
   const noIpvs = lacksIpvs(want, facts);
   const args = argsOf(role, generation, want, noIpvs ? "iptables" : want.PROXY_MODE);
   const text = unitText(role, generation, args, onCard(want.PUBLIC_IP, facts), want.PUBLIC_IP);
-  const changes: Change[] = [];
-  if (facts.envfile?.trim() !== `600\n${sha256(env.replaceAll("@K3S_TOKEN@", want.K3S_TOKEN))}`)
+  const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+  const { changes: files, gone } = filesPlan(generation, version, want, facts);
+  const changes: Change[] = [...labelsPlan(role, name, args, facts), ...files];
+  if (![env, ...others].some((text) => facts.envfile?.trim() === `600\n${sha256(filled(text, want))}`)) {
+    const secrets = [...env.matchAll(SECRET)].map((m) => m[1] as SettingName);
     changes.push({
       why: `write ${envPath(role)} (0600)`,
-      sh: writeFile(envPath(role), env, "600", ["K3S_TOKEN"]),
-      ...(env.includes("@K3S_TOKEN@") ? { secrets: ["K3S_TOKEN"] as const } : {}),
+      sh: writeFile(envPath(role), env, "600", secrets),
+      ...(secrets.length ? { secrets } : {}),
     });
+  }
   if (facts.unit !== text)
     changes.push({
-      why: `write ${unitPath(role)}: ${differences(facts.unit, text)}${noIpvs ? "; this kernel has no ip_vs: iptables instead" : ""}`,
+      ...rewrite(
+        unitPath(role),
+        facts.unit,
+        text,
+        noIpvs ? "this kernel has no ip_vs: iptables instead" : "",
+      ),
       sh: `install -d -m 700 /var/lib/rancher/k3s/${role}\n${writeFile(unitPath(role), text)}`,
     });
 
-  const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
   const started = startedAt(facts);
   // ctime in whole seconds; half a second of grace for what was written just before this start. What was
   // written in the future was written by a clock that has been set back since.
-  const stale = (facts.written ?? "")
+  const stale = `${facts.written}\n${facts.read}`
     .split("\n")
     .some((s) => Number(s) > Math.floor((started ?? 0) + 0.5) && Number(s) <= Number(facts.now));
   const ills = ailments(name, want.PUBLIC_IP, generation, facts);
   const down = started === undefined || facts.enabled?.trim() !== "enabled";
-  const due = changes.length > 0 || down || stale || pairs(facts.service).NeedDaemonReload === "yes";
+  const due =
+    changes.length + gone.length > 0 || down || stale || pairs(facts.service).NeedDaemonReload === "yes";
   const other = nodesOf(facts.nodes).find((node) => node.name === name)?.externalIp;
   if (!due && other && other !== want.PUBLIC_IP && Number(facts.now) - started > SETTLES)
     throw new Refusal(
       `Node ${name} has the public address ${other}, this box ${want.PUBLIC_IP}: another box has its name`,
     );
-  if (due) changes.push(restart(role, generation, name, want, down ? "start" : "restart"));
+  if (due) changes.push(restart(role, generation, name, want, down ? "start" : "restart", gone));
   else if (ills.length)
     changes.push({
       why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
@@ -448,12 +487,15 @@ export function restart(
   name: string,
   want: Settings,
   verb = "restart",
+  gone: readonly string[] = [],
 ): Change {
   const unit = unitOf(role);
+  // In one change: a run that is cut between the two would leave a k3s that runs by what is no longer there.
+  const remove = gone.length ? `rm -f ${gone.join(" ")}\n` : "";
   return {
-    why: `${verb} ${unit} and wait until node ${name} is Ready with its public address`,
+    why: `${gone.map((path) => `remove ${path}, `).join("")}${verb} ${unit} and wait until node ${name} is Ready with its public address`,
     // --no-block: with wrong credentials a modern agent stays "activating" for ever (seen with v1.36.3).
-    sh: `unit=${unit}; pid=; since=$(date +%s); stand=0
+    sh: `${remove}unit=${unit}; pid=; since=$(date +%s); stand=0
 # v1.36.3 with a wrong backend dies a second after it was up. It makes no interface, but where one is left from
 # before, only time tells: k3s has to stand for five seconds.
 [ ! -d /sys/class/net/${interfaceOf(generation)} ] || stand=5
@@ -538,12 +580,43 @@ while [ "$(date +%s)" -lt "$end" ]; do
 done`;
 }
 
-/** A unit's differences, short enough for one line: which lines come and which go. */
-function differences(have: string | undefined, text: string): string {
-  if (have === undefined || have === "") return "it is not there";
-  const lines = (t: string) => t.split("\n").map((line) => line.replace(/^ExecStart=\S+ | \\$/g, "").trim());
-  const gone = lines(have).filter((line) => !lines(text).includes(line));
-  const come = lines(text).filter((line) => !lines(have).includes(line));
-  const all = [...gone.map((line) => `- ${line}`), ...come.map((line) => `+ ${line}`)];
-  return all.slice(0, 6).join(", ") || "its lines are in another order";
+/** How two texts differ, line by line: `- ` what goes and `+ ` what comes, in the order of the new text. */
+export function diff(have: string, text: string): string[] {
+  // A line's continuation is no part of what it says: the last argument has none.
+  const [a, b] = [have, text].map((t) => t.split("\n").map((line) => line.replace(/ \\$/, "").trim()));
+  const [from, to] = [a as string[], b as string[]];
+  // The longest common subsequence of what follows line i of one and line j of the other.
+  const common = Array.from({ length: from.length + 1 }, () => new Array<number>(to.length + 1).fill(0));
+  const at = (i: number, j: number) => common[i]?.[j] ?? 0;
+  for (let i = from.length - 1; i >= 0; i--)
+    for (let j = to.length - 1; j >= 0; j--)
+      (common[i] as number[])[j] =
+        from[i] === to[j] ? at(i + 1, j + 1) + 1 : Math.max(at(i + 1, j), at(i, j + 1));
+  const lines: string[] = [];
+  for (let i = 0, j = 0; i < from.length || j < to.length; )
+    if (i < from.length && j < to.length && from[i] === to[j]) {
+      i++;
+      j++;
+    } else if (i < from.length && (j === to.length || at(i + 1, j) >= at(i, j + 1)))
+      lines.push(`- ${from[i++]}`);
+    else lines.push(`+ ${to[j++]}`);
+  return lines;
+}
+
+/** A file that is written anew: its differences for the dry run, and the first of them in one line; and a note. */
+export function rewrite(
+  path: string,
+  have: string | undefined,
+  text: string,
+  note = "",
+): Pick<Change, "why" | "detail"> {
+  const more = note && `; ${note}`;
+  if (!have) return { why: `write ${path}: it is not there${more}` };
+  const detail = diff(have, text);
+  if (detail.length === 0) return { why: `write ${path}: its blanks differ${more}` };
+  const rest = detail.length > 6 ? `, and ${detail.length - 6} lines more` : "";
+  return {
+    why: `write ${path}: ${detail.slice(0, 6).join(", ")}${rest}${more}`,
+    detail: note ? [...detail, note] : detail,
+  };
 }

@@ -17,9 +17,12 @@ export interface Line {
   ): void;
 }
 
-/** Tokens never show, whatever printed them. */
+/** Tokens, and passwords in addresses, never show, whatever printed them. */
 export const redacted = (text: string): string =>
-  text.replace(/K10[0-9a-f]{64}::[\w-]+:[\w.-]+|(?<=::(server|node):)[\w.-]+/g, "********");
+  text.replace(
+    /(?<=\w:\/\/[^\s:/@]*:)[^\s]+(?=@)|K10[0-9a-f]{64}::[\w-]+:[\w.-]+|(?<=::(server|node):)[\w.-]+/g,
+    "********",
+  );
 
 /** A terminal that knows its width (ora divides by it) and is not to be kept plain. @see https://no-color.org */
 export const canSpin = (

@@ -1,3 +1,4 @@
+import { hostname } from "node:os";
 import { readEnv } from "./env-file.ts";
 
 /** A setting is wrong: where it came from, what was found, what would be right. Exit status 2, nothing touched. */
@@ -9,6 +10,10 @@ interface Setting {
   /** A value as one would write it: env.example shows it, and the tests hold `check` against it. */
   example: string;
   secret?: true;
+  /** One for all boxes: it says which they are, or is the cluster's own. */
+  shared?: true;
+  /** Programs of this machine go by it too: from the environment it counts only where make was given it. */
+  ambient?: true;
   /** What would be right, when the (non-empty) value is wrong. */
   check(value: string): string | undefined;
 }
@@ -24,41 +29,88 @@ const each = (check: Setting["check"]) => (value: string) =>
     .map(check)
     .find((wrong) => wrong !== undefined);
 const file = matches(/^[^\0\n]+$/, "the path of a file");
-const args = matches(
-  /^[^\0\n\r'"`\\]*$/,
-  "arguments separated by blanks, on one line, without quotes or backslashes",
+
+/** What only K3S_TOKEN and its like may hold: every user of a box can read its arguments. */
+const SECRET_ARG = /(^|\s)--?(token|t|agent-token|cluster-secret|datastore-endpoint)([= ]|$)/;
+function args(value: string): string | undefined {
+  if (!/^[^\0\n\r'"`\\]*$/.test(value))
+    return "arguments separated by blanks, on one line, without quotes or backslashes";
+  return SECRET_ARG.test(value)
+    ? "no secret among arguments, which every user of the box can read"
+    : undefined;
+}
+
+const ETCD =
+  "embedded etcd needs its members' private addresses and a few milliseconds between them, which clouds do not give";
+/**
+ * k3s's own way to several servers has etcd's members at private addresses, and its clock ticks in milliseconds:
+ * upstream does not support it across clouds (k3s docs, "Distributed hybrid or multicloud cluster").
+ */
+const serverArgs = (value: string) =>
+  /(^|\s)--?(cluster-init|cluster-reset\S*|server|s)([= ]|$)/.test(value)
+    ? `no argument for several servers: they go by K3S_DATASTORE_ENDPOINT (${ETCD})`
+    : args(value);
+
+const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
+const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
+function label(value: string): string | undefined {
+  if (!new RegExp(`^${KEY}=(${WORD})?$`).test(value)) return "labels KEY=VALUE, separated by blanks";
+  const owned = /^([^/]*\.)?(kubernetes|k8s)\.io\//.test(value);
+  return owned && !/^(kubelet|node|topology)\.kubernetes\.io\//.test(value)
+    ? `labels that a node may give itself, and ${value.split("=")[0]} is none (NodeRestriction)`
+    : undefined;
+}
+const taint = matches(
+  new RegExp(`^${KEY}(=(${WORD})?)?:(NoSchedule|PreferNoSchedule|NoExecute)$`),
+  "taints KEY=VALUE:EFFECT or KEY:EFFECT, separated by blanks, with NoSchedule, PreferNoSchedule or NoExecute",
+);
+
+const mirror = (value: string) => {
+  const [, registry, address = ""] = /^([^=]*)=(.*)$/.exec(value) ?? [];
+  return /^([\w.-]+(:\d+)?|\*)$/.test(registry ?? "") && !url(address)
+    ? undefined
+    : "mirrors REGISTRY=URL, separated by blanks, such as docker.io=https://mirror.example.org";
+};
+const proxy = matches(
+  /^(https?|socks5):\/\/([\w.~%!*+,;=:-]+@)?[\w.-]+(:\d+)?\/?$/,
+  "a proxy such as http://proxy.example.org:3128, or http://USER:PASSWORD@…",
 );
 
 /** Every setting, declared once: flags, the env file's keys, `--help` and env.example come from here. */
 export const SETTINGS = {
   SERVER: {
     value: "",
-    help: "ssh destination of the control plane, HOST or HOST=PUBLIC_IP; empty: this machine",
+    help: "ssh destination of the control plane, HOST or HOST=PUBLIC_IP; empty: this machine; several by K3S_DATASTORE_ENDPOINT, the first first",
     example: "root@203.0.113.10",
-    check: destination,
+    shared: true,
+    check: each(destination),
   },
   AGENTS: {
     value: "",
     help: "ssh destinations of the agents, HOST or HOST=PUBLIC_IP, separated by blanks",
     example: "root@198.51.100.20 debian@cloud-b=198.51.100.21",
+    shared: true,
     check: each(destination),
   },
   HOST: {
     value: "",
     help: "the box or boxes of this call, HOST or HOST=PUBLIC_IP; empty: this machine",
     example: "root@198.51.100.20",
+    shared: true,
     check: each(destination),
   },
   PUBLIC_IP: {
     value: "",
     help: "address at which other clouds reach this call's box; default: what ssh resolves HOST to",
     example: "198.51.100.20",
+    shared: true,
     check: publicIp,
   },
   K3S_VERSION: {
     value: "v1.36.2+k3s1",
     help: "k3s release, v1.17 or later",
     example: "v1.17.6+k3s1",
+    shared: true,
     check: matches(
       /^v1\.(1[7-9]|[2-9]\d)\.\d+(-rc\d+)?\+k3s\d+$/,
       "a release of v1.17 or later, such as v1.36.2+k3s1",
@@ -88,12 +140,70 @@ export const SETTINGS = {
     example: "ipvs",
     check: matches(/^(iptables|ipvs|nftables)$/, "iptables, ipvs or nftables"),
   },
-  SERVER_ARGS: { value: "", help: "more arguments of k3s server", example: "--disable=traefik", check: args },
+  SERVER_ARGS: {
+    value: "",
+    help: "more arguments of k3s server",
+    example: "--disable=traefik",
+    check: serverArgs,
+  },
   AGENT_ARGS: {
     value: "",
     help: "more arguments of k3s agent",
     example: "--node-label=cloud=b",
     check: args,
+  },
+  NODE_LABELS: {
+    value: "",
+    help: "labels of the node, KEY=VALUE, separated by blanks; one that goes here goes from the node",
+    example: "disk=ssd region=b",
+    check: each(label),
+  },
+  NODE_TAINTS: {
+    value: "",
+    help: "taints of the node, KEY=VALUE:EFFECT, separated by blanks",
+    example: "dedicated=build:NoSchedule",
+    check: each(taint),
+  },
+  AIRGAP: {
+    value: "",
+    help: "yes: boxes get k3s's images too, from K3S_MIRRORS or from beside K3S_BIN, where they are taken in any case",
+    example: "yes",
+    check: matches(/^yes$/, "yes, or nothing"),
+  },
+  REGISTRY_MIRRORS: {
+    value: "",
+    help: "registries to ask in place of others, REGISTRY=URL, in order, for /etc/rancher/k3s/registries.yaml",
+    example: "docker.io=https://mirror.example.org registry.k8s.io=https://mirror.example.org:5000",
+    check: each(mirror),
+  },
+  HTTPS_PROXY: {
+    value: "",
+    help: "proxy of k3s and its downloads on the box (not this machine's: not from the environment)",
+    example: "http://proxy.example.org:3128",
+    secret: true,
+    ambient: true,
+    check: proxy,
+  },
+  HTTP_PROXY: {
+    value: "",
+    help: "the same for addresses that begin with http://",
+    example: "http://proxy.example.org:3128",
+    secret: true,
+    ambient: true,
+    check: proxy,
+  },
+  NO_PROXY: {
+    value: "",
+    help: "what goes by no proxy, separated by commas; the cluster's ranges and nodes are added",
+    example: "registry.example.org,192.0.2.0/24",
+    ambient: true,
+    check: matches(/^[\w.,:/*-]+$/, "names, addresses and ranges, separated by commas"),
+  },
+  K3S_CONFIG: {
+    value: "",
+    help: "a YAML file at hand with more settings of k3s, for /etc/rancher/k3s/config.yaml.d (modern k3s)",
+    example: "./k3s-config.yaml",
+    check: file,
   },
   ELREPO_URL: {
     value: "https://www.elrepo.org",
@@ -113,10 +223,23 @@ export const SETTINGS = {
     example: "https://mirrors.example.org/epel",
     check: url,
   },
+  K3S_DATASTORE_ENDPOINT: {
+    value: "",
+    help: "a database that several servers share, in place of the server's own SQLite",
+    example: "postgres://k3s:PASSWORD@db.example.org:5432/k3s?sslmode=verify-full",
+    secret: true,
+    shared: true,
+    // As an EnvironmentFile of systemd reads it: without quotes nothing in it means anything.
+    check: matches(
+      /^(postgres|postgresql|mysql|nats|https?):\/\/[^\s'"\\`]+$/,
+      "postgres://…, mysql://… or https://… (etcd), without blanks, quotes or backslashes",
+    ),
+  },
   K3S_URL: {
     value: "",
     help: "the cluster's API; written by `server`, read by `agent`",
     example: "https://203.0.113.10:6443",
+    shared: true,
     check: matches(/^https:\/\/[\w.-]+(:\d+)?$/, "an address such as https://203.0.113.10:6443"),
   },
   K3S_TOKEN: {
@@ -124,6 +247,7 @@ export const SETTINGS = {
     help: "what joins a box to the cluster; written by `server`, read by `agent`",
     example: `K10${"0".repeat(64)}::server:${"0".repeat(32)}`,
     secret: true,
+    shared: true,
     check: matches(
       /^K10[0-9a-f]{64}::[\w-]+:[\w.-]+$/,
       "K10, the hash of the cluster's CA, ::server: and a password, as server/node-token has it",
@@ -142,28 +266,31 @@ export const flagOf = (name: string): string => name.toLowerCase().replaceAll("_
 
 export const words = (value: string): string[] => value.split(/[ \t]+/).filter(Boolean);
 
+/** A box as the user reads it: its ssh destination without the user, or this machine's name. */
+export const nameOf = (host: string): string => host.replace(/^(ssh:\/\/)?([^@]*@)?/, "") || hostname();
+
 /**
- * Settings by precedence: flag, environment, env file, default. A value that is set but empty counts.
+ * Settings by precedence: flag, environment, env file, default. A value that is set but empty counts. What the
+ * env file says for one box, NAME__BOX, counts before its NAME, on that box: `own` has it by the box's name.
  *
  * @throws {SettingError} for the first value that is wrong, named with its origin, and for a key of the env
- * file that is no setting: a slip of the pen would be lost.
+ * file that is no setting, or one of a box that is not there: a slip of the pen would be lost.
  */
 export function settle(
   flags: Record<string, string>,
   env: Record<string, string | undefined>,
   path: string,
-): { settings: Settings; origins: Origins } {
+): { settings: Settings; origins: Origins; own: Record<string, Partial<Settings>> } {
   const { values, lines } = readEnv(path);
-  for (const key of Object.keys(values))
-    if (!(key in SETTINGS))
-      throw new SettingError(`${key} (${path} line ${lines[key]}): expected a setting: ${NAMES.join(", ")}`);
   const settings = {} as Settings;
   const origins = {} as Origins;
+  const isAmbient = (name: SettingName) => (SETTINGS[name] as Setting).ambient;
+  const madeWith = (name: string) => new RegExp(`(^| )${name}=`).test(env.MAKEFLAGS ?? "");
   for (const name of NAMES) {
     const [value, origin] =
       flags[flagOf(name)] !== undefined
         ? [flags[flagOf(name)], `flag --${flagOf(name)}`]
-        : env[name] !== undefined
+        : env[name] !== undefined && (!isAmbient(name) || madeWith(name))
           ? [env[name], `variable ${name}`]
           : values[name] !== undefined
             ? [values[name], `${path} line ${lines[name]}`]
@@ -172,7 +299,33 @@ export function settle(
     origins[name] = origin as string;
     if (settings[name]) check(name, settings[name], origins[name]);
   }
-  return { settings, origins };
+  const servers = words(settings.SERVER);
+  if (servers.length > 1 && !settings.K3S_DATASTORE_ENDPOINT)
+    throw new SettingError(
+      `SERVER (${origins.SERVER}): expected one of ${servers.join(", ")}, or a K3S_DATASTORE_ENDPOINT that they share: ${ETCD}`,
+    );
+  const boxes = words(`${settings.SERVER} ${settings.AGENTS} ${settings.HOST}`).map((word) =>
+    nameOf(word.split("=")[0] as string),
+  );
+  const own: Record<string, Partial<Settings>> = {};
+  for (const [key, value] of Object.entries(values)) {
+    if (key in SETTINGS) continue;
+    const origin = `${path} line ${lines[key]}`;
+    const [, name, box = ""] = /^([A-Z0-9_]+?)__(.+)$/.exec(key) ?? [];
+    if (name === undefined || !(name in SETTINGS))
+      throw new SettingError(`${key} (${origin}): expected a setting: ${NAMES.join(", ")}`);
+    if ((SETTINGS as Record<string, Setting>)[name]?.shared)
+      throw new SettingError(`${key} (${origin}): expected ${name}, which is one for all boxes`);
+    if (![...boxes, hostname()].includes(box))
+      throw new SettingError(
+        `${key} (${origin}): expected a box of SERVER, AGENTS or HOST after the __: ${boxes.join(", ") || hostname()}`,
+      );
+    if (value.trim()) check(name as SettingName, value.trim(), origin);
+    // What was given for this call alone counts for all its boxes.
+    if (!/^(flag|variable)/.test(origins[name as SettingName]))
+      own[box] = { ...own[box], [name]: value.trim() };
+  }
+  return { settings, origins, own };
 }
 
 /** @throws {SettingError} when the value is not one this setting can have. Secrets are not repeated. */
@@ -180,7 +333,7 @@ export function check(name: SettingName, value: string, origin: string): void {
   const setting: Setting = SETTINGS[name];
   const right = value.length > 4096 ? "at most 4096 characters" : setting.check(value);
   if (right === undefined) return;
-  const shown = setting.secret ? "" : ` is ${JSON.stringify(value.slice(0, 80))}`;
+  const shown = setting.secret || SECRET_ARG.test(value) ? "" : ` is ${JSON.stringify(value.slice(0, 80))}`;
   throw new SettingError(`${name}${shown} (${origin}): expected ${right}`);
 }
 

@@ -4,6 +4,7 @@ import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
 import {
   envPath,
+  filled,
   healthySaying,
   nodeNameIn,
   nodeNameOf,
@@ -12,6 +13,7 @@ import {
   servicePlan,
   systemdFirst,
 } from "../lib/k3s.ts";
+import { NODE_SETTINGS, proxyEnv } from "../lib/node.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -20,17 +22,17 @@ import { downloadK3s } from "./download-k3s.ts";
 import { installWireguard } from "./install-wireguard.ts";
 import { upgradeKernel } from "./upgrade-kernel.ts";
 
-const ENV = (want: Settings) => `K3S_URL=${want.K3S_URL}\nK3S_TOKEN=@K3S_TOKEN@\n`;
+const ENV = (want: Settings) => `K3S_URL=${want.K3S_URL}\nK3S_TOKEN=@K3S_TOKEN@\n${proxyEnv(want)}`;
 
 export const agent: Step = {
   name: "agent",
-  options: ["PUBLIC_IP", "PROXY_MODE", "AGENT_ARGS", "K3S_URL", "K3S_TOKEN"],
+  options: ["PUBLIC_IP", "PROXY_MODE", "AGENT_ARGS", ...NODE_SETTINGS, "K3S_URL", "K3S_TOKEN"],
 
   look: (want) => [...serviceLook("agent"), ...(want.K3S_URL && want.K3S_TOKEN ? [serverLook(want)] : [])],
 
   plan(want, facts): Change[] {
     examine(want, facts);
-    return servicePlan("agent", ENV(want), want, facts);
+    return servicePlan("agent", [ENV(want)], want, facts);
   },
 };
 
@@ -43,8 +45,10 @@ export const agent: Step = {
 function serverLook(want: Settings): string {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
   const password = want.K3S_TOKEN.split(":").at(-1) as string;
-  const joined = createHash("sha256").update(ENV(want).replace("@K3S_TOKEN@", want.K3S_TOKEN)).digest("hex");
   const ca = want.K3S_TOKEN.slice(3, 67);
+  const joined = createHash("sha256")
+    .update(filled(ENV(want), want))
+    .digest("hex");
   const name = nodeNameIn(want.AGENT_ARGS);
   return `
 if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined} ] && command -v curl >/dev/null; then (

@@ -1,33 +1,38 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 1 of 7: a verified k3s binary at /usr/local/bin/k3s, and kubectl beside it. */
 import { run } from "../lib/cli.ts";
-import { binaryLook, K3S } from "../lib/k3s.ts";
+import { binaryLook, K3S, releaseOf } from "../lib/k3s.ts";
+import { byProxy, IMAGES } from "../lib/node.ts";
 import { install, osOf } from "../lib/os.ts";
-import { words } from "../lib/settings.ts";
+import { type Settings, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
-import { type Change, Refusal, type Step } from "../lib/step.ts";
+import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
-/** A release's file for what `uname -m` says, and the name of its checksums. */
-const RELEASES: Record<string, [file: string, sums: string]> = {
-  x86_64: ["k3s", "sha256sum-amd64.txt"],
-  aarch64: ["k3s-arm64", "sha256sum-arm64.txt"],
-  arm64: ["k3s-arm64", "sha256sum-arm64.txt"],
-  armv7l: ["k3s-armhf", "sha256sum-arm.txt"],
-  armv6l: ["k3s-armhf", "sha256sum-arm.txt"],
+/** A release's file for what `uname -m` says, and the architecture by which its checksums and images go. */
+const RELEASES: Record<string, [file: string, arch: string]> = {
+  x86_64: ["k3s", "amd64"],
+  aarch64: ["k3s-arm64", "arm64"],
+  arm64: ["k3s-arm64", "arm64"],
+  armv7l: ["k3s-armhf", "arm"],
+  armv6l: ["k3s-armhf", "arm"],
 };
 
 /** Of the binary's name while it is not proven yet: on the same file system, so that mv is atomic. */
 const PART = "/usr/local/bin/.k3s";
 
+/** Which images are in place: what they were fetched or pushed as, and their name, size and time then. */
+const RECORD = `${IMAGES}.txt`;
+
 export const downloadK3s: Step = {
   name: "download-k3s",
-  options: ["K3S_VERSION", "K3S_MIRRORS", "K3S_SHA256", "K3S_BIN"],
+  options: ["K3S_VERSION", "K3S_MIRRORS", "K3S_SHA256", "K3S_BIN", "AIRGAP"],
 
   look: (want) => [
     binaryLook,
     `fact curl; command -v curl
 fact kubectl; command -v kubectl
-${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1` : ""}`,
+${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1` : ""}
+${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/null && stat -c '%n %s %Y' k3s-airgap-images-* 2>/dev/null)` : ""}`,
   ],
 
   plan(want, facts) {
@@ -43,32 +48,93 @@ ${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1`
     const have = facts.version?.trim() || undefined;
     if (want.K3S_BIN) {
       // cli.ts has put the file's own hash into K3S_SHA256.
+      const part = `${PART}-${want.K3S_SHA256.slice(0, 12)}.part`;
       if (facts.sha256?.trim() !== want.K3S_SHA256)
         changes.push({
           why: `put ${want.K3S_BIN} in place${have ? ` of ${have}` : ""}`,
-          push: { file: want.K3S_BIN, path: `${PART}.part` },
-          sh: `${TELL}part=${PART}.part; from=${sh(want.K3S_BIN)}; sum=${want.K3S_SHA256}\n${VERIFY}\n${swap("v1")}`,
+          push: { file: want.K3S_BIN, path: part },
+          sh: `${TELL}part=${part}; from=${sh(want.K3S_BIN)}; sum=${want.K3S_SHA256}\n${VERIFY}\n${swap("v1")}`,
           seconds: 120,
           lookAgain: true,
         });
     } else if (have !== want.K3S_VERSION || (want.K3S_SHA256 && facts.sha256?.trim() !== want.K3S_SHA256)) {
-      const arch = facts.arch?.trim() ?? "";
-      const release = RELEASES[arch];
-      if (!release)
-        throw new Refusal(
-          `k3s has no release for ${arch || "an unknown"} architecture: give a K3S_BIN of your own`,
-        );
-      changes.push({
-        why: `download k3s ${want.K3S_VERSION}${have ? ` in place of ${have}` : ""}`,
-        sh: fetch(release, want.K3S_VERSION, words(want.K3S_MIRRORS), want.K3S_SHA256),
-        seconds: 3600,
-      });
+      const [file, arch] = releaseFor(facts);
+      changes.push(
+        byProxy(want, {
+          why: `download k3s ${want.K3S_VERSION}${have ? ` in place of ${have}` : ""}`,
+          sh: fetch(
+            { file, arch, part: `${PART}-${want.K3S_VERSION}.part`, put: swap(`${want.K3S_VERSION} `) },
+            want.K3S_VERSION,
+            words(want.K3S_MIRRORS),
+            want.K3S_SHA256,
+          ),
+          seconds: 3600,
+        }),
+      );
     }
     if (!facts.kubectl?.trim())
       changes.push({ why: "link kubectl to k3s", sh: `ln -sfn k3s ${K3S.replace(/k3s$/, "kubectl")}` });
+    if (want.AIRGAP && !changes.some((change) => change.push)) changes.push(...images(want, facts));
     return changes;
   },
 };
+
+/** @throws {Refusal} for an architecture that k3s is not built for. */
+function releaseFor(facts: Facts): [file: string, arch: string] {
+  const machine = facts.arch?.trim() ?? "";
+  const release = RELEASES[machine];
+  if (release) return release;
+  throw new Refusal(
+    `k3s has no release for ${machine || "an unknown"} architecture: give a K3S_BIN of your own`,
+  );
+}
+
+/** The images of k3s's own pods, put where k3s looks for them before it asks a registry. */
+function images(want: Settings, facts: Facts): Change[] {
+  const [, arch] = releaseFor(facts);
+  const { version, generation } = releaseOf(want, facts);
+  const [record = "", ...there] = (facts.images ?? "").split("\n");
+  const isThere = (id: string, name: string) =>
+    there.some((row) => row.startsWith(`${name} `) && record === `${id} ${row}`);
+  const put = (id: string, name: string) => `mkdir -p ${IMAGES}
+rm -f ${IMAGES}/k3s-airgap-images-${arch}.tar*
+mv "$part" ${IMAGES}/${name}
+(cd ${IMAGES} && echo ${sh(id)} "$(stat -c '%n %s %Y' ${name})") >${RECORD}`;
+
+  if (!want.K3S_BIN) {
+    // A release of the old generation has no other.
+    const name = `k3s-airgap-images-${arch}.${generation === "old" ? "tar" : "tar.zst"}`;
+    if (isThere(version, name)) return [];
+    const what = { file: name, arch, part: `${IMAGES}-${version}.part`, put: put(version, name) };
+    return [
+      byProxy(want, {
+        why: `download ${name} of k3s ${version}`,
+        sh: `mkdir -p ${IMAGES}\n${fetch(what, version, words(want.K3S_MIRRORS), "")}`,
+        seconds: 7200,
+      }),
+    ];
+  }
+  // cli.ts has looked for them: below the setting a line each, sha256 and path.
+  const [asked, ...rows] = want.AIRGAP.split("\n");
+  const row = rows.find((line) => line.includes(`k3s-airgap-images-${arch}.`));
+  if (!row && !asked) return [];
+  if (!row)
+    throw new Refusal(`Beside ${want.K3S_BIN} are no airgap images for ${arch}, which this box needs`);
+  const [hash, file] = [row.slice(0, 64), row.slice(65)];
+  const name = file.slice(file.lastIndexOf("/") + 1);
+  if (generation === "old" && !name.endsWith(".tar"))
+    throw new Refusal(`k3s ${version} imports no ${name}: unpack it to a .tar beside it, and move it away`);
+  if (isThere(hash, name)) return [];
+  const part = `${IMAGES}-${hash.slice(0, 12)}.part`;
+  return [
+    {
+      why: `put ${name} in place`,
+      push: { file, path: part },
+      sh: `${TELL}part=${part}; from=${sh(file)}; sum=${hash}\n${VERIFY}\n${put(hash, name)}`,
+      seconds: 300,
+    },
+  ];
+}
 
 const VERIFY = `have=$(sha256sum <"$part" | cut -d' ' -f1)
 if [ "$have" != "$sum" ]; then rm -f "$part"; tell "$from: sha256 is $have, expected $sum"; exit 1; fi`;
@@ -87,13 +153,18 @@ mv -f "$part" ${K3S}`;
  * that does not is left for the next, which goes on where it stopped, as does the next run: the hash at the
  * end decides. A base may name the release with + (GitHub) or - (Rancher's mirror, see k3s's install.sh).
  */
-function fetch([file, sums]: [string, string], version: string, bases: string[], sha256: string): string {
+function fetch(
+  { file, arch, part, put }: { file: string; arch: string; part: string; put: string },
+  version: string,
+  bases: string[],
+  sha256: string,
+): string {
   const host = (base: string) => new URL(base).host;
   const tries = bases.map((base) => {
     const others = bases.filter((other) => host(other) !== host(base));
     return `if try ${[base, ...others].map(sh).join(" ")}; then put; exit 0; fi`;
   });
-  return `${TELL}part=${PART}-${version}.part
+  return `${TELL}part=${part}
 get() { # BASE FILE CURL-OPTION…
   base=$1 name=$2; shift 2
   for release in ${version.replace("+", "%2B")} ${version.replace("+", "-")}; do
@@ -108,7 +179,7 @@ try() { # BASE, then the bases of other hosts, whose word is taken for the check
   sum=${sha256}
   for other in "$@"; do
     [ -z "$sum" ] || break
-    sum=$(get "$other" ${sums} --max-time 60 2>/dev/null | awk '$2 == "${file}" { print $1 }')
+    sum=$(get "$other" sha256sum-${arch}.txt --max-time 60 2>/dev/null | awk '$2 == "${file}" { print $1 }')
   done
   [ -n "$sum" ] || { tell "$from: no other host gave its checksum (has it ${version}?): add a mirror, or set K3S_SHA256"; return 1; }
   say "$from"
@@ -133,12 +204,12 @@ watch() {
 }
 stopped() { tell "$from: gave up at $(wc -c <"$part" 2>/dev/null || echo 0) bytes"; }
 put() {
-  ${swap(`${version} `)}
+  ${put}
 }
 watch & watcher=$!
 trap 'kill $watcher' EXIT
 ${tries.join("\n")}
-echo 'No mirror gave a good binary. What came is kept: run the same again, or give K3S_BIN.'
+echo 'No mirror gave a good ${file === "k3s" ? "binary" : file}. What came is kept: run the same again, or give K3S_BIN.'
 exit 1`;
 }
 

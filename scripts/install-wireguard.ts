@@ -1,8 +1,9 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 3 of 7: WireGuard's tools, its module where the kernel has none, and proof that an interface can be made. */
 import { run } from "../lib/cli.ts";
+import { byProxy } from "../lib/node.ts";
 import { install, isEl7, type Manager, type Os, osOf } from "../lib/os.ts";
-import { SETTINGS } from "../lib/settings.ts";
+import { SETTINGS, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, Refusal, type Step } from "../lib/step.ts";
 import { moduleLook, wireguardIn } from "./upgrade-kernel.ts";
@@ -33,11 +34,7 @@ const EPEL7 = "https://archives.fedoraproject.org/pub/archive/epel";
  * What to install by distro. The tools are in EPEL for EL 7 and 8, else the distro's own.
  * @param kernel the running kernel where a module for it is needed.
  */
-export function packages(
-  os: Os,
-  kernel: string | undefined,
-  want: { ELREPO_URL: string; EPEL_URL: string },
-): Change[] {
+export function packages(os: Os, kernel: string | undefined, want: Settings): Change[] {
   const names = [...(kernel ? [moduleFor(os, kernel)] : []), "wireguard-tools"];
   let before = "";
   const options: string[] = [];
@@ -59,11 +56,11 @@ export function packages(
       );
   }
   return [
-    {
+    byProxy(want, {
       why: `install ${names.join(", ")} (${os.name}, ${os.manager})`,
       sh: before + install(os.manager, names, options.map(sh).join(" ")),
       seconds: 900,
-    },
+    }),
   ];
 }
 

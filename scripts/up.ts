@@ -3,7 +3,7 @@
 import * as cli from "../lib/cli.ts";
 import { report } from "../lib/report.ts";
 import type { Settings } from "../lib/settings.ts";
-import { converge, type Facts, Failure, type Job, look } from "../lib/step.ts";
+import { converge, type Facts, Failure, type Job, look, type Step } from "../lib/step.ts";
 import { agentSteps, prepareSteps } from "./agent.ts";
 import { fixMetrics } from "./fix-metrics.ts";
 import { server as serverStep, serverSteps } from "./server.ts";
@@ -11,11 +11,11 @@ import { server as serverStep, serverSteps } from "./server.ts";
 /** What the server's box is looked at for: fix-metrics comes last, when all nodes are there. */
 const allSteps = [...serverSteps, fixMetrics];
 
-/** Agents are prepared while the server starts; they wait only for its token. */
+/** Agents and further servers are prepared while the first server starts; they wait only for its token. */
 async function up(call: cli.Call): Promise<number> {
-  const [server] = (await cli.targets(call, "SERVER")) as [cli.Target];
+  const [server, ...further] = (await cli.targets(call, "SERVER")) as [cli.Target, ...cli.Target[]];
   const agents = call.settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
-  const ui = await report([server, ...agents].map((box) => box.name));
+  const ui = await report([server, ...further, ...agents].map((box) => box.name));
 
   let job: Job | undefined;
   let facts: Facts = {};
@@ -37,29 +37,29 @@ async function up(call: cli.Call): Promise<number> {
     const after = await converge(job, serverSteps, facts, allSteps);
     learned = await cli.learn(call, serverSteps, job, after);
     changed ||= after !== facts;
-    if (after !== facts && agents.length) line.waits("its agents: the server is up");
+    if (after !== facts && agents.length + further.length) line.waits("the others: the server is up");
     facts = after;
   });
 
-  const agentsUp = agents.map((box) =>
-    cli.attempt(call, "agent", box, ui.line(box.name), async (line) => {
+  const join = (box: cli.Target, script: string, steps: readonly Step[]) =>
+    cli.attempt(call, script, box, ui.line(box.name), async (line) => {
       const job = cli.jobFor(call, box, line);
-      const first = await look(job, agentSteps);
+      const first = await look(job, steps);
       if (call.mode !== "apply") {
         const token = call.settings.K3S_TOKEN || "(the server's)";
         job.want = { ...job.want, K3S_URL: `https://${server.ip}:6443`, K3S_TOKEN: token };
-        return cli.showPlan(call, box, agentSteps, job, first);
+        return cli.showPlan(call, box, steps, job, first);
       }
-      let facts = await converge(job, prepareSteps, first, agentSteps);
+      let facts = await converge(job, prepareSteps, first, steps);
       if (!learned) line.waits("the server's token");
       await Promise.race([opened, serverUp]);
       if (!learned) throw new Failure("Not joined: the server is not up");
       // The look above asked the server by what the env file knew: nothing, or perhaps another cluster.
       if (learned.K3S_URL !== job.want.K3S_URL || learned.K3S_TOKEN !== job.want.K3S_TOKEN) {
         job.want = { ...job.want, ...learned };
-        facts = await look(job, agentSteps);
+        facts = await look(job, steps);
       }
-      const joined = converge(job, agentSteps, facts);
+      const joined = converge(job, steps, facts);
       // What still runs on this box then ends with the connection.
       const lost = serverUp.then((status) => {
         if (status) throw new Failure("Not joined: the server did not come up");
@@ -68,11 +68,14 @@ async function up(call: cli.Call): Promise<number> {
       const after = await Promise.race([joined, lost]);
       changed ||= after !== first;
       line.done(after === first);
-    }),
-  );
+    });
+  const othersUp = [
+    ...further.map((box) => join(box, "server", serverSteps)),
+    ...agents.map((box) => join(box, "agent", agentSteps)),
+  ];
 
-  opened.catch(() => {}); // where there are no agents, the server's own part says it
-  const statuses = await Promise.all([serverUp, ...agentsUp]);
+  opened.catch(() => {}); // where there is nobody else, the server's own part says it
+  const statuses = await Promise.all([serverUp, ...othersUp]);
   if (statuses[0] === 0 && call.mode === "apply")
     statuses.push(
       await cli.attempt(call, fixMetrics.name, server, ui.line(server.name), async (line) => {

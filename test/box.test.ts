@@ -108,10 +108,28 @@ for (const [name, host] of [
       assert.equal(shell(`ls -l '${to}'`).stdout.slice(0, 10), "-rw-------");
     });
 
+    test("goes on from what an earlier push has left, whatever the file's kind", async () => {
+      for (const name of ["file", "file.zst"]) {
+        const [from, to] = [join(temporary(), name), join(temporary(), "new", "folder", name)];
+        const bytes = Buffer.from(Array.from({ length: 300_000 }, (_, i) => (i * i) % 251));
+        writeFileSync(from, bytes);
+        await open(host).push(from, to);
+        assert.deepEqual(readFileSync(to), bytes);
+        // A mark in what is there shows that it was not sent again.
+        writeFileSync(to, Buffer.concat([Buffer.from("mark"), bytes.subarray(4, 123_456)]));
+        await open(host).push(from, to);
+        assert.deepEqual(readFileSync(to), Buffer.concat([Buffer.from("mark"), bytes.subarray(4)]));
+        // What is longer than the file is not its beginning.
+        writeFileSync(to, Buffer.alloc(400_000));
+        await open(host).push(from, to);
+        assert.deepEqual(readFileSync(to), bytes);
+      }
+    });
+
     test("says why a file could not be pushed", async () => {
       const from = join(temporary(), "file");
       writeFileSync(from, "x");
-      await assert.rejects(open(host).push(from, "/nonexistent/file"), /Could not push .*nonexistent/s);
+      await assert.rejects(open(host).push(from, "/dev/null/file"), /Could not push .*\/dev\/null/s);
     });
   });
 

@@ -57,15 +57,10 @@ describe("--help", { concurrency: 4 }, () => {
     });
 
   test("is there for each of the seven steps, and for all of them", () => {
-    assert.deepEqual(SCRIPTS.filter((s) => !["check", "kubeconfig", "status", "up"].includes(s)).sort(), [
-      "agent",
-      "annotate",
-      "download-k3s",
-      "fix-metrics",
-      "install-wireguard",
-      "server",
-      "upgrade-kernel",
-    ]);
+    assert.deepEqual(
+      SCRIPTS.filter((s) => !["check", "firewall", "kubeconfig", "status", "up"].includes(s)).sort(),
+      ["agent", "annotate", "download-k3s", "fix-metrics", "install-wireguard", "server", "upgrade-kernel"],
+    );
   });
 });
 
@@ -185,6 +180,46 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       {},
       undefined,
       /^K3S_BIN is "\/no\/k3s": /,
+    ],
+    [
+      "AIRGAP without images beside K3S_BIN",
+      "server",
+      ["--k3s-bin", "package.json", "--airgap", "yes"],
+      {},
+      undefined,
+      /^AIRGAP is yes: expected k3s-airgap-images-ARCH\.tar\.zst beside K3S_BIN/,
+    ],
+    [
+      "a K3S_CONFIG that is not there",
+      "agent",
+      ["--k3s-config", "/no/config.yaml"],
+      joined,
+      undefined,
+      /^K3S_CONFIG is "\/no\/config\.yaml": /,
+    ],
+    [
+      "one box's K3S_CONFIG that is not there, whichever box is meant",
+      "agent",
+      ["--host", "root@198.51.100.20"],
+      joined,
+      "AGENTS=b9=198.51.100.29\nK3S_CONFIG__b9=/no/config.yaml\n",
+      /^K3S_CONFIG is "\/no\/config\.yaml": /,
+    ],
+    [
+      "a second server without a datastore",
+      "server",
+      ["--host", "root@198.51.100.20"],
+      {},
+      "SERVER=root@203.0.113.10\n",
+      /^HOST is root@198\.51\.100\.20, but SERVER is root@203\.0\.113\.10: expected K3S_DATASTORE_ENDPOINT/,
+    ],
+    [
+      "a second server before the first",
+      "server",
+      ["--host", "root@198.51.100.20"],
+      { K3S_DATASTORE_ENDPOINT: "mysql://k3s:x@tcp(203.0.113.5:3306)/k3s" },
+      "SERVER=root@203.0.113.10\n",
+      /^K3S_TOKEN is not set: expected what "make server" writes for 203\.0\.113\.10, the first server/,
     ],
     [
       "a K3S_BIN that is not K3S_SHA256's",

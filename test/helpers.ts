@@ -7,6 +7,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import type { Member } from "../lib/cluster.ts";
 import { interfaceOf, type Role, unitOf, unitPath } from "../lib/k3s.ts";
 import { SETTINGS, type Settings } from "../lib/settings.ts";
+import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, lookScript, reader, type Step, whole } from "../lib/step.ts";
 
 export const ROOT = join(import.meta.dirname, "..");
@@ -62,6 +63,8 @@ export interface NodeSpec {
   /** What k3s says that it was given; default: nothing. */
   args?: string[];
   version?: string;
+  labels?: Record<string, string>;
+  taints?: { key: string; value?: string; effect: string }[];
 }
 
 /** A node as kubectl prints it. What is not said is as it should be. */
@@ -69,6 +72,7 @@ export const node = (spec: NodeSpec) => ({
   kind: "Node",
   metadata: {
     name: spec.name,
+    labels: spec.labels ?? {},
     annotations: Object.fromEntries(
       [
         ["flannel.alpha.coreos.com/public-ip", spec.public ?? spec.ip],
@@ -77,7 +81,7 @@ export const node = (spec: NodeSpec) => ({
       ].filter(([, value]) => value),
     ),
   },
-  spec: { podCIDR: `10.42.${spec.n}.0/24` },
+  spec: { podCIDR: `10.42.${spec.n}.0/24`, ...(spec.taints ? { taints: spec.taints } : {}) },
   status: {
     addresses: [
       { type: "InternalIP", address: spec.ip },
@@ -185,13 +189,16 @@ export const service = (started: number, more = "NeedDaemonReload=no"): string =
 export function filesAfter(step: Step, want: Settings, changes: readonly Change[]): Facts {
   const root = temporary();
   const there = (text: string) =>
-    text.replaceAll("/etc/systemd/system", `${root}/etc`).replaceAll("/var/lib/rancher", `${root}/var`);
+    text
+      .replaceAll("/etc/systemd/system", `${root}/etc`)
+      .replaceAll("/var/lib/rancher", `${root}/var`)
+      .replaceAll("/etc/rancher", `${root}/rancher`);
   const back = (text: string) =>
     text.replaceAll(`${root}/etc`, "/etc/systemd/system").replaceAll(`${root}/var`, "/var/lib/rancher");
   for (const change of changes.filter((c) => c.why.startsWith("write "))) {
     // The text of the unit names the folders too: only the paths that the shell writes to are moved.
-    const token = change.secrets ? `K3S_TOKEN='${want.K3S_TOKEN}'\n` : "";
-    const { status, stderr } = shell(`set -eu\n${token}${there(change.sh)}`);
+    const given = (change.secrets ?? []).map((name) => `${name}=${sh(want[name])}\n`).join("");
+    const { status, stderr } = shell(`set -eu\n${given}${there(change.sh)}`);
     if (status !== 0) throw new Error(`"${change.why}" failed with ${status}: ${stderr}`);
   }
   const unit = `${root}/etc/${unitPath(step.name as Role)

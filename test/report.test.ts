@@ -24,6 +24,15 @@ describe("a token in whatever is printed", () => {
       assert.match(redacted(text), /\*{8}/);
     });
 
+  test("is not the only secret: a password in an address is masked too, and the address stays", () => {
+    assert.equal(
+      redacted(
+        'dial "postgres://k3s:p@ss:w0rd@203.0.113.5:5432/k3s" by http://u:hunter2@proxy:3128 at https://203.0.113.9:6443/x',
+      ),
+      'dial "postgres://k3s:********@203.0.113.5:5432/k3s" by http://u:********@proxy:3128 at https://203.0.113.9:6443/x',
+    );
+  });
+
   test("is all that is masked", () => {
     const text = "wg peer K34wY4qud184kBjd2diVrHmJyyjK4gaQB38QJOQ5a3c= at 198.51.100.11:51820, sha256 abc";
     assert.equal(redacted(text), text);

@@ -297,3 +297,64 @@ describe("what the server teaches", () => {
     assert.throws(() => server.learn?.(wanted(), prepared(MODERN, { token: "" })), /no node-token/);
   });
 });
+
+describe("a server with K3S_DATASTORE_ENDPOINT", () => {
+  const own = {
+    K3S_DATASTORE_ENDPOINT: "postgres://k3s:hunter2@203.0.113.5:5432/k3s",
+    K3S_URL: "",
+    K3S_TOKEN: "",
+  };
+  const want = wanted(own);
+  const taught = { ...want, K3S_URL: `https://${IP}:6443`, K3S_TOKEN: TOKEN };
+  const other = { ...want, K3S_URL: "https://198.51.101.99:6443", K3S_TOKEN: TOKEN };
+  const files = (of: Settings, facts: Facts) => {
+    const { unit, envfile } = filesAfter(server, of, server.plan(of, facts));
+    return { unit, envfile } as Facts;
+  };
+  const fresh = prepared(MODERN);
+  const first = files(want, fresh);
+  const rejoining = files(taught, fresh);
+
+  test("has it in the environment of its unit, and in no plan", () => {
+    const plan = server.plan(want, fresh);
+    assert.deepEqual(plan[0]?.secrets, ["K3S_DATASTORE_ENDPOINT"]);
+    assert.doesNotMatch(JSON.stringify(plan), /hunter2|203\.0\.113\.5/);
+    assert.doesNotMatch(first.unit ?? "", /hunter2|datastore/);
+  });
+
+  test("that is the first needs no token, and is left alone when its own has been learned", () => {
+    const facts = healthy(MODERN, first, { token: `${TOKEN}\n`, external: "yes\n" });
+    assert.deepEqual(server.plan(want, facts), []);
+    assert.deepEqual(server.plan(taught, facts), []);
+    assert.deepEqual(server.learn?.(taught, facts), { K3S_URL: `https://${IP}:6443`, K3S_TOKEN: TOKEN });
+  });
+
+  test("that is the first and is set up anew gets the token that it had, and keeps it", () => {
+    assert.deepEqual(server.plan(taught, fresh)[0]?.secrets, ["K3S_DATASTORE_ENDPOINT", "K3S_TOKEN"]);
+    const facts = healthy(MODERN, rejoining, { token: `${TOKEN}\n`, external: "yes\n" });
+    assert.deepEqual(server.plan(taught, facts), []);
+  });
+
+  test("that is a further one gets the token, teaches nothing, and has a new token put in", () => {
+    assert.deepEqual(server.plan(other, fresh)[0]?.secrets, ["K3S_DATASTORE_ENDPOINT", "K3S_TOKEN"]);
+    const facts = healthy(MODERN, files(other, fresh), { token: `${TOKEN}\n`, external: "yes\n" });
+    assert.deepEqual(server.plan(other, facts), []);
+    assert.deepEqual(server.learn?.(other, facts), {});
+    assert.deepEqual(verbs(server.plan({ ...other, K3S_TOKEN: TOKEN.replace("0123", "4567") }, facts)), [
+      "write /etc/systemd/system/k3s.service.env",
+      "restart k3s",
+    ]);
+  });
+
+  test("is refused where the cluster would be left behind: in SQLite, or in the datastore", () => {
+    assert.match(
+      refusal(server, want, { ...fresh, sqlite: "yes\n" }).message,
+      /own SQLite.*begin an empty one/,
+    );
+    assert.deepEqual(
+      server.plan(want, healthy(MODERN, first, { sqlite: "yes\n", external: "yes\n", token: TOKEN })),
+      [],
+    );
+    assert.match(refusal(server, wanted(), { ...fresh, external: "yes\n" }).message, /external datastore/);
+  });
+});

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
+import { hostname } from "node:os";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import {
@@ -44,7 +45,7 @@ describe("every setting", () => {
 const WRONG: Partial<Record<SettingName, string[]>> = {
   SERVER: [
     "-oProxyCommand=id",
-    "a b",
+    "ok -oProxyCommand=id",
     "a\nb",
     "$(id)",
     "`id`",
@@ -69,11 +70,71 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
   K3S_SHA256: ["abc", "A".repeat(64), "a".repeat(65), `${"a".repeat(63)}\n`],
   K3S_BIN: ["a\nb", "a\u0000b"],
   PROXY_MODE: ["IPVS", "ipvs ", "userspace", "ipvs\n"],
-  SERVER_ARGS: ["--x='a'", '--x="a"', "--x\n--y", "--x\\", "`id`", "--x\r"],
+  SERVER_ARGS: [
+    "--x='a'",
+    '--x="a"',
+    "--x\n--y",
+    "--x\\",
+    "`id`",
+    "--x\r",
+    "--cluster-init",
+    "-cluster-init=true",
+    "--a --server=https://203.0.113.1:6443",
+    "-s https://203.0.113.1:6443",
+    "--cluster-reset-restore-path=/x",
+  ],
   AGENT_ARGS: ["it's", "a\nb"],
+  NODE_LABELS: [
+    "a",
+    "a=b c",
+    "=b",
+    "a=b,c=d",
+    "-a=b",
+    "a=$(id)",
+    "node-role.kubernetes.io/worker=true",
+    "x.k8s.io/a=b",
+  ],
+  NODE_TAINTS: [
+    "a=b",
+    "a:Never",
+    "a=b:noschedule",
+    "a=b:NoSchedule,c=d:NoSchedule",
+    ":NoSchedule",
+    "a='b':NoExecute",
+  ],
+  K3S_CONFIG: ["a\nb"],
+  AIRGAP: ["no", "YES", "true"],
+  REGISTRY_MIRRORS: [
+    "docker.io",
+    "https://x",
+    "docker.io=x",
+    "docker.io=https://a'b",
+    "a b=https://x",
+    '"x"=https://x',
+    "=https://x",
+  ],
+  HTTPS_PROXY: [
+    "proxy:3128",
+    "http://",
+    "http://a b",
+    "ftp://x",
+    "http://u:p'@x",
+    "http://x/y",
+    "http://$(id)@x",
+  ],
+  HTTP_PROXY: ["proxy"],
+  NO_PROXY: ["a b", "a;b", "$(id)"],
   ELREPO_URL: ["https://x/ y", "rsync://x", "https://x/'"],
   ELREPO_KERNEL_URL: ["https://x/|sh", "x"],
   EPEL_URL: ["https://x/$y", "https://"],
+  K3S_DATASTORE_ENDPOINT: [
+    "sqlite:///x",
+    "postgres://a b",
+    "postgres://a'b",
+    "etcd",
+    "postgres://",
+    "mysql://a\nb",
+  ],
   K3S_URL: [
     "http://203.0.113.10:6443",
     "https://203.0.113.10:6443/x",
@@ -151,8 +212,25 @@ describe("a wrong value", () => {
 
   test("of a secret is not repeated", () => {
     for (const value of ["hunter2", `${TOKEN}x y`])
-      assert.ok(!refusal("K3S_TOKEN", value).includes(value.slice(0, 6)));
+      for (const name of ["K3S_TOKEN", "K3S_DATASTORE_ENDPOINT", "HTTPS_PROXY"] as const)
+        assert.ok(!refusal(name, value).includes(value.slice(0, 6)));
   });
+
+  test("of arguments that holds a secret is not repeated", () => {
+    for (const value of [
+      "--token=hunter2",
+      "-t hunter2",
+      "--x --datastore-endpoint=postgres://a:hunter2@b/c",
+    ])
+      for (const name of ["SERVER_ARGS", "AGENT_ARGS"] as const) {
+        assert.match(refusal(name, value), /expected no secret among arguments/);
+        assert.ok(!refusal(name, value).includes("hunter2"));
+      }
+    assert.equal(refusal("SERVER_ARGS", "--token-file=/root/token --tls-san=x"), "");
+  });
+
+  test("of SERVER_ARGS that begins an embedded etcd is refused with the reason and the other way", () =>
+    assert.match(refusal("SERVER_ARGS", "--cluster-init"), /K3S_DATASTORE_ENDPOINT.*private addresses/));
 
   test("of any length is cut short in its message", () => {
     assert.ok(refusal("PROXY_MODE", "x".repeat(100_000)).length < 300);
@@ -237,8 +315,93 @@ describe("settings", () => {
       );
     });
 
+  test("of proxies are not taken from a shell's own variables, but from make's words, flags and the env file", () => {
+    const own = join(temporary(), ".env");
+    writeFileSync(own, "HTTPS_PROXY=http://boxes:1\n");
+    const env = { HTTPS_PROXY: "http://here:2", NO_PROXY: "here" };
+    assert.equal(settle({}, env, own).settings.HTTPS_PROXY, "http://boxes:1");
+    assert.equal(settle({}, env, own).settings.NO_PROXY, "");
+    const made = { ...env, MAKEFLAGS: "s -- DRY=1 HTTPS_PROXY=http://here:2" };
+    assert.equal(settle({}, made, own).settings.HTTPS_PROXY, "http://here:2");
+    assert.equal(settle({}, made, own).settings.NO_PROXY, "");
+    assert.equal(settle({ "https-proxy": "http://flag:3" }, env, own).settings.HTTPS_PROXY, "http://flag:3");
+  });
+
   test("have each a flag of their own", () => {
     assert.equal(new Set(NAMES.map(flagOf)).size, NAMES.length);
     assert.equal(flagOf("K3S_BIN"), "k3s-bin");
   });
+});
+
+test("several servers are refused without a datastore that they share, with the reason", () => {
+  const path = join(temporary(), ".env");
+  writeFileSync(path, 'SERVER="a1 b1"\n');
+  assert.throws(
+    () => settle({}, {}, path),
+    /SERVER \(.*line 1\): expected one of a1, b1, or a K3S_DATASTORE_ENDPOINT.*embedded etcd/,
+  );
+  const url = "mysql://k3s:x@tcp(db.example.org:3306)/k3s";
+  assert.equal(settle({}, { K3S_DATASTORE_ENDPOINT: url }, path).settings.SERVER, "a1 b1");
+});
+
+describe("a line of the env file for one box", () => {
+  const written = (text: string) => {
+    const path = join(temporary(), ".env");
+    writeFileSync(path, text);
+    return path;
+  };
+  const base = 'SERVER=root@a1\nAGENTS="b1 debian@cloud-b=198.51.101.12 203.0.113.9"\nAGENT_ARGS=--all\n';
+
+  test("is that box's, by its name without the user or the address", () => {
+    const { settings, own } = settle(
+      {},
+      {},
+      written(
+        `${base}AGENT_ARGS__cloud-b="--one --two"\nAGENT_ARGS__203.0.113.9=\nSERVER_ARGS__a1=--disable=traefik\nPROXY_MODE__cloud-b=nftables\n`,
+      ),
+    );
+    assert.equal(settings.AGENT_ARGS, "--all");
+    assert.deepEqual(own, {
+      "cloud-b": { AGENT_ARGS: "--one --two", PROXY_MODE: "nftables" },
+      "203.0.113.9": { AGENT_ARGS: "" },
+      a1: { SERVER_ARGS: "--disable=traefik" },
+    });
+  });
+
+  test("gives way to a flag or a variable, which are for this call", () => {
+    const path = written(`${base}AGENT_ARGS__b1=--one\n`);
+    assert.deepEqual(settle({}, { AGENT_ARGS: "--x" }, path).own, {});
+    assert.deepEqual(settle({ "agent-args": "--x" }, {}, path).own, {});
+  });
+
+  test("may be of a box that only this call names, and of this machine", () => {
+    const path = written(`SERVER=\nAGENT_ARGS__b9=--nine\nSERVER_ARGS__${hostname()}=--here\n`);
+    assert.deepEqual(settle({ host: "root@b9" }, {}, path).own, {
+      b9: { AGENT_ARGS: "--nine" },
+      [hostname()]: { SERVER_ARGS: "--here" },
+    });
+  });
+
+  const wrong: [name: string, line: string, message: RegExp][] = [
+    [
+      "a box that is not there",
+      "AGENT_ARGS__b7=--x",
+      /AGENT_ARGS__b7 \(.*line 4\): expected a box .*: a1, b1, cloud-b, 203/,
+    ],
+    ["no setting", "AGENT_ARG__b1=--x", /AGENT_ARG__b1 \(.*line 4\): expected a setting: SERVER, /],
+    [
+      "a setting that is one for all",
+      "K3S_VERSION__b1=v1.17.6+k3s1",
+      /expected K3S_VERSION, which is one for all boxes/,
+    ],
+    ["a secret of the cluster", "K3S_TOKEN__b1=x", /expected K3S_TOKEN, which is one for all boxes/],
+    ["a wrong value", "PROXY_MODE__b1=ipv", /PROXY_MODE is "ipv" \(.*line 4\): expected iptables/],
+    ["another notation", "AGENT_ARGS_b1=--x", /AGENT_ARGS_b1 .*expected a setting/],
+  ];
+  for (const [name, line, message] of wrong)
+    test(`is refused where it names ${name}`, () =>
+      assert.throws(
+        () => settle({}, {}, written(`${base}${line}\n`)),
+        (error: Error) => error instanceof SettingError && message.test(error.message),
+      ));
 });

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { ask, clusterOf, LOOKS, tries } from "../lib/cluster.ts";
+import { closeAgain, firewallLook, firewallPlan, scriptText } from "../lib/firewall.ts";
 import { DRAINED } from "../lib/k3s.ts";
 import { kubelets, made, type Pod, paths } from "../lib/pods.ts";
 import { SettingError } from "../lib/settings.ts";
@@ -39,6 +40,13 @@ function changesOf(steps: readonly Step[], version: string) {
     PROXY_MODE: "ipvs",
     SERVER: "a1",
     ELREPO_KERNEL_URL: "https://m.example/kernel",
+    NODE_LABELS: "disk=ssd",
+    AIRGAP: "yes",
+    REGISTRY_MIRRORS: "docker.io=https://m.example",
+    HTTPS_PROXY: "http://u:p@m.example:1",
+    HTTP_PROXY: "http://m.example:1",
+    NO_PROXY: "m.example",
+    K3S_CONFIG: version === MODERN ? "debug: true" : "",
   });
   const el7 = { os: fixture("os-release/centos-7"), kernel: "3.10.0\n", module: "" };
   const member = { roles: "k3s-agent\n", nodes: nodes(A1) };
@@ -84,7 +92,7 @@ function changesOf(steps: readonly Step[], version: string) {
 describe("shellcheck finds nothing to say", { skip }, () => {
   for (const version of [OLD, MODERN])
     for (const [name, steps] of Object.entries({ server: [...serverSteps, fixMetrics], agent: agentSteps })) {
-      const want = wanted({ K3S_VERSION: version });
+      const want = wanted({ K3S_VERSION: version, AIRGAP: "yes" });
       const changes = changesOf(steps, version);
 
       test(`about the look of ${name}, ${version}`, () =>
@@ -124,4 +132,18 @@ describe("shellcheck finds nothing to say", { skip }, () => {
       test(`about the ${what} of check, ${box.role}`, () =>
         check(`#!/bin/sh\n${whole(lookScript([ask(text)], wanted(), "mark"))}`));
   }
+  test("about the firewall: its look, its changes, its script, and what takes it away", () => {
+    const ranges = ["10.42.0.0/16", "10.43.0.0/16"] as const;
+    const fresh = { nft: "/usr/sbin/nft\n" };
+    const firewalld = { firewalld: "running\n", zone: "public\n", target: "default\n", ports: "10250/tcp\n" };
+    const ufw = {
+      ufw: "Status: active\nDefault: deny (incoming), allow (outgoing)\n",
+      added: "ufw allow 10250/tcp\n",
+    };
+    check(`#!/bin/sh\nfact() { echo "$1"; }\n${firewallLook}`);
+    check(scriptText(["198.51.100.11"], ranges[0]));
+    check(`#!/bin/sh\n${closeAgain(ranges)}\n`);
+    for (const facts of [fresh, firewalld, ufw])
+      for (const { sh } of firewallPlan(facts, ["198.51.100.11"], ranges)) check(`#!/bin/sh\n${sh}\n`);
+  });
 });

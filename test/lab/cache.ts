@@ -19,7 +19,7 @@ const IN_BOXES = [
   "iproute2 iptables iputils-ping nftables wireguard-go",
 ].join(" ");
 /** Not in the root, but served to the boxes by the lab's own apt repository. */
-const FOR_BOXES = ["wireguard-tools"];
+const FOR_BOXES = ["wireguard-tools", "ufw", "firewalld"];
 
 /** Runs in the new root, as mmdebstrap's last word. */
 const FURNISH = `set -eu
@@ -150,7 +150,7 @@ export async function caches(withTools: boolean, say: (line: string) => void) {
   const root = join(system, "root");
   const tooled = () =>
     kept("boxes-with-tools", [system], async (folder) => {
-      await $`cp -a --reflink=auto ${root} ${folder}/root && find ${packages} -name ${"*.deb"} -exec cp -t ${folder}/root/tmp {} +`;
+      await $`cp -a --reflink=auto ${root} ${folder}/root && find ${packages} -name ${"wireguard-tools_*.deb"} -exec cp -t ${folder}/root/tmp {} +`;
       await $`chroot ${folder}/root sh -c ${"dpkg -i /tmp/*.deb && rm /tmp/*.deb"}`;
     });
   const node = await kept("node", [NODE, 24], async (folder) => {

@@ -4,7 +4,7 @@ import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { createServer as createTls } from "node:https";
 import { type AddressInfo, connect, createServer } from "node:net";
 import { cpus, release } from "node:os";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import type { TLSSocket } from "node:tls";
 import { type Answer, type Call, type CallError, call } from "./client.ts";
 import {
@@ -60,24 +60,49 @@ export function parseToken(gen: Generation, token: string): Token {
   return { caHash, user: rest.slice(0, colon), password };
 }
 
-/** The local load balancer of an agent: what it cannot pass on, it resets, so clients never see the real cause. */
-async function balance(gen: Generation, server: URL): Promise<string> {
-  const host = server.hostname,
-    port = Number(server.port || 443);
+type Balancer = { url: string; update(servers: string[]): void };
+
+/**
+ * The local load balancer of an agent: what it cannot pass on, it resets, so clients never see the real cause.
+ * Servers that it has learned of it keeps in `file` for the next start.
+ */
+async function balance(gen: Generation, server: URL, file: string): Promise<Balancer> {
+  const given = `${server.hostname}:${server.port || 443}`;
+  const known = existsSync(file)
+    ? (JSON.parse(readFileSync(file, "utf8")) as { ServerURL: string; ServerAddresses: string[] })
+    : undefined;
+  let servers = known?.ServerURL === server.origin ? known.ServerAddresses : [given];
   const balancer = createServer((near) => {
-    const far = connect(port, host);
-    // Two requests a try: 20 s in v1.17 and 6 s in modern k3s until an unreachable server is reported.
-    const timer = setTimeout(() => far.destroy(new Error("timeout")), gen === "old" ? 10_000 : 3_000);
-    far.on("connect", () => {
-      clearTimeout(timer);
-      near.pipe(far).pipe(near);
-    });
-    far.on("error", () => near.resetAndDestroy());
-    near.on("error", () => far.destroy());
-    far.on("close", () => {
-      clearTimeout(timer);
-      near.destroy();
-    });
+    near.on("error", () => {});
+    const left = [...new Set([...servers, given])];
+    const attempt = (): void => {
+      const [host = "", port] = (left.shift() ?? "").split(":");
+      if (!host) return void near.resetAndDestroy();
+      const far = connect(Number(port), host);
+      let open = false;
+      // Two requests a try: 20 s in v1.17 and 6 s in modern k3s until an unreachable server is reported.
+      const timer = setTimeout(
+        () => far.destroy(new Error("timeout")),
+        (gen === "old" ? 10_000 : 3_000) / (left.length + 1),
+      );
+      far.on("connect", () => {
+        clearTimeout(timer);
+        open = true;
+        near.pipe(far).pipe(near);
+        near.on("close", () => far.destroy());
+      });
+      far.on("error", () => {});
+      far.on("close", () => {
+        clearTimeout(timer);
+        if (!open && left.length) {
+          // The one that answers is asked first from now on.
+          servers = [...servers.slice(1), ...servers.slice(0, 1)];
+          attempt();
+        } else if (!open) near.resetAndDestroy();
+        else near.destroy();
+      });
+    };
+    attempt();
   });
   await new Promise<void>((done) => {
     balancer.on("error", (e) =>
@@ -89,12 +114,24 @@ async function balance(gen: Generation, server: URL): Promise<string> {
     balancer.listen(gen === "old" ? 0 : 6444, "127.0.0.1", () => done());
   });
   const local = `127.0.0.1:${(balancer.address() as AddressInfo).port}`;
-  if (gen === "old") log("info", `Running load balancer ${local} -> [${host}:${port}]`);
+  if (gen === "old") log("info", `Running load balancer ${local} -> [${servers.join(" ")}]`);
   else {
-    log("info", `Updated load balancer k3s-agent-load-balancer default server: ${host}:${port}`);
-    log("info", `Running load balancer k3s-agent-load-balancer ${local} -> [] [default: ${host}:${port}]`);
+    log("info", `Updated load balancer k3s-agent-load-balancer default server: ${given}`);
+    log(
+      "info",
+      `Running load balancer k3s-agent-load-balancer ${local} -> [${known ? servers.join(" ") : ""}] [default: ${given}]`,
+    );
   }
-  return `${server.protocol}//${local}`;
+  return {
+    url: `${server.protocol}//${local}`,
+    update(next) {
+      if (next.length === 0 || next.toSorted().join() === servers.toSorted().join()) return;
+      servers = next;
+      mkdirSync(dirname(file), { recursive: true });
+      writeFileSync(file, JSON.stringify({ ServerURL: server.origin, ServerAddresses: next }, null, 2));
+      log("info", `Updated load balancer k3s-agent-load-balancer server addresses -> [${next.join(" ")}]`);
+    },
+  };
 }
 
 /** Go's words for what went wrong with a request. */
@@ -208,6 +245,7 @@ type Joined = {
   dir: string;
   ca: string;
   kubelet: Call;
+  controller: Call;
   lister: Call;
 };
 
@@ -312,7 +350,8 @@ async function configure(s: Start, url: string, ca: string, token: Token, dir: s
     externalIp: external.join(",") || undefined,
     args: nodeArgs(s.argv),
     env: nodeEnv(process.env),
-    labels: values["node-label"],
+    labels: list(values, "node-label"),
+    taints: list(values, "node-taint"),
   };
   return {
     facts,
@@ -321,6 +360,7 @@ async function configure(s: Start, url: string, ca: string, token: Token, dir: s
     dir,
     ca,
     kubelet: { ca, ...kubelet },
+    controller: { ca, ...controller },
     lister: { ca, ...(gen === "old" ? kubelet : controller) },
   };
 }
@@ -383,7 +423,10 @@ export async function runAgent(s: Start): Promise<void> {
     for (const module of ["overlay", "nf_conntrack", "br_netfilter"])
       log("info", `module ${module} was already loaded`);
   mkdirSync(dir, { recursive: true, mode: 0o700 });
-  const url = s.inServer ? server : await balance(gen, new URL(server));
+  const balancer = s.inServer
+    ? undefined
+    : await balance(gen, new URL(server), join(dir, "etc", "k3s-agent-load-balancer.json"));
+  const url = balancer?.url ?? server;
 
   let valid: Awaited<ReturnType<typeof validate>> | undefined;
   while (!valid) {
@@ -411,7 +454,29 @@ export async function runAgent(s: Start): Promise<void> {
     if (!joined) await sleep(gen === "old" ? 5000 : 5000 + Math.random() * 5000);
   }
   process.removeListener("SIGTERM", interrupted);
+  if (balancer) void learnServers(gen, balancer, joined, valid.token);
   await runNode(s, joined, url);
+}
+
+/** v1.17 watches the endpoints of the API, modern k3s asks its server; here both ask now and then. */
+async function learnServers(gen: Generation, balancer: Balancer, j: Joined, token: Token): Promise<void> {
+  const ask = async (): Promise<string[]> => {
+    if (gen === "modern") {
+      const auth = `${token.user}:${token.password}`;
+      const answer = await call(`${balancer.url}/v1-k3s/apiservers`, { ca: j.ca, auth });
+      return answer.status === 200 ? (JSON.parse(answer.body) as string[]) : [];
+    }
+    const answer = await call(`${balancer.url}/api/v1/namespaces/default/endpoints/kubernetes`, j.controller);
+    if (answer.status !== 200) return [];
+    const { subsets } = JSON.parse(answer.body) as {
+      subsets: { addresses: { ip: string }[]; ports: { port: number }[] }[];
+    };
+    return subsets.flatMap(({ addresses, ports }) => addresses.map(({ ip }) => `${ip}:${ports[0]?.port}`));
+  };
+  for (;;) {
+    balancer.update(await ask().catch(() => []));
+    await sleep(DELAY.poll);
+  }
 }
 
 /** From the kubelet's start on. Never returns. */

@@ -34,6 +34,10 @@ export type Cluster = {
   credDir: string;
   state: State;
   save: () => void;
+  /** Where several servers share it: what becomes of a node or its password there; undefined: it goes. */
+  share?: (key: string, value: string | undefined) => void;
+  /** Advertised addresses of all servers. */
+  servers: string[];
   apiUp: boolean;
   /** When a kubelet last spoke. */
   seen: Map<string, number>;
@@ -75,6 +79,7 @@ export const sortedNodes = (c: Cluster): rules.Node[] =>
 export function putNode(c: Cluster, node: rules.Node): rules.Node {
   node.metadata.resourceVersion = String(++c.state.version);
   c.state.nodes[node.metadata.name] = node;
+  c.share?.(`/registry/minions/${node.metadata.name}`, JSON.stringify(node));
   c.save();
   return node;
 }
@@ -106,6 +111,7 @@ function nodePasswordOk(c: Cluster, name: string, secret: string): boolean {
   if (c.gen === "modern") {
     if (c.state.passwords[name]) return c.state.passwords[name] === hash(secret);
     c.state.passwords[name] = hash(secret);
+    c.share?.(`/registry/passwords/${name}`, hash(secret));
     c.save();
     return true;
   }
@@ -182,7 +188,11 @@ function supervisor(c: Cluster, { req }: Question, path: string): Reply {
       });
   }
   if (gen === "old") return notFound;
-  if (path === "apiservers") return json(200, [`${c.advertised}:${c.port}`]);
+  if (path === "apiservers")
+    return json(
+      200,
+      c.servers.map((ip) => `${ip}:${c.port}`),
+    );
   if (path !== "readyz") return notFound;
   return c.apiUp ? text(200, "ok") : refuse(503, "ServiceUnavailable", "runtime core not ready");
 }
@@ -243,6 +253,20 @@ function kubernetes(c: Cluster, q: Question): Reply {
     }
     case "/pods":
       return name ? notFound : listOf(c, "PodList", "v1", here && c.state.deployment ? [pod(c)] : []);
+    case "/endpoints":
+      return namespace === "default" && name === "kubernetes"
+        ? json(200, {
+            apiVersion: "v1",
+            kind: "Endpoints",
+            metadata: { name, namespace },
+            subsets: [
+              {
+                addresses: c.servers.map((ip) => ({ ip })),
+                ports: [{ name: "https", port: c.port, protocol: "TCP" }],
+              },
+            ],
+          })
+        : notFound;
     case "/events":
       return name ? notFound : listOf(c, "EventList", "v1", []);
   }
@@ -283,7 +307,11 @@ function nodes(c: Cluster, q: Question, user: rules.User, name?: string, subreso
   if (name && verb === "patch") return patchNode(c, q, user, node, subresource);
   if (name && verb === "delete") {
     delete state.nodes[name];
-    if (gen === "modern") delete state.passwords[name];
+    c.share?.(`/registry/minions/${name}`, undefined);
+    if (gen === "modern") {
+      delete state.passwords[name];
+      c.share?.(`/registry/passwords/${name}`, undefined);
+    }
     c.save();
     const details = { name, kind: "nodes", uid: node.metadata.uid };
     return json(200, { kind: "Status", apiVersion: "v1", metadata: {}, status: "Success", details });
@@ -336,6 +364,10 @@ function patchNode(c: Cluster, q: Question, user: rules.User, node: rules.Node, 
     const bad = rules.forbiddenLabels(node.metadata.labels, next.metadata.labels).join(", ");
     if (bad) {
       const message = `nodes ${quote(name)} is forbidden: is not allowed to modify labels: ${bad}`;
+      return nodeStatus(403, "Forbidden", message, name);
+    }
+    if (JSON.stringify(next.spec.taints ?? []) !== JSON.stringify(node.spec.taints ?? [])) {
+      const message = `nodes ${quote(name)} is forbidden: node ${quote(name)} is not allowed to modify taints`;
       return nodeStatus(403, "Forbidden", message, name);
     }
     if (part.status) c.seen.set(name, Date.now());

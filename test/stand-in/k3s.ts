@@ -2,11 +2,20 @@
  * The stand-in's command line: `k3s.ts VERSION NAME ARGS…`, where NAME is the file it was called by.
  * A test tool, not k3s. Where it cannot do what k3s does, it says so and fails.
  */
-import { existsSync, readFileSync } from "node:fs";
-import { basename } from "node:path";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { basename, join } from "node:path";
 import { runAgent } from "./agent.ts";
-import { build, fatal, generation, log, logLine, useNanoseconds, versionText } from "./common.ts";
-import { helpText, incorrectUsage, one, parseFlags } from "./flags.ts";
+import {
+  build,
+  fatal,
+  type Generation,
+  generation,
+  log,
+  logLine,
+  useNanoseconds,
+  versionText,
+} from "./common.ts";
+import { flagTable, helpText, incorrectUsage, one, parseFlags } from "./flags.ts";
 import { kubectl } from "./kubectl.ts";
 import { runServer } from "./server.ts";
 
@@ -37,6 +46,29 @@ function finish(text: string, status = 0): never {
   process.exit(status);
 }
 
+/** config.yaml.d as arguments: `key: value`, and lists of `- value`. Any other YAML is not imitated. */
+function dropIns(gen: Generation, command: string, folder: string): string[] {
+  if (!existsSync(folder)) return [];
+  const known = flagTable(gen, command).flatMap(({ names }) => names);
+  const flags: string[] = [];
+  for (const name of readdirSync(folder).sort()) {
+    if (!/\.ya?ml$/.test(name)) continue;
+    let key = "";
+    for (const line of readFileSync(join(folder, name), "utf8").split("\n")) {
+      if (/^\s*(#.*)?$/.test(line)) continue;
+      const [, own, rest = "", item] = /^(?:"?([\w-]+)\+?"?:(?:\s+(.*))?|\s+-\s+(.+))$/.exec(line) ?? [];
+      if (own) key = own;
+      const value = (item ?? rest).trim().replace(/^(["'])(.*)\1$/, "$2");
+      if (!key || (!own && !item) || /^[[{&*|>]/.test(value))
+        fatal(gen, `yaml: unmarshal errors (stand-in: ${folder}/${name} has ${JSON.stringify(line)})`);
+      if (own && !value) continue;
+      if (known.includes(key)) flags.push(`--${key}=${value}`);
+      else log("warning", `Unknown flag --${key} found in config.yaml, skipping\n`);
+    }
+  }
+  return flags;
+}
+
 async function main([version, name, ...args]: string[]): Promise<void> {
   const gen = generation(version);
   const [command, ...rest] = basename(name) === "kubectl" ? ["kubectl", ...args] : args;
@@ -56,10 +88,11 @@ async function main([version, name, ...args]: string[]): Promise<void> {
     process.exit(3);
   }
 
-  const argv = rest;
   const config = "/etc/rancher/k3s/config.yaml";
   if (gen === "modern" && existsSync(config) && /^[^#\s]/m.test(readFileSync(config, "utf8")))
     fatal(gen, `stand-in: ${config} is not imitated`);
+  // What the file has comes before the arguments, which so count more, or are added to a list.
+  const argv = gen === "modern" ? [...dropIns(gen, command, `${config}.d`), ...rest] : rest;
   const parsed = parseFlags(gen, command, argv, process.env);
   if ("error" in parsed) {
     process.stdout.write(incorrectUsage(gen, command, parsed.error));
@@ -72,7 +105,6 @@ async function main([version, name, ...args]: string[]): Promise<void> {
     "with-node-id",
     "rootless",
     "docker",
-    "datastore-endpoint",
     "cluster-init",
     "disable-cloud-controller",
     "cluster-cidr",
@@ -80,6 +112,8 @@ async function main([version, name, ...args]: string[]): Promise<void> {
   ]) {
     if (one(values, flag)) fatal(gen, `stand-in: --${flag} is not imitated`);
   }
+  if (one(values, "datastore-endpoint") && !/^https?:/.test(one(values, "datastore-endpoint") ?? ""))
+    fatal(gen, "stand-in: of datastores only etcd is imitated");
   const notify = process.env.NOTIFY_SOCKET;
   delete process.env.NOTIFY_SOCKET;
   // v1.17's unit ends as failed when it is stopped.

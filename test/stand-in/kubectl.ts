@@ -2,7 +2,7 @@
 import { accessSync, constants, existsSync, readFileSync } from "node:fs";
 import { type Answer, type Call, type CallError, call } from "./client.ts";
 import { generation, logLine, sleep } from "./common.ts";
-import type { Node } from "./nodes.ts";
+import { type Node, taint as taintOf } from "./nodes.ts";
 
 type Options = { words: string[]; flags: Map<string, string> };
 const VALUE_FLAGS = [
@@ -236,7 +236,19 @@ async function run(version: string, args: string[]): Promise<string> {
   const [verb, ...rest] = words;
   const known =
     verb &&
-    ["get", "annotate", "top", "delete", "cordon", "uncordon", "drain", "version", "config"].includes(verb);
+    [
+      "get",
+      "annotate",
+      "label",
+      "taint",
+      "top",
+      "delete",
+      "cordon",
+      "uncordon",
+      "drain",
+      "version",
+      "config",
+    ].includes(verb);
   if (!known) return fail(`k3s stand-in: kubectl ${verb ?? ""} is not imitated`);
   const refusedFlag = [...flags.keys()].find((f) => REFUSED.includes(f));
   if (refusedFlag)
@@ -344,28 +356,52 @@ async function run(version: string, args: string[]): Promise<string> {
     }
     return fail(`k3s stand-in: kubectl get ${rest.join(" ")} is not imitated in this form`);
   }
-  if (verb === "annotate") {
+  if (verb === "annotate" || verb === "label") {
+    const what = verb === "label" ? "label" : "annotation";
     const [name, ...changes] = names;
     if (!isNode(kind) || !name)
       return fail("error: one or more resources must be specified as <resource> <name> or <resource>/<name>");
-    if (!changes.length) return fail("error: at least one annotation update is required");
-    const annotations: Record<string, string | null> = {};
+    if (!changes.length) return fail(`error: at least one ${what} update is required`);
+    const values: Record<string, string | null> = {};
     for (const change of changes) {
       const [, key, value] =
         /^([^=]+)=([\s\S]*)$/.exec(change) ??
         (change.endsWith("-")
           ? [change, change.slice(0, -1), null]
-          : fail(`error: all annotation updates must be of the form key=value or key-: ${change}`));
-      annotations[key as string] = value as string | null;
+          : fail(`error: all ${what} updates must be of the form key=value or key-: ${change}`));
+      values[key as string] = value as string | null;
     }
-    const have = (await good<Node>(nodePath(name))).metadata.annotations;
-    const taken = Object.keys(annotations).filter((k) => annotations[k] !== null && k in have);
+    const have = (await good<Node>(nodePath(name))).metadata[`${what}s`];
+    const taken = Object.keys(values).filter((k) => values[k] !== null && k in have);
     if (taken.length && flags.get("overwrite") !== "true")
       return fail(
-        `error: --overwrite is false but found the following declared annotation(s): ${taken.map((k) => `'${k}' already has a value (${have[k]})`).join("; ")}`,
+        `error: --overwrite is false but found the following declared ${what}(s): ${taken.map((k) => `'${k}' already has a value (${have[k]})`).join("; ")}`,
       );
-    await good(nodePath(name), "", { method: "PATCH", body: { metadata: { annotations } } });
-    return `node/${name} annotated\n`;
+    await good(nodePath(name), "", { method: "PATCH", body: { metadata: { [`${what}s`]: values } } });
+    return `node/${name} ${verb === "label" ? "labeled" : "annotated"}\n`;
+  }
+  if (verb === "taint") {
+    const [name, ...changes] = names;
+    if (!isNode(kind) || !name || !changes.length)
+      return fail("error: at least one resource name and one taint must be specified");
+    let taints = (await good<Node>(nodePath(name))).spec.taints ?? [];
+    for (const change of changes) {
+      const gone = /^([^=:]+):(\w+)-$/.exec(change);
+      const next = gone ? { key: gone[1], effect: gone[2] } : taintOf(change);
+      const had = taints.find((t) => t.key === next.key && t.effect === next.effect);
+      if (gone && !had) return fail(`error: taint ${JSON.stringify(change.slice(0, -1))} not found`);
+      if (!gone && had && flags.get("overwrite") !== "true")
+        return fail(
+          `error: node ${name} already has ${next.key} taint(s) with same effect(s) and --overwrite is false`,
+        );
+      taints = taints.filter((t) => t !== had);
+      if (!gone) taints = [...taints, next as (typeof taints)[number]];
+    }
+    await good(nodePath(name), "", {
+      method: "PATCH",
+      body: { spec: { taints: taints.length ? taints : null } },
+    });
+    return `node/${name} ${changes.every((c) => c.endsWith("-")) ? "untainted" : "tainted"}\n`;
   }
   if (verb === "top") {
     if (!isNode(kind)) return fail(`k3s stand-in: kubectl top ${rest.join(" ")} is not imitated`);

@@ -31,7 +31,7 @@ export type Node = {
     podCIDRs: string[];
     providerID: string;
     unschedulable?: boolean;
-    taints?: { key: string; effect: string }[];
+    taints?: { key: string; value?: string; effect: string }[];
   };
   status: { addresses: Address[]; conditions: Condition[]; [more: string]: unknown };
 };
@@ -99,7 +99,12 @@ export function newNode(gen: Generation, version: string, facts: Facts, machine:
       resourceVersion: "1",
       uid: "",
     },
-    spec: { podCIDR: "", podCIDRs: [], providerID: `k3s://${facts.name}` },
+    spec: {
+      podCIDR: "",
+      podCIDRs: [],
+      providerID: `k3s://${facts.name}`,
+      ...(facts.taints?.length ? { taints: facts.taints.map(taint) } : {}),
+    },
     status: {
       addresses:
         gen === "old" && !facts.nodeIpMissing
@@ -126,6 +131,14 @@ export function newNode(gen: Generation, version: string, facts: Facts, machine:
       },
     },
   };
+}
+
+/** `key=value:Effect` or `key:Effect`, as kubelet and kubectl take it. */
+export function taint(text: string): { key: string; value?: string; effect: string } {
+  const [, key, value, effect] =
+    /^([^=:]+)(?:=([^:]*))?:(NoSchedule|PreferNoSchedule|NoExecute)$/.exec(text) ?? [];
+  if (!key || !effect) throw new Error(`invalid taint spec: ${text}`);
+  return { key, ...(value ? { value } : {}), effect };
 }
 
 export function kubeletConditions(ready: boolean): Condition[] {
@@ -295,7 +308,10 @@ export function forbidden(gen: Generation, user: User, ask: Ask): string | undef
   const no = `${subject}: User ${JSON.stringify(user.name)} cannot ${ask.verb} resource ${JSON.stringify(what)} in API group ${JSON.stringify(ask.group ?? "")} ${ask.namespace ? `in the namespace ${JSON.stringify(ask.namespace)}` : "at the cluster scope"}`;
   if (ask.resource !== "nodes") {
     const reads = ["get", "list", "watch"].includes(ask.verb);
-    return user.name === "system:k3s-controller" && ask.resource === "pods" && !ask.group && reads
+    return user.name === "system:k3s-controller" &&
+      ["pods", "endpoints"].includes(ask.resource) &&
+      !ask.group &&
+      reads
       ? undefined
       : no;
   }

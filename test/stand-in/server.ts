@@ -16,6 +16,7 @@ import { dirname, join } from "node:path";
 import { kubeconfig, runAgent } from "./agent.ts";
 import { answer, type Cluster, hash, putNode, type State, sortedNodes } from "./api.ts";
 import { build, DELAY, fatal, type Generation, hostAddress, log, ready, shutdown, sleep } from "./common.ts";
+import { openStore, patiently, type Store } from "./datastore.ts";
 import { list, one, type Values } from "./flags.ts";
 import { deployPass, scrape, stage } from "./metrics.ts";
 import { cloudAddresses, unknownCondition } from "./nodes.ts";
@@ -90,6 +91,21 @@ export async function runServer(start: Start): Promise<void> {
 
   const tokenPath = join(dir, "token");
   const password = serverPassword(values, tokenPath);
+  const endpoint = one(values, "datastore-endpoint");
+  const store = endpoint ? openStore(endpoint) : undefined;
+  const late = (error: Error): void => log("error", `stand-in: ${error.message}`);
+  if (store) {
+    // What the first server has put there, under its token's hash: the others take their CAs from it.
+    const found = await patiently(() => store.list("/bootstrap/"), late);
+    const [key, files] = Object.entries(found)[0] ?? [];
+    if (key && key !== hash(password)) fatal(gen, otherToken);
+    for (const [name, text] of Object.entries(JSON.parse(files ?? "{}") as Record<string, string>))
+      write(join(tls, name), text, 0o600);
+    state.nodes = {};
+    state.passwords = await store.list("/registry/passwords/");
+    for (const [name, node] of Object.entries(await store.list("/registry/minions/")))
+      state.nodes[name] = JSON.parse(node);
+  }
   if (gen === "modern" && state.tokenHash && state.tokenHash !== hash(password)) {
     log("info", "Shutdown request received");
     fatal(gen, otherToken);
@@ -130,10 +146,18 @@ export async function runServer(start: Start): Promise<void> {
     credDir: cred,
     state,
     save,
+    servers: [],
     apiUp: false,
     seen: new Map(),
     usage: undefined,
   };
+  c.servers = [c.advertised];
+  if (store) {
+    const cas = ["server-ca", "client-ca"].flatMap((name) => [`${name}.crt`, `${name}.key`]);
+    const files = JSON.stringify(Object.fromEntries(cas.map((name) => [name, file(join(tls, name))])));
+    await store.put(`/bootstrap/${hash(password)}`, files);
+    await share(c, store, late);
+  }
   for (const name of ["client-k3s-controller", "client-kube-proxy", "client-kubelet", "serving-kubelet"])
     keyed(name);
   const admin = join(tls, "client-admin.crt"),
@@ -263,6 +287,43 @@ ${c.gen === "old" ? "preferences: {}\n" : ""}users:
   user:
     ${user}
 `;
+
+/** Nodes, passwords and leases of servers by way of the datastore: twice a second, and the last writer wins. */
+async function share(c: Cluster, store: Store, late: (error: Error) => void): Promise<void> {
+  const writes = new Map<string, Promise<void>>();
+  c.share = (key, value) => {
+    const write = (writes.get(key) ?? Promise.resolve())
+      .then(() => (value === undefined ? store.remove(key) : store.put(key, value)))
+      .catch(late)
+      .finally(() => writes.get(key) === write && writes.delete(key));
+    writes.set(key, write);
+  };
+  const LEASE = 15_000;
+  const pass = async (): Promise<void> => {
+    await store.put(`/registry/masterleases/${c.advertised}`, String(Date.now()));
+    const leases = await store.list("/registry/masterleases/");
+    c.servers = Object.keys(leases)
+      .filter((ip) => Date.now() - Number(leases[ip]) < LEASE)
+      .sort();
+    const nodes = await store.list("/registry/minions/");
+    for (const [name, text] of Object.entries(nodes)) {
+      if (writes.has(`/registry/minions/${name}`) || JSON.stringify(c.state.nodes[name]) === text) continue;
+      c.state.nodes[name] = JSON.parse(text);
+      // Its kubelet spoke to another server.
+      c.seen.set(name, Date.now());
+    }
+    for (const name of Object.keys(c.state.nodes))
+      if (!(name in nodes) && !writes.has(`/registry/minions/${name}`)) delete c.state.nodes[name];
+    c.state.passwords = { ...c.state.passwords, ...(await store.list("/registry/passwords/")) };
+  };
+  await pass().catch(late);
+  void (async () => {
+    for (;;) {
+      await sleep(500);
+      await pass().catch(late);
+    }
+  })();
+}
 
 /** The cloud controller, which copies addresses, and the node controller, which notices silence. */
 function watchNodes(c: Cluster): void {

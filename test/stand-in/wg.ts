@@ -42,7 +42,9 @@ export async function bringUp(gen: Generation, podCidr: string, network: string)
     );
   if (exists(name)) {
     run("ip", "link", "del", name);
-    for (let i = 0; exists(name) && i < 20; i++) await sleep(50);
+    // wireguard-go takes its socket away when it ends, late on a busy machine: the next one's must not be it.
+    const socket = `/var/run/wireguard/${name}.sock`;
+    for (let i = 0; (exists(name) || existsSync(socket)) && i < 100; i++) await sleep(50);
   }
   const kernel = spawnSync("ip", ["link", "add", name, "type", "wireguard"], { encoding: "utf8" });
   if (kernel.status !== 0) {

@@ -1,0 +1,184 @@
+/** What settings make of a node beside its unit: its labels and taints, and files of /etc/rancher/k3s. */
+import { createHash } from "node:crypto";
+import { type Generation, KUBECTL, nodesOf, type Role, rewrite } from "./k3s.ts";
+import { type Settings, words } from "./settings.ts";
+import { sh, writeFile } from "./sh.ts";
+import { type Change, type Facts, Refusal } from "./step.ts";
+
+export const NODE_SETTINGS = [
+  "NODE_LABELS",
+  "NODE_TAINTS",
+  "K3S_CONFIG",
+  "REGISTRY_MIRRORS",
+  "HTTPS_PROXY",
+  "HTTP_PROXY",
+  "NO_PROXY",
+] as const;
+
+/** Read by modern k3s after config.yaml, which is the user's own (v1.20.7 and v1.21.1 on). */
+export const CONFIG = "/etc/rancher/k3s/config.yaml.d/across-clouds.yaml";
+
+export const REGISTRIES = "/etc/rancher/k3s/registries.yaml";
+const OURS = "# Written by k3s-across-clouds from REGISTRY_MIRRORS.";
+/** Where k3s imports images from when it starts. */
+export const IMAGES = "/var/lib/rancher/k3s/agent/images";
+
+// Somebody else's registries.yaml may hold passwords: it is not read.
+export const filesLook = `fact config; stat -c %a ${CONFIG} 2>/dev/null && sha256sum <${CONFIG} | cut -d' ' -f1
+fact registries; if [ "$(head -n 1 ${REGISTRIES} 2>/dev/null)" = ${sh(OURS)} ]; then cat ${REGISTRIES}
+elif [ -s ${REGISTRIES} ]; then echo foreign; fi
+fact read; for f in ${CONFIG} ${REGISTRIES} ${IMAGES}/k3s-airgap-images-*; do [ ! -e "$f" ] || stat -c %Z "$f"; done
+`;
+
+/** registries.yaml with the mirrors of each registry in their order. @see k3s docs, "Private Registry Configuration" */
+export function registriesText(mirrors: string): string {
+  const endpoints = new Map<string, string[]>();
+  for (const word of words(mirrors)) {
+    const at = word.indexOf("=");
+    const [registry, url] = [word.slice(0, at), word.slice(at + 1)];
+    endpoints.set(registry, [...(endpoints.get(registry) ?? []), url]);
+  }
+  const rows = [...endpoints].map(
+    ([registry, urls]) =>
+      `  "${registry}":\n    endpoint:\n${urls.map((url) => `      - "${url}"\n`).join("")}`,
+  );
+  return `${OURS}\nmirrors:\n${rows.join("")}`;
+}
+
+const argument = (args: string, name: string, value: string) =>
+  new RegExp(`--${name}[= ](\\S+)`).exec(args)?.[1] ?? value;
+
+/** The networks of pods and of services: k3s's own, or what SERVER_ARGS says. */
+export const rangesOf = ({ SERVER_ARGS }: Settings): [pods: string, services: string] => [
+  argument(SERVER_ARGS, "cluster-cidr", "10.42.0.0/16"),
+  argument(SERVER_ARGS, "service-cidr", "10.43.0.0/16"),
+];
+
+/**
+ * What must not go by the proxy: k3s reaches its API, kubelets and pods by Go's defaults, which heed it.
+ * @param nodes public addresses of the nodes this one talks to.
+ */
+export function noProxy(want: Settings, nodes: readonly string[]): string {
+  const own = [
+    "localhost",
+    "127.0.0.0/8",
+    ...rangesOf(want),
+    ".svc",
+    `.${argument(want.SERVER_ARGS, "cluster-domain", "cluster.local")}`,
+  ];
+  return [...new Set([...want.NO_PROXY.split(","), ...own, ...nodes].filter(Boolean))].join(",");
+}
+
+/** Lines of the unit's EnvironmentFile; `@NAME@` stands for a secret. */
+export const proxyEnv = (want: Settings): string =>
+  want.HTTPS_PROXY || want.HTTP_PROXY
+    ? `${want.HTTPS_PROXY && "HTTPS_PROXY=@HTTPS_PROXY@\n"}${want.HTTP_PROXY && "HTTP_PROXY=@HTTP_PROXY@\n"}NO_PROXY=${want.NO_PROXY}\n`
+    : "";
+
+/** A change that fetches something by the box's proxy, where there is one; curl and package managers know these names. */
+export function byProxy(want: Settings, change: Change): Change {
+  const names = (["HTTPS_PROXY", "HTTP_PROXY"] as const).filter((name) => want[name]);
+  if (names.length === 0) return change;
+  const set = names.map((name) => `export ${name.toLowerCase()}="$${name}"\n`).join("");
+  return {
+    ...change,
+    sh: `${set}export no_proxy=${sh(want.NO_PROXY)}\n${change.sh}`,
+    secrets: [...(change.secrets ?? []), ...names],
+  };
+}
+
+/** Changes that write files, and the paths that have to go before the next start. */
+export function filesPlan(
+  generation: Generation,
+  version: string,
+  want: Settings,
+  facts: Facts,
+): { changes: Change[]; gone: string[] } {
+  const changes: Change[] = [];
+  const gone: string[] = [];
+  if (want.K3S_CONFIG && generation === "old")
+    throw new Refusal(`K3S_CONFIG needs k3s v1.26 or later, not ${version}: use SERVER_ARGS and AGENT_ARGS`);
+  if (!want.K3S_CONFIG && facts.config?.trim()) gone.push(CONFIG);
+  if (want.K3S_CONFIG && facts.config?.trim() !== `600\n${sha256(`${want.K3S_CONFIG}\n`)}`)
+    changes.push({
+      why: `write ${CONFIG} (0600)`,
+      sh: writeFile(CONFIG, "@K3S_CONFIG@\n", "600", ["K3S_CONFIG"]),
+      secrets: ["K3S_CONFIG"],
+    });
+  const mirrors = want.REGISTRY_MIRRORS && registriesText(want.REGISTRY_MIRRORS);
+  const have = `${facts.registries?.trim() ?? ""}\n`;
+  if (mirrors && have === "foreign\n")
+    throw new Refusal(
+      `REGISTRY_MIRRORS is set, but ${REGISTRIES} is somebody else's: move it away, or set no REGISTRY_MIRRORS`,
+    );
+  if (!mirrors && have.startsWith(OURS)) gone.push(REGISTRIES);
+  if (mirrors && have !== mirrors)
+    changes.push({
+      ...rewrite(REGISTRIES, facts.registries?.trim() && have, mirrors),
+      sh: writeFile(REGISTRIES, mirrors),
+    });
+  return { changes, gone };
+}
+
+const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");
+
+export const labelArgs = (want: Settings): string[] => [
+  ...words(want.NODE_LABELS).map((label) => `--node-label=${label}`),
+  ...words(want.NODE_TAINTS).map((taint) => `--node-taint=${taint}`),
+];
+
+/**
+ * Changes of a node that is registered already, to be made before its unit is written: k3s sets its labels at
+ * each start but takes none away, and taints at its first start only. What was ours before is in the old unit.
+ *
+ * @throws {Refusal} for taints of an agent, which no node may change of itself (NodeRestriction).
+ */
+export function labelsPlan(role: Role, name: string, args: readonly string[], facts: Facts): Change[] {
+  const node = nodesOf(facts.nodes).find((n) => n.name === name);
+  if (!node) return [];
+  const values = (flag: string, list: readonly string[]) =>
+    list.flatMap((arg) => (arg.startsWith(`--${flag}=`) ? arg.slice(flag.length + 3).split(",") : []));
+  const old = (facts.unit ?? "").split("\n").map((line) => line.trim().replace(/ \\$/, ""));
+
+  const key = (label: string) => label.split("=")[0] as string;
+  const keys = values("node-label", args).map(key);
+  const labels = [...new Set(values("node-label", old).map(key))].filter(
+    (label) => !keys.includes(label) && label in node.labels,
+  );
+  const taints = values("node-taint", args);
+  const missing = taints.filter((taint) => !node.taints.includes(bare(taint)));
+  const extra = values("node-taint", old).filter(
+    (taint) => !taints.includes(taint) && node.taints.includes(bare(taint)),
+  );
+  // One key and effect has one value: setting it anew is no removal.
+  const place = (taint: string) => taint.replace(/=[^:]*/, "");
+  const words = [
+    ...extra
+      .filter((taint) => !missing.some((other) => place(other) === place(taint)))
+      .map((t) => `${place(t)}-`),
+    ...missing,
+  ];
+  if (words.length && role === "agent")
+    throw new Refusal(
+      `Node ${name} is registered with other taints, and Kubernetes lets no agent change its own: on the server run "kubectl taint --overwrite node ${name} ${words.join(" ")}", then the same again`,
+    );
+  const change = (verb: string, list: string[]): Change[] =>
+    list.length
+      ? [
+          {
+            why: `${verb} node ${name}: ${list.join(" ")}`,
+            sh: `${KUBECTL}\nkc ${verb} --overwrite node ${sh(name)} ${list.map(sh).join(" ")}`,
+          },
+        ]
+      : [];
+  return [
+    ...change(
+      "label",
+      labels.map((label) => `${label}-`),
+    ),
+    ...change("taint", words),
+  ];
+}
+
+/** A taint as the API has it: \`key=:Effect\` and \`key:Effect\` are one. */
+const bare = (taint: string) => taint.replace("=:", ":");

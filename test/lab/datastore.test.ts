@@ -1,0 +1,128 @@
+/** Two servers in two clouds over a datastore that they share, and an agent that goes on when the first one is off. */
+import assert from "node:assert/strict";
+import { after, before, describe, test } from "node:test";
+import { sh } from "../../lib/sh.ts";
+import { type Bench, bench, connected, MODERN, nodes, OLD, starts, state } from "./suite.ts";
+
+const ENDPOINT = "http://k3s:hunter2@203.0.113.254:2379";
+
+describe("several servers", { concurrency: true }, () => {
+  for (const [generation, version] of Object.entries({ old: OLD, modern: MODERN }))
+    describe(`k3s ${version}`, { concurrency: 1 }, () => {
+      let t: Bench;
+      const env = (more: Record<string, string> = {}, server = "a1 b1") =>
+        t.settings({ K3S_VERSION: version, ...more }, { server, agents: "b2" });
+      before(async () => {
+        t = await bench({ name: `settings-db-${generation}` });
+        t.secret("hunter2");
+        env({ K3S_DATASTORE_ENDPOINT: ENDPOINT });
+        await t.ok(`node -e ${sh(STORE)} >/dev/null 2>$HOME/store.log & sleep 0.5`);
+      });
+      after(() => t?.lab.down());
+
+      test("without a datastore are refused, and nothing is touched", async () => {
+        const before = await Promise.all(t.lab.boxes.map(state));
+        env();
+        await t.says("make up", 2, [/SERVER \(.*\): expected one of a1, b1, or a K3S_DATASTORE_ENDPOINT/]);
+        env({}, "a1");
+        await t.says("make server HOST=b1", 2, [
+          "HOST is b1, but SERVER is a1: expected K3S_DATASTORE_ENDPOINT for a second server",
+        ]);
+        await t.says("make server SERVER_ARGS=--cluster-init", 2, [
+          /embedded etcd needs its members' private/,
+        ]);
+        assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), before);
+      });
+
+      test("of which the first is not up: the second is refused", async () => {
+        env({ K3S_DATASTORE_ENDPOINT: ENDPOINT });
+        await t.says("make server HOST=b1", 2, [/K3S_TOKEN is not set: .* for a1, the first server/]);
+      });
+
+      test("come up with their agent, and agents are told the first", async () => {
+        await t.ok("make -j up");
+        assert.equal(t.env().K3S_URL, "https://198.51.100.11:6443");
+        const seen = await nodes(t.box("a1"));
+        assert.deepEqual(await nodes(t.box("b1")), seen);
+        assert.deepEqual(
+          Object.entries(seen).map(([name, node]) => [name, node.ready, node.external]),
+          t.lab.boxes.map(({ name, publicIp }) => [name, true, publicIp]),
+        );
+        await connected(t.lab.boxes);
+      });
+
+      test("have the endpoint in a file for root alone, and on no command line", async () => {
+        for (const name of ["a1", "b1"]) {
+          const said = await t.box(name).sh(`stat -c '%a %U' /etc/systemd/system/k3s.service.env
+grep -c ^K3S_DATASTORE_ENDPOINT= /etc/systemd/system/k3s.service.env
+cat /proc/[0-9]*/cmdline | grep -ac 'hunte[r]2' || true
+runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /var/lib/rancher /var/log || true`);
+          assert.equal(said, "600 root\n1\n0\n");
+        }
+      });
+
+      test("a second run changes nothing, on all or on one", async () => {
+        const before = await Promise.all(t.lab.boxes.map(state));
+        assert.equal((await t.ok("make -j up")).text.match(/nothing to do/g)?.length, 3);
+        await t.says("make server HOST=b1", 0, ["nothing to do"]);
+        await t.says("make server", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m]);
+        assert.equal(t.env().K3S_URL, "https://198.51.100.11:6443");
+        assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), before);
+      });
+
+      test("cut while the second server's changes are made, the next run finishes", async () => {
+        const { K3S_URL = "", K3S_TOKEN = "" } = t.env();
+        env({ K3S_DATASTORE_ENDPOINT: ENDPOINT, K3S_URL, K3S_TOKEN, SERVER_ARGS__b1: "--disable=traefik" });
+        const before = await starts(t.box("a1"));
+        const run = await t.cut("make server", /restart k3s and wait/, "KILL");
+        assert(run.reached, run.text);
+        await t.ok("make server");
+        await t.says("make server", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m]);
+        assert.equal(await starts(t.box("a1")), before);
+        assert.match(await t.box("b1").sh("cat /etc/systemd/system/k3s.service"), /--disable=traefik$/m);
+      });
+
+      test("the first one is off: the agent has learned the second, and starts again by it", async () => {
+        await t.box("a1").off();
+        await t.box("b2").sh("systemctl restart --no-block k3s-agent");
+        const since = Date.now() / 1000;
+        const heartbeat = async () => {
+          const { items } = JSON.parse(await t.box("b1").sh("kubectl get nodes -o json"));
+          const { status } = items.find(
+            (item: { metadata: { name: string } }) => item.metadata.name === "b2",
+          );
+          return status.conditions.find((c: { type: string }) => c.type === "Ready");
+        };
+        for (const end = Date.now() + 90_000; ; ) {
+          const { status, lastHeartbeatTime } = await heartbeat();
+          if (status === "True" && Date.parse(lastHeartbeatTime) / 1000 > since + 3) break;
+          assert(Date.now() < end, `b2 is ${status} since ${lastHeartbeatTime}`);
+        }
+        await t.box("a1").on();
+        await t.ok("make -j up");
+        await connected(t.lab.boxes);
+      });
+
+      test("a server does not leave its datastore for an empty one", async () => {
+        const { K3S_URL = "", K3S_TOKEN = "" } = t.env();
+        env({ K3S_URL, K3S_TOKEN }, "a1");
+        await t.says("make server", 2, ["K3S_DATASTORE_ENDPOINT is not set: it would begin an empty one"]);
+      });
+    });
+});
+
+/** etcd's JSON gateway, as far as the stand-in asks it; for whoever has the password. */
+const STORE = `const store = new Map();
+const text = (base64) => Buffer.from(base64, "base64").toString();
+require("node:http").createServer((asked, answer) => {
+  if (asked.headers.authorization !== "Basic " + btoa("k3s:hunter2")) return answer.writeHead(401).end();
+  let body = "";
+  asked.on("data", (part) => (body += part)).on("end", () => {
+    const { key, value, range_end } = JSON.parse(body);
+    const from = text(key), to = range_end ? text(range_end) : from + "\\0";
+    const found = [...store.keys()].filter((k) => k >= from && k < to).sort();
+    if (asked.url === "/v3/kv/put") store.set(from, value);
+    if (asked.url === "/v3/kv/deleterange") for (const k of found) store.delete(k);
+    answer.end(JSON.stringify({ kvs: found.map((k) => ({ key: btoa(k), value: store.get(k) })) }));
+  });
+}).listen(2379);`;

@@ -1,0 +1,147 @@
+/** make firewall on boxes with firewalld, with ufw and with nft rules that drop: the nodes pass, the world does not, ssh stays. */
+import assert from "node:assert/strict";
+import { after, before, describe, test } from "node:test";
+import { closeAgain } from "../../lib/firewall.ts";
+import type { Box } from "./lab.ts";
+import { type Bench, bench, connected, state } from "./suite.ts";
+
+describe("make firewall", { concurrency: 1 }, () => {
+  let t: Bench;
+  let [a1, b1, b2] = [] as unknown as [Box, Box, Box];
+  after(() => t?.lab.down());
+  /** Is a TCP port of `to` open to the operator, and to a box? */
+  const OPEN = (ip: string, port: number) =>
+    `timeout 3 bash -c ': </dev/tcp/${ip}/${port}' 2>/dev/null && echo open || echo closed`;
+  const toWorld = async (to: Box, port: number) => (await t.lab.net("op", OPEN(to.publicIp, port))).trim();
+  const toBox = async (from: Box, to: Box, port: number) => (await from.sh(OPEN(to.publicIp, port))).trim();
+  const doors = async () => ({
+    api: await Promise.all([toBox(b1, a1, 6443), toBox(b2, a1, 6443), toWorld(a1, 6443)]),
+    kubelets: await Promise.all([
+      toBox(a1, b1, 10250),
+      toBox(a1, b2, 10250),
+      toBox(b1, a1, 10250),
+      toWorld(a1, 10250),
+      toWorld(b1, 10250),
+      toWorld(b2, 10250),
+    ]),
+    ssh: await Promise.all([a1, b1, b2].map((box) => toWorld(box, 22))),
+  });
+  const SHUT = {
+    api: ["open", "open", "closed"],
+    kubelets: ["open", "open", "open", "closed", "closed", "closed"],
+    ssh: ["open", "open", "open"],
+  };
+
+  before(async () => {
+    t = await bench({ name: "settings-fw", hairpin: ["a", "b"] });
+    [a1, b1, b2] = [t.box("a1"), t.box("b1"), t.box("b2")];
+    t.settings();
+    await t.ok("make -j up");
+  });
+
+  test("without a firewall, its own table closes what is open, and comes back with the box", async () => {
+    assert.deepEqual((await doors()).kubelets, Array(6).fill("open"));
+    const fresh = await Promise.all(t.lab.boxes.map(state));
+    const { out } = await t.ok("make firewall DRY=1");
+    assert.match(
+      out,
+      /b2: 1 to do\n {2}1\. nft: open 6443\/tcp, 10250\/tcp and 51820\/udp to 198\.51\.100\.11, /,
+    );
+    assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), fresh);
+    await t.ok("make firewall");
+    assert.deepEqual(await doors(), SHUT);
+    const done = await Promise.all(t.lab.boxes.map(state));
+    await t.says("make firewall", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m, /^b2 +nothing to do/m]);
+    assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), done);
+    await b2.off();
+    await b2.on();
+    await t.ok("make agent HOST=b2");
+    await connected(t.lab.boxes);
+    assert.deepEqual(await doors(), SHUT);
+    await t.says("make firewall", 0, [/^b2 +nothing to do/m]);
+  });
+
+  test("with nft rules that drop, ufw and firewalld: the cluster is let through them", async () => {
+    await Promise.all([
+      a1.sh(`systemctl disable -q --now k3s-firewall
+cat >/etc/nftables.conf <<'NFT'
+#!/usr/sbin/nft -f
+table inet mine
+delete table inet mine
+table inet mine {
+  chain input { type filter hook input priority 0; policy drop; ct state established,related accept; iif lo accept; tcp dport 22 accept; }
+  chain forward { type filter hook forward priority 0; policy drop; }
+}
+NFT
+systemctl enable -q --now nftables`),
+      b1.sh(`systemctl disable -q --now k3s-firewall
+apt-get -q update && apt-get -q -y --no-install-recommends install ufw
+ufw allow 22/tcp; ufw allow 10250/tcp; ufw --force enable`),
+      b2.sh(`systemctl disable -q --now k3s-firewall
+apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install firewalld
+firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp`),
+    ]);
+    assert.deepEqual((await doors()).api, ["closed", "closed", "closed"]);
+    await t.says("make firewall", 0, [/^a1 +nft: open /m, /^b1 +ufw: open /m, /^b2 +firewalld: open /m]);
+    assert.deepEqual(await doors(), SHUT);
+    const done = await Promise.all(t.lab.boxes.map(state));
+    await t.says("make firewall", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m, /^b2 +nothing to do/m]);
+    assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), done);
+    await Promise.all(
+      t.lab.boxes.map(({ sh }) => sh("systemctl restart 'k3s*.service' --state=active; sleep 3")),
+    );
+    await t.ok("make -j up");
+    await connected(t.lab.boxes);
+  });
+
+  test("they come back as they were with a box that restarts, and after nftables.service starts anew", async () => {
+    await Promise.all([b1, b2].map((box) => box.off()));
+    await Promise.all([b1, b2].map((box) => box.on()));
+    await a1.sh("systemctl restart nftables");
+    await t.ok("make -j up");
+    assert.deepEqual(await doors(), SHUT);
+    await t.says("make firewall", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m, /^b2 +nothing to do/m]);
+  });
+
+  test("a box that joins is let in, and one that leaves is not any more", async () => {
+    const rules = async () =>
+      Promise.all([
+        a1.sh("nft list ruleset | grep -c 198.51.101.13 || true"),
+        b1.sh("ufw status | grep -c 198.51.101.13 || true"),
+        b2.sh("firewall-cmd --list-rich-rules | grep -c 198.51.101.13 || true"),
+      ]);
+    t.settings({ ...learned() }, { agents: "b1 b2 b3=198.51.101.13" });
+    await t.ok('make firewall HOST="a1 b1 b2"');
+    assert.deepEqual(
+      (await rules()).map(Number).every((n) => n >= 3 || n === 3),
+      true,
+      `${await rules()}`,
+    );
+    t.settings({ ...learned() });
+    await t.ok("make firewall");
+    assert.deepEqual((await rules()).map(Number), [0, 0, 0]);
+  });
+
+  test("all of it can be taken away again, with nothing else", async () => {
+    await Promise.all(t.lab.boxes.map(({ sh }) => sh(closeAgain(["10.42.0.0/16", "10.43.0.0/16"]))));
+    const [nft, ufw, firewalld] = await Promise.all([
+      a1.sh(
+        "nft list ruleset | grep -e k3s.across -e 'chain input'; ls /usr/local/sbin /etc/systemd/system | grep firewall || true",
+      ),
+      b1.sh("ufw show added"),
+      b2.sh(
+        "firewall-cmd --list-rich-rules; firewall-cmd --permanent --list-rich-rules; firewall-cmd --zone=trusted --list-sources",
+      ),
+    ]);
+    assert.deepEqual(
+      [nft.trim(), ufw.trim().split("\n").slice(1), firewalld.trim()],
+      ["chain input {", ["ufw allow 22/tcp"], ""],
+    );
+    assert.deepEqual((await doors()).ssh, SHUT.ssh);
+  });
+
+  const learned = () => {
+    const { K3S_URL = "", K3S_TOKEN = "" } = t.env();
+    return { K3S_URL, K3S_TOKEN };
+  };
+});

@@ -1,0 +1,252 @@
+/** Settings of boxes and nodes: one that changes changes what depends on it, and nothing else. Both generations of k3s. */
+import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
+import { appendFileSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+import { sh } from "../../lib/sh.ts";
+import { standIn } from "../stand-in/pack.ts";
+import { type Bench, bench, connected, MODERN, mirrored, OLD, starts, state } from "./suite.ts";
+
+describe("settings", { concurrency: true }, () => {
+  for (const [generation, version] of Object.entries({ old: OLD, modern: MODERN }))
+    describe(`k3s ${version}`, { concurrency: 1 }, () => {
+      let t: Bench;
+      before(async () => {
+        t = await bench({ name: `settings-${generation}`, boxes: ["a1", "b1", "b2"] });
+        env();
+        await t.ok("make -j up");
+      });
+      after(() => t?.lab.down());
+
+      /** The operator's env file anew, with what has been learned kept. */
+      let learned: Record<string, string> = {};
+      function env(more: Record<string, string> = {}) {
+        try {
+          const { K3S_URL, K3S_TOKEN } = t.env();
+          if (K3S_URL && K3S_TOKEN) learned = { K3S_URL, K3S_TOKEN };
+        } catch {}
+        t.settings({ K3S_VERSION: version, ...learned, ...more });
+      }
+
+      /** While `part` runs k3s is started this often on a1, b1 and b2; then nothing is left to do, or done. */
+      async function restarts(expected: [number, number, number], part: () => Promise<unknown>) {
+        const before = await Promise.all(t.lab.boxes.map(starts));
+        await part();
+        const now = await Promise.all(t.lab.boxes.map(starts));
+        assert.deepEqual(
+          now.map((n, i) => n - (before[i] as number)),
+          expected,
+          "starts of k3s",
+        );
+        const all = () => Promise.all(t.lab.boxes.map(state));
+        const done = await all();
+        const { text } = await t.ok("make -j up");
+        assert.equal(text.match(/nothing to do/g)?.length, 3, text);
+        assert.deepEqual(await all(), done, "a second run changed something");
+      }
+
+      const node = async (name: string) =>
+        JSON.parse(await t.box("a1").sh(`kubectl get node ${name} -o json`));
+
+      test("the dry run shows the unit's difference line by line, and changes nothing", async () => {
+        env({ SERVER_ARGS: "--disable=traefik --write-kubeconfig-mode=640", AGENT_ARGS__b2: "--docker" });
+        const before = await Promise.all(t.lab.boxes.map(state));
+        const { out } = await t.ok("make up DRY=1");
+        assert.match(
+          out,
+          /a1: 2 to do\n {2}1\. write \/etc\/systemd\/system\/k3s\.service:\n {7}\+ --disable=traefik\n {7}\+ --write-kubeconfig-mode=640\n {2}2\. restart k3s and/,
+        );
+        assert.match(out, /b1: nothing to do/);
+        assert.match(
+          out,
+          /b2: 2 to do\n {2}1\. write \/etc\/systemd\/system\/k3s-agent\.service:\n {7}\+ --docker\n/,
+        );
+        assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), before);
+      });
+
+      test("labels and taints are the node's that they are written for; one run, one restart there", async () => {
+        env({
+          NODE_LABELS__b1: "disk=ssd shelf=left",
+          NODE_LABELS__a1: "disk=hdd",
+          NODE_TAINTS__a1: "control=plane:NoSchedule",
+        });
+        await restarts([1, 1, 0], () => t.ok("make -j up"));
+        assert.equal((await node("b1")).metadata.labels.disk, "ssd");
+        assert.equal((await node("a1")).metadata.labels.disk, "hdd");
+        assert.equal((await node("b2")).metadata.labels.disk, undefined);
+        assert.deepEqual((await node("a1")).spec.taints, [
+          { key: "control", value: "plane", effect: "NoSchedule" },
+        ]);
+      });
+
+      test("cut off between taking a label away and the unit, the next run finishes", async () => {
+        env({ NODE_LABELS__b1: "shelf=right" });
+        await t.box("b1").sh(`cat >/usr/local/sbin/systemctl <<'SH'
+#!/bin/sh
+case "$*" in *restart*) exec sleep 600 ;; esac
+exec /usr/bin/systemctl "$@"
+SH
+chmod 755 /usr/local/sbin/systemctl`);
+        const run = await t.cut("make agent HOST=b1", /restart k3s-agent and wait/, "KILL");
+        assert(run.reached, run.text);
+        await t.box("b1").sh(`main=$(systemctl show ssh -p MainPID | cut -d= -f2)
+kill -9 $(ps -e -o pid=,cgroup= | awk -v main="$main" '/ssh.service/ && $1 != main { print $1 }')
+rm /usr/local/sbin/systemctl`);
+        assert.deepEqual((await node("b1")).metadata.labels.disk, undefined);
+        await restarts([1, 1, 0], () => t.ok("make -j up"));
+        const { labels } = (await node("b1")).metadata;
+        assert.deepEqual([labels.disk, labels.shelf], [undefined, "right"]);
+        assert.equal((await node("a1")).spec.taints, undefined);
+      });
+
+      test("K3S_CONFIG", async () => {
+        const file = join(t.lab.dir, "home", "config.yaml");
+        writeFileSync(file, "# of b2 alone\nkubelet-arg:\n  - max-pods=50\ndebug: true\n");
+        env({ K3S_CONFIG__b2: file });
+        if (generation === "old") {
+          await t.says("make agent HOST=b2", 2, ["K3S_CONFIG needs k3s v1.26 or later, not v1.17.6+k3s1"]);
+          return;
+        }
+        // A1 and b1 go back to no labels of their own.
+        await restarts([0, 1, 1], () => t.ok("make -j up"));
+        const path = "/etc/rancher/k3s/config.yaml.d/across-clouds.yaml";
+        assert.equal((await t.box("b2").sh(`stat -c '%a %U' ${path}`)).trim(), "600 root");
+        const args = (await node("b2")).metadata.annotations["k3s.io/node-args"];
+        assert.match(args, /"--kubelet-arg","max-pods=50","--debug","true"/);
+        assert.equal((await t.box("b1").sh("ls -A /etc/rancher")).trim(), "node");
+        writeFileSync(file, "token: x\n");
+        await t.says("make agent HOST=b2", 2, [/it has token, expected it in K3S_TOKEN/]);
+        env();
+        await restarts([0, 0, 1], () => t.ok("make -j up"));
+        assert.equal((await t.box("b2").sh(`ls ${path} 2>/dev/null || true`)).trim(), "");
+      });
+
+      test("registry mirrors and a proxy: each box's own, one restart for both, and they go with their settings", async () => {
+        const proxy = "http://someone:hunter2@203.0.113.254:3128";
+        t.secret("hunter2");
+        env({
+          REGISTRY_MIRRORS: "docker.io=https://one.example docker.io=https://two.example:5000",
+          REGISTRY_MIRRORS__b2: "",
+          HTTPS_PROXY__b1: proxy,
+          NO_PROXY: "mine.example",
+        });
+        await restarts([1, 1, 0], () => t.ok("make -j up"));
+        const file = await t.box("b1").sh("cat /etc/rancher/k3s/registries.yaml");
+        assert.match(
+          file,
+          /\n {2}"docker\.io":\n {4}endpoint:\n {6}- "https:\/\/one\.example"\n {6}- "https:\/\/two/,
+        );
+        const environment = await t
+          .box("b1")
+          .sh(
+            "stat -c %a /etc/systemd/system/k3s-agent.service.env; tr '\\0' '\\n' </proc/$(systemctl show k3s-agent -p MainPID --value)/environ",
+          );
+        assert(
+          environment.startsWith("600\n") && environment.includes(`\nHTTPS_PROXY=${proxy}\n`),
+          environment,
+        );
+        assert.match(
+          environment,
+          /^NO_PROXY=mine\.example,localhost,127\.0\.0\.0\/8,10\.42\.0\.0\/16,10\.43\.0\.0\/16,\.svc,\.cluster\.local,198\.51\.100\.11,198\.51\.101\.11$/m,
+        );
+        env();
+        await restarts([1, 1, 0], () => t.ok("make -j up"));
+        assert.equal(await t.box("b1").sh("ls /etc/rancher/k3s 2>/dev/null || true"), "");
+      });
+
+      test("a box downloads by its proxy", async () => {
+        const log = join(t.lab.dir, "home/proxy.log");
+        await t.ok(
+          `node -e ${sh(PROXY)} 3128 ${log} >/dev/null 2>&1 & until grep -q listens ${log} 2>/dev/null; do sleep 0.1; done`,
+        );
+        await t.box("b2").sh("rm /usr/local/bin/k3s");
+        env({ HTTP_PROXY__b2: "http://203.0.113.254:3128" });
+        await t.ok("make download-k3s HOST=b2");
+        const asked = readFileSync(log, "utf8");
+        assert.match(asked, /^198\.51\.101\.12 GET http:\/\/203\.0\.113\.81\/k3s-io\/.*\/k3s$/m);
+        assert.match(
+          asked,
+          /^198\.51\.101\.12 GET http:\/\/203\.0\.113\.80\/k3s-io\/.*sha256sum-amd64\.txt$/m,
+        );
+        env();
+        await t.ok("make agent HOST=b2");
+      });
+
+      const images = `k3s-airgap-images-amd64.${generation === "old" ? "tar" : "tar.zst"}`;
+      const folder = "/var/lib/rancher/k3s/agent/images";
+
+      test("AIRGAP: images come from one mirror, their checksum from another, and k3s starts after them", async () => {
+        const text = "images\n".repeat(100_000);
+        for (const address of ["203.0.113.80", "203.0.113.81"]) {
+          const path = mirrored(t.lab, address, `k3s-io/k3s/releases/download/${version}`);
+          writeFileSync(join(path, images), text);
+          appendFileSync(
+            join(path, "sha256sum-amd64.txt"),
+            `${createHash("sha256").update(text).digest("hex")}  ${images}\n`,
+          );
+        }
+        env({ AIRGAP__b1: "yes" });
+        const asked = await t.requests(() => restarts([0, 1, 0], () => t.ok("make -j up")));
+        assert.equal(asked.length, 2, asked.join("\n"));
+        assert.equal(
+          (await t.box("b1").sh(`ls ${folder}; wc -c <${folder}/${images}`)).trim(),
+          `${images}\n700000`,
+        );
+      });
+
+      test("images beside K3S_BIN are pushed once; cut in the middle, the next run goes on from there", async () => {
+        const home = join(t.lab.dir, "home/airgap");
+        mkdirSync(home);
+        writeFileSync(join(home, "k3s"), standIn(version));
+        writeFileSync(join(home, images), Buffer.alloc(generation === "old" ? 9e8 : 3e8));
+        env({ AIRGAP__b1: "yes", K3S_BIN__b2: join(home, "k3s") });
+        const run = await t.cut("make agent HOST=b2", new RegExp(`copies .*${images}`), "KILL");
+        assert(run.reached, run.text);
+        await t.box("b2").sh("sleep 1");
+        const part = await t
+          .box("b2")
+          .sh(`cd ${folder}/..; stat -c '%s %i' images-*.part; ls images 2>/dev/null || true`);
+        const [, size = "", inode] = /^(\d+) (\d+)\n$/.exec(part) ?? [];
+        assert(Number(size) < (generation === "old" ? 9e8 : 3e8), part);
+        await restarts([0, 0, 1], () => t.ok("make -j up"));
+        const there = await t.box("b2").sh(`cd ${folder}; stat -c '%i %n %a' *`);
+        assert.equal(there, `${inode} ${images} 600\n`);
+        assert.equal(await t.box("b2").sh(`ls ${folder}/.. | grep part || true`), "");
+      });
+
+      test("an agent's taints are set when it joins; later ones are refused with the line that sets them", async () => {
+        await t.lab.add("b3");
+        env({ NODE_TAINTS__b3: "spot=yes:NoSchedule" });
+        await t.ok("make agent HOST=b3");
+        assert.deepEqual((await node("b3")).spec.taints, [
+          { key: "spot", value: "yes", effect: "NoSchedule" },
+        ]);
+        env({ NODE_TAINTS__b3: "spot=no:NoSchedule" });
+        const said = await t.says("make agent HOST=b3", 2, [
+          /no agent change its own: on the server run "kubectl taint/,
+        ]);
+        const [, line = ""] = /run "(kubectl taint [^"]*)"/.exec(said.text) ?? [];
+        await t.box("a1").sh(line);
+        await t.ok("make agent HOST=b3");
+        await t.says("make agent HOST=b3", 0, ["nothing to do"]);
+        assert.deepEqual((await node("b3")).spec.taints, [
+          { key: "spot", value: "no", effect: "NoSchedule" },
+        ]);
+      });
+
+      test("all boxes still reach each other", () => connected(t.lab.boxes));
+    });
+});
+
+/** A proxy for plain http that writes down who asks for what. */
+const PROXY = `const { appendFileSync } = require("node:fs"), http = require("node:http");
+const [port, log] = process.argv.slice(1);
+http.createServer((asked, answer) => {
+  appendFileSync(log, asked.socket.remoteAddress.replace("::ffff:", "") + " " + asked.method + " " + asked.url + "\\n");
+  const { method, headers } = asked;
+  asked.pipe(http.request(asked.url, { method, headers }, (got) => {
+    answer.writeHead(got.statusCode, got.headers);
+    got.pipe(answer);
+  }).on("error", () => answer.destroy()));
+}).listen(port, () => appendFileSync(log, "listens\\n"));`;

@@ -1,0 +1,52 @@
+/** The datastore that several servers share, as far as the stand-in goes: etcd, by the JSON gateway of its API (v3). */
+import { setTimeout as sleep } from "node:timers/promises";
+
+export interface Store {
+  /** Values by what follows the prefix in their keys. */
+  list(prefix: string): Promise<Record<string, string>>;
+  put(key: string, value: string): Promise<void>;
+  remove(key: string): Promise<void>;
+}
+
+const encode = (text: string): string => Buffer.from(text).toString("base64");
+const decode = (text: string): string => Buffer.from(text, "base64").toString();
+/** The end of the range of keys that begin with it. */
+const after = (prefix: string): string =>
+  prefix.slice(0, -1) + String.fromCharCode(prefix.charCodeAt(prefix.length - 1) + 1);
+
+export function openStore(endpoint: string): Store {
+  const { origin, username, password } = new URL(endpoint);
+  const authorization = `Basic ${encode(`${username}:${password}`)}`;
+  const ask = async (what: string, body: object): Promise<{ kvs?: { key: string; value?: string }[] }> => {
+    const answer = await fetch(`${origin}/v3/kv/${what}`, {
+      method: "POST",
+      headers: { authorization },
+      body: JSON.stringify(body),
+      signal: AbortSignal.timeout(5000),
+    });
+    if (!answer.ok) throw new Error(`datastore: ${answer.status} ${answer.statusText}`);
+    return (await answer.json()) as object;
+  };
+  return {
+    async list(prefix) {
+      const { kvs = [] } = await ask("range", { key: encode(prefix), range_end: encode(after(prefix)) });
+      return Object.fromEntries(
+        kvs.map(({ key, value = "" }) => [decode(key).slice(prefix.length), decode(value)]),
+      );
+    },
+    put: async (key, value) => void (await ask("put", { key: encode(key), value: encode(value) })),
+    remove: async (key) => void (await ask("deleterange", { key: encode(key) })),
+  };
+}
+
+/** Asked again until it answers, as k3s does when it starts. */
+export async function patiently<T>(work: () => Promise<T>, failed: (error: Error) => void): Promise<T> {
+  for (;;) {
+    try {
+      return await work();
+    } catch (error) {
+      failed(error as Error);
+      await sleep(2000);
+    }
+  }
+}
