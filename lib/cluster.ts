@@ -64,7 +64,7 @@ fact resolvers; for f in /etc/resolv.conf /run/systemd/resolve/resolv.conf; do
 127.'*|169.254.*) ;; *) echo "$list"; break ;; esac
 done
 fact said; journalctl -u k3s -u k3s-agent -o cat --no-pager --since -60s -n 400 2>/dev/null |
-  grep -E ${sh(MEANT)} | sed -E 's/^time="[^"]*" //' | awk '!seen[$0]++' | cut -c1-400 | tail -n 5
+  grep -E ${sh(MEANT)} | sed -E 's/^time="[^"]*" //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 5 | tac
 `;
 
 export const LOOKS: Record<Role, string> = {

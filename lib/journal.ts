@@ -16,7 +16,7 @@ interface Word {
   forever?: true;
 }
 
-/** What k3s says in its journal, and what it means (v1.17.6 and v1.36.3, recorded). The first that fits counts. */
+/** What k3s says in its journal, and what it means (v1.17.6 and v1.36.3, recorded). Of a line, the first that fits counts. */
 const WORDS: readonly Word[] = [
   {
     said: "Node password rejected",
@@ -125,13 +125,16 @@ export const HOPELESS = WORDS.filter(({ forever }) => forever)
   .map(({ said }) => said.replaceAll("'", "."))
   .join("|");
 
-/** What lines of k3s's journal mean, by the first meaning that fits; `again` is the line that mends the box. */
+/** What lines of k3s's journal mean: the last one that has a meaning counts. `again` is the line that mends the box. */
 export function meaningOf(text: string, again: string): { cause: string; remedy: string } | undefined {
-  const word = WORDS.find(({ said }) => new RegExp(said).test(text));
-  if (!word) return undefined;
-  const flag = /flag provided but not defined: -?(-[\w-]+)/.exec(text)?.[1];
-  return {
-    cause: flag ? word.cause.replace("a flag", `-${flag.replace(/^-+/, "-")},`) : word.cause,
-    remedy: word.remedy.replace("AGAIN", `"${again}"`),
-  };
+  for (const line of text.split("\n").reverse()) {
+    const word = WORDS.find(({ said }) => new RegExp(said).test(line));
+    if (!word) continue;
+    const flag = /flag provided but not defined: -*([\w-]+)/.exec(line)?.[1];
+    return {
+      cause: flag ? word.cause.replace("a flag that", `--${flag}, which`) : word.cause,
+      remedy: word.remedy.replace("AGAIN", `"${again}"`),
+    };
+  }
+  return undefined;
 }

@@ -27,7 +27,7 @@ async function check(call: cli.Call): Promise<number> {
     if (call.flags.has("json")) stdout.write(`${JSON.stringify(asJson(cluster, ills, podless))}\n`);
     else
       stdout.write(
-        `${watch && stdout.isTTY ? "\x1b[H\x1b[J" : ""}${reportOf(cluster, ills, stdout.isTTY ? stdout : {}, podless)}`,
+        `${watch ? `${stdout.isTTY ? "\x1b[H\x1b[J" : "\n"}${new Date().toISOString()}\n\n` : ""}${reportOf(cluster, ills, stdout.isTTY ? stdout : {}, podless)}`,
       );
     if (!watch) return ills.length ? 1 : 0;
     await sleep(PAUSE * 1000);
@@ -136,15 +136,18 @@ export function reportOf(cluster: Cluster, ills: readonly Ill[], page: Page, pod
   );
   const proofs = proofsOf(cluster, podless).flatMap(({ what, passed, of, untested }) => [
     ...(of ? [`${passed === of ? green("ok   ") : red("wrong")} ${what}: ${passed} of ${of}`] : []),
-    ...untested.map((why) => `could not test ${what}: ${why}`),
+    ...untested.map((why) => `could not test ${what}: ${shown(why)}`),
   ]);
   const wrong = merged(ills).flatMap(({ box, cause, remedy }) => [
-    red(`${box}: ${redacted(cause)}`),
-    `    do: ${redacted(remedy)}`,
+    red(`${box}: ${shown(cause)}`),
+    `    do: ${shown(remedy)}`,
   ]);
   const last = wrong.length ? wrong : [green("Nothing is wrong.")];
   return `${[...tables, proofs, last].map((lines) => lines.join("\n")).join("\n\n")}\n`;
 }
+
+/** What a box said, without tokens, and without what would move a terminal's cursor. */
+const shown = (text: string) => redacted(text).replaceAll(/\p{Cc}/gu, " ");
 
 /** What is wrong in the same way with several boxes, said once. */
 export function merged(ills: readonly Ill[]): Ill[] {
@@ -163,7 +166,7 @@ function lay(
   red: (text: string) => string,
   bold: (text: string) => string,
 ): string[] {
-  const text = (cell: Cell | string) => (typeof cell === "string" ? cell : cell.text);
+  const text = (cell: Cell | string) => shown(typeof cell === "string" ? cell : cell.text);
   const widths = (rows[0] ?? []).map((_, i) => Math.max(...rows.map((row) => text(row[i] ?? "").length)));
   const gap = rows.some((row) => row.length > 12) ? 1 : 2;
   for (;;) {
@@ -257,7 +260,7 @@ function wireguardTable({ boxes, nodes }: Cluster, width: number): Row[] {
     return [...new Set(all)].join(" ") || "-";
   };
   const full: Row[] = [
-    ["WireGuard", ...nodes.map(({ name }) => name), "its endpoint at the others"],
+    ["WireGuard", ...nodes.map(({ name }) => name), "endpoint"],
     ...nodes.map((to): Row => {
       const from = shown.find(({ nodeName }) => nodeName === to.name);
       return [to.name, ...nodes.map((n) => (from ? cell(from, n, false) : "?")), endpoints(to)];

@@ -2,11 +2,11 @@
 /** The cluster in ten lines, from one round trip to the server. Changes nothing. */
 import * as cli from "../lib/cli.ts";
 import { ask, type Cluster, clusterOf, type Seen, survey } from "../lib/cluster.ts";
-import { KUBECTL, type Node } from "../lib/k3s.ts";
+import type { Node } from "../lib/k3s.ts";
 import { redacted } from "../lib/report.ts";
 
-/** Beside what check asks of a server; both at once, for the API is what takes time. */
-const MORE = `${KUBECTL}
+/** Beside what check asks of a server (which defines kc); both at once, for the API is what takes time. */
+export const MORE = `
 fact tries
 said=$(
   kc get pods -A --no-headers 2>/dev/null | sed 's/^/pod /' &
@@ -74,7 +74,8 @@ export function statusOf({ boxes, nodes }: Cluster, pods: string | undefined): R
             .map(([, name, , state]) => `${name} ${state}`)
             .join(", ")}${ill.length > 3 ? ", …" : ""}`
         : `${rows.length}, all well`,
-      ill.length === 0,
+      // A pod that does not start is its owner's affair, not yet the cluster's.
+      true,
     ],
     [
       "metrics",

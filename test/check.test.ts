@@ -472,11 +472,22 @@ describe("what k3s says in its journal", () => {
     assert.match(ill?.cause ?? "", /the password in its K3S_TOKEN is wrong/);
   });
 
+  test("of a minute ago counts less than what it said last", () => {
+    const [taken, flag] = ["hostname taken", "unknown flag"].map(
+      (name) => known.find((row) => row[1] === name)?.[2],
+    );
+    assert.match(
+      meaningOf(`${taken}\n${flag}\nlevel=fatal msg="context canceled"\n`, "x")?.cause ?? "",
+      /--nonsense/,
+    );
+    assert.match(meaningOf(`${flag}\n${taken}`, "x")?.cause ?? "", /another node has this box's name/);
+  });
+
   test("names the flag that is not known", () => {
     const [row] = known.filter(([, name]) => name === "unknown flag");
     assert.match(
       meaningOf(row?.[2] ?? "", "x")?.cause ?? "",
-      /^SERVER_ARGS or AGENT_ARGS has --nonsense, that/,
+      /^SERVER_ARGS or AGENT_ARGS has --nonsense, which this release/,
     );
   });
 });

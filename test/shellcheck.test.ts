@@ -9,6 +9,7 @@ import { applyScript, lookScript, printed, Refusal, type Step, whole } from "../
 import { agentSteps } from "../scripts/agent.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
 import { serverSteps } from "../scripts/server.ts";
+import { MORE } from "../scripts/status.ts";
 import {
   A1,
   B1,
@@ -123,6 +124,7 @@ describe("shellcheck finds nothing to say", { skip }, () => {
     const services = { kubernetes: "10.43.0.1", "kube-dns": "10.43.0.10" };
     const scripts = {
       look: LOOKS[box.role],
+      "look for status of": LOOKS.server + MORE,
       tries: tries(box, cluster),
       "pods of": made(["a1", "b1"], "abc"),
       "ways of pods of": paths(pods[0] as Pod, pods, services, 1420),

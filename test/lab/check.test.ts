@@ -179,7 +179,7 @@ const GENERATIONS: { version: string; faults: Fault[] }[] = [
         },
         says: [
           /^b2: it has the same WireGuard key as b1: one was cloned from the other$/m,
-          /^ +do: on b2: rm -f \/run\/flannel\/wgkey && systemctl restart k3s-agent$/m,
+          /^ +do: on b2: rm -f \/run\/flannel\/wgkey && systemctl restart k3s-agent; then restart k3s on the others$/m,
         ],
       },
     ],
@@ -286,7 +286,7 @@ describe("make check", { concurrency: true }, () => {
 
       test("its words end a script's own failure: who fails reads the cause", async () => {
         await t.says("make agent HOST=b2 AGENT_ARGS=--nonsense", 2, [
-          /^b2 +cause: b2: SERVER_ARGS or AGENT_ARGS has --?nonsense, that this release of k3s does not know$/m,
+          /^b2 +cause: b2: SERVER_ARGS or AGENT_ARGS has --nonsense, which this release of k3s does not know$/m,
           /^b2 +do: correct it, then "?make agent HOST=b2/m,
         ]);
         await t.ok("make agent HOST=b2");
