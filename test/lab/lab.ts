@@ -127,6 +127,7 @@ export async function up(spec: LabSpec, say: (line: string) => void = () => {}):
   if (!/^[a-z0-9-]{1,20}$/.test(spec.name)) throw new Error(`"${spec.name}" is no name for a lab`);
   const names = spec.boxes ?? ["a1", "b1", "b2"];
   await requirements(spec.slow ? { ...NEEDS, python3: "python3" } : NEEDS, say);
+  if (names.length > 8) await moreInotify(say);
   await down(spec.name);
   const dir = join(STATE, spec.name);
   await mkdir(join(dir, "boxes"), { recursive: true, mode: 0o700 });
@@ -307,6 +308,14 @@ async function requirements(needs: Record<string, string>, say: (line: string) =
     await run`apt-get -q update && DEBIAN_FRONTEND=noninteractive sh -c ${install}`;
   }
   if (!existsSync("/dev/net/tun")) throw new Error("The lab needs /dev/net/tun: load the module tun");
+}
+
+/** A box holds some nine of inotify's instances, of which a machine's root has 128: too few for 15 boxes. */
+async function moreInotify(say: (line: string) => void) {
+  const limit = "/proc/sys/fs/inotify/max_user_instances";
+  if (Number(await readFile(limit, "utf8")) >= 1024) return;
+  say(`${limit}: 1024, for this many boxes`);
+  await writeFile(limit, "1024");
 }
 
 /** The operator's home and what they know: names of boxes, keys, and nothing of this machine's. */
