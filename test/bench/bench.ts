@@ -261,6 +261,6 @@ for (const boxes of list("BOXES", "3 9 17").map(Number))
       if (at < 0) kept.push(result);
       else kept[at] = result;
       kept.sort((a, b) => a.boxes - b.boxes || a.ms - b.ms);
-      writeFileSync(RESULTS, `${JSON.stringify(kept, null, 1)}\n`);
+      writeFileSync(RESULTS, `${JSON.stringify(kept, null, 2)}\n`);
     }
 console.log(table(kept));
