@@ -427,7 +427,7 @@ function pod(c: Cluster): object {
   const up = metricsReady(c);
   return {
     metadata: { name: "metrics-server-0000000000-00000", namespace: "kube-system", labels: LABELS },
-    spec: { nodeName: c.hostname },
+    spec: { containers: [{ args: c.state.deployment?.args, name: "metrics-server" }], nodeName: c.hostname },
     status: {
       phase: up ? "Running" : "Pending",
       conditions: [{ type: "Ready", status: up ? "True" : "False" }],
