@@ -493,6 +493,9 @@ describe("what k3s says in its journal", () => {
 });
 
 describe("the report", () => {
+  // CI sets it; here the tests do.
+  delete process.env.NO_COLOR;
+
   const ESC = "\x1b";
   const many = () => {
     const specs = Array.from({ length: 20 }, (_, i) => ({
