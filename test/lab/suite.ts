@@ -1,5 +1,6 @@
 /** What the lab's tests share: a lab a file, commands whose output is searched for secrets, and looks at boxes. */
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
 import { readFileSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { parse } from "dotenv";
@@ -28,12 +29,18 @@ export interface Said {
 
 export type Bench = Awaited<ReturnType<typeof bench>>;
 
+/** Of this checkout: suites of two of them leave each other's labs alone. */
+const MARK = createHash("sha256")
+  .update(import.meta.dirname)
+  .digest("hex")
+  .slice(0, 3);
+
 /**
  * A lab of this file's own. Every command given to it is held to two rules:
  * no token shows, and no escape sequence comes down a pipe.
  */
 export async function bench(spec: LabSpec) {
-  const name = `t-${spec.name}`;
+  const name = `t${MARK}-${spec.name}`;
   return over(
     await up({ ...spec, name }).catch(async (error) => {
       await down(name);
