@@ -33,7 +33,7 @@ export const agent: Step = {
     if (!facts.systemd?.trim())
       throw new Refusal("systemd does not run this box: k3s is started by a systemd unit here");
     examine(want, facts);
-    return servicePlan("agent", [ENV(want)], want, facts);
+    return servicePlan("agent", ENV(want), want, facts);
   },
 };
 

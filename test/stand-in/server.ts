@@ -93,13 +93,16 @@ export async function runServer(start: Start): Promise<void> {
   const password = serverPassword(values, tokenPath);
   const endpoint = one(values, "datastore-endpoint");
   const store = endpoint ? openStore(endpoint) : undefined;
+  // v1.17 takes a token as it was given, and finds nothing under another; "" where none was.
+  const bootstrapKey = hash(gen === "old" ? (givenToken(values) ?? "") : password);
   const late = (error: Error): void => log("error", `stand-in: ${error.message}`);
   if (store) {
     // What the first server has put there, under its token's hash: the others take their CAs from it.
     const found = await patiently(() => store.list("/bootstrap/"), late);
-    const [key, files] = Object.entries(found)[0] ?? [];
-    if (key && key !== hash(password)) fatal(gen, otherToken);
-    for (const [name, text] of Object.entries(JSON.parse(files ?? "{}") as Record<string, string>))
+    if (gen === "modern" && Object.keys(found).some((key) => key !== bootstrapKey)) fatal(gen, otherToken);
+    for (const [name, text] of Object.entries(
+      JSON.parse(found[bootstrapKey] ?? "{}") as Record<string, string>,
+    ))
       write(join(tls, name), text, 0o600);
     state.nodes = {};
     state.passwords = await store.list("/registry/passwords/");
@@ -155,7 +158,7 @@ export async function runServer(start: Start): Promise<void> {
   if (store) {
     const cas = ["server-ca", "client-ca"].flatMap((name) => [`${name}.crt`, `${name}.key`]);
     const files = JSON.stringify(Object.fromEntries(cas.map((name) => [name, file(join(tls, name))])));
-    await store.put(`/bootstrap/${hash(password)}`, files);
+    await store.put(`/bootstrap/${bootstrapKey}`, files);
     await share(c, store, late);
   }
   for (const name of ["client-k3s-controller", "client-kube-proxy", "client-kubelet", "serving-kubelet"])
@@ -221,10 +224,14 @@ export async function runServer(start: Start): Promise<void> {
   await runAgent({ ...start, notify: undefined, values: { ...values, ...own }, inServer: true });
 }
 
+function givenToken(values: Values): string | undefined {
+  const path = one(values, "token-file");
+  return path ? file(path).trim() : (one(values, "token") ?? one(values, "cluster-secret"));
+}
+
 /** What was given, else what was used before, else a new one. */
 function serverPassword(values: Values, tokenPath: string): string {
-  const path = one(values, "token-file");
-  const given = path ? file(path).trim() : (one(values, "token") ?? one(values, "cluster-secret"));
+  const given = givenToken(values);
   if (given) return passwordOf(given);
   return existsSync(tokenPath) ? passwordOf(file(tokenPath)) : randomBytes(16).toString("hex");
 }
