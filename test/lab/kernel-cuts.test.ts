@@ -49,8 +49,11 @@ async function cut(
     await sleep(20);
   }
   await sleep(wait * 1000);
-  await how((name) => t.op(`kill -${name} -- -$(cat $HOME/cut.pid)`));
+  const signal = (name: string) => t.ok(`kill -s ${name} -- -$(cat $HOME/cut.pid)`);
+  await how(signal);
+  const hangs = setTimeout(() => signal("KILL"), 90_000);
   const { exitCode } = await run;
+  clearTimeout(hangs);
   assert.notEqual(exitCode, 0, said());
   return said();
 }
@@ -63,37 +66,36 @@ const LOST = {
     b3.sh(`for pid in $(pgrep -f 'sshd: root@notty'); do [ "$pid" = "$PPID" ] || kill -9 "$pid"; done`),
 };
 
-/** What makes a machine boot, and which kernel: packages, the menu, the default, and whether all files are as packed. */
-const state = async () =>
-  b3.sh(`rpm -qa 'kernel*' | sort
-rpm -V kernel-ml >/dev/null 2>&1 && echo whole
-ls /boot | grep -v lost; cat /boot/grub2/grub.cfg; grub2-editenv list | grep -v '^#'`);
+/** It runs the new kernel, of which no file is missing or other than packed, and that will be so after the next start. */
+async function swapped() {
+  assert.equal((await b3.sh("uname -r")).trim(), b3.image.next);
+  assert.equal(await b3.sh("rpm -V kernel-ml 2>&1 || true"), "");
+  assert.match(await b3.sh("grub2-editenv list"), /^saved_entry=.*[.]rt[.]/m);
+  assert.doesNotMatch(await b3.sh("rpm -qa"), /^kernel-tools/m);
+  await t.says(upgrade, 0, ["nothing to do: WireGuard is in kernel"]);
+}
 
 const restarted = async (was: string) => {
   for (const end = Date.now() + 180_000; Date.now() < end; await sleep(500))
     if ((await b3.sh("cat /proc/sys/kernel/random/boot_id").catch(() => was)) !== was) return;
 };
 
-let whole = "";
 test("cut at each step by a lost operator, the next run goes on", async (test) => {
   for (const [step, how] of [
     ["key", "Ctrl-C"],
     ["repository", "a killed operator"],
     ["kernel", "a cut connection"],
     ["kernel", "a killed operator"],
-    ["tools", "Ctrl-C"],
-    ["entry", "a cut connection"],
+    ["tools", "a cut connection"],
+    ["entry", "Ctrl-C"],
   ] as const) {
     await cut(step, LOST[how]);
     test.diagnostic(`${how} at "${step}"`);
   }
   const was = await b3.sh("cat /proc/sys/kernel/random/boot_id");
   await cut("restart", LOST["a killed operator"]);
-  whole = await state();
   await restarted(was);
-  await t.says(upgrade, 0, ["nothing to do: WireGuard is in kernel"]);
-  assert.equal((await b3.sh("uname -r")).trim(), b3.image.next);
-  assert.match(whole, /^whole$/m);
+  await swapped();
 });
 
 test("a default entry that did not take is a failure, and the next run sets it", async () => {
@@ -127,7 +129,7 @@ ls /boot | grep rt; grub2-editenv list | sed -n 's/^saved/default: &/p'; grep -c
     if ((await b3.sh("uname -r")).trim() === b3.image.next) break;
   }
   await t.ok(upgrade);
-  assert.equal((await b3.sh("uname -r")).trim(), b3.image.next);
+  await swapped();
 
   await b3.restore("fresh");
   for (const [step, wait] of [
@@ -140,6 +142,5 @@ ls /boot | grep rt; grub2-editenv list | sed -n 's/^saved/default: &/p'; grep -c
     await left(step);
   }
   await t.ok(upgrade);
-  assert.equal((await b3.sh("uname -r")).trim(), b3.image.next);
-  assert.equal(await state(), whole);
+  await swapped();
 });
