@@ -44,6 +44,8 @@ export interface Recipe {
   nothing?(want: Settings, facts: Facts): string;
   /** Where more is to be done than these steps on each box. Answers the exit status. */
   work?(call: Call): Promise<number>;
+  /** Switches of its own and their help, beside --dry-run, --print and --reboot. */
+  flags?: Record<string, string>;
 }
 
 /** A box of this call. */
@@ -66,6 +68,8 @@ export interface Call {
   envFile: string;
   mode: Mode;
   reboot: boolean;
+  /** The recipe's own switches that were given. */
+  flags: ReadonlySet<string>;
 }
 
 /**
@@ -94,7 +98,7 @@ export async function run(meta: ImportMeta, recipe: Recipe): Promise<void> {
 
 async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   const script = /([\w-]+)\.ts$/.exec(meta.filename)?.[1] as string;
-  const flags = flagsOf(process.argv.slice(2));
+  const flags = flagsOf(process.argv.slice(2), switchesOf(recipe));
   if (flags.help) {
     process.stdout.write(help(script, recipe));
     return 0;
@@ -108,7 +112,12 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
       throw new SettingError(`${name} is not set: expected ${from} ${shown(envFile)}`);
   if (settings.K3S_BIN) settings.K3S_SHA256 = await hashOf(settings);
   const mode = flags.print ? "print" : flags["dry-run"] ? "dry-run" : "apply";
-  const call: Call = { script, recipe, settings, origins, envFile, mode, reboot: Boolean(flags.reboot) };
+  const own = new Set(Object.keys(recipe.flags ?? {}).filter((name) => flags[name]));
+  const call: Call = {
+    ...{ script, recipe, settings, origins, envFile, mode },
+    reboot: Boolean(flags.reboot),
+    flags: own,
+  };
   return await (recipe.work ?? fanOut)(call);
 }
 
@@ -122,18 +131,23 @@ const MODES = {
   "dry-run": "print the plan, change nothing",
   print: "print the plan as a sh script",
   reboot: "restart this machine where a step needs it",
-  help: "this text",
 };
 
-function flagsOf(argv: string[]): Record<string, string> {
+const switchesOf = (recipe: Recipe): Record<string, string> => ({
+  ...MODES,
+  ...recipe.flags,
+  help: "this text",
+});
+
+function flagsOf(argv: string[], switches: Record<string, string>): Record<string, string> {
   const strings = NAMES.map(flagOf);
-  const known = [...strings, ...Object.keys(MODES)];
+  const known = [...strings, ...Object.keys(switches)];
   const wrong = (flag: string): never => {
     throw new SettingError(`${flag} (flag): expected one of --${known.join(", --")}`);
   };
   const { _: rest, ...flags } = minimist(argv, {
     string: strings,
-    boolean: Object.keys(MODES),
+    boolean: Object.keys(switches),
     unknown: wrong,
   });
   for (const word of rest) wrong(word);
@@ -149,17 +163,18 @@ function help(script: string, recipe: Recipe): string {
   const names = NAMES.filter(
     (n) => n === (recipe.work ? "AGENTS" : "HOST") || recipe.steps.some((step) => step.options.includes(n)),
   );
+  const own = Object.keys(recipe.flags ?? {}).map((flag) => ` [${flag.toUpperCase()}=1]`);
   const row = (left: string, right: string) => `  ${left.padEnd(24)} ${right}\n`;
   return `${recipe.about}
 
-Usage: make ${script} ${recipe.work ? "" : "[HOST=…] "}[SETTING=…] [DRY=1 | PRINT=1]
+Usage: make ${script} ${names.includes("HOST") ? "[HOST=…] " : ""}[SETTING=…] [DRY=1 | PRINT=1]${own.join("")}
    or: node --import tsx scripts/${script}.ts [flags]
    or: deno run -A scripts/${script}.ts [flags]
 
 Settings, each a flag, an environment variable or a line of the env file (--${flagOf(names[0] as string)} is ${names[0]}):
 ${names.map((n) => row(`--${flagOf(n)} …`, `${SETTINGS[n].help}${SETTINGS[n].value && `; default: ${SETTINGS[n].value}`}`)).join("")}
 Flags:
-${Object.entries(MODES)
+${Object.entries(switchesOf(recipe))
   .map(([flag, text]) => row(`--${flag}`, text))
   .join("")}
 The env file is .env beside the Makefile, or what ENV_FILE names.
@@ -285,15 +300,20 @@ export async function attempt(
   }
 }
 
+const takesHost = (step: Step) => step.options.includes("HOST");
+
 /** The command that tries it again: what was given for this call is given again, but for secrets. */
 function again(call: Call, script: string, box: Target): string {
   const given = NAMES.filter(
     (n) => n !== "HOST" && !("secret" in SETTINGS[n]) && /^(flag|variable)/.test(call.origins[n]),
   );
   const local = call.origins.HOST !== "default" || call.recipe.work ? "HOST=" : "";
+  // A script that looks after a whole cluster is tried again as a whole.
+  const whole = script === call.script && call.recipe.work && !call.recipe.steps.some(takesHost);
   const own = [
-    box.host ? `HOST=${sh(box.word)}` : local,
+    whole ? "" : box.host ? `HOST=${sh(box.word)}` : local,
     ...given.map((n) => `${n}=${sh(call.settings[n])}`),
+    ...[...call.flags].map((flag) => `${flag.toUpperCase()}=1`),
   ];
   const file = process.env.ENV_FILE ? `ENV_FILE=${sh(process.env.ENV_FILE)}` : "";
   return ["make", script, ...own, file].filter(Boolean).join(" ");

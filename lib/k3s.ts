@@ -181,13 +181,22 @@ export interface Node {
   publicIp: string | undefined;
   overwrite: string | undefined;
   version: string;
+  /** No new pods come to it: it is cordoned. */
+  unschedulable: boolean;
+  /** How far drain() of lib/drain.ts has come with it. */
+  drained: string | undefined;
+  /** flannel's backend: nodes of another one are no peers. */
+  backend: string | undefined;
 }
+
+/** Marks a node that is drained here, so that a run which was cut can be taken up, and a user's own cordon stays. */
+export const DRAINED = "k3s-across-clouds/drained";
 
 /** What is read of a Node as the API gives it. */
 interface NodeObject {
   kind?: string;
   metadata: { name: string; annotations?: Record<string, string> };
-  spec?: { podCIDR?: string };
+  spec?: { podCIDR?: string; unschedulable?: boolean };
   status?: {
     addresses?: { type: string; address: string }[];
     conditions?: { type: string; status: string; lastHeartbeatTime: string }[];
@@ -224,6 +233,9 @@ export function nodesOf(json = ""): Node[] {
         publicIp: note("public-ip"),
         overwrite: note("public-ip-overwrite"),
         version: status?.nodeInfo?.kubeletVersion ?? "",
+        unschedulable: spec?.unschedulable === true,
+        drained: only(NAME, metadata.annotations?.[DRAINED]),
+        backend: only(NAME, metadata.annotations?.["flannel.alpha.coreos.com/backend-type"]),
       };
     });
   } catch {

@@ -33,13 +33,17 @@ describe("--help", { concurrency: 4 }, () => {
     "upgrade-kernel": ["elrepo-url"],
     up: ["public-ip", "k3s-version"],
   };
+  /** Switches of a script's own. */
+  const OWN: Record<string, string[]> = { down: ["yes"], remove: ["force"] };
+  const WHOLE = ["up", "down"];
   for (const script of SCRIPTS)
     test(`of ${script} lists its flags and their defaults, and touches nothing`, async () => {
       const { status, stdout, stderr, touched } = await call(script, ["--help"]);
       assert.deepEqual({ status, stderr, touched }, { status: 0, stderr: "", touched: "" });
       const flags = [...stdout.matchAll(/^ {2}--([\w-]+)/gm)].map((m) => m[1] as string);
       for (const flag of [
-        ...(script === "up" ? [] : ["host"]),
+        ...(WHOLE.includes(script) ? [] : ["host"]),
+        ...(OWN[script] ?? []),
         "dry-run",
         "print",
         "help",
@@ -47,13 +51,17 @@ describe("--help", { concurrency: 4 }, () => {
       ])
         assert.ok(flags.includes(flag), flag);
       for (const flag of flags)
-        assert.ok(["dry-run", "print", "reboot", "help", ...NAMES.map(flagOf)].includes(flag), flag);
+        assert.ok(
+          ["dry-run", "print", "reboot", "help", ...(OWN[script] ?? []), ...NAMES.map(flagOf)].includes(flag),
+          flag,
+        );
       assert.match(stdout, new RegExp(`make ${script} `));
       assert.match(stdout, /Exit status: 0 .* 1 .* 2 .* 130 /);
     });
 
-  test("is there for each of the seven steps, and for all of them", () => {
-    assert.deepEqual(SCRIPTS.filter((s) => !["check", "up"].includes(s)).sort(), [
+  test("is there for each of the seven steps, for all of them, and for living with the cluster", () => {
+    const others = ["check", "up", "remove", "down"];
+    assert.deepEqual(SCRIPTS.filter((s) => !others.includes(s)).sort(), [
       "agent",
       "annotate",
       "download-k3s",

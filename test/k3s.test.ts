@@ -162,6 +162,9 @@ describe("nodes and peers", () => {
         publicIp: "198.51.100.21",
         overwrite: "198.51.100.21",
         version: "v1.36.3+k3s1",
+        unschedulable: false,
+        drained: undefined,
+        backend: "wireguard",
       },
       {
         name: "b1",
@@ -173,6 +176,9 @@ describe("nodes and peers", () => {
         publicIp: "198.51.101.21",
         overwrite: "198.51.101.21",
         version: "v1.36.3+k3s1",
+        unschedulable: false,
+        drained: undefined,
+        backend: "wireguard",
       },
     ]);
   });

@@ -3,6 +3,7 @@ import { describe, test } from "node:test";
 import { applyScript, lookScript, printed, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
+import { atServer, uninstall } from "../scripts/remove.ts";
 import { serverSteps } from "../scripts/server.ts";
 import { A1, B1, fixture, healthy, lacks, MODERN, nodes, OLD, prepared, shell, wanted } from "./helpers.ts";
 
@@ -72,4 +73,25 @@ describe("shellcheck finds nothing to say", { skip }, () => {
         check(printed(changes));
       });
     }
+});
+
+describe("shellcheck finds nothing to say of living with a cluster", { skip }, () => {
+  const want = wanted({ HOST: "b1" });
+  const { drained, forgotten } = atServer(B1.ip, "b1", true);
+  const facts = {
+    ...healthy(MODERN, {}),
+    left: "/usr/local/bin/k3s\n",
+    secrets: "b1\n",
+    passwords: "b1\n",
+  };
+  for (const step of [uninstall, drained, forgotten])
+    test(`about ${step.name}`, () => {
+      check(`#!/bin/sh\n${whole(lookScript([step], want, "mark"))}`);
+      const changes = step.plan(want, facts);
+      assert.ok(changes.length > 0);
+      for (const change of changes)
+        check(
+          `#!/bin/sh\nmain() {\nset -eu\nsay() { printf 'say %s\\n' "$*"; }\n${change.sh}\n}\nmain </dev/null\n`,
+        );
+    });
 });

@@ -220,10 +220,11 @@ function kubernetes(c: Cluster, q: Question): Reply {
   const other = /^\/(?:api\/v1|apis\/([^/]+)\/[^/]+)(?:\/namespaces\/([^/]+))?\/([a-z]+)(?:\/([^/]+))?$/.exec(
     path,
   );
-  if (!other || q.method !== "GET") return notFound;
+  const deletes = q.method === "DELETE" && other?.[3] === "secrets" && other[4];
+  if (!other || (q.method !== "GET" && !deletes)) return notFound;
   const [, group, namespace, resource, name] = other;
   const no = rules.forbidden(gen, user, {
-    verb: name ? "get" : "list",
+    verb: deletes ? "delete" : name ? "get" : "list",
     resource,
     group,
     namespace,
@@ -243,11 +244,29 @@ function kubernetes(c: Cluster, q: Question): Reply {
     }
     case "/pods":
       return name ? notFound : listOf(c, "PodList", "v1", here && c.state.deployment ? [pod(c)] : []);
+    case "/secrets": {
+      // Of modern k3s's secrets only node passwords are imitated; v1.17 keeps those in a file.
+      const ofNodes = gen === "modern" && here ? Object.keys(c.state.passwords) : [];
+      if (!name) return listOf(c, "SecretList", "v1", ofNodes.map(passwordSecret));
+      const node = ofNodes.find((node) => passwordSecret(node).metadata.name === name);
+      if (!node) return status(404, "NotFound", `secrets ${quote(name)} not found`);
+      if (!deletes) return json(200, passwordSecret(node));
+      delete c.state.passwords[node];
+      c.save();
+      return json(200, { kind: "Status", apiVersion: "v1", metadata: {}, status: "Success" });
+    }
     case "/events":
       return name ? notFound : listOf(c, "EventList", "v1", []);
   }
   return notFound;
 }
+
+const passwordSecret = (node: string) => ({
+  apiVersion: "v1",
+  kind: "Secret",
+  type: "k3s.cattle.io/node-password",
+  metadata: { name: `${node}.node-password.k3s`, namespace: "kube-system" },
+});
 
 function listOf(c: Cluster, kind: string, apiVersion: string, items: unknown[]): Reply {
   const metadata = {

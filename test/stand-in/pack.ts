@@ -7,7 +7,7 @@ import { createHash } from "node:crypto";
 import { readdirSync } from "node:fs";
 import { basename, join } from "node:path";
 
-const HOME = "/opt/k3s-stand-in";
+export const HOME = "/opt/k3s-stand-in";
 const SIZE = 3 * 1024 * 1024;
 
 /** The text served as the release's `k3s` file: large enough that a download can be cut, slowed and resumed. */
