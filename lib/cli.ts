@@ -328,10 +328,14 @@ export function showPlan(call: Call, box: Target, steps: readonly Step[], job: J
   else
     process.stdout.write(
       changes.length
-        ? `${box.name}: ${changes.length} to do\n${changes.map((c, i) => `  ${i + 1}. ${c.why}\n`).join("")}${changes.some((c) => c.reboot || c.lookAgain) ? "  … then look again\n" : ""}`
+        ? `${box.name}: ${changes.length} to do\n${changes.map(planned).join("")}${changes.some((c) => c.reboot || c.lookAgain) ? "  … then look again\n" : ""}`
         : `${box.name}: nothing to do\n`,
     );
 }
+
+/** A change as a dry run shows it: the differences of a file have a line each. */
+const planned = ({ why, detail = [] }: Change, i: number) =>
+  `  ${i + 1}. ${detail.length ? why.replace(/: .*/, ":") : why}\n${detail.map((line) => `       ${line}\n`).join("")}`;
 
 /** Writes what the steps learned to the env file. */
 export async function learn(

@@ -345,7 +345,7 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
     });
   if (facts.unit !== text)
     changes.push({
-      why: `write ${unitPath(role)}: ${differences(facts.unit, text)}`,
+      ...rewrite(unitPath(role), facts.unit, text),
       sh: `install -d -m 700 /var/lib/rancher/k3s/${role}\n${writeFile(unitPath(role), text)}`,
     });
 
@@ -456,12 +456,34 @@ for _ in 1 2 3 4 5 6 7 8 9 10; do
 done`;
 }
 
-/** A unit's differences, short enough for one line: which lines come and which go. */
-function differences(have: string | undefined, text: string): string {
-  if (have === undefined || have === "") return "it is not there";
-  const lines = (t: string) => t.split("\n").map((line) => line.replace(/^ExecStart=\S+ | \\$/g, "").trim());
-  const gone = lines(have).filter((line) => !lines(text).includes(line));
-  const come = lines(text).filter((line) => !lines(have).includes(line));
-  const all = [...gone.map((line) => `- ${line}`), ...come.map((line) => `+ ${line}`)];
-  return all.slice(0, 6).join(", ") || "its lines are in another order";
+/** How two texts differ, line by line: `- ` what goes and `+ ` what comes, in the order of the new text. */
+export function diff(have: string, text: string): string[] {
+  // A line's continuation is no part of what it says: the last argument has none.
+  const [a, b] = [have, text].map((t) => t.split("\n").map((line) => line.replace(/ \\$/, "").trim()));
+  const [from, to] = [a as string[], b as string[]];
+  // The longest common subsequence of what follows line i of one and line j of the other.
+  const common = Array.from({ length: from.length + 1 }, () => new Array<number>(to.length + 1).fill(0));
+  const at = (i: number, j: number) => common[i]?.[j] ?? 0;
+  for (let i = from.length - 1; i >= 0; i--)
+    for (let j = to.length - 1; j >= 0; j--)
+      (common[i] as number[])[j] =
+        from[i] === to[j] ? at(i + 1, j + 1) + 1 : Math.max(at(i + 1, j), at(i, j + 1));
+  const lines: string[] = [];
+  for (let i = 0, j = 0; i < from.length || j < to.length; )
+    if (i < from.length && j < to.length && from[i] === to[j]) {
+      i++;
+      j++;
+    } else if (i < from.length && (j === to.length || at(i + 1, j) >= at(i, j + 1)))
+      lines.push(`- ${from[i++]}`);
+    else lines.push(`+ ${to[j++]}`);
+  return lines;
+}
+
+/** A file that is written anew: its differences for the dry run, and the first of them in one line. */
+function rewrite(path: string, have: string | undefined, text: string): Pick<Change, "why" | "detail"> {
+  if (!have) return { why: `write ${path}: it is not there` };
+  const detail = diff(have, text);
+  if (detail.length === 0) return { why: `write ${path}: its blanks differ` };
+  const rest = detail.length > 6 ? `, and ${detail.length - 6} lines more` : "";
+  return { why: `write ${path}: ${detail.slice(0, 6).join(", ")}${rest}`, detail };
 }

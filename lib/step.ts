@@ -9,6 +9,8 @@ export type Facts = Record<string, string>;
 export interface Change {
   /** What will be done and for what reason, in one line; shown to the user, never with a secret in it. */
   why: string;
+  /** Lines that a dry run shows below it: what of a file goes and comes. No secrets here either. */
+  detail?: string[];
   /** The shell that does it, as root, under `set -eu`; `say TEXT` reports progress. */
   sh: string;
   /** Time limit in seconds; default 60. */

@@ -296,3 +296,27 @@ test("the public address counts as on the card only where a card has exactly it"
   assert.equal(on("2: eth0    inet 198.51.100.110/24 scope global eth0"), false);
   assert.equal(on(""), false);
 });
+
+describe("the difference of two units", () => {
+  const unit = (...args: string[]) => `[Service]\nExecStart=k3s server \\\n    ${args.join(" \\\n    ")}\n`;
+  const cases: [name: string, have: string, text: string, lines: string[]][] = [
+    ["is nothing where they are equal", unit("--a", "--b"), unit("--a", "--b"), []],
+    [
+      "names an argument that comes last, and not the one it follows",
+      unit("--a"),
+      unit("--a", "--b"),
+      ["+ --b"],
+    ],
+    ["names one that goes from the middle", unit("--a", "--b", "--c"), unit("--a", "--c"), ["- --b"]],
+    [
+      "has old and new of one that changes, in its place",
+      unit("--a=1", "--c"),
+      unit("--a=2", "--c"),
+      ["- --a=1", "+ --a=2"],
+    ],
+    ["counts a line that is there twice", unit("--a", "--a"), unit("--a"), ["- --a"]],
+    ["shows another order", unit("--a", "--b"), unit("--b", "--a"), ["- --a", "+ --a"]],
+  ];
+  for (const [name, have, text, lines] of cases)
+    test(name, () => assert.deepEqual(k3s.diff(have, text), lines));
+});
