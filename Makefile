@@ -1,6 +1,7 @@
 # Works with make 3.81. Settings come from .env (ENV_FILE=… picks another), or as `make agent HOST=b1`.
-STEPS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
-LIVING := remove down
+# Not STEPS: that is a setting of `make upgrade`, given on make's command line.
+SCRIPTS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
+LIVING := upgrade remove down
 FLAGS = $(if $(DRY),--dry-run) $(if $(PRINT),--print) $(if $(REBOOT),--reboot)
 
 # A node that strips types by itself, else node with tsx, else Deno.
@@ -20,6 +21,7 @@ upgrade-kernel: ## 2  a kernel with WireGuard, on CentOS 7
 install-wireguard: ## 3  WireGuard, proven
 annotate: ## 6  every peer at its public address
 fix-metrics: ## 7  kubectl top answers for every node
+upgrade: ## K3S_VERSION on all boxes, one at a time, drained (STEPS="v1.35.4+k3s1 …": what to pass through)
 remove: ## boxes leave the cluster: HOST, drained and uninstalled (FORCE=1: also one that is gone)
 down: ## k3s goes from SERVER and all AGENTS, after asking (YES=1: at once)
 download: download-k3s
@@ -27,9 +29,9 @@ kernel: upgrade-kernel
 wireguard: install-wireguard
 metrics: fix-metrics
 
-remove: FLAGS += $(if $(FORCE),--force)
+upgrade remove: FLAGS += $(if $(FORCE),--force)
 down: FLAGS += $(if $(YES),--yes)
-$(STEPS) $(LIVING) up: $(MODULES)
+$(SCRIPTS) $(LIVING) up: $(MODULES)
 	@$(TS) scripts/$@.ts $(FLAGS)
 
 rehearse: $(MODULES) ## a cluster of two clouds inside this Linux machine (root)
@@ -51,4 +53,4 @@ node_modules/.package-lock.json: package-lock.json
 	npm ci --omit=dev --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(STEPS) $(LIVING) download kernel wireguard metrics rehearse in-rehearsal rehearse-down test test-lab lint
+.PHONY: help up $(SCRIPTS) $(LIVING) download kernel wireguard metrics rehearse in-rehearsal rehearse-down test test-lab lint

@@ -1,4 +1,5 @@
 import { createHash } from "node:crypto";
+import { CLEAR } from "./leftovers.ts";
 import { type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
 import { type Change, type Facts, Refusal } from "./step.ts";
@@ -12,6 +13,10 @@ export type Role = "server" | "agent";
 /** The interface that flannel makes: `flannel.1` by the old extension backend, `flannel-wg` since wireguard-native. */
 export const interfaceOf = (generation: Generation): string =>
   generation === "old" ? "flannel.1" : "flannel-wg";
+
+/** flannel's name for its backend, on a node: nodes of the other one are no peers. */
+export const backendOf = (generation: Generation): string =>
+  generation === "old" ? "extension" : "wireguard";
 
 /**
  * Which way a k3s release goes. From v1.23 to v1.25 the names of both exist, so the binary is asked:
@@ -185,7 +190,7 @@ export interface Node {
   unschedulable: boolean;
   /** How far drain() of lib/drain.ts has come with it. */
   drained: string | undefined;
-  /** flannel's backend: nodes of another one are no peers. */
+  /** flannel's backend, see backendOf(). */
   backend: string | undefined;
 }
 
@@ -361,8 +366,20 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
   const stale = (facts.written ?? "").split("\n").some((s) => Number(s) > Math.floor((started ?? 0) + 0.5));
   const ills = ailments(name, want.PUBLIC_IP, generation, facts);
   const down = started === undefined || facts.enabled?.trim() !== "enabled";
-  if (changes.length || down || stale || pairs(facts.service).NeedDaemonReload === "yes")
-    changes.push(restart(role, generation, name, want, down ? "start" : "restart"));
+  const border = (facts.interfaces ?? "")
+    .split("\n")
+    .includes(interfaceOf(generation === "old" ? "modern" : "old"));
+  // Another binary is put in place before this change.
+  const newBinary = facts.version?.trim() !== version;
+  if (
+    changes.length ||
+    down ||
+    stale ||
+    border ||
+    newBinary ||
+    pairs(facts.service).NeedDaemonReload === "yes"
+  )
+    changes.push(restart(role, generation, name, want, down ? "start" : "restart", border));
   else if (ills.length)
     changes.push({
       why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
@@ -375,22 +392,29 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
 /** How long a node may take to become healthy, in seconds: v1.36.3 on two emulated CPUs took 168, starved ones 460. */
 const WAIT = 600;
 
-/** The change that (re)starts a unit and waits until its node is healthy. */
+/**
+ * The change that (re)starts a unit and waits until its node is healthy. Over the border of the generations
+ * (`clear`) the other one's pods and interface go first: both of flannel's interfaces listen on 51820.
+ */
 export function restart(
   role: Role,
   generation: Generation,
   name: string,
   want: Settings,
   verb = "restart",
+  clear = false,
 ): Change {
   const unit = unitOf(role);
+  const cleared = clear
+    ? `timeout 60 systemctl stop ${unit} || systemctl kill -s KILL ${unit}\n${CLEAR}`
+    : "";
   return {
     why: `${verb} ${unit} and wait until node ${name} is Ready with its public address`,
     // --no-block: with wrong credentials a modern agent stays "activating" for ever (seen with v1.36.3).
     sh: `unit=${unit}; pid=; since=$(date +%s)
 systemctl daemon-reload
 systemctl enable ${unit} >/dev/null 2>&1
-systemctl restart --no-block ${unit}
+${cleared}systemctl restart --no-block ${unit}
 ${healthSh(name, generation, want)}`,
     seconds: WAIT + 60,
   };

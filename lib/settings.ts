@@ -23,6 +23,10 @@ const each = (check: Setting["check"]) => (value: string) =>
   words(value)
     .map(check)
     .find((wrong) => wrong !== undefined);
+const release = matches(
+  /^v1\.(1[7-9]|[2-9]\d)\.\d+(-rc\d+)?\+k3s\d+$/,
+  "a release of v1.17 or later, such as v1.36.2+k3s1",
+);
 const file = matches(/^[^\0\n]+$/, "the path of a file");
 const args = matches(
   /^[^\0\n\r'"`\\]*$/,
@@ -59,10 +63,13 @@ export const SETTINGS = {
     value: "v1.36.2+k3s1",
     help: "k3s release, v1.17 or later",
     example: "v1.17.6+k3s1",
-    check: matches(
-      /^v1\.(1[7-9]|[2-9]\d)\.\d+(-rc\d+)?\+k3s\d+$/,
-      "a release of v1.17 or later, such as v1.36.2+k3s1",
-    ),
+    check: release,
+  },
+  STEPS: {
+    value: "",
+    help: "releases that `upgrade` passes through, one of each minor version in between",
+    example: "v1.34.2+k3s1 v1.35.4+k3s1",
+    check: each(release),
   },
   K3S_MIRRORS: {
     value: "https://github.com/k3s-io/k3s/releases/download https://rancher-mirror.rancher.cn/k3s",

@@ -63,7 +63,7 @@ const FRESH = 180;
 function handshakes(facts: Facts, generation: k3s.Generation, name: string): Change[] {
   const peers = k3s.peersOf(facts.peers).filter((p) => p.interface === k3s.interfaceOf(generation));
   const now = Number(facts.now);
-  const missing = expected(k3s.nodesOf(facts.nodes), name).filter(
+  const missing = expected(k3s.nodesOf(facts.nodes), name, k3s.backendOf(generation)).filter(
     ({ cidr, endpoint }) =>
       !peers.some((p) => p.allowedIps.includes(cidr) && p.endpoint === endpoint && now - p.handshake < FRESH),
   );
@@ -91,14 +91,21 @@ done`,
 
 /**
  * The peers this node must have: every other node that is Ready and has done its own part (its flannel
- * address is its public one). A node that is down, or still on its way, is its own call's to mend.
+ * address is its public one). A node that is down, or still on its way, is its own call's to mend; one of the
+ * other generation is no peer before it is upgraded too.
  */
 export function expected(
   nodes: readonly k3s.Node[],
   name: string,
+  backend?: string,
 ): { name: string; cidr: string; endpoint: string }[] {
   return nodes.flatMap((n) =>
-    n.name !== name && n.ready && n.podCidr && n.publicIp && n.publicIp === n.externalIp
+    n.name !== name &&
+    (n.backend ?? backend) === (backend ?? n.backend) &&
+    n.ready &&
+    n.podCidr &&
+    n.publicIp &&
+    n.publicIp === n.externalIp
       ? [{ name: n.name, cidr: n.podCidr, endpoint: `${n.publicIp}:51820` }]
       : [],
   );

@@ -3,9 +3,9 @@
 import { run } from "../lib/cli.ts";
 import { binaryLook, K3S } from "../lib/k3s.ts";
 import { install, osOf } from "../lib/os.ts";
-import { words } from "../lib/settings.ts";
+import { type Settings, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
-import { type Change, Refusal, type Step } from "../lib/step.ts";
+import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
 /** A release's file for what `uname -m` says, and the name of its checksums. */
 const RELEASES: Record<string, [file: string, sums: string]> = {
@@ -52,15 +52,10 @@ ${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1`
           lookAgain: true,
         });
     } else if (have !== want.K3S_VERSION || (want.K3S_SHA256 && facts.sha256?.trim() !== want.K3S_SHA256)) {
-      const arch = facts.arch?.trim() ?? "";
-      const release = RELEASES[arch];
-      if (!release)
-        throw new Refusal(
-          `k3s has no release for ${arch || "an unknown"} architecture: give a K3S_BIN of your own`,
-        );
+      const release = releaseFor(facts);
       changes.push({
         why: `download k3s ${want.K3S_VERSION}${have ? ` in place of ${have}` : ""}`,
-        sh: fetch(release, want.K3S_VERSION, words(want.K3S_MIRRORS), want.K3S_SHA256),
+        sh: fetch(release, want, swap(`${want.K3S_VERSION} `)),
         seconds: 3600,
       });
     }
@@ -69,6 +64,36 @@ ${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1`
     return changes;
   },
 };
+
+/** Before the first node is drained every box has what it will run: a mirror that fails stops nothing half-way. */
+export const downloadAhead: Step = {
+  name: "download-ahead",
+  options: [],
+  look: (want) => [binaryLook, `fact ahead; ls ${part(want.K3S_VERSION)}.good 2>/dev/null`],
+  plan(want, facts) {
+    if (want.K3S_BIN || facts.version?.trim() === want.K3S_VERSION || facts.ahead?.trim()) return [];
+    return [
+      {
+        why: `download k3s ${want.K3S_VERSION} ahead`,
+        sh: fetch(releaseFor(facts), want, ': >"$part.good"'),
+        seconds: 3600,
+      },
+    ];
+  },
+};
+
+/** @throws {Refusal} */
+function releaseFor(facts: Facts): [file: string, sums: string] {
+  const arch = facts.arch?.trim() ?? "";
+  const release = RELEASES[arch];
+  if (!release)
+    throw new Refusal(
+      `k3s has no release for ${arch || "an unknown"} architecture: give a K3S_BIN of your own`,
+    );
+  return release;
+}
+
+const part = (version: string) => `${PART}-${version}.part`;
 
 const VERIFY = `have=$(sha256sum <"$part" | cut -d' ' -f1)
 if [ "$have" != "$sum" ]; then rm -f "$part"; tell "$from: sha256 is $have, expected $sum"; exit 1; fi`;
@@ -80,20 +105,23 @@ const TELL = 'tell() { say "$1"; echo "$1"; }\n';
 const swap = (version: string) => `chmod 755 "$part"
 said=$("$part" --version) || { echo "the new binary does not run here: $said"; exit 1; }
 case $said in *${sh(` ${version}`)}*) ;; *) echo "the new binary says: $said"; exit 1 ;; esac
-mv -f "$part" ${K3S}`;
+mv -f "$part" ${K3S}
+rm -f "$part.good"`;
 
 /**
  * Tries the bases in order. A base that connects within 10 s and keeps up 20 kB/s is used to its end; one
  * that does not is left for the next, which goes on where it stopped, as does the next run: the hash at the
  * end decides. A base may name the release with + (GitHub) or - (Rancher's mirror, see k3s's install.sh).
  */
-function fetch([file, sums]: [string, string], version: string, bases: string[], sha256: string): string {
+function fetch([file, sums]: [string, string], want: Settings, put: string): string {
+  const { K3S_VERSION: version, K3S_SHA256: sha256 } = want;
+  const bases = words(want.K3S_MIRRORS);
   const host = (base: string) => new URL(base).host;
   const tries = bases.map((base) => {
     const others = bases.filter((other) => host(other) !== host(base));
     return `if try ${[base, ...others].map(sh).join(" ")}; then put; exit 0; fi`;
   });
-  return `${TELL}part=${PART}-${version}.part
+  return `${TELL}part=${part(version)}
 get() { # BASE FILE CURL-OPTION…
   base=$1 name=$2; shift 2
   for release in ${version.replace("+", "%2B")} ${version.replace("+", "-")}; do
@@ -133,7 +161,7 @@ watch() {
 }
 stopped() { tell "$from: gave up at $(wc -c <"$part" 2>/dev/null || echo 0) bytes"; }
 put() {
-  ${swap(`${version} `)}
+  ${put}
 }
 watch & watcher=$!
 trap 'kill $watcher' EXIT

@@ -12,7 +12,7 @@ import { serverSteps } from "./server.ts";
 const allSteps = [...serverSteps, fixMetrics];
 
 /** Agents are prepared while the server starts; they wait only for its token. */
-async function up(call: cli.Call): Promise<number> {
+export async function up(call: cli.Call): Promise<number> {
   const [server] = (await cli.targets(call, "SERVER")) as [cli.Target];
   const agents = call.settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
   const ui = await report([server, ...agents].map((box) => box.name));

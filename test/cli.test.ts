@@ -34,8 +34,8 @@ describe("--help", { concurrency: 4 }, () => {
     up: ["public-ip", "k3s-version"],
   };
   /** Switches of a script's own. */
-  const OWN: Record<string, string[]> = { down: ["yes"], remove: ["force"] };
-  const WHOLE = ["up", "down"];
+  const OWN: Record<string, string[]> = { down: ["yes"], remove: ["force"], upgrade: ["force"] };
+  const WHOLE = ["up", "down", "upgrade"];
   for (const script of SCRIPTS)
     test(`of ${script} lists its flags and their defaults, and touches nothing`, async () => {
       const { status, stdout, stderr, touched } = await call(script, ["--help"]);
@@ -60,7 +60,7 @@ describe("--help", { concurrency: 4 }, () => {
     });
 
   test("is there for each of the seven steps, for all of them, and for living with the cluster", () => {
-    const others = ["check", "up", "remove", "down"];
+    const others = ["check", "up", "upgrade", "remove", "down"];
     assert.deepEqual(SCRIPTS.filter((s) => !others.includes(s)).sort(), [
       "agent",
       "annotate",

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 import type { Box } from "./lab.ts";
-import { bench, connected, nodes, OLD } from "./suite.ts";
+import { bench, connected, MODERN, nodes, OLD, release } from "./suite.ts";
 
 const t = await bench({ name: "living", boxes: ["a1", "a2", "b1", "b2"], tools: true });
 after(() => t.lab.down());
@@ -33,6 +33,7 @@ function same(now: string[], then: string[], what: string) {
   assert.equal([...more, ...less].join("\n"), "", what);
 }
 
+const NEXT = "v1.18.20+k3s1";
 let beginning: string[][];
 /** Every box is as it was at the beginning. */
 const clean = async (boxes: Box[]) => {
@@ -50,6 +51,19 @@ before(async () => {
   await t.ok("make -j up");
 });
 
+test("make upgrade", async () => {
+  await t.says("make upgrade K3S_VERSION=v1.36.2+k3s1", 2, ["STEPS="]);
+  await release(t.lab, NEXT);
+  console.log((await t.ok(`make upgrade K3S_VERSION=${NEXT} DRY=1`)).text);
+  console.log((await t.ok(`make upgrade K3S_VERSION=${NEXT}`)).text);
+  console.log((await t.ok(`make upgrade`)).text);
+  console.log((await t.ok(`make upgrade FORCE=1 K3S_VERSION=${MODERN} DRY=1`)).text);
+  console.log((await t.ok(`make upgrade FORCE=1 K3S_VERSION=${MODERN}`)).text);
+  await connected([a1, b1, b2]);
+  console.log((await t.ok(`make upgrade`)).text);
+  console.log(await a1.sh("kubectl get nodes"));
+  await t.says("make upgrade K3S_VERSION=v1.22.17+k3s1", 2, ["a way back"]);
+});
 test("make remove", async () => {
   const before = beginning[3] as string[];
   const left = (await traces(b2)).filter((line) => !before.includes(line));
