@@ -1,7 +1,7 @@
 # Works with make 3.81. Settings come from .env (ENV_FILE=… picks another), or as `make agent HOST=b1`.
 # Not STEPS: that is a setting of `make upgrade`, given on make's command line.
 SCRIPTS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
-LIVING := upgrade remove down
+LIVING := upgrade remove down token backup restore
 FLAGS = $(if $(DRY),--dry-run) $(if $(PRINT),--print) $(if $(REBOOT),--reboot)
 
 # A node that strips types by itself, else node with tsx, else Deno.
@@ -24,6 +24,9 @@ fix-metrics: ## 7  kubectl top answers for every node
 upgrade: ## K3S_VERSION on all boxes, one at a time, drained (STEPS="v1.35.4+k3s1 …": what to pass through)
 remove: ## boxes leave the cluster: HOST, drained and uninstalled (FORCE=1: also one that is gone)
 down: ## k3s goes from SERVER and all AGENTS, after asking (YES=1: at once)
+token: ## a new token; nodes go on running
+backup: ## the server's datastore, token and manifests, to a file here (BACKUP=…)
+restore: ## a server from BACKUP=… on a fresh box, HOST; agents follow
 download: download-k3s
 kernel: upgrade-kernel
 wireguard: install-wireguard

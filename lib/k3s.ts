@@ -187,7 +187,7 @@ export interface Node {
   overwrite: string | undefined;
   version: string;
   /** No new pods come to it: it is cordoned. */
-  unschedulable: boolean;
+  cordoned: boolean;
   /** How far drain() of lib/drain.ts has come with it. */
   drained: string | undefined;
   /** flannel's backend, see backendOf(). */
@@ -238,7 +238,7 @@ export function nodesOf(json = ""): Node[] {
         publicIp: note("public-ip"),
         overwrite: note("public-ip-overwrite"),
         version: status?.nodeInfo?.kubeletVersion ?? "",
-        unschedulable: spec?.unschedulable === true,
+        cordoned: spec?.unschedulable === true,
         drained: only(NAME, metadata.annotations?.[DRAINED]),
         backend: only(NAME, metadata.annotations?.["flannel.alpha.coreos.com/backend-type"]),
       };

@@ -102,6 +102,12 @@ export const SETTINGS = {
     example: "--node-label=cloud=b",
     check: args,
   },
+  BACKUP: {
+    value: "",
+    help: "the file that `backup` writes, by default a new one beside the env file, and `restore` reads",
+    example: "./k3s-backup.tar.gz",
+    check: file,
+  },
   ELREPO_URL: {
     value: "https://www.elrepo.org",
     help: "ELRepo: its key and release packages, for kernels and WireGuard modules",

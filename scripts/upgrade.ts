@@ -101,7 +101,7 @@ export function pathOf(
 const KEPT = "/var/lib/rancher/k3s/before";
 
 /** What concerns one box of the cluster and one release. */
-function stepsFor(role: k3s.Role, running: string, ip: string, force: boolean) {
+export function stepsFor(role: k3s.Role, running: string, ip: string, force: boolean) {
   const [unit, env] = [k3s.unitPath(role), k3s.envPath(role)];
   const look = () => [
     k3s.binaryLook,

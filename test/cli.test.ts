@@ -35,7 +35,7 @@ describe("--help", { concurrency: 4 }, () => {
   };
   /** Switches of a script's own. */
   const OWN: Record<string, string[]> = { down: ["yes"], remove: ["force"], upgrade: ["force"] };
-  const WHOLE = ["up", "down", "upgrade"];
+  const WHOLE = ["up", "down", "upgrade", "backup"];
   for (const script of SCRIPTS)
     test(`of ${script} lists its flags and their defaults, and touches nothing`, async () => {
       const { status, stdout, stderr, touched } = await call(script, ["--help"]);
@@ -60,7 +60,7 @@ describe("--help", { concurrency: 4 }, () => {
     });
 
   test("is there for each of the seven steps, for all of them, and for living with the cluster", () => {
-    const others = ["check", "up", "upgrade", "remove", "down"];
+    const others = ["check", "up", "upgrade", "remove", "down", "token", "backup", "restore"];
     assert.deepEqual(SCRIPTS.filter((s) => !others.includes(s)).sort(), [
       "agent",
       "annotate",

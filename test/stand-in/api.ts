@@ -1,5 +1,5 @@
 /** What answers on 6443: the supervisor's paths, which nodes join by, and as much of Kubernetes as is needed. */
-import { createHash, randomUUID } from "node:crypto";
+import { createHash, randomBytes, randomUUID } from "node:crypto";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import type { IncomingMessage } from "node:http";
 import { join } from "node:path";
@@ -117,6 +117,23 @@ function nodePasswordOk(c: Cluster, name: string, secret: string): boolean {
   return true;
 }
 
+/** The server's password, and the nodes' where it is the same, as the file of passwords and the token file have it. */
+function rotateToken(c: Cluster, user: string): Reply {
+  const passwd = join(c.credDir, "passwd"),
+    tokenFile = join(c.credDir, "..", "token"),
+    next = randomBytes(16).toString("hex");
+  const lines = file(passwd).split("\n");
+  const old = lines.find((l) => l.split(",")[1] === user)?.split(",")[0];
+  writeFileSync(
+    passwd,
+    lines.map((l) => (l.startsWith(`${old},`) ? next + l.slice(old?.length) : l)).join("\n"),
+  );
+  writeFileSync(tokenFile, file(tokenFile).replace(/[^:]+$/, `${next}\n`));
+  c.state.tokenHash = hash(next);
+  c.save();
+  return text(200, "");
+}
+
 function supervisor(c: Cluster, { req }: Question, path: string): Reply {
   const { gen } = c;
   const user = identify(c, req, true);
@@ -125,6 +142,8 @@ function supervisor(c: Cluster, { req }: Question, path: string): Reply {
       ? text(401, "")
       : json(code, { kind: "Status", metadata: {}, status: "Failure", message, reason, code });
   if (user === undefined) return refuse(401, "Unauthorized", "not authorized");
+  if (path === "token" && gen === "modern" && req.method === "PUT" && user?.groups.includes("k3s:server"))
+    return rotateToken(c, user.name);
   const roles = gen === "old" ? ["k3s:agent"] : ["k3s:agent", "system:nodes"];
   if (!user?.groups.some((g) => roles.includes(g))) return refuse(403, "Forbidden", "forbidden");
 

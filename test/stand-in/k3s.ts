@@ -5,10 +5,11 @@
 import { existsSync, readFileSync } from "node:fs";
 import { basename } from "node:path";
 import { runAgent } from "./agent.ts";
-import { build, fatal, generation, log, logLine, useNanoseconds, versionText } from "./common.ts";
+import { call } from "./client.ts";
+import { build, fatal, fixture, generation, log, logLine, useNanoseconds, versionText } from "./common.ts";
 import { helpText, incorrectUsage, one, parseFlags } from "./flags.ts";
 import { kubectl } from "./kubectl.ts";
-import { runServer } from "./server.ts";
+import { passwordOf, runServer } from "./server.ts";
 
 const HELP_OLD = `COMMANDS:
    server        Run management server
@@ -37,6 +38,27 @@ function finish(text: string, status = 0): never {
   process.exit(status);
 }
 
+/** `k3s token`: of its subcommands only rotate, with what the server's own file and random numbers give. */
+async function token(args: string[]): Promise<void> {
+  if (["--help", "-h", "help"].includes(args[0] ?? "--help")) finish(fixture("k3s-token-help-v1.36.3.txt"));
+  if (args.join(" ") !== "rotate") {
+    process.stderr.write(`k3s stand-in: token ${args.join(" ")} is not imitated\n`);
+    process.exit(1);
+  }
+  process.stdout.write(
+    "\u001b[33mWARNING\u001b[0m: Recommended to keep a record of the old token. If restoring from a snapshot, you must use the token associated with that snapshot.\n",
+  );
+  const dir = "/var/lib/rancher/k3s/server";
+  const { status, statusText } = await call("https://127.0.0.1:6443/v1-k3s/token", {
+    method: "PUT",
+    ca: readFileSync(`${dir}/tls/server-ca.crt`, "utf8"),
+    auth: `server:${passwordOf(readFileSync(`${dir}/token`, "utf8"))}`,
+    body: { newToken: "" },
+  });
+  if (status !== 200) fatal("modern", `https://127.0.0.1:6443/v1-k3s/token: ${status} ${statusText}`);
+  process.stdout.write("Token rotated, restart k3s nodes with new token\n");
+}
+
 async function main([version, name, ...args]: string[]): Promise<void> {
   const gen = generation(version);
   const [command, ...rest] = basename(name) === "kubectl" ? ["kubectl", ...args] : args;
@@ -47,6 +69,7 @@ async function main([version, name, ...args]: string[]): Promise<void> {
     );
   }
   if (command === "kubectl") return kubectl(version, rest);
+  if (command === "token" && gen === "modern") return token(rest);
   if (command !== "server" && command !== "agent") {
     if (`${HELP_OLD}${HELP_MODERN}`.includes(`   ${command} `)) {
       process.stderr.write(`k3s stand-in: ${command} is not imitated\n`);

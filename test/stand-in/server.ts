@@ -6,7 +6,6 @@ import {
   lstatSync,
   mkdirSync,
   readFileSync,
-  renameSync,
   rmSync,
   symlinkSync,
   writeFileSync,
@@ -63,6 +62,27 @@ const write = (path: string, text: string, mode: number): void => {
   chmodSync(path, mode);
 };
 
+/** SQLite with a write-ahead log, as k3s's own: a copy of a running server has to cope with both files. */
+async function datastore(path: string): Promise<{ state: State; save: () => void }> {
+  const { DatabaseSync } = (await import("node:sqlite" as string)) as {
+    DatabaseSync: new (
+      path: string,
+    ) => {
+      exec(sql: string): void;
+      prepare(sql: string): { get(): unknown; run(...values: string[]): void };
+    };
+  };
+  const db = new DatabaseSync(path);
+  db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA busy_timeout = 5000");
+  db.exec("CREATE TABLE IF NOT EXISTS kine (id INTEGER PRIMARY KEY, name TEXT, value TEXT)");
+  const row = db.prepare("SELECT value FROM kine WHERE id = 1").get() as { value: string } | undefined;
+  const state = row
+    ? (JSON.parse(row.value) as State)
+    : { nodes: {}, passwords: {}, deployment: null, tokenHash: "", starts: 0, version: 1 };
+  const put = db.prepare("INSERT OR REPLACE INTO kine (id, name, value) VALUES (1, '/stand-in', ?)");
+  return { state, save: () => put.run(JSON.stringify(state)) };
+}
+
 export async function runServer(start: Start): Promise<void> {
   const { gen, version, values } = start;
   const hostname = (one(values, "node-name") ?? file("/proc/sys/kernel/hostname")).trim().toLowerCase();
@@ -79,14 +99,7 @@ export async function runServer(start: Start): Promise<void> {
     mkdirSync(d, { recursive: true, mode: 0o700 });
   process.chdir(dir);
 
-  const statePath = join(dir, "db", "stand-in.json");
-  const state: State = existsSync(statePath)
-    ? (JSON.parse(file(statePath)) as State)
-    : { nodes: {}, passwords: {}, deployment: null, tokenHash: "", starts: 0, version: 1 };
-  const save = (): void => {
-    writeFileSync(`${statePath}.new`, JSON.stringify(state), { mode: 0o600 });
-    renameSync(`${statePath}.new`, statePath);
-  };
+  const { state, save } = await datastore(join(dir, "db", "state.db"));
 
   const tokenPath = join(dir, "token");
   const password = serverPassword(values, tokenPath);
