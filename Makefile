@@ -45,7 +45,7 @@ rehearse-down: $(MODULES) ## its boxes, networks and processes go; built images 
 	@$(TS) test/lab/rehearse.ts down
 
 test: $(MODULES) ## unit tests; no root, no network
-	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) --test test/*.test.ts
+	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) --test --test-concurrency=4 test/*.test.ts
 test-lab: $(MODULES) ## the lab's suite (root): real boxes, NAT and WireGuard
 	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) --test --test-concurrency=1 test/lab/*.test.ts
 lint: ## types, format and lint

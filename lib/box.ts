@@ -116,7 +116,9 @@ export function open(host: string): Box {
       return { status: result.exitCode ?? 1, stderr: result.stderr };
     },
     async push(file, path) {
-      const gzip = createReadStream(file).pipe(createGzip({ level: 1 }));
+      const gzip = createGzip({ level: 1 });
+      // A file that cannot be read ends gzip with an error, and with it the copy.
+      pipeline(createReadStream(file), gzip).catch(() => {});
       const result = await execute(`umask 077; gzip -dc >${sh(path)}`, gzip, PUSH, () => {});
       if (result.exitCode !== 0)
         throw new Unreachable(
@@ -162,7 +164,7 @@ export function reasonOf(host: string, stderr: string, status: number | null): s
     return `The host key of ${host} has changed: compare its fingerprint at the vendor's console, then "ssh-keygen -R" the old one`;
   if (/Host key verification failed/.test(stderr))
     return `The host key of ${host} is not known here: connect once with "ssh ${host}" and compare its fingerprint`;
-  if (/sudo: .*(password|terminal)/.test(stderr))
+  if (/sudo: .*(password|terminal|tty)/.test(stderr))
     return `sudo asks for a password${host && ` on ${host}`}: log in as root, or allow this user passwordless sudo`;
   if (/Permission denied/.test(stderr))
     return `${host} refused the login (${said}): check the user and the key`;

@@ -44,13 +44,16 @@ export function releaseOf(want: Settings, facts: Facts): { version: string; gene
   return generation ? { version, generation } : { version };
 }
 
+/** `--node-name` out of a role's arguments. */
+export const nodeNameIn = (args: string): string | undefined =>
+  /(?:^|\s)--node-name[= ]\s*(\S+)/.exec(args)?.[1]?.toLowerCase();
+
 /**
  * The name under which k3s registers a box: `--node-name`, or the host name in lower case (os.Hostname, kubelet).
  * @throws {Refusal} for one that Kubernetes would not take.
  */
 export function nodeNameOf(args: string, facts: Facts): string {
-  const given = /(?:^|\s)--node-name[= ]\s*(\S+)/.exec(args)?.[1];
-  const name = (given ?? facts.hostname?.trim() ?? "").toLowerCase();
+  const name = nodeNameIn(args) ?? (facts.hostname?.trim() ?? "").toLowerCase();
   if (!NAME.test(name))
     throw new Refusal(`"${name}" cannot be a node's name: give the box another (hostnamectl set-hostname …)`);
   return name;
@@ -97,7 +100,12 @@ export function unitText(
     ...(args.some((a) => a.endsWith("proxy-mode=ipvs"))
       ? ["ExecStartPre=-/sbin/modprobe -a ip_vs ip_vs_rr"]
       : []),
-    ...(onCard ? [] : [`ExecStartPre=/bin/sh -c 'ip addr replace ${ip}/32 dev lo'`]),
+    // The label is how an address that is this box's no longer is found, and goes.
+    ...(onCard
+      ? []
+      : [
+          `ExecStartPre=/bin/sh -c 'ip addr flush dev lo label lo:k3s; ip addr replace ${ip}/32 dev lo label lo:k3s'`,
+        ]),
     ...(generation === "old" ? [key] : []),
   ];
   // A modern agent tells systemd when it has joined; the old one never does. Type=exec is unknown to the
@@ -299,9 +307,15 @@ export function onCard(ip: string, facts: Facts): boolean {
     .some(([, device, , address]) => device !== "lo" && address?.split("/")[0] === ip);
 }
 
-/** ipvs where the kernel has it; k3s itself would fall back without a word. */
-function proxyModeOf(want: Settings, facts: Facts): string {
-  return want.PROXY_MODE === "ipvs" && !facts.ipvs?.trim() ? "iptables" : want.PROXY_MODE;
+/** ipvs is wanted, but the kernel lacks it: iptables, as kube-proxy itself would do (v1.17.6, recorded). */
+const lacksIpvs = (want: Settings, facts: Facts): boolean =>
+  want.PROXY_MODE === "ipvs" && !facts.ipvs?.trim();
+
+/** How a healthy node is told of; with what of the settings could not be had. */
+export function healthySaying(role: Role, want: Settings, facts: Facts): string {
+  const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+  const proxy = lacksIpvs(want, facts) ? "; its kernel has no ip_vs, so kube-proxy uses iptables" : "";
+  return `k3s ${releaseOf(want, facts).version} runs as wanted, node ${name} is Ready${proxy}`;
 }
 
 /** Why the node is not healthy yet; systemd's word is not asked: a looping k3s is "active" too. */
@@ -339,7 +353,8 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
     throw new Refusal(`PROXY_MODE=nftables needs k3s v1.31 or later, not ${version}`);
 
   const unit = unitOf(role);
-  const args = argsOf(role, generation, want, proxyModeOf(want, facts));
+  const noIpvs = lacksIpvs(want, facts);
+  const args = argsOf(role, generation, want, noIpvs ? "iptables" : want.PROXY_MODE);
   const text = unitText(role, generation, args, onCard(want.PUBLIC_IP, facts), want.PUBLIC_IP);
   const changes: Change[] = [];
   if (facts.envfile?.trim() !== `600\n${sha256(env.replaceAll("@K3S_TOKEN@", want.K3S_TOKEN))}`)
@@ -350,20 +365,22 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
     });
   if (facts.unit !== text)
     changes.push({
-      ...rewrite(unitPath(role), facts.unit, text),
+      ...rewrite(
+        unitPath(role),
+        facts.unit,
+        text,
+        noIpvs ? "this kernel has no ip_vs: iptables instead" : "",
+      ),
       sh: `install -d -m 700 /var/lib/rancher/k3s/${role}\n${writeFile(unitPath(role), text)}`,
     });
 
   const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
-  const other = nodesOf(facts.nodes).find((node) => node.name === name)?.externalIp;
-  if (changes.length === 0 && other && other !== want.PUBLIC_IP)
-    throw new Refusal(
-      `Node ${name} has the public address ${other}, this box ${want.PUBLIC_IP}: another box has its name`,
-    );
-
   const started = startedAt(facts);
-  // ctime in whole seconds; half a second of grace for what was written just before this start.
-  const stale = (facts.written ?? "").split("\n").some((s) => Number(s) > Math.floor((started ?? 0) + 0.5));
+  // ctime in whole seconds; half a second of grace for what was written just before this start. What was
+  // written in the future was written by a clock that has been set back since.
+  const stale = (facts.written ?? "")
+    .split("\n")
+    .some((s) => Number(s) > Math.floor((started ?? 0) + 0.5) && Number(s) <= Number(facts.now));
   const ills = ailments(name, want.PUBLIC_IP, generation, facts);
   const down = started === undefined || facts.enabled?.trim() !== "enabled";
   const border = (facts.interfaces ?? "")
@@ -371,15 +388,14 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
     .includes(interfaceOf(generation === "old" ? "modern" : "old"));
   // Another binary is put in place before this change.
   const newBinary = facts.version?.trim() !== version;
-  if (
-    changes.length ||
-    down ||
-    stale ||
-    border ||
-    newBinary ||
-    pairs(facts.service).NeedDaemonReload === "yes"
-  )
-    changes.push(restart(role, generation, name, want, down ? "start" : "restart", border));
+  const reload = pairs(facts.service).NeedDaemonReload === "yes";
+  const due = changes.length > 0 || down || stale || border || newBinary || reload;
+  const other = nodesOf(facts.nodes).find((node) => node.name === name)?.externalIp;
+  if (!due && other && other !== want.PUBLIC_IP && Number(facts.now) - started > SETTLES)
+    throw new Refusal(
+      `Node ${name} has the public address ${other}, this box ${want.PUBLIC_IP}: another box has its name`,
+    );
+  if (due) changes.push(restart(role, generation, name, want, down ? "start" : "restart", border));
   else if (ills.length)
     changes.push({
       why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
@@ -388,6 +404,9 @@ export function servicePlan(role: Role, env: string, want: Settings, facts: Fact
     });
   return changes;
 }
+
+/** After so many seconds a node that started with another ExternalIP has it: v1.17.6 took up to 60. */
+const SETTLES = 120;
 
 /** How long a node may take to become healthy, in seconds: v1.36.3 on two emulated CPUs took 168, starved ones 460. */
 const WAIT = 600;
@@ -503,11 +522,20 @@ export function diff(have: string, text: string): string[] {
   return lines;
 }
 
-/** A file that is written anew: its differences for the dry run, and the first of them in one line. */
-function rewrite(path: string, have: string | undefined, text: string): Pick<Change, "why" | "detail"> {
-  if (!have) return { why: `write ${path}: it is not there` };
+/** A file that is written anew: its differences for the dry run, and the first of them in one line; and a note. */
+export function rewrite(
+  path: string,
+  have: string | undefined,
+  text: string,
+  note = "",
+): Pick<Change, "why" | "detail"> {
+  const more = note && `; ${note}`;
+  if (!have) return { why: `write ${path}: it is not there${more}` };
   const detail = diff(have, text);
-  if (detail.length === 0) return { why: `write ${path}: its blanks differ` };
+  if (detail.length === 0) return { why: `write ${path}: its blanks differ${more}` };
   const rest = detail.length > 6 ? `, and ${detail.length - 6} lines more` : "";
-  return { why: `write ${path}: ${detail.slice(0, 6).join(", ")}${rest}`, detail };
+  return {
+    why: `write ${path}: ${detail.slice(0, 6).join(", ")}${rest}${more}`,
+    detail: note ? [...detail, note] : detail,
+  };
 }

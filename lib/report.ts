@@ -14,12 +14,18 @@ export interface Line {
 export const redacted = (text: string): string =>
   text.replace(/K10[0-9a-f]{64}::[\w-]+:[\w.-]+|(?<=::(server|node):)[\w.-]+/g, "********");
 
+/** A terminal that knows its width (ora divides by it) and is not to be kept plain. @see https://no-color.org */
+export const canSpin = (
+  { isTTY, columns }: { isTTY?: boolean; columns?: number },
+  env: Record<string, string | undefined>,
+): boolean => Boolean(isTTY && columns && !env.NO_COLOR && env.TERM !== "dumb");
+
 /** A spinner where one person watches one box on a terminal; else plain lines, each with its box's name. */
 export async function report(names: readonly string[]): Promise<{ line(name: string): Line }> {
   const width = Math.max(...names.map((name) => name.length));
   const began = Date.now();
   const seconds = () => `${((Date.now() - began) / 1000).toFixed(1)} s`;
-  const alone = names.length === 1 && process.stderr.isTTY;
+  const alone = names.length === 1 && canSpin(process.stderr, process.env);
   const ora = alone ? (await import("ora")).default : undefined;
   const write = (name: string, text: string) => {
     for (const row of redacted(text).split("\n")) process.stderr.write(`${name.padEnd(width)}  ${row}\n`);

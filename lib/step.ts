@@ -123,8 +123,12 @@ ${body.join("\n")}
 exec 9>&-`;
 }
 
+/** sudo on the family of RHEL leaves /usr/local/bin out of PATH, a plain ssh the folders of root's programs. */
+const PATH = 'PATH="$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"';
+
 /** Runs only when it has arrived whole: a connection that is cut half-way runs nothing. */
-export const whole = (script: string): string => `main() {\nexport LC_ALL=C\n${script}\n}\nmain </dev/null\n`;
+export const whole = (script: string): string =>
+  `main() {\nexport LC_ALL=C ${PATH}\n${script}\n}\nmain </dev/null\n`;
 
 /** A plan as one sh script that a person could paste on the box; secrets are to be given in the environment. */
 export function printed(changes: readonly Change[]): string {

@@ -2,7 +2,15 @@
 /** Step 5 of 7: a healthy k3s agent that has joined the server. Brings the box through steps 1 to 3 too. */
 import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
-import { envPath, nodeNameOf, nodesOf, releaseOf, serviceLook, servicePlan } from "../lib/k3s.ts";
+import {
+  envPath,
+  healthySaying,
+  nodeNameIn,
+  nodeNameOf,
+  nodesOf,
+  serviceLook,
+  servicePlan,
+} from "../lib/k3s.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -37,10 +45,11 @@ function serverLook(want: Settings): string {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
   const password = want.K3S_TOKEN.split(":").at(-1) as string;
   const joined = createHash("sha256").update(ENV(want).replace("@K3S_TOKEN@", want.K3S_TOKEN)).digest("hex");
-  const name = /--node-name[= ]\s*(\S+)/.exec(want.AGENT_ARGS)?.[1];
+  const name = nodeNameIn(want.AGENT_ARGS);
   return `
-if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined} ] && command -v curl >/dev/null; then
+if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined} ] && command -v curl >/dev/null; then (
   dir=$(mktemp -d) && chmod 700 "$dir"
+  trap 'rm -rf "$dir"' EXIT
   ask() { curl -sS --connect-timeout 8 --max-time 20 "$@" 2>"$dir/error"; }
   url=${sh(want.K3S_URL)}
   fact cacerts; ask -k -D "$dir/head" "$url/cacerts" | tee "$dir/ca"
@@ -48,12 +57,15 @@ if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined
   fact date; sed -n 's/^[Dd]ate: //p' "$dir/head" 2>/dev/null
   fact door; printf 'user = "node:%s"\\n' ${sh(password)} |
     ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
+  fact shut; cat "$dir/error"
   fact taken; node=${name ? sh(name) : '"$(uname -n | tr "[:upper:]" "[:lower:]")"'}
   ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node"
   fact password; test -s /etc/rancher/node/password && echo yes
-  rm -rf "$dir"
-fi`;
+) fi`;
 }
+
+/** Clocks that are more than a day apart, in seconds, are wrong whatever certificates bear with. */
+const CLOCKS = 86_400;
 
 /** @throws {Refusal} or {SettingError} where this box cannot join; nothing was touched. */
 function examine(want: Settings, facts: Facts): void {
@@ -65,12 +77,14 @@ function examine(want: Settings, facts: Facts): void {
     throw new SettingError(
       `K3S_TOKEN is of another cluster: it names the CA ${want.K3S_TOKEN.slice(3, 15)}…, ${url} has ${hash.slice(0, 12)}…; was the server set up anew? "make server" writes the present one`,
     );
-  // The CA's beginning is when the server was set up: TLS fails on a clock that is earlier.
+  // The CA's beginning is when the server was set up: TLS fails on a clock that is earlier. What it signs ends
+  // after a year.
   const { validFrom, validTo } = new X509Certificate(ca);
   const now = Number(facts.now) * 1000;
-  if (now < Date.parse(validFrom) || now > Date.parse(validTo))
+  const apart = Math.abs(now - Date.parse(facts.date ?? "")) / 1000;
+  if (now < Date.parse(validFrom) || now > Date.parse(validTo) || apart > CLOCKS)
     throw new Refusal(
-      `This box's clock says ${new Date(now).toISOString()}, the server's ${facts.date?.trim()}; its certificates hold from ${validFrom} to ${validTo}: set the clock (timedatectl set-ntp true)`,
+      `This box's clock says ${new Date(now).toISOString()}, the server's ${facts.date?.trim()}; its certificates hold from ${validFrom} to ${validTo}: set the clock that is wrong (timedatectl set-ntp true)`,
     );
   const door = facts.door?.trim();
   if (door === "401" || door === "403")
@@ -78,7 +92,9 @@ function examine(want: Settings, facts: Facts): void {
       `K3S_TOKEN is not valid: ${url} answers ${door}; "make server" writes the present one`,
     );
   if (door !== "200")
-    throw new Refusal(`${url} does not let this box in: it answers ${door}, try again when it is healthy`);
+    throw new Refusal(
+      `${url} does not let this box in: it answers ${door}, try again when it is healthy${facts.shut?.trim() ? ` (${facts.shut.trim()})` : ""}`,
+    );
   const [node] = nodesOf(facts.taken);
   if (!node || facts.password?.trim()) return;
   const name = nodeNameOf(want.AGENT_ARGS, facts);
@@ -113,6 +129,5 @@ await run(import.meta, {
   about: "Joins a box to the server: binary, kernel, WireGuard, unit, and a node that is Ready.",
   steps: agentSteps,
   needs: { K3S_URL: FROM_SERVER, K3S_TOKEN: FROM_SERVER },
-  nothing: (want, facts) =>
-    `k3s ${releaseOf(want, facts).version} runs as wanted, node ${nodeNameOf(want.AGENT_ARGS, facts)} is Ready`,
+  nothing: (want, facts) => healthySaying("agent", want, facts),
 });

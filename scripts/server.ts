@@ -1,7 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { run } from "../lib/cli.ts";
-import { nodeNameOf, releaseOf, serviceLook, servicePlan } from "../lib/k3s.ts";
+import { healthySaying, serviceLook, servicePlan } from "../lib/k3s.ts";
 import { type Change, Failure, Refusal, type Step } from "../lib/step.ts";
 import { annotateAs } from "./annotate.ts";
 import { downloadK3s } from "./download-k3s.ts";
@@ -37,6 +37,5 @@ await run(import.meta, {
   about: "Makes a box the k3s server: binary, kernel, WireGuard, unit, and a node that is Ready.",
   steps: serverSteps,
   host: "SERVER",
-  nothing: (want, facts) =>
-    `k3s ${releaseOf(want, facts).version} runs as wanted, node ${nodeNameOf(want.SERVER_ARGS, facts)} is Ready`,
+  nothing: (want, facts) => healthySaying("server", want, facts),
 });

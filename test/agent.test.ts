@@ -104,7 +104,24 @@ describe("an agent is not set up, and nothing is touched", () => {
     ],
     ["where the token may not come in", SettingError, { door: "403" }, /^K3S_TOKEN is not valid/],
     ["where the server is not well", Refusal, { door: "503" }, /it answers 503, try again/],
-    ["where the connection broke", Refusal, { door: "000" }, /it answers 000/],
+    [
+      "where the connection broke",
+      Refusal,
+      { door: "000", shut: "curl: (60) SSL certificate problem: certificate has expired\n" },
+      /it answers 000.*\(curl: \(60\) SSL certificate problem: certificate has expired\)$/,
+    ],
+    [
+      "where the clock is two days ahead",
+      Refusal,
+      { now: String(Date.parse("2026-11-25T15:20:00Z") / 1000) },
+      /clock says 2026-11-25T15:20:00\.000Z, the server's Mon, 23 Nov 2026 15:20:00 GMT/,
+    ],
+    [
+      "where the clock is two years ahead, past what the server's certificate holds",
+      Refusal,
+      { now: String(Date.parse("2028-11-23T15:20:00Z") / 1000), door: "000" },
+      /clock says 2028.*set the clock that is wrong/,
+    ],
     [
       "where the box's name is another node's",
       Refusal,

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { redacted, report } from "../lib/report.ts";
+import { canSpin, redacted, report } from "../lib/report.ts";
 import { TOKEN } from "./helpers.ts";
 
 const PASSWORD = TOKEN.split(":").at(-1) as string;
@@ -29,6 +29,28 @@ describe("a token in whatever is printed", () => {
     assert.equal(redacted(text), text);
     assert.equal(redacted(`a ${TOKEN} b`), "a ******** b");
   });
+});
+
+describe("a spinner", () => {
+  const terminal = { isTTY: true, columns: 80 };
+  const cases: [
+    name: string,
+    stream: Parameters<typeof canSpin>[0],
+    env: Record<string, string>,
+    spins: boolean,
+  ][] = [
+    ["turns on a terminal", terminal, { TERM: "xterm" }, true],
+    ["does not turn in a pipe", { isTTY: false }, {}, false],
+    [
+      "does not turn on a terminal without a width, which ora divides by",
+      { isTTY: true, columns: 0 },
+      {},
+      false,
+    ],
+    ["does not turn where NO_COLOR is set", terminal, { NO_COLOR: "1" }, false],
+    ["does not turn on a dumb terminal", terminal, { TERM: "dumb" }, false],
+  ];
+  for (const [name, stream, env, spins] of cases) test(name, () => assert.equal(canSpin(stream, env), spins));
 });
 
 describe("what is said of several boxes", () => {

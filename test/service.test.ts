@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { unitOf } from "../lib/k3s.ts";
+import { healthySaying, type Role, unitOf } from "../lib/k3s.ts";
 import type { Settings } from "../lib/settings.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { agent } from "../scripts/agent.ts";
@@ -132,6 +132,22 @@ for (const step of [server, agent] as const)
         );
       });
 
+      test("whose public address changed is finished by the next run when the restart was cut off, and then waited for", () => {
+        const was = nodes({ ...A1, external: "198.51.100.99" }, B1);
+        const cut: Facts[] = [
+          { written: `${NOW - 60}` },
+          { service: service(NOW - 1800, "NeedDaemonReload=yes") },
+          { service: "MainPID=0\n" },
+        ];
+        for (const over of cut)
+          assert.match(step.plan(want, well({ nodes: was, ...over }))[0]?.why ?? "", /^(re)?start /);
+        const young = { service: service(NOW - 60), written: `${NOW - 61}` };
+        assert.deepEqual(verbs(step.plan(want, well({ nodes: was, ...young }))), ["wait until"]);
+      });
+
+      test("is not restarted for ever by files of a time to come: the clock was set back", () =>
+        assert.deepEqual(step.plan(want, well({ written: `${NOW + 90_000}` })), []));
+
       test("is written anew and restarted when a setting of its arguments changes, and the file of its environment is not", () => {
         const args = wanted({ ...want, SERVER_ARGS: "--disable=traefik", AGENT_ARGS: "--docker" });
         const plan = step.plan(args, well());
@@ -174,6 +190,8 @@ for (const step of [server, agent] as const)
           /--kube-proxy-arg=proxy-mode=ipvs/,
         );
         assert.doesNotMatch(step.plan(ipvs, fresh)[1]?.sh ?? "", /proxy-mode/);
+        assert.match(step.plan(ipvs, fresh)[1]?.why ?? "", /this kernel has no ip_vs: iptables instead$/);
+        assert.match(healthySaying(step.name as Role, ipvs, fresh), /no ip_vs, so kube-proxy uses iptables$/);
         assert.deepEqual(step.plan(ipvs, well()), [], "so there nothing changes");
       });
 

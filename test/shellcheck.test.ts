@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { applyScript, type Facts, lookScript, printed, type Step, whole } from "../lib/step.ts";
+import { SettingError } from "../lib/settings.ts";
+import { applyScript, type Facts, lookScript, printed, Refusal, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { cleared, copied } from "../scripts/backup.ts";
 import { downloadAhead } from "../scripts/download-k3s.ts";
@@ -61,8 +62,9 @@ function changesOf(steps: readonly Step[], version: string) {
     steps.flatMap((step) => {
       try {
         return step.plan(want, facts);
-      } catch {
-        return [];
+      } catch (error) {
+        if (error instanceof Refusal || error instanceof SettingError) return [];
+        throw error;
       }
     }),
   );

@@ -15,6 +15,7 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, test } from "node:test";
+import { lacks } from "./helpers.ts";
 import { parseToken } from "./stand-in/agent.ts";
 import {
   defaultInterface,
@@ -722,12 +723,7 @@ describe("the binary's stand-in", () => {
   });
 
   // Deno's https server does not ask for client certificates, so what runs in boxes is not run under it.
-  const skip =
-    "Deno" in globalThis
-      ? "needs node"
-      : spawnSync("openssl", ["version"]).status !== 0
-        ? "needs openssl"
-        : false;
+  const skip = "Deno" in globalThis ? "needs node" : lacks("openssl", "curl");
   const command = (version: string, name: string, args: string[]): string[] => [
     ...process.execArgv.filter((a) => !/^--test/.test(a)),
     join(import.meta.dirname, "stand-in", "k3s.ts"),
@@ -853,23 +849,21 @@ describe("the binary's stand-in", () => {
             ],
             { encoding: "utf8" },
           ).stdout;
-        if (spawnSync("curl", ["--version"]).status === 0) {
-          const good = `node:${token.trim().slice(-32)}`,
-            own = gen === "old" ? "/v1-k3s/config" : "/v1-k3s/readyz";
-          const paths = ["/cacerts", "/ping", "/healthz", "/apis"];
-          assert.deepEqual(
-            paths.map((p) => code(p)),
-            ["200", "200", "401", "401"],
-          );
-          assert.deepEqual(
-            paths.map((p) => code(p, good)),
-            gen === "old" ? ["200", "200", "200", "200"] : ["200", "200", "401", "401"],
-          );
-          assert.deepEqual(
-            [code(own), code(own, "node:wrong"), code(own, good)],
-            gen === "old" ? ["401", "401", "200"] : ["403", "401", "200"],
-          );
-        }
+        const good = `node:${token.trim().slice(-32)}`,
+          own = gen === "old" ? "/v1-k3s/config" : "/v1-k3s/readyz";
+        const paths = ["/cacerts", "/ping", "/healthz", "/apis"];
+        assert.deepEqual(
+          paths.map((p) => code(p)),
+          ["200", "200", "401", "401"],
+        );
+        assert.deepEqual(
+          paths.map((p) => code(p, good)),
+          gen === "old" ? ["200", "200", "200", "200"] : ["200", "200", "401", "401"],
+        );
+        assert.deepEqual(
+          [code(own), code(own, "node:wrong"), code(own, good)],
+          gen === "old" ? ["401", "401", "200"] : ["403", "401", "200"],
+        );
         const twice = k3s(VERSION[gen], "k3s", ...args.map((a) => (a === dir ? `${dir}2` : a)));
         assert.match(
           twice.stderr,

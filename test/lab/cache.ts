@@ -25,7 +25,9 @@ const FOR_BOXES = ["wireguard-tools"];
 const FURNISH = `set -eu
 useradd -m -s /bin/bash debian
 useradd -m -s /bin/bash plain
-echo 'debian ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/debian
+# As on RHEL and its family: sudo there does not look into /usr/local.
+printf '%s\\n' 'debian ALL=(ALL) NOPASSWD: ALL' 'Defaults:debian secure_path=/sbin:/bin:/usr/sbin:/usr/bin' \\
+  >/etc/sudoers.d/debian
 chmod 440 /etc/sudoers.d/debian
 rm -rf /etc/apt/sources.list.d/* /etc/apt/apt.conf.d/99mmdebstrap
 echo 'deb [trusted=yes] ${PACKAGES_URL} ./' >/etc/apt/sources.list

@@ -116,6 +116,7 @@ export async function up(spec: LabSpec, say: (line: string) => void = () => {}):
   if (!/^[a-z0-9-]{1,20}$/.test(spec.name)) throw new Error(`"${spec.name}" is no name for a lab`);
   const names = spec.boxes ?? ["a1", "b1", "b2"];
   await requirements(say);
+  if (names.length > 8) await moreInotify(say);
   await down(spec.name);
   const dir = join(STATE, spec.name);
   await mkdir(join(dir, "boxes"), { recursive: true, mode: 0o700 });
@@ -275,6 +276,14 @@ async function requirements(say: (line: string) => void) {
   if (!existsSync("/dev/net/tun")) throw new Error("The lab needs /dev/net/tun: load the module tun");
 }
 
+/** A box holds some nine of inotify's instances, of which a machine's root has 128: too few for 15 boxes. */
+async function moreInotify(say: (line: string) => void) {
+  const limit = "/proc/sys/fs/inotify/max_user_instances";
+  if (Number(await readFile(limit, "utf8")) >= 1024) return;
+  say(`${limit}: 1024, for this many boxes`);
+  await writeFile(limit, "1024");
+}
+
 /** The operator's home and what they know: names of boxes, keys, and nothing of this machine's. */
 async function furnishOperator(dir: string) {
   await mkdir(join(dir, "etc"));
@@ -372,6 +381,7 @@ async function specOf(dir: string): Promise<LabSpec & { root: string }> {
 async function holderOf(dir: string) {
   const record = await readFile(join(dir, "holder"), "utf8").catch(() => "");
   const [pid, started, boot] = record.trim().split(" ");
+  if (!pid) return;
   const stat = await readFile(`/proc/${pid}/stat`, "utf8").catch(() => "");
   const fields = stat.replace(/^.*\) /s, "").split(" ");
   const same = fields[0] !== "Z" && fields[19] === started;

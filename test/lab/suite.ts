@@ -7,7 +7,7 @@ import { join } from "node:path";
 import { parse } from "dotenv";
 import { sh } from "../../lib/sh.ts";
 import { standIn } from "../stand-in/pack.ts";
-import { type Box, type Lab, type LabSpec, type Run, up } from "./lab.ts";
+import { type Box, down, type Lab, type LabSpec, type Run, up } from "./lab.ts";
 
 export const OLD = "v1.17.6+k3s1";
 export const MODERN = "v1.36.2+k3s1";
@@ -36,7 +36,13 @@ export type Bench = Awaited<ReturnType<typeof bench>>;
  * no token shows, and no escape sequence comes down a pipe.
  */
 export async function bench(spec: LabSpec) {
-  return over(await up({ ...spec, name: `t-${spec.name}` }));
+  const name = `t-${spec.name}`;
+  return over(
+    await up({ ...spec, name }).catch(async (error) => {
+      await down(name);
+      throw error;
+    }),
+  );
 }
 
 function over(lab: Lab) {
