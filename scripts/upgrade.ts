@@ -332,18 +332,21 @@ async function one(
     if (facts.kept?.trim() || planAll([steps.uncordoned], job.want, cluster).length) await settled();
     return;
   }
-  if (version !== release) {
+  if (version === release) {
+    // It runs it already: what is left of its plan is no reason to put anything back.
+    await converge(job, all, facts);
+  } else {
     await converge(atServer, [steps.drained], cluster);
     await converge(job, [steps.keep], facts);
-  }
-  try {
-    const after = await converge(job, all, facts);
-    const node = k3s.nodesOf(after.nodes).find(({ externalIp }) => externalIp === target.ip);
-    if (node?.version !== release)
-      throw new Failure(`The node runs ${node?.version ?? "nothing"}, not ${release}`);
-  } catch (error) {
-    if (error instanceof Unreachable) throw error;
-    throw await undo(error as Failure, { job, atServer, steps, version, name: target.name });
+    try {
+      const after = await converge(job, all, facts);
+      const node = k3s.nodesOf(after.nodes).find(({ externalIp }) => externalIp === target.ip);
+      if (node?.version !== release)
+        throw new Failure(`The node runs ${node?.version ?? "nothing"}, not ${release}`);
+    } catch (error) {
+      if (error instanceof Unreachable) throw error;
+      throw await undo(error as Failure, { job, atServer, steps, version, name: target.name });
+    }
   }
   await settled();
   line.done(false, `runs ${release}`);

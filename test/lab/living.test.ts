@@ -139,7 +139,7 @@ describe("remove", () => {
   });
 
   test("removes the node of a box that is gone for good where it is told so", async () => {
-    const mend = await drop("b", "ip daddr 192.168.0.12 tcp dport 22");
+    const mend = await refuse("b", "ip daddr 192.168.0.12 tcp dport 22");
     await t.says("make remove HOST=b2", 2, ["Could not reach b2", "FORCE=1 removes its node alone"]);
     await t.ok("make remove HOST=b2 FORCE=1");
     await mend();
@@ -150,9 +150,10 @@ describe("remove", () => {
   });
 });
 
-/** Drops what matches at a cloud's router, until the function that is answered is called. */
-async function drop(cloud: "a" | "b", what: string) {
-  const said = await t.lab.net(`router-${cloud}`, `nft -e -a insert rule ip filter ports ${what} drop`);
+/** Refuses what matches at a cloud's router, until the function that is answered is called. */
+async function refuse(cloud: "a" | "b", what: string) {
+  const rule = `insert rule ip filter ports ${what} reject with tcp reset`;
+  const said = await t.lab.net(`router-${cloud}`, `nft -e -a ${rule}`);
   const handle = /# handle (\d+)/.exec(said)?.[1];
   return () => t.lab.net(`router-${cloud}`, `nft delete rule ip filter ports handle ${handle}`);
 }
