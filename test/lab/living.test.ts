@@ -48,12 +48,11 @@ const clean = async (boxes: Box[]) => {
 };
 
 /** The command's first run is killed at this point; a second one finishes it, and a third has nothing to do. */
-async function cutThenDone(command: string, at: RegExp, options: { nothing?: string | RegExp } = {}) {
+async function cutThenDone(command: string, at: RegExp) {
   const run = await t.cut(command, at, "KILL");
   assert(run.reached, `${command} did not come to ${at}:\n${run.text}`);
   const { text } = await t.ok(command);
-  const nothing = options.nothing ?? /nothing to do/;
-  if (nothing) await t.says(command, 0, [nothing]);
+  await t.says(command, 0, ["nothing to do"]);
   return text;
 }
 
