@@ -221,6 +221,7 @@ interface NodeObject {
 const NAME = /^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$/;
 const IP = /^[0-9a-f.:]{2,39}$/;
 const CIDR = /^[0-9a-f.:]{2,39}\/\d{1,3}$/;
+const VERSION = /^v[\w.+-]{1,60}$/;
 const only = (pattern: RegExp, value: string | undefined) => (pattern.test(value ?? "") ? value : undefined);
 
 /**
@@ -245,7 +246,7 @@ export function nodesOf(json = ""): Node[] {
         podCidr: only(CIDR, spec?.podCIDR),
         publicIp: note("public-ip"),
         overwrite: note("public-ip-overwrite"),
-        version: status?.nodeInfo?.kubeletVersion ?? "",
+        version: only(VERSION, status?.nodeInfo?.kubeletVersion) ?? "",
         cordoned: spec?.unschedulable === true,
         drained: only(NAME, metadata.annotations?.[DRAINED]),
         backend: only(NAME, metadata.annotations?.["flannel.alpha.coreos.com/backend-type"]),

@@ -35,12 +35,13 @@ const RELEASES = [
   ...["v1.30.14+k3s2", "v1.31.14+k3s1", "v1.32.11+k3s3", "v1.33.7+k3s1", "v1.34.2+k3s1", "v1.35.4+k3s1"],
 ];
 
+const RELEASE = /^v1\.(\d+)\.(\d+)(?:-rc(\d+))?\+k3s(\d+)$/;
 const minorOf = (version: string) => Number(version.split(".")[1]);
 
 /** Less than 0 where the first release is older. A release candidate comes before its release. */
 export function compare(a: string, b: string): number {
   const parts = (version: string) => {
-    const [, minor, patch, rc, k3s] = /^v1\.(\d+)\.(\d+)(?:-rc(\d+))?\+k3s(\d+)$/.exec(version) ?? [];
+    const [, minor, patch, rc, k3s] = RELEASE.exec(version) ?? [];
     return [
       Number(minor),
       Number(patch),
@@ -244,6 +245,8 @@ async function upgrade(call: cli.Call): Promise<number> {
         throw new Refusal(
           `${member.target.name} is no node of the cluster: make agent HOST=${member.target.word}, or take it out of AGENTS`,
         );
+      if (!RELEASE.test(node.version))
+        throw new Refusal(`Node ${node.name} runs "${node.version}", which is no release of k3s`);
       member.version = node.version;
     }
   });
@@ -324,17 +327,11 @@ async function one(
   const release = job.want.K3S_VERSION;
   const facts = await look(job, [...all, steps.keep]);
   const cluster = role === "server" ? facts : await look(atServer, [steps.drained]);
-  const settled = async () => {
-    await converge(job, [steps.forget], await look(job, [steps.forget]));
-    await converge(atServer, [steps.uncordoned], await look(atServer, [steps.uncordoned]));
-  };
-  if (version === release && planAll(all, job.want, facts).length === 0) {
-    if (facts.kept?.trim() || planAll([steps.uncordoned], job.want, cluster).length) await settled();
-    return;
-  }
   if (version === release) {
-    // It runs it already: what is left of its plan is no reason to put anything back.
-    await converge(job, all, facts);
+    // What a run that was cut has left: nothing of it is a reason to put anything back.
+    const after = await converge(job, all, facts);
+    const left = facts.kept?.trim() || planAll([steps.uncordoned], job.want, cluster).length;
+    if (after === facts && !left) return;
   } else {
     await converge(atServer, [steps.drained], cluster);
     await converge(job, [steps.keep], facts);
@@ -342,13 +339,14 @@ async function one(
       const after = await converge(job, all, facts);
       const node = k3s.nodesOf(after.nodes).find(({ externalIp }) => externalIp === target.ip);
       if (node?.version !== release)
-        throw new Failure(`The node runs ${node?.version ?? "nothing"}, not ${release}`);
+        throw new Failure(`The node runs ${node?.version || "nothing"}, not ${release}`);
     } catch (error) {
       if (error instanceof Unreachable) throw error;
       throw await undo(error as Failure, { job, atServer, steps, version, name: target.name });
     }
   }
-  await settled();
+  await converge(job, [steps.forget], await look(job, [steps.forget]));
+  await converge(atServer, [steps.uncordoned], await look(atServer, [steps.uncordoned]));
   line.done(false, `runs ${release}`);
 }
 
