@@ -1,5 +1,5 @@
 /** What answers on 6443: the supervisor's paths, which nodes join by, and as much of Kubernetes as is needed. */
-import { createHash, randomUUID } from "node:crypto";
+import { createHash, randomBytes, randomUUID } from "node:crypto";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import type { IncomingMessage } from "node:http";
 import { join } from "node:path";
@@ -123,6 +123,23 @@ function nodePasswordOk(c: Cluster, name: string, secret: string): boolean {
   return true;
 }
 
+/** The server's password, and the nodes' where it is the same, as the file of passwords and the token file have it. */
+function rotateToken(c: Cluster, user: string): Reply {
+  const passwd = join(c.credDir, "passwd"),
+    tokenFile = join(c.credDir, "..", "token"),
+    next = randomBytes(16).toString("hex");
+  const lines = file(passwd).split("\n");
+  const old = lines.find((l) => l.split(",")[1] === user)?.split(",")[0];
+  writeFileSync(
+    passwd,
+    lines.map((l) => (l.startsWith(`${old},`) ? next + l.slice(old?.length) : l)).join("\n"),
+  );
+  writeFileSync(tokenFile, file(tokenFile).replace(/[^:]+$/, `${next}\n`));
+  c.state.tokenHash = hash(next);
+  c.save();
+  return text(200, "");
+}
+
 function supervisor(c: Cluster, { req }: Question, path: string): Reply {
   const { gen } = c;
   const user = identify(c, req, true);
@@ -131,6 +148,8 @@ function supervisor(c: Cluster, { req }: Question, path: string): Reply {
       ? text(401, "")
       : json(code, { kind: "Status", metadata: {}, status: "Failure", message, reason, code });
   if (user === undefined) return refuse(401, "Unauthorized", "not authorized");
+  if (path === "token" && gen === "modern" && req.method === "PUT" && user?.groups.includes("k3s:server"))
+    return rotateToken(c, user.name);
   const roles = gen === "old" ? ["k3s:agent"] : ["k3s:agent", "system:nodes"];
   if (!user?.groups.some((g) => roles.includes(g))) return refuse(403, "Forbidden", "forbidden");
 
@@ -230,10 +249,11 @@ function kubernetes(c: Cluster, q: Question): Reply {
   const other = /^\/(?:api\/v1|apis\/([^/]+)\/[^/]+)(?:\/namespaces\/([^/]+))?\/([a-z]+)(?:\/([^/]+))?$/.exec(
     path,
   );
-  if (!other || q.method !== "GET") return notFound;
+  const deletes = q.method === "DELETE" && other?.[3] === "secrets" && other[4];
+  if (!other || (q.method !== "GET" && !deletes)) return notFound;
   const [, group, namespace, resource, name] = other;
   const no = rules.forbidden(gen, user, {
-    verb: name ? "get" : "list",
+    verb: deletes ? "delete" : name ? "get" : "list",
     resource,
     group,
     namespace,
@@ -267,11 +287,29 @@ function kubernetes(c: Cluster, q: Question): Reply {
             ],
           })
         : notFound;
+    case "/secrets": {
+      // Of modern k3s's secrets only node passwords are imitated; v1.17 keeps those in a file.
+      const ofNodes = gen === "modern" && here ? Object.keys(c.state.passwords) : [];
+      if (!name) return listOf(c, "SecretList", "v1", ofNodes.map(passwordSecret));
+      const node = ofNodes.find((node) => passwordSecret(node).metadata.name === name);
+      if (!node) return status(404, "NotFound", `secrets ${quote(name)} not found`);
+      if (!deletes) return json(200, passwordSecret(node));
+      delete c.state.passwords[node];
+      c.save();
+      return json(200, { kind: "Status", apiVersion: "v1", metadata: {}, status: "Success" });
+    }
     case "/events":
       return name ? notFound : listOf(c, "EventList", "v1", []);
   }
   return notFound;
 }
+
+const passwordSecret = (node: string) => ({
+  apiVersion: "v1",
+  kind: "Secret",
+  type: "k3s.cattle.io/node-password",
+  metadata: { name: `${node}.node-password.k3s`, namespace: "kube-system" },
+});
 
 function listOf(c: Cluster, kind: string, apiVersion: string, items: unknown[]): Reply {
   const metadata = {

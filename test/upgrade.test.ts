@@ -1,0 +1,105 @@
+import assert from "node:assert/strict";
+import { describe, test } from "node:test";
+import { SettingError } from "../lib/settings.ts";
+import { Refusal } from "../lib/step.ts";
+import { compare, pathOf } from "../scripts/upgrade.ts";
+
+const OLD = "v1.17.6+k3s1";
+
+test("releases are in the order in which they were made", () => {
+  const order = ["v1.17.6+k3s1", "v1.17.17+k3s1", "v1.18.2-rc1+k3s1", "v1.18.2-rc2+k3s1", "v1.18.2+k3s1"];
+  order.push("v1.18.2+k3s2", "v1.9999.0+k3s1");
+  for (const [i, a] of order.entries())
+    for (const [j, b] of order.entries())
+      assert.equal(Math.sign(compare(a, b)), Math.sign(i - j), `${a} ${b}`);
+});
+
+describe("the way of an upgrade", () => {
+  const cases: { name: string; running: string[]; to: string; steps?: string; force?: true; path: string }[] =
+    [
+      { name: "is none where all run it", running: [OLD, OLD], to: OLD, path: "" },
+      {
+        name: "is one step within a minor version",
+        running: [OLD],
+        to: "v1.17.17+k3s1",
+        path: "v1.17.17+k3s1",
+      },
+      {
+        name: "is one step to the next one",
+        running: ["v1.35.4+k3s1"],
+        to: "v1.36.2+k3s1",
+        path: "v1.36.2+k3s1",
+      },
+      {
+        name: "leads through what was told",
+        running: [OLD],
+        to: "v1.20.15+k3s1",
+        steps: "v1.18.20+k3s1 v1.19.16+k3s1",
+        path: "v1.18.20+k3s1 v1.19.16+k3s1 v1.20.15+k3s1",
+      },
+      {
+        name: "may be told with its end",
+        running: [OLD],
+        to: "v1.18.20+k3s1",
+        steps: "v1.17.17+k3s1 v1.18.20+k3s1",
+        path: "v1.17.17+k3s1 v1.18.20+k3s1",
+      },
+      {
+        name: "goes on where it was cut: what every node has is left out",
+        running: ["v1.19.16+k3s1", "v1.18.20+k3s1", "v1.18.20+k3s1"],
+        to: "v1.20.15+k3s1",
+        steps: "v1.18.20+k3s1 v1.19.16+k3s1",
+        path: "v1.19.16+k3s1 v1.20.15+k3s1",
+      },
+      { name: "jumps where forced", running: [OLD], to: "v1.36.2+k3s1", force: true, path: "v1.36.2+k3s1" },
+      { name: "leads back where forced", running: ["v1.18.20+k3s1"], to: OLD, force: true, path: OLD },
+    ];
+  for (const { name, running, to, steps = "", force = false, path } of cases)
+    test(name, () =>
+      assert.equal(pathOf(running, to, steps.split(" ").filter(Boolean), force).join(" "), path),
+    );
+
+  const refused: { name: string; running: string[]; to: string; steps?: string; says: RegExp }[] = [
+    {
+      name: "a jump, with the releases to pass through",
+      running: ["v1.17.6+k3s1"],
+      to: "v1.20.15+k3s1",
+      says: /left out, .*STEPS="v1\.18\.20\+k3s1 v1\.19\.16\+k3s1"; FORCE=1 jumps/,
+    },
+    {
+      name: "a jump of a step, with what was told and what is missing",
+      running: ["v1.17.6+k3s1"],
+      to: "v1.23.17+k3s1",
+      steps: "v1.18.1+k3s1 v1.21.14+k3s1",
+      says: /STEPS="v1\.18\.1\+k3s1 v1\.19\.16\+k3s1 v1\.20\.15\+k3s1 v1\.21\.14\+k3s1 v1\.22\.17\+k3s1"/,
+    },
+    {
+      name: "the whole way to today, each minor version once",
+      running: ["v1.17.6+k3s1"],
+      to: "v1.36.2+k3s1",
+      says: /STEPS="v1\.18\.\S+( v1\.\d+\.\S+){16} v1\.35\.\S+"/,
+    },
+    {
+      name: "a way back",
+      running: ["v1.36.3+k3s1"],
+      to: "v1.36.2+k3s1",
+      says: /runs v1\.36\.3\+k3s1, and a way back to v1\.36\.2\+k3s1 is not safe/,
+    },
+    {
+      name: "a way back for one node of several",
+      running: ["v1.36.1+k3s1", "v1.36.3+k3s1"],
+      to: "v1.36.2+k3s1",
+      says: /a way back/,
+    },
+  ];
+  for (const { name, running, to, steps = "", says } of refused)
+    test(`is refused for ${name}`, () =>
+      assert.throws(
+        () => pathOf(running, to, steps.split(" ").filter(Boolean), false),
+        (error) => error instanceof Refusal && says.test(error.message),
+      ));
+
+  for (const steps of ["v1.19.16+k3s1 v1.18.20+k3s1", "v1.21.14+k3s1", "v1.18.20+k3s1 v1.18.20+k3s1"])
+    test(`is a wrong setting for steps that do not lead up to it: ${steps}`, () =>
+      assert.throws(() => pathOf([OLD], "v1.20.15+k3s1", steps.split(" "), true), SettingError));
+});
