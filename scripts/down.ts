@@ -53,7 +53,7 @@ async function agreed(names: string[]): Promise<boolean> {
 
 await cli.run(import.meta, {
   about: "Removes k3s and all its data from SERVER and all AGENTS, after asking.",
-  steps: [{ ...uninstall, options: ["SERVER", "PUBLIC_IP"] }],
+  steps: [{ ...uninstall, options: ["SERVER", "PUBLIC_IP", "SERVER_ARGS"] }],
   flags: { yes: "do not ask" },
   work: down,
 });

@@ -32,7 +32,7 @@ const LINKS = ["kubectl", "crictl", "ctr"].map((name) => `/usr/local/bin/${name}
 /** k3s goes from a box, with all that it made there; packages and the kernel stay. */
 export const uninstall: Step = {
   name: "remove",
-  options: ["HOST", "SERVER", "PUBLIC_IP"],
+  options: ["HOST", "SERVER", "PUBLIC_IP", "SERVER_ARGS"],
 
   look: (want) => [
     `fact left

@@ -9,6 +9,7 @@ import * as cli from "../lib/cli.ts";
 import { drain, uncordon } from "../lib/drain.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
 import * as k3s from "../lib/k3s.ts";
+import { CONFIG, REGISTRIES } from "../lib/node.ts";
 import { type Line, report } from "../lib/report.ts";
 import { SettingError, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
@@ -98,12 +99,12 @@ export function pathOf(
   return path;
 }
 
-/** What a node ran before, kept until it is seen to run the new version: its binary, unit, env file and version. */
+/** What a node ran before, kept until it is seen to run the new version: its binary, version, and files of settings. */
 const KEPT = "/var/lib/rancher/k3s/before";
 
 /** What concerns one box of the cluster and one release. */
 export function stepsFor(role: k3s.Role, running: string, ip: string, force: boolean) {
-  const [unit, env] = [k3s.unitPath(role), k3s.envPath(role)];
+  const files = [k3s.K3S, k3s.unitPath(role), k3s.envPath(role), CONFIG, REGISTRIES].join(" ");
   const look = () => [
     k3s.binaryLook,
     k3s.clusterLook,
@@ -135,7 +136,9 @@ export function stepsFor(role: k3s.Role, running: string, ip: string, force: boo
               why: `keep ${running} and its unit`,
               sh: `rm -rf ${KEPT}.new ${KEPT}
 mkdir -m 700 ${KEPT}.new
-cp -p ${k3s.K3S} ${unit} ${env} ${KEPT}.new/
+for file in ${files}; do
+  [ ! -e "$file" ] || cp -p "$file" ${KEPT}.new/
+done
 echo ${sh(running)} >${KEPT}.new/version
 echo ${has(facts, "old") ? "old" : "modern"} >${KEPT}.new/generation
 mv ${KEPT}.new ${KEPT}`,
@@ -172,11 +175,17 @@ done`,
           why: `put ${running} and its unit back`,
           sh: `cd ${KEPT}
 same=yes
-for file in ${k3s.K3S} ${unit} ${env}; do
-  cmp -s "\${file##*/}" "$file" && continue
+for file in ${files}; do
+  kept=\${file##*/}
+  if [ -e "$kept" ]; then
+    cmp -s "$kept" "$file" && continue
+    cp -p "$kept" "$file.new"
+    mv -f "$file.new" "$file"
+  else
+    [ -e "$file" ] || continue
+    rm "$file"
+  fi
   same=
-  cp -p "\${file##*/}" "$file.new"
-  mv -f "$file.new" "$file"
 done
 cd /
 if [ -z "$same" ]; then
@@ -206,7 +215,7 @@ async function upgrade(call: cli.Call): Promise<number> {
   const to = settings.K3S_VERSION;
   const force = call.flags.has("force");
   const steps = words(settings.STEPS);
-  if (steps.length && (settings.K3S_BIN || settings.K3S_SHA256))
+  if (steps.length && [settings, ...Object.values(call.own)].some((of) => of.K3S_BIN || of.K3S_SHA256))
     throw new SettingError("STEPS needs a binary of each release: K3S_BIN and K3S_SHA256 name one");
   if (settings.K3S_BIN && call.origins.K3S_VERSION === "default")
     throw new SettingError("K3S_VERSION is not set: expected the release that K3S_BIN is");

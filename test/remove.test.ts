@@ -24,6 +24,12 @@ describe("what goes from a box", () => {
     assert.ok(files.indexOf("rm -rf") < files.indexOf("rm -f /etc/systemd/system/k3s.service"));
   });
 
+  test("the firewall's rules go before the files, and only where there are some", () => {
+    const changes = uninstall.plan(want, { left: "/usr/local/bin/k3s\nfirewall\n" });
+    assert.equal(whys(changes)[1], "take the cluster's rules out of the firewall");
+    assert.equal(uninstall.plan(want, { left: "/usr/local/bin/k3s\n" }).length, 2);
+  });
+
   test("an interface alone is cleared too, as after a run that was cut", () =>
     assert.match(whys(uninstall.plan(want, { left: "flannel.1\n" }))[0] ?? "", /^clear pods, mounts/));
 });

@@ -163,7 +163,7 @@ describe("shellcheck finds nothing to say of living with a cluster", { skip }, (
   const { drained, forgotten } = atServer(B1.ip, "b1", true);
   const facts = {
     ...healthy(MODERN, {}),
-    left: "/usr/local/bin/k3s\n",
+    left: "/usr/local/bin/k3s\nfirewall\n",
     secrets: "b1\n",
     passwords: "b1\n",
     token: `${TOKEN}\n`,

@@ -116,6 +116,7 @@ describe("upgrade", () => {
 describe("remove", () => {
   test("leaves a box as it was before k3s, and no trace of its node; it joins again under a new name", async () => {
     await t.says("make remove HOST=a1", 2, ['"make down" removes a whole cluster']);
+    await t.ok("make firewall HOST=b2");
     await cutThenDone("make remove HOST=b2", /b2 +stop k3s-agent, and clear/);
     await clean([b2]);
     assert.deepEqual(Object.keys(await nodes(a1)), ["a1", "b1"]);
