@@ -1,8 +1,11 @@
 import assert from "node:assert/strict";
+import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { dirname } from "node:path";
 import { describe, test } from "node:test";
 import { SettingError } from "../lib/settings.ts";
 import { Refusal } from "../lib/step.ts";
-import { compare, pathOf } from "../scripts/upgrade.ts";
+import { compare, pathOf, stepsFor } from "../scripts/upgrade.ts";
+import { B1, healthy, MODERN, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const OLD = "v1.17.6+k3s1";
 
@@ -102,4 +105,39 @@ describe("the way of an upgrade", () => {
   for (const steps of ["v1.19.16+k3s1 v1.18.20+k3s1", "v1.21.14+k3s1", "v1.18.20+k3s1 v1.18.20+k3s1"])
     test(`is a wrong setting for steps that do not lead up to it: ${steps}`, () =>
       assert.throws(() => pathOf([OLD], "v1.20.15+k3s1", steps.split(" "), true), SettingError));
+});
+
+test("what a node ran is put back as it was: binary, unit, and the files of settings, also those that were not there", () => {
+  const root = temporary();
+  const at = (path: string) => `${root}${path}`;
+  const put = (path: string, text: string) => {
+    mkdirSync(dirname(at(path)), { recursive: true });
+    writeFileSync(at(path), text);
+  };
+  const [binary, unit] = ["/usr/local/bin/k3s", "/etc/systemd/system/k3s-agent.service"];
+  const [config, mirrors] = [
+    "/etc/rancher/k3s/config.yaml.d/across-clouds.yaml",
+    "/etc/rancher/k3s/registries.yaml",
+  ];
+  const steps = stepsFor("agent", MODERN, B1.ip, false);
+  const facts = healthy(MODERN, {}, { version: `${MODERN}\n`, hostname: "b1\n" });
+  const run = (text = "") => {
+    const own = text
+      .replace(/unit=k3s-agent;[\s\S]*\n(?=fi\nrm -rf)/, "echo started\n")
+      .replaceAll(/\/(var\/lib|usr\/local|etc)\//g, `${root}/$1/`);
+    const { status, stdout } = shell(`set -eu\n${own}`, ["sh", "-s"], { PATH: programs(root, {}) });
+    assert.equal(status, 0, stdout);
+    return stdout;
+  };
+
+  for (const path of [binary, unit, config]) put(path, `old ${path}`);
+  put("/var/lib/rancher/k3s/x", "");
+  run(steps.keep.plan(wanted(), facts)[0]?.sh);
+  for (const path of [binary, config, mirrors]) put(path, "new");
+  rmSync(at(unit));
+  const back = steps.putBack.plan(wanted(), { ...facts, kept: MODERN, generation: "modern" })[0]?.sh;
+  assert.match(run(back), /started/);
+  for (const path of [binary, unit, config]) assert.equal(readFileSync(at(path), "utf8"), `old ${path}`);
+  assert.equal(existsSync(at(mirrors)), false);
+  assert.equal(existsSync(at("/var/lib/rancher/k3s/before")), false);
 });
