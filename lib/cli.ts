@@ -187,7 +187,7 @@ function flagsOf(argv: string[], switches: Record<string, string>): Record<strin
 function help(script: string, recipe: Recipe): string {
   const boxes = recipe.work ? (recipe.host ?? "AGENTS") : "HOST";
   const names = NAMES.filter((n) => n === boxes || recipe.steps.some((step) => step.options.includes(n)));
-  const words = [
+  const usage = [
     names.includes("HOST") ? "HOST=…" : "",
     "SETTING=…",
     recipe.readOnly ? "" : "DRY=1 | PRINT=1",
@@ -196,7 +196,7 @@ function help(script: string, recipe: Recipe): string {
   const row = (left: string, right: string) => `  ${left.padEnd(24)} ${right}\n`;
   return `${recipe.about}
 
-Usage: make ${script} ${words.map((word) => `[${word}]`).join(" ")}
+Usage: make ${script} ${usage.map((word) => `[${word}]`).join(" ")}
    or: node --import tsx scripts/${script}.ts [flags]
    or: deno run -A scripts/${script}.ts [flags]
 
@@ -451,7 +451,7 @@ function again(call: Call, script: string, box: Target): string {
   const own = [
     whole ? "" : box.host ? `HOST=${sh(box.word)}` : local,
     ...given.map((n) => `${n}=${sh(call.settings[n])}`),
-    ...[...call.flags].map((flag) => `${flag.toUpperCase()}=1`),
+    ...(script === call.script ? [...call.flags] : []).map((flag) => `${flag.toUpperCase()}=1`),
   ];
   const file = process.env.ENV_FILE ? `ENV_FILE=${sh(process.env.ENV_FILE)}` : "";
   return ["make", script, ...own, file].filter(Boolean).join(" ");
