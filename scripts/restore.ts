@@ -3,7 +3,7 @@
 import { $ } from "zx";
 import * as cli from "../lib/cli.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
-import { clusterLook, KUBECTL, nodesOf, pairs } from "../lib/k3s.ts";
+import { clusterLook, KUBECTL, nodeNameOf, nodesOf, pairs } from "../lib/k3s.ts";
 import { report } from "../lib/report.ts";
 import { SettingError, type Settings, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
@@ -26,7 +26,7 @@ export const put = (file: string, hash: string): Step => ({
   ],
 
   plan(_want, facts): Change[] {
-    if (facts.restored?.trim() === hash) return [];
+    if (facts.restored?.startsWith(hash)) return [];
     if (facts.data?.trim())
       throw new Refusal(
         `This box has a k3s server's data already (${BASE}/server): a backup is restored on a fresh box`,
@@ -68,6 +68,41 @@ export const forgotten = (node: string, ip: string): Step => ({
   },
 });
 
+const PASSWORDS = `${BASE}/server/cred/node-passwd`;
+
+/**
+ * The passwords by which nodes prove who they are, less this box's: a node that joined anew since the backup has
+ * another one, and would be rejected for ever (v1.36.3, seen). Each gives its own again as it follows. Once only.
+ */
+export const unproven: Step = {
+  name: "unproven",
+  options: [],
+  look: () => [
+    clusterLook,
+    `fact restored; cat ${BASE}/server/restored 2>/dev/null
+fact secrets; kc -n kube-system get secrets -o name 2>/dev/null | grep '\\.node-password\\.k3s$'`,
+  ],
+  plan(want, facts): Change[] {
+    if (!facts.restored || /^passwords$/m.test(facts.restored)) return [];
+    const own = nodeNameOf(want.SERVER_ARGS, facts);
+    const others = (facts.secrets ?? "")
+      .split("\n")
+      .filter((name) => /^secret\/[a-z0-9.-]+$/.test(name) && name !== `secret/${own}.node-password.k3s`);
+    return [
+      {
+        why: "forget the nodes' passwords: those that have joined anew since the backup have others",
+        sh: `${KUBECTL}
+${others.map((name) => `kc -n kube-system delete ${sh(name)} --ignore-not-found`).join("\n")}
+if [ -e ${PASSWORDS} ]; then
+  (umask 077; awk -F, -v name=${sh(own)} '$2 == name' ${PASSWORDS} >${PASSWORDS}.new)
+  mv -f ${PASSWORDS}.new ${PASSWORDS}
+fi
+echo passwords >>${BASE}/server/restored`,
+      },
+    ];
+  },
+};
+
 async function restore(call: cli.Call): Promise<number> {
   const { settings, origins } = call;
   if (!settings.BACKUP)
@@ -96,7 +131,7 @@ async function restore(call: cli.Call): Promise<number> {
     const facts = await look(job, steps);
     if (call.mode !== "apply") return cli.showPlan(call, box, steps, job, facts);
     const after = await converge(job, steps, facts);
-    const forget = [forgotten(about.node, about.ip)];
+    const forget = [forgotten(about.node, about.ip), unproven];
     await converge(job, forget, await look(job, forget));
     learned = await cli.learn(call, steps, job, after);
     const values = { SERVER: box.word, K3S_VERSION: about.version };

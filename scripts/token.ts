@@ -1,20 +1,22 @@
 #!/usr/bin/env -S node --import tsx
 /** Rotates the cluster's token: whoever knew the old one can join no more; nodes that have joined go on running. */
 import { run } from "../lib/cli.ts";
-import { binaryLook, K3S } from "../lib/k3s.ts";
+import { binaryLook, generationOf, K3S, nodeNameOf, restart } from "../lib/k3s.ts";
 import { type Change, Refusal, type Step } from "../lib/step.ts";
 
-const NODE_TOKEN = "/var/lib/rancher/k3s/server/node-token";
+const SERVER = "/var/lib/rancher/k3s/server";
 
 export const token: Step = {
   name: "token",
-  options: ["SERVER", "K3S_TOKEN"],
+  options: ["SERVER", "PUBLIC_IP", "K3S_TOKEN"],
 
   look: () => [
     binaryLook,
-    `fact token; cat ${NODE_TOKEN} 2>/dev/null
+    `fact token; cat ${SERVER}/node-token 2>/dev/null
 fact rotates; ${K3S} token --help 2>/dev/null | grep -oE '^ +rotate '
-fact running; systemctl is-active k3s 2>/dev/null`,
+fact running; systemctl is-active k3s 2>/dev/null
+fact door; printf 'user = "node:%s"\n' "$(sed 's/.*://' ${SERVER}/node-token 2>/dev/null)" |
+  curl -sS --max-time 10 -K - --cacert ${SERVER}/tls/server-ca.crt -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/client-ca.crt 2>/dev/null`,
   ],
 
   plan(want, facts): Change[] {
@@ -29,17 +31,28 @@ fact running; systemctl is-active k3s 2>/dev/null`,
       throw new Refusal(
         "SERVER_ARGS gives the server its token, and would bring the old one back: take it out first",
       );
-    // Another than the env file's: a run was cut before it could be learned.
+    if (want.K3S_DATASTORE_ENDPOINT)
+      throw new Refusal(
+        "Servers of an external datastore each hold the token that it is encrypted by: all would have to stop for another",
+      );
+    const start = restart(
+      "server",
+      generationOf(facts.version?.trim() ?? "", facts.flags) ?? "modern",
+      nodeNameOf(want.SERVER_ARGS, facts),
+      want,
+    );
+    // The server lets nodes in by the passwords that it has read at its start (v1.36.3, seen): until then by the old one.
+    if (facts.door?.trim() === "401") return [start];
+    // Another than the env file's, and the door opens by it: a run was cut before it could be learned.
     if (now !== want.K3S_TOKEN) return [];
     return [
       {
         why: "rotate the token",
-        // Without arguments it reads the old token from its file and makes the new one itself: none on a command line.
-        sh: `${K3S} token rotate
-printf 'user = "node:%s"\\n' "$(sed 's/.*://' ${NODE_TOKEN})" |
-  curl -sSf -K - --cacert /var/lib/rancher/k3s/server/tls/server-ca.crt -o /dev/null https://127.0.0.1:6443/v1-k3s/client-ca.crt`,
-        seconds: 120,
+        // Without arguments it reads the old token from its file and makes the new one itself: none on a command
+        // line. Its warning is in colours.
+        sh: `${K3S} token rotate >/dev/null`,
       },
+      start,
     ];
   },
 

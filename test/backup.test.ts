@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { Refusal } from "../lib/step.ts";
 import { copied } from "../scripts/backup.ts";
-import { forgotten, put } from "../scripts/restore.ts";
+import { forgotten, put, unproven } from "../scripts/restore.ts";
 import { A1, B1, MODERN, nodes, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const facts = prepared(MODERN, { database: "/var/lib/rancher/k3s/server/db/state.db\n" });
@@ -98,6 +98,19 @@ describe("a restore", () => {
     assert.equal(file("etc/rancher/node/password"), "a password");
     assert.ok(!existsSync(join(fresh, "var/lib/.k3s-restore.tar.gz")));
     rmSync(fresh, { recursive: true });
+  });
+
+  test("has nodes prove anew who they are, once: they may have joined again since the backup", () => {
+    const facts = prepared(MODERN, {
+      restored: "abc\n",
+      secrets: ["a1", "b1"].map((name) => `secret/${name}.node-password.k3s`).join("\n"),
+    });
+    const [change] = unproven.plan(want, facts);
+    assert.match(change?.sh ?? "", /delete secret\/b1\.node-password\.k3s /);
+    assert.doesNotMatch(change?.sh ?? "", /delete secret\/a1/);
+    assert.deepEqual(unproven.plan(want, { ...facts, restored: "abc\npasswords\n" }), []);
+    assert.deepEqual(data.plan(want, { data: "x", restored: "abc\npasswords\n" }), []);
+    assert.deepEqual(unproven.plan(want, { ...facts, restored: "" }), [], "a server that was never restored");
   });
 
   const forgets = (ip: string, ...list: Parameters<typeof nodes>) =>

@@ -11,7 +11,7 @@ import { cleared, copied } from "../scripts/backup.ts";
 import { downloadAhead } from "../scripts/download-k3s.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
 import { atServer, uninstall } from "../scripts/remove.ts";
-import { forgotten as forgottenServer, put } from "../scripts/restore.ts";
+import { forgotten as forgottenServer, put, unproven } from "../scripts/restore.ts";
 import { serverSteps } from "../scripts/server.ts";
 import { MORE } from "../scripts/status.ts";
 import { token } from "../scripts/token.ts";
@@ -180,6 +180,7 @@ describe("shellcheck finds nothing to say of living with a cluster", { skip }, (
       (step): [Step, Facts] => [step, facts],
     ),
     [forgottenServer("b1", B1.ip), facts],
+    [unproven, { ...facts, restored: "abc", secrets: "secret/b1.node-password.k3s" }],
     [downloadAhead, facts],
     [upgrade.keep, facts],
     [upgrade.runs, facts],

@@ -2,9 +2,11 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { type Facts, Refusal } from "../lib/step.ts";
 import { token } from "../scripts/token.ts";
-import { MODERN, OLD, TOKEN, wanted } from "./helpers.ts";
+import { MODERN, OLD, prepared, TOKEN, wanted } from "./helpers.ts";
 
 const facts: Facts = {
+  ...prepared(MODERN),
+  door: "200",
   token: `${TOKEN}\n`,
   rotates: "   rotate \n",
   running: "active\n",
@@ -14,11 +16,20 @@ const other = TOKEN.replace(/.{8}$/, "ffffffff");
 
 describe("the token", () => {
   test("is rotated by k3s, with nothing secret on a command line or in the script", () => {
-    const [change, ...more] = token.plan(wanted(), facts);
-    assert.deepEqual([change?.why, more], ["rotate the token", []]);
-    assert.match(change?.sh ?? "", /^\/usr\/local\/bin\/k3s token rotate$/m);
-    assert.ok(!change?.sh.includes(TOKEN.slice(-32)));
+    const changes = token.plan(wanted(), facts);
+    assert.deepEqual(
+      changes.map(({ why }) => why.slice(0, 16)),
+      ["rotate the token", "restart k3s and "],
+    );
+    assert.match(changes[0]?.sh ?? "", /^\/usr\/local\/bin\/k3s token rotate >\/dev\/null$/m);
+    for (const { sh } of changes) assert.ok(!sh.includes(TOKEN.slice(-32)));
   });
+
+  test("opens the server's door from its next start on: a run that was cut before is finished", () =>
+    assert.deepEqual(
+      token.plan(wanted(), { ...facts, token: `${other}\n`, door: "401" }).map(({ why }) => why.slice(0, 11)),
+      ["restart k3s"],
+    ));
 
   test("is only learned where a run was cut after it was rotated", () => {
     assert.deepEqual(token.plan(wanted(), { ...facts, token: `${other}\n` }), []);
@@ -34,6 +45,12 @@ describe("the token", () => {
     ],
     ["where no server runs", { running: "failed\n" }, {}, /No k3s server runs/],
     ["where there is none", { token: "" }, {}, /No k3s server runs/],
+    [
+      "where several servers hold it",
+      {},
+      { K3S_DATASTORE_ENDPOINT: "postgres://u:p@h/k3s" },
+      /external datastore each hold the token/,
+    ],
     [
       "where an argument would bring the old one back",
       {},

@@ -32,6 +32,8 @@ export type Cluster = {
   /** The path of a key in server/tls. */
   keyed: (name: string) => string;
   credDir: string;
+  /** Lines of cred/passwd as they were at the start: a rotated token counts from the next one on (v1.36.3, seen). */
+  logins: string[];
   state: State;
   save: () => void;
   /** Where several servers share it: what becomes of a node or its password there; undefined: it goes. */
@@ -96,8 +98,7 @@ function identify(c: Cluster, req: IncomingMessage, passwords: boolean): rules.U
   const basic = passwords ? /^Basic (.+)$/.exec(req.headers.authorization ?? "")?.[1] : undefined;
   if (basic) {
     const credentials = Buffer.from(basic, "base64").toString();
-    const lines = file(join(c.credDir, "passwd")).trim().split("\n");
-    const found = lines.map((l) => l.split(",")).find((l) => credentials === `${l[1]}:${l[0]}`);
+    const found = c.logins.map((l) => l.split(",")).find((l) => credentials === `${l[1]}:${l[0]}`);
     if (found) return { name: found[1], groups: [found[3]] };
   }
   const socket = req.socket as TLSSocket;

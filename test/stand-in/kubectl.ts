@@ -284,7 +284,10 @@ async function run(version: string, args: string[]): Promise<string> {
     `/api/v1/namespaces/${flags.get("namespace") ?? "default"}/secrets${name && `/${encodeURIComponent(name)}`}`;
   const isNode = (w?: string): boolean => ["node", "nodes", "no"].includes(w ?? "");
   const named = (list: string[]): string[] =>
-    list.flatMap((w) => (w.startsWith("node/") || w.startsWith("nodes/") ? ["node", w.split("/")[1]] : [w]));
+    list.flatMap((w) => {
+      const [, kind, name] = /^(node|secret)s?\/(.+)$/.exec(w) ?? [];
+      return kind ? [kind, name as string] : [w];
+    });
   const [kind, ...names] = named(rest);
 
   if (verb === "version") {

@@ -158,6 +158,7 @@ export async function runServer(start: Start): Promise<void> {
     clientCa: authority("client-ca"),
     keyed,
     credDir: cred,
+    logins: file(passwd).trim().split("\n"),
     state,
     save,
     servers: [],
