@@ -80,7 +80,7 @@ fact joins; sed -n 's/^K3S_URL=//p; s/^K3S_TOKEN=K10\\([0-9a-f]*\\)::.*/\\1/p' /
 /** How long a box may take to say what it knows, in seconds; ssh itself gives up on a dead one after 15. */
 export const PATIENCE = 40;
 
-/** What each box is looked at for, and how it is named in the settings. */
+/** Boxes, and what is to run on each. */
 export type Listed = { target: Target; role: Role }[];
 
 /** All boxes side by side, a trip each, with `more` to look at. A box that cannot be looked at carries its error. */
@@ -330,7 +330,8 @@ let underWay: Promise<Member[]> | undefined;
  */
 export async function explain(call: Call, failed: Target, role: Role): Promise<Ill[]> {
   try {
-    const boxes = await listed(call).catch((): Listed => []);
+    // Without SERVER the script runs on the failed box itself, and knows no other.
+    const boxes = call.settings.SERVER ? await listed(call) : [];
     const known = boxes.some(({ target }) => target.host === failed.host);
     if (!known) boxes.push({ target: failed, role });
     const look = (known && underWay) || examine(call, boxes);
@@ -402,10 +403,13 @@ knock() {
   echo "$1 $2 $how"
 }
 resolves() {
-  # shellcheck disable=SC2016
-  got=$(timeout 2 bash -c 'exec 3<>"/dev/udp/$1/53"
+  for _ in 1 2; do
+    # shellcheck disable=SC2016
+    got=$(timeout 2 bash -c 'exec 3<>"/dev/udp/$1/53"
 printf "\\x13\\x37\\x01\\0\\0\\x01\\0\\0\\0\\0\\0\\0\\0\\0\\x02\\0\\x01" >&3; head -c 3 <&3' - "$1" 2>/dev/null | wc -c)
-  if [ "$got" -gt 0 ]; then echo "resolver $1 yes"; else echo "resolver $1 no"; fi
+    if [ "$got" -gt 0 ]; then echo "resolver $1 yes"; return; fi
+  done
+  echo "resolver $1 no"
 }
 serves() {
   case $(knock proxy '' 127.0.0.1 10256) in

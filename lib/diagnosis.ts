@@ -7,6 +7,8 @@ import { publicIp, type Settings } from "./settings.ts";
 
 /** Clocks may differ so much, in seconds: NTP keeps them within one. */
 const APART = 5;
+/** Seconds after which WireGuard drops a session; while keepalives flow it is renewed every 120. */
+export const FRESH = 180;
 
 /** What is wrong, the ground before what follows from it; nothing for a healthy cluster. */
 export function diagnose(cluster: Cluster, want: Settings): Ill[] {
@@ -184,9 +186,11 @@ function smallIlls(box: Seen, want: Settings): Line[] {
 /** Tunnels of boxes that have nothing else: too large packets, closed ports, stale peers. */
 function tunnelIlls(boxes: Seen[]): Ill[] {
   const ills: Ill[] = [];
-  const reach = (a: Seen, b: Seen) => a.tried.tunnel[b.nodeName];
   const peerOf = (a: Seen, b: Seen) =>
     a.peers.find((peer) => peer.allowedIps.includes(b.node?.podCidr ?? "-"));
+  /** Where nothing could be sent for want of ping, the handshake tells. */
+  const reach = (a: Seen, b: Seen) =>
+    a.tried.tunnel[b.nodeName] ?? (a.now - (peerOf(a, b)?.handshake ?? 0) > FRESH ? 0 : undefined);
   const lost: [Seen, Seen][] = [];
 
   const small = pairs(boxes).flatMap(([a, b]) => {

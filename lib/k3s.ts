@@ -417,20 +417,21 @@ const SECRET = /@([A-Z0-9_]+)@/g;
 export const filled = (text: string, want: Settings): string =>
   text.replace(SECRET, (_, name) => want[name as SettingName]);
 
-const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");
+export const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");
 
 /**
  * Changes that make a role's unit run as wanted: its two files, then one restart if what runs is older than
  * what is on disk (so a run that was cut between the two is finished by the next), then health.
  *
- * @param envs lines of the EnvironmentFile, any of which will do; the first is written. `@NAME@` stands for a
- * setting that is secret.
+ * @param env lines of the EnvironmentFile; `@NAME@` stands for a setting that is secret.
+ * @param before what else has to be made before the next start.
  */
 export function servicePlan(
   role: Role,
-  [env, ...others]: readonly [string, ...string[]],
+  env: string,
   want: Settings,
   facts: Facts,
+  before: readonly Change[] = [],
 ): Change[] {
   const { version, generation } = releaseOf(want, facts);
   if (!generation) return [{ why: "ask the k3s binary for its flags", sh: ":", lookAgain: true }];
@@ -447,8 +448,8 @@ export function servicePlan(
   const text = unitText(role, generation, args, onCard(want.PUBLIC_IP, facts), want.PUBLIC_IP);
   const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
   const { changes: files, gone } = filesPlan(generation, version, want, facts);
-  const changes: Change[] = [...labelsPlan(role, name, args, facts), ...files];
-  if (![env, ...others].some((text) => facts.envfile?.trim() === `600\n${sha256(filled(text, want))}`)) {
+  const changes: Change[] = [...before, ...labelsPlan(role, name, args, facts), ...files];
+  if (facts.envfile?.trim() !== `600\n${sha256(filled(env, want))}`) {
     const secrets = [...env.matchAll(SECRET)].map((m) => m[1] as SettingName);
     changes.push({
       why: `write ${envPath(role)} (0600)`,

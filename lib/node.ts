@@ -1,6 +1,5 @@
 /** What settings make of a node beside its unit: its labels and taints, and files of /etc/rancher/k3s. */
-import { createHash } from "node:crypto";
-import { type Generation, KUBECTL, nodesOf, type Role, rewrite } from "./k3s.ts";
+import { type Generation, KUBECTL, nodesOf, type Role, rewrite, sha256 } from "./k3s.ts";
 import { type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
 import { type Change, type Facts, Refusal } from "./step.ts";
@@ -20,6 +19,8 @@ export const CONFIG = "/etc/rancher/k3s/config.yaml.d/across-clouds.yaml";
 
 export const REGISTRIES = "/etc/rancher/k3s/registries.yaml";
 const OURS = "# Written by k3s-across-clouds from REGISTRY_MIRRORS.";
+/** The password of a cluster whose servers share a datastore, on each of them. */
+export const PASSWORD = "/etc/rancher/k3s/across-clouds.token";
 /** Where k3s imports images from when it starts. */
 export const IMAGES = "/var/lib/rancher/k3s/agent/images";
 
@@ -27,7 +28,7 @@ export const IMAGES = "/var/lib/rancher/k3s/agent/images";
 export const filesLook = `fact config; stat -c %a ${CONFIG} 2>/dev/null && sha256sum <${CONFIG} | cut -d' ' -f1
 fact registries; if [ "$(head -n 1 ${REGISTRIES} 2>/dev/null)" = ${sh(OURS)} ]; then cat ${REGISTRIES}
 elif [ -s ${REGISTRIES} ]; then echo foreign; fi
-fact read; for f in ${CONFIG} ${REGISTRIES} ${IMAGES}/k3s-airgap-images-*; do [ ! -e "$f" ] || stat -c %Z "$f"; done
+fact read; for f in ${CONFIG} ${REGISTRIES} ${PASSWORD} ${IMAGES}/k3s-airgap-images-*; do [ ! -e "$f" ] || stat -c %Z "$f"; done
 `;
 
 /** registries.yaml with the mirrors of each registry in their order. @see k3s docs, "Private Registry Configuration" */
@@ -119,8 +120,6 @@ export function filesPlan(
     });
   return { changes, gone };
 }
-
-const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");
 
 export const labelArgs = (want: Settings): string[] => [
   ...words(want.NODE_LABELS).map((label) => `--node-label=${label}`),

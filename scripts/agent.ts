@@ -32,7 +32,7 @@ export const agent: Step = {
 
   plan(want, facts): Change[] {
     examine(want, facts);
-    return servicePlan("agent", [ENV(want)], want, facts);
+    return servicePlan("agent", ENV(want), want, facts);
   },
 };
 

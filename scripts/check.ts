@@ -4,10 +4,11 @@ import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
 import * as cli from "../lib/cli.ts";
 import { ask, type Cluster, clusterOf, examine, listed, type Seen } from "../lib/cluster.ts";
-import { diagnose } from "../lib/diagnosis.ts";
+import { diagnose, FRESH } from "../lib/diagnosis.ts";
 import type { Ill } from "../lib/journal.ts";
 import { tryPods } from "../lib/pods.ts";
 import { redacted } from "../lib/report.ts";
+import type { Settings } from "../lib/settings.ts";
 
 /** With --watch, seconds between two looks. */
 const PAUSE = 5;
@@ -22,7 +23,7 @@ async function check(call: cli.Call): Promise<number> {
     const mark = randomBytes(3).toString("hex");
     const podless = watch ? "not with --watch" : await tryPods(call, members, cluster, mark);
     cluster = clusterOf(members, call.settings);
-    const ills = diagnose(cluster, call.settings);
+    const ills = verdict(cluster, call.settings, podless);
     const { stdout } = process;
     if (call.flags.has("json")) stdout.write(`${JSON.stringify(asJson(cluster, ills, podless))}\n`);
     else
@@ -32,6 +33,19 @@ async function check(call: cli.Call): Promise<number> {
     if (!watch) return ills.length ? 1 : 0;
     await sleep(PAUSE * 1000);
   }
+}
+
+/** What is wrong; also what did not pass for a reason that is not known here. */
+export function verdict(cluster: Cluster, want: Settings, podless: string | undefined): Ill[] {
+  const ills = diagnose(cluster, want);
+  if (ills.length) return ills;
+  return proofsOf(cluster, podless)
+    .filter(({ passed, of }) => passed < of)
+    .map(({ what, passed, of }) => ({
+      box: cluster.boxes[0]?.name ?? "",
+      cause: `${what}: ${passed} of ${of}, for a reason that shows on no box of SERVER and AGENTS`,
+      remedy: "add every node to AGENTS, and check again",
+    }));
 }
 
 /** A line of the report on what was tried: what passed, and what could not be tried and why. */
@@ -234,9 +248,6 @@ function boxTable({ boxes }: Cluster): Row[] {
     }),
   ];
 }
-
-/** A handshake is renewed every two minutes while keepalives flow. */
-const FRESH = 180;
 
 /** From each node (a row) to each other: seconds since the last handshake, received and sent, and the endpoint. */
 function wireguardTable({ boxes, nodes }: Cluster, width: number): Row[] {

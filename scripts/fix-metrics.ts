@@ -19,9 +19,11 @@ export const fixMetrics: Step = {
     binaryLook,
     clusterLook,
     `fact packaged; cat ${PACKAGED} 2>/dev/null
-fact own; cat ${OWN} 2>/dev/null
+fact own; sed '/^# written /d' ${OWN} 2>/dev/null
 fact skipped; test -e ${PACKAGED}.skip && echo yes
 fact age; test -e ${PACKAGED} && echo $(($(date +%s) - $(stat -c %Y ${PACKAGED})))
+${OURS}
+fact ours; ours && echo yes
 fact top; kc top nodes --no-headers 2>/dev/null`,
   ],
 
@@ -30,17 +32,19 @@ fact top; kc top nodes --no-headers 2>/dev/null`,
     if (nodes.length === 0)
       throw new Refusal("The API does not answer here: fix-metrics runs on a healthy server");
     if (!facts.packaged && !facts.own) return []; // --disable=metrics-server
+    const lines = (facts.top ?? "").split("\n");
     const answers = (name: string) =>
-      (facts.top ?? "").split("\n").some((line) => line.split(/\s+/)[0] === name);
-    const silent = nodes.map((node) => node.name).filter((name) => !answers(name));
+      lines.some((line) => line.split(/\s+/)[0] === name && !line.includes("<unknown>"));
+    const names = nodes.map((node) => node.name);
+    const silent = names.filter((name) => !answers(name));
     const old = generationOf(facts.version?.trim() ?? "", "") === "old";
     const young = Number(facts.age) < PATIENCE;
     if (!old && silent.length && !facts.own && young)
       return [{ ...wait(silent), sh: `${ANSWERED} || true`, lookAgain: true }];
-    return [
-      ...(old || silent.length || facts.own ? manifest(facts) : []),
-      ...(silent.length ? [wait(silent)] : []),
-    ];
+    const changes = old || silent.length || facts.own ? manifest(facts) : [];
+    // Until k3s sees a manifest (every 15 s) the pod that it replaces answers; then none does for a minute.
+    const late = changes.length ? names : silent;
+    return [...changes, ...(late.length ? [wait(late)] : [])];
   },
 };
 
@@ -50,11 +54,12 @@ fact top; kc top nodes --no-headers 2>/dev/null`,
  */
 function manifest(facts: Facts): Change[] {
   const text = facts.packaged ? withArguments(facts.packaged) : facts.own;
-  if (text === facts.own && facts.skipped?.trim()) return [];
+  if (text === facts.own && facts.skipped?.trim() && facts.ours?.trim()) return [];
   return [
     {
       why: "deploy metrics-server with ExternalIP and --kubelet-insecure-tls, in place of the packaged one",
-      sh: `: >${sh(`${PACKAGED}.skip`)}\n${writeFile(OWN, text ?? "", "600")}`,
+      // A file that is as it was would not be deployed again before the next start (v1.17.6: by its checksum).
+      sh: `: >${sh(`${PACKAGED}.skip`)}\n${writeFile(OWN, text ?? "", "600")}\necho "# written $(date +%s)" >>${OWN}`,
     },
   ];
 }
@@ -83,15 +88,27 @@ function wait(silent: string[]): Change {
   echo "No metrics after ${PATIENCE} s. metrics-server's pods:"
   kc -n kube-system get pods -l k8s-app=metrics-server || true
   kc top nodes || true
+  echo 'An image that cannot be pulled from here: see REGISTRY_MIRRORS and AIRGAP in env.example'
   exit 1
 }`,
     seconds: PATIENCE + 30,
   };
 }
 
-/** Every node that is Ready has its line in \`top nodes\`. */
+/** Is each running pod of metrics-server one of our manifest, where there is one? */
+const OURS = `ours() {
+  [ ! -e ${OWN} ] || kc -n kube-system get pods -o json 2>/dev/null | awk '
+    /"k8s-app": "metrics-server"/ { it = 1; new = 0 }
+    /^ *"--kubelet-preferred-address-types=ExternalIP/ { new = 1 }
+    /"phase":/ { if (it && /Running/) { pods++; news += new } it = 0 }
+    END { exit !pods || news < pods }'
+}`;
+
+/** Every node that is Ready has its line in \`top nodes\`, from a pod with our arguments where we gave some. */
 const ANSWERED = `${KUBECTL}
+${OURS}
 answered() {
+  ours || return 1
   ready=$(kc get nodes --no-headers 2>/dev/null | awk '$2 ~ /^Ready/ { n++ } END { print n + 0 }')
   [ "$(kc top nodes --no-headers 2>/dev/null | grep -cv unknown)" -ge "$ready" ] && [ "$ready" -gt 0 ]
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { type Call, run, type Target } from "../lib/cli.ts";
-import { envPath, healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/k3s.ts";
-import { NODE_SETTINGS, proxyEnv } from "../lib/node.ts";
+import { envPath, healthySaying, serviceLook, servicePlan, sha256, systemdFirst } from "../lib/k3s.ts";
+import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/node.ts";
 import { nameOf, SettingError, type Settings, words } from "../lib/settings.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
 import { annotateAs } from "./annotate.ts";
@@ -16,13 +16,14 @@ export const server: Step = {
 
   look: () => [
     ...serviceLook("server"),
-    `fact token; cat /var/lib/rancher/k3s/server/node-token 2>/dev/null
+    `fact token; cat ${NODE_TOKEN} 2>/dev/null
+fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1
 fact sqlite; test -e /var/lib/rancher/k3s/server/db/state.db && echo yes
 fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo yes`,
   ],
 
   plan(want, facts): Change[] {
-    return servicePlan("server", environments(want, facts), want, facts);
+    return servicePlan("server", environment(want, facts), want, facts, password(want, facts));
   },
 
   learn(want, facts) {
@@ -40,29 +41,54 @@ const isFurther = (want: Settings) =>
   Boolean(want.K3S_DATASTORE_ENDPOINT && want.K3S_URL && want.K3S_URL !== urlOf(want));
 
 /**
- * What the unit's environment may be. With a datastore of its own a server needs nothing. What the first server
- * of a shared one keeps there is encrypted by its token, so a further one must be given it; and so must the first
- * when it is set up anew, though not once it has it by itself.
- *
+ * Lines of the unit's environment.
  * @throws {Refusal} where another datastore would leave the cluster behind.
  */
-function environments(want: Settings, facts: Facts): [string, ...string[]] {
+function environment(want: Settings, facts: Facts): string {
   const base = `# read by k3s.service\n${proxyEnv(want)}`;
-  if (!want.K3S_DATASTORE_ENDPOINT) {
-    if (!facts.external?.trim()) return [base];
+  if (want.K3S_DATASTORE_ENDPOINT) {
+    if (facts.sqlite?.trim() && !facts.external?.trim())
+      throw new Refusal(
+        "This server's cluster is in its own SQLite: with K3S_DATASTORE_ENDPOINT it would begin an empty one. Take it down first, or leave the setting out",
+      );
+    return `${base}K3S_DATASTORE_ENDPOINT=@K3S_DATASTORE_ENDPOINT@\nK3S_TOKEN_FILE=${PASSWORD}\n`;
+  }
+  if (facts.external?.trim())
     throw new Refusal(
       "This server's cluster is in an external datastore, and K3S_DATASTORE_ENDPOINT is not set: it would begin an empty one",
     );
-  }
-  if (facts.sqlite?.trim() && !facts.external?.trim())
-    throw new Refusal(
-      "This server's cluster is in its own SQLite: with K3S_DATASTORE_ENDPOINT it would begin an empty one. Take it down first, or leave the setting out",
-    );
-  const shared = `${base}K3S_DATASTORE_ENDPOINT=@K3S_DATASTORE_ENDPOINT@\n`;
-  const joining = `${shared}K3S_TOKEN=@K3S_TOKEN@\n`;
-  if (isFurther(want)) return [joining];
-  return want.K3S_TOKEN && !facts.token?.trim() ? [joining] : [shared, joining];
+  return base;
 }
+
+/**
+ * The file with the cluster's password, which servers of one datastore must have in common before they start: what
+ * one of them keeps there is found and decrypted by it. v1.17.6 takes it as it stands, not as K10…::server:PASSWORD,
+ * and with none keeps its CAs under the hash of nothing, where a second server with a password finds none (seen).
+ */
+function password(want: Settings, facts: Facts): Change[] {
+  if (!want.K3S_DATASTORE_ENDPOINT) return [];
+  const own = isFurther(want) ? "" : facts.token?.trim();
+  const known = (own || want.K3S_TOKEN).split(":").at(-1) as string;
+  const have = facts.password?.trim();
+  if (known ? have === `600\n${sha256(known)}` : have?.startsWith("600\n")) return [];
+  const from = own
+    ? `$(sed 's/.*://' ${NODE_TOKEN})`
+    : known
+      ? `\${K3S_TOKEN##*:}`
+      : "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')";
+  return [
+    {
+      why: `write ${PASSWORD} (0600)${known ? "" : ", the password of a new cluster"}`,
+      sh: `mkdir -p ${PASSWORD.replace(/\/[^/]*$/, "")}
+password=${from}
+(umask 077; printf %s "$password" >${PASSWORD}.new)
+mv -f ${PASSWORD}.new ${PASSWORD}`,
+      ...(known && !own ? { secrets: ["K3S_TOKEN"] as const } : {}),
+    },
+  ];
+}
+
+const NODE_TOKEN = "/var/lib/rancher/k3s/server/node-token";
 
 /** @throws {SettingError} for a box that would become the server of another cluster. */
 function examine({ settings: want }: Call, boxes: readonly Target[]): void {

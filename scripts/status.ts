@@ -2,6 +2,7 @@
 /** The cluster in ten lines, from one round trip to the server. Changes nothing. */
 import * as cli from "../lib/cli.ts";
 import { ask, type Cluster, clusterOf, type Seen, survey } from "../lib/cluster.ts";
+import { FRESH } from "../lib/diagnosis.ts";
 import type { Node } from "../lib/k3s.ts";
 import { redacted } from "../lib/report.ts";
 
@@ -18,7 +19,7 @@ printf '%s\\n' "$said"`;
 /** A line: what it is about, what is seen, and whether that is as it should be. */
 export type Row = [what: string, text: string, well: boolean];
 
-/** Ten lines. @see wg(8) for the 180 seconds after which a session is dropped. */
+/** Ten lines. */
 export function statusOf({ boxes, nodes }: Cluster, pods: string | undefined): Row[] {
   const server = boxes[0] as Seen;
   const names = (list: Node[]) => list.map(({ name }) => name).join(", ");
@@ -29,7 +30,7 @@ export function statusOf({ boxes, nodes }: Cluster, pods: string | undefined): R
   const age = ({ podCidr }: Node) =>
     server.now -
     Math.max(0, ...server.peers.filter((p) => p.allowedIps.includes(podCidr ?? "-")).map((p) => p.handshake));
-  const stale = others.filter((node) => !(age(node) < 180));
+  const stale = others.filter((node) => !(age(node) < FRESH));
   const oldest = Math.round(Math.max(0, ...others.map(age)));
   const rows = (pods ?? "")
     .split("\n")

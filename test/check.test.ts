@@ -5,7 +5,7 @@ import { diagnose } from "../lib/diagnosis.ts";
 import { MEANT, meaningOf } from "../lib/journal.ts";
 import type { Settings } from "../lib/settings.ts";
 import type { Facts } from "../lib/step.ts";
-import { merged, reportOf } from "../scripts/check.ts";
+import { merged, reportOf, verdict } from "../scripts/check.ts";
 import {
   A1,
   B1,
@@ -15,6 +15,7 @@ import {
   keyOf,
   MODERN,
   member,
+  NOW,
   type NodeSpec,
   nodes,
   OLD,
@@ -405,6 +406,34 @@ describe("a broken cluster is told its cause and what to do:", () => {
   });
 });
 
+test("what did not pass for a reason that shows on no box is wrong too", () => {
+  const [a1, b1, b2] = boxes(MODERN, {
+    a1: {
+      facts: { nodes: nodes(A1, B1, B2, { name: "b9", ip: "198.51.101.19", n: 9 }) },
+      tried: { tries: ["b1 1420", "b2 1420", "b9 0"].map((way) => `tunnel ${way}`).join("\n"), top: "" },
+    },
+  }) as [Member, Member, Member];
+  a1.facts.metrics = "";
+  const [ill, ...more] = verdict(clusterOf([a1, b1, b2], wanted()), wanted(), undefined);
+  assert.match(ill?.cause ?? "", /^full-size packets through the tunnels: 6 of 7, for a reason/);
+  assert.deepEqual(more, []);
+  assert.deepEqual(verdict(clusterOf(boxes(MODERN), wanted()), wanted(), "no image"), []);
+});
+
+test("a box without ping is told of by its handshakes", () => {
+  const old = (name: string) => {
+    const [, b1] = boxes(MODERN) as [Member, Member];
+    return (name === "b1" ? b1.facts.peers : "")?.replaceAll(`\t${NOW - 30}\t`, `\t${NOW - 999}\t`) ?? "";
+  };
+  const ills = illsOf(
+    boxes(MODERN, { b1: { facts: { peers: old("b1") }, tried: { tries: "without ping\napi server open" } } }),
+  );
+  assert.deepEqual(
+    ills.map(({ box }) => box),
+    ["b1", "b2"],
+  );
+});
+
 describe("what check's own pods found", () => {
   const pods = (rows: string) => {
     const [a1, b1, b2] = boxes(MODERN) as [Member, Member, Member];
@@ -493,6 +522,9 @@ describe("what k3s says in its journal", () => {
 });
 
 describe("the report", () => {
+  // CI sets it; here the tests do.
+  delete process.env.NO_COLOR;
+
   const ESC = "\x1b";
   const many = () => {
     const specs = Array.from({ length: 20 }, (_, i) => ({

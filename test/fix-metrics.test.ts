@@ -68,7 +68,11 @@ const plan = (version: string, over: Facts) =>
       { packaged: manifests[version] as string, top: top("a1", "b1", "b2"), age: "9999\n", ...over },
     ),
   );
-const done = (version: string) => ({ own: withArguments(manifests[version] as string), skipped: "yes\n" });
+const done = (version: string) => ({
+  own: withArguments(manifests[version] as string),
+  skipped: "yes\n",
+  ours: "yes\n",
+});
 const kinds = (changes: ReturnType<typeof plan>) => changes.map(({ why }) => why.split(" ")[0]);
 
 describe("metrics", () => {
@@ -78,7 +82,7 @@ describe("metrics", () => {
       "of the old release are mended even while they answer: a restart of k3s would undo less",
       OLD,
       {},
-      ["deploy"],
+      ["deploy", "wait"],
     ],
     ["of the old release that are mended and answer are left alone", OLD, done(OLD), []],
     ["of the old release that are mended are waited for", OLD, { ...done(OLD), top: top("a1") }, ["wait"]],
@@ -86,13 +90,28 @@ describe("metrics", () => {
       "of the old release whose .skip is gone are mended again",
       OLD,
       { ...done(OLD), skipped: "" },
-      ["deploy"],
+      ["deploy", "wait"],
     ],
     [
       "of the old release are mended again after an upgrade brought another manifest",
       OLD,
       { ...done(OLD), packaged: (manifests[OLD] as string).replace("v0.3.6", "v0.3.7") },
-      ["deploy"],
+      ["deploy", "wait"],
+    ],
+    [
+      "of a pod that is not of our manifest do not count",
+      OLD,
+      { ...done(OLD), ours: "" },
+      ["deploy", "wait"],
+    ],
+    [
+      "of a node that kubectl calls <unknown> are waited for",
+      OLD,
+      {
+        ...done(OLD),
+        top: `${top("a1", "b2")}\nb1     <unknown>                           <unknown>               <unknown>               <unknown>`,
+      },
+      ["wait"],
     ],
     ["of the modern release that answer are left alone", MODERN, {}, []],
     [

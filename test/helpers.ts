@@ -194,7 +194,10 @@ export function filesAfter(step: Step, want: Settings, changes: readonly Change[
       .replaceAll("/var/lib/rancher", `${root}/var`)
       .replaceAll("/etc/rancher", `${root}/rancher`);
   const back = (text: string) =>
-    text.replaceAll(`${root}/etc`, "/etc/systemd/system").replaceAll(`${root}/var`, "/var/lib/rancher");
+    text
+      .replaceAll(`${root}/etc`, "/etc/systemd/system")
+      .replaceAll(`${root}/var`, "/var/lib/rancher")
+      .replaceAll(`${root}/rancher`, "/etc/rancher");
   for (const change of changes.filter((c) => c.why.startsWith("write "))) {
     // The text of the unit names the folders too: only the paths that the shell writes to are moved.
     const given = (change.secrets ?? []).map((name) => `${name}=${sh(want[name])}\n`).join("");
@@ -204,7 +207,7 @@ export function filesAfter(step: Step, want: Settings, changes: readonly Change[
   const unit = `${root}/etc/${unitPath(step.name as Role)
     .split("/")
     .at(-1)}`;
-  writeFileSync(unit, back(readFileSync(unit, "utf8")));
+  for (const file of [unit, `${unit}.env`]) writeFileSync(file, back(readFileSync(file, "utf8")));
   const PATH = programs(`${root}/bin`, { curl: "echo 'curl must not be asked' >&2; exit 7" });
   return look([{ look: () => step.look(want).map(there) }], want, { PATH });
 }

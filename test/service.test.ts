@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
 import { describe, test } from "node:test";
 import { healthySaying, type Role, unitOf } from "../lib/k3s.ts";
 import type { Settings } from "../lib/settings.ts";
@@ -307,43 +308,56 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
   const want = wanted(own);
   const taught = { ...want, K3S_URL: `https://${IP}:6443`, K3S_TOKEN: TOKEN };
   const other = { ...want, K3S_URL: "https://198.51.101.99:6443", K3S_TOKEN: TOKEN };
-  const files = (of: Settings, facts: Facts) => {
-    const { unit, envfile } = filesAfter(server, of, server.plan(of, facts));
-    return { unit, envfile } as Facts;
-  };
   const fresh = prepared(MODERN);
+  const hash = (text: string) => `600\n${createHash("sha256").update(text).digest("hex")}`;
+  const files = (of: Settings, facts: Facts) => {
+    const { unit, envfile, password } = filesAfter(server, of, server.plan(of, facts));
+    return { unit, envfile, password } as Facts;
+  };
   const first = files(want, fresh);
-  const rejoining = files(taught, fresh);
+  const password = TOKEN.split(":").at(-1) as string;
+  const up = (written: Facts, over: Facts = {}) =>
+    healthy(MODERN, written, { external: "yes\n", token: `${TOKEN}\n`, ...over });
 
   test("has it in the environment of its unit, and in no plan", () => {
     const plan = server.plan(want, fresh);
-    assert.deepEqual(plan[0]?.secrets, ["K3S_DATASTORE_ENDPOINT"]);
+    assert.deepEqual(plan[1]?.secrets, ["K3S_DATASTORE_ENDPOINT"]);
     assert.doesNotMatch(JSON.stringify(plan), /hunter2|203\.0\.113\.5/);
     assert.doesNotMatch(first.unit ?? "", /hunter2|datastore/);
   });
 
-  test("that is the first needs no token, and is left alone when its own has been learned", () => {
-    const facts = healthy(MODERN, first, { token: `${TOKEN}\n`, external: "yes\n" });
+  test("that is the first makes the cluster's password, once", () => {
+    assert.match(
+      server.plan(want, fresh)[0]?.why ?? "",
+      /^write .*across-clouds\.token .*, the password of a new cluster$/,
+    );
+    assert.match(first.password ?? "", /^600\n[0-9a-f]{64}\n?$/);
+    assert.notEqual(files(want, fresh).password, first.password, "another cluster has another");
+    assert.deepEqual(verbs(server.plan(want, { ...fresh, password: first.password as string })).slice(0, 1), [
+      "write /etc/systemd/system/k3s.service.env",
+    ]);
+  });
+
+  test("that is the first is left alone when its token has been learned", () => {
+    const facts = up({ ...first, password: hash(password) });
     assert.deepEqual(server.plan(want, facts), []);
     assert.deepEqual(server.plan(taught, facts), []);
     assert.deepEqual(server.learn?.(taught, facts), { K3S_URL: `https://${IP}:6443`, K3S_TOKEN: TOKEN });
   });
 
-  test("that is the first and is set up anew gets the token that it had, and keeps it", () => {
-    assert.deepEqual(server.plan(taught, fresh)[0]?.secrets, ["K3S_DATASTORE_ENDPOINT", "K3S_TOKEN"]);
-    const facts = healthy(MODERN, rejoining, { token: `${TOKEN}\n`, external: "yes\n" });
-    assert.deepEqual(server.plan(taught, facts), []);
-  });
+  test("that is the first and is set up anew gets the password that the cluster has", () =>
+    assert.equal(files(taught, fresh).password?.trim(), hash(password)));
 
-  test("that is a further one gets the token, teaches nothing, and has a new token put in", () => {
-    assert.deepEqual(server.plan(other, fresh)[0]?.secrets, ["K3S_DATASTORE_ENDPOINT", "K3S_TOKEN"]);
-    const facts = healthy(MODERN, files(other, fresh), { token: `${TOKEN}\n`, external: "yes\n" });
-    assert.deepEqual(server.plan(other, facts), []);
-    assert.deepEqual(server.learn?.(other, facts), {});
-    assert.deepEqual(verbs(server.plan({ ...other, K3S_TOKEN: TOKEN.replace("0123", "4567") }, facts)), [
-      "write /etc/systemd/system/k3s.service.env",
-      "restart k3s",
-    ]);
+  test("that is a further one gets it too, teaches nothing, and has a new one put in", () => {
+    const written = files(other, fresh);
+    assert.equal(written.password?.trim(), hash(password));
+    assert.deepEqual(server.plan(other, fresh)[0]?.secrets, ["K3S_TOKEN"]);
+    assert.deepEqual(server.plan(other, up(written)), []);
+    assert.deepEqual(server.learn?.(other, up(written)), {});
+    assert.deepEqual(
+      verbs(server.plan({ ...other, K3S_TOKEN: TOKEN.replace("0123", "4567") }, up(written))),
+      ["write /etc/rancher/k3s/across-clouds.token", "restart k3s"],
+    );
   });
 
   test("is refused where the cluster would be left behind: in SQLite, or in the datastore", () => {
@@ -351,10 +365,7 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
       refusal(server, want, { ...fresh, sqlite: "yes\n" }).message,
       /own SQLite.*begin an empty one/,
     );
-    assert.deepEqual(
-      server.plan(want, healthy(MODERN, first, { sqlite: "yes\n", external: "yes\n", token: TOKEN })),
-      [],
-    );
+    assert.deepEqual(server.plan(want, up({ ...first, password: hash(password) }, { sqlite: "yes\n" })), []);
     assert.match(refusal(server, wanted(), { ...fresh, external: "yes\n" }).message, /external datastore/);
   });
 });

@@ -50,6 +50,7 @@ function changesOf(steps: readonly Step[], version: string) {
     SERVER: "a1",
     ELREPO_KERNEL_URL: "https://m.example/kernel",
     NODE_LABELS: "disk=ssd",
+    K3S_DATASTORE_ENDPOINT: "postgres://k3s:x@m.example/k3s",
     AIRGAP: "yes",
     REGISTRY_MIRRORS: "docker.io=https://m.example",
     HTTPS_PROXY: "http://u:p@m.example:1",

@@ -124,7 +124,7 @@ let meters = 0;
 
 /** Starts a lab, after clearing away what is left of one of this name. */
 export async function up(spec: LabSpec, say: (line: string) => void = () => {}): Promise<Lab> {
-  if (!/^[a-z0-9-]{1,20}$/.test(spec.name)) throw new Error(`"${spec.name}" is no name for a lab`);
+  if (!/^[a-z0-9-]{1,24}$/.test(spec.name)) throw new Error(`"${spec.name}" is no name for a lab`);
   const names = spec.boxes ?? ["a1", "b1", "b2"];
   await requirements(spec.slow ? { ...NEEDS, python3: "python3" } : NEEDS, say);
   if (names.length > 8) await moreInotify(say);

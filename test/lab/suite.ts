@@ -31,12 +31,18 @@ export interface Said {
 
 export type Bench = Awaited<ReturnType<typeof bench>>;
 
+/** Of this checkout: suites of two of them leave each other's labs alone. */
+const MARK = createHash("sha256")
+  .update(import.meta.dirname)
+  .digest("hex")
+  .slice(0, 3);
+
 /**
  * A lab of this file's own. Every command given to it is held to two rules:
  * no token shows, and no escape sequence comes down a pipe.
  */
 export async function bench(spec: LabSpec) {
-  const name = `t-${spec.name}`;
+  const name = `t${MARK}-${spec.name}`;
   return over(
     await up({ ...spec, name }).catch(async (error) => {
       await down(name);

@@ -78,10 +78,11 @@ const nodeStatus = (code: number, reason: string, message: string, name: string)
 export const sortedNodes = (c: Cluster): rules.Node[] =>
   Object.values(c.state.nodes).sort((a, b) => (a.metadata.name < b.metadata.name ? -1 : 1));
 
-export function putNode(c: Cluster, node: rules.Node): rules.Node {
+/** @param ours what every server works out for itself: no other needs to be told, or is overwritten by what is older. */
+export function putNode(c: Cluster, node: rules.Node, ours = false): rules.Node {
   node.metadata.resourceVersion = String(++c.state.version);
   c.state.nodes[node.metadata.name] = node;
-  c.share?.(`/registry/minions/${node.metadata.name}`, JSON.stringify(node));
+  if (!ours) c.share?.(`/registry/minions/${node.metadata.name}`, JSON.stringify(node));
   c.save();
   return node;
 }
@@ -466,7 +467,7 @@ function pod(c: Cluster): object {
   const up = metricsReady(c);
   return {
     metadata: { name: "metrics-server-0000000000-00000", namespace: "kube-system", labels: LABELS },
-    spec: { nodeName: c.hostname },
+    spec: { containers: [{ args: c.state.deployment?.args, name: "metrics-server" }], nodeName: c.hostname },
     status: {
       phase: up ? "Running" : "Pending",
       conditions: [{ type: "Ready", status: up ? "True" : "False" }],

@@ -107,13 +107,16 @@ export async function runServer(start: Start): Promise<void> {
   const password = serverPassword(values, tokenPath);
   const endpoint = one(values, "datastore-endpoint");
   const store = endpoint ? openStore(endpoint) : undefined;
+  // v1.17 takes a token as it was given, and finds nothing under another; "" where none was.
+  const bootstrapKey = hash(gen === "old" ? (givenToken(values) ?? "") : password);
   const late = (error: Error): void => log("error", `stand-in: ${error.message}`);
   if (store) {
     // What the first server has put there, under its token's hash: the others take their CAs from it.
     const found = await patiently(() => store.list("/bootstrap/"), late);
-    const [key, files] = Object.entries(found)[0] ?? [];
-    if (key && key !== hash(password)) fatal(gen, otherToken);
-    for (const [name, text] of Object.entries(JSON.parse(files ?? "{}") as Record<string, string>))
+    if (gen === "modern" && Object.keys(found).some((key) => key !== bootstrapKey)) fatal(gen, otherToken);
+    for (const [name, text] of Object.entries(
+      JSON.parse(found[bootstrapKey] ?? "{}") as Record<string, string>,
+    ))
       write(join(tls, name), text, 0o600);
     state.nodes = {};
     state.passwords = await store.list("/registry/passwords/");
@@ -170,7 +173,7 @@ export async function runServer(start: Start): Promise<void> {
   if (store) {
     const cas = ["server-ca", "client-ca"].flatMap((name) => [`${name}.crt`, `${name}.key`]);
     const files = JSON.stringify(Object.fromEntries(cas.map((name) => [name, file(join(tls, name))])));
-    await store.put(`/bootstrap/${hash(password)}`, files);
+    await store.put(`/bootstrap/${bootstrapKey}`, files);
     await share(c, store, late);
   }
   for (const name of ["client-k3s-controller", "client-kube-proxy", "client-kubelet", "serving-kubelet"])
@@ -236,10 +239,14 @@ export async function runServer(start: Start): Promise<void> {
   await runAgent({ ...start, notify: undefined, values: { ...values, ...own }, inServer: true });
 }
 
+function givenToken(values: Values): string | undefined {
+  const path = one(values, "token-file");
+  return path ? file(path).trim() : (one(values, "token") ?? one(values, "cluster-secret"));
+}
+
 /** What was given, else what was used before, else a new one. */
 function serverPassword(values: Values, tokenPath: string): string {
-  const path = one(values, "token-file");
-  const given = path ? file(path).trim() : (one(values, "token") ?? one(values, "cluster-secret"));
+  const given = givenToken(values);
   if (given) return passwordOf(given);
   return existsSync(tokenPath) ? passwordOf(file(tokenPath)) : randomBytes(16).toString("hex");
 }
@@ -306,13 +313,17 @@ ${c.gen === "old" ? "preferences: {}\n" : ""}users:
 /** Nodes, passwords and leases of servers by way of the datastore: twice a second, and the last writer wins. */
 async function share(c: Cluster, store: Store, late: (error: Error) => void): Promise<void> {
   const writes = new Map<string, Promise<void>>();
+  /** Keys that were written here since the last pass began: what it reads of them may be older. */
+  const own = new Set<string>();
   c.share = (key, value) => {
+    own.add(key);
     const write = (writes.get(key) ?? Promise.resolve())
       .then(() => (value === undefined ? store.remove(key) : store.put(key, value)))
       .catch(late)
       .finally(() => writes.get(key) === write && writes.delete(key));
     writes.set(key, write);
   };
+  const read = new Map<string, string>();
   const LEASE = 15_000;
   const pass = async (): Promise<void> => {
     await store.put(`/registry/masterleases/${c.advertised}`, String(Date.now()));
@@ -320,15 +331,18 @@ async function share(c: Cluster, store: Store, late: (error: Error) => void): Pr
     c.servers = Object.keys(leases)
       .filter((ip) => Date.now() - Number(leases[ip]) < LEASE)
       .sort();
+    own.clear();
+    for (const key of writes.keys()) own.add(key);
     const nodes = await store.list("/registry/minions/");
     for (const [name, text] of Object.entries(nodes)) {
-      if (writes.has(`/registry/minions/${name}`) || JSON.stringify(c.state.nodes[name]) === text) continue;
+      if (own.has(`/registry/minions/${name}`) || read.get(name) === text) continue;
+      read.set(name, text);
       c.state.nodes[name] = JSON.parse(text);
       // Its kubelet spoke to another server.
       c.seen.set(name, Date.now());
     }
     for (const name of Object.keys(c.state.nodes))
-      if (!(name in nodes) && !writes.has(`/registry/minions/${name}`)) delete c.state.nodes[name];
+      if (!(name in nodes) && !own.has(`/registry/minions/${name}`)) delete c.state.nodes[name];
     c.state.passwords = { ...c.state.passwords, ...(await store.list("/registry/passwords/")) };
   };
   await pass().catch(late);
@@ -348,7 +362,7 @@ function watchNodes(c: Cluster): void {
     for (const node of sortedNodes(c)) {
       const addresses = cloudAddresses(c.gen, node);
       if (JSON.stringify(addresses) !== JSON.stringify(node.status.addresses))
-        putNode(c, { ...node, status: { ...node.status, addresses } });
+        putNode(c, { ...node, status: { ...node.status, addresses } }, true);
     }
   };
   // v1.17's first pass races with its caches and wins now and then; here, at every third start.
@@ -359,7 +373,7 @@ function watchNodes(c: Cluster): void {
       if (Date.now() - (c.seen.get(node.metadata.name) ?? 0) < DELAY.grace) continue;
       const conditions = node.status.conditions.map(unknownCondition);
       if (JSON.stringify(conditions) !== JSON.stringify(node.status.conditions))
-        putNode(c, { ...node, status: { ...node.status, conditions } });
+        putNode(c, { ...node, status: { ...node.status, conditions } }, true);
     }
   }, DELAY.poll);
 }
