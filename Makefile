@@ -1,5 +1,7 @@
 # Works with make 3.81. Settings come from .env (ENV_FILE=… picks another), or as `make agent HOST=b1`.
-STEPS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
+# Not STEPS: that is a setting of `make upgrade`, given on make's command line.
+SCRIPTS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
+LIVING := upgrade remove down token backup restore
 FLAGS = $(if $(DRY),--dry-run) $(if $(PRINT),--print) $(if $(REBOOT),--reboot)
 
 # A node that strips types by itself, else node with tsx, else Deno.
@@ -20,12 +22,20 @@ install-wireguard: ## 3  WireGuard, proven
 annotate: ## 6  every peer at its public address
 fix-metrics: ## 7  kubectl top answers for every node
 firewall: ## the nodes reach each other's k3s, the world does not (all boxes, or HOST)
+upgrade: ## K3S_VERSION on all boxes, one at a time, drained (STEPS="v1.35.4+k3s1 …": what to pass through)
+remove: ## boxes leave the cluster: HOST, drained and uninstalled (FORCE=1: also one that is gone)
+down: ## k3s goes from SERVER and all AGENTS, after asking (YES=1: at once)
+token: ## a new token; nodes go on running
+backup: ## the server's datastore, token and manifests, to a file here (BACKUP=…)
+restore: ## a server from BACKUP=… on a fresh box, HOST; agents follow
 download: download-k3s
 kernel: upgrade-kernel
 wireguard: install-wireguard
 metrics: fix-metrics
 
-$(STEPS) up firewall: $(MODULES)
+upgrade remove: FLAGS += $(if $(FORCE),--force)
+down: FLAGS += $(if $(YES),--yes)
+$(SCRIPTS) $(LIVING) up firewall: $(MODULES)
 	@$(TS) scripts/$@.ts $(FLAGS)
 
 check: $(MODULES) ## the whole cluster, and what is wrong with it (JSON=1, WATCH=1)
@@ -58,4 +68,4 @@ node_modules/.package-lock.json: package-lock.json
 	npm ci --omit=dev --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(STEPS) check status kubeconfig firewall download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab bench lint
+.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig firewall download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab bench lint

@@ -1,5 +1,6 @@
 import { lookup } from "node:dns/promises";
-import { createReadStream, mkdtempSync, rmSync, statSync } from "node:fs";
+import { once } from "node:events";
+import { createReadStream, createWriteStream, mkdtempSync, rmSync, statSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { PassThrough, Readable } from "node:stream";
@@ -31,6 +32,8 @@ export interface Box {
    * there is gone on from, so the path should name the content, and a hash decide in the end.
    */
   push(file: string, path: string): Promise<void>;
+  /** Copies a file of the box to a new file here, 0600. */
+  pull(path: string, file: string): Promise<void>;
   /** Drops the connection, as before a reboot. */
   close(): Promise<void>;
 }
@@ -75,11 +78,10 @@ const PUSH = 3600;
 
 export function open(host: string): Box {
   /** Runs one command as root, with `input` on its standard input. */
-  async function execute(command: string, input: Readable, seconds: number, onText: (text: string) => void) {
+  async function execute(command: string, input: Readable, seconds: number, onData: (chunk: Buffer) => void) {
     const argv = host ? [...ssh(host), asRoot(command)] : ["sh", "-c", asRoot(command)];
     const child = $({ quiet: true, nothrow: true, detached: false })`${argv}`;
-    const decoder = new StringDecoder("utf8");
-    child.stdout.on("data", (chunk: Buffer) => onText(decoder.write(chunk)));
+    child.stdout.on("data", onData);
     // A command that ends before it has read everything says why by its status, not by our broken pipe.
     pipeline(input, child.stdin).catch(() => {});
     let timer: NodeJS.Timeout | undefined;
@@ -98,12 +100,13 @@ export function open(host: string): Box {
     async run(script, seconds, onLine) {
       let begun = false;
       let rest = "";
+      const decoder = new StringDecoder("utf8");
       const result = await execute(
         `echo ${sh(BEGIN)}; exec sh -s`,
         Readable.from([script]),
         seconds,
-        (text) => {
-          const lines = (rest + text).split("\n");
+        (chunk) => {
+          const lines = (rest + decoder.write(chunk)).split("\n");
           rest = lines.pop() as string;
           for (const line of lines) {
             if (begun) onLine(line);
@@ -137,6 +140,31 @@ export function open(host: string): Box {
       if (result.exitCode !== 0)
         throw new Unreachable(
           `Could not push ${file}: ${result.stderr.trim() || `exit status ${result.exitCode}`}`,
+        );
+    },
+    async pull(path, file) {
+      const out = createWriteStream(file, { mode: 0o600 });
+      const end = once(out, "close");
+      let begun = false;
+      // The login shell of some boxes greets: what comes before our own line is not the file's.
+      let head = Buffer.alloc(0);
+      const result = await execute(
+        `echo ${sh(BEGIN)}; exec cat ${sh(path)}`,
+        Readable.from([]),
+        PUSH,
+        (chunk) => {
+          if (begun) return void out.write(chunk);
+          head = Buffer.concat([head, chunk]);
+          const at = head.indexOf(`${BEGIN}\n`);
+          if (at < 0) return;
+          begun = true;
+          out.write(head.subarray(at + BEGIN.length + 1));
+        },
+      ).finally(() => out.end());
+      await end;
+      if (result.exitCode !== 0)
+        throw new Unreachable(
+          `Could not copy ${path}: ${result.stderr.trim() || `exit status ${result.exitCode}`}`,
         );
     },
     async close() {

@@ -49,8 +49,10 @@ export interface Recipe {
   nothing?(want: Settings, facts: Facts): string;
   /** Where more is to be done than these steps on each box. Answers the exit status. */
   work?(call: Call): Promise<number>;
-  /** Its own switches and their help, in place of --dry-run, --print and --reboot. */
+  /** Switches of its own and their help. */
   flags?: Record<string, string>;
+  /** It changes nothing on a box: it has no --dry-run, --print and --reboot. */
+  readOnly?: true;
 }
 
 /** A box of this call. */
@@ -157,7 +159,8 @@ const MODES = {
 };
 
 const switchesOf = (recipe: Recipe): Record<string, string> => ({
-  ...(recipe.flags ?? MODES),
+  ...(recipe.readOnly ? {} : MODES),
+  ...recipe.flags,
   help: "this text",
 });
 
@@ -184,13 +187,16 @@ function flagsOf(argv: string[], switches: Record<string, string>): Record<strin
 function help(script: string, recipe: Recipe): string {
   const boxes = recipe.work ? (recipe.host ?? "AGENTS") : "HOST";
   const names = NAMES.filter((n) => n === boxes || recipe.steps.some((step) => step.options.includes(n)));
-  const modes = Object.keys(recipe.flags ?? { DRY: "", PRINT: "" })
-    .map((flag) => `${flag.toUpperCase()}=1`)
-    .join(" | ");
+  const usage = [
+    names.includes("HOST") ? "HOST=…" : "",
+    "SETTING=…",
+    recipe.readOnly ? "" : "DRY=1 | PRINT=1",
+    ...Object.keys(recipe.flags ?? {}).map((flag) => `${flag.toUpperCase()}=1`),
+  ].filter(Boolean);
   const row = (left: string, right: string) => `  ${left.padEnd(24)} ${right}\n`;
   return `${recipe.about}
 
-Usage: make ${script} ${recipe.work ? "" : "[HOST=…] "}[SETTING=…] ${modes && `[${modes}]`}
+Usage: make ${script} ${usage.map((word) => `[${word}]`).join(" ")}
    or: node --import tsx scripts/${script}.ts [flags]
    or: deno run -A scripts/${script}.ts [flags]
 
@@ -347,7 +353,7 @@ export function jobFor(call: Call, target: Target, line: Line): Job {
   }
   return {
     box: open(target.host),
-    server: open(want.SERVER.split("=")[0] as string),
+    server: open((words(want.SERVER)[0] ?? "").split("=")[0] as string),
     want,
     progress: line,
     mayReboot: Boolean(target.host) || call.reboot,
@@ -432,15 +438,20 @@ async function causes(
   return ills.length || !meaning ? ills : [{ box: box.name, ...meaning }];
 }
 
+const takesHost = (step: Step) => step.options.includes("HOST");
+
 /** The command that tries it again: what was given for this call is given again, but for secrets. */
 function again(call: Call, script: string, box: Target): string {
   const given = NAMES.filter(
     (n) => n !== "HOST" && !("secret" in SETTINGS[n]) && /^(flag|variable)/.test(call.origins[n]),
   );
   const local = call.origins.HOST !== "default" || call.recipe.work ? "HOST=" : "";
+  // A script that looks after a whole cluster is tried again as a whole.
+  const whole = script === call.script && call.recipe.work && !call.recipe.steps.some(takesHost);
   const own = [
-    box.host ? `HOST=${sh(box.word)}` : local,
+    whole ? "" : box.host ? `HOST=${sh(box.word)}` : local,
     ...given.map((n) => `${n}=${sh(call.settings[n])}`),
+    ...(script === call.script ? [...call.flags] : []).map((flag) => `${flag.toUpperCase()}=1`),
   ];
   const file = process.env.ENV_FILE ? `ENV_FILE=${sh(process.env.ENV_FILE)}` : "";
   return ["make", script, ...own, file].filter(Boolean).join(" ");
@@ -470,6 +481,7 @@ export function learned(steps: readonly Step[], job: Job, facts: Facts): Partial
     check(name as SettingName, value, `learned from ${job.box.host || "this machine"}`);
   return values;
 }
+
 /** A change as a dry run shows it: the differences of a file have a line each. */
 const planned = ({ why, detail = [] }: Change, i: number) =>
   `  ${i + 1}. ${detail.length ? why.replace(/: .*/, ":") : why}\n${detail.map((line) => `       ${line}\n`).join("")}`;

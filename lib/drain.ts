@@ -1,4 +1,4 @@
-import { clusterLook, DRAINED, K3S, KUBECTL, nodeNameOf, nodesOf } from "./k3s.ts";
+import { clusterLook, DRAINED, K3S, KUBECTL, type Node, nodeNameOf, nodesOf } from "./k3s.ts";
 import type { Settings } from "./settings.ts";
 import { sh } from "./sh.ts";
 import { type Change, type Facts, Refusal } from "./step.ts";
@@ -18,6 +18,46 @@ const STARTING = 180;
 const ADMIN = `[ -s /etc/rancher/k3s/k3s.yaml ] || { echo "No k3s server is on this box: SERVER has to name the cluster's"; exit 1; }
 kc() { ${K3S} kubectl --kubeconfig /etc/rancher/k3s/k3s.yaml "$@"; }`;
 
+/** A node that is not Ready has no kubelet to end its pods; one that the user has cordoned is theirs. */
+const drainable = (node: Node) => node.ready && (!node.cordoned || node.drained !== undefined);
+
+const givenBack = (name: string) => `kc uncordon ${sh(name)}\nkc annotate node ${sh(name)} ${DRAINED}-`;
+
+/** kubectl names what blocks it, and the node then takes pods again. */
+function draining(name: string, boot: string, flags = "", first = ""): Change {
+  const mark = (value: string) => `kc annotate --overwrite node ${sh(name)} ${DRAINED}=${sh(value)}`;
+  return {
+    why: `drain node ${name}, for ${PATIENCE} s at most`,
+    sh: `${ADMIN}
+${first}${mark(boot)}
+# The flag's name is of v1.20.
+case $(${K3S} --version) in *'k3s version v1.1'[789].*) scratch=--delete-local-data ;; *) scratch=--delete-emptydir-data ;; esac
+kc drain ${sh(name)} --ignore-daemonsets "$scratch" ${flags}--timeout=${PATIENCE}s || {
+  ${givenBack(name).replace("\n", "\n  ")}
+  echo 'Move by hand what stays (kubectl drain), and run this again: a node that you have cordoned is taken as it is'
+  exit 1
+}
+${mark(`${boot}.done`)}`,
+    seconds: PATIENCE + 60,
+  };
+}
+
+/**
+ * Changes, on the server, that move a node's pods elsewhere. None where it is done, or where no other node takes pods.
+ *
+ * @param force pods without a controller are deleted too: nothing starts them anew elsewhere.
+ */
+export function drain(node: Node, facts: Facts, force: boolean): Change[] {
+  const others = nodesOf(facts.nodes).filter((n) => n.name !== node.name && n.ready && !n.cordoned);
+  if (!drainable(node) || (node.cordoned && node.drained?.done) || others.length === 0) return [];
+  return [draining(node.name, node.boot ?? "", force ? "--force " : "")];
+}
+
+/** Changes, on the server, that let pods come to a node again which was drained here. */
+export function uncordon({ name, drained }: Node): Change[] {
+  return drained ? [{ why: `let pods come to node ${name} again`, sh: `${ADMIN}\n${givenBack(name)}` }] : [];
+}
+
 /** The node that this box is: its name, what its cluster says of it, and where it may be drained. */
 function nodeHere(want: Settings, facts: Facts) {
   const server = facts.roles?.split("\n")[0] === "k3s";
@@ -28,15 +68,14 @@ function nodeHere(want: Settings, facts: Facts) {
 }
 
 /**
- * Moves the pods of this box's node elsewhere before a restart, through the cluster's server. A node that is
- * not Ready has none that could be asked to go; one that the user has cordoned is theirs.
+ * Moves the pods of this box's own node elsewhere before the box restarts, through the cluster's server.
  *
  * @throws {Refusal} where the server is not known.
  */
-export function drain(want: Settings, facts: Facts): Change[] {
+export function drainHere(want: Settings, facts: Facts): Change[] {
   if (!facts.roles?.trim()) return [];
   const { name, known, node, how } = nodeHere(want, facts);
-  if (known && (!node?.ready || (node.cordoned && !node.drained))) return [];
+  if (known && !(node && drainable(node))) return [];
   if (how.onServer && !want.SERVER) {
     if (!known) return [];
     throw new Refusal(
@@ -45,26 +84,14 @@ export function drain(want: Settings, facts: Facts): Change[] {
   }
   // A box that cannot see its cluster just now may be a healthy node all the same.
   const asked = `[ "$(kc get node ${sh(name)} --no-headers | awk '{ print $2 }')" = Ready ] || exit 0\n`;
-  return [
-    {
-      why: `drain node ${name}`,
-      sh: `${ADMIN}
-${known ? "" : asked}kc annotate --overwrite node ${sh(name)} ${DRAINED}=${sh(facts.boot?.trim() ?? "")}
-# The flag's name is of v1.20.
-case $(${K3S} --version) in *'k3s version v1.1'[789].*) scratch=--delete-local-data ;; *) scratch=--delete-emptydir-data ;; esac
-kc drain ${sh(name)} --ignore-daemonsets "$scratch" --timeout=${PATIENCE}s || {
-  kc uncordon ${sh(name)}
-  kc annotate node ${sh(name)} ${DRAINED}-
-  echo 'Move by hand what stays (kubectl drain), and run this again: a node that you have cordoned is restarted as it is'
-  exit 1
-}`,
-      ...how,
-    },
-  ];
+  return [{ ...draining(name, facts.boot?.trim() ?? "", "", known ? "" : asked), ...how }];
 }
 
-/** Gives the node its work back after a restart, if it was this project that took it; also if that run was cut. */
-export function uncordon(want: Settings, facts: Facts): Change[] {
+/**
+ * Gives this box's node its work back after the box's restart, if it was drained here for that; also if that run
+ * was cut. One that was drained since is being upgraded or removed.
+ */
+export function uncordonHere(want: Settings, facts: Facts): Change[] {
   if (!facts.roles?.trim()) return [];
   const { known, name, node, how } = nodeHere(want, facts);
   if (!known && Number(facts.uptime) < STARTING)
@@ -80,13 +107,13 @@ done`,
         lookAgain: true,
       },
     ];
+  const old = node?.drained?.boot;
   // One that is long up and not Ready has something else to be mended first.
-  if (!node?.drained || (!node.ready && Number(facts.uptime) >= STARTING)) return [];
-  // A node counts as Ready for 40 s after its kubelet has died: it must have said so since the restart.
-  const old = node.drained === facts.boot?.trim() ? "" : node.drained;
+  if (!old || old === facts.boot?.trim() || (!node.ready && Number(facts.uptime) >= STARTING)) return [];
   return [
     {
       why: `uncordon node ${name} once it is Ready`,
+      // A node counts as Ready for 40 s after its kubelet has died: it must have said so since the restart.
       sh: `${ADMIN}
 end=$(($(date +%s) + ${PATIENCE}))
 until kc get node ${sh(name)} -o json | awk -F'"' '
@@ -95,8 +122,7 @@ until kc get node ${sh(name)} -o json | awk -F'"' '
   [ "$(date +%s)" -lt "$end" ] || { echo 'The node is not Ready after its restart: it stays cordoned, run this again once it is'; exit 1; }
   sleep 2
 done
-kc uncordon ${sh(name)}
-kc annotate node ${sh(name)} ${DRAINED}-`,
+${givenBack(name)}`,
       ...how,
     },
   ];

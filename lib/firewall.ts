@@ -241,8 +241,22 @@ systemctl restart k3s-firewall`,
   ];
 }
 
+const RICH_ERE = `rule family="ipv4" source address="[0-9.]+" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$`;
+
+/** Prints `firewall` where there is something for `closeAgain`. */
+export const closeLook = (
+  ranges: readonly [string, string],
+): string => `if [ -e ${UNIT} ] || [ -e ${SCRIPT} ] || ufw show added 2>/dev/null | grep -q "comment '${MARK}'"; then echo firewall; fi
+if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
+  for when in '' --permanent; do
+    firewall-cmd $when --list-all-zones 2>/dev/null | grep -qE '^[[:blank:]]+${RICH_ERE}|^ +sources:.* (${ranges.join("|").replaceAll(".", "\\.")})( |$)' && echo firewall
+  done
+fi`;
+
 /** Shell that takes away all of it, and the files: what \`firewallPlan\` made, whichever firewall runs. */
-export const closeAgain = (ranges: readonly [string, string]): string => `if [ -e ${UNIT} ]; then
+export const closeAgain = (
+  ranges: readonly [string, string],
+): string => `if [ -e ${UNIT} ] || [ -e ${SCRIPT} ]; then
   systemctl disable --now k3s-firewall >/dev/null 2>&1 || :
   rm -f ${UNIT} ${SCRIPT}
   systemctl daemon-reload
@@ -257,7 +271,7 @@ if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
   for when in '' --permanent; do
     for zone in $(firewall-cmd $when --get-zones); do
       firewall-cmd $when --zone="$zone" --list-rich-rules |
-        grep -E '^rule family="ipv4" source address="[0-9.]+" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$' |
+        grep -E '^${RICH_ERE}' |
         while read -r rule; do firewall-cmd -q $when --zone="$zone" --remove-rich-rule="$rule" </dev/null; done
     done
     for range in ${ranges.join(" ")}; do firewall-cmd -q $when --zone=trusted --remove-source=$range 2>/dev/null || :; done

@@ -1,5 +1,6 @@
 import { createHash } from "node:crypto";
 import { HOPELESS } from "./journal.ts";
+import { CLEAR } from "./leftovers.ts";
 import { filesLook, filesPlan, labelArgs, labelsPlan } from "./node.ts";
 import { type SettingName, type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
@@ -14,6 +15,10 @@ export type Role = "server" | "agent";
 /** The interface that flannel makes: `flannel.1` by the old extension backend, `flannel-wg` since wireguard-native. */
 export const interfaceOf = (generation: Generation): string =>
   generation === "old" ? "flannel.1" : "flannel-wg";
+
+/** flannel's name for its backend, on a node: nodes of the other one are no peers. */
+export const backendOf = (generation: Generation): string =>
+  generation === "old" ? "extension" : "wireguard";
 
 /**
  * Which way a k3s release goes. From v1.23 to v1.25 the names of both exist, so the binary is asked:
@@ -200,15 +205,19 @@ ${peersLook}
 fact interfaces; ls /sys/class/net
 `;
 
-/** The boot id with which this project marks a node that it drains, so that it uncordons no node of the user's. */
+/**
+ * Marks a node that this project drains, so that a run which was cut is taken up and no node of the user's is
+ * uncordoned: with the box's boot id then, and `.done` behind it when no pods are left.
+ */
 export const DRAINED = "k3s-across-clouds/drained";
 
 export interface Node {
   name: string;
   ready: boolean;
   cordoned: boolean;
-  /** In which boot of its box this project drained it. */
-  drained: string | undefined;
+  /** Its box's boot id as its kubelet has it, and the one in which this project drained it. */
+  boot: string | undefined;
+  drained: { boot: string; done: boolean } | undefined;
   /** When it joined, in seconds since 1970 by the server's clock. */
   created: number;
   /** When its kubelet last said so, in seconds since 1970 by the node's own clock. */
@@ -227,6 +236,8 @@ export interface Node {
   labels: Record<string, string>;
   /** `key=value:Effect` or `key:Effect`. */
   taints: string[];
+  /** flannel's backend, see backendOf(). */
+  backend: string | undefined;
 }
 
 /** What is read of a Node as the API gives it. */
@@ -246,7 +257,7 @@ interface NodeObject {
   status?: {
     addresses?: { type: string; address: string }[];
     conditions?: { type: string; status: string; lastHeartbeatTime: string }[];
-    nodeInfo?: { kubeletVersion: string };
+    nodeInfo?: { kubeletVersion: string; bootID?: string };
   };
 }
 
@@ -275,7 +286,8 @@ export function nodesOf(json = ""): Node[] {
         name: metadata.name,
         ready: ready?.status === "True",
         cordoned: spec?.unschedulable === true,
-        drained: only(BOOT, metadata.annotations?.[DRAINED]),
+        boot: only(BOOT, status?.nodeInfo?.bootID),
+        drained: drainedIn(metadata.annotations?.[DRAINED]),
         created: Date.parse(metadata.creationTimestamp ?? "") / 1000 || 0,
         heartbeat: Date.parse(ready?.lastHeartbeatTime ?? "") / 1000 || 0,
         internalIp: address("InternalIP"),
@@ -292,11 +304,17 @@ export function nodesOf(json = ""): Node[] {
         taints: (spec?.taints ?? []).map(
           ({ key, value, effect }) => `${key}${value ? `=${value}` : ""}:${effect}`,
         ),
+        backend: only(NAME, metadata.annotations?.["flannel.alpha.coreos.com/backend-type"]),
       };
     });
   } catch {
     return [];
   }
+}
+
+function drainedIn(mark = ""): Node["drained"] {
+  const boot = mark.replace(/\.done$/, "");
+  return BOOT.test(boot) ? { boot, done: boot !== mark } : undefined;
 }
 
 function argsIn(json = "[]"): string[] {
@@ -458,14 +476,22 @@ export function servicePlan(
     .some((s) => Number(s) > Math.floor((started ?? 0) + 0.5) && Number(s) <= Number(facts.now));
   const ills = ailments(name, want.PUBLIC_IP, generation, facts);
   const down = started === undefined || facts.enabled?.trim() !== "enabled";
-  const due =
-    changes.length + gone.length > 0 || down || stale || pairs(facts.service).NeedDaemonReload === "yes";
+  const border = (facts.interfaces ?? "")
+    .split("\n")
+    .includes(interfaceOf(generation === "old" ? "modern" : "old"));
+  // Another binary is put in place before this change.
+  const newBinary = facts.version?.trim() !== version;
+  const reload = pairs(facts.service).NeedDaemonReload === "yes";
+  const due = changes.length + gone.length > 0 || down || stale || border || newBinary || reload;
   const other = nodesOf(facts.nodes).find((node) => node.name === name)?.externalIp;
   if (!due && other && other !== want.PUBLIC_IP && Number(facts.now) - started > SETTLES)
     throw new Refusal(
       `Node ${name} has the public address ${other}, this box ${want.PUBLIC_IP}: another box has its name`,
     );
-  if (due) changes.push(restart(role, generation, name, want, down ? "start" : "restart", gone));
+  if (due)
+    changes.push(
+      restart(role, generation, name, want, { verb: down ? "start" : "restart", gone, clear: border }),
+    );
   else if (ills.length)
     changes.push({
       why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
@@ -481,18 +507,27 @@ const SETTLES = 120;
 /** How long a node may take to become healthy, in seconds: v1.36.3 on two emulated CPUs took 168, starved ones 460. */
 const WAIT = 600;
 
-/** The change that (re)starts a unit and waits until its node is healthy. */
+/**
+ * The change that (re)starts a unit and waits until its node is healthy. Over the border of the generations
+ * (`clear`) the other one's pods and interface go first: both of flannel's interfaces listen on 51820.
+ */
 export function restart(
   role: Role,
   generation: Generation,
   name: string,
   want: Settings,
-  verb = "restart",
-  gone: readonly string[] = [],
+  {
+    verb = "restart",
+    gone = [],
+    clear = false,
+  }: { verb?: string; gone?: readonly string[]; clear?: boolean } = {},
 ): Change {
   const unit = unitOf(role);
   // In one change: a run that is cut between the two would leave a k3s that runs by what is no longer there.
   const remove = gone.length ? `rm -f ${gone.join(" ")}\n` : "";
+  const cleared = clear
+    ? `timeout 60 systemctl stop ${unit} || systemctl kill -s KILL ${unit}\n${CLEAR}`
+    : "";
   return {
     why: `${gone.map((path) => `remove ${path}, `).join("")}${verb} ${unit} and wait until node ${name} is Ready with its public address`,
     // --no-block: with wrong credentials a modern agent stays "activating" for ever (seen with v1.36.3).
@@ -502,7 +537,7 @@ export function restart(
 [ ! -d /sys/class/net/${interfaceOf(generation)} ] || stand=5
 systemctl daemon-reload
 systemctl enable ${unit} >/dev/null 2>&1
-systemctl restart --no-block ${unit}
+${cleared}systemctl restart --no-block ${unit}
 ${healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "server" && generation === "modern" && verb === "start" ? DOOR : "")}`,
     seconds: WAIT + 60,
   };

@@ -28,6 +28,10 @@ const each = (check: Setting["check"]) => (value: string) =>
   words(value)
     .map(check)
     .find((wrong) => wrong !== undefined);
+const release = matches(
+  /^v1\.(1[7-9]|[2-9]\d)\.\d+(-rc\d+)?\+k3s\d+$/,
+  "a release of v1.17 or later, such as v1.36.2+k3s1",
+);
 const file = matches(/^[^\0\n]+$/, "the path of a file");
 
 /** What only K3S_TOKEN and its like may hold: every user of a box can read its arguments. */
@@ -111,10 +115,14 @@ export const SETTINGS = {
     help: "k3s release, v1.17 or later",
     example: "v1.17.6+k3s1",
     shared: true,
-    check: matches(
-      /^v1\.(1[7-9]|[2-9]\d)\.\d+(-rc\d+)?\+k3s\d+$/,
-      "a release of v1.17 or later, such as v1.36.2+k3s1",
-    ),
+    check: release,
+  },
+  STEPS: {
+    value: "",
+    help: "releases that `upgrade` passes through, one of each minor version in between",
+    example: "v1.34.2+k3s1 v1.35.4+k3s1",
+    shared: true,
+    check: each(release),
   },
   K3S_MIRRORS: {
     value: "https://github.com/k3s-io/k3s/releases/download https://rancher-mirror.rancher.cn/k3s",
@@ -203,6 +211,13 @@ export const SETTINGS = {
     value: "",
     help: "a YAML file at hand with more settings of k3s, for /etc/rancher/k3s/config.yaml.d (modern k3s)",
     example: "./k3s-config.yaml",
+    check: file,
+  },
+  BACKUP: {
+    value: "",
+    help: "the file that `backup` writes, by default a new one beside the env file, and `restore` reads",
+    example: "./k3s-backup.tar.gz",
+    shared: true,
     check: file,
   },
   ELREPO_URL: {

@@ -106,7 +106,7 @@ function examine(want: Settings, facts: Facts): void {
   if (!node || facts.password?.trim()) return;
   const name = nodeNameOf(want.AGENT_ARGS, facts);
   throw new Refusal(
-    `The name ${name} is taken by a node of the cluster (${node.externalIp ?? "no public address"}): rename this box (hostnamectl set-hostname …), or add --node-name to AGENT_ARGS; if it was this box before it was reinstalled: kubectl delete node ${name}`,
+    `The name ${name} is taken by a node of the cluster (${node.externalIp ?? "no public address"}): rename this box (hostnamectl set-hostname …), or add --node-name to AGENT_ARGS; if it is this box from before it was set up anew, "make remove HOST=${want.HOST || "…"}" has the cluster forget it`,
   );
 }
 

@@ -66,7 +66,7 @@ const JOINING = 60;
 function handshakes(facts: Facts, generation: k3s.Generation, name: string): Change[] {
   const peers = k3s.peersOf(facts.peers).filter((p) => p.interface === k3s.interfaceOf(generation));
   const now = Number(facts.now);
-  const missing = expected(k3s.nodesOf(facts.nodes), name, now).filter(
+  const missing = expected(k3s.nodesOf(facts.nodes), name, now, k3s.backendOf(generation)).filter(
     ({ cidr, endpoint }) =>
       !peers.some((p) => p.allowedIps.includes(cidr) && p.endpoint === endpoint && now - p.handshake < FRESH),
   );
@@ -95,12 +95,14 @@ done`,
 /**
  * The peers this node must have: every other node that is Ready and has done its own part (its flannel
  * address is its public one). A node that is down, or still on its way, is its own call's to mend; so is, of
- * nodes that join side by side, the one that came later. `now` is in seconds since 1970.
+ * nodes that join side by side, the one that came later. One of the other generation is no peer before it is
+ * upgraded too. `now` is in seconds since 1970.
  */
 export function expected(
   nodes: readonly k3s.Node[],
   name: string,
   now = Number.POSITIVE_INFINITY,
+  backend?: string,
 ): { name: string; cidr: string; endpoint: string }[] {
   const own = nodes.find((n) => n.name === name);
   const later = (n: k3s.Node) =>
@@ -108,7 +110,13 @@ export function expected(
     now - n.created < JOINING &&
     (n.created > own.created || (n.created === own.created && n.name > name));
   return nodes.flatMap((n) =>
-    n.name !== name && n.ready && n.podCidr && n.publicIp && n.publicIp === n.externalIp && !later(n)
+    n.name !== name &&
+    (n.backend ?? backend) === (backend ?? n.backend) &&
+    n.ready &&
+    n.podCidr &&
+    n.publicIp &&
+    n.publicIp === n.externalIp &&
+    !later(n)
       ? [{ name: n.name, cidr: n.podCidr, endpoint: `${n.publicIp}:51820` }]
       : [],
   );

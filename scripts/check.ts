@@ -309,6 +309,7 @@ await cli.run(import.meta, {
   about:
     "Shows the whole cluster, tries what passes between its boxes, and says what is wrong. Changes nothing.",
   steps: [ask("", ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", "AGENT_ARGS"])],
+  readOnly: true,
   flags: {
     json: "one JSON object, for programs",
     watch: `again every ${PAUSE} s, until it is interrupted`,

@@ -58,16 +58,10 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
           lookAgain: true,
         });
     } else if (have !== want.K3S_VERSION || (want.K3S_SHA256 && facts.sha256?.trim() !== want.K3S_SHA256)) {
-      const [file, arch] = releaseFor(facts);
       changes.push(
         byProxy(want, {
           why: `download k3s ${want.K3S_VERSION}${have ? ` in place of ${have}` : ""}`,
-          sh: fetch(
-            { file, arch, part: `${PART}-${want.K3S_VERSION}.part`, put: swap(`${want.K3S_VERSION} `) },
-            want.K3S_VERSION,
-            words(want.K3S_MIRRORS),
-            want.K3S_SHA256,
-          ),
+          sh: fetch(binary(want, facts), want, swap(`${want.K3S_VERSION} `)),
           seconds: 3600,
         }),
       );
@@ -78,6 +72,56 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
     return changes;
   },
 };
+
+/**
+ * Before the first node is drained every box has what it will run, images too: a mirror that fails stops nothing
+ * half-way.
+ */
+export const downloadAhead: Step = {
+  name: "download-ahead",
+  options: [],
+  look: (want) => [
+    binaryLook,
+    `fact ahead; ls ${partOf(want)}.good 2>/dev/null\nfact images-ahead; ls ${imagesPartOf(want)}.good 2>/dev/null`,
+  ],
+  plan(want, facts) {
+    if (want.K3S_BIN || facts.version?.trim() === want.K3S_VERSION) return [];
+    const ahead = (what: File) =>
+      byProxy(want, {
+        why: `download ${what.file} of k3s ${want.K3S_VERSION} ahead`,
+        sh: fetch(what, want, ': >"$part.good"'),
+        seconds: 7200,
+      });
+    return [
+      ...(facts.ahead?.trim() ? [] : [ahead(binary(want, facts))]),
+      ...(want.AIRGAP && !facts["images-ahead"]?.trim() ? [ahead(imagesFile(want, facts))] : []),
+    ];
+  },
+};
+
+/** A file of a release, and where it is while it is not proven yet. */
+interface File {
+  file: string;
+  arch: string;
+  part: string;
+  /** In place of what another host says. */
+  sha256?: string;
+}
+
+const partOf = (want: Settings) => `${PART}-${want.K3S_VERSION}.part`;
+const imagesPartOf = (want: Settings) => `${IMAGES}-${want.K3S_VERSION}.part`;
+
+function binary(want: Settings, facts: Facts): File {
+  const [file, arch] = releaseFor(facts);
+  return { file, arch, part: partOf(want), sha256: want.K3S_SHA256 };
+}
+
+function imagesFile(want: Settings, facts: Facts): File {
+  const [, arch] = releaseFor(facts);
+  // A release of the old generation has no other.
+  const ext = releaseOf(want, facts).generation === "old" ? "tar" : "tar.zst";
+  return { file: `k3s-airgap-images-${arch}.${ext}`, arch, part: imagesPartOf(want) };
+}
 
 /** @throws {Refusal} for an architecture that k3s is not built for. */
 function releaseFor(facts: Facts): [file: string, arch: string] {
@@ -97,19 +141,17 @@ function images(want: Settings, facts: Facts): Change[] {
   const isThere = (id: string, name: string) =>
     there.some((row) => row.startsWith(`${name} `) && record === `${id} ${row}`);
   const put = (id: string, name: string) => `mkdir -p ${IMAGES}
-rm -f ${IMAGES}/k3s-airgap-images-${arch}.tar*
+rm -f ${IMAGES}/k3s-airgap-images-${arch}.tar* "$part.good"
 mv "$part" ${IMAGES}/${name}
 (cd ${IMAGES} && echo ${sh(id)} "$(stat -c '%n %s %Y' ${name})") >${RECORD}`;
 
   if (!want.K3S_BIN) {
-    // A release of the old generation has no other.
-    const name = `k3s-airgap-images-${arch}.${generation === "old" ? "tar" : "tar.zst"}`;
-    if (isThere(version, name)) return [];
-    const what = { file: name, arch, part: `${IMAGES}-${version}.part`, put: put(version, name) };
+    const what = imagesFile(want, facts);
+    if (isThere(version, what.file)) return [];
     return [
       byProxy(want, {
-        why: `download ${name} of k3s ${version}`,
-        sh: `mkdir -p ${IMAGES}\n${fetch(what, version, words(want.K3S_MIRRORS), "")}`,
+        why: `download ${what.file} of k3s ${version}`,
+        sh: fetch(what, want, put(version, what.file)),
         seconds: 7200,
       }),
     ];
@@ -146,25 +188,24 @@ const TELL = 'tell() { say "$1"; echo "$1"; }\n';
 const swap = (version: string) => `chmod 755 "$part"
 said=$("$part" --version) || { echo "the new binary does not run here: $said"; exit 1; }
 case $said in *${sh(` ${version}`)}*) ;; *) echo "the new binary says: $said"; exit 1 ;; esac
-mv -f "$part" ${K3S}`;
+mv -f "$part" ${K3S}
+rm -f "$part.good"`;
 
 /**
  * Tries the bases in order. A base that connects within 10 s and keeps up 20 kB/s is used to its end; one
  * that does not is left for the next, which goes on where it stopped, as does the next run: the hash at the
  * end decides. A base may name the release with + (GitHub) or - (Rancher's mirror, see k3s's install.sh).
  */
-function fetch(
-  { file, arch, part, put }: { file: string; arch: string; part: string; put: string },
-  version: string,
-  bases: string[],
-  sha256: string,
-): string {
+function fetch({ file, arch, part, sha256 = "" }: File, want: Settings, put: string): string {
+  const { K3S_VERSION: version } = want;
+  const bases = words(want.K3S_MIRRORS);
   const host = (base: string) => new URL(base).host;
   const tries = bases.map((base) => {
     const others = bases.filter((other) => host(other) !== host(base));
     return `if try ${[base, ...others].map(sh).join(" ")}; then put; exit 0; fi`;
   });
   return `${TELL}part=${part}
+mkdir -p ${part.replace(/\/[^/]*$/, "")}
 get() { # BASE FILE CURL-OPTION…
   base=$1 name=$2; shift 2
   for release in ${version.replace("+", "%2B")} ${version.replace("+", "-")}; do

@@ -243,6 +243,7 @@ await cli.run(import.meta, {
     "Merges the cluster's kubeconfig into yours (KUBECONFIG or ~/.kube/config), under a name of its own.",
   steps: [ask("", ["SERVER", "PUBLIC_IP"])],
   host: "SERVER",
+  readOnly: true,
   flags: { use: "make it the current context" },
   work: kubeconfig,
 });

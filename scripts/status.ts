@@ -133,6 +133,6 @@ await cli.run(import.meta, {
   about: "The cluster in ten lines, from one round trip to the server. Changes nothing.",
   steps: [ask("", ["SERVER", "PUBLIC_IP", "SERVER_ARGS"])],
   host: "SERVER",
-  flags: {},
+  readOnly: true,
   work: status,
 });

@@ -12,7 +12,7 @@ import { server as serverStep, serverSteps } from "./server.ts";
 const allSteps = [...serverSteps, fixMetrics];
 
 /** Agents and further servers are prepared while the first server starts; they wait only for its token. */
-async function up(call: cli.Call): Promise<number> {
+export async function up(call: cli.Call): Promise<number> {
   const [server, ...further] = (await cli.targets(call, "SERVER")) as [cli.Target, ...cli.Target[]];
   const agents = call.settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
   const ui = await report([server, ...further, ...agents].map((box) => box.name));

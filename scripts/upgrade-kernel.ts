@@ -1,7 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 2 of 7: a kernel that has WireGuard, where the distro's own has none. The only step that restarts a box. */
 import { run } from "../lib/cli.ts";
-import { drain, drainLook, uncordon } from "../lib/drain.ts";
+import { drainHere, drainLook, uncordonHere } from "../lib/drain.ts";
 import { isEl7, osOf } from "../lib/os.ts";
 import { sh, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -58,7 +58,7 @@ fi`,
 
   plan(want, facts) {
     const [installed, running, saved] = [facts["kernel-ml"], facts.kernel, facts.saved].map((f) => f?.trim());
-    if (wireguardIn(facts)) return installed ? uncordon(want, facts) : [];
+    if (wireguardIn(facts)) return installed ? uncordonHere(want, facts) : [];
     // Other distros get WireGuard as a package: install-wireguard's work, and its to prove.
     if (!isEl7(osOf(facts))) return [];
     if (!installed && Number(facts.room) < ROOM)
@@ -81,7 +81,7 @@ fi`,
       );
     return [
       ...(chosen ? [] : [SET_DEFAULT]),
-      ...drain(want, facts),
+      ...drainHere(want, facts),
       {
         why: `restart into kernel ${installed}: ${running} has no WireGuard`,
         sh: "nohup sh -c 'sleep 1; systemctl reboot' >/dev/null 2>&1 &",

@@ -126,7 +126,7 @@ describe("an agent is not set up, and nothing is touched", () => {
       "where the box's name is another node's",
       Refusal,
       { taken: other },
-      /The name a1 is taken by a node of the cluster \(198\.51\.100\.66\): rename this box.*--node-name.*kubectl delete node a1/,
+      /The name a1 is taken by a node of the cluster \(198\.51\.100\.66\): rename this box.*--node-name.*make remove HOST=…/,
     ],
   ];
   for (const [name, kind, over, message] of cases)

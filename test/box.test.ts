@@ -126,6 +126,17 @@ for (const [name, host] of [
       }
     });
 
+    test("gives a file, byte for byte, for its owner only, whatever its login shell says first", async () => {
+      const from = join(temporary(), "it's");
+      const to = join(temporary(), "a file");
+      const bytes = Buffer.from(Array.from({ length: 300_000 }, (_, i) => (i * i) % 256));
+      writeFileSync(from, bytes);
+      await open(host).pull(from, to);
+      assert.deepEqual(readFileSync(to), bytes);
+      assert.equal(shell(`ls -l '${to}'`).stdout.slice(0, 10), "-rw-------");
+      await assert.rejects(open(host).pull("/nonexistent/file", to), /Could not copy .*nonexistent/s);
+    });
+
     test("says why a file could not be pushed", async () => {
       const from = join(temporary(), "file");
       writeFileSync(from, "x");

@@ -33,34 +33,47 @@ describe("--help", { concurrency: 4 }, () => {
     "upgrade-kernel": ["elrepo-url"],
     up: ["public-ip", "k3s-version"],
   };
-  /** Scripts that change nothing on a box have switches of their own in place of the usual ones. */
-  const OWN: Record<string, string[]> = { check: ["json", "watch"], kubeconfig: ["use"], status: [] };
-  for (const script of SCRIPTS)
+  /** Switches of a script's own; those that change nothing on a box have no others. */
+  const OWN: Record<string, string[]> = {
+    ...{ check: ["json", "watch"], kubeconfig: ["use"], status: [] },
+    ...{ down: ["yes"], remove: ["force"], upgrade: ["force"] },
+  };
+  const READ_ONLY = ["check", "kubeconfig", "status"];
+  const WHOLE = [...READ_ONLY, "up", "down", "upgrade", "backup"];
+  for (const script of SCRIPTS) {
+    const switches = [
+      ...(READ_ONLY.includes(script) ? [] : ["dry-run", "print", "reboot"]),
+      ...(OWN[script] ?? []),
+    ];
     test(`of ${script} lists its flags and their defaults, and touches nothing`, async () => {
       const { status, stdout, stderr, touched } = await call(script, ["--help"]);
       assert.deepEqual({ status, stderr, touched }, { status: 0, stderr: "", touched: "" });
       const flags = [...stdout.matchAll(/^ {2}--([\w-]+)/gm)].map((m) => m[1] as string);
       for (const flag of [
-        ...(script === "up" || OWN[script] ? [] : ["host"]),
-        ...(OWN[script] ?? ["dry-run", "print", "reboot"]),
+        ...(WHOLE.includes(script) ? [] : ["host"]),
+        ...switches,
         "help",
         ...(STEPS[script as keyof typeof STEPS] ?? []),
       ])
         assert.ok(flags.includes(flag), flag);
-      for (const flag of flags)
-        assert.ok(
-          [...(OWN[script] ?? ["dry-run", "print", "reboot"]), "help", ...NAMES.map(flagOf)].includes(flag),
-          flag,
-        );
+      for (const flag of flags) assert.ok([...switches, "help", ...NAMES.map(flagOf)].includes(flag), flag);
       assert.match(stdout, new RegExp(`make ${script} `));
       assert.match(stdout, /Exit status: 0 .* 1 .* 2 .* 130 /);
     });
+  }
 
-  test("is there for each of the seven steps, and for all of them", () => {
-    assert.deepEqual(
-      SCRIPTS.filter((s) => !["check", "firewall", "kubeconfig", "status", "up"].includes(s)).sort(),
-      ["agent", "annotate", "download-k3s", "fix-metrics", "install-wireguard", "server", "upgrade-kernel"],
-    );
+  test("is there for each of the seven steps, for all of them, and for living with the cluster", () => {
+    const others = ["check", "firewall", "kubeconfig", "status", "up"];
+    others.push("upgrade", "remove", "down", "token", "backup", "restore");
+    assert.deepEqual(SCRIPTS.filter((s) => !others.includes(s)).sort(), [
+      "agent",
+      "annotate",
+      "download-k3s",
+      "fix-metrics",
+      "install-wireguard",
+      "server",
+      "upgrade-kernel",
+    ]);
   });
 });
 

@@ -1,9 +1,22 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { drain, uncordon } from "../lib/drain.ts";
-import { DRAINED } from "../lib/k3s.ts";
+import { drain, drainHere, uncordon, uncordonHere } from "../lib/drain.ts";
+import { DRAINED, type Node, nodesOf } from "../lib/k3s.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
-import { A1, B1, MODERN, node, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import {
+  A1,
+  B1,
+  B2,
+  MODERN,
+  node,
+  nodes,
+  OLD,
+  prepared,
+  programs,
+  shell,
+  temporary,
+  wanted,
+} from "./helpers.ts";
 
 const BOOT = "f193e011-2833-4503-812f-2c98931dc2e5";
 const BEFORE = "88e9fd3e-8477-40e7-aaf5-7b4c1351751a";
@@ -43,26 +56,26 @@ describe("before its restart", () => {
     ["a node that cannot see its cluster is, if that says it is Ready", { ...facts(), nodes: "" }, true],
   ];
   for (const [name, seen, drained] of cases)
-    test(name, () => assert.equal(drain(want, seen).length, drained ? 1 : 0));
+    test(name, () => assert.equal(drainHere(want, seen).length, drained ? 1 : 0));
 
   test("an agent's node is drained on the server, the server's own where it is", () => {
-    const [of] = [drain(want, facts())[0], drain(want, facts({ roles: "k3s\n", name: "a1" }))[0]];
+    const [of] = [drainHere(want, facts())[0], drainHere(want, facts({ roles: "k3s\n", name: "a1" }))[0]];
     assert.equal(of?.onServer, true);
-    assert.equal(drain(want, facts({ roles: "k3s\n", name: "a1" }))[0]?.onServer, undefined);
+    assert.equal(drainHere(want, facts({ roles: "k3s\n", name: "a1" }))[0]?.onServer, undefined);
   });
 
   test("an agent whose server is not known is not restarted", () => {
     assert.throws(
-      () => drain(wanted(), facts()),
+      () => drainHere(wanted(), facts()),
       (e: Error) => e instanceof Refusal && /set SERVER, or cordon and drain it yourself/.test(e.message),
     );
-    assert.equal(drain(wanted(), facts({ roles: "k3s\n", name: "a1" })).length, 1);
+    assert.equal(drainHere(wanted(), facts({ roles: "k3s\n", name: "a1" })).length, 1);
   });
 
   test("it is known by its name in the cluster", () => {
     const named = wanted({ SERVER: "a1", AGENT_ARGS: "--node-name=b1" });
-    assert.equal(drain(named, { ...facts(), hostname: "another\n" }).length, 1);
-    assert.equal(drain(want, { ...facts(), hostname: "another\n" }).length, 0);
+    assert.equal(drainHere(named, { ...facts(), hostname: "another\n" }).length, 1);
+    assert.equal(drainHere(want, { ...facts(), hostname: "another\n" }).length, 0);
   });
 });
 
@@ -85,6 +98,11 @@ describe("after its restart", () => {
       facts({ cordoned: true, drained: BEFORE, ready: false }),
       [],
     ],
+    [
+      "a node that was drained since, by an upgrade, is left to it",
+      facts({ cordoned: true, drained: `${BOOT}.done` }),
+      [],
+    ],
     ["another node is left alone", facts(), []],
     ["a box that is no node is left alone", { ...none, uptime: "20.00" }, []],
     [
@@ -96,10 +114,60 @@ describe("after its restart", () => {
   ];
   for (const [name, seen, whys] of cases)
     test(name, () => {
-      const plan = uncordon(want, seen).map(({ why }) => why);
+      const plan = uncordonHere(want, seen).map(({ why }) => why);
       assert.equal(plan.length, whys.length, `${plan}`);
       for (const [i, why] of whys.entries()) assert.match(plan[i] ?? "", why);
     });
+});
+
+/** Three nodes as the API gives them, b1 with what is told of it. */
+function cluster({ cordoned = false, drained = "" } = {}): string {
+  const items = [A1, B1, B2].map((of) => node(of));
+  const [, b1] = items as [unknown, (typeof items)[number]];
+  Object.assign(b1.spec, cordoned ? { unschedulable: true } : {});
+  Object.assign(b1.metadata.annotations, drained ? { [DRAINED]: drained } : {});
+  return JSON.stringify({ kind: "List", items });
+}
+const b1In = (json: string) => nodesOf(json).find((n) => n.name === "b1") as Node;
+
+describe("before it is upgraded or removed", () => {
+  const cases: [name: string, nodes: string, drained: boolean][] = [
+    ["a node that is Ready is drained", cluster(), true],
+    [
+      "a node whose draining was cut is drained to its end",
+      cluster({ cordoned: true, drained: BEFORE }),
+      true,
+    ],
+    ["a node that is drained already is not", cluster({ cordoned: true, drained: `${BEFORE}.done` }), false],
+    ["but again, where the user has let pods come to it since", cluster({ drained: `${BEFORE}.done` }), true],
+    ["a node that the user has cordoned is left to the user", cluster({ cordoned: true }), false],
+    [
+      "a node that is not Ready is not: nobody there would end a pod",
+      nodes(A1, { ...B1, ready: false }, B2),
+      false,
+    ],
+    ["the only node that takes pods is not", nodes({ ...A1, ready: false }, B1), false],
+  ];
+  for (const [name, json, drained] of cases)
+    test(name, () => assert.equal(drain(b1In(json), { nodes: json }, false).length, drained ? 1 : 0));
+
+  test("it is marked with its own boot, and afterwards takes pods again", () => {
+    const [change] = drain(b1In(cluster()), { nodes: cluster() }, false);
+    assert.deepEqual(asks(change?.sh ?? "", MODERN).asked(), [
+      `annotate --overwrite node b1 ${DRAINED}=${b1In(cluster()).boot}`,
+      "drain b1 --ignore-daemonsets --delete-emptydir-data --timeout=300s",
+      `annotate --overwrite node b1 ${DRAINED}=${b1In(cluster()).boot}.done`,
+    ]);
+    assert.deepEqual(uncordon(b1In(cluster())), []);
+    const [back] = uncordon(b1In(cluster({ drained: BEFORE })));
+    assert.deepEqual(asks(back?.sh ?? "", MODERN).asked(), ["uncordon b1", `annotate node b1 ${DRAINED}-`]);
+  });
+
+  test("pods that no controller starts anew go too, where told", () =>
+    assert.match(
+      drain(b1In(cluster()), { nodes: cluster() }, true)[0]?.sh ?? "",
+      / --force --timeout=300s /,
+    ));
 });
 
 /** What the shell of a change asks of kubectl, line by line; `answers` is a case statement over its words. */
@@ -123,8 +191,8 @@ case $* in ${answers} *) ;; esac`;
 }
 
 describe("kubectl", () => {
-  const drainSh = drain(want, facts())[0]?.sh ?? "";
-  const backSh = uncordon(want, facts({ cordoned: true, drained: BEFORE }))[0]?.sh ?? "";
+  const drainSh = drainHere(want, facts())[0]?.sh ?? "";
+  const backSh = uncordonHere(want, facts({ cordoned: true, drained: BEFORE }))[0]?.sh ?? "";
   const DRAIN = (flag: string) => `drain b1 --ignore-daemonsets ${flag} --timeout=300s`;
 
   for (const [version, flag] of [
@@ -136,11 +204,15 @@ describe("kubectl", () => {
     test(`of ${version} is asked to mark and to drain, within a time`, () => {
       const { status, asked } = asks(drainSh, version);
       assert.equal(status, 0);
-      assert.deepEqual(asked(), [`annotate --overwrite node b1 ${DRAINED}=${BOOT}`, DRAIN(flag)]);
+      assert.deepEqual(asked(), [
+        `annotate --overwrite node b1 ${DRAINED}=${BOOT}`,
+        DRAIN(flag),
+        `annotate --overwrite node b1 ${DRAINED}=${BOOT}.done`,
+      ]);
     });
 
   test("that finds the node of a blind box not Ready, or cordoned, leaves it", () => {
-    const blind = drain(want, { ...facts(), nodes: "" })[0]?.sh ?? "";
+    const blind = drainHere(want, { ...facts(), nodes: "" })[0]?.sh ?? "";
     for (const [status, drained] of [
       ["Ready", true],
       ["NotReady", false],

@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import * as firewall from "../lib/firewall.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
+import { programs, shell, temporary } from "./helpers.ts";
 
 const [A, B] = ["198.51.100.11", "198.51.101.11"];
 const NODES = [A, B];
@@ -223,4 +224,31 @@ describe("nft", () => {
     );
     assert.throws(() => firewallPlan({}, NODES), /install nftables/);
   });
+});
+
+describe("what is left of it", () => {
+  const zones = (rules: string, sources: string) =>
+    `printf 'public (active)\\n  sources: 192.0.2.0/24\\n  rich rules: \\n\\t${rules}\\n\\ntrusted\\n  sources: ${sources}\\n'`;
+  const firewalld = (rules: string, sources = "") =>
+    `case $* in *--state) echo running ;; *) ${zones(rules, sources)} ;; esac`;
+  const ours = (port: number) =>
+    `rule family="ipv4" source address="198.51.100.11" port port="${port}" protocol="tcp" accept`;
+  const cases: [name: string, programs: Record<string, string>, left: boolean][] = [
+    ["a rule of firewalld's is seen", { "firewall-cmd": firewalld(ours(6443)) }, true],
+    ["and a source that it trusts", { "firewall-cmd": firewalld("", "192.0.2.7 10.43.0.0/16") }, true],
+    ["but nobody else's rules", { "firewall-cmd": firewalld(ours(22), "10.42.0.0/24") }, false],
+    [
+      "a rule of ufw's is seen",
+      { ufw: `echo "ufw allow from 10.42.0.0/16 comment 'k3s-across-clouds'"` },
+      true,
+    ],
+    ["but nobody else's", { ufw: `echo "ufw allow 22/tcp comment 'ssh'"` }, false],
+  ];
+  for (const [name, own, left] of cases)
+    test(name, () => {
+      const none = { "firewall-cmd": "exit 252", ufw: "exit 1" };
+      const PATH = programs(temporary(), { ...none, ...own });
+      const { stdout } = shell(firewall.closeLook(RANGES), ["sh", "-s"], { PATH });
+      assert.equal([...new Set(stdout.trim().split("\n"))].join(), left ? "firewall" : "");
+    });
 });

@@ -96,7 +96,7 @@ export const node = (spec: NodeSpec) => ({
         lastHeartbeatTime: new Date((spec.beat ?? NOW - 20) * 1000).toISOString(),
       },
     ],
-    nodeInfo: { kubeletVersion: spec.version ?? MODERN },
+    nodeInfo: { kubeletVersion: spec.version ?? MODERN, bootID: "93c4a8b1-3b43-4b7c-9f0c-5d5a3a8b1f10" },
   },
 });
 export const nodes = (...specs: NodeSpec[]): string =>

@@ -156,6 +156,7 @@ describe("nodes and peers", () => {
         name: "a1",
         ready: true,
         cordoned: false,
+        boot: undefined,
         drained: undefined,
         created: 0,
         heartbeat: Date.parse("2026-11-23T15:15:19Z") / 1000,
@@ -169,11 +170,13 @@ describe("nodes and peers", () => {
         pressure: [],
         labels: {},
         taints: [],
+        backend: "wireguard",
       },
       {
         name: "b1",
         ready: true,
         cordoned: false,
+        boot: undefined,
         drained: undefined,
         created: 0,
         heartbeat: Date.parse("2026-11-23T15:18:30Z") / 1000,
@@ -187,6 +190,7 @@ describe("nodes and peers", () => {
         pressure: [],
         labels: {},
         taints: [],
+        backend: "wireguard",
       },
     ]);
   });
@@ -200,6 +204,19 @@ describe("nodes and peers", () => {
       ["b1", "198.51.101.11", "198.51.101.11"],
     );
     assert.equal(after?.version, OLD);
+  });
+
+  test("have the mark of a draining, and whether it was done; another's word there is none", () => {
+    const boot = "88e9fd3e-8477-40e7-aaf5-7b4c1351751a";
+    for (const [mark, drained] of [
+      [boot, { boot, done: false }],
+      [`${boot}.done`, { boot, done: true }],
+      ["yes", undefined],
+      ["$(reboot).done", undefined],
+    ] as const) {
+      const items = [{ metadata: { name: "b1", annotations: { [k3s.DRAINED]: mark } } }];
+      assert.deepEqual(k3s.nodesOf(JSON.stringify({ items }))[0]?.drained, drained);
+    }
   });
 
   for (const text of [

@@ -5,16 +5,23 @@ import { closeAgain, firewallLook, firewallPlan, scriptText } from "../lib/firew
 import { DRAINED } from "../lib/k3s.ts";
 import { kubelets, made, type Pod, paths } from "../lib/pods.ts";
 import { SettingError } from "../lib/settings.ts";
-import { applyScript, lookScript, printed, Refusal, type Step, whole } from "../lib/step.ts";
+import { applyScript, type Facts, lookScript, printed, Refusal, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
+import { cleared, copied } from "../scripts/backup.ts";
+import { downloadAhead } from "../scripts/download-k3s.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
+import { atServer, uninstall } from "../scripts/remove.ts";
+import { forgotten as forgottenServer, put, unproven } from "../scripts/restore.ts";
 import { serverSteps } from "../scripts/server.ts";
 import { MORE } from "../scripts/status.ts";
+import { token } from "../scripts/token.ts";
+import { stepsFor } from "../scripts/upgrade.ts";
 import {
   A1,
   B1,
   fixture,
   healthy,
+  IP,
   lacks,
   MODERN,
   member,
@@ -23,6 +30,7 @@ import {
   OLD,
   prepared,
   shell,
+  TOKEN,
   wanted,
 } from "./helpers.ts";
 
@@ -149,4 +157,45 @@ describe("shellcheck finds nothing to say", { skip }, () => {
     for (const facts of [fresh, firewalld, ufw])
       for (const { sh } of firewallPlan(facts, ["198.51.100.11"], ranges)) check(`#!/bin/sh\n${sh}\n`);
   });
+});
+
+describe("shellcheck finds nothing to say of living with a cluster", { skip }, () => {
+  const want = wanted({ HOST: "b1", K3S_VERSION: "v1.36.3+k3s1" });
+  const { drained, forgotten } = atServer(B1.ip, "b1", true);
+  const facts = {
+    ...healthy(MODERN, {}),
+    left: "/usr/local/bin/k3s\nfirewall\n",
+    secrets: "b1\n",
+    passwords: "b1\n",
+    token: `${TOKEN}\n`,
+    rotates: "rotate\n",
+    running: "active\n",
+    database: "yes\n",
+    ahead: "",
+    folder: "yes\n",
+  };
+  const upgrade = stepsFor("agent", MODERN, IP, false);
+  const kept = { ...facts, kept: `${MODERN}\n`, generation: "modern\n", version: "v1.36.3+k3s1" };
+  const cases: [Step, Facts][] = [
+    ...[uninstall, drained, forgotten, token, copied("x"), cleared, put("./x.tar.gz", "abc")].map(
+      (step): [Step, Facts] => [step, facts],
+    ),
+    [forgottenServer("b1", B1.ip), facts],
+    [unproven, { ...facts, restored: "abc", secrets: "secret/b1.node-password.k3s" }],
+    [downloadAhead, facts],
+    [upgrade.keep, facts],
+    [upgrade.runs, facts],
+    [upgrade.forget, kept],
+    [upgrade.putBack, kept],
+  ];
+  for (const [step, facts] of cases)
+    test(`about ${step.name}`, () => {
+      check(`#!/bin/sh\n${whole(lookScript([step], want, "mark"))}`);
+      const changes = step.plan(want, facts);
+      assert.ok(changes.length > 0);
+      for (const change of changes)
+        check(
+          `#!/bin/sh\nmain() {\nset -eu\nsay() { printf 'say %s\\n' "$*"; }\n${change.sh}\n}\nmain </dev/null\n`,
+        );
+    });
 });

@@ -269,6 +269,7 @@ function fakeBox(folder: string) {
       return { status: status ?? 1, stderr };
     },
     push: async (file, path) => void pushed.push(`${file} ${path}`),
+    pull: async () => {},
     close: async () => {},
   };
   const starts: string[] = [];

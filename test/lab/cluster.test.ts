@@ -1,18 +1,16 @@
 /** `make -j up` in two clouds, by both generations of k3s: what it leaves behind, and that doing it again is nothing. */
 import assert from "node:assert/strict";
 import { readFileSync, rmSync, writeFileSync } from "node:fs";
-import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
-import { standIn } from "../stand-in/pack.ts";
 import {
   type Bench,
   bench,
   connected,
   MODERN,
-  mirrored,
   nodes,
   OLD,
+  release,
   SCRIPTS,
   starts,
   state,
@@ -149,7 +147,7 @@ describe("make -j up", { concurrency: true }, () => {
 
       test("a setting changed for an agent restarts that agent's k3s once, and nothing else", async () => {
         const { next } = generation;
-        await release(t, next);
+        await release(t.lab, next);
         const proxy = "make agent HOST=b2 PROXY_MODE=nftables";
         await restartsOnly(t, name === "modern" ? { b1: 1, b2: 1, b3: 1 } : { b1: 1, b3: 1 }, () =>
           Promise.all([
@@ -210,20 +208,4 @@ async function restartsOnly(t: Bench, expected: Record<string, number>, part: ()
     now[i] === before[i] ? [] : [[name, (now[i] ?? 0) - (before[i] ?? 0)]],
   );
   assert.deepEqual(Object.fromEntries(restarted), expected, "restarts");
-}
-
-/** One more release on both mirrors. */
-async function release(t: Bench, version: string) {
-  const { createHash } = await import("node:crypto");
-  const text = standIn(version);
-  const sum = createHash("sha256").update(text).digest("hex");
-  for (const base of [t.lab.mirror.github, t.lab.mirror.plain]) {
-    const { hostname, pathname } = new URL(base);
-    const folder = mirrored(t.lab, hostname, join(pathname, version));
-    await mkdir(folder, { recursive: true });
-    for (const [arch, file] of Object.entries({ amd64: "k3s", arm64: "k3s-arm64", arm: "k3s-armhf" })) {
-      await writeFile(join(folder, file), text);
-      await writeFile(join(folder, `sha256sum-${arch}.txt`), `${sum}  ${file}\n`);
-    }
-  }
 }

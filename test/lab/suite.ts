@@ -2,9 +2,11 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { readFileSync, statSync, writeFileSync } from "node:fs";
+import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { parse } from "dotenv";
 import { sh } from "../../lib/sh.ts";
+import { standIn } from "../stand-in/pack.ts";
 import { type Box, down, type Lab, type LabSpec, type Run, up } from "./lab.ts";
 
 export const OLD = "v1.17.6+k3s1";
@@ -263,3 +265,18 @@ export const envOnBox = (t: Bench, name: string, values: Record<string, string>)
 
 /** A file in the lab's mirror, at all of its addresses or at one. */
 export const mirrored = (lab: Lab, address: string, path: string) => join(lab.mirror.dir, address, path);
+
+/** One more release on both mirrors. */
+export async function release(lab: Lab, version: string) {
+  const text = standIn(version);
+  const sum = createHash("sha256").update(text).digest("hex");
+  for (const base of [lab.mirror.github, lab.mirror.plain]) {
+    const { hostname, pathname } = new URL(base);
+    const folder = mirrored(lab, hostname, join(pathname, version));
+    await mkdir(folder, { recursive: true });
+    for (const [arch, file] of Object.entries({ amd64: "k3s", arm64: "k3s-arm64", arm: "k3s-armhf" })) {
+      await writeFile(join(folder, file), text);
+      await writeFile(join(folder, `sha256sum-${arch}.txt`), `${sum}  ${file}\n`);
+    }
+  }
+}

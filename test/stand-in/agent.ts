@@ -33,7 +33,9 @@ import {
   newNode,
   peer,
 } from "./nodes.ts";
+import { HOME } from "./pack.ts";
 import { splitPem } from "./pki.ts";
+import { startPod } from "./pods.ts";
 import { bringUp, publicKey, removePeer, setPeer } from "./wg.ts";
 import * as words from "./words.ts";
 
@@ -602,6 +604,9 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
   if (gen === "old" && wireguard) await bringUp(gen, node.spec.podCIDR, "10.42.0.0/16").catch(failed);
   if (gen === "modern") log("info", "Running flannel backend");
   await sleep(DELAY.start - performance.now());
+  const inBox = import.meta.dirname === HOME;
+  if (inBox)
+    startPod(gen, node.spec.podCIDR, list(s.values, "kube-proxy-arg").includes("proxy-mode=nftables"));
   isReady = true;
   await again("Error updating node status", heart);
   if (gen === "modern" && !s.inServer) {

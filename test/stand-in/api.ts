@@ -1,5 +1,5 @@
 /** What answers on 6443: the supervisor's paths, which nodes join by, and as much of Kubernetes as is needed. */
-import { createHash, randomUUID } from "node:crypto";
+import { createHash, randomBytes, randomUUID } from "node:crypto";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import type { IncomingMessage } from "node:http";
 import { join } from "node:path";
@@ -32,6 +32,8 @@ export type Cluster = {
   /** The path of a key in server/tls. */
   keyed: (name: string) => string;
   credDir: string;
+  /** Lines of cred/passwd as they were at the start: a rotated token counts from the next one on (v1.36.3, seen). */
+  logins: string[];
   state: State;
   save: () => void;
   /** Where several servers share it: what becomes of a node or its password there; undefined: it goes. */
@@ -97,8 +99,7 @@ function identify(c: Cluster, req: IncomingMessage, passwords: boolean): rules.U
   const basic = passwords ? /^Basic (.+)$/.exec(req.headers.authorization ?? "")?.[1] : undefined;
   if (basic) {
     const credentials = Buffer.from(basic, "base64").toString();
-    const lines = file(join(c.credDir, "passwd")).trim().split("\n");
-    const found = lines.map((l) => l.split(",")).find((l) => credentials === `${l[1]}:${l[0]}`);
+    const found = c.logins.map((l) => l.split(",")).find((l) => credentials === `${l[1]}:${l[0]}`);
     if (found) return { name: found[1], groups: [found[3]] };
   }
   const socket = req.socket as TLSSocket;
@@ -124,6 +125,23 @@ function nodePasswordOk(c: Cluster, name: string, secret: string): boolean {
   return true;
 }
 
+/** The server's password, and the nodes' where it is the same, as the file of passwords and the token file have it. */
+function rotateToken(c: Cluster, user: string): Reply {
+  const passwd = join(c.credDir, "passwd"),
+    tokenFile = join(c.credDir, "..", "token"),
+    next = randomBytes(16).toString("hex");
+  const lines = file(passwd).split("\n");
+  const old = lines.find((l) => l.split(",")[1] === user)?.split(",")[0];
+  writeFileSync(
+    passwd,
+    lines.map((l) => (l.startsWith(`${old},`) ? next + l.slice(old?.length) : l)).join("\n"),
+  );
+  writeFileSync(tokenFile, file(tokenFile).replace(/[^:]+$/, `${next}\n`));
+  c.state.tokenHash = hash(next);
+  c.save();
+  return text(200, "");
+}
+
 function supervisor(c: Cluster, { req }: Question, path: string): Reply {
   const { gen } = c;
   const user = identify(c, req, true);
@@ -132,6 +150,8 @@ function supervisor(c: Cluster, { req }: Question, path: string): Reply {
       ? text(401, "")
       : json(code, { kind: "Status", metadata: {}, status: "Failure", message, reason, code });
   if (user === undefined) return refuse(401, "Unauthorized", "not authorized");
+  if (path === "token" && gen === "modern" && req.method === "PUT" && user?.groups.includes("k3s:server"))
+    return rotateToken(c, user.name);
   const roles = gen === "old" ? ["k3s:agent"] : ["k3s:agent", "system:nodes"];
   if (!user?.groups.some((g) => roles.includes(g))) return refuse(403, "Forbidden", "forbidden");
 
@@ -231,10 +251,11 @@ function kubernetes(c: Cluster, q: Question): Reply {
   const other = /^\/(?:api\/v1|apis\/([^/]+)\/[^/]+)(?:\/namespaces\/([^/]+))?\/([a-z]+)(?:\/([^/]+))?$/.exec(
     path,
   );
-  if (!other || q.method !== "GET") return notFound;
+  const deletes = q.method === "DELETE" && other?.[3] === "secrets" && other[4];
+  if (!other || (q.method !== "GET" && !deletes)) return notFound;
   const [, group, namespace, resource, name] = other;
   const no = rules.forbidden(gen, user, {
-    verb: name ? "get" : "list",
+    verb: deletes ? "delete" : name ? "get" : "list",
     resource,
     group,
     namespace,
@@ -268,11 +289,29 @@ function kubernetes(c: Cluster, q: Question): Reply {
             ],
           })
         : notFound;
+    case "/secrets": {
+      // Of modern k3s's secrets only node passwords are imitated; v1.17 keeps those in a file.
+      const ofNodes = gen === "modern" && here ? Object.keys(c.state.passwords) : [];
+      if (!name) return listOf(c, "SecretList", "v1", ofNodes.map(passwordSecret));
+      const node = ofNodes.find((node) => passwordSecret(node).metadata.name === name);
+      if (!node) return status(404, "NotFound", `secrets ${quote(name)} not found`);
+      if (!deletes) return json(200, passwordSecret(node));
+      delete c.state.passwords[node];
+      c.save();
+      return json(200, { kind: "Status", apiVersion: "v1", metadata: {}, status: "Success" });
+    }
     case "/events":
       return name ? notFound : listOf(c, "EventList", "v1", []);
   }
   return notFound;
 }
+
+const passwordSecret = (node: string) => ({
+  apiVersion: "v1",
+  kind: "Secret",
+  type: "k3s.cattle.io/node-password",
+  metadata: { name: `${node}.node-password.k3s`, namespace: "kube-system" },
+});
 
 function listOf(c: Cluster, kind: string, apiVersion: string, items: unknown[]): Reply {
   const metadata = {

@@ -5,9 +5,11 @@
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { runAgent } from "./agent.ts";
+import { call } from "./client.ts";
 import {
   build,
   fatal,
+  fixture,
   type Generation,
   generation,
   log,
@@ -17,7 +19,7 @@ import {
 } from "./common.ts";
 import { flagTable, helpText, incorrectUsage, one, parseFlags } from "./flags.ts";
 import { kubectl } from "./kubectl.ts";
-import { runServer } from "./server.ts";
+import { passwordOf, runServer } from "./server.ts";
 
 const HELP_OLD = `COMMANDS:
    server        Run management server
@@ -69,6 +71,27 @@ function dropIns(gen: Generation, command: string, folder: string): string[] {
   return flags;
 }
 
+/** `k3s token`: of its subcommands only rotate, with what the server's own file and random numbers give. */
+async function token(args: string[]): Promise<void> {
+  if (["--help", "-h", "help"].includes(args[0] ?? "--help")) finish(fixture("k3s-token-help-v1.36.3.txt"));
+  if (args.join(" ") !== "rotate") {
+    process.stderr.write(`k3s stand-in: token ${args.join(" ")} is not imitated\n`);
+    process.exit(1);
+  }
+  process.stdout.write(
+    "\u001b[33mWARNING\u001b[0m: Recommended to keep a record of the old token. If restoring from a snapshot, you must use the token associated with that snapshot.\n",
+  );
+  const dir = "/var/lib/rancher/k3s/server";
+  const { status, statusText } = await call("https://127.0.0.1:6443/v1-k3s/token", {
+    method: "PUT",
+    ca: readFileSync(`${dir}/tls/server-ca.crt`, "utf8"),
+    auth: `server:${passwordOf(readFileSync(`${dir}/token`, "utf8"))}`,
+    body: { newToken: "" },
+  });
+  if (status !== 200) fatal("modern", `https://127.0.0.1:6443/v1-k3s/token: ${status} ${statusText}`);
+  process.stdout.write("Token rotated, restart k3s nodes with new token\n");
+}
+
 async function main([version, name, ...args]: string[]): Promise<void> {
   const gen = generation(version);
   const [command, ...rest] = basename(name) === "kubectl" ? ["kubectl", ...args] : args;
@@ -79,6 +102,7 @@ async function main([version, name, ...args]: string[]): Promise<void> {
     );
   }
   if (command === "kubectl") return kubectl(version, rest);
+  if (command === "token" && gen === "modern") return token(rest);
   if (command !== "server" && command !== "agent") {
     if (`${HELP_OLD}${HELP_MODERN}`.includes(`   ${command} `)) {
       process.stderr.write(`k3s stand-in: ${command} is not imitated\n`);

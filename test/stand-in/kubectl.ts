@@ -280,9 +280,14 @@ async function run(version: string, args: string[]): Promise<string> {
     return answer.status < 300 ? (JSON.parse(answer.body) as T) : fail(serverError(answer, what));
   };
   const nodePath = (name: string): string => `/api/v1/nodes/${encodeURIComponent(name)}`;
+  const secretPath = (name: string): string =>
+    `/api/v1/namespaces/${flags.get("namespace") ?? "default"}/secrets${name && `/${encodeURIComponent(name)}`}`;
   const isNode = (w?: string): boolean => ["node", "nodes", "no"].includes(w ?? "");
   const named = (list: string[]): string[] =>
-    list.flatMap((w) => (w.startsWith("node/") || w.startsWith("nodes/") ? ["node", w.split("/")[1]] : [w]));
+    list.flatMap((w) => {
+      const [, kind, name] = /^(node|secret)s?\/(.+)$/.exec(w) ?? [];
+      return kind ? [kind, name as string] : [w];
+    });
   const [kind, ...names] = named(rest);
 
   if (verb === "version") {
@@ -353,6 +358,10 @@ async function run(version: string, args: string[]): Promise<string> {
       const scope = flags.has("all-namespaces") ? "" : `/namespaces/${flags.get("namespace") ?? "default"}`;
       const answer = await good(`${path}${scope}/${plural}${names[0] ? `/${names[0]}` : ""}`);
       return pretty(names[0] ? answer : { ...answer, kind: "List", apiVersion: "v1" });
+    }
+    if (["secret", "secrets"].includes(kind ?? "") && output === "name" && !names.length) {
+      const { items } = await good<{ items: Node[] }>(secretPath(""));
+      return items.map((item) => `secret/${item.metadata.name}\n`).join("");
     }
     return fail(`k3s stand-in: kubectl get ${rest.join(" ")} is not imitated in this form`);
   }
@@ -444,12 +453,13 @@ async function run(version: string, args: string[]): Promise<string> {
     return table([...(flags.has("no-headers") ? [] : [head]), ...rows, ...missing]);
   }
   if (verb === "delete") {
-    if (!isNode(kind) || !names.length)
+    const secret = kind === "secret";
+    if (!(isNode(kind) || secret) || !names.length)
       return fail(`k3s stand-in: kubectl delete ${rest.join(" ")} is not imitated`);
     let done = "";
     for (const name of names) {
-      const answer = await ask(nodePath(name), { method: "DELETE" });
-      if (answer.status < 300) done += `node "${name}" deleted\n`;
+      const answer = await ask(secret ? secretPath(name) : nodePath(name), { method: "DELETE" });
+      if (answer.status < 300) done += `${secret ? "secret" : "node"} "${name}" deleted\n`;
       else if (answer.status !== 404 || flags.get("ignore-not-found") !== "true")
         return fail(serverError(answer, ""));
     }

@@ -6,7 +6,6 @@ import {
   lstatSync,
   mkdirSync,
   readFileSync,
-  renameSync,
   rmSync,
   symlinkSync,
   writeFileSync,
@@ -64,6 +63,28 @@ const write = (path: string, text: string, mode: number): void => {
   chmodSync(path, mode);
 };
 
+type Database = {
+  exec(sql: string): void;
+  prepare(sql: string): { get(): unknown; run(...values: string[]): void };
+};
+
+/** SQLite with a write-ahead log, as k3s's own: a copy of a running server has to cope with both files. */
+async function datastore(path: string): Promise<{ state: State; save: () => void }> {
+  const fresh: State = { nodes: {}, passwords: {}, deployment: null, tokenHash: "", starts: 0, version: 1 };
+  // Node 20, by which the unit tests may run, has no SQLite; in a box it is 24.
+  const sqlite = (await import("node:sqlite" as string).catch(() => undefined)) as
+    | { DatabaseSync: new (path: string) => Database }
+    | undefined;
+  if (!sqlite) return { state: fresh, save: () => {} };
+  const db = new sqlite.DatabaseSync(path);
+  db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA busy_timeout = 5000");
+  db.exec("CREATE TABLE IF NOT EXISTS kine (id INTEGER PRIMARY KEY, name TEXT, value TEXT)");
+  const row = db.prepare("SELECT value FROM kine WHERE id = 1").get() as { value: string } | undefined;
+  const state = row ? (JSON.parse(row.value) as State) : fresh;
+  const put = db.prepare("INSERT OR REPLACE INTO kine (id, name, value) VALUES (1, '/stand-in', ?)");
+  return { state, save: () => put.run(JSON.stringify(state)) };
+}
+
 export async function runServer(start: Start): Promise<void> {
   const { gen, version, values } = start;
   const hostname = (one(values, "node-name") ?? file("/proc/sys/kernel/hostname")).trim().toLowerCase();
@@ -80,14 +101,7 @@ export async function runServer(start: Start): Promise<void> {
     mkdirSync(d, { recursive: true, mode: 0o700 });
   process.chdir(dir);
 
-  const statePath = join(dir, "db", "stand-in.json");
-  const state: State = existsSync(statePath)
-    ? (JSON.parse(file(statePath)) as State)
-    : { nodes: {}, passwords: {}, deployment: null, tokenHash: "", starts: 0, version: 1 };
-  const save = (): void => {
-    writeFileSync(`${statePath}.new`, JSON.stringify(state), { mode: 0o600 });
-    renameSync(`${statePath}.new`, statePath);
-  };
+  const { state, save } = await datastore(join(dir, "db", "state.db"));
 
   const tokenPath = join(dir, "token");
   const password = serverPassword(values, tokenPath);
@@ -147,6 +161,7 @@ export async function runServer(start: Start): Promise<void> {
     clientCa: authority("client-ca"),
     keyed,
     credDir: cred,
+    logins: file(passwd).trim().split("\n"),
     state,
     save,
     servers: [],

@@ -1,0 +1,47 @@
+/**
+ * Shell that clears what a stopped k3s leaves running: shims with their pods, mounts, network namespaces,
+ * interfaces, iptables and nft rules, as the killall script of k3s's own installer does (v1.36.3), and what that
+ * one misses: flannel's rules of v1.17, which bear no name, nftables' tables and kube-router's sets.
+ */
+export const CLEAR = `for bin in /var/lib/rancher/k3s/data/*/bin; do PATH=$PATH:$bin:$bin/aux; done
+ps -e -o pid= -o ppid= -o args= | awk '
+  { parent[$1] = $2; if ($3 ~ "^/var/lib/rancher/k3s/data/[^/]+/bin/containerd-shim") pod[$1] = 1 }
+  END {
+    do { more = 0; for (p in parent) if (!(p in pod) && parent[p] in pod) { pod[p] = 1; more = 1 } } while (more)
+    for (p in pod) print p
+  }' | while read -r pid; do kill -9 "$pid" 2>/dev/null || :; done
+awk '$2 ~ "^/run/k3s/|^/var/lib/kubelet/(pods|plugins)/|^/run/netns/cni-" { print $2 }' /proc/self/mounts | sort -r |
+  while read -r path; do
+    path=$(printf '%b' "$path")
+    umount -f "$path" 2>/dev/null || umount -l "$path" 2>/dev/null || :
+  done
+ip netns list 2>/dev/null | awk '/^cni-/ { print $1 }' | while read -r name; do ip netns delete "$name" || :; done
+rm -f /run/netns/cni-*
+ip -o link show master cni0 2>/dev/null | awk -F': ' '{ sub(/@.*/, "", $2); print $2 }' |
+  while read -r name; do ip link delete "$name"; done
+for name in cni0 flannel.1 flannel-v6.1 flannel-wg flannel-wg-v6 kube-ipvs0; do
+  [ ! -e "/sys/class/net/$name" ] || ip link delete "$name"
+done
+network=$(sed -n 's/^FLANNEL_NETWORK=//p' /run/flannel/subnet.env 2>/dev/null) || :
+for name in iptables ip6tables iptables-nft ip6tables-nft iptables-legacy ip6tables-legacy; do
+  saved=$("$name-save" 2>/dev/null | grep -v '^#') || continue
+  kept=$(echo "$saved" | grep -vE 'KUBE-|CNI-|[Ff][Ll][Aa][Nn][Nn][Ee][Ll]' | grep -vF -- "\${network:-KUBE-}")
+  [ "$kept" = "$saved" ] || echo "$kept" | "$name-restore"
+done
+for table in 'ip kube-proxy' 'ip6 kube-proxy' 'ip flannel-ipv4' 'ip6 flannel-ipv6'; do
+  # shellcheck disable=SC2086
+  nft delete table $table 2>/dev/null || :
+done
+ipset list -n 2>/dev/null | grep -E '^(inet6:)?KUBE-' | while read -r name; do ipset destroy "$name" || :; done
+`;
+
+/** Prints what of that is there, a line each. */
+export const CLEAR_LOOK = `ps -e -o args= | awk '$1 ~ "^/var/lib/rancher/k3s/data/[^/]+/bin/containerd-shim" { print "pods" }'
+awk '$2 ~ "^/run/k3s/|^/var/lib/kubelet/(pods|plugins)/|^/run/netns/cni-" { print "mounts" }' /proc/self/mounts
+for name in cni0 flannel.1 flannel-v6.1 flannel-wg flannel-wg-v6 kube-ipvs0; do
+  [ ! -e "/sys/class/net/$name" ] || echo "$name"
+done
+for name in iptables ip6tables iptables-nft ip6tables-nft iptables-legacy ip6tables-legacy; do
+  "$name-save" 2>/dev/null | grep -qE 'KUBE-|CNI-|FLANNEL|flanneld' && echo "$name rules"
+done
+nft list tables 2>/dev/null | grep -oE '(kube-proxy|flannel-ipv[46])$' | sed 's/$/ tables/'`;

@@ -1,0 +1,136 @@
+#!/usr/bin/env -S node --import tsx
+import { createHash } from "node:crypto";
+/** The server's datastore, token, certificates and manifests, in a file on this machine: all that `restore` needs. */
+import { chmodSync, closeSync, createReadStream, fsyncSync, openSync, renameSync, rmSync } from "node:fs";
+import { dirname, join } from "node:path";
+import * as cli from "../lib/cli.ts";
+import { binaryLook, nodeNameOf } from "../lib/k3s.ts";
+import { report } from "../lib/report.ts";
+import { sh } from "../lib/sh.ts";
+import { type Change, converge, Failure, look, Refusal, type Step } from "../lib/step.ts";
+
+const SERVER = "/var/lib/rancher/k3s/server";
+const FOLDER = "/var/lib/rancher/k3s/backup";
+
+/** What is put into the archive `id` on the server. Its first file, `about`, says what of. */
+export const copied = (id: string): Step => ({
+  name: "backup",
+  options: ["SERVER", "PUBLIC_IP", "BACKUP"],
+
+  look: () => [
+    binaryLook,
+    `fact database; ls ${SERVER}/db/state.db 2>/dev/null
+fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`,
+  ],
+
+  plan(want, facts): Change[] {
+    if (facts.made?.trim()) return [];
+    if (!facts.database?.trim())
+      throw new Refusal(
+        `There is no SQLite datastore on this box (${SERVER}/db/state.db): is it the server?`,
+      );
+    const about = [
+      `version=${facts.version?.trim()}`,
+      `node=${nodeNameOf(want.SERVER_ARGS, facts)}`,
+      `ip=${want.PUBLIC_IP}`,
+    ];
+    return [
+      {
+        why: "copy the datastore, token, certificates and manifests; k3s stands still for a moment",
+        sh: `rm -rf ${FOLDER}
+mkdir -m 700 ${FOLDER} ${FOLDER}/${id} ${FOLDER}/${id}/db
+cd ${FOLDER}/${id}
+printf '%s\\n' ${about.map(sh).join(" ")} >about
+cp -p /etc/rancher/node/password node-password
+for path in token tls cred manifests; do cp -Rp ${SERVER}/$path .; done
+# SQLite reads a database and its log as they stood at one moment, whatever was being done then. So k3s, all its
+# threads, is stopped for the copy; whatever becomes of this script, it goes on after 20 s.
+pid=$(systemctl show k3s -p MainPID | cut -d= -f2)
+if [ "$pid" != 0 ]; then
+  trap 'kill -CONT "$pid"' EXIT
+  trap 'exit 1' TERM INT HUP
+  : >stopped
+  (
+    trap '' TERM
+    n=0
+    while [ "$n" -lt 20 ] && [ -e stopped ]; do sleep 1; n=$((n + 1)); done
+    kill -CONT "$pid"
+  ) >/dev/null 2>&1 &
+  kill -STOP "$pid"
+  tries=0
+  while grep -h '^State:' /proc/"$pid"/task/*/status | grep -qv 'T (stopped)'; do
+    tries=$((tries + 1))
+    [ "$tries" -lt 100 ] || { echo 'k3s does not stand still'; exit 1; }
+    sleep 0.05
+  done
+fi
+cp -p ${SERVER}/db/state.db db/
+[ ! -e ${SERVER}/db/state.db-wal ] || cp -p ${SERVER}/db/state.db-wal db/
+if [ "$pid" != 0 ]; then
+  state=$(sed -n 's/^State:[[:space:]]*\\(.\\).*/\\1/p' /proc/"$pid"/status)
+  kill -CONT "$pid"
+  rm stopped
+  [ "$state" = T ] || { echo 'The copy took more than 20 s: k3s went on before it was whole'; exit 1; }
+fi
+umask 077
+tar -czf ../${id}.tar.gz about node-password token tls cred manifests db
+rm -rf ${FOLDER}/${id}`,
+        seconds: 600,
+      },
+    ];
+  },
+});
+
+export const cleared: Step = {
+  name: "clear",
+  options: [],
+  look: () => [`fact folder; ls -d ${FOLDER} 2>/dev/null`],
+  plan: (_want, facts) =>
+    facts.folder?.trim() ? [{ why: "remove the copy from the server", sh: `rm -rf ${FOLDER}` }] : [],
+};
+
+async function backup(call: cli.Call): Promise<number> {
+  const [server] = (await cli.targets(call, "SERVER")) as [cli.Target];
+  const ui = await report([server.name]);
+  const line = ui.line(server.name);
+  return await cli.attempt(call, call.script, server, line, async () => {
+    const id = new Date().toISOString().replace(/[-:]|\.\d+/g, "");
+    const file = call.settings.BACKUP || join(dirname(call.envFile), `k3s-${server.name}-${id}.tar.gz`);
+    const steps = [copied(id)];
+    const job = cli.jobFor(call, server, line);
+    const facts = await look(job, steps);
+    if (call.mode !== "apply") return cli.showPlan(call, server, steps, job, facts);
+    const made = (await converge(job, steps, facts)).made?.trim();
+    line.says(`copies it to ${file}`);
+    const part = `${file}.part`;
+    try {
+      await job.box.pull(`${FOLDER}/${id}.tar.gz`, part);
+      const have = await hashOf(part);
+      if (have !== made) throw new Failure(`The copy in ${part} has sha256 ${have}, not ${made}`);
+      chmodSync(part, 0o600);
+      const handle = openSync(part, "r+");
+      fsyncSync(handle);
+      closeSync(handle);
+      renameSync(part, file);
+    } finally {
+      rmSync(part, { force: true });
+    }
+    await converge(job, [cleared], await look(job, [cleared]));
+    line.done(false, `${file}, a secret: it has the token and all keys of the cluster`);
+    process.stdout.write(`${file}\n`);
+  });
+}
+
+/** The sha256 of a file here. */
+export async function hashOf(path: string): Promise<string> {
+  const hash = createHash("sha256");
+  for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
+  return hash.digest("hex");
+}
+
+await cli.run(import.meta, {
+  about: "Copies the server's SQLite datastore, token, certificates and manifests to a file on this machine.",
+  steps: [copied("")],
+  host: "SERVER",
+  work: backup,
+});

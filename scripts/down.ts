@@ -1,0 +1,59 @@
+#!/usr/bin/env -S node --import tsx
+/** Removes the whole cluster from SERVER and all AGENTS, after asking. */
+import { createInterface } from "node:readline/promises";
+import * as cli from "../lib/cli.ts";
+import { report } from "../lib/report.ts";
+import { SettingError } from "../lib/settings.ts";
+import { converge, type Facts, type Job, look, planAll } from "../lib/step.ts";
+import { uninstall } from "./remove.ts";
+
+async function down(call: cli.Call): Promise<number> {
+  const servers = await cli.targets(call, "SERVER");
+  const agents = call.settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
+  if (call.mode === "apply" && !call.flags.has("yes") && !process.stdin.isTTY)
+    throw new SettingError(
+      "This removes a whole cluster, and asks first: run it on a terminal, or add YES=1",
+    );
+  const boxes = [...servers, ...agents];
+  const ui = await report(boxes.map((box) => box.name));
+  const found = new Map<cli.Target, { job: Job; facts: Facts }>();
+  const looked = await Promise.all(
+    boxes.map((box) =>
+      cli.attempt(call, call.script, box, ui.line(box.name), async (line) => {
+        const job = cli.jobFor(call, box, line);
+        const facts = await look(job, [uninstall]);
+        if (call.mode !== "apply") return cli.showPlan(call, box, [uninstall], job, facts);
+        found.set(box, { job, facts });
+      }),
+    ),
+  );
+  const full = [...found].filter(([, { job, facts }]) => planAll([uninstall], job.want, facts).length);
+  if (full.length && !call.flags.has("yes") && !(await agreed(full.map(([box]) => box.name)))) return 1;
+  const removed = await Promise.all(
+    [...found].map(([box, { job, facts }]) =>
+      cli.attempt(call, call.script, box, ui.line(box.name), async (line) => {
+        job.progress = line;
+        line.done((await converge(job, [uninstall], facts)) === facts, "no k3s on this box");
+      }),
+    ),
+  );
+  return cli.worst([...looked, ...removed]);
+}
+
+async function agreed(names: string[]): Promise<boolean> {
+  const terminal = createInterface({ input: process.stdin, output: process.stderr });
+  const said = await terminal.question(
+    `k3s and all its data, local volumes too, will be gone from ${names.join(", ")}. Type "yes" to go on: `,
+  );
+  terminal.close();
+  if (said.trim() === "yes") return true;
+  process.stderr.write("Nothing was touched.\n");
+  return false;
+}
+
+await cli.run(import.meta, {
+  about: "Removes k3s and all its data from SERVER and all AGENTS, after asking.",
+  steps: [{ ...uninstall, options: ["SERVER", "PUBLIC_IP", "SERVER_ARGS"] }],
+  flags: { yes: "do not ask" },
+  work: down,
+});

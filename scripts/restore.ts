@@ -1,0 +1,178 @@
+#!/usr/bin/env -S node --import tsx
+/** A server from a backup, on a fresh box at whatever address; the agents follow it there. */
+import { $ } from "zx";
+import * as cli from "../lib/cli.ts";
+import { readEnv, updateEnv } from "../lib/env-file.ts";
+import { clusterLook, KUBECTL, nodeNameOf, nodesOf, pairs } from "../lib/k3s.ts";
+import { report } from "../lib/report.ts";
+import { SettingError, type Settings, words } from "../lib/settings.ts";
+import { sh } from "../lib/sh.ts";
+import { type Change, converge, look, Refusal, type Step } from "../lib/step.ts";
+import { agentSteps, prepareSteps } from "./agent.ts";
+import { hashOf } from "./backup.ts";
+import { server } from "./server.ts";
+import { up } from "./up.ts";
+
+const BASE = "/var/lib/rancher/k3s";
+const ARRIVED = "/var/lib/.k3s-restore.tar.gz";
+
+/** The backup's data in the place of a server's, on a box that has none. Its hash stays, for a run that was cut. */
+export const put = (file: string, hash: string): Step => ({
+  name: "put",
+  options: ["HOST", "PUBLIC_IP", "BACKUP"],
+
+  look: () => [
+    `fact data; ls -A ${BASE}/server 2>/dev/null\nfact restored; cat ${BASE}/server/restored 2>/dev/null`,
+  ],
+
+  plan(_want, facts): Change[] {
+    if (facts.restored?.startsWith(hash)) return [];
+    if (facts.data?.trim())
+      throw new Refusal(
+        `This box has a k3s server's data already (${BASE}/server): a backup is restored on a fresh box`,
+      );
+    return [
+      {
+        why: `put the data of ${file} in place`,
+        push: { file, path: ARRIVED },
+        sh: `mkdir -p ${BASE} /etc/rancher/node
+rm -rf ${BASE}/server.new
+mkdir -m 700 ${BASE}/server.new
+cd ${BASE}/server.new
+tar -xzf ${ARRIVED}
+mv -f node-password /etc/rancher/node/password
+echo ${hash} >restored
+sync
+mv ${BASE}/server.new ${BASE}/server
+rm -f ${ARRIVED}`,
+        seconds: 300,
+      },
+    ];
+  },
+});
+
+/** The node of the server that is gone: it would count as a peer of all others until it is found silent. */
+export const forgotten = (node: string, ip: string): Step => ({
+  name: "forget",
+  options: [],
+  look: () => [clusterLook],
+  plan(want, facts): Change[] {
+    const old = nodesOf(facts.nodes).find((n) => n.name === node && n.externalIp === ip);
+    if (!old || ip === want.PUBLIC_IP) return [];
+    return [
+      {
+        why: `delete node ${node}, the server at ${ip} that was`,
+        sh: `${KUBECTL}\nkc delete node ${sh(node)}`,
+      },
+    ];
+  },
+});
+
+const PASSWORDS = `${BASE}/server/cred/node-passwd`;
+
+/**
+ * The passwords by which nodes prove who they are, less this box's: a node that joined anew since the backup has
+ * another one, and would be rejected for ever (v1.36.3, seen). Each gives its own again as it follows. Once only.
+ */
+export const unproven: Step = {
+  name: "unproven",
+  options: [],
+  look: () => [
+    clusterLook,
+    `fact restored; cat ${BASE}/server/restored 2>/dev/null
+fact secrets; kc -n kube-system get secrets -o name 2>/dev/null | grep '\\.node-password\\.k3s$'`,
+  ],
+  plan(want, facts): Change[] {
+    if (!facts.restored || /^passwords$/m.test(facts.restored)) return [];
+    const own = nodeNameOf(want.SERVER_ARGS, facts);
+    const others = (facts.secrets ?? "")
+      .split("\n")
+      .filter((name) => /^secret\/[a-z0-9.-]+$/.test(name) && name !== `secret/${own}.node-password.k3s`);
+    return [
+      {
+        why: "forget the nodes' passwords: those that have joined anew since the backup have others",
+        sh: `${KUBECTL}
+${others.map((name) => `kc -n kube-system delete ${sh(name)} --ignore-not-found`).join("\n")}
+if [ -e ${PASSWORDS} ]; then
+  (umask 077; awk -F, -v name=${sh(own)} '$2 == name' ${PASSWORDS} >${PASSWORDS}.new)
+  mv -f ${PASSWORDS}.new ${PASSWORDS}
+fi
+echo passwords >>${BASE}/server/restored`,
+      },
+    ];
+  },
+};
+
+async function restore(call: cli.Call): Promise<number> {
+  const { settings, origins } = call;
+  if (!settings.BACKUP)
+    throw new SettingError("BACKUP is not set: expected the file that make backup has written");
+  if (origins.HOST === "default")
+    throw new SettingError("HOST is not set: expected the box that becomes the server");
+  if (settings.K3S_DATASTORE_ENDPOINT)
+    throw new SettingError(
+      `K3S_DATASTORE_ENDPOINT is set (${origins.K3S_DATASTORE_ENDPOINT}): expected it empty, for a backup is of a server's own SQLite`,
+    );
+  const about = await aboutOf(settings.BACKUP);
+  if (settings.K3S_VERSION !== about.version)
+    throw new SettingError(
+      `K3S_VERSION is ${settings.K3S_VERSION} (${origins.K3S_VERSION}), the backup of ${about.version}: restore with K3S_VERSION=${about.version}, then upgrade`,
+    );
+  const boxes = await cli.targets(call, "HOST");
+  const [box] = boxes as [cli.Target];
+  if (boxes.length > 1) throw new SettingError(`HOST names ${boxes.length} boxes: expected one`);
+  const agents = settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
+  const ui = await report([box, ...agents].map(({ name }) => name));
+  const steps = [...prepareSteps, put(settings.BACKUP, await hashOf(settings.BACKUP)), server];
+
+  let learned: Partial<Settings> = {};
+  const status = await cli.attempt(call, call.script, box, ui.line(box.name), async (line) => {
+    const job = cli.jobFor(call, box, line);
+    const facts = await look(job, steps);
+    if (call.mode !== "apply") return cli.showPlan(call, box, steps, job, facts);
+    const after = await converge(job, steps, facts);
+    const forget = [forgotten(about.node, about.ip), unproven];
+    await converge(job, forget, await look(job, forget));
+    learned = await cli.learn(call, steps, job, after);
+    const values = { SERVER: box.word, K3S_VERSION: about.version };
+    const have = readEnv(call.envFile).values;
+    for (const [name, value] of Object.entries(values))
+      if (have[name] !== value) await updateEnv(call.envFile, { [name]: value });
+  });
+  if (status !== 0 || call.mode !== "apply") return status;
+
+  const after: cli.Call = {
+    ...call,
+    settings: { ...settings, ...learned, SERVER: box.word, HOST: "", PUBLIC_IP: "" },
+    addresses: { ...call.addresses, servers: [box.ip] },
+  };
+  // All at once: each waits for the others that the datastore still takes for Ready.
+  const followed = await Promise.all(
+    agents.map((agent) =>
+      cli.attempt(call, "agent", agent, ui.line(agent.name), async (line) => {
+        const job = cli.jobFor(after, agent, line);
+        await converge(job, agentSteps, await look(job, agentSteps));
+      }),
+    ),
+  );
+  const rest = await up(after);
+  return cli.worst([...followed, rest]);
+}
+
+/** What a backup says of itself. @throws {SettingError} where it is none, or is damaged. */
+async function aboutOf(file: string): Promise<{ version: string; node: string; ip: string }> {
+  // To the end, so that gzip's checksum is seen too.
+  const { exitCode, stdout, stderr } = await $({ quiet: true, nothrow: true })`tar -xzOf ${file} about`;
+  const { version, node, ip } = pairs(stdout);
+  if (exitCode === 0 && version && node && ip) return { version, node, ip };
+  throw new SettingError(
+    `BACKUP is "${file}": ${words(stderr).join(" ").trim() || "it is no backup of make backup's"}`,
+  );
+}
+
+await cli.run(import.meta, {
+  about:
+    "Makes HOST, a fresh box, the server that BACKUP is of. SERVER in the env file changes, and the agents follow.",
+  steps: [...prepareSteps, put("", ""), server, ...agentSteps],
+  work: restore,
+});

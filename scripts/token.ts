@@ -1,0 +1,69 @@
+#!/usr/bin/env -S node --import tsx
+/** Rotates the cluster's token: whoever knew the old one can join no more; nodes that have joined go on running. */
+import { run } from "../lib/cli.ts";
+import { binaryLook, generationOf, K3S, nodeNameOf, restart } from "../lib/k3s.ts";
+import { type Change, Refusal, type Step } from "../lib/step.ts";
+
+const SERVER = "/var/lib/rancher/k3s/server";
+
+export const token: Step = {
+  name: "token",
+  options: ["SERVER", "PUBLIC_IP", "K3S_TOKEN"],
+
+  look: () => [
+    binaryLook,
+    `fact token; cat ${SERVER}/node-token 2>/dev/null
+fact rotates; ${K3S} token --help 2>/dev/null | grep -oE '^ +rotate '
+fact running; systemctl is-active k3s 2>/dev/null
+fact door; printf 'user = "node:%s"\n' "$(sed 's/.*://' ${SERVER}/node-token 2>/dev/null)" |
+  curl -sS --max-time 10 -K - --cacert ${SERVER}/tls/server-ca.crt -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/client-ca.crt 2>/dev/null`,
+  ],
+
+  plan(want, facts): Change[] {
+    const now = facts.token?.trim();
+    if (!now || facts.running?.trim() !== "active")
+      throw new Refusal("No k3s server runs on this box: make server");
+    if (!facts.rotates?.trim())
+      throw new Refusal(
+        `k3s ${facts.version?.trim()} cannot rotate its token: that came with v1.25.15, v1.26.10, v1.27.7 and v1.28.3. Until it is upgraded, whoever has the token can add a node: close 6443/tcp to all but the nodes`,
+      );
+    if (/--token(-file)?\b/.test(want.SERVER_ARGS))
+      throw new Refusal(
+        "SERVER_ARGS gives the server its token, and would bring the old one back: take it out first",
+      );
+    if (want.K3S_DATASTORE_ENDPOINT)
+      throw new Refusal(
+        "Servers of an external datastore each hold the token that it is encrypted by: all would have to stop for another",
+      );
+    const start = restart(
+      "server",
+      generationOf(facts.version?.trim() ?? "", facts.flags) ?? "modern",
+      nodeNameOf(want.SERVER_ARGS, facts),
+      want,
+    );
+    // The server lets nodes in by the passwords that it has read at its start (v1.36.3, seen): until then by the old one.
+    if (facts.door?.trim() === "401") return [start];
+    // Another than the env file's, and the door opens by it: a run was cut before it could be learned.
+    if (now !== want.K3S_TOKEN) return [];
+    return [
+      {
+        why: "rotate the token",
+        // Without arguments it reads the old token from its file and makes the new one itself: none on a command
+        // line. Its warning is in colours.
+        sh: `${K3S} token rotate >/dev/null`,
+      },
+      start,
+    ];
+  },
+
+  learn: (_want, facts) => ({ K3S_TOKEN: facts.token?.trim() ?? "" }),
+};
+
+await run(import.meta, {
+  about:
+    "Rotates the token that joins boxes to the cluster. Nodes go on running; the next `make up` gives it to them.",
+  steps: [token],
+  host: "SERVER",
+  needs: { K3S_TOKEN: 'what "make server" writes to' },
+  nothing: () => "the server's token was newer than the one here, and is learned now; once more rotates it",
+});

@@ -1,0 +1,392 @@
+#!/usr/bin/env -S node --import tsx
+/**
+ * K3S_VERSION on the whole cluster: servers first, then agents, one at a time. Each is drained, gets its new
+ * binary and unit, is restarted, and takes pods again once it is seen to run the new version. The first that fails
+ * ends it, and gets its old binary and unit back.
+ */
+import { Unreachable } from "../lib/box.ts";
+import * as cli from "../lib/cli.ts";
+import { drain, uncordon } from "../lib/drain.ts";
+import { readEnv, updateEnv } from "../lib/env-file.ts";
+import * as k3s from "../lib/k3s.ts";
+import { CONFIG, REGISTRIES } from "../lib/node.ts";
+import { type Line, report } from "../lib/report.ts";
+import { SettingError, words } from "../lib/settings.ts";
+import { sh } from "../lib/sh.ts";
+import {
+  type Change,
+  converge,
+  type Facts,
+  Failure,
+  type Job,
+  look,
+  planAll,
+  Refusal,
+  type Step,
+} from "../lib/step.ts";
+import { agentSteps } from "./agent.ts";
+import { downloadAhead } from "./download-k3s.ts";
+import { server as serverStep, serverSteps } from "./server.ts";
+import { up } from "./up.ts";
+
+/** A release of each minor version that one may have to pass through (docs.k3s.io/release-notes, 2026-05). */
+const RELEASES = [
+  ...["v1.18.20+k3s1", "v1.19.16+k3s1", "v1.20.15+k3s1", "v1.21.14+k3s1", "v1.22.17+k3s1", "v1.23.17+k3s1"],
+  ...["v1.24.17+k3s1", "v1.25.16+k3s4", "v1.26.15+k3s1", "v1.27.16+k3s1", "v1.28.15+k3s1", "v1.29.15+k3s1"],
+  ...["v1.30.14+k3s2", "v1.31.14+k3s1", "v1.32.11+k3s3", "v1.33.7+k3s1", "v1.34.2+k3s1", "v1.35.4+k3s1"],
+];
+
+const RELEASE = /^v1\.(\d+)\.(\d+)(?:-rc(\d+))?\+k3s(\d+)$/;
+const minorOf = (version: string) => Number(version.split(".")[1]);
+
+/** Less than 0 where the first release is older. A release candidate comes before its release. */
+export function compare(a: string, b: string): number {
+  const parts = (version: string) => {
+    const [, minor, patch, rc, k3s] = RELEASE.exec(version) ?? [];
+    return [
+      Number(minor),
+      Number(patch),
+      rc === undefined ? Number.POSITIVE_INFINITY : Number(rc),
+      Number(k3s),
+    ];
+  };
+  const [one, other] = [parts(a), parts(b)];
+  for (const [i, x] of one.entries()) {
+    const y = other[i] as number;
+    if (x !== y) return x < y ? -1 : 1;
+  }
+  return 0;
+}
+
+/**
+ * The releases to go through from what runs, an older and a newest one where an upgrade was cut, to `to`. What is
+ * done of `steps` is left out, so that the same call may be repeated.
+ *
+ * @throws {SettingError} where steps lead elsewhere, {Refusal} for a way back or a jump, unless forced.
+ */
+export function pathOf(
+  running: readonly string[],
+  to: string,
+  steps: readonly string[],
+  force: boolean,
+): string[] {
+  const sorted = [...running].sort(compare);
+  const [from = to, newest = to] = [sorted[0], sorted.at(-1)];
+  const way = steps.at(-1) === to ? steps : [...steps, to];
+  for (const [i, release] of way.entries())
+    if (i > 0 && compare(way[i - 1] as string, release) >= 0)
+      throw new SettingError(
+        `STEPS goes from ${way[i - 1]} to ${release}: expected later and later releases, up to K3S_VERSION`,
+      );
+  if (compare(to, newest) < 0) {
+    if (force) return [to];
+    throw new Refusal(
+      `The cluster runs ${newest}, and a way back to ${to} is not safe: its datastore may hold what the older release cannot read. A backup from before restores the old state; FORCE=1 goes back all the same`,
+    );
+  }
+  const path = way.filter((release) => compare(release, from) > 0);
+  const full: string[] = [];
+  let jumps = false;
+  for (const release of path) {
+    const [before, after] = [minorOf(full.at(-1) ?? from), minorOf(release)];
+    jumps ||= after > before + 1;
+    full.push(...RELEASES.filter((r) => minorOf(r) > before && minorOf(r) < after), release);
+  }
+  if (jumps && !force)
+    throw new Refusal(
+      `From ${from} to ${to} minor versions would be left out, which Kubernetes does not support. Pass through one release of each: STEPS="${full.slice(0, -1).join(" ")}"; FORCE=1 jumps all the same`,
+    );
+  return path;
+}
+
+/** What a node ran before, kept until it is seen to run the new version: its binary, version, and files of settings. */
+const KEPT = "/var/lib/rancher/k3s/before";
+
+/** What concerns one box of the cluster and one release. */
+export function stepsFor(role: k3s.Role, running: string, ip: string, force: boolean) {
+  const files = [k3s.K3S, k3s.unitPath(role), k3s.envPath(role), CONFIG, REGISTRIES].join(" ");
+  const look = () => [
+    k3s.binaryLook,
+    k3s.clusterLook,
+    `fact kept; cat ${KEPT}/version 2>/dev/null\nfact generation; cat ${KEPT}/generation 2>/dev/null`,
+  ];
+  const has = (facts: Facts, generation: k3s.Generation) =>
+    (facts.interfaces ?? "").split("\n").includes(k3s.interfaceOf(generation));
+  const nodeIn = (facts: Facts) => k3s.nodesOf(facts.nodes).find((node) => node.externalIp === ip);
+  const step = (name: string, plan: Step["plan"]): Step => ({ name, options: [], look, plan });
+  const remove = { why: "forget the old binary and unit", sh: `rm -rf ${KEPT}` };
+
+  return {
+    /** On the server. */
+    drained: step("drain", (_want, facts) => {
+      const node = nodeIn(facts);
+      return node ? drain(node, facts, force) : [];
+    }),
+    /** On the server. */
+    uncordoned: step("uncordon", (_want, facts) => {
+      const node = nodeIn(facts);
+      return node ? uncordon(node) : [];
+    }),
+    keep: step("keep", (_want, facts) =>
+      // A binary that was put there since its start is not what runs: nothing of it is kept.
+      facts.kept?.trim() === running || facts.version?.trim() !== running
+        ? []
+        : [
+            {
+              why: `keep ${running} and its unit`,
+              sh: `rm -rf ${KEPT}.new ${KEPT}
+mkdir -m 700 ${KEPT}.new
+for file in ${files}; do
+  [ ! -e "$file" ] || cp -p "$file" ${KEPT}.new/
+done
+echo ${sh(running)} >${KEPT}.new/version
+echo ${has(facts, "old") ? "old" : "modern"} >${KEPT}.new/generation
+mv ${KEPT}.new ${KEPT}`,
+            },
+          ],
+    ),
+    /** The kubelet's own word on its version: a binary on the disk proves nothing. */
+    runs: step("runs", (want, facts): Change[] => {
+      const node = nodeIn(facts);
+      if (!node || node.version === want.K3S_VERSION) return [];
+      return [
+        {
+          why: `wait until node ${node.name} says it runs ${want.K3S_VERSION}, not ${node.version}`,
+          sh: `${k3s.KUBECTL}
+end=$(($(date +%s) + 60))
+until kc get node ${sh(node.name)} -o json | grep -qF '"kubeletVersion": "${want.K3S_VERSION}"'; do
+  [ "$(date +%s)" -lt "$end" ] || exit 1
+  sleep 1
+done`,
+          seconds: 90,
+        },
+      ];
+    }),
+    forget: step("forget", (_want, facts) => (facts.kept?.trim() ? [remove] : [])),
+    putBack: step("put back", (want, facts): Change[] => {
+      if (!facts.kept?.trim()) return [];
+      const name = k3s.nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+      const old = facts.generation?.trim() === "old";
+      const clear = has(facts, old ? "modern" : "old");
+      const start = k3s.restart(role, old ? "old" : "modern", name, want, { verb: "start", clear });
+      return [
+        {
+          ...start,
+          why: `put ${running} and its unit back`,
+          sh: `cd ${KEPT}
+same=yes
+for file in ${files}; do
+  kept=\${file##*/}
+  if [ -e "$kept" ]; then
+    cmp -s "$kept" "$file" && continue
+    cp -p "$kept" "$file.new"
+    mv -f "$file.new" "$file"
+  else
+    [ -e "$file" ] || continue
+    rm "$file"
+  fi
+  same=
+done
+cd /
+if [ -z "$same" ]; then
+${start.sh}
+fi
+rm -rf ${KEPT}`,
+        },
+      ];
+    }),
+  };
+}
+
+interface Member {
+  target: cli.Target;
+  role: k3s.Role;
+  job: Job;
+  facts: Facts;
+  line: Line;
+  /** What its kubelet says. */
+  version: string;
+}
+
+const stepsOf = (role: k3s.Role) => (role === "server" ? serverSteps : agentSteps);
+
+async function upgrade(call: cli.Call): Promise<number> {
+  const { settings } = call;
+  const to = settings.K3S_VERSION;
+  const force = call.flags.has("force");
+  const steps = words(settings.STEPS);
+  if (steps.length && [settings, ...Object.values(call.own)].some((of) => of.K3S_BIN || of.K3S_SHA256))
+    throw new SettingError("STEPS needs a binary of each release: K3S_BIN and K3S_SHA256 name one");
+  if (settings.K3S_BIN && call.origins.K3S_VERSION === "default")
+    throw new SettingError("K3S_VERSION is not set: expected the release that K3S_BIN is");
+  const servers = await cli.targets(call, "SERVER");
+  const [server] = servers as [cli.Target];
+  const agents = settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
+  const ui = await report([...servers, ...agents].map((box) => box.name));
+
+  const members: Member[] = [];
+  const looked = await Promise.all(
+    [...servers, ...agents].map((target, i) =>
+      cli.attempt(call, call.script, target, ui.line(target.name), async (line) => {
+        const role = i < servers.length ? "server" : "agent";
+        const job = cli.jobFor(call, target, line);
+        const facts = await look(job, [...stepsOf(role), stepsFor(role, "", target.ip, force).keep]);
+        members[i] = { target, role, job, facts, line, version: "" };
+      }),
+    ),
+  );
+  if (looked.some((status) => status !== 0)) return cli.worst(looked);
+  const [first] = members as [Member];
+  // As `up` does: the others join by what the first server says, whatever the env file has.
+  const checked = await cli.attempt(call, call.script, server, first.line, async () => {
+    const nodes = k3s.nodesOf(first.facts.nodes);
+    if (nodes.length === 0) throw new Refusal("The server's API does not answer: make server mends it");
+    const learned = serverStep.learn?.(first.job.want, first.facts);
+    for (const member of members) {
+      if (member !== first) member.job.want = { ...member.job.want, ...learned };
+      const node = nodes.find(({ externalIp }) => externalIp === member.target.ip);
+      if (!node)
+        throw new Refusal(
+          `${member.target.name} is no node of the cluster: make agent HOST=${member.target.word}, or take it out of AGENTS`,
+        );
+      if (!RELEASE.test(node.version))
+        throw new Refusal(`Node ${node.name} runs "${node.version}", which is no release of k3s`);
+      member.version = node.version;
+    }
+  });
+  if (checked !== 0) return checked;
+
+  let path: string[] = [];
+  const found = await cli.attempt(call, call.script, server, first.line, async () => {
+    path = pathOf(
+      members.map((member) => member.version),
+      to,
+      steps,
+      force,
+    );
+  });
+  if (found !== 0) return found;
+  if (path.length > 1) first.line.says(`by way of ${path.join(", ")}`);
+  // Nothing to go through: a run that was cut may have left a node drained.
+  for (const release of path.length ? path : [to]) {
+    const status = await hop(call, members, release, force);
+    if (status !== 0 || call.mode !== "apply") return status;
+  }
+  // What could not be seen while other nodes were still to come: handshakes with all, endpoints, metrics.
+  return await up({ ...call, settings: { ...settings, K3S_VERSION: to } });
+}
+
+/** One release on every box that has not got it. */
+async function hop(call: cli.Call, members: Member[], release: string, force: boolean): Promise<number> {
+  const due = members.filter(
+    (m) => (force && call.settings.K3S_VERSION === release) || compare(m.version, release) <= 0,
+  );
+  for (const { job } of due) job.want = { ...job.want, K3S_VERSION: release };
+  const [first] = members as [Member];
+  if (call.mode !== "apply") {
+    for (const member of due) await preview(call, member, first, force);
+    return 0;
+  }
+  const ahead = await Promise.all(
+    due.map((member) =>
+      cli.attempt(call, call.script, member.target, member.line, async () => {
+        await converge(member.job, [downloadAhead], await look(member.job, [downloadAhead]));
+      }),
+    ),
+  );
+  if (ahead.some((status) => status !== 0)) return cli.worst(ahead);
+  for (const member of due) {
+    const status = await cli.attempt(call, call.script, member.target, member.line, () =>
+      one(member, first, force),
+    );
+    if (status !== 0) return status;
+    member.version = release;
+    // Else the next `make up` would put the old release back.
+    if (member === first && readEnv(call.envFile).values.K3S_VERSION !== release)
+      await updateEnv(call.envFile, { K3S_VERSION: release });
+  }
+  return 0;
+}
+
+async function preview(
+  call: cli.Call,
+  { target, role, job, version }: Member,
+  first: Member,
+  force: boolean,
+) {
+  const { drained, keep } = stepsFor(role, version, target.ip, force);
+  const facts = await look(job, [...stepsOf(role), keep]);
+  if (version !== job.want.K3S_VERSION) cli.showPlan(call, first.target, [drained], first.job, first.facts);
+  cli.showPlan(call, target, stepsOf(role), job, facts);
+}
+
+async function one(
+  { target, role, job, line, version }: Member,
+  server: Member,
+  force: boolean,
+): Promise<void> {
+  const steps = stepsFor(role, version, target.ip, force);
+  const all = [...stepsOf(role), steps.runs];
+  const atServer = { ...server.job, progress: line };
+  const release = job.want.K3S_VERSION;
+  const facts = await look(job, [...all, steps.keep]);
+  const cluster = role === "server" ? facts : await look(atServer, [steps.drained]);
+  if (version === release) {
+    // What a run that was cut has left: nothing of it is a reason to put anything back.
+    const after = await converge(job, all, facts);
+    const left = facts.kept?.trim() || planAll([steps.uncordoned], job.want, cluster).length;
+    if (after === facts && !left) return;
+  } else {
+    await converge(atServer, [steps.drained], cluster);
+    await converge(job, [steps.keep], facts);
+    try {
+      const after = await converge(job, all, facts);
+      const node = k3s.nodesOf(after.nodes).find(({ externalIp }) => externalIp === target.ip);
+      if (node?.version !== release)
+        throw new Failure(`The node runs ${node?.version || "nothing"}, not ${release}`);
+    } catch (error) {
+      if (error instanceof Unreachable) throw error;
+      throw await undo(error as Failure, { job, atServer, steps, version, name: target.name });
+    }
+  }
+  await converge(job, [steps.forget], await look(job, [steps.forget]));
+  await converge(atServer, [steps.uncordoned], await look(atServer, [steps.uncordoned]));
+  line.done(false, `runs ${release}`);
+}
+
+/** Puts a node back to what it ran before. Answers why, and how that went. */
+async function undo(
+  error: Failure,
+  {
+    job,
+    atServer,
+    steps,
+    version,
+    name,
+  }: { job: Job; atServer: Job; steps: ReturnType<typeof stepsFor>; version: string; name: string },
+): Promise<Failure> {
+  const want = { ...job.want, K3S_VERSION: version };
+  const how = await (async () => {
+    const facts = await look({ ...job, want }, [steps.putBack]);
+    if (!facts.kept?.trim()) return `the box had no binary of ${version} any more, so nothing was put back`;
+    await converge({ ...job, want }, [steps.putBack], facts);
+    await converge(atServer, [steps.uncordoned], await look(atServer, [steps.uncordoned]));
+    return `${name} runs ${version} again`;
+  })().catch(
+    (second: Error) =>
+      `putting ${version} back failed too (${second.message}): it is kept in ${KEPT} on the box`,
+  );
+  return new Failure(`${error.message}. The upgrade ends here; ${how}`, error.change, error.output);
+}
+
+await cli.run(import.meta, {
+  about:
+    "Upgrades the cluster to K3S_VERSION: servers, then agents, one at a time, each drained and seen to run it.",
+  steps: [
+    ...serverSteps,
+    ...agentSteps,
+    { name: "upgrade", options: ["STEPS"], look: () => [], plan: () => [] },
+  ],
+  flags: { force: "go back, or leave minor versions out; delete pods that no controller starts anew" },
+  work: upgrade,
+});

@@ -1,0 +1,127 @@
+import assert from "node:assert/strict";
+import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import { Refusal } from "../lib/step.ts";
+import { copied } from "../scripts/backup.ts";
+import { forgotten, put, unproven } from "../scripts/restore.ts";
+import { A1, B1, MODERN, nodes, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+
+const facts = prepared(MODERN, { database: "/var/lib/rancher/k3s/server/db/state.db\n" });
+
+/** The script with a box's folders under `root`. */
+const under = (root: string, text = "") =>
+  text.replace(/(?<![\w/])\/(var\/lib|etc\/rancher)/g, (path) => root + path);
+
+/** A server's data, and a process that stands for k3s. */
+function server() {
+  const root = temporary();
+  const data = join(root, "var/lib/rancher/k3s/server");
+  for (const folder of ["db", "tls", "cred", "manifests"]) mkdirSync(join(data, folder), { recursive: true });
+  mkdirSync(join(root, "etc/rancher/node"), { recursive: true });
+  for (const [path, text] of Object.entries({
+    token: "a token",
+    "db/state.db": "a database",
+    "db/state.db-wal": "its log",
+    "db/state.db-shm": "nothing that lasts",
+    "tls/server-ca.key": "a key",
+    "manifests/own.yaml": "a manifest",
+  }))
+    writeFileSync(join(data, path), text);
+  writeFileSync(join(root, "etc/rancher/node/password"), "a password");
+  return { root, data };
+}
+
+describe("a backup", () => {
+  const want = wanted({ K3S_VERSION: MODERN });
+
+  test("is refused where there is no SQLite datastore", () =>
+    assert.throws(() => copied("x").plan(want, { ...facts, database: "" }), Refusal));
+
+  for (const runs of [true, false])
+    test(`of a server that ${runs ? "runs stops it, copies, and lets it go on" : "is down"} holds all that a restore needs, for root only`, () => {
+      const { root } = server();
+      // k3s counts while it may; what the copy sees must not change.
+      const sh = under(root, copied("x").plan(want, facts)[0]?.sh);
+      const PATH = programs(join(root, "bin"), { systemctl: `echo MainPID=$PID` });
+      const { status, stdout, stderr } = shell(
+        `${runs ? "sleep 30 & PID=$!" : "PID=0"}; export PID
+(set -eu
+${sh}) || exit 1
+[ $PID = 0 ] || { sed -n 's/^State:.//p' /proc/$PID/status; kill $PID; }`,
+        ["sh", "-s"],
+        { PATH },
+      );
+      assert.equal(status, 0, stderr);
+      if (runs) assert.match(stdout, /sleeping/);
+      const archive = join(root, "var/lib/rancher/k3s/backup/x.tar.gz");
+      const list = shell(`tar -tzf ${archive}; stat -c %a ${archive}; tar -xzOf ${archive} about`).stdout;
+      for (const name of ["about", "node-password", "token", "tls/server-ca.key", "manifests/own.yaml"])
+        assert.match(list, new RegExp(`^${name}$`, "m"));
+      assert.match(list, /^db\/state\.db\n?(db\/)?/m);
+      assert.match(list, /^db\/state\.db-wal$/m);
+      assert.doesNotMatch(list, /shm/);
+      assert.match(
+        list,
+        new RegExp(`^600$\nversion=${MODERN.replace("+", "\\+")}\nnode=a1\nip=198\\.51\\.100\\.11`, "m"),
+      );
+    });
+});
+
+describe("a restore", () => {
+  const data = put("./backup.tar.gz", "abc");
+  const want = wanted();
+
+  test("puts a backup where no server's data are, and what it has put it leaves alone", () => {
+    const [change] = data.plan(want, { data: "", restored: "" });
+    assert.deepEqual(change?.push, { file: "./backup.tar.gz", path: "/var/lib/.k3s-restore.tar.gz" });
+    assert.deepEqual(data.plan(want, { data: "db\nrestored\n", restored: "abc\n" }), []);
+  });
+
+  test("never writes over another server's data", () =>
+    assert.throws(() => data.plan(want, { data: "db\ntoken\n", restored: "" }), Refusal));
+
+  test("has on the box what was in the backup", () => {
+    const { root } = server();
+    const made = under(root, copied("x").plan(want, facts)[0]?.sh);
+    const PATH = programs(join(root, "bin"), { systemctl: "echo MainPID=0" });
+    assert.equal(shell(`set -eu\n${made}`, ["sh", "-s"], { PATH }).status, 0);
+    const fresh = temporary();
+    mkdirSync(join(fresh, "var/lib"), { recursive: true });
+    shell(`cp ${root}/var/lib/rancher/k3s/backup/x.tar.gz ${fresh}/var/lib/.k3s-restore.tar.gz`);
+    const { status, stderr } = shell(`set -eu\n${under(fresh, data.plan(want, {})[0]?.sh)}`);
+    assert.equal(status, 0, stderr);
+    const file = (path: string) => readFileSync(join(fresh, path), "utf8");
+    assert.equal(file("var/lib/rancher/k3s/server/db/state.db-wal"), "its log");
+    assert.equal(file("var/lib/rancher/k3s/server/tls/server-ca.key"), "a key");
+    assert.equal(file("var/lib/rancher/k3s/server/restored"), "abc\n");
+    assert.equal(file("etc/rancher/node/password"), "a password");
+    assert.ok(!existsSync(join(fresh, "var/lib/.k3s-restore.tar.gz")));
+    rmSync(fresh, { recursive: true });
+  });
+
+  test("has nodes prove anew who they are, once: they may have joined again since the backup", () => {
+    const facts = prepared(MODERN, {
+      restored: "abc\n",
+      secrets: ["a1", "b1"].map((name) => `secret/${name}.node-password.k3s`).join("\n"),
+    });
+    const [change] = unproven.plan(want, facts);
+    assert.match(change?.sh ?? "", /delete secret\/b1\.node-password\.k3s /);
+    assert.doesNotMatch(change?.sh ?? "", /delete secret\/a1/);
+    assert.deepEqual(unproven.plan(want, { ...facts, restored: "abc\npasswords\n" }), []);
+    assert.deepEqual(data.plan(want, { data: "x", restored: "abc\npasswords\n" }), []);
+    assert.deepEqual(unproven.plan(want, { ...facts, restored: "" }), [], "a server that was never restored");
+  });
+
+  const forgets = (ip: string, ...list: Parameters<typeof nodes>) =>
+    forgotten("a1", A1.ip).plan(wanted({ PUBLIC_IP: ip }), { nodes: nodes(...list), version: OLD });
+  test("has the cluster forget the node of the server that is gone", () =>
+    assert.equal(
+      forgets("198.51.100.12", A1, B1)[0]?.why,
+      "delete node a1, the server at 198.51.100.11 that was",
+    ));
+  test("but not this box's own, which may have the same name, or the same address", () => {
+    assert.deepEqual(forgets("198.51.100.12", { ...A1, ip: "198.51.100.12" }, B1), []);
+    assert.deepEqual(forgets(A1.ip, A1, B1), []);
+  });
+});

@@ -1,0 +1,241 @@
+/** Living with a cluster, by one story: what each verb does, that doing it again is nothing, and that a cut one is finished. */
+import assert from "node:assert/strict";
+import { statSync } from "node:fs";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+import type { Box } from "./lab.ts";
+import { bench, connected, MODERN, nodes, OLD, release, starts } from "./suite.ts";
+
+const t = await bench({ name: "living", boxes: ["a1", "a2", "b1", "b2"], tools: true });
+after(() => t.lab.down());
+const [a1, a2, b1, b2] = [t.box("a1"), t.box("a2"), t.box("b1"), t.box("b2")];
+
+/** What must be at the end as it was at the beginning. iptables-nft keeps its tables when they are empty. */
+const traces = async ({ sh }: Box) =>
+  (
+    await sh(`find /etc /usr/local /var/lib /var/log -xdev -printf '%p %y %m %u %l\\n' |
+  grep -vE '^/var/(lib/systemd|log/journal|log/[bw]tmp|log/lastlog)'
+find /etc /usr/local -xdev -type f -exec sha256sum {} +
+ip -4 -o addr | sed 's/^[0-9]*: //'
+ls /sys/class/net
+for family in iptables ip6tables; do $family-save | grep -E '^-|^:[^ ]+ (-|DROP)' || true; done
+nft list tables | grep -vE '^table ip6? (filter|nat|mangle)$' || true
+for folder in /run/netns /run/k3s /run/flannel; do ls -A $folder 2>/dev/null || true; done
+cut -d' ' -f2 /proc/self/mounts | grep -v '^/run/netns$'
+ps -e -o comm= | grep -vE '^(sshd|sh|ps|grep|sort|sed|systemd.*|dbus-.*|agetty|\\(sd-pam\\))$' || true
+systemctl list-unit-files --no-legend | grep k3s || true
+systemctl --failed --no-legend --plain`)
+  )
+    .split("\n")
+    .sort();
+
+function same(now: string[], then: string[], what: string) {
+  const more = now.filter((line) => !then.includes(line)).map((line) => `+ ${line}`);
+  const less = then.filter((line) => !now.includes(line)).map((line) => `- ${line}`);
+  assert.equal([...more, ...less].join("\n"), "", what);
+}
+
+const NEXT = "v1.18.20+k3s1";
+let beginning: string[][];
+/** Every box is as it was at the beginning. */
+const clean = async (boxes: Box[]) => {
+  for (const box of boxes)
+    same(
+      await traces(box),
+      beginning[t.lab.boxes.findIndex((b) => b.name === box.name)] as string[],
+      box.name,
+    );
+};
+
+/** The command's first run is killed at this point; a second one finishes it, and a third has nothing to do. */
+async function cutThenDone(command: string, at: RegExp) {
+  const run = await t.cut(command, at, "KILL");
+  assert(run.reached, `${command} did not come to ${at}:\n${run.text}`);
+  const { text } = await t.ok(command);
+  await t.says(command, 0, ["nothing to do"]);
+  return text;
+}
+
+const versions = async (server: Box) =>
+  (await server.sh("kubectl get nodes --no-headers | awk '{ print $1, $2, $NF }'")).trim().split("\n");
+
+before(async () => {
+  t.settings({ K3S_VERSION: OLD });
+  beginning = await Promise.all(t.lab.boxes.map(traces));
+  await release(t.lab, NEXT);
+  await t.ok("make -j up");
+});
+
+test("old k3s cannot rotate its token, and says why", async () => {
+  await t.says("make token", 2, ["k3s v1.17.6+k3s1 cannot rotate its token: that came with v1.25.15"]);
+});
+
+describe("upgrade", () => {
+  test("is refused for a jump, with the releases to pass through, and a dry run says what a unit loses and gains", async () => {
+    await t.says(`make upgrade K3S_VERSION=${MODERN}`, 2, [
+      /STEPS="v1\.18\.20\+k3s1 v1\.19\.\S+ .* v1\.35\.\S+"/,
+    ]);
+    const { out } = await t.ok(`make upgrade K3S_VERSION=${MODERN} FORCE=1 DRY=1`);
+    assert.match(out, /^a1: 1 to do\n {2}1\. drain node b1/m);
+    assert.match(out, /^ {7}- --flannel-backend=wireguard\n {7}\+ --flannel-backend=wireguard-native$/m);
+    assert.deepEqual(await versions(a1), [`a1 Ready ${OLD}`, `b1 Ready ${OLD}`, `b2 Ready ${OLD}`]);
+  });
+
+  test("ends at the first node that fails, which then runs what it ran before", async () => {
+    await t.says(`make upgrade K3S_VERSION=${NEXT} AGENT_ARGS=--nonsense`, 2, [
+      /^a1 +done in .*: runs v1\.18\.20\+k3s1$/m,
+      /^b1 +FAILED after .*The upgrade ends here; b1 runs v1\.17\.6\+k3s1 again$/m,
+      /^b1 +again: make upgrade K3S_VERSION=\S+ AGENT_ARGS=--nonsense/m,
+    ]);
+    assert.deepEqual(await versions(a1), [`a1 Ready ${NEXT}`, `b1 Ready ${OLD}`, `b2 Ready ${OLD}`]);
+    assert.equal(t.env().K3S_VERSION, NEXT);
+    assert.doesNotMatch(await b1.sh("cat /etc/systemd/system/k3s-agent.service"), /nonsense/);
+  });
+
+  test("goes step by step over the border of the generations, also when it is cut, and confirms the tunnels", async () => {
+    const command = `make upgrade K3S_VERSION=${MODERN} STEPS=${NEXT} FORCE=1`;
+    const text = await cutThenDone(command, /b1 +restart k3s-agent and wait/);
+    assert.match(text, /^b2 +done in .*: runs v1\.18\.20\+k3s1\n(.*\n)*a1 +drain node a1/m);
+    assert.deepEqual(
+      await versions(a1),
+      ["a1", "b1", "b2"].map((name) => `${name} Ready ${MODERN}`),
+    );
+    assert.equal(t.env().K3S_VERSION, MODERN);
+    for (const box of [a1, b1, b2]) {
+      assert.equal((await box.sh("wg show interfaces")).trim(), "flannel-wg", box.name);
+      assert.equal(
+        await box.sh("ls -A /var/lib/rancher/k3s/before /usr/local/bin/.k3s* 2>/dev/null || true"),
+        "",
+      );
+    }
+    await connected([a1, b1, b2]);
+    await t.says(`make upgrade K3S_VERSION=v1.36.1+k3s1`, 2, ["a way back to v1.36.1+k3s1 is not safe"]);
+  });
+});
+
+describe("remove", () => {
+  test("leaves a box as it was before k3s, and no trace of its node; it joins again under a new name", async () => {
+    await t.says("make remove HOST=a1", 2, ['"make down" removes a whole cluster']);
+    await t.ok("make firewall HOST=b2");
+    await cutThenDone("make remove HOST=b2", /b2 +stop k3s-agent, and clear/);
+    await clean([b2]);
+    assert.deepEqual(Object.keys(await nodes(a1)), ["a1", "b1"]);
+    assert.doesNotMatch(await a1.sh("kubectl -n kube-system get secrets -o name"), /b2/);
+    await b2.sh("hostname b9");
+    await t.ok("make agent HOST=b2");
+    assert.deepEqual(Object.keys(await nodes(a1)), ["a1", "b1", "b9"]);
+    await connected([a1, b1, b2]);
+  });
+
+  test("has the cluster forget a box that was set up anew, which then joins under its old name", async () => {
+    await b2.sh(
+      `systemctl disable --now k3s-agent; rm -rf /etc/systemd/system/k3s-agent.service* /etc/rancher`,
+    );
+    await t.says("make agent HOST=b2", 2, ['set up anew, "make remove HOST=b2" has the cluster forget it']);
+    await t.ok("make remove HOST=b2");
+    await b2.sh("hostname b2");
+    await t.ok("make agent HOST=b2");
+    await connected([a1, b1, b2]);
+  });
+
+  test("removes the node of a box that is gone for good where it is told so", async () => {
+    const mend = await refuse("b", "ip daddr 192.168.0.12 tcp dport 22");
+    await t.says("make remove HOST=b2", 2, ["Could not reach b2", "FORCE=1 removes its node alone"]);
+    await t.ok("make remove HOST=b2 FORCE=1");
+    await mend();
+    assert.deepEqual(Object.keys(await nodes(a1)), ["a1", "b1"]);
+    await t.ok("make remove HOST=b2");
+    await clean([b2]);
+    await t.ok("make agent HOST=b2");
+  });
+});
+
+/** Refuses what matches at a cloud's router, until the function that is answered is called. */
+async function refuse(cloud: "a" | "b", what: string) {
+  const rule = `insert rule ip filter ports ${what} reject with tcp reset`;
+  const said = await t.lab.net(`router-${cloud}`, `nft -e -a ${rule}`);
+  const handle = /# handle (\d+)/.exec(said)?.[1];
+  return () => t.lab.net(`router-${cloud}`, `nft delete rule ip filter ports handle ${handle}`);
+}
+
+test("token: nodes go on running, the old one lets nobody in, and a cut rotation is learned", async () => {
+  const before = t.env().K3S_TOKEN as string;
+  const started = await Promise.all([a1, b1, b2].map(starts));
+  const run = await t.cut("make token", /rotate the token/, "KILL");
+  assert(run.reached, run.text);
+  await t.says("make token", 0, ["the server's token was newer than the one here, and is learned now"]);
+  const between = t.env().K3S_TOKEN as string;
+  assert.notEqual(between, before);
+  await t.ok("make token");
+  const now = t.env().K3S_TOKEN as string;
+  assert.notEqual(now, between);
+  assert.equal(now, (await a1.sh("cat /var/lib/rancher/k3s/server/node-token")).trim());
+  for (const [token, door] of [
+    [before, "401"],
+    [between, "401"],
+    [now, "200"],
+  ] as const)
+    assert.equal(
+      await a1.sh(
+        `curl -sk -u node:${token.split(":").at(-1)} -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/config`,
+      ),
+      door,
+    );
+  // Twice rotated, twice the server was started anew, since it reads its passwords at its start; agents were not.
+  const [server = 0, ...agents] = started;
+  assert.deepEqual(await Promise.all([a1, b1, b2].map(starts)), [server + 2, ...agents]);
+  await connected([a1, b1, b2]);
+  await t.ok("make -j up");
+  await t.says("make -j up", 0, [/^b1 +nothing to do/m, /^b2 +nothing to do/m]);
+});
+
+describe("backup and restore", () => {
+  const file = () => join(t.lab.dir, "home/backup.tar.gz");
+
+  test("a backup is whole while the server works, only its owner's, and stops no k3s", async () => {
+    const started = await starts(a1);
+    const writer = a1.sh(`for n in $(seq 1 200); do
+  [ -e /run/enough ] && exit; kubectl annotate --overwrite node a1 written=$n >/dev/null; echo $n >/run/written; done`);
+    const run = await t.cut(`make backup BACKUP=${file()}`, /copy the datastore/, "KILL");
+    assert(run.reached, run.text);
+    const { out } = await t.ok(`make backup BACKUP=${file()}`);
+    await a1.sh(": >/run/enough");
+    await writer;
+    assert.equal(out.trim(), file());
+    assert.equal(statSync(file()).mode & 0o777, 0o600);
+    assert.equal(await starts(a1), started);
+    assert.match(
+      await a1.sh("sed -n 's/^State:.//p' /proc/$(systemctl show k3s -p MainPID --value)/status"),
+      /^[SR]/,
+    );
+    assert.equal(await a1.sh("ls /var/lib/rancher/k3s | grep backup || true"), "");
+  });
+
+  test("a restore makes a fresh box the server, the agents follow, and the server that was is forgotten", async () => {
+    // As if it had been removed and had joined again since: its password is not the backup's.
+    await b2.sh("openssl rand -hex 16 >/etc/rancher/node/password");
+    await a1.off();
+    await t.says(`make restore BACKUP=${file()} HOST=b1`, 2, ["This box runs k3s-agent"]);
+    await cutThenDone(`make restore BACKUP=${file()} HOST=a2`, /a2 +start k3s and wait/);
+    assert.deepEqual(Object.keys(await nodes(a2)), ["a2", "b1", "b2"]);
+    await connected([a2, b1, b2]);
+    assert.equal(t.env().SERVER, "a2");
+    assert.equal(t.env().K3S_URL, "https://198.51.100.12:6443");
+    await t.says("make -j up", 0, [/^a2 +nothing to do/m]);
+    const written = await a2.sh("kubectl get nodes -o json | grep -c written || true");
+    assert.equal(written.trim(), "0", "the old server's node is gone, with what was written to it");
+  });
+
+  test("the box of the server that was, found again, is cleared like any other", async () => {
+    await a1.on();
+    await t.ok("make remove HOST=a1");
+    await clean([a1]);
+    await connected([a2, b1, b2]);
+  });
+});
+
+test("down asks first, and leaves every box as it was at the beginning", async () => {
+  await t.says("make down", 2, ["This removes a whole cluster, and asks first"]);
+  await cutThenDone("make down YES=1", /b2 +stop k3s-agent, and clear/);
+  await clean(t.lab.boxes);
+});

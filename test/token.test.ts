@@ -1,0 +1,67 @@
+import assert from "node:assert/strict";
+import { describe, test } from "node:test";
+import { type Facts, Refusal } from "../lib/step.ts";
+import { token } from "../scripts/token.ts";
+import { MODERN, OLD, prepared, TOKEN, wanted } from "./helpers.ts";
+
+const facts: Facts = {
+  ...prepared(MODERN),
+  door: "200",
+  token: `${TOKEN}\n`,
+  rotates: "   rotate \n",
+  running: "active\n",
+  version: `${MODERN}\n`,
+};
+const other = TOKEN.replace(/.{8}$/, "ffffffff");
+
+describe("the token", () => {
+  test("is rotated by k3s, with nothing secret on a command line or in the script", () => {
+    const changes = token.plan(wanted(), facts);
+    assert.deepEqual(
+      changes.map(({ why }) => why.slice(0, 16)),
+      ["rotate the token", "restart k3s and "],
+    );
+    assert.match(changes[0]?.sh ?? "", /^\/usr\/local\/bin\/k3s token rotate >\/dev\/null$/m);
+    for (const { sh } of changes) assert.ok(!sh.includes(TOKEN.slice(-32)));
+  });
+
+  test("opens the server's door from its next start on: a run that was cut before is finished", () =>
+    assert.deepEqual(
+      token.plan(wanted(), { ...facts, token: `${other}\n`, door: "401" }).map(({ why }) => why.slice(0, 11)),
+      ["restart k3s"],
+    ));
+
+  test("is only learned where a run was cut after it was rotated", () => {
+    assert.deepEqual(token.plan(wanted(), { ...facts, token: `${other}\n` }), []);
+    assert.deepEqual(token.learn?.(wanted(), { ...facts, token: `${other}\n` }), { K3S_TOKEN: other });
+  });
+
+  const refused: [string, Facts, Parameters<typeof wanted>[0], RegExp][] = [
+    [
+      "by a k3s that cannot rotate it, with the reason",
+      { rotates: "", version: `${OLD}\n` },
+      {},
+      /^k3s v1\.17\.6\+k3s1 cannot rotate its token: that came with v1\.25\.15, .* v1\.28\.3/,
+    ],
+    ["where no server runs", { running: "failed\n" }, {}, /No k3s server runs/],
+    ["where there is none", { token: "" }, {}, /No k3s server runs/],
+    [
+      "where several servers hold it",
+      {},
+      { K3S_DATASTORE_ENDPOINT: "postgres://u:p@h/k3s" },
+      /external datastore each hold the token/,
+    ],
+    [
+      "where an argument would bring the old one back",
+      {},
+      { SERVER_ARGS: "--token=abc" },
+      /SERVER_ARGS gives the server its token/,
+    ],
+  ];
+  for (const [name, over, settings, says] of refused)
+    test(`is not rotated ${name}`, () =>
+      assert.throws(
+        () => token.plan(wanted(settings), { ...facts, ...over }),
+        (error) => error instanceof Refusal && says.test(error.message),
+      ));
+});
