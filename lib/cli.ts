@@ -409,8 +409,9 @@ export async function attempt(
     const { message, change, output } = error as Failure;
     const known = [Failure, Refusal, Unreachable, SettingError].some((type) => error instanceof type);
     const retry = again(call, script, box);
+    // What failed has to be a change: who only waited for another box has no cause of its own.
     const ills =
-      error instanceof Failure && ASKED.includes(script)
+      error instanceof Failure && change && ASKED.includes(script)
         ? await causes(call, script, box, line, output, retry)
         : [];
     line.failed(message, change, known ? output : (error as Error).stack, retry, ills);

@@ -27,6 +27,8 @@ import { type Facts, look, type Step } from "./step.ts";
 export interface Member {
   target: Target;
   role: Role;
+  /** Its settings: of all, or its own. */
+  want: Settings;
   /** Why it could not be looked at. */
   error?: string;
   facts: Facts;
@@ -63,7 +65,7 @@ fact resolvers; for f in /etc/resolv.conf /run/systemd/resolve/resolv.conf; do
   case $list in ''|127.*|*'
 127.'*|169.254.*) ;; *) echo "$list"; break ;; esac
 done
-fact said; journalctl -u k3s -u k3s-agent -o cat --no-pager --since -60s -n 400 2>/dev/null |
+fact said; journalctl -u k3s -u k3s-agent -o cat --no-pager --since -60s -n 5000 2>/dev/null |
   grep -E ${sh(MEANT)} | sed -E 's/^time="[^"]*" //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 5 | tac
 `;
 
@@ -87,12 +89,13 @@ export type Listed = { target: Target; role: Role }[];
 export async function survey(call: Call, listed: Listed, more = ""): Promise<Member[]> {
   return await Promise.all(
     listed.map(async ({ target, role }) => {
-      const member: Member = { target, role, facts: {}, tried: {} };
+      const heard: Line["says"] = (text) => {
+        member.clock ??= Number(text) - Date.now() / 1000;
+      };
+      const job = jobFor(call, target, line(heard));
+      const member: Member = { target, role, want: job.want, facts: {}, tried: {} };
       try {
-        const heard: Line["says"] = (text) => {
-          member.clock ??= Number(text) - Date.now() / 1000;
-        };
-        member.facts = await look(jobFor(call, target, line(heard)), [ask(LOOKS[role] + more)], PATIENCE);
+        member.facts = await look(job, [ask(LOOKS[role] + more)], PATIENCE);
       } catch (error) {
         member.error = (error as Error).message;
       }
@@ -135,12 +138,15 @@ export interface Seen {
   cniMtu: number | undefined;
   peers: Peer[];
   addresses: string[];
+  /** What kube-proxy is to use, by the settings. */
+  proxyMode: string;
+  /** The kernel has ip_vs. */
   ipvs: boolean;
   /** DNS servers that pods' names end up at. */
   resolvers: string[];
   /** sha256 of the cluster's CA: the server's own, or the one that the agent's token names. */
   ca: string | undefined;
-  /** What the agent joins by. */
+  /** The server that the agent joins. */
   url: string | undefined;
   /** Lines of the journal's last minute that have a meaning. */
   said: string;
@@ -185,16 +191,14 @@ export interface Cluster {
 }
 
 /** What the boxes said, as one. */
-export function clusterOf(members: readonly Member[], want: Settings): Cluster {
-  const nodes = nodesOf(members.find(({ role }) => role === "server")?.facts.nodes);
-  return { boxes: members.map((member) => seen(member, nodes, want)), nodes };
+export function clusterOf(members: readonly Member[]): Cluster {
+  // Several servers have one datastore: the first that answers knows all.
+  const lists = members.filter(({ role }) => role === "server").map(({ facts }) => nodesOf(facts.nodes));
+  const nodes = lists.find((list) => list.length) ?? [];
+  return { boxes: members.map((member) => seen(member, nodes)), nodes };
 }
 
-function seen(
-  { target, role, error, facts, clock, tried, paths }: Member,
-  nodes: Node[],
-  want: Settings,
-): Seen {
+function seen({ target, role, want, error, facts, clock, tried, paths }: Member, nodes: Node[]): Seen {
   const there = nodes.find(({ externalIp }) => externalIp === target.ip);
   const name = nameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts) || (there?.name ?? "");
   const unit = (facts.units ?? "")
@@ -240,6 +244,7 @@ function seen(
     cniMtu: numberOf(facts.cni?.trim()),
     peers: peersOf(facts.peers).filter((peer) => peer.interface === wg),
     addresses: addresses.flatMap(([, , , address]) => address?.split("/")[0] ?? []),
+    proxyMode: want.PROXY_MODE,
     ipvs: Boolean(facts.ipvs?.trim()),
     resolvers: words((facts.resolvers ?? "").replaceAll("\n", " ")),
     ca:
@@ -317,7 +322,7 @@ export async function listed(call: Call): Promise<Listed> {
 /** All boxes, a trip each for what they are and one for what passes between them. */
 export async function examine(call: Call, boxes: Listed) {
   const members = await survey(call, boxes);
-  await attempt(call, members, clusterOf(members, call.settings));
+  await attempt(call, members, clusterOf(members));
   return members;
 }
 
@@ -339,7 +344,7 @@ export async function explain(call: Call, failed: Target, role: Role): Promise<I
     const members = await look.finally(() => {
       if (underWay === look) underWay = undefined;
     });
-    const ills = diagnose(clusterOf(members, call.settings), call.settings);
+    const ills = diagnose(clusterOf(members));
     const name = members.find(({ target }) => target.host === failed.host)?.target.name;
     const own = ills.filter(({ box }) => box === name);
     return own.length ? own : ills;
@@ -384,6 +389,7 @@ export function tries(box: Seen, cluster: Cluster): string {
   const to = wg ? tunnels(box, cluster) : [];
   const kubelets = box.role === "server" ? cluster.nodes.filter((n) => n.externalIp) : [];
   const own = cluster.boxes.find(({ role }) => role === "server");
+  const [, host = own?.ip, port = "6443"] = /^https:\/\/([\w.-]+)(?::(\d+))?$/.exec(box.url ?? "") ?? [];
   // The API's service has the first address of the services' network.
   const cidr = own?.node?.args.join(" ").match(/--service-cidr[= ]([\d.]+)\.\d+\//)?.[1] ?? "10.43.0";
   const server = box.role === "server";
@@ -426,9 +432,8 @@ said=$(
 ${to.map(([name, ip]) => `    through ${sh(name)} ${sh(ip)} &\n`).join("")}  fi
 ${server ? "  kc top nodes --no-headers 2>/dev/null | sed 's/^/top /' &\n" : ""}  if [ -n "$has" ]; then :
 ${kubelets.map((n) => `    knock kubelet ${sh(n.name)} ${sh(n.externalIp as string)} 10250 &\n`).join("")}${
-  box.role === "agent" && own ? `    knock api server ${sh(own.ip)} 6443 &\n` : ""
-}${dead.map((ip) => `    resolves ${sh(ip)} &\n`).join("")}    serves &
-  fi
+  box.role === "agent" && host ? `    knock api server ${sh(host)} ${port} &\n` : ""
+}${dead.map((ip) => `    resolves ${sh(ip)} &\n`).join("")}${cluster.nodes.length ? "    serves &\n" : ""}  fi
   wait
 )
 printf '%s\\n' "$said"

@@ -3,7 +3,7 @@ import type { Cluster, Seen } from "./cluster.ts";
 import { type Ill, meaningOf } from "./journal.ts";
 import type { Node } from "./k3s.ts";
 import { generationOf, unitOf } from "./k3s.ts";
-import { publicIp, type Settings } from "./settings.ts";
+import { publicIp } from "./settings.ts";
 
 /** Clocks may differ so much, in seconds: NTP keeps them within one. */
 const APART = 5;
@@ -11,7 +11,7 @@ const APART = 5;
 export const FRESH = 180;
 
 /** What is wrong, the ground before what follows from it; nothing for a healthy cluster. */
-export function diagnose(cluster: Cluster, want: Settings): Ill[] {
+export function diagnose(cluster: Cluster): Ill[] {
   const { boxes } = cluster;
   const blamed = new Set<string>();
   const ills: Ill[] = [];
@@ -52,7 +52,7 @@ export function diagnose(cluster: Cluster, want: Settings): Ill[] {
     const ill = addressIll(box, box.node, cluster);
     if (ill) blame(box, ...ill);
   }
-  for (const box of boxes) for (const [cause, remedy] of smallIlls(box, want)) say(box.name, cause, remedy);
+  for (const box of boxes) for (const [cause, remedy] of smallIlls(box)) say(box.name, cause, remedy);
   for (const node of cluster.nodes)
     if (!boxOf(boxes, node) && !node.ready)
       say(
@@ -94,7 +94,10 @@ function serviceIll(box: Seen, { boxes, nodes }: Cluster): Line | undefined {
       `its K3S_TOKEN is of another cluster: it names the CA ${box.ca.slice(0, 12)}…, the server has ${server.ca.slice(0, 12)}…`,
       `make server, then ${again}`,
     ];
-  if (box.role === "agent" && box.url && server && new URL(box.url).hostname !== server.ip)
+  const servers = boxes.filter(({ role }) => role === "server");
+  const joins = box.url && new URL(box.url).hostname;
+  // A name may lead to any of them.
+  if (joins && publicIp(joins) === undefined && server && !servers.some(({ ip }) => ip === joins))
     return [`it joins ${box.url}, not ${server.name} at ${server.ip}`, again];
   if (box.tried.api === "dropped")
     return [
@@ -149,10 +152,10 @@ function addressIll(box: Seen, node: Node, { boxes }: Cluster): Line | undefined
 }
 
 /** What a box has beside its place in the cluster. */
-function smallIlls(box: Seen, want: Settings): Line[] {
+function smallIlls(box: Seen): Line[] {
   if (box.error !== undefined) return [];
   const lines: Line[] = [];
-  const ipvs = want.PROXY_MODE === "ipvs" || box.node?.args.some((arg) => arg.endsWith("proxy-mode=ipvs"));
+  const ipvs = box.proxyMode === "ipvs" || box.node?.args.some((arg) => arg.endsWith("proxy-mode=ipvs"));
   if (ipvs && !box.ipvs)
     lines.push([
       `ipvs is asked for, but its kernel ${box.kernel} has no ip_vs: kube-proxy uses iptables`,
@@ -252,7 +255,7 @@ function tunnelIlls(boxes: Seen[]): Ill[] {
             cause:
               "UDP 51820 is closed by its own firewall: its peers' packets reach its network card, not WireGuard",
             remedy:
-              'allow 51820/udp on it ("ufw allow 51820/udp", or "firewall-cmd --permanent --add-port=51820/udp" and --reload)',
+              "make firewall, or allow 51820/udp on it (ufw allow 51820/udp; firewall-cmd --permanent --add-port=51820/udp)",
           }
         : b.tried.arrived
           ? {

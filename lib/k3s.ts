@@ -576,9 +576,10 @@ pause() {
 fail() {
   echo "$1"
   echo "journal of $unit since then, what matters of it:"
-  journalctl -u "$unit" -o cat --no-pager --since "@$began" -n 500 |
+  # A start of v1.36.3 is some 600 lines; what it says last is why it ended.
+  journalctl -u "$unit" -o cat --no-pager --since "@$began" -n 5000 |
     grep -E 'level=(error|fatal|warn)|^[EF][0-9]{4} |Incorrect Usage|not defined|panic:' |
-    sed -E 's/^time="[^"]*" //; s/^[EF][0-9]{4} [0-9:.]+ +[0-9]+ //' | awk '!seen[$0]++' | cut -c1-400 | tail -n 12
+    sed -E 's/^time="[^"]*" //; s/^[EF][0-9]{4} [0-9:.]+ +[0-9]+ //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 12 | tac
   exit 1
 }
 while :; do

@@ -8,7 +8,6 @@ import { diagnose, FRESH } from "../lib/diagnosis.ts";
 import type { Ill } from "../lib/journal.ts";
 import { tryPods } from "../lib/pods.ts";
 import { redacted } from "../lib/report.ts";
-import type { Settings } from "../lib/settings.ts";
 
 /** With --watch, seconds between two looks. */
 const PAUSE = 5;
@@ -18,12 +17,12 @@ async function check(call: cli.Call): Promise<number> {
   const watch = call.flags.has("watch");
   for (;;) {
     const members = await examine(call, boxes);
-    let cluster = clusterOf(members, call.settings);
+    let cluster = clusterOf(members);
     // Pods come and go in seconds: not every few of them.
     const mark = randomBytes(3).toString("hex");
     const podless = watch ? "not with --watch" : await tryPods(call, members, cluster, mark);
-    cluster = clusterOf(members, call.settings);
-    const ills = verdict(cluster, call.settings, podless);
+    cluster = clusterOf(members);
+    const ills = verdict(cluster, podless);
     const { stdout } = process;
     if (call.flags.has("json")) stdout.write(`${JSON.stringify(asJson(cluster, ills, podless))}\n`);
     else
@@ -36,8 +35,8 @@ async function check(call: cli.Call): Promise<number> {
 }
 
 /** What is wrong; also what did not pass for a reason that is not known here. */
-export function verdict(cluster: Cluster, want: Settings, podless: string | undefined): Ill[] {
-  const ills = diagnose(cluster, want);
+export function verdict(cluster: Cluster, podless: string | undefined): Ill[] {
+  const ills = diagnose(cluster);
   if (ills.length) return ills;
   return proofsOf(cluster, podless)
     .filter(({ passed, of }) => passed < of)
@@ -145,9 +144,9 @@ export function reportOf(cluster: Cluster, ills: readonly Ill[], page: Page, pod
   const red = (text: string) => paint(31, text);
   const green = (text: string) => paint(32, text);
   const bold = (text: string) => paint(1, text);
-  const tables = [nodeTable(cluster), boxTable(cluster), wireguardTable(cluster, width)].map((rows) =>
-    lay(rows, width, red, bold),
-  );
+  const tables = [nodeTable(cluster), boxTable(cluster), wireguardTable(cluster, width)]
+    .filter((rows) => rows.length > 1)
+    .map((rows) => lay(rows, width, red, bold));
   const proofs = proofsOf(cluster, podless).flatMap(({ what, passed, of, untested }) => [
     ...(of ? [`${passed === of ? green("ok   ") : red("wrong")} ${what}: ${passed} of ${of}`] : []),
     ...untested.map((why) => `could not test ${what}: ${shown(why)}`),

@@ -96,6 +96,8 @@ export function statusOf({ boxes, nodes }: Cluster, pods: string | undefined): R
       nodes.every(({ pressure }) => pressure.length === 0),
     ],
   ];
+  // Of the rows between what k3s is and how its server does.
+  if (nodes.length === 0) for (const row of list.slice(2, 7)) row[1] = "not known";
   const well = list.every(([, , fine]) => fine);
   return [
     ...list,
@@ -120,7 +122,7 @@ async function status(call: cli.Call): Promise<number> {
     ?.match(/^pod .*/gm)
     ?.map((row) => row.slice(4))
     .join("\n");
-  const rows = statusOf(clusterOf([{ ...server, tried: server.facts }], call.settings), pods);
+  const rows = statusOf(clusterOf([{ ...server, tried: server.facts }]), pods);
   const colour = process.stdout.isTTY && !process.env.NO_COLOR;
   for (const [what, text, well] of rows)
     process.stdout.write(

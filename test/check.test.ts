@@ -36,7 +36,7 @@ function boxes(version: string, over: Record<string, Over> = {}): Member[] {
 
 const illsOf = (members: Member[], want: Partial<Settings> = {}) => {
   const settings = wanted(want);
-  return diagnose(clusterOf(members, settings), settings);
+  return diagnose(clusterOf(members.map((one) => ({ ...one, want: settings }))));
 };
 
 const list = (...specs: (NodeSpec & { version?: string })[]) => ({
@@ -82,6 +82,27 @@ describe("a healthy cluster", () => {
   test("without metrics-server has nothing wrong either", () => {
     const a1 = { facts: { metrics: "" }, tried: { tries: "tunnel b1 1420\ntunnel b2 1420" } };
     assert.deepEqual(illsOf(boxes(MODERN, { a1 })), []);
+  });
+
+  test("of two servers has nothing wrong, whichever the agents join, and its nodes are known by the one that answers", () => {
+    const [a1, b1, b2] = boxes(MODERN) as [Member, Member, Member];
+    const { facts } = a1;
+    const second: Member = {
+      ...b1,
+      role: "server",
+      facts: {
+        ...b1.facts,
+        joins: "",
+        ca: facts.ca ?? "",
+        nodes: facts.nodes ?? "",
+        units: units("k3s", "active", 7),
+      },
+      tried: { tries: ["a1", "b2"].map((name) => `tunnel ${name} 1420`).join("\n") },
+    };
+    const joins = `https://${B1.ip}:6443\n${"c1".repeat(32)}`;
+    assert.deepEqual(illsOf([a1, second, { ...b2, facts: { ...b2.facts, joins } }]), []);
+    const { nodes: _, ...silent } = facts;
+    assert.equal(clusterOf([{ ...a1, facts: silent }, second, b2]).nodes.length, 3);
   });
 
   test("of one box has nothing wrong", () => {
@@ -166,7 +187,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       }),
       "b1",
       /UDP 51820 is closed by its own firewall/,
-      /allow 51820\/udp on it/,
+      /make firewall, or allow 51820\/udp on it/,
     ],
     [
       "UDP 51820 closed by the security group",
@@ -414,10 +435,10 @@ test("what did not pass for a reason that shows on no box is wrong too", () => {
     },
   }) as [Member, Member, Member];
   a1.facts.metrics = "";
-  const [ill, ...more] = verdict(clusterOf([a1, b1, b2], wanted()), wanted(), undefined);
+  const [ill, ...more] = verdict(clusterOf([a1, b1, b2]), undefined);
   assert.match(ill?.cause ?? "", /^full-size packets through the tunnels: 6 of 7, for a reason/);
   assert.deepEqual(more, []);
-  assert.deepEqual(verdict(clusterOf(boxes(MODERN), wanted()), wanted(), "no image"), []);
+  assert.deepEqual(verdict(clusterOf(boxes(MODERN)), "no image"), []);
 });
 
 test("a box without ping is told of by its handshakes", () => {
@@ -461,10 +482,7 @@ describe("what check's own pods found", () => {
     });
 
   test("is shown as what passed, and without pods as what could not be tested", () => {
-    const cluster = clusterOf(
-      pods("pod b2 yes\npod a1 yes\nservice DNS yes\nlogs b1 yes\nexec b1 yes"),
-      wanted(),
-    );
+    const cluster = clusterOf(pods("pod b2 yes\npod a1 yes\nservice DNS yes\nlogs b1 yes\nexec b1 yes"));
     const text = reportOf(cluster, [], {});
     for (const row of [
       "full-size packets from pod to pod: 4 of 4",
@@ -472,7 +490,7 @@ describe("what check's own pods found", () => {
       "kubectl exec: 2 of 2",
     ])
       assert.ok(text.includes(`ok    ${row}\n`), text);
-    const without = reportOf(clusterOf(boxes(MODERN), wanted()), [], {}, "no image");
+    const without = reportOf(clusterOf(boxes(MODERN)), [], {}, "no image");
     assert.match(without, /^could not test pods, services, DNS, logs and exec: no image$/m);
     assert.doesNotMatch(without, /pod to pod/);
   });
@@ -558,8 +576,8 @@ describe("the report", () => {
     });
   };
   const page = (members: Member[], where: object) => {
-    const cluster = clusterOf(members, wanted());
-    return reportOf(cluster, diagnose(cluster, wanted()), where);
+    const cluster = clusterOf(members);
+    return reportOf(cluster, diagnose(cluster), where);
   };
 
   test("of 20 nodes fits a terminal of 80 columns, and every pair is in it", () => {
@@ -624,7 +642,7 @@ describe("the report", () => {
 
 test("what a box tries are the ways to the others, and what it is told of them cannot become its shell", () => {
   const evil = { ...B1, name: "b1;reboot", ip: "$(reboot)" };
-  const cluster = clusterOf(boxes(MODERN, list(A1, evil as NodeSpec, B2)), wanted());
+  const cluster = clusterOf(boxes(MODERN, list(A1, evil as NodeSpec, B2)));
   const [server, b1] = cluster.boxes.map((box) => tries(box, cluster));
   assert.doesNotMatch(`${server}${b1}`, /reboot/);
   assert.match(server ?? "", /through b2 10\.42\.2\.0 &/);

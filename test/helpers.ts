@@ -153,6 +153,7 @@ export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried
   return {
     target: { host: spec.name, ip: spec.ip, word: spec.name, name: spec.name },
     role,
+    want: wanted(),
     clock: 0.04,
     facts: {
       now: `${NOW}.5`,

@@ -3,14 +3,14 @@ import { describe, test } from "node:test";
 import { clusterOf } from "../lib/cluster.ts";
 import type { Facts } from "../lib/step.ts";
 import { statusOf } from "../scripts/status.ts";
-import { A1, B1, B2, MODERN, member, type NodeSpec, nodes, wanted } from "./helpers.ts";
+import { A1, B1, B2, MODERN, member, type NodeSpec, nodes } from "./helpers.ts";
 
 const PODS = `kube-system   coredns-1   1/1   Running     0             5d
 kube-system   helm-1      0/1   Completed   0             5d
 kube-system   metrics-1   1/1   Running     3 (2d ago)    5d`;
 
 const status = (facts: Facts = {}, pods = PODS, tried?: Facts) =>
-  statusOf(clusterOf([member(MODERN, A1, facts, tried)], wanted()), pods);
+  statusOf(clusterOf([member(MODERN, A1, facts, tried)]), pods);
 const list = (...specs: NodeSpec[]) => ({ nodes: nodes(...specs) });
 
 describe("status", () => {
@@ -66,6 +66,14 @@ describe("status", () => {
       assert.deepEqual(rows.at(-1), ["verdict", "something is wrong: make check names the cause", false]);
       assert.doesNotMatch(JSON.stringify(rows), /undefined|NaN|Infinity/);
     });
+
+  test("of a server whose API is silent claims nothing of its nodes", () => {
+    const rows = status({ nodes: "" }, "");
+    assert.deepEqual(
+      rows.slice(2, 7).map(([, text]) => text),
+      Array(5).fill("not known"),
+    );
+  });
 
   test("names pods that are not well, which is not yet the cluster's fault", () => {
     for (const [pod, text] of [
