@@ -11,12 +11,13 @@ const t = await bench({ name: "fast", boxes: NAMES, hairpin: ["a", "b"], slow: t
 after(() => t.lab.down());
 t.settings({}, { agents: NAMES.slice(1).join(" ") });
 
-test("five new boxes take one connection each, and at most four commands", async () => {
+test("five new boxes take one connection each, and at most four commands, or one more for a neighbour that joined just then", async () => {
   await t.lab.line("op", 50);
   const seen = await t.trips(NAMES, () => t.ok("make -j up"));
   for (const [box, { commands, logins }] of Object.entries(seen)) {
     assert.equal(logins, 1, box);
-    assert(commands <= 4, `${box}: ${commands} commands`);
+    // Four for a box that joins alone (cluster.test.ts); a node that joined just before may not be heard yet.
+    assert(commands <= 5, `${box}: ${commands} commands`);
   }
   await connected(t.lab.boxes);
 });
