@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 import type { Box } from "./lab.ts";
-import { bench, connected, script, starts } from "./suite.ts";
+import { bench, connected, hangUp, holdRestarts, script, starts } from "./suite.ts";
 
 const t = await bench({ name: "cut" });
 after(() => t.lab.down());
@@ -13,13 +13,6 @@ before(async () => {
   await t.ok("make server");
   await t.ok("make agent HOST=b2");
 });
-
-/** Ends whatever an operator started on the box: all of sshd's processes but itself. */
-const hangUp = (box: Box) =>
-  box.sh(`main=$(systemctl show ssh -p MainPID | cut -d= -f2)
-pids=$(ps -e -o pid=,cgroup= | awk -v main="$main" '/ssh.service/ && $1 != main { print $1 }')
-[ -n "$pids" ]
-kill -9 $pids 2>/dev/null || : # some may have ended by themselves`);
 
 /** What a run leaves on a box, less what is the box's own: its address, its key and its clock. */
 const result = async ({ sh, publicIp }: Box) =>
@@ -80,12 +73,7 @@ test("killed while the box goes on alone, the next run waits for it and finishes
 test("cut between the unit's new text and its restart, the next run does that one restart", async () => {
   const before = await starts(b1);
   const command = "make agent HOST=b1 AGENT_ARGS=--node-label=cut=yes";
-  await b1.sh(`cat >/usr/local/sbin/systemctl <<'SH'
-#!/bin/sh
-case "$*" in *restart*) exec sleep 600 ;; esac
-exec /usr/bin/systemctl "$@"
-SH
-chmod 755 /usr/local/sbin/systemctl`);
+  await holdRestarts(b1);
   const run = await t.cut(command, /restart k3s-agent and wait/, "KILL");
   assert(run.reached, run.text);
   await hangUp(b1);

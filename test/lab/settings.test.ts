@@ -6,7 +6,18 @@ import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { sh } from "../../lib/sh.ts";
 import { standIn } from "../stand-in/pack.ts";
-import { type Bench, bench, connected, MODERN, mirrored, OLD, starts, state } from "./suite.ts";
+import {
+  type Bench,
+  bench,
+  connected,
+  hangUp,
+  holdRestarts,
+  MODERN,
+  mirrored,
+  OLD,
+  starts,
+  state,
+} from "./suite.ts";
 
 describe("settings", { concurrency: true }, () => {
   for (const [generation, version] of Object.entries({ old: OLD, modern: MODERN }))
@@ -82,17 +93,11 @@ describe("settings", { concurrency: true }, () => {
 
       test("cut off between taking a label away and the unit, the next run finishes", async () => {
         env({ NODE_LABELS__b1: "shelf=right" });
-        await t.box("b1").sh(`cat >/usr/local/sbin/systemctl <<'SH'
-#!/bin/sh
-case "$*" in *restart*) exec sleep 600 ;; esac
-exec /usr/bin/systemctl "$@"
-SH
-chmod 755 /usr/local/sbin/systemctl`);
+        await holdRestarts(t.box("b1"));
         const run = await t.cut("make agent HOST=b1", /restart k3s-agent and wait/, "KILL");
         assert(run.reached, run.text);
-        await t.box("b1").sh(`main=$(systemctl show ssh -p MainPID | cut -d= -f2)
-kill -9 $(ps -e -o pid=,cgroup= | awk -v main="$main" '/ssh.service/ && $1 != main { print $1 }') 2>/dev/null || :
-rm /usr/local/sbin/systemctl`);
+        await hangUp(t.box("b1"));
+        await t.box("b1").sh("rm /usr/local/sbin/systemctl");
         assert.deepEqual((await node("b1")).metadata.labels.disk, undefined);
         await restarts([1, 1, 0], () => t.ok("make -j up"));
         const { labels } = (await node("b1")).metadata;

@@ -182,6 +182,22 @@ ps -e -o comm= | grep -vE '^(sshd|sh|ps|grep|sort|uniq|sudo|\\(sd-pam\\)|systemd
 const STARTS =
   "systemctl show k3s k3s-agent -p Id -p MainPID -p ExecMainStartTimestampMonotonic -p NRestarts";
 
+/** Ends whatever an operator started on the box: all of sshd's processes but itself. */
+export const hangUp = (box: Box) =>
+  box.sh(`main=$(systemctl show ssh -p MainPID | cut -d= -f2)
+pids=$(ps -e -o pid=,cgroup= | awk -v main="$main" '/ssh.service/ && $1 != main { print $1 }')
+[ -n "$pids" ]
+kill -9 $pids 2>/dev/null || : # some may have ended by themselves`);
+
+/** Holds back every restart that `systemctl` is asked for, until /usr/local/sbin/systemctl is removed. */
+export const holdRestarts = (box: Box) =>
+  box.sh(`cat >/usr/local/sbin/systemctl <<'SH'
+#!/bin/sh
+case "$*" in *restart*) exec sleep 600 ;; esac
+exec /usr/bin/systemctl "$@"
+SH
+chmod 755 /usr/local/sbin/systemctl`);
+
 /** How often systemd has started k3s on the box since it booted. */
 export const starts = async (box: Box): Promise<number> =>
   Number(
