@@ -21,7 +21,7 @@ fact door; printf 'user = "node:%s"\n' "$(sed 's/.*://' ${SERVER}/node-token 2>/
 
   plan(want, facts): Change[] {
     const now = facts.token?.trim();
-    if (!now || facts.running?.trim() !== "active")
+    if (!now || !/^(de)?activ/.test(facts.running ?? ""))
       throw new Refusal("No k3s server runs on this box: make server");
     if (!facts.rotates?.trim())
       throw new Refusal(
@@ -42,7 +42,8 @@ fact door; printf 'user = "node:%s"\n' "$(sed 's/.*://' ${SERVER}/node-token 2>/
       want,
     );
     // The server lets nodes in by the passwords that it has read at its start (v1.36.3, seen): until then by the old one.
-    if (facts.door?.trim() === "401") return [start];
+    // Or it is not up: an earlier run may be at it still.
+    if (facts.door?.trim() !== "200") return [start];
     // Another than the env file's, and the door opens by it: a run was cut before it could be learned.
     if (now !== want.K3S_TOKEN) return [];
     return [
@@ -65,5 +66,5 @@ await run(import.meta, {
   steps: [token],
   host: "SERVER",
   needs: { K3S_TOKEN: 'what "make server" writes to' },
-  nothing: () => "the server's token was newer than the one here, and is learned now; once more rotates it",
+  nothing: () => "the env file has the server's present token, which the next make up gives to the agents",
 });

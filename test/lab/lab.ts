@@ -14,6 +14,8 @@ import { existsSync, readdirSync } from "node:fs";
 import { cp, mkdir, open, readdir, readFile, rm, rmdir, symlink, writeFile } from "node:fs/promises";
 import { request } from "node:http";
 import { dirname, join, relative } from "node:path";
+import { Readable } from "node:stream";
+import { pipeline } from "node:stream/promises";
 import { setTimeout as sleep } from "node:timers/promises";
 import { $, type ProcessOutput } from "zx";
 import { boxFiles, COMPILED, standIn } from "../stand-in/pack.ts";
@@ -211,13 +213,15 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
     const all = Object.entries({ ...own, ...terminal, ...env }).map(([key, value]) => `${key}=${value}`);
     const first = live ? "inherit" : input === undefined ? "ignore" : "pipe";
     const rest = live ? "inherit" : "pipe";
-    return await $({
+    const child = $({
       quiet: true,
       nothrow: true,
       stdio: [first, rest, rest],
       timeout: `${timeout}s`,
-      ...(input === undefined ? {} : { input }),
     })`${[...inside, "env", "-i", "-C", PROJECT, ...all, ...words]}`;
+    // An ssh that ends before it has read everything says why by its status, not by our broken pipe.
+    if (input !== undefined) pipeline(Readable.from([input]), child.stdin).catch(() => {});
+    return await child;
   };
   const envFile = join(dir, "home/.env");
   const { k3sBin } = await specOf(dir);
