@@ -342,14 +342,18 @@ async function addressesOf(call: Call, setting: "SERVER" | "AGENTS"): Promise<st
 }
 
 export function jobFor(call: Call, target: Target, line: Line): Job {
+  const { recipe, settings, addresses } = call;
+  const servers = words(settings.SERVER).map((word) => nameOf(word.split("=")[0] as string));
+  const isServer = recipe.host === "SERVER" || servers.includes(target.name);
+  // The networks of pods and services are what the server's arguments say, on every other box too.
+  const { SERVER_ARGS } = { ...settings, ...(isServer ? {} : call.own[servers[0] as string]) };
   const own = call.own[target.name] ?? call.own[""];
-  const want = { ...call.settings, ...own, HOST: target.host, PUBLIC_IP: target.ip };
+  const want = { ...settings, SERVER_ARGS, ...own, HOST: target.host, PUBLIC_IP: target.ip };
   if (want.HTTPS_PROXY || want.HTTP_PROXY) {
-    const { servers, agents } = call.addresses;
-    // An agent has to do with no other agent but through WireGuard.
-    const isServer = call.recipe.host === "SERVER" || words(want.SERVER).includes(target.word);
     const url = /^https:\/\/([\w.-]+)/.exec(want.K3S_URL)?.[1] ?? "";
-    want.NO_PROXY = noProxy(want, [...servers, ...(isServer ? agents : []), url, target.ip]);
+    // An agent has to do with no other agent but through WireGuard.
+    const nodes = [...addresses.servers, ...(isServer ? addresses.agents : []), url, target.ip];
+    want.NO_PROXY = noProxy(want, nodes);
   }
   return {
     box: open(target.host),

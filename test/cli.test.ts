@@ -2,7 +2,11 @@ import assert from "node:assert/strict";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { flagOf, NAMES } from "../lib/settings.ts";
+import { type Call, jobFor } from "../lib/cli.ts";
+import { line } from "../lib/cluster.ts";
+import { rangesOf } from "../lib/node.ts";
+import { flagOf, NAMES, settle } from "../lib/settings.ts";
+import { agentSteps } from "../scripts/agent.ts";
 import { program, programs, ROOT, TOKEN, temporary } from "./helpers.ts";
 
 const SCRIPTS = readdirSync(join(ROOT, "scripts")).map((file) => file.replace(/\.ts$/, ""));
@@ -252,6 +256,44 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       assert.deepEqual(files, file === undefined ? [] : [".env"]);
       assert.doesNotMatch(stderr, /hunter2|\bat .*\.ts/);
     });
+});
+
+describe("what a box is told", () => {
+  const [A1, B1] = ["198.51.100.11", "198.51.101.11"];
+  const wantOf = (name: string, ip: string, file: string) => {
+    const path = join(temporary(), ".env");
+    writeFileSync(path, `SERVER=root@a1=${A1}\nAGENTS="b1 b2"\n${file}`);
+    const call: Call = {
+      ...settle({}, {}, path),
+      ...{ script: "up", recipe: { about: "", steps: agentSteps }, envFile: path, mode: "apply" },
+      addresses: { servers: [A1], agents: [B1, "198.51.101.12"] },
+      reboot: false,
+      flags: new Set(),
+    };
+    return jobFor(call, { host: name, ip, word: name, name }, line()).want;
+  };
+
+  test("is its own setting, else that of all", () => {
+    const file = "AGENT_ARGS=--all\nAGENT_ARGS__b1=--own\n";
+    assert.equal(wantOf("b1", B1, file).AGENT_ARGS, "--own");
+    assert.equal(wantOf("b2", "198.51.101.12", file).AGENT_ARGS, "--all");
+  });
+
+  test("is the networks of the cluster, which the server's own arguments have", () => {
+    const file = "SERVER_ARGS=--debug\nSERVER_ARGS__a1=--cluster-cidr=10.1.0.0/16\n";
+    assert.deepEqual(rangesOf(wantOf("b1", B1, file)), ["10.1.0.0/16", "10.43.0.0/16"]);
+    assert.deepEqual(rangesOf(wantOf("a1", A1, file)), ["10.1.0.0/16", "10.43.0.0/16"]);
+    assert.equal(wantOf("b1", B1, `${file}SERVER_ARGS__b1=--own\n`).SERVER_ARGS, "--own");
+    assert.equal(wantOf("b1", B1, "SERVER_ARGS=--debug\n").SERVER_ARGS, "--debug");
+  });
+
+  test("is to go by its proxy, but not to the nodes it has to do with, however the server is written", () => {
+    const file = "HTTPS_PROXY=http://proxy.example:1\nSERVER_ARGS__a1=--cluster-cidr=10.1.0.0/16\n";
+    const around = ",10.1.0.0/16,10.43.0.0/16,.svc,.cluster.local,";
+    assert.ok(wantOf("b1", B1, file).NO_PROXY.endsWith(`${around}${A1},${B1}`));
+    assert.ok(wantOf("a1", A1, file).NO_PROXY.endsWith(`${around}${A1},${B1},198.51.101.12`));
+    assert.equal(wantOf("b1", B1, `${file}HTTPS_PROXY__b1=\n`).NO_PROXY, "");
+  });
 });
 
 test("a box that cannot be reached is a failure, with its reason and the line that tries it again", async () => {
