@@ -7,13 +7,16 @@ import { rangesOf } from "../lib/node.ts";
 import { report } from "../lib/report.ts";
 import { converge, look, type Step } from "../lib/step.ts";
 
-/** @param known public addresses of the boxes that the settings name; the cluster's own nodes are added. */
-export const firewallFor = (known: readonly string[]): Step => ({
+/**
+ * @param known public addresses of the boxes that the settings name; the cluster's own nodes are added.
+ * @param gone the address of a node that is about to be deleted.
+ */
+export const firewallFor = (known: readonly string[], gone?: string): Step => ({
   name: "firewall",
   options: ["SERVER", "AGENTS", "HOST", "PUBLIC_IP", "SERVER_ARGS"],
   look: () => [clusterLook, firewallLook],
   plan(want, facts) {
-    const joined = nodesOf(facts.nodes).flatMap(({ externalIp }) => externalIp ?? []);
+    const joined = nodesOf(facts.nodes).flatMap(({ externalIp: ip }) => (ip && ip !== gone ? ip : []));
     return firewallPlan(facts, [...new Set([...known, ...joined, want.PUBLIC_IP])].sort(), rangesOf(want));
   },
 });

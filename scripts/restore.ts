@@ -3,13 +3,16 @@
 import { $ } from "zx";
 import * as cli from "../lib/cli.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
+import { closeLook } from "../lib/firewall.ts";
 import { clusterLook, KUBECTL, nodeNameOf, nodesOf, pairs } from "../lib/k3s.ts";
+import { rangesOf } from "../lib/node.ts";
 import { report } from "../lib/report.ts";
-import { SettingError, type Settings, words } from "../lib/settings.ts";
+import { SettingError, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, converge, look, Refusal, type Step } from "../lib/step.ts";
 import { agentSteps, prepareSteps } from "./agent.ts";
 import { hashOf } from "./backup.ts";
+import { firewallFor } from "./firewall.ts";
 import { server } from "./server.ts";
 import { up } from "./up.ts";
 
@@ -103,6 +106,16 @@ echo passwords >>${BASE}/server/restored`,
   },
 };
 
+/** Where the rules of `make firewall` stand they go with the server: from its address of before to `addresses`. */
+export const letIn = (addresses: readonly string[], before: string): Step => {
+  const firewall = firewallFor(addresses, before);
+  return {
+    ...firewall,
+    look: (want) => [...firewall.look(want), `fact ours\n${closeLook(rangesOf(want))}`],
+    plan: (want, facts) => (facts.ours?.trim() ? firewall.plan(want, facts) : []),
+  };
+};
+
 async function restore(call: cli.Call): Promise<number> {
   const { settings, origins } = call;
   if (!settings.BACKUP)
@@ -122,18 +135,31 @@ async function restore(call: cli.Call): Promise<number> {
   const [box] = boxes as [cli.Target];
   if (boxes.length > 1) throw new SettingError(`HOST names ${boxes.length} boxes: expected one`);
   const agents = settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
+  if (agents.some((agent) => agent.host === box.host || agent.ip === box.ip))
+    throw new SettingError(
+      `HOST is ${box.host}, which is one of AGENTS: expected a box that is none (make remove HOST=${box.host}, and take it out of AGENTS)`,
+    );
   const ui = await report([box, ...agents].map(({ name }) => name));
-  const steps = [...prepareSteps, put(settings.BACKUP, await hashOf(settings.BACKUP)), server];
+  const firewall = letIn(
+    [box, ...agents].map(({ ip }) => ip),
+    about.ip,
+  );
+  const steps = [...prepareSteps, put(settings.BACKUP, await hashOf(settings.BACKUP)), firewall, server];
+  /** As every call will be from now on: this box is the server. */
+  const next: cli.Call = {
+    ...call,
+    settings: { ...settings, SERVER: box.word, HOST: "", PUBLIC_IP: "" },
+    addresses: { ...call.addresses, servers: [box.ip] },
+  };
 
-  let learned: Partial<Settings> = {};
   const status = await cli.attempt(call, call.script, box, ui.line(box.name), async (line) => {
-    const job = cli.jobFor(call, box, line);
+    const job = cli.jobFor(next, box, line);
     const facts = await look(job, steps);
     if (call.mode !== "apply") return cli.showPlan(call, box, steps, job, facts);
     const after = await converge(job, steps, facts);
     const forget = [forgotten(about.node, about.ip), unproven];
     await converge(job, forget, await look(job, forget));
-    learned = await cli.learn(call, steps, job, after);
+    Object.assign(next.settings, await cli.learn(call, steps, job, after));
     const values = { SERVER: box.word, K3S_VERSION: about.version };
     const have = readEnv(call.envFile).values;
     for (const [name, value] of Object.entries(values))
@@ -141,21 +167,17 @@ async function restore(call: cli.Call): Promise<number> {
   });
   if (status !== 0 || call.mode !== "apply") return status;
 
-  const after: cli.Call = {
-    ...call,
-    settings: { ...settings, ...learned, SERVER: box.word, HOST: "", PUBLIC_IP: "" },
-    addresses: { ...call.addresses, servers: [box.ip] },
-  };
   // All at once: each waits for the others that the datastore still takes for Ready.
   const followed = await Promise.all(
     agents.map((agent) =>
       cli.attempt(call, "agent", agent, ui.line(agent.name), async (line) => {
-        const job = cli.jobFor(after, agent, line);
-        await converge(job, agentSteps, await look(job, agentSteps));
+        const job = cli.jobFor(next, agent, line);
+        const steps = [firewall, ...agentSteps];
+        await converge(job, steps, await look(job, steps));
       }),
     ),
   );
-  const rest = await up(after);
+  const rest = await up(next);
   return cli.worst([...followed, rest]);
 }
 

@@ -4,8 +4,8 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { Refusal } from "../lib/step.ts";
 import { copied } from "../scripts/backup.ts";
-import { forgotten, put, unproven } from "../scripts/restore.ts";
-import { A1, B1, MODERN, nodes, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import { forgotten, letIn, put, unproven } from "../scripts/restore.ts";
+import { A1, B1, B2, MODERN, nodes, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const facts = prepared(MODERN, { database: "/var/lib/rancher/k3s/server/db/state.db\n" });
 
@@ -111,6 +111,15 @@ describe("a restore", () => {
     assert.deepEqual(unproven.plan(want, { ...facts, restored: "abc\npasswords\n" }), []);
     assert.deepEqual(data.plan(want, { data: "x", restored: "abc\npasswords\n" }), []);
     assert.deepEqual(unproven.plan(want, { ...facts, restored: "" }), [], "a server that was never restored");
+  });
+
+  test("opens the rules of make firewall to the server's new address, where they stand, and closes the old one", () => {
+    const firewall = letIn(["198.51.100.12", B1.ip], A1.ip);
+    const seen = { nodes: nodes(A1, B1, B2), nft: "/usr/sbin/nft\n" };
+    const want = wanted({ PUBLIC_IP: B1.ip });
+    assert.deepEqual(firewall.plan(want, { ...seen, ours: "\n" }), [], "no rules of ours");
+    const [{ sh } = { sh: "" }] = firewall.plan(want, { ...seen, ours: "firewall\n" });
+    assert.match(sh, new RegExp(`elements = \\{ 198\\.51\\.100\\.12, ${B1.ip}, ${B2.ip} \\}`));
   });
 
   const forgets = (ip: string, ...list: Parameters<typeof nodes>) =>
