@@ -2,6 +2,7 @@
 /** Step 2 of 7: a kernel that has WireGuard, where the distro's own has none. The only step that restarts a box. */
 import { run } from "../lib/cli.ts";
 import { drainHere, drainLook, uncordonHere } from "../lib/drain.ts";
+import { byProxy, PROXY_SETTINGS } from "../lib/node.ts";
 import { isEl7, osOf } from "../lib/os.ts";
 import { sh, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -40,7 +41,7 @@ const ROOM = 80;
 
 export const upgradeKernel: Step = {
   name: "upgrade-kernel",
-  options: ["SERVER", "ELREPO_URL", "ELREPO_KERNEL_URL"],
+  options: ["SERVER", "ELREPO_URL", "ELREPO_KERNEL_URL", ...PROXY_SETTINGS],
 
   look: () => [
     moduleLook,
@@ -67,7 +68,7 @@ fi`,
       );
     if (!installed || !facts.tools?.trim())
       return [
-        ...installChanges(want.ELREPO_URL, want.ELREPO_KERNEL_URL),
+        ...installChanges(want.ELREPO_URL, want.ELREPO_KERNEL_URL).map((change) => byProxy(want, change)),
         { ...SET_DEFAULT, lookAgain: true },
       ];
     if (running === installed)
