@@ -4,14 +4,13 @@ import { type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
 import { type Change, type Facts, Refusal } from "./step.ts";
 
+export const PROXY_SETTINGS = ["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"] as const;
 export const NODE_SETTINGS = [
   "NODE_LABELS",
   "NODE_TAINTS",
   "K3S_CONFIG",
   "REGISTRY_MIRRORS",
-  "HTTPS_PROXY",
-  "HTTP_PROXY",
-  "NO_PROXY",
+  ...PROXY_SETTINGS,
 ] as const;
 
 /** Read by modern k3s after config.yaml, which is the user's own (v1.20.7 and v1.21.1 on). */

@@ -2,7 +2,7 @@
 /** Step 1 of 7: a verified k3s binary at /usr/local/bin/k3s, and kubectl beside it. */
 import { run } from "../lib/cli.ts";
 import { binaryLook, K3S, releaseOf } from "../lib/k3s.ts";
-import { byProxy, IMAGES } from "../lib/node.ts";
+import { byProxy, IMAGES, PROXY_SETTINGS } from "../lib/node.ts";
 import { install, osOf } from "../lib/os.ts";
 import { type Settings, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
@@ -25,7 +25,7 @@ const RECORD = `${IMAGES}.txt`;
 
 export const downloadK3s: Step = {
   name: "download-k3s",
-  options: ["K3S_VERSION", "K3S_MIRRORS", "K3S_SHA256", "K3S_BIN", "AIRGAP"],
+  options: ["K3S_VERSION", "K3S_MIRRORS", "K3S_SHA256", "K3S_BIN", "AIRGAP", ...PROXY_SETTINGS],
 
   look: (want) => [
     binaryLook,
@@ -38,13 +38,15 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
   plan(want, facts) {
     const changes: Change[] = [];
     if (!facts.curl?.trim())
-      changes.push({
-        why: "install curl, which downloads and asks the server",
-        sh: install(osOf(facts).manager, ["curl", "ca-certificates"]),
-        seconds: 600,
-        // Only then can the server be asked, before an agent is begun.
-        lookAgain: true,
-      });
+      changes.push(
+        byProxy(want, {
+          why: "install curl, which downloads and asks the server",
+          sh: install(osOf(facts).manager, ["curl", "ca-certificates"]),
+          seconds: 600,
+          // Only then can the server be asked, before an agent is begun.
+          lookAgain: true,
+        }),
+      );
     const have = facts.version?.trim() || undefined;
     if (want.K3S_BIN) {
       // cli.ts has put the file's own hash into K3S_SHA256.

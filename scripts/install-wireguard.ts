@@ -1,7 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 3 of 7: WireGuard's tools, its module where the kernel has none, and proof that an interface can be made. */
 import { run } from "../lib/cli.ts";
-import { byProxy } from "../lib/node.ts";
+import { byProxy, PROXY_SETTINGS } from "../lib/node.ts";
 import { install, isEl7, type Manager, type Os, osOf } from "../lib/os.ts";
 import { SETTINGS, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
@@ -10,7 +10,7 @@ import { moduleLook, wireguardIn } from "./upgrade-kernel.ts";
 
 export const installWireguard: Step = {
   name: "install-wireguard",
-  options: ["ELREPO_URL", "EPEL_URL"],
+  options: ["ELREPO_URL", "EPEL_URL", ...PROXY_SETTINGS],
 
   look: () => [
     moduleLook,

@@ -215,9 +215,10 @@ async function upgrade(call: cli.Call): Promise<number> {
   const to = settings.K3S_VERSION;
   const force = call.flags.has("force");
   const steps = words(settings.STEPS);
-  if (steps.length && [settings, ...Object.values(call.own)].some((of) => of.K3S_BIN || of.K3S_SHA256))
+  const everywhere = [settings, ...Object.values(call.own)];
+  if (steps.length && everywhere.some((of) => of.K3S_BIN || of.K3S_SHA256))
     throw new SettingError("STEPS needs a binary of each release: K3S_BIN and K3S_SHA256 name one");
-  if (settings.K3S_BIN && call.origins.K3S_VERSION === "default")
+  if (everywhere.some((of) => of.K3S_BIN) && call.origins.K3S_VERSION === "default")
     throw new SettingError("K3S_VERSION is not set: expected the release that K3S_BIN is");
   const servers = await cli.targets(call, "SERVER");
   const [server] = servers as [cli.Target];

@@ -2,11 +2,26 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { labelsPlan, noProxy } from "../lib/node.ts";
 import type { Settings } from "../lib/settings.ts";
-import type { Facts } from "../lib/step.ts";
+import type { Facts, Step } from "../lib/step.ts";
 import { agent } from "../scripts/agent.ts";
 import { downloadK3s } from "../scripts/download-k3s.ts";
+import { installWireguard } from "../scripts/install-wireguard.ts";
 import { server } from "../scripts/server.ts";
-import { A1, B1, filesAfter, healthy, MODERN, NOW, nodes, OLD, prepared, wanted } from "./helpers.ts";
+import { upgradeKernel } from "../scripts/upgrade-kernel.ts";
+import {
+  A1,
+  B1,
+  filesAfter,
+  fixture,
+  healthy,
+  MODERN,
+  NOW,
+  nodes,
+  OLD,
+  prepared,
+  shell,
+  wanted,
+} from "./helpers.ts";
 
 const verbs = (step: typeof server, want: Settings, facts: Facts) =>
   step.plan(want, facts).map(({ why }) => why.replace(/: [-+].*| and wait.*/, ""));
@@ -187,6 +202,30 @@ describe("a proxy", () => {
       assert.deepEqual(step.plan(want, well), []);
       assert.deepEqual(verbs(step, { ...want, NO_PROXY: "other.example" }, well).length, 2);
       assert.deepEqual(verbs(step, { ...want, HTTPS_PROXY: "" }, well).length, 2);
+    });
+
+  const el7 = { os: fixture("os-release/centos-7"), kernel: "3.10.0\n", module: "", room: "500\n" };
+  const fetched: [what: string, step: Step, facts: Facts, why: RegExp][] = [
+    ["curl itself", downloadK3s, { curl: "" }, /^install curl/],
+    ["k3s", downloadK3s, { version: "" }, /^download k3s/],
+    ["WireGuard's packages", installWireguard, { tool: "" }, /^install wireguard-tools/],
+    ["ELRepo's key", upgradeKernel, el7, /^import ELRepo's key/],
+    ["the kernel", upgradeKernel, el7, /^install kernel-ml/],
+  ];
+  for (const [what, step, facts, why] of fetched)
+    test(`is how a box fetches ${what}; its password comes in the environment alone`, () => {
+      const release = { ...want, K3S_VERSION: MODERN };
+      const change = step.plan(release, prepared(MODERN, facts)).find((c) => why.test(c.why));
+      assert.ok(change, what);
+      assert.ok(change.secrets?.includes("HTTPS_PROXY"));
+      assert.doesNotMatch(JSON.stringify(change), /hunter2/);
+      // What a program of the change would see.
+      const { stdout } = shell(
+        `HTTPS_PROXY='${want.HTTPS_PROXY}'\n${change.sh.split("\n").slice(0, 2).join("\n")}\nenv | grep -i proxy=`,
+      );
+      assert.match(stdout, /^https_proxy=http:\/\/u:hunter2@proxy\.example:3128$/m);
+      assert.match(stdout, /^no_proxy=mine\.example$/m);
+      assert.ok(step.plan({ ...release, HTTPS_PROXY: "" }, prepared(MODERN, facts)).every((c) => !c.secrets));
     });
 });
 
