@@ -179,7 +179,9 @@ async function remove(call: cli.Call): Promise<number> {
   const [server] = servers as [cli.Target];
   if (boxes.some((box) => box.host === server.host || box.ip === server.ip))
     throw new SettingError(
-      `HOST names the ${servers.length > 1 ? "first " : ""}server, ${server.name}: "make down" removes a whole cluster`,
+      servers.length > 1
+        ? `HOST names the first server, ${server.name}, which agents are told: name another one first in SERVER and "make up", then it can go; "make down" removes a whole cluster`
+        : `HOST names the server, ${server.name}: "make down" removes a whole cluster`,
     );
   const ui = await report(boxes.map((box) => box.name));
   const statuses = [];

@@ -16,8 +16,8 @@ export const server: Step = {
 
   look: () => [
     ...serviceLook("server"),
+    passwordLook,
     `fact token; cat ${NODE_TOKEN} 2>/dev/null
-fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1
 fact sqlite; test -e /var/lib/rancher/k3s/server/db/state.db && echo yes
 fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo yes`,
   ],
@@ -36,9 +36,21 @@ fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo 
 
 const urlOf = (want: Settings) => `https://${want.PUBLIC_IP}:6443`;
 
-/** Is there a server of this datastore already, another one, that agents are told? */
-const isFurther = (want: Settings) =>
-  Boolean(want.K3S_DATASTORE_ENDPOINT && want.K3S_URL && want.K3S_URL !== urlOf(want));
+const nameIn = (word: string) => nameOf(word.split("=")[0] as string);
+
+/**
+ * Is there a server of this datastore already, another one, that agents are told? The first of SERVER never is
+ * such a one: where another is put first, agents follow it.
+ */
+export function isFurther(want: Settings): boolean {
+  const [first] = words(want.SERVER);
+  return Boolean(
+    want.K3S_DATASTORE_ENDPOINT &&
+      want.K3S_URL &&
+      want.K3S_URL !== urlOf(want) &&
+      !(first && nameIn(first) === nameOf(want.HOST)),
+  );
+}
 
 /**
  * Lines of the unit's environment.
@@ -65,34 +77,36 @@ function environment(want: Settings, facts: Facts): string {
  * one of them keeps there is found and decrypted by it. v1.17.6 takes it as it stands, not as K10…::server:PASSWORD,
  * and with none keeps its CAs under the hash of nothing, where a second server with a password finds none (seen).
  */
-function password(want: Settings, facts: Facts): Change[] {
+export function password(want: Settings, facts: Facts): Change[] {
   if (!want.K3S_DATASTORE_ENDPOINT) return [];
   const own = isFurther(want) ? "" : facts.token?.trim();
   const known = (own || want.K3S_TOKEN).split(":").at(-1) as string;
   const have = facts.password?.trim();
   if (known ? have === `600\n${sha256(known)}` : have?.startsWith("600\n")) return [];
-  const from = own
-    ? `$(sed 's/.*://' ${NODE_TOKEN})`
-    : known
-      ? `\${K3S_TOKEN##*:}`
-      : "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')";
-  return [
-    {
-      why: `write ${PASSWORD} (0600)${known ? "" : ", the password of a new cluster"}`,
-      sh: `mkdir -p ${PASSWORD.replace(/\/[^/]*$/, "")}
+  if (own) return [KEEP_PASSWORD];
+  if (known) return [writePassword(`\${K3S_TOKEN##*:}`, { secrets: ["K3S_TOKEN"] })];
+  const made = writePassword("$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')");
+  return [{ ...made, why: `${made.why}, the password of a new cluster` }];
+}
+
+const writePassword = (from: string, more: Partial<Change> = {}): Change => ({
+  why: `write ${PASSWORD} (0600)`,
+  sh: `mkdir -p ${PASSWORD.replace(/\/[^/]*$/, "")}
 password=${from}
 (umask 077; printf %s "$password" >${PASSWORD}.new)
 mv -f ${PASSWORD}.new ${PASSWORD}`,
-      ...(known && !own ? { secrets: ["K3S_TOKEN"] as const } : {}),
-    },
-  ];
-}
+  ...more,
+});
 
 const NODE_TOKEN = "/var/lib/rancher/k3s/server/node-token";
+/** The server's own password goes on being the cluster's. */
+export const KEEP_PASSWORD = writePassword(`$(sed 's/.*://' ${NODE_TOKEN})`);
+/** A fact that \`password\` needs. */
+export const passwordLook = `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`;
 
 /** @throws {SettingError} for a box that would become the server of another cluster. */
 function examine({ settings: want }: Call, boxes: readonly Target[]): void {
-  const names = words(want.SERVER).map((word) => nameOf(word.split("=")[0] as string));
+  const names = words(want.SERVER).map(nameIn);
   const other = boxes.find(({ host, name }) => host && names.length && !names.includes(name));
   if (other && !want.K3S_DATASTORE_ENDPOINT)
     throw new SettingError(

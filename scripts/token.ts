@@ -3,15 +3,17 @@
 import { run } from "../lib/cli.ts";
 import { binaryLook, generationOf, K3S, nodeNameOf, restart } from "../lib/k3s.ts";
 import { type Change, Refusal, type Step } from "../lib/step.ts";
+import { isFurther, KEEP_PASSWORD, password, passwordLook } from "./server.ts";
 
 const SERVER = "/var/lib/rancher/k3s/server";
 
 export const token: Step = {
   name: "token",
-  options: ["SERVER", "PUBLIC_IP", "K3S_TOKEN"],
+  options: ["SERVER", "PUBLIC_IP", "K3S_TOKEN", "K3S_DATASTORE_ENDPOINT"],
 
   look: () => [
     binaryLook,
+    passwordLook,
     `fact token; cat ${SERVER}/node-token 2>/dev/null
 fact rotates; ${K3S} token --help 2>/dev/null | grep -oE '^ +rotate '
 fact running; systemctl is-active k3s 2>/dev/null
@@ -31,19 +33,18 @@ fact door; printf 'user = "node:%s"\n' "$(sed 's/.*://' ${SERVER}/node-token 2>/
       throw new Refusal(
         "SERVER_ARGS gives the server its token, and would bring the old one back: take it out first",
       );
-    if (want.K3S_DATASTORE_ENDPOINT)
-      throw new Refusal(
-        "Servers of an external datastore each hold the token that it is encrypted by: all would have to stop for another",
-      );
     const start = restart(
       "server",
       generationOf(facts.version?.trim() ?? "", facts.flags) ?? "modern",
       nodeNameOf(want.SERVER_ARGS, facts),
       want,
     );
+    const given = password(want, facts);
     // The server lets nodes in by the passwords that it has read at its start (v1.36.3, seen): until then by the old one.
     // Or it is not up: an earlier run may be at it still.
-    if (facts.door?.trim() !== "200") return [start];
+    if (given.length || facts.door?.trim() !== "200") return [...given, start];
+    // What the first server has put into the datastore under the new token, another one finds by no other.
+    if (isFurther(want)) return now === want.K3S_TOKEN ? [] : [start];
     // Another than the env file's, and the door opens by it: a run was cut before it could be learned.
     if (now !== want.K3S_TOKEN) return [];
     return [
@@ -53,11 +54,12 @@ fact door; printf 'user = "node:%s"\n' "$(sed 's/.*://' ${SERVER}/node-token 2>/
         // line. Its warning is in colours.
         sh: `${K3S} token rotate >/dev/null`,
       },
+      ...(want.K3S_DATASTORE_ENDPOINT ? [KEEP_PASSWORD] : []),
       start,
     ];
   },
 
-  learn: (_want, facts) => ({ K3S_TOKEN: facts.token?.trim() ?? "" }),
+  learn: (want, facts) => (isFurther(want) ? {} : { K3S_TOKEN: facts.token?.trim() ?? "" }),
 };
 
 await run(import.meta, {
@@ -65,6 +67,8 @@ await run(import.meta, {
     "Rotates the token that joins boxes to the cluster. Nodes go on running; the next `make up` gives it to them.",
   steps: [token],
   host: "SERVER",
+  // All of them, the first one first.
+  examine() {},
   needs: { K3S_TOKEN: 'what "make server" writes to' },
   nothing: () => "the env file has the server's present token, which the next make up gives to the agents",
 });

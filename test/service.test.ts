@@ -360,6 +360,14 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
     );
   });
 
+  test("that is named first in SERVER teaches its own address: agents follow it from the one that was", () => {
+    const now = { ...other, SERVER: "root@b1 a1", HOST: "b1" };
+    const facts = up({ ...files(other, fresh), password: hash(password) });
+    assert.equal(server.learn?.(now, facts).K3S_URL, `https://${IP}:6443`);
+    assert.deepEqual(server.plan(now, facts), []);
+    assert.deepEqual(server.learn?.({ ...now, HOST: "a1" }, facts), {});
+  });
+
   test("is refused where the cluster would be left behind: in SQLite, or in the datastore", () => {
     assert.match(
       refusal(server, want, { ...fresh, sqlite: "yes\n" }).message,

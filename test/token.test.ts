@@ -1,8 +1,10 @@
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
 import { describe, test } from "node:test";
+import type { Settings } from "../lib/settings.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
 import { token } from "../scripts/token.ts";
-import { MODERN, OLD, prepared, TOKEN, wanted } from "./helpers.ts";
+import { B1, MODERN, OLD, prepared, TOKEN, wanted } from "./helpers.ts";
 
 const facts: Facts = {
   ...prepared(MODERN),
@@ -36,6 +38,37 @@ describe("the token", () => {
     assert.deepEqual(token.learn?.(wanted(), { ...facts, token: `${other}\n` }), { K3S_TOKEN: other });
   });
 
+  describe("of several servers", () => {
+    const sum = (token: string) =>
+      `600\n${createHash("sha256")
+        .update(token.split(":").at(-1) as string)
+        .digest("hex")}\n`;
+    const first = wanted({ K3S_DATASTORE_ENDPOINT: "postgres://u:p@h/k3s", SERVER: "a1 b1", HOST: "a1" });
+    const second = { ...first, HOST: "b1", PUBLIC_IP: B1.ip };
+    const whys = (want: Settings, over: Facts) =>
+      token.plan(want, { ...facts, password: sum(TOKEN), ...over }).map(({ why }) => why.slice(0, 23));
+
+    test("is rotated on the first, which keeps it for its next start", () =>
+      assert.deepEqual(whys(first, {}), [
+        "rotate the token",
+        "write /etc/rancher/k3s/",
+        "restart k3s and wait un",
+      ]));
+    test("is kept there too where a run was cut", () =>
+      assert.deepEqual(whys(first, { token: `${other}\n` }), [
+        "write /etc/rancher/k3s/",
+        "restart k3s and wait un",
+      ]));
+    test("is given to the others, once, also where that was cut before the restart", () => {
+      const told = { ...second, K3S_TOKEN: other };
+      assert.deepEqual(whys(told, {}), ["write /etc/rancher/k3s/", "restart k3s and wait un"]);
+      assert.deepEqual(whys(told, { password: sum(other) }), ["restart k3s and wait un"]);
+      assert.deepEqual(whys(told, { password: sum(other), token: `${other}\n` }), []);
+      assert.deepEqual(token.learn?.(told, facts), {});
+      assert.ok(token.plan(told, facts)[0]?.secrets?.includes("K3S_TOKEN"));
+    });
+  });
+
   const refused: [string, Facts, Parameters<typeof wanted>[0], RegExp][] = [
     [
       "by a k3s that cannot rotate it, with the reason",
@@ -45,12 +78,6 @@ describe("the token", () => {
     ],
     ["where no server runs", { running: "failed\n" }, {}, /No k3s server runs/],
     ["where there is none", { token: "" }, {}, /No k3s server runs/],
-    [
-      "where several servers hold it",
-      {},
-      { K3S_DATASTORE_ENDPOINT: "postgres://u:p@h/k3s" },
-      /external datastore each hold the token/,
-    ],
     [
       "where an argument would bring the old one back",
       {},

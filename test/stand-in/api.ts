@@ -2,7 +2,7 @@
 import { createHash, randomBytes, randomUUID } from "node:crypto";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import type { IncomingMessage } from "node:http";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import type { TLSSocket } from "node:tls";
 import type { Generation } from "./common.ts";
 import type { Deployment, Usage } from "./metrics.ts";
@@ -125,6 +125,14 @@ function nodePasswordOk(c: Cluster, name: string, secret: string): boolean {
   return true;
 }
 
+/** What servers of one datastore have in common: their CAs. */
+export const bootstrap = (c: Cluster): string =>
+  JSON.stringify(
+    Object.fromEntries(
+      [c.ca, c.clientCa].flatMap(({ crt, key }) => [crt, key].map((path) => [basename(path), file(path)])),
+    ),
+  );
+
 /** The server's password, and the nodes' where it is the same, as the file of passwords and the token file have it. */
 function rotateToken(c: Cluster, user: string): Reply {
   const passwd = join(c.credDir, "passwd"),
@@ -139,6 +147,9 @@ function rotateToken(c: Cluster, user: string): Reply {
   writeFileSync(tokenFile, file(tokenFile).replace(/[^:]+$/, `${next}\n`));
   c.state.tokenHash = hash(next);
   c.save();
+  // Servers of one datastore find their CAs there by the token.
+  c.share?.(`/bootstrap/${hash(next)}`, bootstrap(c));
+  c.share?.(`/bootstrap/${hash(old ?? "")}`, undefined);
   return text(200, "");
 }
 

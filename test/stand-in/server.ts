@@ -13,7 +13,7 @@ import {
 import { createServer } from "node:https";
 import { dirname, join } from "node:path";
 import { kubeconfig, runAgent } from "./agent.ts";
-import { answer, type Cluster, hash, putNode, type State, sortedNodes } from "./api.ts";
+import { answer, bootstrap, type Cluster, hash, putNode, type State, sortedNodes } from "./api.ts";
 import { build, DELAY, fatal, type Generation, hostAddress, log, ready, shutdown, sleep } from "./common.ts";
 import { openStore, patiently, type Store } from "./datastore.ts";
 import { list, one, type Values } from "./flags.ts";
@@ -123,7 +123,7 @@ export async function runServer(start: Start): Promise<void> {
     for (const [name, node] of Object.entries(await store.list("/registry/minions/")))
       state.nodes[name] = JSON.parse(node);
   }
-  if (gen === "modern" && state.tokenHash && state.tokenHash !== hash(password)) {
+  if (gen === "modern" && !store && state.tokenHash && state.tokenHash !== hash(password)) {
     log("info", "Shutdown request received");
     fatal(gen, otherToken);
   }
@@ -171,9 +171,7 @@ export async function runServer(start: Start): Promise<void> {
   };
   c.servers = [c.advertised];
   if (store) {
-    const cas = ["server-ca", "client-ca"].flatMap((name) => [`${name}.crt`, `${name}.key`]);
-    const files = JSON.stringify(Object.fromEntries(cas.map((name) => [name, file(join(tls, name))])));
-    await store.put(`/bootstrap/${bootstrapKey}`, files);
+    await store.put(`/bootstrap/${bootstrapKey}`, bootstrap(c));
     await share(c, store, late);
   }
   for (const name of ["client-k3s-controller", "client-kube-proxy", "client-kubelet", "serving-kubelet"])
