@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { sh } from "../../lib/sh.ts";
-import { type Bench, bench, connected, MODERN, nodes, OLD, starts, state } from "./suite.ts";
+import { type Bench, bench, connected, door, MODERN, nodes, OLD, release, starts, state } from "./suite.ts";
 
 const ENDPOINT = "http://k3s:hunter2@203.0.113.254:2379";
 
@@ -108,8 +108,64 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
         env({ K3S_URL, K3S_TOKEN }, "a1");
         await t.says("make server", 2, ["K3S_DATASTORE_ENDPOINT is not set: it would begin an empty one"]);
       });
+
+      test("where another one is put first agents follow it; the one that was can be removed, and joins again", async () => {
+        const { K3S_URL = "", K3S_TOKEN = "" } = t.env();
+        env({ K3S_DATASTORE_ENDPOINT: ENDPOINT, K3S_URL, K3S_TOKEN }, "b1 a1");
+        await t.says("make remove HOST=b1", 2, ["HOST names the first server, b1, which agents are told"]);
+        await t.ok("make -j up");
+        assert.equal(t.env().K3S_URL, "https://198.51.101.11:6443");
+        assert.match(
+          await t.box("b2").sh("cat /etc/systemd/system/k3s-agent.service.env"),
+          /^K3S_URL=https:\/\/198\.51\.101\.11:6443$/m,
+        );
+        await t.cutThenDone("make remove HOST=a1", /a1 +stop k3s, and clear/);
+        assert.equal(await t.box("a1").sh(LEFT), "");
+        assert.deepEqual(Object.keys(await nodes(t.box("b1"))), ["b1", "b2"]);
+        await t.ok("make -j up");
+        await connected(t.lab.boxes);
+      });
+
+      test("have one token, which is rotated on all of them; agents go on running", async () => {
+        if (generation === "old") return void (await t.says("make token", 2, ["cannot rotate its token"]));
+        const before = t.env().K3S_TOKEN as string;
+        const started = await starts(t.box("b2"));
+        const run = await t.cut("make token", /a1 +write .*across-clouds\.token/, "KILL");
+        assert(run.reached, run.text);
+        await t.ok("make token");
+        const now = t.env().K3S_TOKEN as string;
+        for (const name of ["a1", "b1"])
+          for (const [token, answer] of Object.entries({ [before]: "401", [now]: "200" }))
+            assert.equal(await door(t.box(name), token), answer, `${name} ${answer}`);
+        assert.equal(await starts(t.box("b2")), started);
+        await t.ok("make -j up");
+        assert.equal((await t.ok("make -j up")).text.match(/nothing to do/g)?.length, 3);
+      });
+
+      test("are upgraded one at a time, then the agent; also over the border of the generations, and cut", async () => {
+        const to = "v1.36.3+k3s1";
+        await release(t.lab, to);
+        const text = await t.cutThenDone(
+          `make upgrade K3S_VERSION=${to} ${generation === "old" ? "FORCE=1" : ""}`,
+          /a1 +restart k3s and wait/,
+        );
+        assert.match(text, /a1 +done in .*: runs .*\n(.*\n)*b2 +done in .*: runs/);
+        const versions = await t.box("a1").sh("kubectl get nodes --no-headers | awk '{ print $1, $2, $NF }'");
+        assert.equal(versions, ["a1", "b1", "b2"].map((name) => `${name} Ready ${to}\n`).join(""));
+        await connected(t.lab.boxes);
+      });
+
+      test("are all taken down by one call, also when it is cut", async () => {
+        await t.cutThenDone("make down YES=1", /a1 +stop k3s, and clear/);
+        for (const box of t.lab.boxes) assert.equal(await box.sh(LEFT), "", box.name);
+      });
     });
 });
+
+/** What k3s has left on a box. */
+const LEFT = `find /etc /usr/local /var/lib -xdev -name '*k3s*' -o -xdev -name '*rancher*' | grep -v ^/var/lib/systemd || true
+ls /sys/class/net | grep -E 'flannel|cni' || true
+ps -e -o args= | grep '[k]3s server' || true`;
 
 /** etcd's JSON gateway, as far as the stand-in asks it; for whoever has the password. */
 const STORE = `const store = new Map();

@@ -4,7 +4,7 @@ import { statSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import type { Box } from "./lab.ts";
-import { bench, connected, MODERN, nodes, OLD, release, starts } from "./suite.ts";
+import { bench, connected, door, MODERN, nodes, OLD, release, starts } from "./suite.ts";
 
 const t = await bench({ name: "living", boxes: ["a1", "a2", "b1", "b2"], tools: true });
 after(() => t.lab.down());
@@ -47,15 +47,6 @@ const clean = async (boxes: Box[]) => {
     );
 };
 
-/** The command's first run is killed at this point; a second one finishes it, and a third has nothing to do. */
-async function cutThenDone(command: string, at: RegExp) {
-  const run = await t.cut(command, at, "KILL");
-  assert(run.reached, `${command} did not come to ${at}:\n${run.text}`);
-  const { text } = await t.ok(command);
-  await t.says(command, 0, ["nothing to do"]);
-  return text;
-}
-
 const versions = async (server: Box) =>
   (await server.sh("kubectl get nodes --no-headers | awk '{ print $1, $2, $NF }'")).trim().split("\n");
 
@@ -94,7 +85,7 @@ describe("upgrade", () => {
 
   test("goes step by step over the border of the generations, also when it is cut, and confirms the tunnels", async () => {
     const command = `make upgrade K3S_VERSION=${MODERN} STEPS=${NEXT} FORCE=1`;
-    const text = await cutThenDone(command, /b1 +restart k3s-agent and wait/);
+    const text = await t.cutThenDone(command, /b1 +restart k3s-agent and wait/);
     assert.match(text, /^b2 +done in .*: runs v1\.18\.20\+k3s1\n(.*\n)*a1 +drain node a1/m);
     assert.deepEqual(
       await versions(a1),
@@ -117,7 +108,7 @@ describe("remove", () => {
   test("leaves a box as it was before k3s, and no trace of its node; it joins again under a new name", async () => {
     await t.says("make remove HOST=a1", 2, ['"make down" removes a whole cluster']);
     await t.ok("make firewall HOST=b2");
-    await cutThenDone("make remove HOST=b2", /b2 +stop k3s-agent, and clear/);
+    await t.cutThenDone("make remove HOST=b2", /b2 +stop k3s-agent, and clear/);
     await clean([b2]);
     assert.deepEqual(Object.keys(await nodes(a1)), ["a1", "b1"]);
     assert.doesNotMatch(await a1.sh("kubectl -n kube-system get secrets -o name"), /b2/);
@@ -170,17 +161,8 @@ test("token: nodes go on running, the old one lets nobody in, and a cut rotation
   const now = t.env().K3S_TOKEN as string;
   assert.notEqual(now, between);
   assert.equal(now, (await a1.sh("cat /var/lib/rancher/k3s/server/node-token")).trim());
-  for (const [token, door] of [
-    [before, "401"],
-    [between, "401"],
-    [now, "200"],
-  ] as const)
-    assert.equal(
-      await a1.sh(
-        `curl -sk -u node:${token.split(":").at(-1)} -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/config`,
-      ),
-      door,
-    );
+  const doors = await Promise.all([before, between, now].map((token) => door(a1, token)));
+  assert.deepEqual(doors, ["401", "401", "200"]);
   // Twice rotated, twice the server was started anew, since it reads its passwords at its start; agents were not.
   const [server = 0, ...agents] = started;
   assert.deepEqual(await Promise.all([a1, b1, b2].map(starts)), [server + 2, ...agents]);
@@ -214,14 +196,24 @@ describe("backup and restore", () => {
   test("a restore makes a fresh box the server, the agents follow, and the server that was is forgotten", async () => {
     // As if it had been removed and had joined again since: its password is not the backup's.
     await b2.sh("openssl rand -hex 16 >/etc/rancher/node/password");
+    // The agents' firewall knows the old server alone, the new one's not all of the agents.
+    await t.ok('make firewall HOST="b1 b2"');
+    await t.ok("make firewall HOST=a2 AGENTS=b1");
     await a1.off();
-    await t.says(`make restore BACKUP=${file()} HOST=b1`, 2, ["This box runs k3s-agent"]);
-    await cutThenDone(`make restore BACKUP=${file()} HOST=a2`, /a2 +start k3s and wait/);
+    await t.says(`make restore BACKUP=${file()} HOST=b1`, 2, ["HOST is b1, which is one of AGENTS"]);
+    await t.says(`make restore BACKUP=${file()} HOST=b1 AGENTS=b2`, 2, ["This box runs k3s-agent"]);
+    await t.cutThenDone(`make restore BACKUP=${file()} HOST=a2`, /a2 +start k3s and wait/);
     assert.deepEqual(Object.keys(await nodes(a2)), ["a2", "b1", "b2"]);
     await connected([a2, b1, b2]);
     assert.equal(t.env().SERVER, "a2");
     assert.equal(t.env().K3S_URL, "https://198.51.100.12:6443");
     await t.says("make -j up", 0, [/^a2 +nothing to do/m]);
+    for (const box of [a2, b1, b2])
+      assert.match(
+        await box.sh("nft list set inet k3s_across_clouds nodes | tr -d '\\n\\t'"),
+        /elements = \{ 198\.51\.100\.12, 198\.51\.101\.11, *198\.51\.101\.12 \}/,
+        box.name,
+      );
     const written = await a2.sh("kubectl get nodes -o json | grep -c written || true");
     assert.equal(written.trim(), "0", "the old server's node is gone, with what was written to it");
   });
@@ -236,6 +228,6 @@ describe("backup and restore", () => {
 
 test("down asks first, and leaves every box as it was at the beginning", async () => {
   await t.says("make down", 2, ["This removes a whole cluster, and asks first"]);
-  await cutThenDone("make down YES=1", /b2 +stop k3s-agent, and clear/);
+  await t.cutThenDone("make down YES=1", /b2 +stop k3s-agent, and clear/);
   await clean(t.lab.boxes);
 });

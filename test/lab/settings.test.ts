@@ -159,15 +159,17 @@ describe("settings", { concurrency: true }, () => {
         assert.equal(await t.box("b1").sh("ls /etc/rancher/k3s 2>/dev/null || true"), "");
       });
 
-      test("a box downloads by its proxy", async () => {
+      test("a box downloads by its proxy, packages too", async () => {
         const log = join(t.lab.dir, "home/proxy.log");
         await t.ok(
           `node -e ${sh(PROXY)} 3128 ${log} >/dev/null 2>&1 & until grep -q listens ${log} 2>/dev/null; do sleep 0.1; done`,
         );
-        await t.box("b2").sh("rm /usr/local/bin/k3s");
+        await t.box("b2").sh("rm /usr/local/bin/k3s; dpkg -r wireguard-tools");
         env({ HTTP_PROXY__b2: "http://203.0.113.254:3128" });
         await t.ok("make download-k3s HOST=b2");
+        await t.ok("make install-wireguard HOST=b2");
         const asked = readFileSync(log, "utf8");
+        assert.match(asked, /^198\.51\.101\.12 GET http:\/\/203\.0\.113\.82\/.*wireguard-tools_.*\.deb$/m);
         assert.match(asked, /^198\.51\.101\.12 GET http:\/\/203\.0\.113\.81\/k3s-io\/.*\/k3s$/m);
         assert.match(
           asked,

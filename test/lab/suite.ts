@@ -106,10 +106,20 @@ cat "$log"`,
     return { status: Number(status), reached: reached === "yes", text };
   }
 
+  /** The command's first run is killed at this point; a second one finishes it, and a third has nothing to do. */
+  async function cutThenDone(command: string, at: RegExp) {
+    const run = await cut(command, at, "KILL");
+    assert(run.reached, `${command} did not come to ${at}:\n${run.text}`);
+    const { text } = await says(command, 0);
+    await says(command, 0, ["nothing to do"]);
+    return text;
+  }
+
   return {
     lab,
     mirrors,
     cut,
+    cutThenDone,
     env,
     op,
     says,
@@ -204,6 +214,12 @@ export const starts = async (box: Box): Promise<number> =>
     await box.sh(
       "journalctl -b -u k3s -u k3s-agent --no-pager | grep -cE 'systemd\\[1\\]: Starting k3s(-agent)?\\.service' || true",
     ),
+  );
+
+/** How a server answers, on its own box, who comes by this token. */
+export const door = (server: Box, token: string): Promise<string> =>
+  server.sh(
+    `curl -sk -u node:${token.split(":").at(-1)} -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/config`,
   );
 
 export interface NodeSeen {
