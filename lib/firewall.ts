@@ -47,7 +47,7 @@ fact added; ufw show added 2>/dev/null
 fact nft; command -v nft
 fact ruleset; nft list ruleset 2>/dev/null | awk '
   /^table / { print; next } /^\tchain / { text = ""; here = 1 }
-  here { text = text $0 "\n" } /hook (input|forward) / { hooked = here }
+  here { text = text $0 "\\n" } /hook (input|forward) / { hooked = here }
   /^\t}/ { if (hooked) printf "%s", text; here = hooked = 0 }'
 fact script; cat ${SCRIPT} 2>/dev/null
 fact start; cat ${UNIT} 2>/dev/null

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import * as firewall from "../lib/firewall.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
-import { programs, shell, temporary } from "./helpers.ts";
+import { look, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const [A, B] = ["198.51.100.11", "198.51.101.11"];
 const NODES = [A, B];
@@ -193,6 +193,15 @@ describe("nft", () => {
   for (const [name, ruleset, sentences] of cases)
     test(`: ${name} ${sentences ? "blocks" : "blocks nothing"}`, () =>
       assert.equal(blocked({ ruleset }, NODES).length, sentences, blocked({ ruleset }, NODES).join()));
+
+  test("is looked at as nft lists it, less what stands at no hook", () => {
+    const drops = chain("in", "input", "drop", "tcp dport 22 accept");
+    const other = "table ip kube {\n\tchain KUBE-SVC {\n\t\tcounter packets 1 bytes 2 drop\n\t}\n}";
+    const PATH = programs(temporary(), { nft: `cat <<'NFT'\n${other}\n${drops}\nNFT` });
+    const { ruleset } = look([{ look: () => [firewall.firewallLook] }], wanted(), { PATH });
+    assert.equal(ruleset?.trimEnd(), `table ip kube {\n${drops.replace(/\n}$/, "")}`);
+    assert.equal(blocked({ ruleset } as Facts, NODES).length, 1);
+  });
 
   const written = (): Facts => ({
     nft: "/sbin/nft\n",
