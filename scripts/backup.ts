@@ -15,7 +15,7 @@ const FOLDER = "/var/lib/rancher/k3s/backup";
 /** What is put into the archive `id` on the server. Its first file, `about`, says what of. */
 export const copied = (id: string): Step => ({
   name: "backup",
-  options: ["SERVER", "PUBLIC_IP", "BACKUP"],
+  options: ["SERVER", "PUBLIC_IP", "BACKUP", "K3S_DATASTORE_ENDPOINT"],
 
   look: () => [
     binaryLook,
@@ -24,6 +24,10 @@ fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`,
   ],
 
   plan(want, facts): Change[] {
+    if (want.K3S_DATASTORE_ENDPOINT)
+      throw new Refusal(
+        "The cluster is in the database of K3S_DATASTORE_ENDPOINT, which has its own ways of a backup; keep K3S_TOKEN with it, which decrypts the cluster's keys there",
+      );
     if (facts.made?.trim()) return [];
     if (!facts.database?.trim())
       throw new Refusal(

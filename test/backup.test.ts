@@ -38,6 +38,12 @@ describe("a backup", () => {
   test("is refused where there is no SQLite datastore", () =>
     assert.throws(() => copied("x").plan(want, { ...facts, database: "" }), Refusal));
 
+  test("is refused where the cluster is in another database, with what to keep", () =>
+    assert.throws(
+      () => copied("x").plan({ ...want, K3S_DATASTORE_ENDPOINT: "postgres://u:p@h/k3s" }, facts),
+      (error) => error instanceof Refusal && /keep K3S_TOKEN with it/.test(error.message),
+    ));
+
   for (const runs of [true, false])
     test(`of a server that ${runs ? "runs stops it, copies, and lets it go on" : "is down"} holds all that a restore needs, for root only`, () => {
       const { root } = server();
