@@ -1,7 +1,7 @@
 import { clusterLook, DRAINED, K3S, KUBECTL, type Node, nodeNameOf, nodesOf } from "./k3s.ts";
 import type { Settings } from "./settings.ts";
 import { sh } from "./sh.ts";
-import { type Change, type Facts, Refusal } from "./step.ts";
+import { type Change, type Facts, Refusal, type Step } from "./step.ts";
 
 /** Facts about the node that this box is, if it is one; also while k3s is still starting. */
 export const drainLook: string[] = [
@@ -57,6 +57,33 @@ export function drain(node: Node, facts: Facts, force: boolean): Change[] {
 export function uncordon({ name, drained }: Node): Change[] {
   return drained ? [{ why: `let pods come to node ${name} again`, sh: `${ADMIN}\n${givenBack(name)}` }] : [];
 }
+
+/**
+ * A step on the server about the node at a public address, if there is one: another box may have its name.
+ * Its plan throws {Refusal} for an API that does not answer: nothing must be concluded from that.
+ */
+export const onNodeAt = (
+  name: string,
+  ip: string,
+  plan: (node: Node | undefined, facts: Facts) => Change[],
+): Step => ({
+  name,
+  options: [],
+  look: () => [clusterLook],
+  plan(_want, facts) {
+    const nodes = nodesOf(facts.nodes);
+    if (nodes.length === 0) throw new Refusal("The server's API does not answer: make server mends it");
+    return plan(
+      nodes.find((n) => n.externalIp === ip || n.internalIp === ip),
+      facts,
+    );
+  },
+});
+
+export const drainedAt = (ip: string, force: boolean): Step =>
+  onNodeAt("drain", ip, (node, facts) => (node ? drain(node, facts, force) : []));
+export const uncordonedAt = (ip: string): Step =>
+  onNodeAt("uncordon", ip, (node) => (node ? uncordon(node) : []));
 
 /** The node that this box is: its name, what its cluster says of it, and where it may be drained. */
 function nodeHere(want: Settings, facts: Facts) {

@@ -2,24 +2,15 @@
 /** Takes boxes out of the cluster: pods go elsewhere, k3s goes from the box, and the cluster forgets its node. */
 import { Unreachable } from "../lib/box.ts";
 import * as cli from "../lib/cli.ts";
-import { drain } from "../lib/drain.ts";
+import { drainedAt, onNodeAt } from "../lib/drain.ts";
 import { closeAgain, closeLook } from "../lib/firewall.ts";
-import { binaryLook, clusterLook, KUBECTL, type Node, nodeNameOf, nodesOf, unitPath } from "../lib/k3s.ts";
+import { clusterLook, KUBECTL, nodeNameOf, nodesOf, unitPath } from "../lib/k3s.ts";
 import { CLEAR, CLEAR_LOOK } from "../lib/leftovers.ts";
 import { rangesOf } from "../lib/node.ts";
 import { report } from "../lib/report.ts";
 import { SettingError } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
-import {
-  type Change,
-  converge,
-  type Facts,
-  Failure,
-  type Job,
-  look,
-  Refusal,
-  type Step,
-} from "../lib/step.ts";
+import { type Change, converge, type Facts, Failure, type Job, look, type Step } from "../lib/step.ts";
 
 const UNITS = [unitPath("server"), unitPath("agent")];
 const FILES = [
@@ -98,77 +89,50 @@ systemctl reset-failed k3s k3s-agent 2>/dev/null || :`,
   },
 };
 
-/** The cluster's node of a box, by its public address: another box may have its name. */
-const nodeAt = (ip: string, facts: Facts): Node | undefined =>
-  nodesOf(facts.nodes).find((n) => n.externalIp === ip || n.internalIp === ip);
+const PASSWORDS = "/var/lib/rancher/k3s/server/cred/node-passwd";
 
-/** What the server is asked and does about a box that goes; `own` is the name it would join by, where it answers. */
-export function atServer(ip: string, own: string | undefined, force: boolean) {
-  const passwords = "/var/lib/rancher/k3s/server/cred/node-passwd";
-  const looks = () => [
-    binaryLook,
+/**
+ * On the server: the box's node is deleted, and the password by which it proved who it is.
+ * @param own the name that the box would join by, where it answers.
+ */
+export const forgotten = (ip: string, own: string | undefined): Step => ({
+  ...onNodeAt("forget", ip, (node, facts) => {
+    const taken = nodesOf(facts.nodes).some((n) => n.name === own);
+    // Of a node that is gone its password may be left, in a file up to v1.19: whoever comes by its name is rejected.
+    const name = node?.name ?? (taken ? undefined : own);
+    if (!name) return [];
+    const has = (fact: "secrets" | "passwords") => (facts[fact] ?? "").split("\n").includes(name);
+    const deleted = (why: string, what: string) => ({
+      why: `delete ${why} ${name}`,
+      sh: `${KUBECTL}\nkc ${what} --ignore-not-found`,
+    });
+    return [
+      ...(node ? [deleted("node", `delete node ${sh(name)}`)] : []),
+      ...(has("secrets")
+        ? [
+            deleted(
+              "the password secret of",
+              `-n kube-system delete secret ${sh(`${name}.node-password.k3s`)}`,
+            ),
+          ]
+        : []),
+      ...(has("passwords")
+        ? [
+            {
+              why: `delete the password of ${name}`,
+              sh: `(umask 077; awk -F, -v name=${sh(name)} '$2 != name' ${PASSWORDS} >${PASSWORDS}.new)
+mv -f ${PASSWORDS}.new ${PASSWORDS}`,
+            },
+          ]
+        : []),
+    ];
+  }),
+  look: () => [
     clusterLook,
     `fact secrets; kc -n kube-system get secrets -o name 2>/dev/null | sed -n 's/^secret\\/\\(.*\\)\\.node-password\\.k3s$/\\1/p'
-fact passwords; cut -d, -f2 ${passwords} 2>/dev/null`,
-  ];
-  const lines = (text = "") => text.split("\n").filter(Boolean);
-  /** An API that does not answer has no nodes: nothing must be concluded from that. */
-  const answered = (facts: Facts) => {
-    if (nodesOf(facts.nodes).length === 0)
-      throw new Refusal("The server's API does not answer: make server mends it");
-  };
-  const drained: Step = {
-    name: "drain",
-    options: [],
-    look: looks,
-    plan(_want, facts) {
-      answered(facts);
-      const node = nodeAt(ip, facts);
-      return node ? drain(node, facts, force) : [];
-    },
-  };
-  const forgotten: Step = {
-    name: "forget",
-    options: [],
-    look: looks,
-    plan(_want, facts): Change[] {
-      answered(facts);
-      const node = nodeAt(ip, facts);
-      const taken = nodesOf(facts.nodes).some((n) => n.name === own);
-      // Of a node that is gone its password may be left, in a file up to v1.19: whoever comes by its name is rejected.
-      const name = node?.name ?? (taken ? undefined : own);
-      if (!name) return [];
-      return [
-        ...(node
-          ? [
-              {
-                why: `delete node ${name}`,
-                sh: `${KUBECTL}\nkc delete node ${sh(name)} --ignore-not-found`,
-              },
-            ]
-          : []),
-        ...(lines(facts.secrets).includes(name)
-          ? [
-              {
-                why: `delete the password secret of ${name}`,
-                sh: `${KUBECTL}\nkc -n kube-system delete secret ${sh(`${name}.node-password.k3s`)} --ignore-not-found`,
-              },
-            ]
-          : []),
-        ...(lines(facts.passwords).includes(name)
-          ? [
-              {
-                why: `delete the password of ${name}`,
-                sh: `(umask 077; awk -F, -v name=${sh(name)} '$2 != name' ${passwords} >${passwords}.new)
-mv -f ${passwords}.new ${passwords}`,
-              },
-            ]
-          : []),
-      ];
-    },
-  };
-  return { drained, forgotten };
-}
+fact passwords; cut -d, -f2 ${PASSWORDS} 2>/dev/null`,
+  ],
+});
 
 async function remove(call: cli.Call): Promise<number> {
   const { settings, origins } = call;
@@ -201,7 +165,7 @@ async function one(
 ) {
   const [server] = servers as [cli.Target];
   const job = cli.jobFor(call, box, line);
-  const atTheServer = cli.jobFor(call, server, line);
+  const atServer = cli.jobFor(call, server, line);
   const force = call.flags.has("force");
   let facts: Facts | undefined;
   try {
@@ -215,12 +179,11 @@ async function one(
   const { SERVER_ARGS, AGENT_ARGS } = job.want;
   const isServer = servers.some((other) => other.host === box.host);
   const name = facts && nodeNameOf(isServer ? SERVER_ARGS : AGENT_ARGS, facts);
-  const { drained, forgotten } = atServer(box.ip, name, force);
-  const parts: [cli.Target, Job, Step, Facts][] = [];
-  const cluster = await look(atTheServer, [drained]);
-  parts.push([server, atTheServer, drained, cluster]);
+  const [drained, forget] = [drainedAt(box.ip, force), forgotten(box.ip, name)];
+  const cluster = await look(atServer, [drained, forget]);
+  const parts: [cli.Target, Job, Step, Facts][] = [[server, atServer, drained, cluster]];
   if (facts) parts.push([box, job, uninstall, facts]);
-  parts.push([server, atTheServer, forgotten, cluster]);
+  parts.push([server, atServer, forget, cluster]);
   let nothing = true;
   for (const [target, job, step, facts] of parts) {
     if (call.mode !== "apply") cli.showPlan(call, target, [step], job, facts);

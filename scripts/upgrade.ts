@@ -6,10 +6,11 @@
  */
 import { Unreachable } from "../lib/box.ts";
 import * as cli from "../lib/cli.ts";
-import { drain, uncordon } from "../lib/drain.ts";
+import { drainedAt, uncordonedAt } from "../lib/drain.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
 import * as k3s from "../lib/k3s.ts";
 import { CONFIG, REGISTRIES } from "../lib/node.ts";
+import { compare, pathOf, RELEASE } from "../lib/releases.ts";
 import { type Line, report } from "../lib/report.ts";
 import { SettingError, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
@@ -29,81 +30,11 @@ import { downloadAhead } from "./download-k3s.ts";
 import { server as serverStep, serverSteps } from "./server.ts";
 import { up } from "./up.ts";
 
-/** A release of each minor version that one may have to pass through (docs.k3s.io/release-notes, 2026-05). */
-const RELEASES = [
-  ...["v1.18.20+k3s1", "v1.19.16+k3s1", "v1.20.15+k3s1", "v1.21.14+k3s1", "v1.22.17+k3s1", "v1.23.17+k3s1"],
-  ...["v1.24.17+k3s1", "v1.25.16+k3s4", "v1.26.15+k3s1", "v1.27.16+k3s1", "v1.28.15+k3s1", "v1.29.15+k3s1"],
-  ...["v1.30.14+k3s2", "v1.31.14+k3s1", "v1.32.11+k3s3", "v1.33.7+k3s1", "v1.34.2+k3s1", "v1.35.4+k3s1"],
-];
-
-const RELEASE = /^v1\.(\d+)\.(\d+)(?:-rc(\d+))?\+k3s(\d+)$/;
-const minorOf = (version: string) => Number(version.split(".")[1]);
-
-/** Less than 0 where the first release is older. A release candidate comes before its release. */
-export function compare(a: string, b: string): number {
-  const parts = (version: string) => {
-    const [, minor, patch, rc, k3s] = RELEASE.exec(version) ?? [];
-    return [
-      Number(minor),
-      Number(patch),
-      rc === undefined ? Number.POSITIVE_INFINITY : Number(rc),
-      Number(k3s),
-    ];
-  };
-  const [one, other] = [parts(a), parts(b)];
-  for (const [i, x] of one.entries()) {
-    const y = other[i] as number;
-    if (x !== y) return x < y ? -1 : 1;
-  }
-  return 0;
-}
-
-/**
- * The releases to go through from what runs, an older and a newest one where an upgrade was cut, to `to`. What is
- * done of `steps` is left out, so that the same call may be repeated.
- *
- * @throws {SettingError} where steps lead elsewhere, {Refusal} for a way back or a jump, unless forced.
- */
-export function pathOf(
-  running: readonly string[],
-  to: string,
-  steps: readonly string[],
-  force: boolean,
-): string[] {
-  const sorted = [...running].sort(compare);
-  const [from = to, newest = to] = [sorted[0], sorted.at(-1)];
-  const way = steps.at(-1) === to ? steps : [...steps, to];
-  for (const [i, release] of way.entries())
-    if (i > 0 && compare(way[i - 1] as string, release) >= 0)
-      throw new SettingError(
-        `STEPS goes from ${way[i - 1]} to ${release}: expected later and later releases, up to K3S_VERSION`,
-      );
-  if (compare(to, newest) < 0) {
-    if (force) return [to];
-    throw new Refusal(
-      `The cluster runs ${newest}, and a way back to ${to} is not safe: its datastore may hold what the older release cannot read. A backup from before restores the old state; FORCE=1 goes back all the same`,
-    );
-  }
-  const path = way.filter((release) => compare(release, from) > 0);
-  const full: string[] = [];
-  let jumps = false;
-  for (const release of path) {
-    const [before, after] = [minorOf(full.at(-1) ?? from), minorOf(release)];
-    jumps ||= after > before + 1;
-    full.push(...RELEASES.filter((r) => minorOf(r) > before && minorOf(r) < after), release);
-  }
-  if (jumps && !force)
-    throw new Refusal(
-      `From ${from} to ${to} minor versions would be left out, which Kubernetes does not support. Pass through one release of each: STEPS="${full.slice(0, -1).join(" ")}"; FORCE=1 jumps all the same`,
-    );
-  return path;
-}
-
 /** What a node ran before, kept until it is seen to run the new version: its binary, version, and files of settings. */
 const KEPT = "/var/lib/rancher/k3s/before";
 
 /** What concerns one box of the cluster and one release. */
-export function stepsFor(role: k3s.Role, running: string, ip: string, force: boolean) {
+export function stepsFor(role: k3s.Role, running: string, ip: string) {
   const files = [k3s.K3S, k3s.unitPath(role), k3s.envPath(role), CONFIG, REGISTRIES].join(" ");
   const look = () => [
     k3s.binaryLook,
@@ -117,16 +48,6 @@ export function stepsFor(role: k3s.Role, running: string, ip: string, force: boo
   const remove = { why: "forget the old binary and unit", sh: `rm -rf ${KEPT}` };
 
   return {
-    /** On the server. */
-    drained: step("drain", (_want, facts) => {
-      const node = nodeIn(facts);
-      return node ? drain(node, facts, force) : [];
-    }),
-    /** On the server. */
-    uncordoned: step("uncordon", (_want, facts) => {
-      const node = nodeIn(facts);
-      return node ? uncordon(node) : [];
-    }),
     keep: step("keep", (_want, facts) =>
       // A binary that was put there since its start is not what runs: nothing of it is kept.
       facts.kept?.trim() === running || facts.version?.trim() !== running
@@ -231,13 +152,14 @@ async function upgrade(call: cli.Call): Promise<number> {
       cli.attempt(call, call.script, target, ui.line(target.name), async (line) => {
         const role = i < servers.length ? "server" : "agent";
         const job = cli.jobFor(call, target, line);
-        const facts = await look(job, [...stepsOf(role), stepsFor(role, "", target.ip, force).keep]);
+        const facts = await look(job, [...stepsOf(role), stepsFor(role, "", target.ip).keep]);
         members[i] = { target, role, job, facts, line, version: "" };
       }),
     ),
   );
   if (looked.some((status) => status !== 0)) return cli.worst(looked);
   const [first] = members as [Member];
+  let path: string[] = [];
   // As `up` does: the others join by what the first server says, whatever the env file has.
   const checked = await cli.attempt(call, call.script, server, first.line, async () => {
     const nodes = k3s.nodesOf(first.facts.nodes);
@@ -254,19 +176,10 @@ async function upgrade(call: cli.Call): Promise<number> {
         throw new Refusal(`Node ${node.name} runs "${node.version}", which is no release of k3s`);
       member.version = node.version;
     }
+    const running = members.map(({ version }) => version);
+    path = pathOf(running, to, steps, force);
   });
   if (checked !== 0) return checked;
-
-  let path: string[] = [];
-  const found = await cli.attempt(call, call.script, server, first.line, async () => {
-    path = pathOf(
-      members.map((member) => member.version),
-      to,
-      steps,
-      force,
-    );
-  });
-  if (found !== 0) return found;
   if (path.length > 1) first.line.says(`by way of ${path.join(", ")}`);
   // Nothing to go through: a run that was cut may have left a node drained.
   for (const release of path.length ? path : [to]) {
@@ -315,31 +228,30 @@ async function preview(
   first: Member,
   force: boolean,
 ) {
-  const { drained, keep } = stepsFor(role, version, target.ip, force);
-  const facts = await look(job, [...stepsOf(role), keep]);
-  if (version !== job.want.K3S_VERSION) cli.showPlan(call, first.target, [drained], first.job, first.facts);
+  const facts = await look(job, [...stepsOf(role), stepsFor(role, version, target.ip).keep]);
+  if (version !== job.want.K3S_VERSION)
+    cli.showPlan(call, first.target, [drainedAt(target.ip, force)], first.job, first.facts);
   cli.showPlan(call, target, stepsOf(role), job, facts);
 }
 
-async function one(
-  { target, role, job, line, version }: Member,
-  server: Member,
-  force: boolean,
-): Promise<void> {
-  const steps = stepsFor(role, version, target.ip, force);
-  const all = [...stepsOf(role), steps.runs];
-  const atServer = { ...server.job, progress: line };
+async function one(member: Member, first: Member, force: boolean): Promise<void> {
+  const { target, role, job, line, version } = member;
+  const { keep, runs, forget, putBack } = stepsFor(role, version, target.ip);
+  const [drained, uncordoned] = [drainedAt(target.ip, force), uncordonedAt(target.ip)];
+  const all = [...stepsOf(role), runs];
+  const atServer = { ...first.job, progress: line };
+  const does = async (job: Job, step: Step) => await converge(job, [step], await look(job, [step]));
   const release = job.want.K3S_VERSION;
-  const facts = await look(job, [...all, steps.keep]);
-  const cluster = role === "server" ? facts : await look(atServer, [steps.drained]);
+  const facts = await look(job, [...all, keep]);
+  const cluster = role === "server" ? facts : await look(atServer, [drained]);
   if (version === release) {
     // What a run that was cut has left: nothing of it is a reason to put anything back.
     const after = await converge(job, all, facts);
-    const left = facts.kept?.trim() || planAll([steps.uncordoned], job.want, cluster).length;
+    const left = facts.kept?.trim() || planAll([uncordoned], job.want, cluster).length;
     if (after === facts && !left) return;
   } else {
-    await converge(atServer, [steps.drained], cluster);
-    await converge(job, [steps.keep], facts);
+    await converge(atServer, [drained], cluster);
+    await converge(job, [keep], facts);
     try {
       const after = await converge(job, all, facts);
       const node = k3s.nodesOf(after.nodes).find(({ externalIp }) => externalIp === target.ip);
@@ -347,37 +259,27 @@ async function one(
         throw new Failure(`The node runs ${node?.version || "nothing"}, not ${release}`);
     } catch (error) {
       if (error instanceof Unreachable) throw error;
-      throw await undo(error as Failure, { job, atServer, steps, version, name: target.name });
+      const { message, change, output } = error as Failure;
+      const how = await undo().catch(
+        (second: Error) =>
+          `putting ${version} back failed too (${second.message}): it is kept in ${KEPT} on the box`,
+      );
+      throw new Failure(`${message}. The upgrade ends here; ${how}`, change, output);
     }
   }
-  await converge(job, [steps.forget], await look(job, [steps.forget]));
-  await converge(atServer, [steps.uncordoned], await look(atServer, [steps.uncordoned]));
+  await does(job, forget);
+  await does(atServer, uncordoned);
   line.done(false, `runs ${release}`);
-}
 
-/** Puts a node back to what it ran before. Answers why, and how that went. */
-async function undo(
-  error: Failure,
-  {
-    job,
-    atServer,
-    steps,
-    version,
-    name,
-  }: { job: Job; atServer: Job; steps: ReturnType<typeof stepsFor>; version: string; name: string },
-): Promise<Failure> {
-  const want = { ...job.want, K3S_VERSION: version };
-  const how = await (async () => {
-    const facts = await look({ ...job, want }, [steps.putBack]);
+  /** Puts the node back to what it ran before; says how that went. */
+  async function undo(): Promise<string> {
+    const back = { ...job, want: { ...job.want, K3S_VERSION: version } };
+    const facts = await look(back, [putBack]);
     if (!facts.kept?.trim()) return `the box had no binary of ${version} any more, so nothing was put back`;
-    await converge({ ...job, want }, [steps.putBack], facts);
-    await converge(atServer, [steps.uncordoned], await look(atServer, [steps.uncordoned]));
-    return `${name} runs ${version} again`;
-  })().catch(
-    (second: Error) =>
-      `putting ${version} back failed too (${second.message}): it is kept in ${KEPT} on the box`,
-  );
-  return new Failure(`${error.message}. The upgrade ends here; ${how}`, error.change, error.output);
+    await converge(back, [putBack], facts);
+    await does(atServer, uncordoned);
+    return `${target.name} runs ${version} again`;
+  }
 }
 
 await cli.run(import.meta, {

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { ask, clusterOf, LOOKS, tries } from "../lib/cluster.ts";
+import { drainedAt } from "../lib/drain.ts";
 import { closeAgain, firewallLook, firewallPlan, scriptText } from "../lib/firewall.ts";
 import { DRAINED } from "../lib/k3s.ts";
 import { kubelets, made, type Pod, paths } from "../lib/pods.ts";
@@ -10,7 +11,7 @@ import { agentSteps } from "../scripts/agent.ts";
 import { cleared, copied } from "../scripts/backup.ts";
 import { downloadAhead } from "../scripts/download-k3s.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
-import { atServer, uninstall } from "../scripts/remove.ts";
+import { forgotten, uninstall } from "../scripts/remove.ts";
 import { forgotten as forgottenServer, put, unproven } from "../scripts/restore.ts";
 import { serverSteps } from "../scripts/server.ts";
 import { MORE } from "../scripts/status.ts";
@@ -158,7 +159,6 @@ describe("shellcheck finds nothing to say", { skip }, () => {
 
 describe("shellcheck finds nothing to say of living with a cluster", { skip }, () => {
   const want = wanted({ HOST: "b1", K3S_VERSION: "v1.36.3+k3s1" });
-  const { drained, forgotten } = atServer(B1.ip, "b1", true);
   const facts = {
     ...healthy(MODERN, {}),
     left: "/usr/local/bin/k3s\nfirewall\n",
@@ -171,12 +171,18 @@ describe("shellcheck finds nothing to say of living with a cluster", { skip }, (
     ahead: "",
     folder: "yes\n",
   };
-  const upgrade = stepsFor("agent", MODERN, IP, false);
+  const upgrade = stepsFor("agent", MODERN, IP);
   const kept = { ...facts, kept: `${MODERN}\n`, generation: "modern\n", version: "v1.36.3+k3s1" };
   const cases: [Step, Facts][] = [
-    ...[uninstall, drained, forgotten, token, copied("x"), cleared, put("./x.tar.gz", "abc")].map(
-      (step): [Step, Facts] => [step, facts],
-    ),
+    ...[
+      uninstall,
+      drainedAt(B1.ip, true),
+      forgotten(B1.ip, "b1"),
+      token,
+      copied("x"),
+      cleared,
+      put("./x.tar.gz", "abc"),
+    ].map((step): [Step, Facts] => [step, facts]),
     [forgottenServer("b1", B1.ip), facts],
     [unproven, { ...facts, restored: "abc", secrets: "secret/b1.node-password.k3s" }],
     [downloadAhead, facts],

@@ -2,9 +2,10 @@ import assert from "node:assert/strict";
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { dirname } from "node:path";
 import { describe, test } from "node:test";
+import { compare, pathOf } from "../lib/releases.ts";
 import { SettingError } from "../lib/settings.ts";
 import { Refusal } from "../lib/step.ts";
-import { compare, pathOf, stepsFor } from "../scripts/upgrade.ts";
+import { stepsFor } from "../scripts/upgrade.ts";
 import { B1, healthy, MODERN, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const OLD = "v1.17.6+k3s1";
@@ -119,7 +120,7 @@ test("what a node ran is put back as it was: binary, unit, and the files of sett
     "/etc/rancher/k3s/config.yaml.d/across-clouds.yaml",
     "/etc/rancher/k3s/registries.yaml",
   ];
-  const steps = stepsFor("agent", MODERN, B1.ip, false);
+  const steps = stepsFor("agent", MODERN, B1.ip);
   const facts = healthy(MODERN, {}, { version: `${MODERN}\n`, hostname: "b1\n" });
   const run = (text = "") => {
     const own = text
