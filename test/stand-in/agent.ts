@@ -568,6 +568,10 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
     }
   }
 
+  // Of several servers one gives nodes their pods' networks: perhaps another than this node has spoken to.
+  const { podCIDR } = node.spec.podCIDR
+    ? node.spec
+    : await again("flannel", async () => (await own().then((n) => n?.spec.podCIDR && n.spec)) || undefined);
   const failed = (error: unknown): never =>
     gen === "old"
       ? fatal(gen, `flannel exited: ${reason(error)}`)
@@ -587,7 +591,7 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
     try {
       key = publicKey(gen);
       // Modern flannel makes the interface before it tells the others; v1.17's backend tells them first.
-      if (gen === "modern") await bringUp(gen, node.spec.podCIDR, "10.42.0.0/16");
+      if (gen === "modern") await bringUp(gen, podCIDR, "10.42.0.0/16");
     } catch (error) {
       failed(error);
     }
@@ -601,12 +605,11 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
     publicKey: key,
   });
   await again("flannel", () => patch({ metadata: { annotations } }));
-  if (gen === "old" && wireguard) await bringUp(gen, node.spec.podCIDR, "10.42.0.0/16").catch(failed);
+  if (gen === "old" && wireguard) await bringUp(gen, podCIDR, "10.42.0.0/16").catch(failed);
   if (gen === "modern") log("info", "Running flannel backend");
   await sleep(DELAY.start - performance.now());
   const inBox = import.meta.dirname === HOME;
-  if (inBox)
-    startPod(gen, node.spec.podCIDR, list(s.values, "kube-proxy-arg").includes("proxy-mode=nftables"));
+  if (inBox) startPod(gen, podCIDR, list(s.values, "kube-proxy-arg").includes("proxy-mode=nftables"));
   isReady = true;
   await again("Error updating node status", heart);
   if (gen === "modern" && !s.inServer) {

@@ -377,13 +377,17 @@ function createNode(c: Cluster, made: rules.Node, user: rules.User): Reply {
   if (no) return nodeStatus(403, "Forbidden", no, name);
   if (c.state.nodes[name])
     return nodeStatus(409, "AlreadyExists", `nodes ${quote(name)} already exists`, name);
-  const taken = sortedNodes(c).map((n) => n.spec.podCIDR);
-  const podCIDR = rules.podCidr("10.42.0.0/16", taken);
   made.metadata.uid = randomUUID();
   if (c.gen === "old") made.metadata.selfLink = `/api/v1/nodes/${name}`;
-  made.spec = { ...made.spec, podCIDR, podCIDRs: [podCIDR] };
   c.seen.set(name, Date.now());
-  return json(201, putNode(c, made));
+  return json(201, putNode(c, c.servers[0] === c.advertised ? withPodCidr(c, made) : made));
+}
+
+/** What the controller manager gives a node; of several servers that of the first has the lease. */
+export function withPodCidr(c: Cluster, node: rules.Node): rules.Node {
+  const taken = sortedNodes(c).map((n) => n.spec.podCIDR);
+  const podCIDR = rules.podCidr("10.42.0.0/16", taken);
+  return { ...node, spec: { ...node.spec, podCIDR, podCIDRs: [podCIDR] } };
 }
 
 const PATCH_TYPES = ["json-patch+json", "merge-patch+json", "strategic-merge-patch+json"];

@@ -13,7 +13,16 @@ import {
 import { createServer } from "node:https";
 import { dirname, join } from "node:path";
 import { kubeconfig, runAgent } from "./agent.ts";
-import { answer, bootstrap, type Cluster, hash, putNode, type State, sortedNodes } from "./api.ts";
+import {
+  answer,
+  bootstrap,
+  type Cluster,
+  hash,
+  putNode,
+  type State,
+  sortedNodes,
+  withPodCidr,
+} from "./api.ts";
 import { build, DELAY, fatal, type Generation, hostAddress, log, ready, shutdown, sleep } from "./common.ts";
 import { openStore, patiently, type Store } from "./datastore.ts";
 import { list, one, type Values } from "./flags.ts";
@@ -341,6 +350,8 @@ async function share(c: Cluster, store: Store, late: (error: Error) => void): Pr
     }
     for (const name of Object.keys(c.state.nodes))
       if (!(name in nodes) && !own.has(`/registry/minions/${name}`)) delete c.state.nodes[name];
+    if (c.servers[0] === c.advertised)
+      for (const node of sortedNodes(c)) if (!node.spec.podCIDR) putNode(c, withPodCidr(c, node));
     c.state.passwords = { ...c.state.passwords, ...(await store.list("/registry/passwords/")) };
   };
   await pass().catch(late);
