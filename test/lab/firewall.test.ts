@@ -48,7 +48,7 @@ describe("make firewall", { concurrency: 1 }, () => {
       /b2: 1 to do\n {2}1\. nft: open 6443\/tcp, 10250\/tcp and 51820\/udp to 198\.51\.100\.11, /,
     );
     assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), fresh);
-    await t.ok("make firewall");
+    await t.cutThenDone("make firewall", /b2 +nft: open/);
     assert.deepEqual(await doors(), SHUT);
     const done = await Promise.all(t.lab.boxes.map(state));
     await t.says("make firewall", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m, /^b2 +nothing to do/m]);
