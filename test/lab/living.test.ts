@@ -65,6 +65,11 @@ test("old k3s cannot rotate its token, and says why", async () => {
   await t.says("make token", 2, ["k3s v1.17.6+k3s1 cannot rotate its token: that came with v1.25.15"]);
 });
 
+const early = join(t.lab.dir, "home/early.tar.gz");
+test("a backup is made of old k3s", async () => {
+  assert.equal((await t.ok(`make backup BACKUP=${early}`)).out.trim(), early);
+});
+
 describe("upgrade", () => {
   test("is refused for a jump, with the releases to pass through, and a dry run says what a unit loses and gains", async () => {
     await t.says(`make upgrade K3S_VERSION=${MODERN}`, 2, [
@@ -233,5 +238,17 @@ describe("backup and restore", () => {
 test("down asks first, and leaves every box as it was at the beginning", async () => {
   await t.says("make down", 2, ["This removes a whole cluster, and asks first"]);
   await t.cutThenDone("make down YES=1", /b2 +stop k3s-agent, and clear/);
+  await clean(t.lab.boxes);
+});
+
+test("when all boxes are new, a backup is a cluster again: that of old k3s", async () => {
+  await t.ok(`make restore BACKUP=${early} HOST=a2 K3S_VERSION=${OLD}`);
+  assert.deepEqual(
+    await versions(a2),
+    ["a2", "b1", "b2"].map((name) => `${name} Ready ${OLD}`),
+  );
+  await connected([a2, b1, b2]);
+  await t.says("make -j up", 0, [/^a2 +nothing to do/m]);
+  await t.ok("make down YES=1");
   await clean(t.lab.boxes);
 });
