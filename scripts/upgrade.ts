@@ -45,7 +45,6 @@ export function stepsFor(role: k3s.Role, running: string, ip: string) {
     (facts.interfaces ?? "").split("\n").includes(k3s.interfaceOf(generation));
   const nodeIn = (facts: Facts) => k3s.nodesOf(facts.nodes).find((node) => node.externalIp === ip);
   const step = (name: string, plan: Step["plan"]): Step => ({ name, options: [], look, plan });
-  const remove = { why: "forget the old binary and unit", sh: `rm -rf ${KEPT}` };
 
   return {
     keep: step("keep", (_want, facts) =>
@@ -83,7 +82,9 @@ done`,
         },
       ];
     }),
-    forget: step("forget", (_want, facts) => (facts.kept?.trim() ? [remove] : [])),
+    forget: step("forget", (_want, facts) =>
+      facts.kept?.trim() ? [{ why: "forget the old binary and unit", sh: `rm -rf ${KEPT}` }] : [],
+    ),
     putBack: step("put back", (want, facts): Change[] => {
       if (!facts.kept?.trim()) return [];
       const name = k3s.nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);

@@ -239,6 +239,22 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^K3S_TOKEN is not set: expected what "make server" writes for 203\.0\.113\.10, the first server/,
     ],
     [
+      "an upgrade to one box's K3S_BIN, without the release that it is",
+      "upgrade",
+      [],
+      {},
+      "SERVER=root@203.0.113.10\nAGENTS=b1=198.51.101.11\nK3S_BIN__b1=package.json\n",
+      /^K3S_VERSION is not set: expected the release that K3S_BIN is/,
+    ],
+    [
+      "the first of several servers that is to go, with what to do first",
+      "remove",
+      ["--host", "root@203.0.113.10"],
+      { K3S_DATASTORE_ENDPOINT: "mysql://k3s:x@tcp(203.0.113.5:3306)/k3s" },
+      'SERVER="root@203.0.113.10 root@203.0.113.11"\n',
+      /^HOST names the first server, 203\.0\.113\.10, which agents are told: name another one first in SERVER and "make up"/,
+    ],
+    [
       "a K3S_BIN that is not K3S_SHA256's",
       "server",
       ["--k3s-bin", "package.json", "--k3s-sha256", "a".repeat(64)],
