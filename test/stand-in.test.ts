@@ -25,6 +25,7 @@ import {
   logLine,
   versionText,
 } from "./stand-in/common.ts";
+import { patched } from "./stand-in/datastore.ts";
 import { flagTable, incorrectUsage, nodeArgs, parseFlags } from "./stand-in/flags.ts";
 import { age, parse as parseKubectl, table } from "./stand-in/kubectl.ts";
 import { deployPass, packaged, readDeployment, settings } from "./stand-in/metrics.ts";
@@ -879,4 +880,13 @@ describe("the binary's stand-in", () => {
       }
     });
   }
+});
+
+test("what two servers of one datastore change of a node at the same time is kept, of both", () => {
+  const before = { spec: { cordoned: true }, status: { beat: 1, list: [1] }, mark: "x" };
+  const there = { ...before, status: { beat: 2, list: [1] } };
+  assert.deepEqual(patched(there, before, { spec: {}, status: { beat: 1, list: [1, 2] } }), {
+    spec: {},
+    status: { beat: 2, list: [1, 2] },
+  });
 });

@@ -39,6 +39,22 @@ export function openStore(endpoint: string): Store {
   };
 }
 
+type Json = Record<string, unknown>;
+const isObject = (value: unknown): value is Json =>
+  typeof value === "object" && value !== null && !Array.isArray(value);
+
+/** `there` with what changes from `before` to `after`, as a patch would: the rest of it may be another server's. */
+export function patched(there: unknown, before: unknown, after: unknown): unknown {
+  if (!isObject(there) || !isObject(before) || !isObject(after)) return after;
+  const result = { ...there };
+  for (const key of new Set([...Object.keys(before), ...Object.keys(after)])) {
+    if (JSON.stringify(before[key]) === JSON.stringify(after[key])) continue;
+    if (after[key] === undefined) delete result[key];
+    else result[key] = patched(there[key], before[key], after[key]);
+  }
+  return result;
+}
+
 /** Asked again until it answers, as k3s does when it starts. */
 export async function patiently<T>(work: () => Promise<T>, failed: (error: Error) => void): Promise<T> {
   for (;;) {

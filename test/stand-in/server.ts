@@ -24,7 +24,7 @@ import {
   withPodCidr,
 } from "./api.ts";
 import { build, DELAY, fatal, type Generation, hostAddress, log, ready, shutdown, sleep } from "./common.ts";
-import { openStore, patiently, type Store } from "./datastore.ts";
+import { openStore, patched, patiently, type Store } from "./datastore.ts";
 import { list, one, type Values } from "./flags.ts";
 import { deployPass, scrape, stage } from "./metrics.ts";
 import { cloudAddresses, unknownCondition } from "./nodes.ts";
@@ -317,21 +317,33 @@ ${c.gen === "old" ? "preferences: {}\n" : ""}users:
     ${user}
 `;
 
-/** Nodes, passwords and leases of servers by way of the datastore: twice a second, and the last writer wins. */
+/** Nodes, passwords and leases of servers by way of the datastore: twice a second, and what each changes is kept. */
 async function share(c: Cluster, store: Store, late: (error: Error) => void): Promise<void> {
   const writes = new Map<string, Promise<void>>();
+  /** Values as they were last read or written here. */
+  const known = new Map<string, string>();
   /** Keys that were written here since the last pass began: what it reads of them may be older. */
   const own = new Set<string>();
   c.share = (key, value) => {
     own.add(key);
+    const before = known.get(key);
+    if (value === undefined) known.delete(key);
+    else known.set(key, value);
+    const put = async (text: string): Promise<void> => {
+      if (!before || !key.startsWith(NODES)) return store.put(key, text);
+      const there = (await store.list(key))[""];
+      // Another server has deleted it meanwhile.
+      if (!there) return;
+      await store.put(key, JSON.stringify(patched(JSON.parse(there), JSON.parse(before), JSON.parse(text))));
+    };
     const write = (writes.get(key) ?? Promise.resolve())
-      .then(() => (value === undefined ? store.remove(key) : store.put(key, value)))
+      .then(() => (value === undefined ? store.remove(key) : put(value)))
       .catch(late)
       .finally(() => writes.get(key) === write && writes.delete(key));
     writes.set(key, write);
   };
-  const read = new Map<string, string>();
   const LEASE = 15_000;
+  const NODES = "/registry/minions/";
   const pass = async (): Promise<void> => {
     await store.put(`/registry/masterleases/${c.advertised}`, String(Date.now()));
     const leases = await store.list("/registry/masterleases/");
@@ -340,16 +352,20 @@ async function share(c: Cluster, store: Store, late: (error: Error) => void): Pr
       .sort();
     own.clear();
     for (const key of writes.keys()) own.add(key);
-    const nodes = await store.list("/registry/minions/");
+    const nodes = await store.list(NODES);
     for (const [name, text] of Object.entries(nodes)) {
-      if (own.has(`/registry/minions/${name}`) || read.get(name) === text) continue;
-      read.set(name, text);
+      const key = NODES + name;
+      if (own.has(key) || known.get(key) === text) continue;
+      known.set(key, text);
       c.state.nodes[name] = JSON.parse(text);
       // Its kubelet spoke to another server.
       c.seen.set(name, Date.now());
     }
     for (const name of Object.keys(c.state.nodes))
-      if (!(name in nodes) && !own.has(`/registry/minions/${name}`)) delete c.state.nodes[name];
+      if (!(name in nodes) && !own.has(NODES + name)) {
+        delete c.state.nodes[name];
+        known.delete(NODES + name);
+      }
     if (c.servers[0] === c.advertised)
       for (const node of sortedNodes(c)) if (!node.spec.podCIDR) putNode(c, withPodCidr(c, node));
     c.state.passwords = { ...c.state.passwords, ...(await store.list("/registry/passwords/")) };
