@@ -194,13 +194,16 @@ describe("nft", () => {
     test(`: ${name} ${sentences ? "blocks" : "blocks nothing"}`, () =>
       assert.equal(blocked({ ruleset }, NODES).length, sentences, blocked({ ruleset }, NODES).join()));
 
-  test("is looked at as nft lists it, less what stands at no hook", () => {
-    const drops = chain("in", "input", "drop", "tcp dport 22 accept");
-    const other = "table ip kube {\n\tchain KUBE-SVC {\n\t\tcounter packets 1 bytes 2 drop\n\t}\n}";
-    const PATH = programs(temporary(), { nft: `cat <<'NFT'\n${other}\n${drops}\nNFT` });
+  test("is looked at by its chains at a hook: kube-proxy's thousands of rules do not travel", () => {
+    const services = "\tchain KUBE-SVC-X {\n\t\tip daddr 10.43.0.1 jump KUBE-SEP-Y\n\t}";
+    const [mine, other] = [
+      chain("in", "input", "drop", "tcp dport 22 accept"),
+      "table ip nat {\n\tset s {\n\t\ttype ipv4_addr\n\t}\n\n",
+    ];
+    const PATH = programs(temporary(), { nft: `cat <<'X'\n${other}${services}\n}\n${mine}\nX` });
     const { ruleset } = look([{ look: () => [firewall.firewallLook] }], wanted(), { PATH });
-    assert.equal(ruleset?.trimEnd(), `table ip kube {\n${drops.replace(/\n}$/, "")}`);
-    assert.equal(blocked({ ruleset } as Facts, NODES).length, 1);
+    assert.equal(ruleset, `table ip nat {\n${mine.replace(/\n}\n*$/, "")}\n`);
+    assert.equal(blocked({ ruleset }, NODES).length, 1);
   });
 
   const written = (): Facts => ({
