@@ -89,7 +89,14 @@ systemctl reset-failed k3s k3s-agent 2>/dev/null || :`,
   },
 };
 
-const PASSWORDS = "/var/lib/rancher/k3s/server/cred/node-passwd";
+export const PASSWORDS = "/var/lib/rancher/k3s/server/cred/node-passwd";
+
+/** Facts about the cluster's nodes, and of whom a server has the password by which it proves who it is. */
+export const provenLook = [
+  clusterLook,
+  `fact secrets; kc -n kube-system get secrets -o name 2>/dev/null | sed -n 's/^secret\\/\\(.*\\)\\.node-password\\.k3s$/\\1/p'
+fact passwords; cut -d, -f2 ${PASSWORDS} 2>/dev/null`,
+];
 
 /**
  * On the server: the box's node is deleted, and the password by which it proved who it is.
@@ -127,11 +134,7 @@ mv -f ${PASSWORDS}.new ${PASSWORDS}`,
         : []),
     ];
   }),
-  look: () => [
-    clusterLook,
-    `fact secrets; kc -n kube-system get secrets -o name 2>/dev/null | sed -n 's/^secret\\/\\(.*\\)\\.node-password\\.k3s$/\\1/p'
-fact passwords; cut -d, -f2 ${PASSWORDS} 2>/dev/null`,
-  ],
+  look: () => provenLook,
 });
 
 async function remove(call: cli.Call): Promise<number> {

@@ -2,17 +2,19 @@
 /** A server from a backup, on a fresh box at whatever address; the agents follow it there. */
 import { $ } from "zx";
 import * as cli from "../lib/cli.ts";
+import { ask } from "../lib/cluster.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
 import { closeLook } from "../lib/firewall.ts";
-import { clusterLook, KUBECTL, nodeNameOf, nodesOf, pairs } from "../lib/k3s.ts";
+import { KUBECTL, nodeNameOf, pairs } from "../lib/k3s.ts";
 import { rangesOf } from "../lib/node.ts";
 import { report } from "../lib/report.ts";
 import { SettingError, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
-import { type Change, converge, look, Refusal, type Step } from "../lib/step.ts";
+import { type Change, converge, type Job, look, Refusal, type Step } from "../lib/step.ts";
 import { agentSteps, prepareSteps } from "./agent.ts";
 import { hashOf } from "./backup.ts";
 import { firewallFor } from "./firewall.ts";
+import { forgotten, PASSWORDS, provenLook } from "./remove.ts";
 import { server } from "./server.ts";
 import { up } from "./up.ts";
 
@@ -54,25 +56,6 @@ rm -f ${ARRIVED}`,
   },
 });
 
-/** The node of the server that is gone: it would count as a peer of all others until it is found silent. */
-export const forgotten = (node: string, ip: string): Step => ({
-  name: "forget",
-  options: [],
-  look: () => [clusterLook],
-  plan(want, facts): Change[] {
-    const old = nodesOf(facts.nodes).find((n) => n.name === node && n.externalIp === ip);
-    if (!old || ip === want.PUBLIC_IP) return [];
-    return [
-      {
-        why: `delete node ${node}, the server at ${ip} that was`,
-        sh: `${KUBECTL}\nkc delete node ${sh(node)}`,
-      },
-    ];
-  },
-});
-
-const PASSWORDS = `${BASE}/server/cred/node-passwd`;
-
 /**
  * The passwords by which nodes prove who they are, less this box's: a node that joined anew since the backup has
  * another one, and would be rejected for ever (v1.36.3, seen). Each gives its own again as it follows. Once only.
@@ -80,22 +63,18 @@ const PASSWORDS = `${BASE}/server/cred/node-passwd`;
 export const unproven: Step = {
   name: "unproven",
   options: [],
-  look: () => [
-    clusterLook,
-    `fact restored; cat ${BASE}/server/restored 2>/dev/null
-fact secrets; kc -n kube-system get secrets -o name 2>/dev/null | grep '\\.node-password\\.k3s$'`,
-  ],
+  look: () => [...provenLook, `fact restored; cat ${BASE}/server/restored 2>/dev/null`],
   plan(want, facts): Change[] {
     if (!facts.restored || /^passwords$/m.test(facts.restored)) return [];
     const own = nodeNameOf(want.SERVER_ARGS, facts);
     const others = (facts.secrets ?? "")
       .split("\n")
-      .filter((name) => /^secret\/[a-z0-9.-]+$/.test(name) && name !== `secret/${own}.node-password.k3s`);
+      .filter((name) => /^[a-z0-9.-]+$/.test(name) && name !== own);
     return [
       {
         why: "forget the nodes' passwords: those that have joined anew since the backup have others",
         sh: `${KUBECTL}
-${others.map((name) => `kc -n kube-system delete ${sh(name)} --ignore-not-found`).join("\n")}
+${others.map((name) => `kc -n kube-system delete secret ${sh(`${name}.node-password.k3s`)} --ignore-not-found`).join("\n")}
 if [ -e ${PASSWORDS} ]; then
   (umask 077; awk -F, -v name=${sh(own)} '$2 == name' ${PASSWORDS} >${PASSWORDS}.new)
   mv -f ${PASSWORDS}.new ${PASSWORDS}
@@ -152,13 +131,23 @@ async function restore(call: cli.Call): Promise<number> {
     addresses: { ...call.addresses, servers: [box.ip] },
   };
 
+  // A new agent cannot prove that it is the node of its name; one that cannot be reached is said so when it is to
+  // follow. And the server that is gone would count as a peer of all others until it is found silent.
+  const gone = about.ip === box.ip ? [] : [about.ip];
+  const proof = ask("fact proof; test -s /etc/rancher/node/password && echo yes");
+  await Promise.all(
+    agents.map(async (agent) => {
+      const job = cli.jobFor(next, agent, ui.line(agent.name));
+      const facts = await look(job, [proof]).catch(() => undefined);
+      if (facts && !facts.proof?.trim()) gone.push(agent.ip);
+    }),
+  );
   const status = await cli.attempt(call, call.script, box, ui.line(box.name), async (line) => {
     const job = cli.jobFor(next, box, line);
     const facts = await look(job, steps);
     if (call.mode !== "apply") return cli.showPlan(call, box, steps, job, facts);
     const after = await converge(job, steps, facts);
-    const forget = [forgotten(about.node, about.ip), unproven];
-    await converge(job, forget, await look(job, forget));
+    await does(job, ...gone.map((ip) => forgotten(ip, undefined)), unproven);
     Object.assign(next.settings, await cli.learn(call, steps, job, after));
     const values = { SERVER: box.word, K3S_VERSION: about.version };
     const have = readEnv(call.envFile).values;
@@ -166,20 +155,19 @@ async function restore(call: cli.Call): Promise<number> {
       if (have[name] !== value) await updateEnv(call.envFile, { [name]: value });
   });
   if (status !== 0 || call.mode !== "apply") return status;
-
   // All at once: each waits for the others that the datastore still takes for Ready.
   const followed = await Promise.all(
     agents.map((agent) =>
       cli.attempt(call, "agent", agent, ui.line(agent.name), async (line) => {
-        const job = cli.jobFor(next, agent, line);
-        const steps = [firewall, ...agentSteps];
-        await converge(job, steps, await look(job, steps));
+        await does(cli.jobFor(next, agent, line), firewall, ...agentSteps);
       }),
     ),
   );
   const rest = await up(next);
   return cli.worst([...followed, rest]);
 }
+
+const does = async (job: Job, ...steps: Step[]) => await converge(job, steps, await look(job, steps));
 
 /** What a backup says of itself. @throws {SettingError} where it is none, or is damaged. */
 async function aboutOf(file: string): Promise<{ version: string; node: string; ip: string }> {

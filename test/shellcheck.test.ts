@@ -12,7 +12,7 @@ import { cleared, copied } from "../scripts/backup.ts";
 import { downloadAhead } from "../scripts/download-k3s.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
 import { forgotten, uninstall } from "../scripts/remove.ts";
-import { forgotten as forgottenServer, put, unproven } from "../scripts/restore.ts";
+import { put, unproven } from "../scripts/restore.ts";
 import { serverSteps } from "../scripts/server.ts";
 import { MORE } from "../scripts/status.ts";
 import { token } from "../scripts/token.ts";
@@ -183,8 +183,7 @@ describe("shellcheck finds nothing to say of living with a cluster", { skip }, (
       cleared,
       put("./x.tar.gz", "abc"),
     ].map((step): [Step, Facts] => [step, facts]),
-    [forgottenServer("b1", B1.ip), facts],
-    [unproven, { ...facts, restored: "abc", secrets: "secret/b1.node-password.k3s" }],
+    [unproven, { ...facts, restored: "abc", secrets: "b1" }],
     [downloadAhead, facts],
     [upgrade.keep, facts],
     [upgrade.runs, facts],
