@@ -43,7 +43,8 @@ fact door; printf 'user = "node:%s"\n' "$(sed 's/.*://' ${SERVER}/node-token 2>/
     // The server lets nodes in by the passwords that it has read at its start (v1.36.3, seen): until then by the old one.
     // Or it is not up: an earlier run may be at it still.
     if (given.length || facts.door?.trim() !== "200") return [...given, start];
-    // What the first server has put into the datastore under the new token, another one finds by no other.
+    // What the first server has put into the datastore under the new token, another one finds by no other (v1.36.3 over
+    // PostgreSQL, seen).
     if (isFurther(want)) return now === want.K3S_TOKEN ? [] : [start];
     // Another than the env file's, and the door opens by it: a run was cut before it could be learned.
     if (now !== want.K3S_TOKEN) return [];
