@@ -80,8 +80,10 @@ export const onNodeAt = (
   },
 });
 
+/** `drain` on the server. */
 export const drainedAt = (ip: string, force: boolean): Step =>
   onNodeAt("drain", ip, (node, facts) => (node ? drain(node, facts, force) : []));
+/** `uncordon` on the server. */
 export const uncordonedAt = (ip: string): Step =>
   onNodeAt("uncordon", ip, (node) => (node ? uncordon(node) : []));
 

@@ -9,6 +9,7 @@ const RELEASES = [
   ...["v1.30.14+k3s2", "v1.31.14+k3s1", "v1.32.11+k3s3", "v1.33.7+k3s1", "v1.34.2+k3s1", "v1.35.4+k3s1"],
 ];
 
+/** A release of k3s: its minor version, patch, release candidate if it is one, and k3s's own count. */
 export const RELEASE = /^v1\.(\d+)\.(\d+)(?:-rc(\d+))?\+k3s(\d+)$/;
 const minorOf = (version: string) => Number(version.split(".")[1]);
 
