@@ -6,6 +6,7 @@ import { type Call, jobFor, type Target, targets } from "./cli.ts";
 import { diagnose } from "./diagnosis.ts";
 import { type Ill, MEANT } from "./journal.ts";
 import {
+  address as addressIn,
   KUBECTL,
   type Node,
   nodeNameOf,
@@ -206,7 +207,8 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
     .map(pairs)
     .find(({ Id }) => Id === `${unitOf(role)}.service`);
   const started = Number(unit?.MainPID) ? Number(unit?.ExecMainStartTimestampMonotonic) / 1e6 : 0;
-  const [wg, mtu, key] = facts.wg?.trim().split("\n").at(-1)?.split(" ") ?? [];
+  const [, wg, mtu, key] =
+    [...(facts.wg ?? "").matchAll(/^(flannel\.1|flannel-wg) (\d{3,5}) ?([\w+/=]*)$/gm)].at(-1) ?? [];
   const memory = Object.fromEntries(
     [...(facts.memory ?? "").matchAll(/^(\w+):\s+(\d+)/gm)].map((m) => [m[1], Number(m[2])]),
   );
@@ -238,7 +240,7 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
           name: wg,
           mtu: Number(mtu),
           key: key ?? "",
-          address: addresses.find(([, device]) => device === wg)?.[3]?.split("/")[0],
+          address: addressIn(addresses.find(([, device]) => device === wg)?.[3]?.split("/")[0]),
         }
       : undefined,
     cniMtu: numberOf(facts.cni?.trim()),

@@ -361,25 +361,31 @@ describe("a line of the env file for one box", () => {
       ),
     );
     assert.equal(settings.AGENT_ARGS, "--all");
-    assert.deepEqual(own, {
-      "cloud-b": { AGENT_ARGS: "--one --two", PROXY_MODE: "nftables" },
-      "203.0.113.9": { AGENT_ARGS: "" },
-      a1: { SERVER_ARGS: "--disable=traefik" },
-    });
+    assert.deepEqual(
+      { ...own },
+      {
+        "cloud-b": { AGENT_ARGS: "--one --two", PROXY_MODE: "nftables" },
+        "203.0.113.9": { AGENT_ARGS: "" },
+        a1: { SERVER_ARGS: "--disable=traefik" },
+      },
+    );
   });
 
   test("gives way to a flag or a variable, which are for this call", () => {
     const path = written(`${base}AGENT_ARGS__b1=--one\n`);
-    assert.deepEqual(settle({}, { AGENT_ARGS: "--x" }, path).own, {});
-    assert.deepEqual(settle({ "agent-args": "--x" }, {}, path).own, {});
+    assert.deepEqual({ ...settle({}, { AGENT_ARGS: "--x" }, path).own }, {});
+    assert.deepEqual({ ...settle({ "agent-args": "--x" }, {}, path).own }, {});
   });
 
   test("may be of a box that only this call names, and of this machine", () => {
     const path = written(`SERVER=\nAGENT_ARGS__b9=--nine\nSERVER_ARGS__${hostname()}=--here\n`);
-    assert.deepEqual(settle({ host: "root@b9" }, {}, path).own, {
-      b9: { AGENT_ARGS: "--nine" },
-      [hostname()]: { SERVER_ARGS: "--here" },
-    });
+    assert.deepEqual(
+      { ...settle({ host: "root@b9" }, {}, path).own },
+      {
+        b9: { AGENT_ARGS: "--nine" },
+        [hostname()]: { SERVER_ARGS: "--here" },
+      },
+    );
   });
 
   const wrong: [name: string, line: string, message: RegExp][] = [
