@@ -41,8 +41,8 @@ export interface Box {
 /** Printed by a box before anything else runs there: what comes without it is ssh's or sudo's word. */
 export const BEGIN = "k3s-across-clouds: begin";
 
-/** What a box may say on one trip, in bytes: the JSON of a thousand nodes is a fifth of it. */
-const MUCH = 100e6;
+/** What a box may say on one trip, in bytes: the JSON of a thousand nodes is half of it. */
+const MUCH = 32e6;
 
 let sockets: string | undefined;
 const opened = new Set<string>();

@@ -36,14 +36,16 @@ export function generationOf(version: string, flags?: string): Generation | unde
 /** Facts about the binary: its version, and for the releases in between what its help has of the modern way. */
 export const binaryLook = `said=$(${K3S} --version 2>/dev/null)
 fact version; echo "$said" | sed -n 's/^k3s version \\(v[^ ]*\\).*/\\1/p'
-fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-external-ip|wireguard-native' ;; esac
+fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-(backend|external-ip)|wireguard-native' ;; esac
 `;
 
 /** Which k3s the box will run: the wanted release, or what a pushed K3S_BIN said of itself. */
 export function releaseOf(want: Settings, facts: Facts): { version: string; generation?: Generation } {
   const installed = facts.version?.trim();
   const version = want.K3S_BIN ? (installed ?? "") : want.K3S_VERSION;
-  const generation = generationOf(version, installed === version ? facts.flags : undefined);
+  // Every release's help has --flannel-backend: one without it is no help.
+  const asked = installed === version && facts.flags?.includes("--flannel-backend");
+  const generation = generationOf(version, asked ? facts.flags : undefined);
   return generation ? { version, generation } : { version };
 }
 

@@ -289,6 +289,7 @@ const FORMS: Record<string, RegExp> = {
   hostname: /^[\w.-]{1,64}$/,
   arch: /^\w{1,20}$/,
   kernel: /^\d[\w.+~-]{0,100}$/,
+  addresses: /^(\d+: +\S+ +inet \d[^\n]*(\n|$))+$/,
 };
 
 /** @throws {Failure} for a box whose answers are none: nothing is planned on them. */

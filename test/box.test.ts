@@ -183,9 +183,9 @@ describe("a box over ssh", () => {
     assert.deepEqual([known("NONE").stdout, known("NONE").stderr], ["", ""]);
   });
 
-  test("that says more than it can have to say is left, and so is one that never ends a line", async () => {
-    for (const command of ["yes", "tr '\\0' x </dev/zero"])
-      await assert.rejects(run("b1", command), /said more than 100 MB/);
+  test("that says more than it can have to say is left, and so is one whose line never ends", async () => {
+    for (const command of [`yes ${"y".repeat(9999)}`, "tr '\\0' x </dev/zero"])
+      await assert.rejects(run("b1", command), /The box said more than 32 MB/);
   });
 
   test("has the address that ssh's own settings name", async () => {

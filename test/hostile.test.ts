@@ -1,0 +1,369 @@
+/**
+ * Hostile input, made up by fast-check: values that a person, a file or a variable could hold, and answers that a box
+ * could give. SEED=n makes up others than every run does; a failure prints what reproduces it.
+ */
+import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
+import { chmodSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import fc from "fast-check";
+import { type Box, closeAll, open, Unreachable } from "../lib/box.ts";
+import { clusterOf, LOOKS, type Member, tries } from "../lib/cluster.ts";
+import { diagnose } from "../lib/diagnosis.ts";
+import { closeAgain, closeLook } from "../lib/firewall.ts";
+import { rangesOf } from "../lib/node.ts";
+import { plain, redacted } from "../lib/report.ts";
+import {
+  flagOf,
+  NAMES,
+  SETTINGS,
+  SettingError,
+  type SettingName,
+  type Settings,
+  settle,
+} from "../lib/settings.ts";
+import { sh } from "../lib/sh.ts";
+import {
+  type Change,
+  type Facts,
+  Failure,
+  type Job,
+  look,
+  lookScript,
+  Refusal,
+  type Step,
+  whole,
+} from "../lib/step.ts";
+import { agentSteps } from "../scripts/agent.ts";
+import { annotateAs } from "../scripts/annotate.ts";
+import { reportOf } from "../scripts/check.ts";
+import { downloadAhead } from "../scripts/download-k3s.ts";
+import { firewallFor } from "../scripts/firewall.ts";
+import { fixMetrics } from "../scripts/fix-metrics.ts";
+import { atServer, uninstall } from "../scripts/remove.ts";
+import { serverSteps } from "../scripts/server.ts";
+import { statusOf } from "../scripts/status.ts";
+import { token } from "../scripts/token.ts";
+import {
+  A1,
+  B1,
+  fixture,
+  healthy,
+  IP,
+  MODERN,
+  member,
+  nodes,
+  OLD,
+  prepared,
+  program,
+  programs,
+  shell,
+  TOKEN,
+  temporary,
+  wanted,
+} from "./helpers.ts";
+
+const seed = Number(process.env.SEED ?? 8);
+fc.configureGlobal({ seed, numRuns: 40, includeErrorInReport: true });
+
+/** A command that must never run, in all the ways in which a shell would be led to it. */
+const COMMANDS = [
+  "$(canary)",
+  "`canary`",
+  ";canary",
+  "|canary",
+  "&canary&",
+  "\ncanary\n",
+  "'$(canary)'",
+  '"$(canary)"',
+  "';canary;'",
+  "';canary #",
+  "${x:-$(canary)}",
+  "||canary",
+  ")canary",
+  "EOF\ncanary",
+  "\r\ncanary",
+];
+const PIECES = [
+  ...COMMANDS,
+  ..."'\"`$\\;|&<>()[]{}*?~#!%=:@/, \t\n\r\0".split(""),
+  "-oProxyCommand=canary",
+  "--",
+  "-",
+  "../../etc/passwd",
+  "[2001:db8::1]",
+  "fe80::1%eth0",
+  "203.0.113.0/24",
+  "0x7f.1",
+  "010.1.1.1",
+  "3405803777",
+  "\u001b[2J",
+  "\u009b31m",
+  "\u0007",
+  "\u202e",
+  "\u2066",
+  "\u200b",
+  "\u2028",
+  "\u0085",
+  "\ufeff",
+  "\ufffd",
+  "\ud800",
+  "__proto__",
+  "constructor",
+  "汉字",
+];
+const piece = fc.oneof(
+  { weight: 4, arbitrary: fc.constantFrom(...PIECES) },
+  fc.string({ unit: "binary", maxLength: 8 }),
+);
+/** A value near enough to a right one to get far: its example with something in it, or in place of a part of it. */
+const spoilt = (example: string) =>
+  fc
+    .tuple(fc.nat(example.length), fc.nat(4), fc.array(piece, { minLength: 1, maxLength: 3 }))
+    .map(([at, gone, pieces]) => example.slice(0, at) + pieces.join("") + example.slice(at + gone));
+const anyValue = (name: SettingName) =>
+  fc.oneof(
+    { weight: 6, arbitrary: spoilt(SETTINGS[name].example) },
+    { weight: 2, arbitrary: fc.array(piece, { maxLength: 4 }).map((pieces) => pieces.join("")) },
+  );
+
+/** Of what a terminal would show as one line, and as it stands. */
+const oneLine = (text: string) => {
+  assert.doesNotMatch(plain(text), /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/u);
+  assert.ok(text.length < 1500, `${text.length} characters`);
+};
+
+const folder = temporary();
+const envFile = join(folder, ".env");
+const BASE = "SERVER=a1\nAGENTS=b1\n";
+
+/** The refusal of settings, or what they are. */
+function settled(flags: Record<string, string>, env: Record<string, string>, file: string | Buffer = BASE) {
+  writeFileSync(envFile, file);
+  try {
+    return settle(flags, env, envFile);
+  } catch (error) {
+    assert.ok(error instanceof SettingError, (error as Error).stack);
+    return error.message;
+  }
+}
+
+describe(`a setting made up with seed ${seed}`, () => {
+  for (const name of NAMES) {
+    const { secret, shared, ambient } = SETTINGS[name] as { secret?: true; shared?: true; ambient?: true };
+    test(`${name} is taken as it stands or refused in one line that names where it came from`, () => {
+      fc.assert(
+        fc.property(anyValue(name), (made) => {
+          const value = secret ? `${made}hunter2` : made;
+          const cases: [Record<string, string>, Record<string, string>, string, string][] = [
+            [{ [flagOf(name)]: value }, {}, BASE, `flag --${flagOf(name)}`],
+            [
+              {},
+              ambient ? { [name]: value, MAKEFLAGS: ` ${name}=` } : { [name]: value },
+              BASE,
+              `variable ${name}`,
+            ],
+          ];
+          for (const [flags, env, file, origin] of cases) {
+            const said = settled(flags, env, file);
+            if (typeof said !== "string") {
+              assert.equal(said.settings[name], value.trim());
+              continue;
+            }
+            assert.ok(said.includes(`(${origin})`), said);
+            oneLine(said);
+            if (secret) assert.doesNotMatch(said, /hunter2/);
+          }
+        }),
+      );
+    });
+
+    test(`${name} in the env file, for all boxes or for one, the same`, () => {
+      fc.assert(
+        fc.property(anyValue(name), fc.constantFrom("", "'", '"', "`"), fc.boolean(), (value, quote, one) => {
+          const key = one && !shared ? `${name}__b1` : name;
+          const said = settled({}, {}, `# first\n${key}=${quote}${value}${quote}\n${BASE}`);
+          // A value with a newline may be lines of its own, with keys that are none.
+          if (typeof said !== "string") return;
+          assert.ok(said.includes(envFile), said);
+          oneLine(said.replace(envFile, ""));
+        }),
+      );
+    });
+  }
+
+  test("of a megabyte is refused at once, wherever it comes from", () => {
+    for (const name of NAMES)
+      for (const c of "x'\n ") {
+        const value = `x${c.repeat(1 << 20)}x`;
+        const { shared } = SETTINGS[name] as { shared?: true };
+        for (const said of [
+          settled({ [flagOf(name)]: value }, {}),
+          settled({}, {}, `${BASE}${name}${shared ? "" : "__b1"}="${value}"\n`),
+        ]) {
+          assert.ok(typeof said === "string", name);
+          oneLine(said);
+        }
+      }
+  });
+
+  test("in an env file of any bytes it is never half read: other encodings are refused with their line", () => {
+    fc.assert(
+      fc.property(fc.uint8Array({ minLength: 1, maxLength: 20 }), (bytes) => {
+        const file = Buffer.concat([Buffer.from(`${BASE}K3S_BIN=./`), bytes, Buffer.from("\n")]);
+        const said = settled({}, {}, file);
+        if (typeof said === "string") oneLine(said.replace(envFile, ""));
+        else
+          assert.ok(!said.settings.K3S_BIN.includes("\ufffd") || file.toString() === file.toString("utf8"));
+      }),
+    );
+  });
+});
+
+/** States of a box in which every change of these steps is planned. */
+function plans(want: Settings, version: string): { steps: readonly Step[]; facts: Facts }[] {
+  const cluster = { nodes: nodes(A1, B1), peers: "" };
+  const fresh = prepared(version, { curl: "", version: "", kubectl: "", tool: "", loaded: "" });
+  const el7 = { os: fixture("os-release/centos-7"), kernel: "3.10.0\n", module: "", tool: "" };
+  const firewalld = { firewalld: "running\n", zone: "public\n", target: "default\n", ports: "10250/tcp\n" };
+  const ufw = { ufw: "Status: active\nDefault: deny (incoming)\n", added: "ufw allow 10250/tcp\n" };
+  const server = [...serverSteps, fixMetrics];
+  const roles = [server, agentSteps].flatMap((steps) =>
+    [
+      fresh,
+      { ...fresh, ...el7, room: "900" },
+      prepared(version, { ...el7, "kernel-ml": "5.7.7\n", tools: "yes\n", entry: "5.7.7\n" }),
+      healthy(version, {}, { ...cluster, service: "", unit: "ExecStart=x \\\n    --node-label=old=1\n" }),
+    ].map((facts) => ({ steps, facts })),
+  );
+  const rest = [
+    ...[{ nft: "/usr/sbin/nft\n" }, firewalld, ufw].map((facts): [Step, Facts] => [firewallFor([IP]), facts]),
+    ...[uninstall, ...Object.values(atServer(B1.ip, "b1", true))].map((step): [Step, Facts] => [
+      step,
+      { left: "x\n" },
+    ]),
+    [token, { token: TOKEN, running: "active", rotates: "rotate", door: "200" }] as [Step, Facts],
+    [
+      {
+        ...token,
+        plan: () => [{ why: "x", sh: `${closeLook(rangesOf(want))}\n${closeAgain(rangesOf(want))}` }],
+      },
+      {},
+    ] as [Step, Facts],
+    [downloadAhead, { version: "" }] as [Step, Facts],
+  ];
+  return [
+    ...roles,
+    ...rest.map(([step, facts]) => ({
+      steps: [step],
+      facts: healthy(version, {}, { ...cluster, ...facts }),
+    })),
+  ];
+}
+
+/** What these steps would do; a step that refuses does nothing. */
+const planned = (steps: readonly Step[], want: Settings, facts: Facts): Change[] =>
+  steps.flatMap((step) => {
+    try {
+      return step.plan(want, facts);
+    } catch (error) {
+      if (error instanceof Refusal || error instanceof SettingError) return [];
+      throw error;
+    }
+  });
+
+/**
+ * Runs pieces of shell as nobody and with no program at hand, and answers what \`canary\` was called with. What a
+ * program would be given does not matter here: only what the shell itself takes for a command.
+ */
+function sings(pieces: readonly string[]): string {
+  const trace = join(temporary(), "trace");
+  writeFileSync(trace, "");
+  chmodSync(join(trace, ".."), 0o711);
+  chmodSync(trace, 0o666);
+  const script = `exec 9>>${sh(trace)}
+PATH=/nonexistent; n=0
+canary() { echo "canary $*" >&9; }
+sleep() { n=$((n + 1)); [ $n -lt 3 ] || exit; }
+timeout() { while [ "$1" = -k ]; do shift 2; done; shift; "$@"; }
+say() { :; }; early() { :; }; beat() { :; }; fact() { :; }; m=mark
+${pieces.map((text) => `(\n${text.replace(/\bexit ([0-9]+|"\$\w+")/g, ":")}\n) </dev/null >/dev/null 2>&1\n`).join("")}
+echo "the end" >&9`;
+  const nobody = process.getuid?.() === 0 ? { uid: 65534, gid: 65534 } : {};
+  const { status, signal } = spawnSync("sh", {
+    input: script,
+    timeout: 30_000,
+    stdio: ["pipe", "ignore", "ignore"],
+    ...nobody,
+  });
+  const heard = readFileSync(trace, "utf8");
+  assert.ok(heard.endsWith("the end\n"), `the shell did not come to its end: ${status ?? signal}`);
+  return heard.replace("the end\n", "");
+}
+
+/** A change and what is put before it where it is sent. */
+const sent = (want: Settings, { sh: text, secrets = [] }: Change) =>
+  `${secrets.map((name) => `${name}=${sh(want[name])}\n`).join("")}${text}`;
+
+/** Arguments, and the text of a file, may hold most of what a shell would go by. */
+const hostileArgs = fc
+  .array(
+    fc.tuple(
+      fc.constantFrom(
+        "",
+        "--x=",
+        "--cluster-cidr=",
+        "--service-cidr ",
+        "--cluster-domain=",
+        "--node-name=",
+        "--tls-san ",
+      ),
+      fc.constantFrom(...COMMANDS, "$(canary)x", "*", "~", "{a,b}"),
+    ),
+    { maxLength: 4 },
+  )
+  .map((list) => list.map((words) => words.join("")).join(" "));
+
+describe(`what is sent to a box, made up with seed ${seed}`, () => {
+  test("the shell that tries it out hears a command that is run, in a value or at the end of a piece", () => {
+    assert.equal(sings(["x=$(canary one)", "false || exit 1; canary two"]), "canary one\ncanary two\n");
+    assert.equal(sings([`printf %s ${sh("$(canary)';canary")}`]), "");
+  });
+
+  for (const version of [OLD, MODERN])
+    test(`never runs what a setting holds, ${version}`, () => {
+      let tried = 0;
+      const values = fc.record(
+        Object.fromEntries(
+          NAMES.map((name) => [
+            name,
+            /_ARGS$/.test(name) ? fc.oneof(hostileArgs, anyValue(name)) : anyValue(name),
+          ]),
+        ),
+      );
+      fc.assert(
+        fc.property(values, fc.array(fc.constantFrom(...PIECES)), (made, text) => {
+          const want = wanted({ K3S_VERSION: version });
+          for (const [name, value] of Object.entries(made) as [SettingName, string][]) {
+            const said = settled({ [flagOf(name)]: value, "k3s-datastore-endpoint": "mysql://x" }, {});
+            if (typeof said === "string" || /^(K3S_VERSION|PUBLIC_IP)$/.test(name)) continue;
+            want[name] = said.settings[name] || want[name];
+            if (value.includes("canary")) tried++;
+          }
+          // cli.ts puts the file's text and its hash in their places.
+          if (version === MODERN) want.K3S_CONFIG = text.join("").replaceAll("\0", "");
+          if (want.K3S_BIN) want.K3S_SHA256 = "a".repeat(64);
+          if (want.AIRGAP && want.K3S_BIN)
+            want.AIRGAP = `yes\n${"b".repeat(64)} ${want.K3S_BIN}/k3s-airgap-images-amd64.tar`;
+          const pieces = plans(want, version).flatMap(({ steps, facts }) => [
+            lookScript(steps, want, "mark"),
+            ...planned(steps, want, facts).map((change) => sent(want, change)),
+          ]);
+          assert.equal(sings([...new Set(pieces)]), "");
+        }),
+        { numRuns: 12 },
+      );
+      assert.ok(tried > 12, `${tried} values with a command in them were taken`);
+    });
+});
