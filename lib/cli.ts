@@ -179,8 +179,6 @@ function flagsOf(argv: string[], switches: Record<string, string>): Record<strin
     unknown: wrong,
   });
   for (const word of rest) wrong(word);
-  // minimist takes what every object has, --constructor say, for known.
-  for (const name of Object.keys(flags)) if (!known.includes(name)) wrong(`--${name}`);
   for (const name of strings) {
     if (Array.isArray(flags[name])) throw new SettingError(`--${name} (flag): expected it once`);
     if (flags[name] === "" && argv.includes(`--${name}`))

@@ -251,7 +251,7 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
     resolvers: words((facts.resolvers ?? "").replaceAll("\n", " ")),
     ca:
       role === "server" ? facts.ca?.split(" ")[0]?.trim() : joins.find((word) => /^[0-9a-f]{64}$/.test(word)),
-    url: joins.find((word) => word.startsWith("http")),
+    url: joins.find((word) => word.startsWith("http") && URL.canParse(word)),
     said: facts.said?.trim() ?? "",
     metrics: Boolean(facts.metrics?.trim()),
     now: Number(facts.now),

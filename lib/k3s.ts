@@ -453,7 +453,9 @@ export function servicePlan(
     throw new Refusal(
       `This box runs ${unitOf(role === "server" ? "agent" : "server")}: it cannot be ${unitOf(role)} as well`,
     );
-  if (facts.service?.trim() && !/^MainPID=\d+$/m.test(facts.service))
+  const { MainPID = "", ExecMainStartTimestampMonotonic: since = "" } = pairs(facts.service);
+  const told = /^\d+$/.test(MainPID) && (MainPID === "0" || /^\d+$/.test(since));
+  if (facts.service?.trim() && !told)
     throw new Refusal(`systemd does not say how ${unitOf(role)} does: ${quoted(facts.service.trim())}`);
   if (want.PROXY_MODE === "nftables" && Number(version.split(".")[1]) < 31)
     throw new Refusal(`PROXY_MODE=nftables needs k3s v1.31 or later, not ${version}`);
