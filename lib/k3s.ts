@@ -278,7 +278,9 @@ export const address = (value: unknown): string | undefined => {
   return ip && isIP(ip) ? ip : undefined;
 };
 const record = (value: unknown): Record<string, string> =>
-  Object.fromEntries(Object.entries(value ?? {}).filter(([, v]) => typeof v === "string"));
+  Object.fromEntries(
+    typeof value === "object" ? Object.entries(value ?? {}).filter(([, v]) => typeof v === "string") : [],
+  );
 
 /**
  * Nodes out of the JSON of a NodeList or of one Node; none where the text is neither. What is no address is

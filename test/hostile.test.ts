@@ -4,6 +4,7 @@
  */
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
 import { chmodSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
@@ -12,6 +13,7 @@ import { type Box, closeAll, open, Unreachable } from "../lib/box.ts";
 import { clusterOf, type Member, tries } from "../lib/cluster.ts";
 import { diagnose } from "../lib/diagnosis.ts";
 import { closeAgain, closeLook } from "../lib/firewall.ts";
+import { nodesOf, releaseOf } from "../lib/k3s.ts";
 import { rangesOf } from "../lib/node.ts";
 import { plain } from "../lib/report.ts";
 import {
@@ -36,7 +38,7 @@ import {
 } from "../lib/step.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
 import { reportOf } from "../scripts/check.ts";
-import { downloadAhead } from "../scripts/download-k3s.ts";
+import { downloadAhead, downloadK3s } from "../scripts/download-k3s.ts";
 import { firewallFor } from "../scripts/firewall.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
 import { atServer, uninstall } from "../scripts/remove.ts";
@@ -621,5 +623,108 @@ describe(`what a box answers, made up with seed ${seed}`, () => {
     assert.ok(Date.now() - began < 5000, `${Date.now() - began} ms`);
     assert.equal(plain("a\u001b[31mb\u202ec\r\n"), "a [31mb c \n");
     assert.equal(plain(`x ${TOKEN} http://u:pass@h`), "x ******** http://u:********@h");
+  });
+});
+
+describe("of what was found this way, each by itself:", () => {
+  const want = wanted({ K3S_VERSION: MODERN });
+  const refused = (step: Step, facts: Facts, message: RegExp, given = want) =>
+    assert.throws(
+      () => step.plan(given, facts),
+      (error: Error) => error instanceof Refusal && message.test(error.message),
+    );
+
+  test("a word of the protocol that was cut off, or of a change that was never sent, ends no other box's run", async () => {
+    for (const said of ["MARK cha", "MARK change 99", "MARK failed 7 1"]) {
+      const box = {
+        run: async (script: string, _: number, onLine: (line: string) => void) => {
+          onLine(said.replace("MARK", /^m=(\S+)$/m.exec(script)?.[1] as string));
+          return { status: 255, stderr: "" };
+        },
+      };
+      const job = {
+        box: box as unknown as Box,
+        want,
+        progress: { starts() {}, says() {} },
+      } as unknown as Job;
+      await assert.rejects(look(job, []), Failure);
+    }
+  });
+
+  test("an architecture that is a word of JavaScript's has no release", () =>
+    refused(
+      downloadK3s,
+      prepared(MODERN, { arch: "constructor\n", version: "" }),
+      /no release for constructor/,
+    ));
+
+  test("labels that are no labels, in a node that holds the box's name", () => {
+    const json = nodes(A1).replace('"labels":{}', '"labels":"x"');
+    assert.deepEqual(nodesOf(json)[0]?.labels, {});
+    agent.plan(want, healthy(MODERN, { unit: "    --node-label=x=y\n" }, { nodes: json }));
+  });
+
+  test("a node's address that is a name in hex letters, which nft would look up", () => {
+    const [node] = nodesOf(nodes({ ...A1, external: "cafe.de" }));
+    assert.equal(node?.externalIp, undefined);
+  });
+
+  test("a rule of ufw's with our comment and a command in it is not deleted by its own words", () => {
+    const added = "ufw allow from 203.0.113.9; canary comment 'k3s-across-clouds'\n";
+    const facts = prepared(MODERN, { ufw: "Status: active\nDefault: deny (incoming)\n", added });
+    for (const { sh } of firewallFor([IP]).plan(want, facts)) assert.doesNotMatch(sh, /canary/);
+  });
+
+  test("an agent's K3S_URL that is no address stops no check", () => {
+    const joins = { joins: `https://999.1.1.1:x\n${"c1".repeat(32)}` };
+    const cluster = clusterOf([member(MODERN, A1), member(MODERN, B1, joins)]);
+    assert.equal(cluster.boxes[1]?.url, undefined);
+    diagnose(cluster);
+  });
+
+  test("help without --flannel-backend is no help, and chooses no generation", () => {
+    const middle = wanted({ K3S_VERSION: "v1.24.17+k3s1" });
+    assert.equal(
+      releaseOf(middle, prepared("v1.24.17+k3s1", { flags: "Segmentation fault" })).generation,
+      undefined,
+    );
+  });
+
+  test("a service of which systemd says nothing that makes sense is not started anew", () =>
+    refused(
+      agent,
+      healthy(MODERN, {}, { service: "Failed to connect to bus" }),
+      /systemd does not say how k3s-agent does/,
+    ));
+
+  test("a server's certificate that has the token's hash and cannot be read", () => {
+    const cacerts = "-----BEGIN CERTIFICATE-----\nnot one";
+    const hash = createHash("sha256").update(cacerts).digest("hex");
+    const given = wanted({ K3S_TOKEN: `K10${hash}::server:x` });
+    refused(agent, prepared(MODERN, { cacerts, door: "200" }), /no certificate that can be read/, given);
+  });
+
+  test("a unit of a hundred thousand lines is not compared line by line", () => {
+    const unit = "x\n".repeat(100_000);
+    assert.match(
+      agent
+        .plan(want, healthy(MODERN, { unit }))
+        .map(({ why }) => why)
+        .join(),
+      /another text, of 100001 lines/,
+    );
+  });
+
+  test("a clock, an address or a name that is none is said, and nothing is planned on it", async () => {
+    for (const [name, text] of Object.entries({
+      now: "yesterday",
+      addresses: "eth0",
+      hostname: "a b",
+      arch: "$(id)",
+    }))
+      await assert.rejects(
+        seen({ ...prepared(MODERN), [name]: text }),
+        new RegExp(`makes no sense: its ${name} is "`),
+      );
   });
 });
