@@ -61,11 +61,11 @@ test-lab: $(MODULES) ## the lab's suite (root): real boxes, NAT and WireGuard
 bench: $(MODULES) ## times and costs beside the floor and the article by hand, in slow labs (root); test/bench/bench.ts
 	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) test/bench/bench.ts
 lint: ## types, format and lint
-	@test -x node_modules/.bin/biome || npm ci --no-audit --no-fund
+	@test -x node_modules/.bin/biome || npm ci --ignore-scripts --no-audit --no-fund
 	@npm run --silent check
 
 node_modules/.package-lock.json: package-lock.json
-	npm ci --omit=dev --no-audit --no-fund --loglevel=error
+	npm ci --omit=dev --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
 .PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig firewall download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab bench lint

@@ -41,6 +41,9 @@ export interface Box {
 /** Printed by a box before anything else runs there: what comes without it is ssh's or sudo's word. */
 export const BEGIN = "k3s-across-clouds: begin";
 
+/** What a box may say on one trip, in bytes: the JSON of a thousand nodes is half of it. */
+const MUCH = 32e6;
+
 let sockets: string | undefined;
 const opened = new Set<string>();
 
@@ -48,7 +51,7 @@ const opened = new Set<string>();
  * The system's ssh, so that ~/.ssh/config, agents, jump hosts and known_hosts all count. One connection a
  * box: the first command opens it, later ones share it. A dead box is noticed in about 15 s.
  */
-function ssh(host: string): string[] {
+function ssh(host: string, keys: string): string[] {
   sockets ??= mkdtempSync(join(process.platform === "darwin" ? "/tmp" : tmpdir(), "k3s-"));
   opened.add(host);
   const options = {
@@ -59,9 +62,23 @@ function ssh(host: string): string[] {
     ControlMaster: "auto",
     ControlPath: `${sockets}/%C`,
     ControlPersist: 60,
+    ...(keys ? pinned(keys) : {}),
   };
   return ["ssh", "-T", ...Object.entries(options).flatMap(([k, v]) => ["-o", `${k}=${v}`]), "--", host];
 }
+
+/**
+ * Options by which a box's host key is one of these fingerprints, whatever known_hosts says. ssh itself asks for the
+ * key that was offered (KnownHostsCommand, OpenSSH 8.5 on), within the very connection that it is for: jump hosts and
+ * all that ~/.ssh/config says of the box count, where a known_hosts made by ssh-keyscan would pass them by.
+ */
+const pinned = (keys: string) => ({
+  StrictHostKeyChecking: "yes",
+  UserKnownHostsFile: "/dev/null",
+  GlobalKnownHostsFile: "/dev/null",
+  // Asked first for no key but the order of algorithms: then the fingerprint is NONE.
+  KnownHostsCommand: `/bin/sh -c 'case " $1 " in *" $2 "*) echo "$3 $4 $5" ;; *) [ "$2" = NONE ] || echo "offers $2" >&2 ;; esac' - "${keys}" %f %H %t %K`,
+});
 
 /** Closes every connection; call it once, at the end of the process. */
 export async function closeAll(): Promise<void> {
@@ -76,23 +93,40 @@ const asRoot = (command: string) =>
 /** How long a binary may take to a box, in seconds: 70 MB at 20 kB/s; a larger file as much longer. */
 const PUSH = 3600;
 
-export function open(host: string): Box {
+/** @param keys fingerprints of which one has to be the host key's; empty: known_hosts decides. */
+export function open(host: string, keys = ""): Box {
   /** Runs one command as root, with `input` on its standard input. */
-  async function execute(command: string, input: Readable, seconds: number, onData: (chunk: Buffer) => void) {
-    const argv = host ? [...ssh(host), asRoot(command)] : ["sh", "-c", asRoot(command)];
+  async function execute(
+    command: string,
+    input: Readable,
+    seconds: number,
+    onData: (chunk: Buffer) => void,
+    most = Number.POSITIVE_INFINITY,
+  ) {
+    const argv = host ? [...ssh(host, keys), asRoot(command)] : ["sh", "-c", asRoot(command)];
     const child = $({ quiet: true, nothrow: true, detached: false })`${argv}`;
     child.stdout.on("data", onData);
     // A command that ends before it has read everything says why by its status, not by our broken pipe.
     pipeline(input, child.stdin).catch(() => {});
     let timer: NodeJS.Timeout | undefined;
-    const late = new Promise<never>((_, reject) => {
-      timer = setTimeout(() => {
+    const ended = new Promise<never>((_, reject) => {
+      const end = (why: string) => {
+        child.stdout.off("data", onData);
         // Not awaited: a killed client of a shared connection may keep its pipes open (runtimes differ).
         child.kill().catch(() => {});
-        reject(new Unreachable(`No end after ${seconds} s: the box hangs, or a command on it does`));
-      }, seconds * 1000);
+        reject(new Unreachable(why));
+      };
+      timer = setTimeout(
+        () => end(`No end after ${seconds} s: the box hangs, or a command on it does`),
+        seconds * 1000,
+      );
+      let said = 0;
+      child.stdout.on("data", (chunk: Buffer) => {
+        said += chunk.length;
+        if (said > most) end(`The box said more than ${most / 1e6} MB: what it has to say takes far less`);
+      });
     });
-    return await Promise.race([child, late]).finally(() => clearTimeout(timer));
+    return await Promise.race([child, ended]).finally(() => clearTimeout(timer));
   }
 
   return {
@@ -106,13 +140,16 @@ export function open(host: string): Box {
         Readable.from([script]),
         seconds,
         (chunk) => {
-          const lines = (rest + decoder.write(chunk)).split("\n");
+          const text = decoder.write(chunk);
+          // A line without an end is not gone over again with each piece of it.
+          const lines = text.includes("\n") ? (rest + text).split("\n") : [rest + text];
           rest = lines.pop() as string;
           for (const line of lines) {
             if (begun) onLine(line);
             begun ||= line === BEGIN;
           }
         },
+        MUCH,
       );
       if (begun && rest) onLine(rest);
       if (!begun) throw new Unreachable(reasonOf(host, result.stderr, result.exitCode));
@@ -126,7 +163,7 @@ export function open(host: string): Box {
         text += said;
       });
       const { size } = statSync(file);
-      const start = Number(text) <= size ? Number(text) : 0;
+      const start = /^\d+$/.test(text.trim()) && Number(text) <= size ? Number(text) : 0;
       const packed = /\.(zst|gz)$/.test(file);
       const stream = packed ? new PassThrough() : createGzip({ level: 1 });
       // A file that cannot be read ends it with an error, and with it the copy.
@@ -169,7 +206,11 @@ export function open(host: string): Box {
     },
     async close() {
       if (!host || !opened.has(host)) return;
-      await $({ quiet: true, nothrow: true, stdio: "ignore" })`${ssh(host).toSpliced(-2, 0, "-O", "exit")}`;
+      await $({
+        quiet: true,
+        nothrow: true,
+        stdio: "ignore",
+      })`${ssh(host, "").toSpliced(-2, 0, "-O", "exit")}`;
     },
   };
 }
@@ -177,10 +218,15 @@ export function open(host: string): Box {
 /** One line on why a box was not reached, from what ssh or sudo said; and what to do about it. */
 export function reasonOf(host: string, stderr: string, status: number | null): string {
   const said = stderr.trim().split("\n").at(-1) || `exit status ${status}`;
+  const compare = `compare its fingerprint with what "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub" says at the vendor's console`;
+  const offered = /^offers (SHA256:\S+)/m.exec(stderr)?.[1];
+  if (offered) return `The host key of ${host} is ${offered}, which HOST_KEY does not name: ${compare}`;
+  if (/Bad configuration option: knownhostscommand/i.test(stderr))
+    return "HOST_KEY needs OpenSSH 8.5 or later on this machine";
   if (/REMOTE HOST IDENTIFICATION HAS CHANGED/.test(stderr))
-    return `The host key of ${host} has changed: compare its fingerprint at the vendor's console, then "ssh-keygen -R" the old one`;
+    return `The host key of ${host} has changed: ${compare}; if it is the box's, "ssh-keygen -R" the old one`;
   if (/Host key verification failed/.test(stderr))
-    return `The host key of ${host} is not known here: connect once with "ssh ${host}" and compare its fingerprint`;
+    return `The host key of ${host} is not known here: connect once with "ssh ${host}" and ${compare}, or set HOST_KEY`;
   if (/sudo: .*(password|terminal|tty)/.test(stderr))
     return `sudo asks for a password${host && ` on ${host}`}: log in as root, or allow this user passwordless sudo`;
   if (/Permission denied/.test(stderr))
@@ -193,7 +239,8 @@ export function reasonOf(host: string, stderr: string, status: number | null): s
  * @throws {Error} when the name does not resolve.
  */
 export async function addressOf(host: string): Promise<string> {
-  const config = await $({ quiet: true })`ssh -G -- ${host}`;
+  const config = await $({ quiet: true, nothrow: true })`ssh -G -- ${host}`;
+  if (config.exitCode !== 0) throw new Error(config.stderr.trim().split("\n").at(-1) || "ssh -G failed");
   const name = /^hostname (.*)$/m.exec(config.stdout)?.[1] ?? host;
   return (await lookup(name, { family: 4 })).address;
 }

@@ -1,3 +1,4 @@
+import { isUtf8 } from "node:buffer";
 import { createHash } from "node:crypto";
 import { createReadStream, existsSync, readFileSync, realpathSync } from "node:fs";
 import { hostname } from "node:os";
@@ -7,7 +8,7 @@ import { addressOf, closeAll, open, Unreachable } from "./box.ts";
 import { updateEnv } from "./env-file.ts";
 import type { Ill } from "./journal.ts";
 import { noProxy } from "./node.ts";
-import { type Line, report } from "./report.ts";
+import { type Line, plain, report } from "./report.ts";
 import {
   check,
   flagOf,
@@ -103,7 +104,7 @@ export async function run(meta: ImportMeta, recipe: Recipe): Promise<void> {
     process.exitCode = await main(meta, recipe);
   } catch (error) {
     if (!(error instanceof SettingError)) throw error;
-    process.stderr.write(`${error.message}\n`);
+    process.stderr.write(`${plain(error.message).replaceAll(/[\n\t]/g, " ")}\n`);
     process.exitCode = 2;
   } finally {
     await closeAll();
@@ -168,7 +169,9 @@ function flagsOf(argv: string[], switches: Record<string, string>): Record<strin
   const strings = NAMES.map(flagOf);
   const known = [...strings, ...Object.keys(switches)];
   const wrong = (flag: string): never => {
-    throw new SettingError(`${flag} (flag): expected one of --${known.join(", --")}`);
+    // A slip in the name of --k3s-token does not make its value any less secret.
+    const name = /^-[^=]*/.exec(flag)?.[0] ?? "A word without --";
+    throw new SettingError(`${name} (flag): expected one of --${known.join(", --")}`);
   };
   const { _: rest, ...flags } = minimist(argv, {
     string: strings,
@@ -186,7 +189,9 @@ function flagsOf(argv: string[], switches: Record<string, string>): Record<strin
 
 function help(script: string, recipe: Recipe): string {
   const boxes = recipe.work ? (recipe.host ?? "AGENTS") : "HOST";
-  const names = NAMES.filter((n) => n === boxes || recipe.steps.some((step) => step.options.includes(n)));
+  const names = NAMES.filter(
+    (n) => n === boxes || n === "HOST_KEY" || recipe.steps.some((step) => step.options.includes(n)),
+  );
   const usage = [
     names.includes("HOST") ? "HOST=…" : "",
     "SETTING=…",
@@ -234,7 +239,9 @@ const ELSEWHERE: Record<string, string> = {
 function configIn({ K3S_CONFIG }: Settings): string {
   let text: string;
   try {
-    text = readFileSync(K3S_CONFIG, "utf8").trimEnd();
+    const bytes = readFileSync(K3S_CONFIG);
+    if (!isUtf8(bytes) || bytes.includes(0)) throw new Error("expected text in UTF-8");
+    text = bytes.toString().trimEnd();
   } catch (error) {
     throw new SettingError(`K3S_CONFIG is "${K3S_CONFIG}": ${(error as Error).message}`);
   }
@@ -355,9 +362,10 @@ export function jobFor(call: Call, target: Target, line: Line): Job {
     const nodes = [...addresses.servers, ...(isServer ? addresses.agents : []), url, target.ip];
     want.NO_PROXY = noProxy(want, nodes);
   }
+  const server = (words(want.SERVER)[0] ?? "").split("=")[0] as string;
   return {
-    box: open(target.host),
-    server: open((words(want.SERVER)[0] ?? "").split("=")[0] as string),
+    box: open(target.host, want.HOST_KEY),
+    server: open(server, call.own[nameOf(server)]?.HOST_KEY ?? call.settings.HOST_KEY),
     want,
     progress: line,
     mayReboot: Boolean(target.host) || call.reboot,
@@ -471,7 +479,9 @@ export function showPlan(call: Call, box: Target, steps: readonly Step[], job: J
   else
     process.stdout.write(
       changes.length
-        ? `${box.name}: ${changes.length} to do\n${changes.map(planned).join("")}${changes.some((c) => c.reboot || c.lookAgain) ? "  … then look again\n" : ""}`
+        ? plain(
+            `${box.name}: ${changes.length} to do\n${changes.map(planned).join("")}${changes.some((c) => c.reboot || c.lookAgain) ? "  … then look again\n" : ""}`,
+          )
         : `${box.name}: nothing to do\n`,
     );
 }

@@ -7,6 +7,7 @@ import { diagnose, FRESH } from "./diagnosis.ts";
 import { blocked, firewallLook } from "./firewall.ts";
 import { type Ill, MEANT } from "./journal.ts";
 import {
+  address as addressIn,
   KUBECTL,
   type Node,
   nodeNameOf,
@@ -236,7 +237,8 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
     .map(pairs)
     .find(({ Id }) => Id === `${unitOf(role)}.service`);
   const started = Number(unit?.MainPID) ? Number(unit?.ExecMainStartTimestampMonotonic) / 1e6 : 0;
-  const [wg, mtu, key] = facts.wg?.trim().split("\n").at(-1)?.split(" ") ?? [];
+  const [, wg, mtu, key] =
+    [...(facts.wg ?? "").matchAll(/^(flannel\.1|flannel-wg) (\d{3,5}) ?([\w+/=]*)$/gm)].at(-1) ?? [];
   const memory = Object.fromEntries(
     [...(facts.memory ?? "").matchAll(/^(\w+):\s+(\d+)/gm)].map((m) => [m[1], Number(m[2])]),
   );
@@ -268,7 +270,7 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
           name: wg,
           mtu: Number(mtu),
           key: key ?? "",
-          address: addresses.find(([, device]) => device === wg)?.[3]?.split("/")[0],
+          address: addressIn(addresses.find(([, device]) => device === wg)?.[3]?.split("/")[0]),
         }
       : undefined,
     cniMtu: numberOf(facts.cni?.trim()),
@@ -279,7 +281,7 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
     resolvers: words((facts.resolvers ?? "").replaceAll("\n", " ")),
     ca:
       role === "server" ? facts.ca?.split(" ")[0]?.trim() : joins.find((word) => /^[0-9a-f]{64}$/.test(word)),
-    url: joins.find((word) => word.startsWith("http")),
+    url: joins.find((word) => word.startsWith("http") && URL.canParse(word)),
     said: facts.said?.trim() ?? "",
     blocked: [],
     latent: [],

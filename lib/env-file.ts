@@ -1,3 +1,4 @@
+import { isUtf8 } from "node:buffer";
 import { randomBytes } from "node:crypto";
 import {
   closeSync,
@@ -16,7 +17,7 @@ import { parse } from "dotenv";
 
 /** An assignment as dotenv 18 reads it (its LINE, plus the blanks and comment that follow kept apart). */
 const LINE =
-  /^([ \t]*(?:export[ \t]+)?([\w.-]+)(?:[ \t]*=[ \t]*?|:[ \t]+?))([ \t]*'(?:\\'|[^'])*'|[ \t]*"(?:\\"|[^"])*"|[ \t]*`(?:\\`|[^`])*`|[^#\r\n]*)(?=[ \t]*(?:#[^\r\n]*)?\r?$)/gm;
+  /^(\uFEFF?[ \t]*(?:export[ \t]+)?([\w.-]+)(?:[ \t]*=[ \t]*?|:[ \t]+?))([ \t]*'(?:\\'|[^'])*'|[ \t]*"(?:\\"|[^"])*"|[ \t]*`(?:\\`|[^`])*`|[^#\r\n]*)(?=[ \t]*(?:#[^\r\n]*)?\r?$)/gm;
 
 /** What an env file says, and on which line each key stands (1-based). A missing file is an empty one. */
 export function readEnv(path: string): { values: Record<string, string>; lines: Record<string, number> } {
@@ -130,9 +131,12 @@ function ageOf(path: string): number {
   return stat ? Date.now() - stat.mtimeMs : 0;
 }
 
+/** @throws {Error} for a file that is no UTF-8: what cannot be read cannot be kept as it is either. */
 function textOf(path: string): string {
   try {
-    return readFileSync(path, "utf8");
+    const bytes = readFileSync(path);
+    if (isUtf8(bytes)) return bytes.toString();
+    throw new Error(`${path} line ${lineOf(bytes)}: expected UTF-8, and no other encoding`);
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return "";
     throw error;
@@ -144,6 +148,16 @@ export function realPath(path: string): string {
     return realpathSync(path);
   } catch {
     return path;
+  }
+}
+
+/** The first line, from 1 on, that is no UTF-8. */
+function lineOf(bytes: Buffer): number {
+  let line = 1;
+  for (let from = 0; ; line++) {
+    const to = bytes.indexOf("\n", from);
+    if (to < 0 || !isUtf8(bytes.subarray(from, to))) return line;
+    from = to + 1;
   }
 }
 

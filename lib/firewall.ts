@@ -93,7 +93,9 @@ const allow = (ip: string, protocol: string, port: string) =>
 /** Rules of ufw: those with our comment, and those that open ports of k3s's to everybody. */
 function ufwRules(facts: Facts) {
   const all = lines(facts.added).flatMap((line) => /^ufw (.*)$/.exec(line)?.[1] ?? []);
-  const ours = all.flatMap((rule) => new RegExp(`^(.*) comment '${MARK}'$`).exec(rule)?.[1] ?? []);
+  const ours = all.flatMap(
+    (rule) => new RegExp(`^(allow from [\\w.:/ ]+) comment '${MARK}'$`).exec(rule)?.[1] ?? [],
+  );
   const others = all
     .filter((rule) => !rule.endsWith(`'${MARK}'`))
     .map((rule) => rule.replace(/ comment '.*'$/, ""));

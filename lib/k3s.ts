@@ -1,8 +1,9 @@
 import { createHash } from "node:crypto";
+import { isIP } from "node:net";
 import { HOPELESS } from "./journal.ts";
 import { CLEAR } from "./leftovers.ts";
 import { filesLook, filesPlan, labelArgs, labelsPlan } from "./node.ts";
-import { type SettingName, type Settings, words } from "./settings.ts";
+import { quoted, type SettingName, type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "./step.ts";
 
@@ -35,14 +36,16 @@ export function generationOf(version: string, flags?: string): Generation | unde
 /** Facts about the binary: its version, and for the releases in between what its help has of the modern way. */
 export const binaryLook = `said=$(${K3S} --version 2>/dev/null)
 fact version; echo "$said" | sed -n 's/^k3s version \\(v[^ ]*\\).*/\\1/p'
-fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-external-ip|wireguard-native' ;; esac
+fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-(backend|external-ip)|wireguard-native' ;; esac
 `;
 
 /** Which k3s the box will run: the wanted release, or what a pushed K3S_BIN said of itself. */
 export function releaseOf(want: Settings, facts: Facts): { version: string; generation?: Generation } {
   const installed = facts.version?.trim();
   const version = want.K3S_BIN ? (installed ?? "") : want.K3S_VERSION;
-  const generation = generationOf(version, installed === version ? facts.flags : undefined);
+  // Every release's help has --flannel-backend: one without it is no help.
+  const asked = installed === version && facts.flags?.includes("--flannel-backend");
+  const generation = generationOf(version, asked ? facts.flags : undefined);
   return generation ? { version, generation } : { version };
 }
 
@@ -267,7 +270,17 @@ const IP = /^[0-9a-f.:]{2,39}$/;
 const BOOT = /^[0-9a-f-]{36}$/;
 const CIDR = /^[0-9a-f.:]{2,39}\/\d{1,3}$/;
 const VERSION = /^v[\w.+-]{1,60}$/;
-const only = (pattern: RegExp, value: string | undefined) => (pattern.test(value ?? "") ? value : undefined);
+const only = (pattern: RegExp, value: unknown): string | undefined =>
+  typeof value === "string" && pattern.test(value) ? value : undefined;
+/** Digits and dots alone may still be a name that nft, say, would look up. */
+export const address = (value: unknown): string | undefined => {
+  const ip = only(IP, value);
+  return ip && isIP(ip) ? ip : undefined;
+};
+const record = (value: unknown): Record<string, string> =>
+  Object.fromEntries(
+    typeof value === "object" ? Object.entries(value ?? {}).filter(([, v]) => typeof v === "string") : [],
+  );
 
 /**
  * Nodes out of the JSON of a NodeList or of one Node; none where the text is neither. What is no address is
@@ -278,20 +291,21 @@ export function nodesOf(json = ""): Node[] {
     const object = JSON.parse(json);
     const list: NodeObject[] = object.kind === "Node" ? [object] : object.items;
     return list.flatMap(({ metadata, spec, status }) => {
-      if (!NAME.test(metadata.name)) return [];
-      const address = (type: string) => only(IP, status?.addresses?.find((a) => a.type === type)?.address);
-      const note = (name: string) => only(IP, metadata.annotations?.[`flannel.alpha.coreos.com/${name}`]);
+      const name = only(NAME, metadata.name);
+      if (!name) return [];
+      const ip = (type: string) => address(status?.addresses?.find((a) => a.type === type)?.address);
+      const note = (name: string) => address(metadata.annotations?.[`flannel.alpha.coreos.com/${name}`]);
       const ready = status?.conditions?.find((c) => c.type === "Ready");
       return {
-        name: metadata.name,
+        name,
         ready: ready?.status === "True",
         cordoned: spec?.unschedulable === true,
         boot: only(BOOT, status?.nodeInfo?.bootID),
         drained: drainedIn(metadata.annotations?.[DRAINED]),
         created: Date.parse(metadata.creationTimestamp ?? "") / 1000 || 0,
         heartbeat: Date.parse(ready?.lastHeartbeatTime ?? "") / 1000 || 0,
-        internalIp: address("InternalIP"),
-        externalIp: address("ExternalIP"),
+        internalIp: ip("InternalIP"),
+        externalIp: ip("ExternalIP"),
         podCidr: only(CIDR, spec?.podCIDR),
         publicIp: note("public-ip"),
         overwrite: note("public-ip-overwrite"),
@@ -300,7 +314,7 @@ export function nodesOf(json = ""): Node[] {
         pressure: (status?.conditions ?? []).flatMap(({ type, status }) =>
           /^[A-Z][A-Za-z]+Pressure$/.test(type) && status === "True" ? [type] : [],
         ),
-        labels: metadata.labels ?? {},
+        labels: record(metadata.labels),
         taints: (spec?.taints ?? []).map(
           ({ key, value, effect }) => `${key}${value ? `=${value}` : ""}:${effect}`,
         ),
@@ -312,14 +326,16 @@ export function nodesOf(json = ""): Node[] {
   }
 }
 
-function drainedIn(mark = ""): Node["drained"] {
+function drainedIn(mark: unknown): Node["drained"] {
+  if (typeof mark !== "string") return undefined;
   const boot = mark.replace(/\.done$/, "");
   return BOOT.test(boot) ? { boot, done: boot !== mark } : undefined;
 }
 
 function argsIn(json = "[]"): string[] {
   try {
-    return (JSON.parse(json) as unknown[]).filter((word) => typeof word === "string");
+    const words: unknown = JSON.parse(json);
+    return Array.isArray(words) ? words.filter((word) => typeof word === "string") : [];
   } catch {
     return [];
   }
@@ -343,7 +359,7 @@ export function peersOf(dump = ""): Peer[] {
   return dump
     .split("\n")
     .map((line) => line.split("\t"))
-    .filter((fields) => fields.length === 9)
+    .filter((fields) => fields.length === 9 && fields.slice(5, 8).every((field) => /^\d+$/.test(field)))
     .map(([name, key, , endpoint, allowed, handshake, received, sent]) => ({
       interface: name as string,
       key: key as string,
@@ -439,6 +455,10 @@ export function servicePlan(
     throw new Refusal(
       `This box runs ${unitOf(role === "server" ? "agent" : "server")}: it cannot be ${unitOf(role)} as well`,
     );
+  const { MainPID = "", ExecMainStartTimestampMonotonic: since = "" } = pairs(facts.service);
+  const told = /^\d+$/.test(MainPID) && (MainPID === "0" || /^\d+$/.test(since));
+  if (facts.service?.trim() && !told)
+    throw new Refusal(`systemd does not say how ${unitOf(role)} does: ${quoted(facts.service.trim())}`);
   if (want.PROXY_MODE === "nftables" && Number(version.split(".")[1]) < 31)
     throw new Refusal(`PROXY_MODE=nftables needs k3s v1.31 or later, not ${version}`);
 
@@ -649,6 +669,9 @@ export function rewrite(
 ): Pick<Change, "why" | "detail"> {
   const more = note && `; ${note}`;
   if (!have) return { why: `write ${path}: it is not there${more}` };
+  // Our own files have some forty lines: what is far longer is another text, and not compared line by line.
+  const lines = have.split("\n").length;
+  if (lines > 1000) return { why: `write ${path}: it is another text, of ${lines} lines${more}` };
   const detail = diff(have, text);
   if (detail.length === 0) return { why: `write ${path}: its blanks differ${more}` };
   const rest = detail.length > 6 ? `, and ${detail.length - 6} lines more` : "";

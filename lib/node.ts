@@ -46,9 +46,9 @@ export function registriesText(mirrors: string): string {
 }
 
 const argument = (args: string, name: string, value: string) =>
-  new RegExp(`--${name}[= ](\\S+)`).exec(args)?.[1] ?? value;
+  new RegExp(`(?:^|\\s)--?${name}[= ]\\s*(\\S+)`).exec(args)?.[1] ?? value;
 
-/** The networks of pods and of services: k3s's own, or what SERVER_ARGS says. */
+/** The networks of pods and of services: k3s's own, or what SERVER_ARGS says (which was checked to be networks). */
 export const rangesOf = ({ SERVER_ARGS }: Settings): [pods: string, services: string] => [
   argument(SERVER_ARGS, "cluster-cidr", "10.42.0.0/16"),
   argument(SERVER_ARGS, "service-cidr", "10.43.0.0/16"),
@@ -141,7 +141,7 @@ export function labelsPlan(role: Role, name: string, args: readonly string[], fa
   const key = (label: string) => label.split("=")[0] as string;
   const keys = values("node-label", args).map(key);
   const labels = [...new Set(values("node-label", old).map(key))].filter(
-    (label) => !keys.includes(label) && label in node.labels,
+    (label) => !keys.includes(label) && Object.hasOwn(node.labels, label),
   );
   const taints = values("node-taint", args);
   const missing = taints.filter((taint) => !node.taints.includes(bare(taint)));

@@ -17,12 +17,22 @@ export interface Line {
   ): void;
 }
 
-/** Tokens, and passwords in addresses, never show, whatever printed them. */
+/**
+ * Tokens, and passwords in addresses, never show, whatever printed them. What is looked for is bounded: a box may
+ * send lines on which the time would grow with the square of their length.
+ */
 export const redacted = (text: string): string =>
   text.replace(
-    /(?<=\w:\/\/[^\s:/@]*:)[^\s]+(?=@)|K10[0-9a-f]{64}::[\w-]+:[\w.-]+|(?<=::(server|node):)[\w.-]+/g,
+    /(?<=\w:\/\/[^\s:/@]{0,256}:)\S{1,512}(?=@)|K10[0-9a-f]{64}::[\w-]+:[\w.-]+|(?<=::(server|node):)[\w.-]+/g,
     "********",
   );
+
+/** What a box said, for a terminal: without secrets, and without what would move its cursor or turn its text round. */
+export const plain = (text: string): string =>
+  redacted(text).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) => (c === "\n" || c === "\t" ? c : " "));
+
+/** Of a line, in characters: what is longer tells nobody more. */
+const LINE = 2000;
 
 /** A terminal that knows its width (ora divides by it) and is not to be kept plain. @see https://no-color.org */
 export const canSpin = (
@@ -38,7 +48,8 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
   const alone = names.length === 1 && canSpin(process.stderr, process.env);
   const ora = alone ? (await import("ora")).default : undefined;
   const write = (name: string, text: string) => {
-    for (const row of redacted(text).split("\n")) process.stderr.write(`${name.padEnd(width)}  ${row}\n`);
+    for (const row of plain(text).split("\n"))
+      process.stderr.write(`${name.padEnd(width)}  ${row.length > LINE ? `${row.slice(0, LINE)}…` : row}\n`);
   };
 
   return {
@@ -49,7 +60,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
         if (!ora) return write(name, text);
         last = text;
         spinner ??= ora({ stream: process.stderr }).start();
-        spinner.text = redacted(`${name}: ${text}`);
+        spinner.text = plain(`${name}: ${text}`);
       };
       const finish = () => {
         if (spinner && last) spinner.succeed();
@@ -61,7 +72,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
           show(what);
         },
         says(text) {
-          if (spinner) spinner.text = redacted(`${name}: ${last} (${text})`);
+          if (spinner) spinner.text = plain(`${name}: ${last} (${text})`);
           else write(name, `  ${text}`);
         },
         waits: (what) => show(`waits for ${what}`),

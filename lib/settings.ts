@@ -21,7 +21,7 @@ interface Setting {
 const matches = (pattern: RegExp, right: string) => (value: string) =>
   pattern.test(value) ? undefined : right;
 const url = (value: string) =>
-  /^https?:\/\/[\w.:[\]-]+(\/[\w.,:/%+~@-]*)?$/.test(value)
+  /^https?:\/\/[\w.:[\]-]+(\/[\w.,:/%+~@-]*)?$/.test(value) && URL.canParse(value)
     ? undefined
     : "an http:// or https:// address without blanks or quotes";
 const each = (check: Setting["check"]) => (value: string) =>
@@ -32,17 +32,33 @@ const release = matches(
   /^v1\.(1[7-9]|[2-9]\d)\.\d+(-rc\d+)?\+k3s\d+$/,
   "a release of v1.17 or later, such as v1.36.2+k3s1",
 );
-const file = matches(/^[^\0\n]+$/, "the path of a file");
+const file = matches(/^\P{Cc}+$/u, "the path of a file, without control characters");
 
 /** What only K3S_TOKEN and its like may hold: every user of a box can read its arguments. */
 const SECRET_ARG = /(^|\s)--?(token|t|agent-token|cluster-secret|datastore-endpoint)([= ]|$)/;
 function args(value: string): string | undefined {
-  if (!/^[^\0\n\r'"`\\]*$/.test(value))
-    return "arguments separated by blanks, on one line, without quotes or backslashes";
-  return SECRET_ARG.test(value)
-    ? "no secret among arguments, which every user of the box can read"
-    : undefined;
+  if (!/^([^\p{Cc}'"`\\]|\t)*$/u.test(value))
+    return "arguments separated by blanks, on one line, without quotes, backslashes or control characters";
+  if (SECRET_ARG.test(value)) return "no secret among arguments, which every user of the box can read";
+  // The unit has an argument a line, and a line that begins so is a comment, a lone ; the end of a command.
+  if (/(^|\s)[#;]/.test(value))
+    return "arguments that do not begin with # or ;, which systemd would not pass on";
+  for (const [name, check] of Object.entries(ARGUMENTS))
+    for (const [, word = ""] of value.matchAll(new RegExp(`(?:^|\\s)--?${name}[= ]\\s*(\\S*)`, "g"))) {
+      const right = check(word);
+      if (right) return `${right} after --${name}`;
+    }
+  return undefined;
 }
+
+/** Arguments that go further than to k3s: into the cluster's names, and into rules of the boxes' firewalls. */
+const RANGES = matches(/^[\da-f.:]+\/\d+(,[\da-f.:]+\/\d+)*$/, "networks such as 10.42.0.0/16");
+const ARGUMENTS: Record<string, Setting["check"]> = {
+  "cluster-cidr": RANGES,
+  "service-cidr": RANGES,
+  "cluster-domain": matches(/^[\w.-]+$/, "a domain such as cluster.local"),
+  "node-name": matches(/^[A-Za-z\d]([A-Za-z\d.-]{0,251}[A-Za-z\d])?$/, "a name of letters, digits, - and ."),
+};
 
 const ETCD =
   "embedded etcd needs its members' private addresses and a few milliseconds between them, which clouds do not give";
@@ -102,6 +118,17 @@ export const SETTINGS = {
     example: "root@198.51.100.20",
     shared: true,
     check: each(destination),
+  },
+  HOST_KEY: {
+    value: "",
+    help: "fingerprints of the box's ssh host keys, in place of known_hosts; of one box by HOST_KEY__BOX",
+    example: "SHA256:8LQwEQFwHa95Gb8MALXFryk7xa71/wmGZDe+++EwR+I",
+    check: each(
+      matches(
+        /^SHA256:[A-Za-z0-9+/]{43}$/,
+        'fingerprints SHA256:…, as "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub" says on the box',
+      ),
+    ),
   },
   PUBLIC_IP: {
     value: "",
@@ -246,8 +273,8 @@ export const SETTINGS = {
     shared: true,
     // As an EnvironmentFile of systemd reads it: without quotes nothing in it means anything.
     check: matches(
-      /^(postgres|postgresql|mysql|nats|https?):\/\/[^\s'"\\`]+$/,
-      "postgres://…, mysql://… or https://… (etcd), without blanks, quotes or backslashes",
+      /^(postgres|postgresql|mysql|nats|https?):\/\/[^\s\p{Cc}'"\\`]+$/u,
+      "postgres://…, mysql://… or https://… (etcd), without blanks, quotes, backslashes or control characters",
     ),
   },
   K3S_URL: {
@@ -296,7 +323,7 @@ export function settle(
   env: Record<string, string | undefined>,
   path: string,
 ): { settings: Settings; origins: Origins; own: Record<string, Partial<Settings>> } {
-  const { values, lines } = readEnv(path);
+  const { values, lines } = fileAt(path);
   const settings = {} as Settings;
   const origins = {} as Origins;
   const isAmbient = (name: SettingName) => (SETTINGS[name] as Setting).ambient;
@@ -322,12 +349,13 @@ export function settle(
   const boxes = words(`${settings.SERVER} ${settings.AGENTS} ${settings.HOST}`).map((word) =>
     nameOf(word.split("=")[0] as string),
   );
-  const own: Record<string, Partial<Settings>> = {};
+  // A box may have any name.
+  const own: Record<string, Partial<Settings>> = Object.create(null);
   for (const [key, value] of Object.entries(values)) {
-    if (key in SETTINGS) continue;
+    if (Object.hasOwn(SETTINGS, key)) continue;
     const origin = `${path} line ${lines[key]}`;
     const [, name, box = ""] = /^([A-Z0-9_]+?)__(.+)$/.exec(key) ?? [];
-    if (name === undefined || !(name in SETTINGS))
+    if (name === undefined || !Object.hasOwn(SETTINGS, name))
       throw new SettingError(`${key} (${origin}): expected a setting: ${NAMES.join(", ")}`);
     if ((SETTINGS as Record<string, Setting>)[name]?.shared)
       throw new SettingError(`${key} (${origin}): expected ${name}, which is one for all boxes`);
@@ -343,19 +371,35 @@ export function settle(
   return { settings, origins, own };
 }
 
+/** @throws {SettingError} for a file that cannot be read. */
+function fileAt(path: string): ReturnType<typeof readEnv> {
+  try {
+    return readEnv(path);
+  } catch (error) {
+    throw new SettingError(`The env file cannot be read: ${(error as Error).message}`);
+  }
+}
+
 /** @throws {SettingError} when the value is not one this setting can have. Secrets are not repeated. */
 export function check(name: SettingName, value: string, origin: string): void {
   const setting: Setting = SETTINGS[name];
   const right = value.length > 4096 ? "at most 4096 characters" : setting.check(value);
   if (right === undefined) return;
-  const shown = setting.secret || SECRET_ARG.test(value) ? "" : ` is ${JSON.stringify(value.slice(0, 80))}`;
+  const shown = setting.secret || SECRET_ARG.test(value) ? "" : ` is ${quoted(value)}`;
   throw new SettingError(`${name}${shown} (${origin}): expected ${right}`);
 }
 
+/** A value as it was read, cut short: what a terminal would not show, or would go by, is written out. */
+export const quoted = (value: string): string =>
+  JSON.stringify(value.slice(0, 80)).replace(
+    /[\p{C}\p{Zl}\p{Zp}]/gu,
+    (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`,
+  );
+
 /** A leading `-` would be an option to ssh; a destination is a host, user@host, an alias or ssh://… */
 function destination(value: string): string | undefined {
-  const [host, ip, more] = value.split("=");
-  if (more === undefined && /^[A-Za-z0-9_[:][\w.@:/%[\]-]*$/.test(host ?? ""))
+  const [host = "", ip, more] = value.split("=");
+  if (more === undefined && /^[A-Za-z0-9_[:][\w.@:/%[\]-]*$/.test(host) && !/[@/]-/.test(host))
     return ip === undefined ? undefined : publicIp(ip);
   return "an ssh destination such as root@203.0.113.10 or an alias of ~/.ssh/config, with =PUBLIC_IP if needed";
 }

@@ -1,6 +1,6 @@
 import { randomBytes } from "node:crypto";
 import type { Box } from "./box.ts";
-import type { SettingName, Settings } from "./settings.ts";
+import { quoted, type SettingName, type Settings } from "./settings.ts";
 import { sh } from "./sh.ts";
 
 /** What a box printed about itself: a fact's name and its text. */
@@ -163,7 +163,7 @@ export function printed(changes: readonly Change[]): string {
   const elsewhere = changes.flatMap(({ onServer, why, sh }) =>
     onServer
       ? [
-          `# first, on the server: ${why}`,
+          `# first, on the server: ${why.replace(/\s+/g, " ")}`,
           ...sh
             .trim()
             .split("\n")
@@ -213,7 +213,7 @@ export function reader(
       else if (kind === "waited") seen.waited = true;
       else if (kind === "busy") seen.busy = rest[0] ?? "";
       else if (kind === "failed") seen.failed = { i: Number(rest[0]), status: Number(rest[1]) };
-      else {
+      else if (kind === "change") {
         seen.output = "";
         on.change?.(Number(rest[0]));
       }
@@ -253,7 +253,8 @@ export async function look(job: Job, steps: readonly Step[], seconds = LOOK): Pr
 async function trip(job: Job, steps: readonly Step[], changes: readonly Change[], extra = LOOK + PATIENCE) {
   const mark = newMark();
   const stream = reader(mark, {
-    change: (i) => job.progress.starts((changes[i] as Change).why),
+    // A box may say what it likes, of changes that were never sent too.
+    change: (i) => changes[i] && job.progress.starts(changes[i].why),
     say: (text) => job.progress.says(text),
     early: (fact) => job.early?.(fact),
   });
@@ -263,12 +264,12 @@ async function trip(job: Job, steps: readonly Step[], changes: readonly Change[]
   const { status, stderr } = await job.box.run(script, seconds, stream.line);
   const { seen } = stream;
   if (seen.failed) {
-    const change = changes[seen.failed.i] as Change;
+    const change = changes[seen.failed.i];
     const how =
       seen.failed.status === 124
-        ? `no end after ${change.seconds ?? 60} s`
+        ? `no end after ${change?.seconds ?? 60} s`
         : `exit status ${seen.failed.status}`;
-    throw new Failure(`${change.why} (${how})`, change, seen.output);
+    throw new Failure(`${change?.why ?? "A change that was not asked for"} (${how})`, change, seen.output);
   }
   if (seen.busy !== undefined)
     throw new Failure(
@@ -276,7 +277,28 @@ async function trip(job: Job, steps: readonly Step[], changes: readonly Change[]
     );
   if (!seen.ended)
     throw new Failure(`The connection was lost (exit status ${status})`, undefined, seen.output + stderr);
+  sane(seen.facts);
   return seen;
+}
+
+/** What every plan goes by. What a box has not is not printed; what is printed has a form. */
+const FORMS: Record<string, RegExp> = {
+  uptime: /^\d+(\.\d+)?$/,
+  now: /^\d{9,11}\D?/,
+  boot: /^[\w-]{1,64}$/,
+  hostname: /^[\w.-]{1,64}$/,
+  arch: /^\w{1,20}$/,
+  kernel: /^\d[\w.+~-]{0,100}$/,
+  addresses: /^(\d+: +\S+ +inet \d[^\n]*(\n|$))+$/,
+};
+
+/** @throws {Failure} for a box whose answers are none: nothing is planned on them. */
+function sane(facts: Facts): void {
+  for (const [name, form] of Object.entries(FORMS)) {
+    const text = facts[name]?.trim();
+    if (text && !form.test(text))
+      throw new Failure(`The box's answer makes no sense: its ${name} is ${quoted(text)}`);
+  }
 }
 
 /** Plans of several steps as one, up to a change after which the box must be looked at anew. */

@@ -86,7 +86,7 @@ function examine(want: Settings, facts: Facts): void {
     );
   // The CA's beginning is when the server was set up: TLS fails on a clock that is earlier. What it signs ends
   // after a year.
-  const { validFrom, validTo } = new X509Certificate(ca);
+  const { validFrom, validTo } = certificate(ca, url);
   const now = Number(facts.now) * 1000;
   const apart = Math.abs(now - Date.parse(facts.date ?? "")) / 1000;
   if (now < Date.parse(validFrom) || now > Date.parse(validTo) || apart > CLOCKS)
@@ -108,6 +108,15 @@ function examine(want: Settings, facts: Facts): void {
   throw new Refusal(
     `The name ${name} is taken by a node of the cluster (${node.externalIp ?? "no public address"}): rename this box (hostnamectl set-hostname …), or add --node-name to AGENT_ARGS; if it is this box from before it was set up anew, "make remove HOST=${want.HOST || "…"}" has the cluster forget it`,
   );
+}
+
+/** @throws {Refusal} for what has the right hash, and is none. */
+function certificate(text: string, url: string): X509Certificate {
+  try {
+    return new X509Certificate(text);
+  } catch (error) {
+    throw new Refusal(`${url}/cacerts has no certificate that can be read: ${(error as Error).message}`);
+  }
 }
 
 /** curl's words for the three ways in which a port does not answer, and where to look. */

@@ -7,7 +7,7 @@ import { ask, type Cluster, clusterOf, examine, listed, type Seen } from "../lib
 import { diagnose, FRESH } from "../lib/diagnosis.ts";
 import type { Ill } from "../lib/journal.ts";
 import { tryPods } from "../lib/pods.ts";
-import { redacted } from "../lib/report.ts";
+import { plain, redacted } from "../lib/report.ts";
 
 /** With --watch, seconds between two looks. */
 const PAUSE = 5;
@@ -166,8 +166,8 @@ export function reportOf(cluster: Cluster, ills: readonly Ill[], page: Page, pod
   return `${[...tables, [...proofs, ...notes], last].map((lines) => lines.join("\n")).join("\n\n")}\n`;
 }
 
-/** What a box said, without tokens, and without what would move a terminal's cursor. */
-const shown = (text: string) => redacted(text).replaceAll(/\p{Cc}/gu, " ");
+/** What a box said, in one line. */
+const shown = (text: string) => plain(text).replaceAll(/[\n\t]/g, " ");
 
 /** What is wrong in the same way with several boxes, said once. */
 export function merged(ills: readonly Ill[]): Ill[] {

@@ -128,7 +128,7 @@ function imagesFile(want: Settings, facts: Facts): File {
 /** @throws {Refusal} for an architecture that k3s is not built for. */
 function releaseFor(facts: Facts): [file: string, arch: string] {
   const machine = facts.arch?.trim() ?? "";
-  const release = RELEASES[machine];
+  const release = Object.hasOwn(RELEASES, machine) && RELEASES[machine];
   if (release) return release;
   throw new Refusal(
     `k3s has no release for ${machine || "an unknown"} architecture: give a K3S_BIN of your own`,

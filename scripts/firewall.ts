@@ -1,5 +1,6 @@
 #!/usr/bin/env -S node --import tsx
 /** The firewall of each box: the nodes reach each other's k3s, the world does not, ssh stays as it is. */
+import { isIPv4 } from "node:net";
 import * as cli from "../lib/cli.ts";
 import { firewallLook, firewallPlan } from "../lib/firewall.ts";
 import { clusterLook, nodesOf } from "../lib/k3s.ts";
@@ -16,7 +17,10 @@ export const firewallFor = (known: readonly string[], gone?: string): Step => ({
   options: ["SERVER", "AGENTS", "HOST", "PUBLIC_IP", "SERVER_ARGS"],
   look: () => [clusterLook, firewallLook],
   plan(want, facts) {
-    const joined = nodesOf(facts.nodes).flatMap(({ externalIp: ip }) => (ip && ip !== gone ? ip : []));
+    // The rules are IPv4's, as the cluster is.
+    const joined = nodesOf(facts.nodes).flatMap(({ externalIp: ip = "" }) =>
+      isIPv4(ip) && ip !== gone ? ip : [],
+    );
     return firewallPlan(facts, [...new Set([...known, ...joined, want.PUBLIC_IP])].sort(), rangesOf(want));
   },
 });

@@ -4,7 +4,7 @@ import * as cli from "../lib/cli.ts";
 import { ask, type Cluster, clusterOf, type Seen, survey } from "../lib/cluster.ts";
 import { FRESH } from "../lib/diagnosis.ts";
 import type { Node } from "../lib/k3s.ts";
-import { redacted } from "../lib/report.ts";
+import { plain } from "../lib/report.ts";
 
 /** Beside what check asks of a server (which defines kc); both at once, for the API is what takes time. */
 export const MORE = `
@@ -115,7 +115,7 @@ async function status(call: cli.Call): Promise<number> {
   const [target] = (await cli.targets(call, "SERVER")) as [cli.Target];
   const [server] = await survey(call, [{ target, role: "server" }], MORE);
   if (!server || server.error !== undefined) {
-    process.stderr.write(`${target.name}: ${redacted(server?.error ?? "")}\n`);
+    process.stderr.write(`${target.name}: ${plain(server?.error ?? "")}\n`);
     return 1;
   }
   const pods = server.facts.tries
@@ -126,7 +126,7 @@ async function status(call: cli.Call): Promise<number> {
   const colour = process.stdout.isTTY && !process.env.NO_COLOR;
   for (const [what, text, well] of rows)
     process.stdout.write(
-      `${what.padEnd(10)} ${colour && !well ? `\x1b[31m${redacted(text)}\x1b[0m` : redacted(text)}\n`,
+      `${what.padEnd(10)} ${colour && !well ? `\x1b[31m${plain(text)}\x1b[0m` : plain(text)}\n`,
     );
   return rows.every(([, , well]) => well) ? 0 : 1;
 }

@@ -29,12 +29,12 @@ after(async () => {
 });
 
 /** What a box answers while the fakes are as told. */
-async function run(host: string, script: string, fakes: Record<string, string> = {}) {
+async function run(host: string, script: string, fakes: Record<string, string> = {}, keys = "") {
   const lines: string[] = [];
   for (const name of ["FAKE_REFUSAL", "FAKE_SUDO", "FAKE_USER"]) delete process.env[name];
   Object.assign(process.env, fakes);
   writeFileSync(log, "");
-  const result = await open(host).run(script, 20, (line) => lines.push(line));
+  const result = await open(host, keys).run(script, 20, (line) => lines.push(line));
   return { ...result, lines, asked: readFileSync(log, "utf8") };
 }
 
@@ -167,6 +167,27 @@ describe("a box over ssh", () => {
     );
   });
 
+  test("with HOST_KEY is known by its fingerprint alone, which ssh asks for as it connects", async () => {
+    const key = `SHA256:${"a".repeat(43)}`;
+    const { asked } = await run("b1", "true", {}, `${key} SHA256:${"b".repeat(43)}`);
+    for (const option of ["StrictHostKeyChecking=yes", "UserKnownHostsFile=/dev/null"])
+      assert.ok(asked.includes(`-o ${option}`), option);
+    // What ssh would run, with what it puts in place of %f %H %t %K.
+    const command = /KnownHostsCommand=(.*) %f %H %t %K/.exec(asked)?.[1];
+    const known = (offered: string) => shell(`${command} ${offered} b1 ssh-ed25519 AAAA`);
+    assert.equal(known(key).stdout, "b1 ssh-ed25519 AAAA\n");
+    assert.deepEqual(
+      [known("SHA256:other").stdout, known("SHA256:other").stderr],
+      ["", "offers SHA256:other\n"],
+    );
+    assert.deepEqual([known("NONE").stdout, known("NONE").stderr], ["", ""]);
+  });
+
+  test("that says more than it can have to say is left, and so is one whose line never ends", async () => {
+    for (const command of [`yes ${"y".repeat(9999)}`, "tr '\\0' x </dev/zero"])
+      await assert.rejects(run("b1", command), /The box said more than 32 MB/);
+  });
+
   test("has the address that ssh's own settings name", async () => {
     assert.equal(await addressOf("b1"), "203.0.113.9");
     assert.match(readFileSync(log, "utf8"), /^-G -- b1$/m);
@@ -181,7 +202,15 @@ describe("the reason that is said", () => {
     ],
     [
       "No ED25519 host key is known for b1 and you have requested strict checking.\nHost key verification failed.",
-      /not known here: connect once with "ssh b1"/,
+      /not known here: connect once with "ssh b1" and compare .* "ssh-keygen -lf .*" says at the vendor's console/,
+    ],
+    [
+      "offers SHA256:abc\nNo ED25519 host key is known for b1 and you have requested strict checking.\nHost key verification failed.",
+      /host key of b1 is SHA256:abc, which HOST_KEY does not name: compare .* "ssh-keygen -lf .*"/,
+    ],
+    [
+      "command-line: line 0: Bad configuration option: knownhostscommand",
+      /HOST_KEY needs OpenSSH 8.5 or later/,
     ],
     [
       "root@b1: Permission denied (publickey,password).",

@@ -12,7 +12,12 @@ import { program, programs, ROOT, TOKEN, temporary } from "./helpers.ts";
 const SCRIPTS = readdirSync(join(ROOT, "scripts")).map((file) => file.replace(/\.ts$/, ""));
 
 /** Runs a script where ssh, sudo and every look would leave a trace. */
-async function call(script: string, args: string[], env: Record<string, string> = {}, envFile?: string) {
+async function call(
+  script: string,
+  args: string[],
+  env: Record<string, string> = {},
+  envFile?: string | Buffer,
+) {
   const folder = temporary();
   const trace = join(folder, "trace");
   const spy = `echo "$0 $*" >>'${trace}'; exit 255`;
@@ -90,7 +95,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
     script: string,
     args: string[],
     env: Record<string, string>,
-    file: string | undefined,
+    file: string | Buffer | undefined,
     line: RegExp,
   ][] = [
     [
@@ -261,6 +266,54 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       {},
       undefined,
       /^K3S_SHA256 is a{64}, but "package\.json" \(K3S_BIN\) has [0-9a-f]{64}/,
+    ],
+    [
+      "a secret behind a flag whose name has a slip, which is not repeated",
+      "agent",
+      ["--k3s-tokne=hunter2"],
+      {},
+      undefined,
+      /^--k3s-tokne \(flag\): expected one of /,
+    ],
+    [
+      "a secret without its flag",
+      "agent",
+      ["hunter2"],
+      {},
+      undefined,
+      /^A word without -- \(flag\): expected/,
+    ],
+    [
+      "an env file that is a folder",
+      "server",
+      [],
+      { ENV_FILE: "lib" },
+      undefined,
+      /^The env file cannot be read: EISDIR/,
+    ],
+    [
+      "an env file that is no UTF-8, with its line",
+      "server",
+      [],
+      {},
+      Buffer.from("SERVER=a1\nK3S_BIN=./\xe9\n", "latin1"),
+      /^The env file cannot be read: .*\.env line 2: expected UTF-8/,
+    ],
+    [
+      "a K3S_CONFIG that is no text",
+      "server",
+      ["--k3s-config", process.execPath],
+      {},
+      undefined,
+      /^K3S_CONFIG is ".*": expected text in UTF-8/,
+    ],
+    [
+      "control characters and such, which are shown but not sent to the terminal",
+      "server",
+      ["--host", "a\u001b[2J\u202e\u009b"],
+      {},
+      undefined,
+      /^HOST is "a\\u001b\[2J\\u202e\\u009b" \(flag --host\): expected/,
     ],
   ];
   for (const [name, script, args, env, file, line] of cases)

@@ -135,6 +135,22 @@ describe("the rest of the file", () => {
     assert.equal(parse(withValues(`${FILE}\nLAST=2\n`, { LAST: "3" })).LAST, "3");
   });
 
+  test("counts from a file's mark of UTF-8 on, and keeps it", () => {
+    const path = join(temporary(), ".env");
+    writeFileSync(path, "\ufeffA=1\nB=2\n");
+    assert.deepEqual(readEnv(path), { values: { A: "1", B: "2" }, lines: { A: 1, B: 2 } });
+    assert.equal(withValues("\ufeffA=1\n", { A: "2" }), "\ufeffA=2\n");
+  });
+
+  test("in another encoding than UTF-8 is neither read nor written over, comments included", async () => {
+    const path = join(temporary(), ".env");
+    const bytes = Buffer.from("A=1\n# caf\xe9\n", "latin1");
+    writeFileSync(path, bytes);
+    assert.throws(() => readEnv(path), /line 2: expected UTF-8/);
+    await assert.rejects(updateEnv(path, { A: "2" }), /line 2: expected UTF-8/);
+    assert.deepEqual(readFileSync(path), bytes);
+  });
+
   test("is nothing where there is no file", () => {
     assert.deepEqual(readEnv(join(temporary(), "none")), { values: {}, lines: {} });
   });

@@ -21,7 +21,7 @@ import {
 } from "./helpers.ts";
 
 describe("the generation of a release", () => {
-  const both = "--flannel-external-ip\nwireguard-native";
+  const both = "--flannel-backend\n--flannel-external-ip\nwireguard-native";
   const cases: [version: string, flags: string | undefined, generation: k3s.Generation | undefined][] = [
     ["v1.17.6+k3s1", undefined, "old"],
     ["v1.22.17+k3s1", undefined, "old"],
@@ -35,7 +35,7 @@ describe("the generation of a release", () => {
     ["v1.36.2+k3s1", undefined, "modern"],
   ];
   for (const [version, flags, generation] of cases)
-    test(`${version} whose help has ${flags?.replace("\n", " and ") ?? "not been asked"} is ${generation ?? "not known yet"}`, () =>
+    test(`${version} whose help has ${flags?.replaceAll("\n", " and ") ?? "not been asked"} is ${generation ?? "not known yet"}`, () =>
       assert.equal(k3s.generationOf(version, flags), generation));
 
   test("of a K3S_BIN is that of its own version, whatever K3S_VERSION says", () => {

@@ -254,8 +254,14 @@ describe("releases that have both ways", () => {
 
   test("get the flags of the way that their help names", () => {
     const unit = (flags: string) => server.plan(want, prepared(middle, { flags }))[1]?.sh ?? "";
-    assert.match(unit("--flannel-external-ip\nwireguard-native\n"), /--flannel-backend=wireguard-native/);
-    assert.doesNotMatch(unit("wireguard-native\n"), /wireguard-native|flannel-external-ip/);
+    assert.match(
+      unit("--flannel-backend\n--flannel-external-ip\nwireguard-native\n"),
+      /--flannel-backend=wireguard-native/,
+    );
+    assert.doesNotMatch(
+      unit("--flannel-backend\nwireguard-native\n"),
+      /wireguard-native|flannel-external-ip/,
+    );
   });
 });
 

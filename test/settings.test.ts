@@ -52,6 +52,8 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "a;b",
     "a'b",
     "root@203.0.113.10=10.0.0.1",
+    "root@-oProxyCommand",
+    "ssh://-x",
     "a=1.2.3",
     "a=b=c",
   ],
@@ -66,9 +68,20 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "v1.36.2+k3s1\n",
     "v2.0.0+k3s1",
   ],
-  K3S_MIRRORS: ["ftp://a/b", "https://a b", "https://a/$(id)", "https://a/'", "file:///etc", "//a"],
+  K3S_MIRRORS: [
+    "https://]",
+    "https://a:b:c",
+    "https://a:999999",
+    "ftp://a/b",
+    "https://a b",
+    "https://a/$(id)",
+    "https://a/'",
+    "file:///etc",
+    "//a",
+  ],
   K3S_SHA256: ["abc", "A".repeat(64), "a".repeat(65), `${"a".repeat(63)}\n`],
-  K3S_BIN: ["a\nb", "a\u0000b"],
+  HOST_KEY: ["SHA256:x", "MD5:aa:bb", `SHA256:${"a".repeat(43)},`, `SHA256:${"$".repeat(43)}`],
+  K3S_BIN: ["a\nb", "a\u0000b", "a\u001b[2J", "a\u009bb"],
   PROXY_MODE: ["IPVS", "ipvs ", "userspace", "ipvs\n"],
   SERVER_ARGS: [
     "--x='a'",
@@ -77,6 +90,15 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "--x\\",
     "`id`",
     "--x\r",
+    "--x \u0001",
+    // The unit has them at the beginning of a line.
+    "#x --y",
+    "--x ; /bin/y",
+    // They go into rules of firewalls, and into the path of a request.
+    "--cluster-cidr=$(id)",
+    "--a -service-cidr 10.43.0.0/16;id",
+    "--cluster-domain=a/b",
+    "--node-name=../x",
     "--cluster-init",
     "-cluster-init=true",
     "--a --server=https://203.0.113.1:6443",
@@ -134,6 +156,7 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "etcd",
     "postgres://",
     "mysql://a\nb",
+    "mysql://a\u0000b",
   ],
   K3S_URL: [
     "http://203.0.113.10:6443",
@@ -361,25 +384,31 @@ describe("a line of the env file for one box", () => {
       ),
     );
     assert.equal(settings.AGENT_ARGS, "--all");
-    assert.deepEqual(own, {
-      "cloud-b": { AGENT_ARGS: "--one --two", PROXY_MODE: "nftables" },
-      "203.0.113.9": { AGENT_ARGS: "" },
-      a1: { SERVER_ARGS: "--disable=traefik" },
-    });
+    assert.deepEqual(
+      { ...own },
+      {
+        "cloud-b": { AGENT_ARGS: "--one --two", PROXY_MODE: "nftables" },
+        "203.0.113.9": { AGENT_ARGS: "" },
+        a1: { SERVER_ARGS: "--disable=traefik" },
+      },
+    );
   });
 
   test("gives way to a flag or a variable, which are for this call", () => {
     const path = written(`${base}AGENT_ARGS__b1=--one\n`);
-    assert.deepEqual(settle({}, { AGENT_ARGS: "--x" }, path).own, {});
-    assert.deepEqual(settle({ "agent-args": "--x" }, {}, path).own, {});
+    assert.deepEqual({ ...settle({}, { AGENT_ARGS: "--x" }, path).own }, {});
+    assert.deepEqual({ ...settle({ "agent-args": "--x" }, {}, path).own }, {});
   });
 
   test("may be of a box that only this call names, and of this machine", () => {
     const path = written(`SERVER=\nAGENT_ARGS__b9=--nine\nSERVER_ARGS__${hostname()}=--here\n`);
-    assert.deepEqual(settle({ host: "root@b9" }, {}, path).own, {
-      b9: { AGENT_ARGS: "--nine" },
-      [hostname()]: { SERVER_ARGS: "--here" },
-    });
+    assert.deepEqual(
+      { ...settle({ host: "root@b9" }, {}, path).own },
+      {
+        b9: { AGENT_ARGS: "--nine" },
+        [hostname()]: { SERVER_ARGS: "--here" },
+      },
+    );
   });
 
   const wrong: [name: string, line: string, message: RegExp][] = [

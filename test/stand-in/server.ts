@@ -10,6 +10,7 @@ import {
   symlinkSync,
   writeFileSync,
 } from "node:fs";
+import { createServer as createPlain } from "node:http";
 import { createServer } from "node:https";
 import { dirname, join } from "node:path";
 import { kubeconfig, runAgent } from "./agent.ts";
@@ -191,6 +192,12 @@ export async function runServer(start: Start): Promise<void> {
   write(admin, sign(gen, c.clientCa, adminKey, adminSubject) + file(c.clientCa.crt), 0o644);
 
   await listen(c, one(values, "bind-address"), servingNames(gen, values, hostname, hostIp), tls);
+  // "Serving insecurely on [::]:10251": v1.17.6's scheduler and controller manager answer everybody.
+  if (gen === "old" && c.port === 6443)
+    for (const port of [10251, 10252])
+      createPlain((_, res) => res.end("ok"))
+        .on("error", () => {})
+        .listen(port);
   state.tokenHash = hash(password);
   state.starts++;
   save();

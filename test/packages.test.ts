@@ -1,0 +1,45 @@
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import { ROOT } from "./helpers.ts";
+
+const json = (file: string) => JSON.parse(readFileSync(join(ROOT, file), "utf8"));
+const { dependencies, devDependencies } = json("package.json") as Record<string, Record<string, string>>;
+const lock = json("package-lock.json") as {
+  packages: Record<
+    string,
+    { version: string; integrity?: string; resolved?: string; link?: true; dev?: true; optional?: true }
+  >;
+};
+const packages = Object.entries(lock.packages).filter(([path]) => path);
+
+describe("the packages that are used", () => {
+  test("are named by exact versions, here and for Deno, and the lock has those", () => {
+    const named = { ...dependencies, ...devDependencies };
+    for (const [name, version] of Object.entries(named)) {
+      assert.match(version, /^\d+\.\d+\.\d+$/, name);
+      assert.equal(lock.packages[`node_modules/${name}`]?.version, version);
+    }
+    const { imports } = json("deno.json") as { imports: Record<string, string> };
+    for (const [name, from] of Object.entries(imports)) assert.equal(from, `npm:${name}@${named[name]}`);
+  });
+
+  test("have each their sha512 in the lock, and come from no other place than the registry", () => {
+    for (const [path, { integrity, resolved, link }] of packages) {
+      assert.match(integrity ?? "", /^sha512-[\w+/]{86}==$/, path);
+      assert.ok(
+        !link && (resolved ?? "https://registry.npmjs.org/").startsWith("https://registry.npmjs.org/"),
+        path,
+      );
+    }
+    const { npm } = json("deno.lock") as { npm: Record<string, { integrity?: string }> };
+    for (const [name, { integrity }] of Object.entries(npm)) assert.match(integrity ?? "", /^sha512-/, name);
+  });
+
+  test("are few: five named ones to run with, and those that they bring", () => {
+    assert.deepEqual(Object.keys(dependencies as object), ["dotenv", "minimist", "ora", "tsx", "zx"]);
+    const run = packages.filter(([, { dev, optional }]) => !dev && !optional).map(([path]) => path);
+    assert.ok(run.length <= 24, run.join());
+  });
+});
