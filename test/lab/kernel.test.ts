@@ -1,22 +1,36 @@
-/** CentOS 7 for real: its kernel is swapped over ssh, it restarts, and joins over kernel WireGuard. */
+/** CentOS 7 for real: its kernel is swapped over ssh, it restarts, and joins over kernel WireGuard; nodes leave their cluster for it in turn. */
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
-import { bench, script } from "./suite.ts";
+import { setTimeout as sleep } from "node:timers/promises";
+import { nodesOf } from "../../lib/k3s.ts";
+import { fixture } from "../helpers.ts";
+import type { Box } from "./lab.ts";
+import { bench, connected, script } from "./suite.ts";
 import { addMachine, type Machine, REPOSITORIES } from "./vm.ts";
+import { menuEntry } from "./vm-image.ts";
 
-const t = await bench({ name: "kernel", boxes: ["a1"] });
+const t = await bench({ name: "kernel", boxes: ["a1", "b1", "b2"] });
 after(() => t.lab.down());
-const a1 = t.box("a1");
+const [a1, b1, b2] = [t.box("a1"), t.box("b1"), t.box("b2")];
 const upgrade = script("upgrade-kernel", "--host b3");
 let b3: Machine;
 
 before(async () => {
-  t.settings(REPOSITORIES, { agents: "b3" });
-  [b3] = await Promise.all([addMachine(t.lab, "b3"), t.ok("make server")]);
+  t.settings(REPOSITORIES, { agents: "b1 b2 b3" });
+  const cluster = async () => [await t.ok("make server"), await t.ok('make agent HOST="b1 b2"')];
+  [b3] = await Promise.all([addMachine(t.lab, "b3"), cluster()]);
 });
 
 const kernel = async () => (await b3.sh("uname -r")).trim();
-const boot = async () => (await b3.sh("cat /proc/sys/kernel/random/boot_id")).trim();
+const boot = async (box: Box = b3) => (await box.sh("cat /proc/sys/kernel/random/boot_id")).trim();
+/** Until it has started anew: its new boot. */
+async function restarted(box: Box, was: string) {
+  for (const end = Date.now() + 180_000; ; await sleep(200)) {
+    const now = await boot(box).catch(() => was);
+    if (now !== was) return now;
+    assert(Date.now() < end, `${box.name} did not restart`);
+  }
+}
 const saved = async () => (await b3.sh("grub2-editenv list")).match(/^saved_entry=(.*)$/m)?.[1] ?? "";
 
 describe("a kernel is not installed", () => {
@@ -66,22 +80,9 @@ test("it joins the server in the other cloud over kernel WireGuard, and ipvs is 
   await t.ok("make agent HOST=b3 PROXY_MODE=ipvs");
   assert.match(await b3.sh("ip -o -d link show type wireguard"), /flannel-wg: .* wireguard /);
   assert.equal(await b3.sh("pgrep wireguard-go || true"), "");
-  await handshakes();
+  await connected([a1, b1, b2, b3]);
   assert.match(await b3.sh("lsmod"), /^ip_vs +\d+ +[1-9]/m);
 });
-
-/** b3 and a1 have each other as the one peer, at the public address, with a fresh handshake. */
-async function handshakes() {
-  for (const [box, other] of [
-    [b3, a1],
-    [a1, b3],
-  ] as const) {
-    const [now, , line = ""] = (await box.sh("date +%s; wg show flannel-wg dump")).trim().split("\n");
-    const [, , endpoint, , handshake] = line.split("\t");
-    assert.equal(endpoint, `${other.publicIp}:51820`);
-    assert(Number(now) - Number(handshake) < 180, `${box.name}: ${now} ${line}`);
-  }
-}
 
 test("a second time there is nothing to do", async () => {
   const was = await boot();
@@ -90,14 +91,169 @@ test("a second time there is nothing to do", async () => {
   assert.equal(await boot(), was);
 });
 
-test("a box that booted its old kernel although the new one is its default is not restarted for ever", async () => {
-  await b3.sh(`grub2-reboot "$(grep '^menuentry' /boot/grub2/grub.cfg | cut -d"'" -f2 | grep cloud)"; sync`);
-  const was = await boot();
-  await b3.sh("systemctl reboot").catch(() => {});
-  for (const end = Date.now() + 180_000; (await boot().catch(() => was)) === was; )
-    assert(Date.now() < end, "it did not restart");
-  assert.equal(await kernel(), b3.image.old);
-  const now = await boot();
-  await t.says(upgrade, 1, [/is the default boot entry, and yet this box has booted kernel .*cloud.* since/]);
-  assert.equal(await boot(), now);
+/** The cluster's nodes by name, as its server has them. */
+const nodes = async () => byName(await a1.sh("kubectl get nodes -o json"));
+const byName = (json: string) => Object.fromEntries(nodesOf(json).map((node) => [node.name, node]));
+/** Whether it takes pods, and no mark is left on it. */
+async function givenBack(name: string) {
+  const node = (await nodes())[name];
+  assert.deepEqual([node?.ready, node?.cordoned, node?.drained], [true, false, undefined]);
+}
+
+describe("a node of a living cluster", () => {
+  const NEXT = "5.19.17-1.el7.elrepo.x86_64";
+  /**
+   * The box as CentOS 7 with kernel-ml installed, and its old kernel running. Stood in: what rpm and GRUB say, and of
+   * two kernels what tells them apart, which is here that wireguard-go is out of reach until the box starts with the
+   * new one as its default. Real are the node, its draining, the restart, and what comes back.
+   */
+  const oldKernel = (box: Box) =>
+    box.sh(`mkdir -p /boot/grub2 /etc/systemd/system/ssh.service.d
+rm -f /etc/os-release
+cat >/etc/os-release <<'TEXT'
+${fixture("os-release/centos-7")}TEXT
+cat >/boot/grub2/grub.cfg <<'TEXT'
+set default="\${saved_entry}"
+${menuEntry(NEXT, NEXT)}TEXT
+echo 'saved_entry=old' >/boot/grub2/grubenv
+cd /usr/local/sbin
+echo '[ "$*" != "-ql kernel-ml" ] || echo /boot/vmlinuz-${NEXT}' >rpm
+echo 'cat /boot/grub2/grubenv' >grub2-editenv
+echo 'echo "saved_entry=$1" >/boot/grub2/grubenv' >grub2-set-default
+echo 'grep -q ${NEXT} /boot/grub2/grubenv && mv /opt/wireguard-go /usr/bin/' >lab-kernel
+for name in rpm grub2-editenv grub2-set-default lab-kernel; do sed -i '1i #!/bin/sh' $name; chmod 755 $name; done
+cat >/etc/systemd/system/lab-kernel.service <<'TEXT'
+[Unit]
+Before=k3s-agent.service
+[Service]
+Type=oneshot
+ExecStart=/usr/local/sbin/lab-kernel
+[Install]
+WantedBy=multi-user.target
+TEXT
+systemctl -q enable lab-kernel
+# By the uptime, which is this machine's, the box would not have started just now: so its k3s comes first.
+printf '[Unit]\nAfter=k3s-agent.service\n' >/etc/systemd/system/ssh.service.d/lab.conf
+[ ! -e /usr/bin/wireguard-go ] || mv /usr/bin/wireguard-go /opt/
+# A machine whose own kernel has WireGuard shows that here.
+[ ! -d /sys/module ] || mount -t tmpfs lab /sys/module`);
+  const swap = (name: string) => script("upgrade-kernel", `--host ${name}`);
+
+  /** What the server has of the nodes while \`part\` runs, again and again. */
+  async function watched(part: () => Promise<unknown>) {
+    const seen = a1.sh(`rm -f /run/enough
+until [ -e /run/enough ]; do kubectl get nodes -o json | tr -d '\\n'; echo; sleep 0.2; done`);
+    await part().finally(() => a1.sh("touch /run/enough"));
+    return (await seen).trim().split("\n").map(byName);
+  }
+
+  test("is drained, restarted into the kernel and uncordoned, and of two one at a time", async () => {
+    await Promise.all([b1, b2].map(oldKernel));
+    const was = await nodes();
+    const seen = await watched(() => t.ok('make kernel HOST="b1 b2"'));
+    for (const now of seen)
+      assert(
+        [now.b1, now.b2].filter((node) => !node?.ready || node.cordoned).length < 2,
+        JSON.stringify(now),
+      );
+    for (const name of ["b1", "b2"]) {
+      const story = seen.map(({ [name]: node }) => [node?.boot === was[name]?.boot, node?.cordoned].join());
+      assert.deepEqual(
+        story.filter((state, i) => state !== story[i - 1]),
+        ["true,false", "true,true", "false,true", "false,false"],
+        name,
+      );
+      await givenBack(name);
+    }
+    await t.says('make kernel HOST="b1 b2"', 0, ["nothing to do: wireguard-go is here"]);
+  });
+
+  test("is not restarted while a pod cannot leave it: that is named, and it takes pods again", async () => {
+    await oldKernel(b1);
+    const was = await boot(b1);
+    // No pods here: of kubectl's words the last are stood in, those for a disruption budget that allows none to go.
+    await a1.sh(`cd /usr/local/bin; mv k3s k3s-stand-in; cat >k3s <<'TEXT'
+#!/bin/sh
+case "$*" in *' drain b1 '*)
+  /usr/local/bin/k3s-stand-in kubectl cordon b1
+  echo 'error when evicting pods/"web-0" -n "shop" (will retry after 5s): Cannot evict pod as it would violate the pod'"'"'s disruption budget.'
+  echo 'error: unable to drain node "b1" due to error: error when evicting pods/"web-0" -n "shop": global timeout reached: 5m0s, continuing command...'
+  exit 1
+esac
+exec /usr/local/bin/k3s-stand-in "$@"
+TEXT
+chmod 755 k3s`);
+    const said = await t
+      .says(swap("b1"), 1, [
+        /FAILED after .*: drain node b1, for 300 s at most/,
+        /"web-0" -n "shop".* violate the pod's disruption budget/,
+        "Move by hand what stays (kubectl drain), and run this again",
+      ])
+      .finally(() => a1.sh("cd /usr/local/bin; mv k3s-stand-in k3s"));
+    assert.doesNotMatch(said.text, /restart into/);
+    assert.equal(await boot(b1), was);
+    await givenBack("b1");
+  });
+
+  test("is uncordoned by the next run when the first was cut after its restart", async () => {
+    await oldKernel(b1);
+    const was = await boot(b1);
+    const run = await t.cut(swap("b1"), /restart into/, "KILL");
+    assert(run.reached, run.text);
+    await restarted(b1, was);
+    await b1.answers();
+    assert.equal((await nodes()).b1?.cordoned, true);
+    const { text } = await t.says(swap("b1"), 0, ["uncordon node b1 once it is Ready"]);
+    assert.doesNotMatch(text, /drain node|restart into/);
+    await givenBack("b1");
+  });
+
+  test("stays cordoned when that was the user's wish", async () => {
+    await oldKernel(b2);
+    const was = await boot(b2);
+    await a1.sh("kubectl cordon b2");
+    const { text } = await t.says(swap("b2"), 0, ["restart into"]);
+    assert.doesNotMatch(text, /drain node|uncordon/);
+    assert.notEqual(await boot(b2), was);
+    const node = (await nodes()).b2;
+    assert.deepEqual([node?.cordoned, node?.drained], [true, undefined]);
+  });
+});
+
+describe("a machine that booted its old kernel although the new one is its default", () => {
+  const entry = `"$(grep '^menuentry' /boot/grub2/grub.cfg | cut -d"'" -f2 | grep cloud)"`;
+
+  test("is not restarted for ever", async () => {
+    // Its node is to be Ready all the same: k3s alone has a WireGuard there, outside the kernel.
+    await t.ok("ssh a1 cat /usr/bin/wireguard-go | ssh b3 'mkdir /opt/wg && cat >/opt/wg/wireguard-go'");
+    await b3.sh(`chmod 755 /opt/wg/wireguard-go
+mkdir -p /etc/systemd/system/k3s-agent.service.d
+printf '[Service]\nEnvironment=PATH=/opt/wg:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n' >/etc/systemd/system/k3s-agent.service.d/lab.conf
+grub2-reboot ${entry}; sync`);
+    const was = await boot();
+    await b3.sh("systemctl reboot").catch(() => {});
+    const now = await restarted(b3, was);
+    assert.equal(await kernel(), b3.image.old);
+    await t.says(upgrade, 1, [
+      /is the default boot entry, and yet this box has booted kernel .*cloud.* since/,
+    ]);
+    assert.equal(await boot(), now);
+  });
+
+  test("and where it is not, its node is drained, and uncordoned once it runs the new kernel", async () => {
+    await b3.sh(`grub2-set-default ${entry}`);
+    const was = await boot();
+    for (const end = Date.now() + 180_000; ; ) {
+      const { b3: node } = await nodes();
+      if (node?.ready && node.boot === was) break;
+      assert(Date.now() < end, await b3.sh("journalctl -u k3s-agent -o cat --no-pager -n 30"));
+    }
+    const { text } = await t.says(upgrade, 0, [
+      /make kernel-ml the default boot entry(.*\n)*.*drain node b3(.*\n)*.*restart into kernel(.*\n)*.*uncordon node b3/,
+    ]);
+    assert.equal(await kernel(), b3.image.next);
+    assert.notEqual(await boot(), was);
+    assert.match(text, /WireGuard is in kernel/);
+    await givenBack("b3");
+  });
 });

@@ -192,10 +192,14 @@ ps -e -o comm= | grep -vE '^(sshd|sh|ps|grep|sort|uniq|sudo|\\(sd-pam\\)|systemd
 const STARTS =
   "systemctl show k3s k3s-agent -p Id -p MainPID -p ExecMainStartTimestampMonotonic -p NRestarts";
 
-/** Ends whatever an operator started on the box: all of sshd's processes but itself. */
-export const hangUp = (box: Box) =>
+/**
+ * Ends whatever an operator started on the box: all of sshd's processes but itself, and but the test's own.
+ * Of those only with this name: "sshd" cuts the connections, and what they started goes on.
+ */
+export const hangUp = (box: Box, name = ".") =>
   box.sh(`main=$(systemctl show ssh -p MainPID | cut -d= -f2)
-pids=$(ps -e -o pid=,cgroup= | awk -v main="$main" '/ssh.service/ && $1 != main { print $1 }')
+pids=$(ps -e -o pid=,comm=,cgroup= | awk -v not=" $main $$ $PPID " \\
+  '/ssh.service/ && $2 ~ /${name}/ && !index(not, " " $1 " ") { print $1 }')
 [ -n "$pids" ]
 kill -9 $pids 2>/dev/null || : # some may have ended by themselves`);
 

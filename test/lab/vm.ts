@@ -35,17 +35,24 @@ const MEMORY = 768;
 /** Software emulation on a busy machine: seconds from power to ssh, at most. */
 const BOOT = 300;
 
+/** Machines that are added side by side are furnished in turn: the operator's files name them all. */
+let turn: Promise<unknown> = Promise.resolve();
+
 /** Adds a machine to a running lab, starts it and waits for its ssh. */
 export async function addMachine(
   lab: Lab,
   name: string,
   say: (line: string) => void = () => {},
 ): Promise<Machine> {
-  const made = await image(say);
-  await publish(lab, made.repositories);
-  await furnish(lab, name, made);
-  await acquaint(lab.dir);
-  const machine = handle(lab, name, made);
+  const furnished = turn.then(async () => {
+    const made = await image(say);
+    await publish(lab, made.repositories);
+    await furnish(lab, name, made);
+    await acquaint(lab.dir);
+    return made;
+  });
+  turn = furnished.catch(() => {});
+  const machine = handle(lab, name, await furnished);
   await machine.on();
   return machine;
 }
