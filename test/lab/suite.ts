@@ -182,10 +182,10 @@ ps -e -o comm= | grep -vE '^(sshd|sh|ps|grep|sort|uniq|sudo|\\(sd-pam\\)|systemd
 const STARTS =
   "systemctl show k3s k3s-agent -p Id -p MainPID -p ExecMainStartTimestampMonotonic -p NRestarts";
 
-/** Ends whatever an operator started on the box: all of sshd's processes but itself. */
-export const hangUp = (box: Box) =>
+/** Ends whatever an operator started on the box: all of sshd's processes but itself; or only the connections. */
+export const hangUp = (box: Box, only: "sshd" | "" = "") =>
   box.sh(`main=$(systemctl show ssh -p MainPID | cut -d= -f2)
-pids=$(ps -e -o pid=,cgroup= | awk -v main="$main" '/ssh.service/ && $1 != main { print $1 }')
+pids=$(ps -e -o pid=,comm=,cgroup= | awk -v main="$main" '/${only}.*ssh.service/ && $1 != main { print $1 }')
 [ -n "$pids" ]
 kill -9 $pids 2>/dev/null || : # some may have ended by themselves`);
 
