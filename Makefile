@@ -8,6 +8,7 @@ FLAGS = $(if $(DRY),--dry-run) $(if $(PRINT),--print) $(if $(REBOOT),--reboot)
 NODE := $(shell command -v node;)
 STRIPS := $(if $(NODE),$(shell node -p 'process.features.typescript || ""'))
 TS = $(if $(NODE),node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx),deno run -A)
+RUN = node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx)
 MODULES = $(if $(NODE),node_modules/.package-lock.json)
 
 help: ## this list
@@ -55,11 +56,13 @@ rehearse-down: $(MODULES) ## its boxes, networks and processes go; built images 
 	@$(TS) test/lab/rehearse.ts down
 
 test: $(MODULES) ## unit tests; no root, no network
-	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) --test --test-concurrency=4 test/*.test.ts
+	@$(RUN) --test --test-concurrency=4 test/*.test.ts
 test-lab: $(MODULES) ## the lab's suite (root): real boxes, NAT and WireGuard
-	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) --test --test-concurrency=1 test/lab/*.test.ts
+	@$(RUN) --test --test-concurrency=1 test/lab/*.test.ts
+faults: $(MODULES) ## every fault at every change of every script, and 30 boxes (root, an hour; ONLY="agent token": of some)
+	@ALL=1 $(RUN) --test --test-concurrency=1 test/lab/cuts.test.ts $(if $(ONLY),,test/lab/load.test.ts)
 bench: $(MODULES) ## times and costs beside the floor and the article by hand, in slow labs (root); test/bench/bench.ts
-	@node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx) test/bench/bench.ts
+	@$(RUN) test/bench/bench.ts
 lint: ## types, format and lint
 	@test -x node_modules/.bin/biome || npm ci --ignore-scripts --no-audit --no-fund
 	@npm run --silent check
@@ -68,4 +71,4 @@ node_modules/.package-lock.json: package-lock.json
 	npm ci --omit=dev --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig firewall download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab bench lint
+.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig firewall download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench lint

@@ -4,6 +4,7 @@ import {
   closeSync,
   fsyncSync,
   openSync,
+  readdirSync,
   readFileSync,
   realpathSync,
   renameSync,
@@ -11,7 +12,7 @@ import {
   statSync,
   writeSync,
 } from "node:fs";
-import { dirname } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parse } from "dotenv";
 
@@ -63,6 +64,7 @@ export async function updateEnv(path: string, values: Record<string, string>, se
   const file = realPath(path);
   const release = await lock(`${file}.lock`, seconds);
   try {
+    sweep(file);
     const old = textOf(file);
     const text = withValues(old, values);
     if (text === old) return;
@@ -70,6 +72,14 @@ export async function updateEnv(path: string, values: Record<string, string>, se
   } finally {
     release();
   }
+}
+
+/** Removes what writers that were killed have left beside the file, with its secrets. Nobody else writes under the lock. */
+function sweep(file: string): void {
+  const half = /^\.[0-9a-f]{8}\.tmp$/;
+  for (const name of readdirSync(dirname(file)))
+    if (name.startsWith(basename(file)) && half.test(name.slice(basename(file).length)))
+      rmSync(join(dirname(file), name), { force: true });
 }
 
 /** Puts a text in a file's place, 0600: a crash leaves the old one or the new one. */

@@ -575,6 +575,13 @@ const DOOR = `if [ -z "\${open-}" ] && token=$(cat /var/lib/rancher/k3s/server/n
   fi
 `;
 
+/**
+ * Shell that removes an empty node password: k3s that could not write it to a full disk asks with it for ever, and no
+ * server takes it (pkg/agent/config, ensureNodePassword, both generations). One of the last seconds may still be filled.
+ */
+export const withoutEmpty = (password = "/etc/rancher/node/password"): string =>
+  `[ -s ${password} ] || [ ! -e ${password} ] || [ $(($(date +%s) - $(stat -c %Y ${password}))) -lt 5 ] || rm -f ${password}`;
+
 /** Waits for a healthy node, says how it goes, and on failure prints the journal's lines that matter. */
 function healthSh(
   name: string,
@@ -605,6 +612,7 @@ fail() {
 while :; do
   pause
   beat
+  ${withoutEmpty()}
   now=$(date +%s)
   ${meanwhile}p=$(systemctl show "$unit" -p MainPID | cut -d= -f2)
   if [ "$p" != "$pid" ]; then pid=$p; since=$now; [ "$p" = 0 ] || starts=$((starts + 1)); fi

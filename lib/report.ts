@@ -85,7 +85,8 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
           spinner = undefined;
           write(name, `FAILED after ${seconds()}: ${message}`);
           const rows = (output ?? "").trim().split("\n").filter(Boolean);
-          for (const row of rows.slice(-30)) write(name, `  | ${row}`);
+          // Of a line that was written over again and again (dpkg's progress) the last text.
+          for (const row of rows.slice(-30)) write(name, `  | ${row.trimEnd().split("\r").at(-1)}`);
           if (change) {
             const command = change.sh.trim().split("\n");
             write(name, "  command:");

@@ -15,14 +15,15 @@ export const installWireguard: Step = {
   look: () => [
     moduleLook,
     "fact tool; command -v wg",
-    "fact loaded; test -d /sys/module/wireguard && echo yes; test -c /dev/net/tun && command -v wireguard-go",
+    `fact loaded; test -d /sys/module/wireguard && echo yes; test -c /dev/net/tun && command -v wireguard-go
+fact probe; test -d /sys/class/net/${PROBE} && echo yes`,
   ],
 
   plan(want, facts) {
     const changes: Change[] = [];
     const kernel = wireguardIn(facts) ? undefined : facts.kernel?.trim();
     if (!facts.tool?.trim() || kernel) changes.push(...packages(osOf(facts), kernel, want));
-    if (changes.length || !facts.loaded?.trim()) changes.push(PROOF);
+    if (changes.length || !facts.loaded?.trim() || facts.probe?.trim()) changes.push(PROOF);
     return changes;
   },
 };
@@ -94,12 +95,15 @@ function moduleFor(os: Os, kernel: string): string {
 /** A repository's release package, by rpm: yum would first load the lists of all repositories. */
 const release = (name: string, url: string) => `rpm -q ${name} >/dev/null || rpm -Uvh ${sh(url)}\n`;
 
+/** The interface that is made for proof: one that a cut run has left is known by it. */
+const PROBE = "kac-probe";
+
 /** A tool that is there proves nothing: an interface is made and removed (by wireguard-go where flannel would too). */
 const PROOF: Change = {
   why: "prove that a WireGuard interface can be made",
   sh: `wg --version
-name=kac$$
-ip link add "$name" type wireguard 2>/dev/null || wireguard-go "$name" >/dev/null 2>&1 || {
+name=${PROBE}
+[ -d "/sys/class/net/$name" ] || ip link add "$name" type wireguard 2>/dev/null || wireguard-go "$name" >/dev/null 2>&1 || {
   echo "Kernel $(uname -r) can make no WireGuard interface: it needs the module wireguard, or Linux 5.6"
   exit 1
 }

@@ -293,8 +293,9 @@ describe("a crash", () => {
 
   // Deno's named imports of node:fs do not follow a change of it: there the next test must do.
   if (!("Deno" in globalThis))
-    test("between any two steps leaves the old file or the new one, and the next writer goes on", async () => {
-      const path = join(temporary(), ".env");
+    test("between any two steps leaves the old file or the new one, and the next writer goes on and clears up", async () => {
+      const folder = temporary();
+      const path = join(folder, ".env");
       const seen: string[] = [];
       for (let n = 0; seen.at(-1) !== "survived"; n++) {
         writeFileSync(path, OLD);
@@ -306,6 +307,7 @@ describe("a crash", () => {
         rmSync(`${path}.lock`, { force: true });
         await updateEnv(path, { A: "next" });
         assert.equal(readFileSync(path, "utf8"), OLD.replace("old", "next"));
+        assert.deepEqual(readdirSync(folder), [".env"], `after ${n} steps`);
         assert.ok(n < 40, seen.join());
       }
       const order = ["old", "new", "survived"];

@@ -96,6 +96,7 @@ describe("WireGuard", () => {
   const cases: [name: string, over: Facts, kinds: string[]][] = [
     ["that is here and loaded is left alone", {}, []],
     ["that is here and was never used is only proven", { loaded: "" }, ["prove"]],
+    ["whose proof was cut is proven again, which clears it up", { probe: "yes" }, ["prove"]],
     ["that lacks its tools gets them, and is proven", { tool: "" }, ["install", "prove"]],
     [
       "of wireguard-go's is left alone",

@@ -103,13 +103,14 @@ describe("what is said of several boxes", () => {
         .failed(
           "it broke (exit status 3)",
           { why: "break it", sh: command },
-          `${output}\n${TOKEN}`,
+          `${output}\n(Reading ...\r(Reading ... 5%\rread\r\n${TOKEN}`,
           "make agent HOST=b1",
           [{ box: "b1", cause: "its token is wrong", remedy: "make server" }],
         ),
     );
     assert.match(lines[0] as string, /^b1 {2}FAILED after [\d.]+ s: it broke \(exit status 3\)$/);
     assert.ok(lines.includes("b1    | output 49") && !lines.includes("b1    | output 5"));
+    assert.ok(lines.includes("b1    | read"), "of a line that was written over, the last text");
     assert.ok(lines.includes("b1    $ command 0") && !lines.some((line) => line.includes("command 19")));
     assert.deepEqual(lines.slice(-3), [
       "b1    cause: b1: its token is wrong",

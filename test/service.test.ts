@@ -1,7 +1,9 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
+import { existsSync, utimesSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
 import { describe, test } from "node:test";
-import { healthySaying, type Role, unitOf } from "../lib/k3s.ts";
+import { healthySaying, type Role, unitOf, withoutEmpty } from "../lib/k3s.ts";
 import type { Settings } from "../lib/settings.ts";
 import { type Change, type Facts, planAll, Refusal, type Step } from "../lib/step.ts";
 import { agent, agentSteps, prepareSteps } from "../scripts/agent.ts";
@@ -19,7 +21,9 @@ import {
   OLD,
   prepared,
   service,
+  shell,
   TOKEN,
+  temporary,
   wanted,
 } from "./helpers.ts";
 
@@ -381,5 +385,22 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
     );
     assert.deepEqual(server.plan(want, up({ ...first, password: hash(password) }, { sqlite: "yes\n" })), []);
     assert.match(refusal(server, wanted(), { ...fresh, external: "yes\n" }).message, /external datastore/);
+  });
+});
+
+describe("a node's password", () => {
+  const stays = (text: string, seconds: number) => {
+    const path = join(temporary(), "password");
+    writeFileSync(path, text);
+    utimesSync(path, Date.now() / 1000, Date.now() / 1000 - seconds);
+    assert.equal(shell(`set -eu\n${withoutEmpty(path)}`).status, 0);
+    return existsSync(path);
+  };
+
+  test("that a full disk has left empty goes, so that k3s makes another", () => assert(!stays("", 60)));
+  test("that is being written stays", () => assert(stays("", 0)));
+  test("stays, and where there is none that is no fault", () => {
+    assert(stays("0123\n", 60));
+    assert.equal(shell(`set -eu\n${withoutEmpty(join(temporary(), "password"))}`).status, 0);
   });
 });

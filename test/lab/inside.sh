@@ -194,14 +194,15 @@ enter_cgroup() {
 	done
 }
 
-# inside.sh furnish LAB DIR BOX ROOT KIND [SECONDS]: the box's own file system over the shared ROOT.
+# inside.sh furnish LAB DIR BOX ROOT KIND [SECONDS [MEGABYTES]]: the box's own file system over the shared ROOT.
 furnish() {
 	box=$1 lower=$2 home=$dir/boxes/$1
 	root=$home/root
-	mkdir -p "$root" "$home/upper" "$home/work"
+	mkdir -p "$root" "$home/disk"
+	[ -z "${5-}" ] || mount -t tmpfs -o "mode=755,size=$5M" disk "$home/disk"
+	mkdir "$home/disk/upper" "$home/disk/work"
 	# Overlays do not stack: where this machine's own disk is one, a copy has to do.
-	mount -t overlay -o "lowerdir=$lower,upperdir=$home/upper,workdir=$home/work" "$box" "$root" \
-		2>/dev/null || cp -a --reflink=auto "$lower/." "$root"
+	overlay "$1" "$2" || cp -a --reflink=auto "$lower/." "$root"
 	echo "$box" >"$root/etc/hostname"
 	printf '127.0.0.1 localhost\n127.0.1.1 %s\n' "$box" >"$root/etc/hosts"
 	tr -d - </proc/sys/kernel/random/uuid >"$root/etc/machine-id"
@@ -218,6 +219,30 @@ furnish() {
 		printf '[Manager]\nDefaultEnvironment=STAND_IN_START_SECONDS=%s\n' "$4" >"$root/etc/systemd/system.conf.d/stand-in.conf"
 	fi
 	[ "$3" != real ] || furnish_real "$root"
+}
+
+overlay() {
+	mount -t overlay -o "lowerdir=$2,upperdir=$dir/boxes/$1/disk/upper,workdir=$dir/boxes/$1/disk/work" \
+		"$1" "$dir/boxes/$1/root" 2>/dev/null
+}
+
+# inside.sh save LAB DIR BOX NAME: what the disk of a box that is off has beside the shared root.
+save() {
+	rm -rf "$dir/boxes/$1/saved-$2"
+	cp -a "$dir/boxes/$1/disk/upper" "$dir/boxes/$1/saved-$2"
+}
+
+# inside.sh restore LAB DIR BOX ROOT NAME
+restore() {
+	home=$dir/boxes/$1
+	# nspawn may still be clearing up.
+	exec 9>"$home/lock"
+	flock 9
+	umount "$home/root"
+	rm -rf "$home/disk/upper" "$home/disk/work"
+	cp -a "$home/saved-$3" "$home/disk/upper"
+	mkdir "$home/disk/work"
+	overlay "$1" "$2"
 }
 
 # A real k3s writes where a box may not: the box gets files of its own there, bound at boot.

@@ -36,6 +36,8 @@ export type LabSpec = {
   tools?: boolean;
   /** Its lines can be made slow: `line`. */
   slow?: boolean;
+  /** Boxes with a disk of so many megabytes, which can be filled, saved and restored. */
+  disk?: number;
   /** Seconds from k3s's start to its node being Ready, for the stand-in; default: as fast as it can. */
   startSeconds?: number;
   /** A real k3s, served in place of the stand-in of its version; boxes are then made so that it runs. */
@@ -61,6 +63,10 @@ export type Box = {
   off(): Promise<void>;
   /** Starts it again, and waits for ssh. */
   on(): Promise<void>;
+  /** Keeps what is on its `disk`: it is off meanwhile. */
+  save(tag: string): Promise<void>;
+  /** Starts it with what was saved, running or not. */
+  restore(tag: string): Promise<void>;
   /** Waits for ssh, as after a reboot from inside; default at most 60 s. */
   answers(seconds?: number): Promise<void>;
 };
@@ -193,16 +199,28 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
         throw new Error(`${name}: ${error.stderr.trim()}. Its console:\n${log.slice(-2000)}`);
       });
     };
+    const off = async () => void (await shell("off", name));
+    const on = async () => {
+      await start(dir, name);
+      await answers();
+    };
     return {
       name,
       privateIp,
       publicIp,
       answers,
       sh: (script) => shell("enter", name, script),
-      off: async () => void (await shell("off", name)),
-      on: async () => {
-        await start(dir, name);
-        await answers();
+      off,
+      on,
+      save: async (tag) => {
+        await off();
+        await shell("save", name, tag);
+        await on();
+      },
+      restore: async (tag) => {
+        await off().catch(() => {});
+        await shell("restore", name, (await specOf(dir)).root, tag);
+        await on();
       },
     };
   };
@@ -385,8 +403,8 @@ export async function k3sVersion(bin: string) {
 
 async function furnishBox(dir: string, name: string) {
   place(name);
-  const { name: lab, root, k3sBin, startSeconds } = await specOf(dir);
-  const words = [lab, dir, name, root, kindOf(k3sBin), ...(startSeconds ? [`${startSeconds}`] : [])];
+  const { name: lab, root, k3sBin, startSeconds, disk } = await specOf(dir);
+  const words = [lab, dir, name, root, kindOf(k3sBin), `${startSeconds ?? ""}`, `${disk ?? ""}`];
   await mkdir(join(dir, "boxes", name));
   await run`${[...((await entrance(dir)) ?? []), "sh", INSIDE, "furnish", ...words]}`;
 }
