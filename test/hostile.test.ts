@@ -12,6 +12,7 @@ import fc from "fast-check";
 import { type Box, closeAll, open, Unreachable } from "../lib/box.ts";
 import { clusterOf, type Member, tries } from "../lib/cluster.ts";
 import { diagnose } from "../lib/diagnosis.ts";
+import { drainedAt, uncordonedAt } from "../lib/drain.ts";
 import { closeAgain, closeLook } from "../lib/firewall.ts";
 import { nodesOf, releaseOf } from "../lib/k3s.ts";
 import { rangesOf } from "../lib/node.ts";
@@ -41,7 +42,7 @@ import { reportOf } from "../scripts/check.ts";
 import { downloadAhead, downloadK3s } from "../scripts/download-k3s.ts";
 import { firewallFor } from "../scripts/firewall.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
-import { atServer, uninstall } from "../scripts/remove.ts";
+import { forgotten, uninstall } from "../scripts/remove.ts";
 import { serverSteps } from "../scripts/server.ts";
 import { statusOf } from "../scripts/status.ts";
 import { token } from "../scripts/token.ts";
@@ -238,10 +239,9 @@ function plans(want: Settings, version: string): { steps: readonly Step[]; facts
   );
   const rest = [
     ...[{ nft: "/usr/sbin/nft\n" }, firewalld, ufw].map((facts): [Step, Facts] => [firewallFor([IP]), facts]),
-    ...[uninstall, ...Object.values(atServer(B1.ip, "b1", true))].map((step): [Step, Facts] => [
-      step,
-      { left: "x\n" },
-    ]),
+    ...[uninstall, drainedAt(B1.ip, true), uncordonedAt(B1.ip), forgotten(B1.ip, "b1")].map(
+      (step): [Step, Facts] => [step, { left: "x\n" }],
+    ),
     [token, { token: TOKEN, running: "active", rotates: "rotate", door: "200" }] as [Step, Facts],
     [
       {
