@@ -47,7 +47,7 @@ fact added; ufw show added 2>/dev/null
 fact nft; command -v nft
 fact ruleset; nft list ruleset 2>/dev/null
 fact script; cat ${SCRIPT} 2>/dev/null
-fact boot; cat ${UNIT} 2>/dev/null
+fact unit; cat ${UNIT} 2>/dev/null
 fact booted; systemctl is-enabled k3s-firewall 2>/dev/null; systemctl is-active k3s-firewall 2>/dev/null
 `;
 
@@ -222,7 +222,7 @@ export function firewallPlan(
   const cut = dropping(facts.ruleset).some((c) => !isIptables(c) && !c.text.includes(MARK));
   if (
     facts.script?.trimEnd() === script.trimEnd() &&
-    facts.boot?.trimEnd() === UNIT_TEXT.trimEnd() &&
+    facts.unit?.trimEnd() === UNIT_TEXT.trimEnd() &&
     facts.booted?.trim() === "enabled\nactive" &&
     live &&
     !cut

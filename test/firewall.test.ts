@@ -197,7 +197,7 @@ describe("nft", () => {
   const written = (): Facts => ({
     nft: "/sbin/nft\n",
     script: scriptText(NODES),
-    boot: firewall.UNIT_TEXT,
+    unit: firewall.UNIT_TEXT,
     booted: "enabled\nactive\n",
     ruleset: OURS,
   });
