@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { ROOT } from "./helpers.ts";
@@ -42,4 +42,21 @@ describe("the packages that are used", () => {
     const run = packages.filter(([, { dev, optional }]) => !dev && !optional).map(([path]) => path);
     assert.ok(run.length <= 24, run.join());
   });
+});
+
+test("TLS is verified in every download: curl is told not to only where the CA itself is fetched, whose hash the token has", () => {
+  const files = ["lib", "scripts"].flatMap((folder) =>
+    readdirSync(join(ROOT, folder)).map((name) => join(folder, name)),
+  );
+  const lax = files.flatMap((file) =>
+    readFileSync(join(ROOT, file), "utf8")
+      .split("\n")
+      .filter((line) =>
+        /\b(curl|ask|wget)\b.*\s(-k|--insecure|--no-check-certificate)\b|rejectUnauthorized|NODE_TLS_REJECT/.test(
+          line,
+        ),
+      )
+      .map((line) => `${file}: ${line.trim().slice(0, 40)}`),
+  );
+  assert.deepEqual(lax, ['scripts/agent.ts: fact cacerts; ask -k -D "$dir/head" "$ur']);
 });

@@ -128,7 +128,7 @@ function promised(role: "servers" | "agents", version: string) {
 for (const version of [OLD, MODERN])
   describe(`k3s ${version}`, { concurrency: 1 }, () => {
     before(async () => {
-      writeFileSync(join(home, "config.yaml"), `# ${CONFIG}\nkube-controller-manager-arg:\n- v=1\n`, {
+      writeFileSync(join(home, "config.yaml"), `# ${CONFIG}\ndebug: true\n`, {
         mode: 0o600,
       });
       if (version === OLD) writeFileSync(t.lab.envFile, "");
