@@ -3,7 +3,8 @@
  * passes between them in a second. Nothing is changed on any box.
  */
 import { type Call, jobFor, type Target, targets } from "./cli.ts";
-import { diagnose } from "./diagnosis.ts";
+import { diagnose, FRESH } from "./diagnosis.ts";
+import { blocked, firewallLook } from "./firewall.ts";
 import { type Ill, MEANT } from "./journal.ts";
 import {
   KUBECTL,
@@ -18,6 +19,7 @@ import {
   type Role,
   unitOf,
 } from "./k3s.ts";
+import { rangesOf } from "./node.ts";
 import type { Line } from "./report.ts";
 import { publicIp, type Settings, words } from "./settings.ts";
 import { sh } from "./sh.ts";
@@ -58,6 +60,7 @@ ${peersLook}
 fact cni; cat /sys/class/net/cni0/mtu 2>/dev/null
 fact disk; df -Pk /var/lib/rancher 2>/dev/null || df -Pk /
 fact memory; grep -E '^Mem(Total|Available):' /proc/meminfo
+${firewallLook}
 fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
 # As k3s picks it (pkg/agent/config): a resolver that is not the host's own, else 8.8.8.8.
 fact resolvers; for f in /etc/resolv.conf /run/systemd/resolve/resolv.conf; do
@@ -150,6 +153,9 @@ export interface Seen {
   url: string | undefined;
   /** Lines of the journal's last minute that have a meaning. */
   said: string;
+  /** What its firewall drops of the cluster's, a sentence each; and what, by its rules, although it passes now. */
+  blocked: string[];
+  latent: string[];
   /** metrics-server is part of the server: k3s's own, or fix-metrics'. */
   metrics: boolean;
   now: number;
@@ -195,7 +201,31 @@ export function clusterOf(members: readonly Member[]): Cluster {
   // Several servers have one datastore: the first that answers knows all.
   const lists = members.filter(({ role }) => role === "server").map(({ facts }) => nodesOf(facts.nodes));
   const nodes = lists.find((list) => list.length) ?? [];
-  return { boxes: members.map((member) => seen(member, nodes)), nodes };
+  const boxes = members.map((member) => seen(member, nodes));
+  for (const [i, box] of boxes.entries())
+    Object.assign(box, firewallOf(box, members[i] as Member, boxes, nodes));
+  return { boxes, nodes };
+}
+
+/** What has passed is not blocked: by rules that are not understood here, or as part of a connection from before them. */
+function firewallOf(box: Seen, { facts, want }: Member, boxes: readonly Seen[], nodes: readonly Node[]) {
+  const passes = (node: Node) => {
+    const other = boxes.find(({ nodeName }) => nodeName === node.name);
+    const peer = box.peers.find(({ allowedIps }) => allowedIps.includes(node.podCidr ?? "-"));
+    const size = box.tried.tunnel[node.name] ?? other?.tried.tunnel[box.nodeName];
+    return (
+      (size === undefined ? box.now - (peer?.handshake ?? 0) < FRESH : size > 0) &&
+      (other?.role !== "server" || [undefined, "open"].includes(other.tried.kubelet[box.nodeName])) &&
+      (box.role !== "server" || [undefined, "open"].includes(other?.tried.api))
+    );
+  };
+  const others = nodes.filter(({ externalIp }) => externalIp && externalIp !== box.ip);
+  const pods = Object.values({ ...box.tried.pods, ...box.tried.services });
+  const said = (some: Node[], ranges: boolean) =>
+    blocked(facts, some.map(({ externalIp }) => externalIp as string).sort(), ranges ? rangesOf(want) : []);
+  const lost = others.filter((node) => !passes(node));
+  const now = said(lost, lost.length > 0 || !pods.every(Boolean));
+  return { blocked: now, latent: now.length ? [] : said(others, true) };
 }
 
 function seen({ target, role, want, error, facts, clock, tried, paths }: Member, nodes: Node[]): Seen {
@@ -251,6 +281,8 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
       role === "server" ? facts.ca?.split(" ")[0]?.trim() : joins.find((word) => /^[0-9a-f]{64}$/.test(word)),
     url: joins.find((word) => word.startsWith("http")),
     said: facts.said?.trim() ?? "",
+    blocked: [],
+    latent: [],
     metrics: Boolean(facts.metrics?.trim()),
     now: Number(facts.now),
     tried: triedOf({ ...tried, ...paths }),

@@ -37,6 +37,7 @@ export function diagnose(cluster: Cluster): Ill[] {
       );
     const ill = serviceIll(box, cluster);
     if (ill) blame(box, ...ill);
+    if (box.blocked.length) blame(box, box.blocked.join("; "), `make firewall HOST=${box.word}`);
   }
   for (const [a, b] of pairs(boxes))
     if (a.wireguard?.key && a.wireguard.key === b.wireguard?.key) {

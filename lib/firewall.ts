@@ -29,7 +29,7 @@ const SCRIPT = "/usr/local/sbin/k3s-firewall";
 const UNIT = "/etc/systemd/system/k3s-firewall.service";
 export const MARK = "k3s-across-clouds";
 
-/** Facts about the firewall that runs, whichever it is. */
+/** Facts about the firewall that runs, whichever it is; of nft only chains that stand at a hook, and ours. */
 export const firewallLook = `fact firewalld; firewall-cmd --state 2>/dev/null
 if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
   card=$(ip -4 route show default | sed -n 's/.* dev \\([^ ]*\\).*/\\1/p' | head -n 1)
@@ -45,9 +45,12 @@ fi
 fact ufw; ufw status verbose 2>/dev/null
 fact added; ufw show added 2>/dev/null
 fact nft; command -v nft
-fact ruleset; nft list ruleset 2>/dev/null
+fact ruleset; nft list ruleset 2>/dev/null | awk '
+  /^table / { print; next } /^\\tchain / { text = ""; here = 1 }
+  here { text = text $0 "\\n" } /hook (input|forward) / { hooked = here }
+  /^\\t}/ { if (hooked) printf "%s", text; here = hooked = 0 }'
 fact script; cat ${SCRIPT} 2>/dev/null
-fact boot; cat ${UNIT} 2>/dev/null
+fact start; cat ${UNIT} 2>/dev/null
 fact booted; systemctl is-enabled k3s-firewall 2>/dev/null; systemctl is-active k3s-firewall 2>/dev/null
 `;
 
@@ -117,10 +120,10 @@ const TABLE = "k3s_across_clouds";
 
 /**
  * What the box's firewall keeps from the cluster, a sentence each; none: it lets the cluster work.
- * @param nodes public addresses of all nodes.
- * @param ranges networks of pods and services. @see k3s docs, "Requirements", "Operating Systems"
+ * @param nodes public addresses of nodes that must get through.
+ * @param ranges networks of pods and services, where they must. @see k3s docs, "Requirements", "Operating Systems"
  */
-export function blocked(facts: Facts, nodes: readonly string[], ranges: readonly [string, string]): string[] {
+export function blocked(facts: Facts, nodes: readonly string[], ranges: readonly string[]): string[] {
   const kind = kindOf(facts);
   const missing = (has: (ip: string, protocol: string, port: string) => boolean) =>
     BETWEEN.flatMap(([protocol, port]) => {
@@ -149,6 +152,7 @@ export function blocked(facts: Facts, nodes: readonly string[], ranges: readonly
     ].map((what) => `ufw drops ${what}`);
   }
   return dropping(facts.ruleset)
+    .filter(({ hook }) => (hook === "input" ? nodes : ranges).length)
     .filter(({ text }) => !text.includes(MARK) && !/51820|FLANNEL/.test(text))
     .map(({ table, chain, hook }) =>
       hook === "input"
@@ -220,7 +224,7 @@ export function firewallPlan(
   const cut = dropping(facts.ruleset).some((c) => !isIptables(c) && !c.text.includes(MARK));
   if (
     facts.script?.trimEnd() === script.trimEnd() &&
-    facts.boot?.trimEnd() === UNIT_TEXT.trimEnd() &&
+    facts.start?.trimEnd() === UNIT_TEXT.trimEnd() &&
     facts.booted?.trim() === "enabled\nactive" &&
     live &&
     !cut

@@ -51,6 +51,7 @@ until kc get node ${sh(name)} -o json 2>/dev/null | grep -q '"flannel.alpha.core
 done`,
           seconds: 90,
         },
+        ...handshakes(facts, generation, name),
       ];
     return handshakes(facts, generation, name);
   },

@@ -75,6 +75,11 @@ const passed = (of: Record<string, number>, arrived = "") => ({
 const FLAG = ["server", "--flannel-backend", "wireguard-native", "--flannel-external-ip"];
 const DROPPED = { tries: "tunnel a1 0\ntunnel b2 0\napi server open" };
 
+const UFW = {
+  ufw: "Status: active\nDefault: deny (incoming), allow (outgoing)\n",
+  added: "ufw allow 22/tcp\n",
+};
+
 describe("a healthy cluster", () => {
   for (const version of [OLD, MODERN])
     test(`of ${version} has nothing wrong`, () => assert.deepEqual(illsOf(boxes(version)), []));
@@ -103,6 +108,17 @@ describe("a healthy cluster", () => {
     assert.deepEqual(illsOf([a1, second, { ...b2, facts: { ...b2.facts, joins } }]), []);
     const { nodes: _, ...silent } = facts;
     assert.equal(clusterOf([{ ...a1, facts: silent }, second, b2]).nodes.length, 3);
+  });
+
+  test("behind a firewall that should block it and does not has nothing wrong, and a note", () => {
+    const pods = "pod a1 yes\npod b2 yes\nservice kubernetes yes\nservice DNS yes";
+    const members = boxes(MODERN, { b1: { facts: UFW, ...ways("b1", {}, { paths: pods }) } });
+    assert.deepEqual(illsOf(members), []);
+    assert.match(
+      reportOf(clusterOf(members), [], {}),
+      /^note {2}b1: by its rules ufw drops 6443\/tcp .*: make firewall HOST=b1$/m,
+    );
+    assert.doesNotMatch(reportOf(clusterOf(boxes(MODERN)), [], {}), /note/);
   });
 
   test("of one box has nothing wrong", () => {
@@ -177,6 +193,19 @@ describe("a broken cluster is told its cause and what to do:", () => {
       "b2",
       /the same WireGuard key as b1/,
       /rm -f \/run\/flannel\/wgkey/,
+    ],
+    [
+      "ufw that lets nobody in",
+      boxes(MODERN, {
+        a1: ways("a1", { b1: 0 }, passed({ b1: 148, b2: 300 })),
+        b1: { facts: UFW, tried: { ...DROPPED, ...passed({ a1: 0, b2: 0 }, `${IP}\n${B2.ip}`) } },
+        b2: ways("b2", { b1: 0 }, passed({ b1: 148, a1: 300 })),
+      }),
+      "b1",
+      new RegExp(
+        `^ufw drops 6443/tcp from ${IP}, ${B2.ip}; .*; ufw drops 51820/udp from ${IP}, ${B2.ip}; ufw drops everything`,
+      ),
+      /^make firewall HOST=b1$/,
     ],
     [
       "UDP 51820 closed by the host's firewall",
