@@ -109,18 +109,30 @@ export const forgotten = (ip: string, own: string | undefined): Step => ({
     const name = node?.name ?? (taken ? undefined : own);
     if (!name) return [];
     const has = (fact: "secrets" | "passwords") => (facts[fact] ?? "").split("\n").includes(name);
-    const deleted = (why: string, what: string) => ({
-      why: `delete ${why} ${name}`,
-      sh: `${KUBECTL}\nkc ${what} --ignore-not-found`,
-    });
     return [
-      ...(node ? [deleted("node", `delete node ${sh(name)}`)] : []),
+      ...(node
+        ? [
+            {
+              why: `delete node ${name}`,
+              // k3s has to let go of it; of several servers the one that does may be the one that went, and its lease
+              // is of 45 s (v1.36.3, seen).
+              sh: `${KUBECTL}
+kc delete node ${sh(name)} --ignore-not-found --wait=false
+end=$(($(date +%s) + 120))
+until nodes=$(kc get nodes -o name) && ! printf '%s\\n' "$nodes" | grep -qxF ${sh(`node/${name}`)}; do
+  [ "$(date +%s)" -lt "$end" ] || { echo 'The cluster does not let go of it: kubectl get node -o yaml shows its finalizers'; exit 1; }
+  sleep 1
+done`,
+              seconds: 180,
+            },
+          ]
+        : []),
       ...(has("secrets")
         ? [
-            deleted(
-              "the password secret of",
-              `-n kube-system delete secret ${sh(`${name}.node-password.k3s`)}`,
-            ),
+            {
+              why: `delete the password secret of ${name}`,
+              sh: `${KUBECTL}\nkc -n kube-system delete secret ${sh(`${name}.node-password.k3s`)} --ignore-not-found`,
+            },
           ]
         : []),
       ...(has("passwords")
