@@ -3,7 +3,7 @@
 import { isIPv4 } from "node:net";
 import * as cli from "../lib/cli.ts";
 import { firewallLook, firewallPlan } from "../lib/firewall.ts";
-import { clusterLook, nodesOf } from "../lib/k3s.ts";
+import { clusterLook, nodesOf } from "../lib/kube.ts";
 import { rangesOf } from "../lib/node.ts";
 import { report } from "../lib/report.ts";
 import { converge, look, type Step } from "../lib/step.ts";

@@ -14,7 +14,8 @@ import { clusterOf, type Member, tries } from "../lib/cluster.ts";
 import { diagnose } from "../lib/diagnosis.ts";
 import { drainedAt, uncordonedAt } from "../lib/drain.ts";
 import { closeAgain, closeLook } from "../lib/firewall.ts";
-import { nodesOf, releaseOf } from "../lib/k3s.ts";
+import { releaseOf } from "../lib/k3s.ts";
+import { nodesOf } from "../lib/kube.ts";
 import { rangesOf } from "../lib/node.ts";
 import { plain } from "../lib/report.ts";
 import {
