@@ -34,7 +34,7 @@ async function run(host: string, script: string, fakes: Record<string, string> =
   for (const name of ["FAKE_REFUSAL", "FAKE_SUDO", "FAKE_USER"]) delete process.env[name];
   Object.assign(process.env, fakes);
   writeFileSync(log, "");
-  const result = await open(host, keys).run(script, 20, (line) => lines.push(line));
+  const result = await open(host, keys).run(script, 90, (line) => lines.push(line));
   return { ...result, lines, asked: readFileSync(log, "utf8") };
 }
 
