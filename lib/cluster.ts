@@ -153,8 +153,9 @@ export interface Seen {
   url: string | undefined;
   /** Lines of the journal's last minute that have a meaning. */
   said: string;
-  /** What its firewall drops of the cluster's, a sentence each, as far as nothing has passed all the same. */
+  /** What its firewall drops of the cluster's, a sentence each; and what, by its rules, although it passes now. */
   blocked: string[];
+  latent: string[];
   /** metrics-server is part of the server: k3s's own, or fix-metrics'. */
   metrics: boolean;
   now: number;
@@ -201,12 +202,13 @@ export function clusterOf(members: readonly Member[]): Cluster {
   const lists = members.filter(({ role }) => role === "server").map(({ facts }) => nodesOf(facts.nodes));
   const nodes = lists.find((list) => list.length) ?? [];
   const boxes = members.map((member) => seen(member, nodes));
-  for (const [i, box] of boxes.entries()) box.blocked = blockedAt(box, members[i] as Member, boxes, nodes);
+  for (const [i, box] of boxes.entries())
+    Object.assign(box, firewallOf(box, members[i] as Member, boxes, nodes));
   return { boxes, nodes };
 }
 
-/** A firewall's rules may be met in ways that are not known here: what has passed is not blocked. */
-function blockedAt(box: Seen, { facts, want }: Member, boxes: readonly Seen[], nodes: readonly Node[]) {
+/** What has passed is not blocked: by rules that are not understood here, or as part of a connection from before them. */
+function firewallOf(box: Seen, { facts, want }: Member, boxes: readonly Seen[], nodes: readonly Node[]) {
   const passes = (node: Node) => {
     const other = boxes.find(({ nodeName }) => nodeName === node.name);
     const peer = box.peers.find(({ allowedIps }) => allowedIps.includes(node.podCidr ?? "-"));
@@ -217,13 +219,13 @@ function blockedAt(box: Seen, { facts, want }: Member, boxes: readonly Seen[], n
       (box.role !== "server" || [undefined, "open"].includes(other?.tried.api))
     );
   };
-  const others = nodes.filter((node) => node.externalIp && node.externalIp !== box.ip && !passes(node));
+  const others = nodes.filter(({ externalIp }) => externalIp && externalIp !== box.ip);
   const pods = Object.values({ ...box.tried.pods, ...box.tried.services });
-  return blocked(
-    facts,
-    others.map(({ externalIp }) => externalIp as string).sort(),
-    pods.length && pods.every(Boolean) ? [] : rangesOf(want),
-  );
+  const said = (some: Node[], ranges: boolean) =>
+    blocked(facts, some.map(({ externalIp }) => externalIp as string).sort(), ranges ? rangesOf(want) : []);
+  const lost = others.filter((node) => !passes(node));
+  const now = said(lost, lost.length > 0 || !pods.every(Boolean));
+  return { blocked: now, latent: now.length ? [] : said(others, true) };
 }
 
 function seen({ target, role, want, error, facts, clock, tried, paths }: Member, nodes: Node[]): Seen {
@@ -280,6 +282,7 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
     url: joins.find((word) => word.startsWith("http")),
     said: facts.said?.trim() ?? "",
     blocked: [],
+    latent: [],
     metrics: Boolean(facts.metrics?.trim()),
     now: Number(facts.now),
     tried: triedOf({ ...tried, ...paths }),

@@ -46,9 +46,9 @@ fact ufw; ufw status verbose 2>/dev/null
 fact added; ufw show added 2>/dev/null
 fact nft; command -v nft
 fact ruleset; nft list ruleset 2>/dev/null | awk '
-  /^table / { print; next } /^\tchain / { text = ""; here = 1 }
-  here { text = text $0 "\n" } /hook (input|forward) / { hooked = here }
-  /^\t}/ { if (hooked) printf "%s", text; here = hooked = 0 }'
+  /^table / { print; next } /^\\tchain / { text = ""; here = 1 }
+  here { text = text $0 "\\n" } /hook (input|forward) / { hooked = here }
+  /^\\t}/ { if (hooked) printf "%s", text; here = hooked = 0 }'
 fact script; cat ${SCRIPT} 2>/dev/null
 fact start; cat ${UNIT} 2>/dev/null
 fact booted; systemctl is-enabled k3s-firewall 2>/dev/null; systemctl is-active k3s-firewall 2>/dev/null

@@ -565,10 +565,10 @@ function healthSh(
 ): string {
   return `${KUBECTL}
 began=$(date +%s); starts=0; was=; up=
-nap() { sleep 0.2 2>/dev/null || sleep 1; }
+nap() { sleep 0.5 2>/dev/null || sleep 1; }
 # A second, or less when systemd hears just then that k3s is up.
 pause() {
-  for _ in 1 2 3 4 5; do
+  for _ in 1 2; do
     nap
     [ -n "$up" ] || [ "$(systemctl is-active "$unit")" != active ] || { up=yes; return 0; }
   done

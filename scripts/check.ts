@@ -151,12 +151,19 @@ export function reportOf(cluster: Cluster, ills: readonly Ill[], page: Page, pod
     ...(of ? [`${passed === of ? green("ok   ") : red("wrong")} ${what}: ${passed} of ${of}`] : []),
     ...untested.map((why) => `could not test ${what}: ${shown(why)}`),
   ]);
+  const notes = cluster.boxes.flatMap(({ name, word, latent }) =>
+    latent.length
+      ? [
+          `note  ${name}: by its rules ${shown(latent.join("; "))}; it passes now, and may not after a restart: make firewall HOST=${word}`,
+        ]
+      : [],
+  );
   const wrong = merged(ills).flatMap(({ box, cause, remedy }) => [
     red(`${box}: ${shown(cause)}`),
     `    do: ${shown(remedy)}`,
   ]);
   const last = wrong.length ? wrong : [green("Nothing is wrong.")];
-  return `${[...tables, proofs, last].map((lines) => lines.join("\n")).join("\n\n")}\n`;
+  return `${[...tables, [...proofs, ...notes], last].map((lines) => lines.join("\n")).join("\n\n")}\n`;
 }
 
 /** What a box said, without tokens, and without what would move a terminal's cursor. */
@@ -233,11 +240,13 @@ function boxTable({ boxes }: Cluster): Row[] {
     ...boxes.map((box): Row => {
       const { state, restarts, runs } = box.unit;
       const ahead = box.clock === undefined ? undefined : box.clock - middle;
+      // An agent of v1.36.3 tells systemd minutes after its node is Ready, when nothing hurries it (seen).
+      const up = state === "active" || (state === "activating" && box.node?.ready);
       return [
         box.name,
         SHORT(box.node?.version || undefined),
         SHORT(box.kernel),
-        { text: box.error === undefined ? state : "unseen", wrong: state !== "active" },
+        { text: box.error === undefined ? state : "unseen", wrong: !up },
         SHORT(restarts),
         runs === undefined ? "-" : span(runs),
         ahead === undefined ? "-" : `${ahead <= -0.05 ? "-" : "+"}${span(Math.abs(ahead), 1)}`,

@@ -110,10 +110,15 @@ describe("a healthy cluster", () => {
     assert.equal(clusterOf([{ ...a1, facts: silent }, second, b2]).nodes.length, 3);
   });
 
-  test("behind a firewall whose rules are not understood has nothing wrong, as long as everything passes", () => {
+  test("behind a firewall that should block it and does not has nothing wrong, and a note", () => {
     const pods = "pod a1 yes\npod b2 yes\nservice kubernetes yes\nservice DNS yes";
-    const b1 = ways("b1", {}, { paths: pods });
-    assert.deepEqual(illsOf(boxes(MODERN, { b1: { facts: UFW, ...b1 } })), []);
+    const members = boxes(MODERN, { b1: { facts: UFW, ...ways("b1", {}, { paths: pods }) } });
+    assert.deepEqual(illsOf(members), []);
+    assert.match(
+      reportOf(clusterOf(members), [], {}),
+      /^note {2}b1: by its rules ufw drops 6443\/tcp .*: make firewall HOST=b1$/m,
+    );
+    assert.doesNotMatch(reportOf(clusterOf(boxes(MODERN)), [], {}), /note/);
   });
 
   test("of one box has nothing wrong", () => {

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import * as firewall from "../lib/firewall.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
-import { programs, shell, temporary } from "./helpers.ts";
+import { look, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const [A, B] = ["198.51.100.11", "198.51.101.11"];
 const NODES = [A, B];
@@ -193,6 +193,18 @@ describe("nft", () => {
   for (const [name, ruleset, sentences] of cases)
     test(`: ${name} ${sentences ? "blocks" : "blocks nothing"}`, () =>
       assert.equal(blocked({ ruleset }, NODES).length, sentences, blocked({ ruleset }, NODES).join()));
+
+  test("is looked at by its chains at a hook: kube-proxy's thousands of rules do not travel", () => {
+    const services = "\tchain KUBE-SVC-X {\n\t\tip daddr 10.43.0.1 jump KUBE-SEP-Y\n\t}";
+    const [mine, other] = [
+      chain("in", "input", "drop", "tcp dport 22 accept"),
+      "table ip nat {\n\tset s {\n\t\ttype ipv4_addr\n\t}\n\n",
+    ];
+    const PATH = programs(temporary(), { nft: `cat <<'X'\n${other}${services}\n}\n${mine}\nX` });
+    const { ruleset } = look([{ look: () => [firewall.firewallLook] }], wanted(), { PATH });
+    assert.equal(ruleset, `table ip nat {\n${mine.replace(/\n}\n*$/, "")}\n`);
+    assert.equal(blocked({ ruleset }, NODES).length, 1);
+  });
 
   const written = (): Facts => ({
     nft: "/sbin/nft\n",

@@ -82,11 +82,12 @@ apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-r
 firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp`),
     ]);
     assert.deepEqual((await doors()).api, ["closed", "closed", "closed"]);
-    await t.says("make check", 1, [
-      /^a1: nft's inet mine input drops what it does not name.*51820/m,
-      /^b1: ufw drops .*51820\/udp from 198\.51\.100\.11/m,
-      /^b2: firewalld \(zone \w+\) drops .*51820\/udp from 198\.51\.100\.11/m,
-      "do: make firewall HOST=b1",
+    // What had passed before the rules goes on for a while: that is a note, not a fault.
+    await t.says("make check", 2, [
+      /^a1: nft's inet mine input drops what it does not name/m,
+      "do: make firewall HOST=a1",
+      /^(note {2})?b1: .*ufw drops 51820\/udp from /m,
+      /^(note {2})?b2: .*firewalld \(zone \w+\) drops 51820\/udp from /m,
     ]);
     await t.says("make firewall", 0, [/^a1 +nft: open /m, /^b1 +ufw: open /m, /^b2 +firewalld: open /m]);
     assert.deepEqual(await doors(), SHUT);
