@@ -1,11 +1,9 @@
 /**
  * A machine with a kernel of its own in a lab's cloud, beside the nspawn boxes: QEMU, on a tap of the cloud's
- * LAN. It is a CentOS 7 stand-in, whose kernel has no WireGuard. It may be unplugged, restarted, and put back
- * to the state it was saved in.
+ * LAN. It is a CentOS 7 stand-in, whose kernel has no WireGuard. It may be unplugged and restarted.
  */
 import { existsSync } from "node:fs";
 import { cp, mkdir, readFile, rm, writeFile } from "node:fs/promises";
-import { connect } from "node:net";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { $ as zx } from "zx";
@@ -16,17 +14,7 @@ import { ELREPO_KERNEL_URL, ELREPO_URL, EPEL_HOST, EPEL_URL } from "./vm-rpms.ts
 
 const $ = zx({ quiet: true });
 
-export type Machine = Box & {
-  image: Image;
-  /** What it wrote to its serial console, from the first start on. */
-  console(): Promise<string>;
-  /** Keeps memory and disk as they are now, under a name, while it runs. */
-  save(tag: string): Promise<void>;
-  /** Back to what was saved, running or not; its clock is set. */
-  restore(tag: string): Promise<void>;
-  /** Whether it has power: a machine that shut itself down has not. */
-  powered(): Promise<boolean>;
-};
+export type Machine = Box & { image: Image };
 
 /** Settings under which the lab's repositories stand in for the real ones. */
 export const REPOSITORIES = { ELREPO_URL, ELREPO_KERNEL_URL, EPEL_URL };
@@ -116,34 +104,33 @@ function handle(lab: Lab, name: string, made: Image): Machine {
   const mac = ["02:00:c6:33", ...n.map((x) => x.toString(16).padStart(2, "0"))].join(":");
   // A flush by the guest reaches the file: what is lost with the power is what a real disk would lose.
   const words = `qemu-system-x86_64 -name ${lab.name}-${name} -machine pc ${made.accel} -smp 2 -m ${MEMORY}
-    -nodefaults -display none -chardev file,id=log,path=${home}/console.log,append=on -serial chardev:log -monitor unix:${home}/monitor,server,nowait -pidfile ${home}/pid
+    -nodefaults -display none -chardev file,id=log,path=${home}/console.log,append=on -serial chardev:log -pidfile ${home}/pid
     -device virtio-rng-pci -drive file=${home}/disk.qcow2,if=virtio,cache=writeback -drive
     file=${home}/seed.raw,if=virtio,format=raw,readonly=on -netdev tap,id=lan,ifname=${name},script=no,downscript=no
     -device virtio-net-pci,netdev=lan,mac=${mac},romfile=`.replace(/\s+/g, " ");
 
   const alive = async () =>
     (await lab.net(router, `kill -0 $(cat ${home}/pid) 2>/dev/null && echo yes || :`)) !== "";
-  const start = async (more = "") => {
+  const start = async () => {
     await rm(join(home, "pid"), { force: true });
     await lab.net(
       router,
       `ip link show ${name} >/dev/null 2>&1 || { ip tuntap add dev ${name} mode tap; ip link set ${name} master lan up; }
 ip address replace ${publicIp}/32 dev wan
 nft "add element ip nat dnat4 { ${publicIp} : ${privateIp} }; add element ip nat snat4 { ${privateIp} : ${publicIp} }"
-setsid nice -n 5 ${words} ${more} </dev/null >${home}/qemu.log 2>&1 &`,
+setsid nice -n 5 ${words} </dev/null >${home}/qemu.log 2>&1 &`,
     );
     for (const end = Date.now() + 20_000; !existsSync(join(home, "pid")); await sleep(50))
       if (Date.now() > end)
         throw new Error(`${name}: QEMU did not start:\n${await readFile(join(home, "qemu.log"), "utf8")}`);
   };
-  const readConsole = () => readFile(join(home, "console.log"), "utf8");
   const answers = async (seconds = BOOT) => {
     const end = Date.now() + seconds * 1000;
     while ((await lab.op(`ssh -o ConnectTimeout=3 ${name} true`, { timeout: 20 })).exitCode) {
       const log = await readFile(join(home, "qemu.log"), "utf8");
       if (!(await alive()) || Date.now() > end)
         throw new Error(
-          `${name}: no ssh in ${seconds} s. Its console:\n${(await readConsole()).slice(-2000)}${log}`,
+          `${name}: no ssh in ${seconds} s. Its console:\n${(await readFile(join(home, "console.log"), "utf8")).slice(-2000)}${log}`,
         );
       await sleep(500);
     }
@@ -166,45 +153,9 @@ setsid nice -n 5 ${words} ${more} </dev/null >${home}/qemu.log 2>&1 &`,
     sh,
     off,
     answers,
-    console: readConsole,
-    powered: alive,
     on: async () => {
       if (!(await alive())) await start();
       await answers();
     },
-    save: async (tag) => {
-      const said = await monitor(join(home, "monitor"), `savevm ${tag}`);
-      if (/error/i.test(said)) throw new Error(`${name}: ${said}`);
-    },
-    restore: async (tag) => {
-      await off();
-      await start(`-loadvm ${tag}`);
-      await answers(60);
-      await sh(`date -u -s @${Math.floor(Date.now() / 1000)} >/dev/null`);
-    },
   };
-}
-
-/** One command to QEMU's monitor, and what it said. */
-function monitor(path: string, command: string) {
-  return new Promise<string>((resolve, reject) => {
-    let said = "";
-    let sent = false;
-    const socket = connect(path);
-    socket.setTimeout(120_000, () =>
-      socket.destroy(new Error(`QEMU's monitor did not answer to "${command}"`)),
-    );
-    socket.on("error", reject).on("data", (chunk) => {
-      said += chunk;
-      if (!said.endsWith("(qemu) ")) return;
-      if (!sent) {
-        socket.write(`${command}\n`);
-        sent = true;
-        said = "";
-        return;
-      }
-      socket.end();
-      resolve(said);
-    });
-  });
 }
