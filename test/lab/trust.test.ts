@@ -226,7 +226,7 @@ test("no script shows a secret in any of its modes, nor when it fails", async ()
   const work = async () => {
     for (let call = calls.pop(); call; call = calls.pop()) {
       const { status, text } = await t.op(script(...call));
-      assert(text.length > 20 && status !== null, `${call}: ${text}`);
+      assert(text.trim() && status !== null, `${call}: ${text}`);
       if (call[1].includes("a1:1") || call[1].includes("b1:1")) assert.notEqual(status, 0, `${call}`);
       else if (call[1] === "--help") assert.equal(status, 0);
     }
@@ -267,7 +267,7 @@ test("of two operators at once on one box the second is told of the first, waits
   const first = t.op(labelled("one"));
   await held();
   const second = t.op(labelled("two"));
-  await sleep(4000);
+  await sleep(2500);
   await release();
   const [one, two] = await Promise.all([first, second]);
   assert.deepEqual([one.status, two.status], [0, 0], one.text + two.text);
