@@ -84,6 +84,9 @@ ${BASE}${[...new Set(steps.flatMap((step) => step.look(want)))].join("\n")}
 printf '\\n%s end\\n' "$m"`;
 }
 
+/** For a comment, which may quote what a box said: on one line, and for a terminal too. */
+const oneLine = (text: string) => text.replace(/[\s\p{Cc}\p{Cf}]+/gu, " ");
+
 /** How long an earlier run may go on on a box whose operator it has lost, in seconds. */
 const PATIENCE = 900;
 
@@ -106,7 +109,7 @@ export function applyScript(
       : `early() { printf '%s early %s %s\\n' ${mark} "$1" "$2"; }\nbeat() { printf '%s beat\\n' ${mark}; }`;
   const body = changes.map((change, i) => {
     const given = (change.secrets ?? []).map((name) => `${name}=${secrets(name)}\n`).join("");
-    return `# ${change.why.replace(/\s+/g, " ")}
+    return `# ${oneLine(change.why)}
 change ${i} ${change.seconds ?? 60} <<'${mark}'
 main() {
 set -eu
@@ -163,7 +166,7 @@ export function printed(changes: readonly Change[]): string {
   const elsewhere = changes.flatMap(({ onServer, why, sh }) =>
     onServer
       ? [
-          `# first, on the server: ${why.replace(/\s+/g, " ")}`,
+          `# first, on the server: ${oneLine(why)}`,
           ...sh
             .trim()
             .split("\n")
@@ -286,7 +289,7 @@ const FORMS: Record<string, RegExp> = {
   uptime: /^\d+(\.\d+)?$/,
   now: /^\d{9,11}\D?/,
   boot: /^[\w-]{1,64}$/,
-  hostname: /^[\w.-]{1,64}$/,
+  hostname: /^[^\s\p{Cc}]{1,64}$/u,
   arch: /^\w{1,20}$/,
   kernel: /^\d[\w.+~-]{0,100}$/,
   addresses: /^(\d+: +\S+ +inet \d[^\n]*(\n|$))+$/,

@@ -164,11 +164,6 @@ for (const version of [OLD, MODERN])
       const { out } = await t.ok(
         "grep -rslaFf $HOME/patterns $HOME | xargs stat -c '%a %n' | sed \"s|$HOME/||\" | sort; rm $HOME/patterns",
       );
-      const kept = [
-        ".env",
-        ".kube/config",
-        ...(version === MODERN ? ["config.yaml", ".kube/config.before-k3s-across-clouds"] : ["patterns"]),
-      ];
       assert.deepEqual(
         out
           .trim()
@@ -176,7 +171,7 @@ for (const version of [OLD, MODERN])
           .filter((line) => !line.startsWith("600 ")),
         [],
       );
-      for (const file of [".env", ".kube/config"]) assert(out.includes(`600 ${file}\n`), `${out}\n${kept}`);
+      for (const file of [".env", ".kube/config"]) assert(out.includes(`600 ${file}\n`), out);
     });
 
     test("answers at the ports of the README's table, and after make firewall to the world at ssh alone", async () => {
@@ -219,7 +214,7 @@ test("no script shows a secret in any of its modes, nor when it fails", async ()
   const calls = names.flatMap((name): [name: string, words: string][] => {
     const host = whole.includes(name) ? "" : "--host b1";
     const gone = whole.includes(name)
-      ? "--server ssh://root@a1:1=198.51.100.11 --agents ''"
+      ? "--server ssh://root@a1:1=198.51.100.11 --agents="
       : "--host ssh://root@b1:1=198.51.101.11";
     const modes = ["check", "kubeconfig", "status"].includes(name) ? [""] : ["--dry-run", "--print"];
     return [
@@ -231,7 +226,7 @@ test("no script shows a secret in any of its modes, nor when it fails", async ()
   const work = async () => {
     for (let call = calls.pop(); call; call = calls.pop()) {
       const { status, text } = await t.op(script(...call));
-      assert(text.length > 20 && status !== null, `${call}: ${text}`);
+      assert(text.trim() && status !== null, `${call}: ${text}`);
       if (call[1].includes("a1:1") || call[1].includes("b1:1")) assert.notEqual(status, 0, `${call}`);
       else if (call[1] === "--help") assert.equal(status, 0);
     }
@@ -260,26 +255,19 @@ exec /usr/bin/systemctl "$@"
 SH
 chmod 755 /usr/local/sbin/systemctl`);
 const release = () => b1.sh("rm -f /run/held /usr/local/sbin/systemctl");
-const locked = async () => {
+const held = async () => {
   for (let i = 0; i < 300; i++, await sleep(100))
-    if (
-      (
-        await b1.sh(
-          "[ -e /run/k3s-across-clouds.lock ] && ! flock -n /run/k3s-across-clouds.lock true && echo locked || :",
-        )
-      ).trim()
-    )
-      return;
-  assert.fail("no run holds b1's lock");
+    if ((await b1.sh("pgrep -f 'sbin/systemctl restart --no-block k3s-agen[t]' || :")).trim()) return;
+  assert.fail("no restart is held on b1");
 };
 const labelled = (value: string) => `make agent HOST=b1 AGENT_ARGS=--node-label=operator=${value}`;
 
 test("of two operators at once on one box the second is told of the first, waits, and then does its own", async () => {
   await hold();
   const first = t.op(labelled("one"));
-  await locked();
+  await held();
   const second = t.op(labelled("two"));
-  await sleep(4000);
+  await sleep(2500);
   await release();
   const [one, two] = await Promise.all([first, second]);
   assert.deepEqual([one.status, two.status], [0, 0], one.text + two.text);
@@ -293,7 +281,7 @@ test("the lock of a run that died is taken over at once", async () => {
   await hold();
   const run = await t.cut(labelled("three"), /restart k3s-agent and wait/, "KILL");
   assert(run.reached, run.text);
-  await locked();
+  await held();
   await hangUp(b1);
   await release();
   assert.match(await b1.sh("cat /run/k3s-across-clouds.lock"), /^\d+$/m);
