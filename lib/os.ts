@@ -46,12 +46,16 @@ export const isEl7 = (os: Os): boolean => os.manager === "yum" && os.id !== "amz
 const VAULT = `The mirrors of CentOS 7 are gone, its packages are at vault.centos.org:
 sed -i 's/^mirrorlist/#&/; s|^#* *baseurl=http://mirror.centos.org|baseurl=http://vault.centos.org|' /etc/yum.repos.d/CentOS-*.repo`;
 
-/** Shell that installs packages without a question. Another apt at work (cloud-init's, on a new box) is waited for. */
+/**
+ * Shell that installs packages without a question. Another apt at work (cloud-init's, on a new box) is waited for;
+ * what a dpkg that was cut has left half done is ended first, else apt refuses.
+ */
 export function install(manager: Manager, packages: readonly string[], options = ""): string {
   const names = [options, ...packages.map(sh)].filter(Boolean).join(" ");
   switch (manager) {
     case "apt":
       return `export DEBIAN_FRONTEND=noninteractive
+dpkg --configure -a || : # locked: apt-get waits
 apt-get -q -o DPkg::Lock::Timeout=120 update
 apt-get -q -y -o DPkg::Lock::Timeout=120 --no-install-recommends install ${names}`;
     case "yum":

@@ -14,7 +14,8 @@ export const installWireguard: Step = {
 
   look: () => [
     moduleLook,
-    "fact tool; command -v wg",
+    `fact tool; command -v wg
+fact half; dpkg-query -W -f '\${db:Status-Status}' wireguard-tools 2>/dev/null | grep -E '^(half|unpacked)'`,
     `fact loaded; test -d /sys/module/wireguard && echo yes; test -c /dev/net/tun && command -v wireguard-go
 fact probe; test -d /sys/class/net/${PROBE} && echo yes`,
   ],
@@ -22,7 +23,9 @@ fact probe; test -d /sys/class/net/${PROBE} && echo yes`,
   plan(want, facts) {
     const changes: Change[] = [];
     const kernel = wireguardIn(facts) ? undefined : facts.kernel?.trim();
-    if (!facts.tool?.trim() || kernel) changes.push(...packages(osOf(facts), kernel, want));
+    // A dpkg that was cut has put the tool there, and not ended.
+    if (!facts.tool?.trim() || facts.half?.trim() || kernel)
+      changes.push(...packages(osOf(facts), kernel, want));
     if (changes.length || !facts.loaded?.trim() || facts.probe?.trim()) changes.push(PROOF);
     return changes;
   },

@@ -70,7 +70,8 @@ ${CLEAR}`,
         : []),
       {
         why: `remove k3s's units, binary and data${volumes ? `, with ${volumes} local volumes of pods` : ""}`,
-        // The units go last: what is cut before is begun anew, and they know which address is theirs on lo.
+        // The units go last: what is cut before is begun anew, and they know which address is theirs on lo. One that has
+        // gone is nothing to do: systemd must not remember it as failed by then.
         sh: `ip=$(sed -n 's/^ExecStartPre=.*ip addr replace \\([0-9.]*\\/32\\) dev lo.*/\\1/p' ${UNITS.join(" ")} 2>/dev/null || :)
 [ -z "$ip" ] || ip addr del "$ip" dev lo 2>/dev/null || :
 for path in ${LINKS.join(" ")}; do
@@ -81,9 +82,9 @@ for path in ${FILES.join(" ")}; do
   rm -rf --one-file-system "$path" 2>/dev/null || [ -z "$(ls -A "$path")" ] || { echo "Could not remove $path"; exit 1; }
 done
 rmdir /etc/rancher /var/lib/rancher 2>/dev/null || :
+systemctl reset-failed k3s k3s-agent 2>/dev/null || :
 rm -f ${UNITS.map((unit) => `${unit} ${unit}.env`).join(" ")}
-systemctl daemon-reload
-systemctl reset-failed k3s k3s-agent 2>/dev/null || :`,
+systemctl daemon-reload`,
         seconds: 300,
       },
     ];

@@ -54,7 +54,7 @@ function installs(manager: Manager, script: string): string {
   const fakes = ["apt-get", "yum", "dnf", "zypper", "apk", "pacman"].map(
     (name) => `${name.replace("-", "_")}() { used=${name}; ${asked}; }`,
   );
-  const text = `${fakes.join("\n")}\nrpm() { [ "$1" = -Uvh ] && echo "$2"; }\nset -eu\n${script.replaceAll("apt-get", "apt_get")}\necho "by $used"`;
+  const text = `${fakes.join("\n")}\ndpkg() { return 2; }\nrpm() { [ "$1" = -Uvh ] && echo "$2"; }\nset -eu\n${script.replaceAll("apt-get", "apt_get")}\necho "by $used"`;
   const { stdout, stderr, status } = shell(text);
   assert.equal(status, 0, stderr);
   const words = stdout
@@ -96,6 +96,7 @@ describe("WireGuard", () => {
   const cases: [name: string, over: Facts, kinds: string[]][] = [
     ["that is here and loaded is left alone", {}, []],
     ["that is here and was never used is only proven", { loaded: "" }, ["prove"]],
+    ["whose package was cut is installed to its end", { half: "half-configured" }, ["install", "prove"]],
     ["whose proof was cut is proven again, which clears it up", { probe: "yes" }, ["prove"]],
     ["that lacks its tools gets them, and is proven", { tool: "" }, ["install", "prove"]],
     [
