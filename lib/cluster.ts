@@ -6,24 +6,14 @@ import { type Call, jobFor, type Target, targets } from "./cli.ts";
 import { diagnose, FRESH } from "./diagnosis.ts";
 import { blocked, firewallLook } from "./firewall.ts";
 import { type Ill, MEANT } from "./journal.ts";
-import {
-  KUBECTL,
-  type Node,
-  nodeNameOf,
-  nodesLook,
-  nodesOf,
-  type Peer,
-  pairs,
-  peersLook,
-  peersOf,
-  type Role,
-  unitOf,
-} from "./k3s.ts";
+import { nodeNameOf, type Role, unitOf } from "./k3s.ts";
+import { KUBECTL, type Node, nodesLook, nodesOf, type Peer, peersLook, peersOf } from "./kube.ts";
 import { rangesOf } from "./node.ts";
 import type { Line } from "./report.ts";
 import { publicIp, type Settings, words } from "./settings.ts";
 import { sh } from "./sh.ts";
 import { type Facts, look, type Step } from "./step.ts";
+import { pairs } from "./text.ts";
 
 /** A box of the cluster and what it says. */
 export interface Member {

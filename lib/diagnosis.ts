@@ -1,8 +1,8 @@
 /** From what the boxes of a cluster said to what is wrong and what to do: pure. */
 import type { Cluster, Seen } from "./cluster.ts";
 import { type Ill, meaningOf } from "./journal.ts";
-import type { Node } from "./k3s.ts";
 import { generationOf, unitOf } from "./k3s.ts";
+import type { Node } from "./kube.ts";
 import { publicIp } from "./settings.ts";
 
 /** Clocks may differ so much, in seconds: NTP keeps them within one. */

@@ -1,4 +1,5 @@
-import { clusterLook, DRAINED, K3S, KUBECTL, type Node, nodeNameOf, nodesOf } from "./k3s.ts";
+import { K3S, nodeNameOf } from "./k3s.ts";
+import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./kube.ts";
 import type { Settings } from "./settings.ts";
 import { sh } from "./sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "./step.ts";

@@ -1,8 +1,10 @@
 /** What settings make of a node beside its unit: its labels and taints, and files of /etc/rancher/k3s. */
-import { type Generation, KUBECTL, nodesOf, type Role, rewrite, sha256 } from "./k3s.ts";
+import type { Generation, Role } from "./k3s.ts";
+import { KUBECTL, nodesOf } from "./kube.ts";
 import { type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
 import { type Change, type Facts, Refusal } from "./step.ts";
+import { rewrite, sha256 } from "./text.ts";
 
 export const PROXY_SETTINGS = ["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"] as const;
 export const NODE_SETTINGS = [
@@ -119,11 +121,6 @@ export function filesPlan(
     });
   return { changes, gone };
 }
-
-export const labelArgs = (want: Settings): string[] => [
-  ...words(want.NODE_LABELS).map((label) => `--node-label=${label}`),
-  ...words(want.NODE_TAINTS).map((taint) => `--node-taint=${taint}`),
-];
 
 /**
  * Changes of a node that is registered already, to be made before its unit is written: k3s sets its labels at

@@ -1,6 +1,6 @@
-import { pairs } from "./k3s.ts";
 import { sh } from "./sh.ts";
 import { type Facts, Refusal } from "./step.ts";
+import { pairs } from "./text.ts";
 
 export type Manager = "apt" | "yum" | "dnf" | "zypper" | "apk" | "pacman";
 

@@ -4,7 +4,7 @@
  */
 import { type Call, jobFor } from "./cli.ts";
 import { ask, type Cluster, line, type Member, PATIENCE } from "./cluster.ts";
-import { KUBECTL } from "./k3s.ts";
+import { KUBECTL } from "./kube.ts";
 import { sh } from "./sh.ts";
 import { look } from "./step.ts";
 

@@ -2,21 +2,14 @@
 /** Step 5 of 7: a healthy k3s agent that has joined the server. Brings the box through steps 1 to 3 too. */
 import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
-import {
-  envPath,
-  filled,
-  healthySaying,
-  nodeNameIn,
-  nodeNameOf,
-  nodesOf,
-  serviceLook,
-  servicePlan,
-  systemdFirst,
-} from "../lib/k3s.ts";
+import { envPath, nodeNameIn, nodeNameOf } from "../lib/k3s.ts";
+import { nodesOf } from "../lib/kube.ts";
 import { NODE_SETTINGS, proxyEnv } from "../lib/node.ts";
+import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/service.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { filled } from "../lib/text.ts";
 import { annotateAs } from "./annotate.ts";
 import { downloadK3s } from "./download-k3s.ts";
 import { installWireguard } from "./install-wireguard.ts";

@@ -1,30 +1,40 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 6 of 7: every peer reaches this node at its public address. Old k3s is told by an annotation and a restart. */
 import { run } from "../lib/cli.ts";
-import * as k3s from "../lib/k3s.ts";
+import {
+  backendOf,
+  binaryLook,
+  type Generation,
+  interfaceOf,
+  nodeNameOf,
+  type Role,
+  releaseOf,
+} from "../lib/k3s.ts";
+import { clusterLook, KUBECTL, type Node, nodesOf, peersOf } from "../lib/kube.ts";
+import { restart } from "../lib/service.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
 const OVERWRITE = "flannel.alpha.coreos.com/public-ip-overwrite";
 
 /** The step for a box of a known role; without one, for what runs there. */
-export const annotateAs = (role?: k3s.Role): Step => ({
+export const annotateAs = (role?: Role): Step => ({
   name: "annotate",
   options: ["PUBLIC_IP"],
 
-  look: () => [k3s.binaryLook, k3s.clusterLook, "fact active; systemctl is-active k3s k3s-agent 2>/dev/null"],
+  look: () => [binaryLook, clusterLook, "fact active; systemctl is-active k3s k3s-agent 2>/dev/null"],
 
   plan(want, facts) {
     const active = (facts.active ?? "").split("\n");
     const as = role ?? (active[0] === "active" ? "server" : active[1] === "active" ? "agent" : undefined);
     if (!as) throw new Refusal("Neither k3s nor k3s-agent runs on this box: bring it up first");
-    const { generation } = k3s.releaseOf(
+    const { generation } = releaseOf(
       role ? want : { ...want, K3S_VERSION: facts.version?.trim() ?? "" },
       facts,
     );
     if (!generation) return [];
-    const name = k3s.nodeNameOf(as === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
-    const node = k3s.nodesOf(facts.nodes).find((n) => n.name === name);
+    const name = nodeNameOf(as === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+    const node = nodesOf(facts.nodes).find((n) => n.name === name);
     if (!role && !node) throw new Refusal(`The cluster has no node ${name}: is k3s healthy here?`);
 
     const ip = want.PUBLIC_IP;
@@ -32,10 +42,10 @@ export const annotateAs = (role?: k3s.Role): Step => ({
       return [
         {
           why: `annotate node ${name}: public-ip-overwrite ${node?.overwrite ?? "unset"} -> ${ip}`,
-          sh: `${k3s.KUBECTL}\nkc annotate --overwrite node ${sh(name)} ${sh(`${OVERWRITE}=${ip}`)}`,
+          sh: `${KUBECTL}\nkc annotate --overwrite node ${sh(name)} ${sh(`${OVERWRITE}=${ip}`)}`,
         },
         // flannel reads the annotation when it starts; the other nodes follow live (v1.17.6, recorded).
-        k3s.restart(as, generation, name, want),
+        restart(as, generation, name, want),
         ...handshakes(facts, generation, name),
       ];
     if (!node) return [];
@@ -43,7 +53,7 @@ export const annotateAs = (role?: k3s.Role): Step => ({
       return [
         {
           why: `wait until flannel's public-ip of ${name} is ${ip}, not ${node.publicIp ?? "unset"}`,
-          sh: `${k3s.KUBECTL}
+          sh: `${KUBECTL}
 end=$(($(date +%s) + 60))
 until kc get node ${sh(name)} -o json 2>/dev/null | grep -q '"flannel.alpha.coreos.com/public-ip": "${ip}"'; do
   [ "$(date +%s)" -lt "$end" ] || { echo 'Does the server run with --flannel-external-ip? "make server" sees to it'; exit 1; }
@@ -64,10 +74,10 @@ const FRESH = 180;
 const JOINING = 60;
 
 /** Waits for the peers that lack a fresh handshake at their public address; none lacks one: nothing to do. */
-function handshakes(facts: Facts, generation: k3s.Generation, name: string): Change[] {
-  const peers = k3s.peersOf(facts.peers).filter((p) => p.interface === k3s.interfaceOf(generation));
+function handshakes(facts: Facts, generation: Generation, name: string): Change[] {
+  const peers = peersOf(facts.peers).filter((p) => p.interface === interfaceOf(generation));
   const now = Number(facts.now);
-  const missing = expected(k3s.nodesOf(facts.nodes), name, now, k3s.backendOf(generation)).filter(
+  const missing = expected(nodesOf(facts.nodes), name, now, backendOf(generation)).filter(
     ({ cidr, endpoint }) =>
       !peers.some((p) => p.allowedIps.includes(cidr) && p.endpoint === endpoint && now - p.handshake < FRESH),
   );
@@ -78,14 +88,14 @@ function handshakes(facts: Facts, generation: k3s.Generation, name: string): Cha
       sh: `end=$(($(date +%s) + 90))
 late() {
   while read -r name cidr endpoint; do
-    wg show ${k3s.interfaceOf(generation)} dump | awk -v c="$cidr" -v e="$endpoint" -v now="$(date +%s)" '
+    wg show ${interfaceOf(generation)} dump | awk -v c="$cidr" -v e="$endpoint" -v now="$(date +%s)" '
       NR > 1 && index("," $4 ",", "," c ",") && $3 == e && now - $5 < ${FRESH} { found = 1 } END { exit !found }' || echo "$name"
   done <<'EOF'
 ${missing.map((m) => `${m.name} ${m.cidr} ${m.endpoint}`).join("\n")}
 EOF
 }
 while names=$(late) && [ -n "$names" ]; do
-  [ "$(date +%s)" -lt "$end" ] || { echo "No handshake with $(echo "$names" | tr '\\n' ' '): is 51820/udp open on both sides?"; wg show ${k3s.interfaceOf(generation)}; exit 1; }
+  [ "$(date +%s)" -lt "$end" ] || { echo "No handshake with $(echo "$names" | tr '\\n' ' '): is 51820/udp open on both sides?"; wg show ${interfaceOf(generation)}; exit 1; }
   sleep 1
 done`,
       seconds: 120,
@@ -100,13 +110,13 @@ done`,
  * upgraded too. `now` is in seconds since 1970.
  */
 export function expected(
-  nodes: readonly k3s.Node[],
+  nodes: readonly Node[],
   name: string,
   now = Number.POSITIVE_INFINITY,
   backend?: string,
 ): { name: string; cidr: string; endpoint: string }[] {
   const own = nodes.find((n) => n.name === name);
-  const later = (n: k3s.Node) =>
+  const later = (n: Node) =>
     own !== undefined &&
     now - n.created < JOINING &&
     (n.created > own.created || (n.created === own.created && n.name > name));
@@ -130,7 +140,7 @@ await run(import.meta, {
     "Has every peer reach this node at its public address: by annotation on old k3s, else it only checks.",
   steps: [annotate],
   nothing: (_want, facts) => {
-    const fresh = k3s.peersOf(facts.peers).filter((p) => p.allowedIps.length);
+    const fresh = peersOf(facts.peers).filter((p) => p.allowedIps.length);
     return `every handshake is fresh, at public addresses (${fresh.map((p) => p.endpoint).join(", ") || "no peers yet"})`;
   },
 });

@@ -2,7 +2,7 @@
 /** The firewall of each box: the nodes reach each other's k3s, the world does not, ssh stays as it is. */
 import * as cli from "../lib/cli.ts";
 import { firewallLook, firewallPlan } from "../lib/firewall.ts";
-import { clusterLook, nodesOf } from "../lib/k3s.ts";
+import { clusterLook, nodesOf } from "../lib/kube.ts";
 import { rangesOf } from "../lib/node.ts";
 import { report } from "../lib/report.ts";
 import { converge, look, type Step } from "../lib/step.ts";

@@ -1,7 +1,8 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 7 of 7: metrics-server reaches every kubelet at its public address. Runs on the server. */
 import { run } from "../lib/cli.ts";
-import { binaryLook, clusterLook, generationOf, KUBECTL, nodesOf } from "../lib/k3s.ts";
+import { binaryLook, generationOf } from "../lib/k3s.ts";
+import { clusterLook, KUBECTL, nodesOf } from "../lib/kube.ts";
 import { sh, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { type Call, run, type Target } from "../lib/cli.ts";
-import { envPath, healthySaying, serviceLook, servicePlan, sha256, systemdFirst } from "../lib/k3s.ts";
+import { envPath } from "../lib/k3s.ts";
 import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/node.ts";
+import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/service.ts";
 import { nameOf, SettingError, type Settings, words } from "../lib/settings.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
+import { sha256 } from "../lib/text.ts";
 import { annotateAs } from "./annotate.ts";
 import { downloadK3s } from "./download-k3s.ts";
 import { installWireguard } from "./install-wireguard.ts";

@@ -3,7 +3,7 @@
 import * as cli from "../lib/cli.ts";
 import { ask, type Cluster, clusterOf, type Seen, survey } from "../lib/cluster.ts";
 import { FRESH } from "../lib/diagnosis.ts";
-import type { Node } from "../lib/k3s.ts";
+import type { Node } from "../lib/kube.ts";
 import { redacted } from "../lib/report.ts";
 
 /** Beside what check asks of a server (which defines kc); both at once, for the API is what takes time. */

@@ -1,7 +1,8 @@
 #!/usr/bin/env -S node --import tsx
 /** Rotates the cluster's token: whoever knew the old one can join no more; nodes that have joined go on running. */
 import { run } from "../lib/cli.ts";
-import { binaryLook, generationOf, K3S, nodeNameOf, restart } from "../lib/k3s.ts";
+import { binaryLook, generationOf, K3S, nodeNameOf } from "../lib/k3s.ts";
+import { restart } from "../lib/service.ts";
 import { type Change, Refusal, type Step } from "../lib/step.ts";
 import { isFurther, KEEP_PASSWORD, password, passwordLook } from "./server.ts";
 

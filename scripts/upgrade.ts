@@ -8,10 +8,21 @@ import { Unreachable } from "../lib/box.ts";
 import * as cli from "../lib/cli.ts";
 import { drainedAt, uncordonedAt } from "../lib/drain.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
-import * as k3s from "../lib/k3s.ts";
+import {
+  binaryLook,
+  envPath,
+  type Generation,
+  interfaceOf,
+  K3S,
+  nodeNameOf,
+  type Role,
+  unitPath,
+} from "../lib/k3s.ts";
+import { clusterLook, KUBECTL, nodesOf } from "../lib/kube.ts";
 import { CONFIG, REGISTRIES } from "../lib/node.ts";
 import { compare, pathOf, RELEASE } from "../lib/releases.ts";
 import { type Line, report } from "../lib/report.ts";
+import { restart } from "../lib/service.ts";
 import { SettingError, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import {
@@ -34,16 +45,16 @@ import { up } from "./up.ts";
 const KEPT = "/var/lib/rancher/k3s/before";
 
 /** What concerns one box of the cluster and one release. */
-export function stepsFor(role: k3s.Role, running: string, ip: string) {
-  const files = [k3s.K3S, k3s.unitPath(role), k3s.envPath(role), CONFIG, REGISTRIES].join(" ");
+export function stepsFor(role: Role, running: string, ip: string) {
+  const files = [K3S, unitPath(role), envPath(role), CONFIG, REGISTRIES].join(" ");
   const look = () => [
-    k3s.binaryLook,
-    k3s.clusterLook,
+    binaryLook,
+    clusterLook,
     `fact kept; cat ${KEPT}/version 2>/dev/null\nfact generation; cat ${KEPT}/generation 2>/dev/null`,
   ];
-  const has = (facts: Facts, generation: k3s.Generation) =>
-    (facts.interfaces ?? "").split("\n").includes(k3s.interfaceOf(generation));
-  const nodeIn = (facts: Facts) => k3s.nodesOf(facts.nodes).find((node) => node.externalIp === ip);
+  const has = (facts: Facts, generation: Generation) =>
+    (facts.interfaces ?? "").split("\n").includes(interfaceOf(generation));
+  const nodeIn = (facts: Facts) => nodesOf(facts.nodes).find((node) => node.externalIp === ip);
   const step = (name: string, plan: Step["plan"]): Step => ({ name, options: [], look, plan });
 
   return {
@@ -72,7 +83,7 @@ mv ${KEPT}.new ${KEPT}`,
       return [
         {
           why: `wait until node ${node.name} says it runs ${want.K3S_VERSION}, not ${node.version}`,
-          sh: `${k3s.KUBECTL}
+          sh: `${KUBECTL}
 end=$(($(date +%s) + 60))
 until kc get node ${sh(node.name)} -o json | grep -qF '"kubeletVersion": "${want.K3S_VERSION}"'; do
   [ "$(date +%s)" -lt "$end" ] || exit 1
@@ -87,10 +98,10 @@ done`,
     ),
     putBack: step("put back", (want, facts): Change[] => {
       if (!facts.kept?.trim()) return [];
-      const name = k3s.nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+      const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
       const old = facts.generation?.trim() === "old";
       const clear = has(facts, old ? "modern" : "old");
-      const start = k3s.restart(role, old ? "old" : "modern", name, want, { verb: "start", clear });
+      const start = restart(role, old ? "old" : "modern", name, want, { verb: "start", clear });
       return [
         {
           ...start,
@@ -122,7 +133,7 @@ rm -rf ${KEPT}`,
 
 interface Member {
   target: cli.Target;
-  role: k3s.Role;
+  role: Role;
   job: Job;
   facts: Facts;
   line: Line;
@@ -130,7 +141,7 @@ interface Member {
   version: string;
 }
 
-const stepsOf = (role: k3s.Role) => (role === "server" ? serverSteps : agentSteps);
+const stepsOf = (role: Role) => (role === "server" ? serverSteps : agentSteps);
 
 async function upgrade(call: cli.Call): Promise<number> {
   const { settings } = call;
@@ -163,7 +174,7 @@ async function upgrade(call: cli.Call): Promise<number> {
   let path: string[] = [];
   // As `up` does: the others join by what the first server says, whatever the env file has.
   const checked = await cli.attempt(call, call.script, server, first.line, async () => {
-    const nodes = k3s.nodesOf(first.facts.nodes);
+    const nodes = nodesOf(first.facts.nodes);
     if (nodes.length === 0) throw new Refusal("The server's API does not answer: make server mends it");
     const learned = serverStep.learn?.(first.job.want, first.facts);
     for (const member of members) {
@@ -255,7 +266,7 @@ async function one(member: Member, first: Member, force: boolean): Promise<void>
     await converge(job, [keep], facts);
     try {
       const after = await converge(job, all, facts);
-      const node = k3s.nodesOf(after.nodes).find(({ externalIp }) => externalIp === target.ip);
+      const node = nodesOf(after.nodes).find(({ externalIp }) => externalIp === target.ip);
       if (node?.version !== release)
         throw new Failure(`The node runs ${node?.version || "nothing"}, not ${release}`);
     } catch (error) {

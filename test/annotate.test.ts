@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { nodesOf } from "../lib/k3s.ts";
+import { nodesOf } from "../lib/kube.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { annotate, annotateAs, expected } from "../scripts/annotate.ts";
 import { A1, B1, B2, healthy, IP, MODERN, NOW, nodes, OLD, peer, wanted } from "./helpers.ts";

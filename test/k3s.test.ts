@@ -1,7 +1,18 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import * as k3s from "../lib/k3s.ts";
+import {
+  argsOf,
+  type Generation,
+  generationOf,
+  nodeNameOf,
+  releaseOf,
+  unitOf,
+  unitText,
+} from "../lib/k3s.ts";
+import { DRAINED, nodesOf, peersOf } from "../lib/kube.ts";
+import { ailments, onCard } from "../lib/service.ts";
 import type { Settings } from "../lib/settings.ts";
+import { diff } from "../lib/text.ts";
 import { annotate } from "../scripts/annotate.ts";
 import {
   A1,
@@ -22,7 +33,7 @@ import {
 
 describe("the generation of a release", () => {
   const both = "--flannel-external-ip\nwireguard-native";
-  const cases: [version: string, flags: string | undefined, generation: k3s.Generation | undefined][] = [
+  const cases: [version: string, flags: string | undefined, generation: Generation | undefined][] = [
     ["v1.17.6+k3s1", undefined, "old"],
     ["v1.22.17+k3s1", undefined, "old"],
     ["v1.23.17+k3s1", undefined, undefined],
@@ -36,19 +47,19 @@ describe("the generation of a release", () => {
   ];
   for (const [version, flags, generation] of cases)
     test(`${version} whose help has ${flags?.replace("\n", " and ") ?? "not been asked"} is ${generation ?? "not known yet"}`, () =>
-      assert.equal(k3s.generationOf(version, flags), generation));
+      assert.equal(generationOf(version, flags), generation));
 
   test("of a K3S_BIN is that of its own version, whatever K3S_VERSION says", () => {
     const want = wanted({ K3S_BIN: "./k3s", K3S_VERSION: MODERN });
-    assert.deepEqual(k3s.releaseOf(want, prepared(OLD)), { version: OLD, generation: "old" });
+    assert.deepEqual(releaseOf(want, prepared(OLD)), { version: OLD, generation: "old" });
   });
 
   test("is not taken from the help of another release than the wanted one", () => {
     const want = wanted({ K3S_VERSION: "v1.24.17+k3s1" });
-    assert.deepEqual(k3s.releaseOf(want, prepared("v1.25.3+k3s1", { flags: both })), {
+    assert.deepEqual(releaseOf(want, prepared("v1.25.3+k3s1", { flags: both })), {
       version: "v1.24.17+k3s1",
     });
-    assert.equal(k3s.releaseOf(want, prepared("v1.24.17+k3s1", { flags: both })).generation, "modern");
+    assert.equal(releaseOf(want, prepared("v1.24.17+k3s1", { flags: both })).generation, "modern");
   });
 });
 
@@ -65,7 +76,7 @@ describe("the arguments of k3s", () => {
       test(`of a ${generation} ${role} are all flags that ${help} knows`, () => {
         const known = new Set(fixture(`k3s-${role}-help-${help}.txt`).match(/--[a-z][a-z-]*/g));
         for (const mode of MODES)
-          for (const arg of k3s.argsOf(role, generation, wanted(), mode)) {
+          for (const arg of argsOf(role, generation, wanted(), mode)) {
             const [, flag = "", value] = /^(--[a-z-]+)(?:=(\S+))?$/.exec(arg) ?? [];
             assert.ok(known.has(flag), `${arg} of a ${generation} ${role}`);
             if (flag !== "--flannel-external-ip")
@@ -74,18 +85,15 @@ describe("the arguments of k3s", () => {
       });
 
   test("leave out what a generation does not have", () => {
-    const old = k3s.argsOf("server", "old", wanted(), "iptables").join(" ");
-    const modern = k3s.argsOf("server", "modern", wanted(), "iptables").join(" ");
+    const old = argsOf("server", "old", wanted(), "iptables").join(" ");
+    const modern = argsOf("server", "modern", wanted(), "iptables").join(" ");
     assert.doesNotMatch(old, /native|flannel-external-ip/);
     assert.doesNotMatch(modern, /no-deploy|backend=wireguard(?!-native)/);
   });
 
   test("of an agent do not repeat what only a server may say", () => {
     for (const { generation } of RELEASES)
-      assert.doesNotMatch(
-        k3s.argsOf("agent", generation, wanted(), "ipvs").join(" "),
-        /tls-san|flannel|disable/,
-      );
+      assert.doesNotMatch(argsOf("agent", generation, wanted(), "ipvs").join(" "), /tls-san|flannel|disable/);
   });
 
   test("end with SERVER_ARGS or AGENT_ARGS, each word by itself", () => {
@@ -93,14 +101,8 @@ describe("the arguments of k3s", () => {
       SERVER_ARGS: " --disable=traefik  --debug",
       AGENT_ARGS: "--node-label=a=b\t--docker",
     });
-    assert.deepEqual(k3s.argsOf("server", "old", want, "iptables").slice(-2), [
-      "--disable=traefik",
-      "--debug",
-    ]);
-    assert.deepEqual(k3s.argsOf("agent", "modern", want, "iptables").slice(-2), [
-      "--node-label=a=b",
-      "--docker",
-    ]);
+    assert.deepEqual(argsOf("server", "old", want, "iptables").slice(-2), ["--disable=traefik", "--debug"]);
+    assert.deepEqual(argsOf("agent", "modern", want, "iptables").slice(-2), ["--node-label=a=b", "--docker"]);
   });
 });
 
@@ -108,10 +110,10 @@ describe("the unit", () => {
   for (const { generation } of RELEASES)
     for (const role of ROLES) {
       const unit = (want: Settings, onCard: boolean, mode = "iptables") =>
-        k3s.unitText(role, generation, k3s.argsOf(role, generation, want, mode), onCard, IP);
+        unitText(role, generation, argsOf(role, generation, want, mode), onCard, IP);
 
       test(`of a ${generation} ${role} is the one on record`, () =>
-        assert.equal(unit(wanted(), false, "ipvs"), fixture(`${k3s.unitOf(role)}-${generation}.service`)));
+        assert.equal(unit(wanted(), false, "ipvs"), fixture(`${unitOf(role)}-${generation}.service`)));
 
       test(`of a ${generation} ${role} puts the public address on lo where no card has it, and only there`, () => {
         assert.match(unit(wanted(), false), new RegExp(`ExecStartPre=.*ip addr replace ${IP}/32 dev lo`));
@@ -142,8 +144,7 @@ describe("the unit", () => {
     }
 
   test("loads ip_vs for ipvs only", () => {
-    const unit = (mode: string) =>
-      k3s.unitText("agent", "old", k3s.argsOf("agent", "old", wanted(), mode), true, IP);
+    const unit = (mode: string) => unitText("agent", "old", argsOf("agent", "old", wanted(), mode), true, IP);
     assert.match(unit("ipvs"), /modprobe -a ip_vs/);
     assert.doesNotMatch(unit("iptables"), /ip_vs/);
   });
@@ -151,7 +152,7 @@ describe("the unit", () => {
 
 describe("nodes and peers", () => {
   test("are read from a modern cluster's list", () => {
-    assert.deepEqual(k3s.nodesOf(fixture("nodes-v1.36.3.json")), [
+    assert.deepEqual(nodesOf(fixture("nodes-v1.36.3.json")), [
       {
         name: "a1",
         ready: true,
@@ -196,8 +197,8 @@ describe("nodes and peers", () => {
   });
 
   test("are read from an old cluster's node, before and after its annotation", () => {
-    const [before] = k3s.nodesOf(fixture("node-before-annotation-v1.17.6.json"));
-    const [after] = k3s.nodesOf(fixture("node-after-annotation-v1.17.6.json"));
+    const [before] = nodesOf(fixture("node-before-annotation-v1.17.6.json"));
+    const [after] = nodesOf(fixture("node-after-annotation-v1.17.6.json"));
     assert.deepEqual([before?.name, before?.publicIp, before?.overwrite], ["b1", "192.168.0.11", undefined]);
     assert.deepEqual(
       [after?.name, after?.publicIp, after?.overwrite],
@@ -214,8 +215,8 @@ describe("nodes and peers", () => {
       ["yes", undefined],
       ["$(reboot).done", undefined],
     ] as const) {
-      const items = [{ metadata: { name: "b1", annotations: { [k3s.DRAINED]: mark } } }];
-      assert.deepEqual(k3s.nodesOf(JSON.stringify({ items }))[0]?.drained, drained);
+      const items = [{ metadata: { name: "b1", annotations: { [DRAINED]: mark } } }];
+      assert.deepEqual(nodesOf(JSON.stringify({ items }))[0]?.drained, drained);
     }
   });
 
@@ -227,8 +228,7 @@ describe("nodes and peers", () => {
     '{"items": [{}]}',
     '{"kind":"Status"}',
   ])
-    test(`are none where kubectl says ${JSON.stringify(text)}`, () =>
-      assert.deepEqual(k3s.nodesOf(text), []));
+    test(`are none where kubectl says ${JSON.stringify(text)}`, () => assert.deepEqual(nodesOf(text), []));
 
   const dumps = {
     "v1.17.6 before": ["flannel.1", "before-annotation-v1.17.6"],
@@ -255,7 +255,7 @@ describe("nodes and peers", () => {
       });
       const facts = look([annotate], wanted(), { PATH: path });
       const expected = peers[name as keyof typeof peers].map((p) => ({ interface: iface, ...p }));
-      const found = k3s.peersOf(facts.peers);
+      const found = peersOf(facts.peers);
       assert.deepEqual(
         found.map(({ key: _, received: _r, sent: _s, ...rest }) => rest),
         expected,
@@ -277,7 +277,7 @@ describe("a node's name", () => {
   ];
   for (const [args, name] of cases)
     test(`with the arguments "${args}" is ${name}`, () =>
-      assert.equal(k3s.nodeNameOf(args, { hostname: "B1.Example\n" }), name));
+      assert.equal(nodeNameOf(args, { hostname: "B1.Example\n" }), name));
 });
 
 describe("a node is healthy", () => {
@@ -316,14 +316,14 @@ describe("a node is healthy", () => {
   ];
   for (const [name, over, ill] of cases)
     test(name, () => {
-      const ills = k3s.ailments("a1", IP, "modern", facts(over));
+      const ills = ailments("a1", IP, "modern", facts(over));
       if (ill === undefined) assert.deepEqual(ills, []);
       else assert.match(ills.join(", "), ill);
     });
 });
 
 test("the public address counts as on the card only where a card has exactly it", () => {
-  const on = (addresses: string) => k3s.onCard(IP, { addresses });
+  const on = (addresses: string) => onCard(IP, { addresses });
   assert.equal(on(`2: eth0    inet ${IP}/24 brd 198.51.100.255 scope global eth0`), true);
   assert.equal(on(`1: lo    inet ${IP}/32 scope global lo`), false);
   assert.equal(on("2: eth0    inet 198.51.100.110/24 scope global eth0"), false);
@@ -350,6 +350,5 @@ describe("the difference of two units", () => {
     ["counts a line that is there twice", unit("--a", "--a"), unit("--a"), ["- --a"]],
     ["shows another order", unit("--a", "--b"), unit("--b", "--a"), ["- --a", "+ --a"]],
   ];
-  for (const [name, have, text, lines] of cases)
-    test(name, () => assert.deepEqual(k3s.diff(have, text), lines));
+  for (const [name, have, text, lines] of cases) test(name, () => assert.deepEqual(diff(have, text), lines));
 });

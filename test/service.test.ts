@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { describe, test } from "node:test";
-import { healthySaying, type Role, unitOf } from "../lib/k3s.ts";
+import { type Role, unitOf } from "../lib/k3s.ts";
+import { healthySaying } from "../lib/service.ts";
 import type { Settings } from "../lib/settings.ts";
 import { type Change, type Facts, planAll, Refusal, type Step } from "../lib/step.ts";
 import { agent, agentSteps, prepareSteps } from "../scripts/agent.ts";

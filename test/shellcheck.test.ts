@@ -3,7 +3,7 @@ import { describe, test } from "node:test";
 import { ask, clusterOf, LOOKS, tries } from "../lib/cluster.ts";
 import { drainedAt } from "../lib/drain.ts";
 import { closeAgain, firewallLook, firewallPlan, scriptText } from "../lib/firewall.ts";
-import { DRAINED } from "../lib/k3s.ts";
+import { DRAINED } from "../lib/kube.ts";
 import { kubelets, made, type Pod, paths } from "../lib/pods.ts";
 import { SettingError } from "../lib/settings.ts";
 import { applyScript, type Facts, lookScript, printed, Refusal, type Step, whole } from "../lib/step.ts";

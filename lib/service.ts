@@ -1,0 +1,294 @@
+/** k3s as a systemd unit on its box: what has to be done so that it runs as wanted, and is healthy. */
+import { HOPELESS } from "./journal.ts";
+import {
+  argsOf,
+  binaryLook,
+  envPath,
+  type Generation,
+  interfaceOf,
+  K3S,
+  nodeNameOf,
+  type Role,
+  releaseOf,
+  unitOf,
+  unitPath,
+  unitText,
+} from "./k3s.ts";
+import { clusterLook, KUBECTL, nodesOf } from "./kube.ts";
+import { CLEAR } from "./leftovers.ts";
+import { filesLook, filesPlan, labelsPlan } from "./node.ts";
+import type { SettingName, Settings } from "./settings.ts";
+import { sh, writeFile } from "./sh.ts";
+import { type Change, type Facts, Refusal, type Step } from "./step.ts";
+import { filled, pairs, rewrite, SECRET, sha256 } from "./text.ts";
+
+/** Before anything else is done to a box that is to run k3s: Alpine's OpenRC is not supported. */
+export const systemdFirst: Step = {
+  name: "systemd",
+  options: [],
+  look: () => ["fact openrc; test -d /run/openrc && echo yes"],
+  plan(_want, facts) {
+    if (facts.systemd?.trim()) return [];
+    const name = /^PRETTY_NAME="?([^"\n]*)/m.exec(facts.os ?? "")?.[1] ?? "This box";
+    throw new Refusal(
+      `${name} is run by ${facts.openrc?.trim() ? "OpenRC" : "something else"}, not by systemd: k3s is a systemd unit here, so take a distro that has it; nothing was installed`,
+    );
+  },
+};
+
+/** Facts about the service of a role on its box, and the cluster's nodes as that box can see them. */
+export function serviceLook(role: Role): string[] {
+  const unit = unitOf(role);
+  const other = unitOf(role === "server" ? "agent" : "server");
+  const service = `fact unit; cat ${unitPath(role)} 2>/dev/null
+fact envfile; stat -c %a ${envPath(role)} 2>/dev/null && sha256sum <${envPath(role)} | cut -d' ' -f1
+fact written; stat -c %Z ${K3S} ${unitPath(role)} ${envPath(role)} 2>/dev/null
+fact service; systemctl show ${unit} -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic -p NeedDaemonReload
+fact enabled; systemctl is-enabled ${unit} 2>/dev/null
+fact other; systemctl is-active ${other} 2>/dev/null
+fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
+`;
+  return [binaryLook, service, filesLook, clusterLook];
+}
+
+/** When the service's process started, in seconds since 1970; undefined when it is not running. */
+export function startedAt(facts: Facts): number | undefined {
+  const service = pairs(facts.service);
+  const since = Number(service.ExecMainStartTimestampMonotonic) / 1e6;
+  // A modern agent may be Ready while systemd still has it "activating" (v1.36.3 on a slow box, seen).
+  if (!Number(service.MainPID) || !since) return undefined;
+  return Number(facts.now) - (Number(facts.uptime) - since);
+}
+
+/** Is the public address on a network card (and not only on \`lo\`, where our unit puts it)? */
+export function onCard(ip: string, facts: Facts): boolean {
+  return (facts.addresses ?? "")
+    .split("\n")
+    .map((line) => line.split(/\s+/))
+    .some(([, device, , address]) => device !== "lo" && address?.split("/")[0] === ip);
+}
+
+/** ipvs is wanted, but the kernel lacks it: iptables, as kube-proxy itself would do (v1.17.6, recorded). */
+const lacksIpvs = (want: Settings, facts: Facts): boolean =>
+  want.PROXY_MODE === "ipvs" && !facts.ipvs?.trim();
+
+/** How a healthy node is told of; with what of the settings could not be had. */
+export function healthySaying(role: Role, want: Settings, facts: Facts): string {
+  const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+  const proxy = lacksIpvs(want, facts) ? "; its kernel has no ip_vs, so kube-proxy uses iptables" : "";
+  return `k3s ${releaseOf(want, facts).version} runs as wanted, node ${name} is Ready${proxy}`;
+}
+
+/** Why the node is not healthy yet; systemd's word is not asked: a looping k3s is "active" too. */
+export function ailments(name: string, ip: string, generation: Generation, facts: Facts): string[] {
+  const node = nodesOf(facts.nodes).find((n) => n.name === name);
+  if (!node) return [`node ${name} is not registered`];
+  const started = startedAt(facts) ?? Number.POSITIVE_INFINITY;
+  return [
+    node.ready ? "" : `node ${name} is not Ready`,
+    // A node counts as Ready for 40 s after its kubelet has died: it must have said so since this start.
+    node.heartbeat >= Math.floor(started) - 1 ? "" : `node ${name} has not reported since its last start`,
+    node.externalIp === ip ? "" : `ExternalIP of ${name} is ${node.externalIp ?? "not set"}, not ${ip}`,
+    (facts.interfaces ?? "").split("\n").includes(interfaceOf(generation))
+      ? ""
+      : `no ${interfaceOf(generation)} yet`,
+  ].filter(Boolean);
+}
+
+/**
+ * Changes that make a role's unit run as wanted: its two files, then one restart if what runs is older than
+ * what is on disk (so a run that was cut between the two is finished by the next), then health.
+ *
+ * @param env lines of the EnvironmentFile; `@NAME@` stands for a setting that is secret.
+ * @param before what else has to be made before the next start.
+ */
+export function servicePlan(
+  role: Role,
+  env: string,
+  want: Settings,
+  facts: Facts,
+  before: readonly Change[] = [],
+): Change[] {
+  const { version, generation } = releaseOf(want, facts);
+  if (!generation) return [{ why: "ask the k3s binary for its flags", sh: ":", lookAgain: true }];
+  if (/^(active|activating)/.test(facts.other ?? ""))
+    throw new Refusal(
+      `This box runs ${unitOf(role === "server" ? "agent" : "server")}: it cannot be ${unitOf(role)} as well`,
+    );
+  if (want.PROXY_MODE === "nftables" && Number(version.split(".")[1]) < 31)
+    throw new Refusal(`PROXY_MODE=nftables needs k3s v1.31 or later, not ${version}`);
+
+  const unit = unitOf(role);
+  const noIpvs = lacksIpvs(want, facts);
+  const args = argsOf(role, generation, want, noIpvs ? "iptables" : want.PROXY_MODE);
+  const text = unitText(role, generation, args, onCard(want.PUBLIC_IP, facts), want.PUBLIC_IP);
+  const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+  const { changes: files, gone } = filesPlan(generation, version, want, facts);
+  const changes: Change[] = [...before, ...labelsPlan(role, name, args, facts), ...files];
+  if (facts.envfile?.trim() !== `600\n${sha256(filled(env, want))}`) {
+    const secrets = [...env.matchAll(SECRET)].map((m) => m[1] as SettingName);
+    changes.push({
+      why: `write ${envPath(role)} (0600)`,
+      sh: writeFile(envPath(role), env, "600", secrets),
+      ...(secrets.length ? { secrets } : {}),
+    });
+  }
+  if (facts.unit !== text)
+    changes.push({
+      ...rewrite(
+        unitPath(role),
+        facts.unit,
+        text,
+        noIpvs ? "this kernel has no ip_vs: iptables instead" : "",
+      ),
+      sh: `install -d -m 700 /var/lib/rancher/k3s/${role}\n${writeFile(unitPath(role), text)}`,
+    });
+
+  const started = startedAt(facts);
+  // ctime in whole seconds; half a second of grace for what was written just before this start. What was
+  // written in the future was written by a clock that has been set back since.
+  const stale = `${facts.written}\n${facts.read}`
+    .split("\n")
+    .some((s) => Number(s) > Math.floor((started ?? 0) + 0.5) && Number(s) <= Number(facts.now));
+  const ills = ailments(name, want.PUBLIC_IP, generation, facts);
+  const down = started === undefined || facts.enabled?.trim() !== "enabled";
+  const border = (facts.interfaces ?? "")
+    .split("\n")
+    .includes(interfaceOf(generation === "old" ? "modern" : "old"));
+  // Another binary is put in place before this change.
+  const newBinary = facts.version?.trim() !== version;
+  const reload = pairs(facts.service).NeedDaemonReload === "yes";
+  const due = changes.length + gone.length > 0 || down || stale || border || newBinary || reload;
+  const other = nodesOf(facts.nodes).find((node) => node.name === name)?.externalIp;
+  if (!due && other && other !== want.PUBLIC_IP && Number(facts.now) - started > SETTLES)
+    throw new Refusal(
+      `Node ${name} has the public address ${other}, this box ${want.PUBLIC_IP}: another box has its name`,
+    );
+  if (due)
+    changes.push(
+      restart(role, generation, name, want, { verb: down ? "start" : "restart", gone, clear: border }),
+    );
+  else if (ills.length)
+    changes.push({
+      why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
+      sh: `unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=0; stand=0\n${healthSh(name, generation, want, role === "agent" ? 1 : 0)}`,
+      seconds: WAIT + 60,
+    });
+  return changes;
+}
+
+/** After so many seconds a node that started with another ExternalIP has it: v1.17.6 took up to 60. */
+const SETTLES = 120;
+
+/** How long a node may take to become healthy, in seconds: v1.36.3 on two emulated CPUs took 168, starved ones 460. */
+const WAIT = 600;
+
+/**
+ * The change that (re)starts a unit and waits until its node is healthy. Over the border of the generations
+ * (`clear`) the other one's pods and interface go first: both of flannel's interfaces listen on 51820.
+ */
+export function restart(
+  role: Role,
+  generation: Generation,
+  name: string,
+  want: Settings,
+  {
+    verb = "restart",
+    gone = [],
+    clear = false,
+  }: { verb?: string; gone?: readonly string[]; clear?: boolean } = {},
+): Change {
+  const unit = unitOf(role);
+  // In one change: a run that is cut between the two would leave a k3s that runs by what is no longer there.
+  const remove = gone.length ? `rm -f ${gone.join(" ")}\n` : "";
+  const cleared = clear
+    ? `timeout 60 systemctl stop ${unit} || systemctl kill -s KILL ${unit}\n${CLEAR}`
+    : "";
+  return {
+    why: `${gone.map((path) => `remove ${path}, `).join("")}${verb} ${unit} and wait until node ${name} is Ready with its public address`,
+    // --no-block: with wrong credentials a modern agent stays "activating" for ever (seen with v1.36.3).
+    sh: `${remove}unit=${unit}; pid=; since=$(date +%s); stand=0
+# v1.36.3 with a wrong backend dies a second after it was up. It makes no interface, but where one is left from
+# before, only time tells: k3s has to stand for five seconds.
+[ ! -d /sys/class/net/${interfaceOf(generation)} ] || stand=5
+systemctl daemon-reload
+systemctl enable ${unit} >/dev/null 2>&1
+${cleared}systemctl restart --no-block ${unit}
+${healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "server" && generation === "modern" && verb === "start" ? DOOR : "")}`,
+    seconds: WAIT + 60,
+  };
+}
+
+/**
+ * Tells the token as soon as it opens the server's door, so that agents join while the server's own node gets
+ * Ready. Not on old k3s, which annotate restarts once more.
+ */
+const DOOR = `if [ -z "\${open-}" ] && token=$(cat /var/lib/rancher/k3s/server/node-token 2>/dev/null) && [ -n "$token" ]; then
+    door=$(printf 'user = "node:%s"\\n' "\${token##*:}" |
+      curl -s -K - --cacert /var/lib/rancher/k3s/server/tls/server-ca.crt --max-time 5 -o /dev/null -w '%{http_code}' \\
+        https://127.0.0.1:6443/v1-k3s/client-k3s-controller.crt) || :
+    if [ "$door" = 200 ]; then open=yes; early token "$token"; fi
+  fi
+`;
+
+/** Waits for a healthy node, says how it goes, and on failure prints the journal's lines that matter. */
+function healthSh(
+  name: string,
+  generation: Generation,
+  want: Settings,
+  peers: number,
+  meanwhile = "",
+): string {
+  return `${KUBECTL}
+began=$(date +%s); starts=0; was=; up=
+nap() { sleep 0.5 2>/dev/null || sleep 1; }
+# A second, or less when systemd hears just then that k3s is up.
+pause() {
+  for _ in 1 2; do
+    nap
+    [ -n "$up" ] || [ "$(systemctl is-active "$unit")" != active ] || { up=yes; return 0; }
+  done
+}
+fail() {
+  echo "$1"
+  echo "journal of $unit since then, what matters of it:"
+  # A start of v1.36.3 is some 600 lines; what it says last is why it ended.
+  journalctl -u "$unit" -o cat --no-pager --since "@$began" -n 5000 |
+    grep -E 'level=(error|fatal|warn)|^[EF][0-9]{4} |Incorrect Usage|not defined|panic:' |
+    sed -E 's/^time="[^"]*" //; s/^[EF][0-9]{4} [0-9:.]+ +[0-9]+ //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 12 | tac
+  exit 1
+}
+while :; do
+  pause
+  beat
+  now=$(date +%s)
+  ${meanwhile}p=$(systemctl show "$unit" -p MainPID | cut -d= -f2)
+  if [ "$p" != "$pid" ]; then pid=$p; since=$now; [ "$p" = 0 ] || starts=$((starts + 1)); fi
+  [ "$starts" -lt 5 ] || fail "$unit starts again and again"
+  if [ "$(journalctl -u "$unit" -o cat --no-pager --since "@$began" | grep -cE '${HOPELESS}')" -ge 3 ]; then
+    fail "$unit cannot go on"
+  fi
+  # kubectl costs a small box a good part of a second: it is asked when it can say yes.
+  state=; [ ! -d /sys/class/net/${interfaceOf(generation)} ] || state=$(kc get node ${sh(name)} -o json 2>/dev/null | awk -F'"' '
+    /"lastHeartbeatTime":/ { beat = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status " " beat }
+    /"address":/ { address = $4 } /"type": "ExternalIP"/ { ip = address } END { print ready, ip }') || state=
+  read -r ready beat ip <<END
+$state
+END
+  case $ready in True) shown=Ready ;; '') shown='not registered yet' ;; *) shown='not Ready' ;; esac
+  [ -d /sys/class/net/${interfaceOf(generation)} ] || shown='no ${interfaceOf(generation)} yet'
+  [ "$ip" = ${sh(want.PUBLIC_IP)} ] || [ -z "$ready" ] || shown="$shown, ExternalIP \${ip:-not set}"
+  if [ "$ready" = True ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ] && [ "$ip" = ${sh(want.PUBLIC_IP)} ]; then
+    [ $((now - since)) -lt "$stand" ] || break
+  fi
+  [ "$shown" = "$was" ] || say "node ${name}: $shown"
+  was=$shown
+  [ $((now - began)) -lt ${WAIT} ] || fail "node ${name} is not healthy after ${WAIT} s: $shown"
+done
+# WireGuard needs some seconds more; who is still missing then is the next look's to say.
+end=$(($(date +%s) + 10))
+while [ "$(date +%s)" -lt "$end" ]; do
+  wg show ${interfaceOf(generation)} dump | awk -v now="$(date +%s)" 'NR > 1 && $4 != "(none)" && now - $5 > 180 { bad = 1 } NR > 1 { n++ } END { exit bad || n < ${peers} }' && break
+  nap
+done`;
+}
