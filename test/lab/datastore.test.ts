@@ -174,7 +174,12 @@ require("node:http").createServer((asked, answer) => {
   if (asked.headers.authorization !== "Basic " + btoa("k3s:hunter2")) return answer.writeHead(401).end();
   let body = "";
   asked.on("data", (part) => (body += part)).on("end", () => {
-    const { key, value, range_end } = JSON.parse(body);
+    const { key = "", value, range_end, compare, success } = JSON.parse(body);
+    if (compare) {
+      const succeeded = store.get(text(compare[0].key)) === compare[0].value;
+      if (succeeded) store.set(text(success[0].requestPut.key), success[0].requestPut.value);
+      return answer.end(JSON.stringify({ succeeded }));
+    }
     const from = text(key), to = range_end ? text(range_end) : from + "\\0";
     const found = [...store.keys()].filter((k) => k >= from && k < to).sort();
     if (asked.url === "/v3/kv/put") store.set(from, value);

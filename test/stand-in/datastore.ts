@@ -5,6 +5,8 @@ export interface Store {
   /** Values by what follows the prefix in their keys. */
   list(prefix: string): Promise<Record<string, string>>;
   put(key: string, value: string): Promise<void>;
+  /** Puts it where the present value is `was`: answers whether it is. */
+  swap(key: string, was: string, value: string): Promise<boolean>;
   remove(key: string): Promise<void>;
 }
 
@@ -14,10 +16,15 @@ const decode = (text: string): string => Buffer.from(text, "base64").toString();
 const after = (prefix: string): string =>
   prefix.slice(0, -1) + String.fromCharCode(prefix.charCodeAt(prefix.length - 1) + 1);
 
+interface Answer {
+  kvs?: { key: string; value?: string }[];
+  succeeded?: boolean;
+}
+
 export function openStore(endpoint: string): Store {
   const { origin, username, password } = new URL(endpoint);
   const authorization = `Basic ${encode(`${username}:${password}`)}`;
-  const ask = async (what: string, body: object): Promise<{ kvs?: { key: string; value?: string }[] }> => {
+  const ask = async (what: string, body: object): Promise<Answer> => {
     const answer = await fetch(`${origin}/v3/kv/${what}`, {
       method: "POST",
       headers: { authorization },
@@ -35,6 +42,13 @@ export function openStore(endpoint: string): Store {
       );
     },
     put: async (key, value) => void (await ask("put", { key: encode(key), value: encode(value) })),
+    async swap(key, was, value) {
+      const { succeeded } = await ask("txn", {
+        compare: [{ key: encode(key), target: "VALUE", result: "EQUAL", value: encode(was) }],
+        success: [{ requestPut: { key: encode(key), value: encode(value) } }],
+      });
+      return succeeded === true;
+    },
     remove: async (key) => void (await ask("deleterange", { key: encode(key) })),
   };
 }

@@ -338,10 +338,13 @@ async function share(c: Cluster, store: Store, late: (error: Error) => void): Pr
     else known.set(key, value);
     const put = async (text: string): Promise<void> => {
       if (!before || !key.startsWith(NODES)) return store.put(key, text);
-      const there = (await store.list(key))[""];
-      // Another server has deleted it meanwhile.
-      if (!there) return;
-      await store.put(key, JSON.stringify(patched(JSON.parse(there), JSON.parse(before), JSON.parse(text))));
+      for (;;) {
+        const there = (await store.list(key))[""];
+        // Another server has deleted it meanwhile.
+        if (!there) return;
+        const now = JSON.stringify(patched(JSON.parse(there), JSON.parse(before), JSON.parse(text)));
+        if (await store.swap(key, there, now)) return;
+      }
     };
     const write = (writes.get(key) ?? Promise.resolve())
       .then(() => (value === undefined ? store.remove(key) : put(value)))
