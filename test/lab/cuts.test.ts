@@ -12,7 +12,7 @@ import { after, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parse } from "dotenv";
 import { sh } from "../../lib/sh.ts";
-import type { Box } from "./lab.ts";
+import type { Box, Light } from "./lab.ts";
 import { bench, connected, hangUp, MODERN, nodes, OLD } from "./suite.ts";
 
 const ALL = Boolean(process.env.ALL);
@@ -30,8 +30,8 @@ t.settings();
 
 /** b is cut; a is the server that it joins, where the script needs one. */
 interface Pair {
-  a: Box;
-  b: Box;
+  a: Light;
+  b: Light;
   envFile: string;
   /** What its boxes' disks were saved as. */
   saved: Set<string>;

@@ -63,12 +63,16 @@ export type Box = {
   off(): Promise<void>;
   /** Starts it again, and waits for ssh. */
   on(): Promise<void>;
+  /** Waits for ssh, as after a reboot from inside; default at most 60 s. */
+  answers(seconds?: number): Promise<void>;
+};
+
+/** One that is a container. */
+export type Light = Box & {
   /** Keeps what is on its `disk`: it is off meanwhile. */
   save(tag: string): Promise<void>;
   /** Starts it with what was saved, running or not. */
   restore(tag: string): Promise<void>;
-  /** Waits for ssh, as after a reboot from inside; default at most 60 s. */
-  answers(seconds?: number): Promise<void>;
 };
 
 export type Lab = {
@@ -78,8 +82,8 @@ export type Lab = {
   envFile: string;
   /** The real k3s it was built for, if any. */
   k3sBin?: string;
-  boxes: Box[];
-  box(name: string): Box;
+  boxes: Light[];
+  box(name: string): Light;
   add(name: string): Promise<Box>;
   /** Runs as the operator, in the project's folder: words, or one string for sh. Never throws. */
   op(command: string | string[], options?: Run): Promise<ProcessOutput>;
@@ -191,7 +195,7 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
   const shell = async (...words: string[]) =>
     (await run`${[...inside, "sh", INSIDE, words[0] ?? "", name, dir, ...words.slice(1)]}`).stdout;
 
-  const box = (name: string): Box => {
+  const box = (name: string): Light => {
     const { privateIp, publicIp } = place(name);
     const answers = async (seconds = 60) => {
       await shell("await", `${seconds}`, publicIp).catch(async (error: ProcessOutput) => {
