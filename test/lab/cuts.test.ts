@@ -275,7 +275,7 @@ ps -e -o comm= | grep -vE '^(sshd|sh|ps|grep|sort|uniq|\\(sd-pam\\)|systemd.*|db
     const boxes = joins && script !== "remove" ? [a, b] : [server];
     await soon(() => connected(boxes));
     // A box has one key, and it is the one that the others know.
-    for (const [own, other] of [boxes, boxes.toReversed()] as [Box, Box | undefined][])
+    for (const [own, other] of [boxes, boxes.toReversed()] as [Light, Light | undefined][])
       if (other)
         assert.equal(
           (await own.sh("wg show all public-key | cut -f2")).trim(),
