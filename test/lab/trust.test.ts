@@ -214,8 +214,8 @@ test("no script shows a secret in any of its modes, nor when it fails", async ()
   const calls = names.flatMap((name): [name: string, words: string][] => {
     const host = whole.includes(name) ? "" : "--host b1";
     const gone = whole.includes(name)
-      ? "--server ssh://root@a1:1=198.51.100.11 --agents="
-      : "--host ssh://root@b1:1=198.51.101.11";
+      ? "--server ssh://root@127.0.0.1:1=198.51.100.11 --agents="
+      : "--host ssh://root@127.0.0.1:1=198.51.101.11";
     const modes = ["check", "kubeconfig", "status"].includes(name) ? [""] : ["--dry-run", "--print"];
     return [
       ...modes.map((mode): [string, string] => [name, `${mode} ${host} ${own[name] ?? ""}`]),
@@ -227,7 +227,7 @@ test("no script shows a secret in any of its modes, nor when it fails", async ()
     for (let call = calls.pop(); call; call = calls.pop()) {
       const { status, text } = await t.op(script(...call));
       assert(text.trim() && status !== null, `${call}: ${text}`);
-      if (call[1].includes("a1:1") || call[1].includes("b1:1")) assert.notEqual(status, 0, `${call}`);
+      if (call[1].includes("127.0.0.1:1")) assert.notEqual(status, 0, `${call}`);
       else if (call[1] === "--help") assert.equal(status, 0);
     }
   };
