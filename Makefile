@@ -10,6 +10,8 @@ STRIPS := $(if $(NODE),$(shell node -p 'process.features.typescript || ""'))
 TS = $(if $(NODE),node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx),deno run -A)
 RUN = node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx)
 MODULES = $(if $(NODE),node_modules/.package-lock.json)
+# With those that only who works on the project needs.
+DEV = node_modules/fast-check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,7 +57,7 @@ in-rehearsal: $(MODULES) ## CMD='make agent HOST=b2', as the rehearsal's operato
 rehearse-down: $(MODULES) ## its boxes, networks and processes go; built images stay cached
 	@$(TS) test/lab/rehearse.ts down
 
-test: $(MODULES) ## unit tests; no root, no network
+test: $(DEV) ## unit tests; no root, no network
 	@$(RUN) --test --test-concurrency=4 test/*.test.ts
 test-lab: $(MODULES) ## the lab's suite (root): real boxes, NAT and WireGuard
 	@$(RUN) --test --test-concurrency=1 test/lab/*.test.ts
@@ -63,12 +65,14 @@ faults: $(MODULES) ## every fault at every change of every script, and 30 boxes 
 	@ALL=1 $(RUN) --test --test-concurrency=1 test/lab/cuts.test.ts $(if $(ONLY),,test/lab/load.test.ts)
 bench: $(MODULES) ## times and costs beside the floor and the article by hand, in slow labs (root); test/bench/bench.ts
 	@$(RUN) test/bench/bench.ts
-lint: ## types, format and lint
-	@test -x node_modules/.bin/biome || npm ci --ignore-scripts --no-audit --no-fund
+lint: $(DEV) ## types, format and lint
 	@npm run --silent check
 
 node_modules/.package-lock.json: package-lock.json
 	npm ci --omit=dev --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
+$(DEV): package-lock.json
+	npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
 .PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig firewall download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench lint
