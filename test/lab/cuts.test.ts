@@ -254,13 +254,6 @@ const OWN = "^./(var/lib/rancher|etc/rancher)/";
 
 /** All that a run leaves: on b's disk and in its memory, in the cluster, and with the operator. */
 async function result({ a, b, envFile }: Pair, { joins, script }: Group) {
-  const disk = await t.lab.net(
-    "op",
-    `cd ${t.lab.dir}/boxes/${b.name}/disk/upper
-find . ! -type d -printf '%p %y %m %U %l\\n' | grep -vE '${NOISE}' | sort
-find . -type d -printf '%p %y %m %U\\n' | grep -E '${OWN}|^./(usr/local|etc/systemd)' | sort
-find . -type f | grep -vE '${NOISE}|${OWN}' | sort | xargs -d '\\n' sha256sum`,
-  );
   // What a lost operator has begun may still be at its end, where the next run found nothing to do.
   const memory = await b.sh(`flock -w 60 /run/k3s-across-clouds.lock true || echo locked
 systemctl is-active k3s k3s-agent || :
@@ -268,6 +261,13 @@ systemctl is-enabled k3s k3s-agent 2>&1 || :
 ls -A /sys/class/net
 ls -A /run | grep -e k3s -e '^tmp' | grep -v lock || :
 ps -e -o comm= | grep -vE '^(sshd|sh|ps|grep|sort|uniq|\\(sd-pam\\)|systemd.*|dbus-.*|agetty|sftp-server|wg|ip|iptables.*)$' | sort | uniq -c`);
+  const disk = await t.lab.net(
+    "op",
+    `cd ${t.lab.dir}/boxes/${b.name}/disk/upper
+find . ! -type d -printf '%p %y %m %U %l\\n' | grep -vE '${NOISE}' | sort
+find . -type d -printf '%p %y %m %U\\n' | grep -E '${OWN}|^./(usr/local|etc/systemd)' | sort
+find . -type f | grep -vE '${NOISE}|${OWN}' | sort | xargs -d '\\n' sha256sum`,
+  );
   const values = parse(readFileSync(envFile, "utf8"));
   const kept = readdirSync(dirname(envFile)).filter((name) => name.startsWith(basename(envFile)));
   const server = joins ? a : values.K3S_TOKEN ? b : undefined;
