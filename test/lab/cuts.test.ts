@@ -407,7 +407,8 @@ async function tryCase(pair: Pair, group: Group, { env, uncut }: Prepared, { fau
   if (group.script !== "token") await t.says(command, 0, ["nothing to do"], options);
   const { K3S_TOKEN } = parse(readFileSync(envFile, "utf8"));
   if (K3S_TOKEN) t.secret(K3S_TOKEN);
-  assert.deepEqual(await result(pair, group), uncut);
+  // Pods come when k3s gets to them.
+  await soon(async () => assert.deepEqual(await result(pair, group), uncut));
 }
 
 /** Of all cases a few, the same each time: one in 19 has each fault and each place in its turn. */

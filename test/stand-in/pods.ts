@@ -45,7 +45,7 @@ const KUBE = [
   "COMMIT",
 ];
 
-/** Once a box and boot: k3s that starts again finds its pods, and adopts them. */
+/** Once a box and boot: k3s that starts again finds its pods, and adopts them. Tried until it works, as a kubelet does. */
 export function startPod(gen: Generation, podCidr: string, nftables: boolean): void {
   try {
     for (const folder of ["/var/log/pods", "/var/log/containers", "/var/lib/cni"])
@@ -85,5 +85,6 @@ export function startPod(gen: Generation, podCidr: string, nftables: boolean): v
       }
   } catch (error) {
     log("error", `stand-in: a pod's traces: ${(error as { stderr?: string }).stderr ?? error}`);
+    setTimeout(() => startPod(gen, podCidr, nftables), 5000);
   }
 }
