@@ -10,10 +10,13 @@ import { $ } from "zx";
 import { attach } from "./lab.ts";
 
 const cwd = join(import.meta.dirname, "../..");
+/** As its users run it: not from within the make that runs these tests, where make says which folder it is in. */
+const { MAKELEVEL: _, MAKEFLAGS: __, ...env } = process.env;
 const run = $({
   quiet: true,
   nothrow: true,
   cwd,
+  env,
   stdio: ["ignore", "pipe", "pipe"],
 });
 let mine = false;
