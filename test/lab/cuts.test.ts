@@ -366,6 +366,7 @@ const casesOf = ({ changes }: Prepared): Case[] =>
     ].flatMap((place) => Object.keys(FAULTS).map((fault) => ({ fault, place, why }))),
   );
 
+/** False where it could not be cut there. */
 async function tryCase(pair: Pair, group: Group, { env, uncut }: Prepared, { fault, place, why }: Case) {
   const { a, b, envFile } = pair;
   const command = commandOf(group, pair);
@@ -387,7 +388,12 @@ async function tryCase(pair: Pair, group: Group, { env, uncut }: Prepared, { fau
       (await b.sh(
         "for _ in $(seq 20); do [ ! -e /run/cut/at ] || { echo yes; break; }; sleep 0.05; done",
       )) !== "";
-  if (!reached) assert.fail(`"${why}" was not begun:\n${(await run.ended).text}`);
+  if (!reached) {
+    const { text } = await run.ended;
+    // Where the handshakes are there already, there is nothing to wait for, and nothing to cut.
+    if (why.startsWith("wait ") && text.startsWith("ended with 0\n")) return false;
+    assert.fail(`"${why}" was not begun:\n${text}`);
+  }
 
   const { strike, seconds, ends } = FAULTS[fault] as Fault;
   const mend = await strike(pair, run.signal);
@@ -409,6 +415,7 @@ async function tryCase(pair: Pair, group: Group, { env, uncut }: Prepared, { fau
   if (K3S_TOKEN) t.secret(K3S_TOKEN);
   // Pods come when k3s gets to them.
   await soon(async () => assert.deepEqual(await result(pair, group), uncut));
+  return true;
 }
 
 /** Of all cases a few, the same each time: one in 19 has each fault and each place in its turn. */
@@ -444,8 +451,8 @@ test("cut anywhere by anything, the next run ends where an uncut run ends", {
           counts.set(key, count);
           count.cases++;
           await test.test(`${name}: ${one.fault} ${one.place} (${one.why.slice(0, 60)})`, async () => {
-            await tryCase(pair, group, prepared, one);
-            count.survived++;
+            if (await tryCase(pair, group, prepared, one)) count.survived++;
+            else count.cases--;
           });
         }
       }
