@@ -199,7 +199,7 @@ furnish() {
 	box=$1 lower=$2 home=$dir/boxes/$1
 	root=$home/root
 	mkdir -p "$root" "$home/disk"
-	[ -z "${5-}" ] || mount -t tmpfs -o "mode=755,size=$5M" disk "$home/disk"
+	[ -z "${5-}" ] || empty_disk "$home" "$5"
 	mkdir "$home/disk/upper" "$home/disk/work"
 	# Overlays do not stack: where this machine's own disk is one, a copy has to do.
 	overlay "$1" "$2" || cp -a --reflink=auto "$lower/." "$root"
@@ -221,6 +221,10 @@ furnish() {
 	[ "$3" != real ] || furnish_real "$root"
 }
 
+empty_disk() {
+	mount -t tmpfs -o "mode=755,size=$2M" disk "$1/disk"
+}
+
 overlay() {
 	mount -t overlay -o "lowerdir=$2,upperdir=$dir/boxes/$1/disk/upper,workdir=$dir/boxes/$1/disk/work" \
 		"$1" "$dir/boxes/$1/root" 2>/dev/null
@@ -232,15 +236,17 @@ save() {
 	cp -a "$dir/boxes/$1/disk/upper" "$dir/boxes/$1/saved-$2"
 }
 
-# inside.sh restore LAB DIR BOX ROOT NAME
+# inside.sh restore LAB DIR BOX ROOT MEGABYTES NAME
 restore() {
 	home=$dir/boxes/$1
 	# nspawn may still be clearing up.
 	exec 9>"$home/lock"
 	flock 9
 	umount "$home/root"
-	rm -rf "$home/disk/upper" "$home/disk/work"
-	cp -a "$home/saved-$3" "$home/disk/upper"
+	# A box that is just starting has a copy of all mounts and, with it, of all that would be removed here.
+	umount -l "$home/disk"
+	empty_disk "$home" "$3"
+	cp -a "$home/saved-$4" "$home/disk/upper"
 	mkdir "$home/disk/work"
 	overlay "$1" "$2"
 }

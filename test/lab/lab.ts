@@ -223,7 +223,8 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
       },
       restore: async (tag) => {
         await off().catch(() => {});
-        await shell("restore", name, (await specOf(dir)).root, tag);
+        const { root, disk } = await specOf(dir);
+        await shell("restore", name, root, `${disk}`, tag);
         await on();
       },
     };
