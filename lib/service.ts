@@ -14,7 +14,7 @@ import {
   unitPath,
   unitText,
 } from "./k3s.ts";
-import { clusterLook, KUBECTL, nodesOf } from "./kube.ts";
+import { clusterLook, FRESH, KUBECTL, nodesOf } from "./kube.ts";
 import { CLEAR } from "./leftovers.ts";
 import { filesLook, filesPlan, labelsPlan } from "./node.ts";
 import { quoted, type SettingName, type Settings } from "./settings.ts";
@@ -51,9 +51,9 @@ fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } &&
   return [binaryLook, service, filesLook, clusterLook];
 }
 
-/** When the service's process started, in seconds since 1970; undefined when it is not running. */
-export function startedAt(facts: Facts): number | undefined {
-  const service = pairs(facts.service);
+/** When a service's process started, in seconds since 1970; undefined when it is not running. */
+export function startedAt(facts: Facts, shown = facts.service): number | undefined {
+  const service = pairs(shown);
   const since = Number(service.ExecMainStartTimestampMonotonic) / 1e6;
   // A modern agent may be Ready while systemd still has it "activating" (v1.36.3 on a slow box, seen).
   if (!Number(service.MainPID) || !since) return undefined;
@@ -115,7 +115,11 @@ export function servicePlan(
     throw new Refusal(
       `This box runs ${unitOf(role === "server" ? "agent" : "server")}: it cannot be ${unitOf(role)} as well`,
     );
-  const { MainPID = "", ExecMainStartTimestampMonotonic: since = "" } = pairs(facts.service);
+  const {
+    MainPID = "",
+    ExecMainStartTimestampMonotonic: since = "",
+    NeedDaemonReload,
+  } = pairs(facts.service);
   const told = /^\d+$/.test(MainPID) && (MainPID === "0" || /^\d+$/.test(since));
   if (facts.service?.trim() && !told)
     throw new Refusal(`systemd does not say how ${unitOf(role)} does: ${quoted(facts.service.trim())}`);
@@ -161,8 +165,8 @@ export function servicePlan(
     .includes(interfaceOf(generation === "old" ? "modern" : "old"));
   // Another binary is put in place before this change.
   const newBinary = facts.version?.trim() !== version;
-  const reload = pairs(facts.service).NeedDaemonReload === "yes";
-  const due = changes.length + gone.length > 0 || down || stale || border || newBinary || reload;
+  const due =
+    changes.length + gone.length > 0 || down || stale || border || newBinary || NeedDaemonReload === "yes";
   const other = nodesOf(facts.nodes).find((node) => node.name === name)?.externalIp;
   if (!due && other && other !== want.PUBLIC_IP && Number(facts.now) - started > SETTLES)
     throw new Refusal(
@@ -242,6 +246,13 @@ const DOOR = `if [ -z "\${open-}" ] && token=$(cat /var/lib/rancher/k3s/server/n
 export const withoutEmpty = (password = "/etc/rancher/node/password"): string =>
   `[ -s ${password} ] || [ ! -e ${password} ] || [ $(($(date +%s) - $(stat -c %Y ${password}))) -lt 5 ] || rm -f ${password}`;
 
+/**
+ * Shell that sets `oldest` to the time of the oldest handshake that proves something, in seconds since 1970. v1.17 makes
+ * its key and flannel.1 anew some time after `since`, its start: until then those of the process before are seen.
+ */
+export const oldestSh = (generation: Generation): string =>
+  `oldest=$(($(date +%s) - ${FRESH}))${generation === "old" ? `; [ "$oldest" -ge $((since - 2)) ] || oldest=$((since - 2))` : ""}`;
+
 /** Waits for a healthy node, says how it goes, and on failure prints the journal's lines that matter. */
 function healthSh(
   name: string,
@@ -300,7 +311,8 @@ done
 # WireGuard needs some seconds more; who is still missing then is the next look's to say.
 end=$(($(date +%s) + 10))
 while [ "$(date +%s)" -lt "$end" ]; do
-  wg show ${interfaceOf(generation)} dump | awk -v now="$(date +%s)" 'NR > 1 && $4 != "(none)" && now - $5 > 180 { bad = 1 } NR > 1 { n++ } END { exit bad || n < ${peers} }' && break
+  ${oldestSh(generation)}
+  wg show ${interfaceOf(generation)} dump | awk -v oldest="$oldest" 'NR > 1 && $4 != "(none)" && $5 < oldest { bad = 1 } NR > 1 { n++ } END { exit bad || n < ${peers} }' && break
   nap
 done`;
 }

@@ -9,11 +9,16 @@ import {
   nodeNameOf,
   type Role,
   releaseOf,
+  unitOf,
 } from "../lib/k3s.ts";
-import { clusterLook, KUBECTL, type Node, nodesOf, peersOf } from "../lib/kube.ts";
-import { restart } from "../lib/service.ts";
+import { clusterLook, FRESH, KUBECTL, type Node, nodesOf, peersOf } from "../lib/kube.ts";
+import { oldestSh, restart, startedAt } from "../lib/service.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+
+/** The server's unit, an empty line, the agent's. */
+const UNITS =
+  "fact units; systemctl show k3s k3s-agent -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic";
 
 const OVERWRITE = "flannel.alpha.coreos.com/public-ip-overwrite";
 
@@ -22,22 +27,25 @@ export const annotateAs = (role?: Role): Step => ({
   name: "annotate",
   options: ["PUBLIC_IP"],
 
-  look: () => [binaryLook, clusterLook, "fact active; systemctl is-active k3s k3s-agent 2>/dev/null"],
+  look: () => [binaryLook, clusterLook, UNITS],
 
   plan(want, facts) {
-    const active = (facts.active ?? "").split("\n");
-    const as = role ?? (active[0] === "active" ? "server" : active[1] === "active" ? "agent" : undefined);
+    const [server = "", agent = ""] = (facts.units ?? "").split("\n\n");
+    const active = (unit: string) => /^ActiveState=active$/m.test(unit);
+    const as = role ?? (active(server) ? "server" : active(agent) ? "agent" : undefined);
     if (!as) throw new Refusal("Neither k3s nor k3s-agent runs on this box: bring it up first");
     const { generation } = releaseOf(
       role ? want : { ...want, K3S_VERSION: facts.version?.trim() ?? "" },
       facts,
     );
     if (!generation) return [];
+    const since = generation === "old" ? startedAt(facts, as === "server" ? server : agent) : undefined;
     const name = nodeNameOf(as === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
     const node = nodesOf(facts.nodes).find((n) => n.name === name);
     if (!role && !node) throw new Refusal(`The cluster has no node ${name}: is k3s healthy here?`);
 
     const ip = want.PUBLIC_IP;
+    const shaken = handshakes(facts, generation, name, as, since);
     if (generation === "old" && (node?.publicIp !== ip || node.overwrite !== ip))
       return [
         {
@@ -46,7 +54,7 @@ export const annotateAs = (role?: Role): Step => ({
         },
         // flannel reads the annotation when it starts; the other nodes follow live (v1.17.6, recorded).
         restart(as, generation, name, want),
-        ...handshakes(facts, generation, name),
+        ...shaken,
       ];
     if (!node) return [];
     if (node.publicIp !== ip)
@@ -61,35 +69,44 @@ until kc get node ${sh(name)} -o json 2>/dev/null | grep -q '"flannel.alpha.core
 done`,
           seconds: 90,
         },
-        ...handshakes(facts, generation, name),
+        ...shaken,
       ];
-    return handshakes(facts, generation, name);
+    return shaken;
   },
 });
-
-/** A peer renews its handshake every two minutes while keepalives flow; after three WireGuard drops the session. */
-const FRESH = 180;
 
 /** Of nodes that join at the same time, in seconds: each waits for the handshakes with those that came before it. */
 const JOINING = 60;
 
-/** Waits for the peers that lack a fresh handshake at their public address; none lacks one: nothing to do. */
-function handshakes(facts: Facts, generation: Generation, name: string): Change[] {
+/** Shell that sets `since` to when k3s was started, in seconds since 1970. */
+const startedSh = (
+  role: Role,
+) => `since=$(systemctl show ${unitOf(role)} -p ExecMainStartTimestampMonotonic | sed 's/.*=//; s/[0-9]\\{6\\}$//')
+since=$(($(date +%s) - $(cut -d. -f1 /proc/uptime) + \${since:-0}))
+`;
+
+/**
+ * Waits for the peers that lack a fresh handshake at their public address; none lacks one: nothing to do.
+ * @param since when k3s started, where a handshake from before that proves nothing. @see oldestSh
+ */
+function handshakes(facts: Facts, generation: Generation, name: string, role: Role, since = 0): Change[] {
   const peers = peersOf(facts.peers).filter((p) => p.interface === interfaceOf(generation));
   const now = Number(facts.now);
+  const oldest = Math.max(now - FRESH, Math.floor(since) - 2);
   const missing = expected(nodesOf(facts.nodes), name, now, backendOf(generation)).filter(
     ({ cidr, endpoint }) =>
-      !peers.some((p) => p.allowedIps.includes(cidr) && p.endpoint === endpoint && now - p.handshake < FRESH),
+      !peers.some((p) => p.allowedIps.includes(cidr) && p.endpoint === endpoint && p.handshake > oldest),
   );
   if (missing.length === 0) return [];
   return [
     {
       why: `wait for a fresh handshake with ${missing.map((m) => m.name).join(", ")} at the public address`,
       sh: `end=$(($(date +%s) + 90))
-late() {
+${generation === "old" ? startedSh(role) : ""}late() {
+  ${oldestSh(generation)}
   while read -r name cidr endpoint; do
-    wg show ${interfaceOf(generation)} dump | awk -v c="$cidr" -v e="$endpoint" -v now="$(date +%s)" '
-      NR > 1 && index("," $4 ",", "," c ",") && $3 == e && now - $5 < ${FRESH} { found = 1 } END { exit !found }' || echo "$name"
+    wg show ${interfaceOf(generation)} dump | awk -v c="$cidr" -v e="$endpoint" -v oldest="$oldest" '
+      NR > 1 && index("," $4 ",", "," c ",") && $3 == e && $5 > oldest { found = 1 } END { exit !found }' || echo "$name"
   done <<'EOF'
 ${missing.map((m) => `${m.name} ${m.cidr} ${m.endpoint}`).join("\n")}
 EOF

@@ -3,7 +3,21 @@ import { describe, test } from "node:test";
 import { nodesOf } from "../lib/kube.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { annotate, annotateAs, expected } from "../scripts/annotate.ts";
-import { A1, B1, B2, healthy, IP, MODERN, NOW, nodes, OLD, peer, wanted } from "./helpers.ts";
+import {
+  A1,
+  B1,
+  B2,
+  healthy,
+  IP,
+  MODERN,
+  NOW,
+  nodes,
+  OLD,
+  peer,
+  service,
+  unitsOf,
+  wanted,
+} from "./helpers.ts";
 
 const verbs = (changes: Change[]) => changes.map(({ why }) => why.split(" ").slice(0, 2).join(" "));
 const facts = (version: string, over: Facts = {}) => healthy(version, {}, over);
@@ -69,9 +83,15 @@ for (const version of [OLD, MODERN]) {
     });
 
     test("are looked at by the role that runs", () => {
-      assert.deepEqual(plan({ active: "inactive\nactive\n" }), []);
-      assert.throws(() => plan({ active: "inactive\nfailed\n" }), Refusal);
-      assert.throws(() => plan({ active: "" }), /Neither k3s nor k3s-agent runs/);
+      assert.deepEqual(plan({ units: unitsOf(undefined, service(NOW - 600)) }), []);
+      assert.throws(() => plan({ units: unitsOf().replaceAll("inactive", "failed") }), Refusal);
+      assert.throws(() => plan({ units: "" }), /Neither k3s nor k3s-agent runs/);
+    });
+
+    const made = version === OLD ? ["wait for"] : [];
+    test(`count ${made.length ? "not at all" : "too"} where their handshakes are from before k3s's last start`, () => {
+      assert.deepEqual(verbs(plan({ units: unitsOf(service(NOW - 10)) })), made);
+      assert.deepEqual(verbs(plan({ units: unitsOf(undefined, service(NOW - 10)) })), made);
     });
 
     test("are nobody's where the cluster has no such node; within make server it may be on its way", () => {

@@ -6,9 +6,9 @@ import { after } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Member } from "../lib/cluster.ts";
 import { interfaceOf, type Role, unitOf, unitPath } from "../lib/k3s.ts";
-import { SETTINGS, type Settings } from "../lib/settings.ts";
+import { SETTINGS, SettingError, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
-import { type Change, type Facts, lookScript, reader, type Step, whole } from "../lib/step.ts";
+import { type Change, type Facts, lookScript, Refusal, reader, type Step, whole } from "../lib/step.ts";
 
 export const ROOT = join(import.meta.dirname, "..");
 export const OLD = "v1.17.6+k3s1";
@@ -128,7 +128,7 @@ export function healthy(version: string, written: Facts, over: Facts = {}): Fact
     service: service(STARTED),
     enabled: "enabled\n",
     other: "inactive\n",
-    active: "active\ninactive\n",
+    units: unitsOf(service(STARTED)),
     interfaces: `eth0\n${running}\nlo\n`,
     nodes: nodes(A1, B1, B2),
     peers: [peer(version, B1, B1.ip, 30), peer(version, B2, B2.ip, 90)].join("\n"),
@@ -186,6 +186,10 @@ export const keyOf = (name: string): string => `${name}${"k".repeat(41)}=`;
 export const service = (started: number, more = "NeedDaemonReload=no"): string =>
   `ActiveState=active\nMainPID=812\nExecMainStartTimestampMonotonic=${(3600 - (NOW - started)) * 1e6}\n${more}\n`;
 
+const STOPPED = "ActiveState=inactive\nMainPID=0\nExecMainStartTimestampMonotonic=0\n";
+/** `systemctl show` of the server's unit and the agent's. */
+export const unitsOf = (server = STOPPED, agent = STOPPED): string => `${server.trim()}\n\n${agent}`;
+
 /** Facts of a step's files, read back by the real look after the real changes wrote them under a temporary root. */
 export function filesAfter(step: Step, want: Settings, changes: readonly Change[]): Facts {
   const root = temporary();
@@ -212,6 +216,17 @@ export function filesAfter(step: Step, want: Settings, changes: readonly Change[
   const PATH = programs(`${root}/bin`, { curl: "echo 'curl must not be asked' >&2; exit 7" });
   return look([{ look: () => step.look(want).map(there) }], want, { PATH });
 }
+
+/** What these steps would do; a step that refuses does nothing. */
+export const planned = (steps: readonly Step[], want: Settings, facts: Facts): Change[] =>
+  steps.flatMap((step) => {
+    try {
+      return step.plan(want, facts);
+    } catch (error) {
+      if (error instanceof Refusal || error instanceof SettingError) return [];
+      throw error;
+    }
+  });
 
 /** What the real look script says, run by this machine's sh. */
 export function look(steps: readonly Pick<Step, "look">[], want: Settings, env: Facts = {}): Facts {
