@@ -7,7 +7,9 @@
  *     BOXES="3 9 17"    how many boxes
  *     MS="50 150"       round trip of the operator, in milliseconds
  *     ONLY="up floor"   which contenders; default all
- *     K3SUP=…, K3S_INSTALL_SH=…   k3sup's binary and k3s's install.sh, to have k3sup run as well
+ *     K3S_INSTALL_SH=…  k3s's install.sh, which both of these use:
+ *     K3SUP=…           k3sup's binary, to have it run as well
+ *     K3S_ANSIBLE=…     a clone of k3s-ansible, where ansible-playbook with ansible.posix is on PATH
  *     TIMES=3           runs of each; the one with the median fresh time counts
  */
 import { copyFileSync, existsSync, readFileSync, writeFileSync } from "node:fs";
@@ -15,7 +17,7 @@ import { cpus, loadavg } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { type Lab, up } from "../lab/lab.ts";
-import { MODERN, nodes, trips } from "../lab/suite.ts";
+import { MODERN, nodes, spread, trips } from "../lab/suite.ts";
 
 /** From k3s's start to Ready. Longer than the stand-in itself takes on two busy cores, shorter than any k3s. */
 const START = 2;
@@ -36,20 +38,33 @@ const script =
   (name: string, ...first: string[]) =>
   (lab: Lab) => [join(import.meta.dirname, name), ...first, lab.mirror.plain, MODERN, ...all(lab)];
 
-/** k3sup runs k3s's installation script, which a box gets from the lab's mirror, like all that it asks curl for. */
-const K3SUP = {
-  needs: ["K3SUP", "K3S_INSTALL_SH"],
-  prepare: async (lab: Lab) => {
-    const { host } = new URL(lab.mirror.github);
-    copyFileSync(process.env.K3S_INSTALL_SH as string, join(lab.mirror.dir, host, "install.sh"));
-    const curl = `#!/bin/bash
+/** Lets a box find k3s's installation script, and all that it asks curl for, at the lab's mirror. */
+async function redirect(lab: Lab) {
+  const [host, github] = [lab.mirror.plain, lab.mirror.github].map((base) => new URL(base).host);
+  copyFileSync(process.env.K3S_INSTALL_SH as string, join(lab.mirror.dir, `${host}/install.sh`));
+  const curl = `#!/bin/bash
 args=("\${@/#https:\\/\\/get.k3s.io/http://${host}/install.sh}")
-exec /usr/bin/curl "\${args[@]/#https:\\/\\/github.com/http://${host}}"
+exec /usr/bin/curl "\${args[@]/#https:\\/\\/github.com/http://${github}}"
 `;
-    const put = `cat >/usr/local/bin/curl <<'SH'\n${curl}SH\nchmod 755 /usr/local/bin/curl`;
-    await Promise.all(lab.boxes.map((box) => box.sh(put)));
-  },
-};
+  const put = `cat >/usr/local/bin/curl <<'SH'\n${curl}SH\nchmod 755 /usr/local/bin/curl`;
+  await Promise.all(lab.boxes.map((box) => box.sh(put)));
+}
+
+/** Ansible's modules need a Python on each box: this machine's, as its packages have it. */
+async function python(lab: Lab) {
+  const { host } = new URL(lab.mirror.plain);
+  const archive = join(lab.mirror.dir, host, "python.tar");
+  await lab.net(
+    "op",
+    `apt-cache depends --recurse --installed -i python3 python3-apt | grep '^[a-z]' | sort -u | xargs dpkg -L 2>/dev/null |
+sort -u | while read -r path; do [ -d "$path" ] || echo "$path"; done | tar -c -T - -f ${archive}`,
+  );
+  await Promise.all(
+    lab.boxes.map((box) => box.sh(`curl -fsS http://${host}/python.tar | tar -x -C / --skip-old-files`)),
+  );
+}
+
+const K3SUP = { needs: ["K3SUP", "K3S_INSTALL_SH"], prepare: redirect };
 
 const CONTENDERS: Record<string, Contender> = {
   up: { about: "make -j up", command: () => ["make", "-j", "up"] },
@@ -57,6 +72,12 @@ const CONTENDERS: Record<string, Contender> = {
   "by-hand": { about: "the article by hand", command: script("by-hand.sh") },
   k3sup: { ...K3SUP, about: "k3sup, eight joins at once", command: script("k3sup.sh", "8") },
   "k3sup-1": { ...K3SUP, about: "k3sup, box after box", command: script("k3sup.sh", "1") },
+  "k3s-ansible": {
+    about: "k3s-ansible, all boxes at once",
+    command: script("k3s-ansible.sh"),
+    needs: ["K3S_ANSIBLE", "K3S_INSTALL_SH"],
+    prepare: (lab) => Promise.all([redirect(lab), python(lab)]),
+  },
 };
 
 interface Run {
@@ -92,10 +113,6 @@ interface Result {
 const round = (value: number, digits = 1) => Number(value.toFixed(digits));
 const since = (began: number) => (performance.now() - began) / 1000;
 
-/** a1 is the server; the agents are spread over both clouds. */
-const names = (boxes: number) =>
-  Array.from({ length: boxes }, (_, i) => `${i % 2 ? "b" : "a"}${Math.floor(i / 2) + 1}`);
-
 async function measure(lab: Lab, command: string[]): Promise<Run> {
   const sent = async () => {
     const [link] = JSON.parse(await lab.net("op", "ip -s -j link show eth0"));
@@ -110,7 +127,8 @@ async function measure(lab: Lab, command: string[]): Promise<Run> {
     const before = await sent();
     const cpuBefore = await boxCpu();
     const began = performance.now();
-    const env = { K3SUP: process.env.K3SUP ?? "" };
+    const { K3SUP = "", K3S_ANSIBLE = "", PATH = "" } = process.env;
+    const env = { K3SUP, K3S_ANSIBLE, PATH };
     const { ran, cpu, memory } = await lab.metered(command, { timeout: 400, env });
     const seconds = since(began);
     if (ran.exitCode) throw new Error(`${command[0]} failed:\n${ran.stdout}${ran.stderr}`);
@@ -132,7 +150,7 @@ async function once(contender: string, boxes: number, ms: number): Promise<Resul
   const began = performance.now();
   const lab = await up({
     name: "bench",
-    boxes: names(boxes),
+    boxes: spread(boxes),
     tools: true,
     slow: true,
     hairpin: ["a", "b"],
@@ -149,7 +167,7 @@ async function once(contender: string, boxes: number, ms: number): Promise<Resul
     const bare = await measure(lab, [
       "sh",
       "-c",
-      `${names(boxes)
+      `${spread(boxes)
         .map((name) => `ssh ${name} true &`)
         .join(" ")} wait`,
     ]);

@@ -48,21 +48,22 @@ function finish(text: string, status = 0): never {
   process.exit(status);
 }
 
-/** config.yaml.d as arguments: `key: value`, and lists of `- value`. Any other YAML is not imitated. */
-function dropIns(gen: Generation, command: string, folder: string): string[] {
-  if (!existsSync(folder)) return [];
+/** config.yaml and config.yaml.d as arguments: `key: value`, and lists of `- value`. Any other YAML is not imitated. */
+function configured(gen: Generation, command: string, config: string): string[] {
+  const folder = `${config}.d`;
+  const dropIns = existsSync(folder) ? readdirSync(folder).sort() : [];
   const known = flagTable(gen, command).flatMap(({ names }) => names);
   const flags: string[] = [];
-  for (const name of readdirSync(folder).sort()) {
-    if (!/\.ya?ml$/.test(name)) continue;
+  for (const file of [config, ...dropIns.map((name) => join(folder, name))]) {
+    if (!/\.ya?ml$/.test(file) || !existsSync(file)) continue;
     let key = "";
-    for (const line of readFileSync(join(folder, name), "utf8").split("\n")) {
+    for (const line of readFileSync(file, "utf8").split("\n")) {
       if (/^\s*(#.*)?$/.test(line)) continue;
       const [, own, rest = "", item] = /^(?:"?([\w-]+)\+?"?:(?:\s+(.*))?|\s+-\s+(.+))$/.exec(line) ?? [];
       if (own) key = own;
       const value = (item ?? rest).trim().replace(/^(["'])(.*)\1$/, "$2");
       if (!key || (!own && !item) || /^[[{&*|>]/.test(value))
-        fatal(gen, `yaml: unmarshal errors (stand-in: ${folder}/${name} has ${JSON.stringify(line)})`);
+        fatal(gen, `yaml: unmarshal errors (stand-in: ${file} has ${JSON.stringify(line)})`);
       if (own && !value) continue;
       if (known.includes(key)) flags.push(`--${key}=${value}`);
       else log("warning", `Unknown flag --${key} found in config.yaml, skipping\n`);
@@ -113,10 +114,8 @@ async function main([version, name, ...args]: string[]): Promise<void> {
   }
 
   const config = "/etc/rancher/k3s/config.yaml";
-  if (gen === "modern" && existsSync(config) && /^[^#\s]/m.test(readFileSync(config, "utf8")))
-    fatal(gen, `stand-in: ${config} is not imitated`);
-  // What the file has comes before the arguments, which so count more, or are added to a list.
-  const argv = gen === "modern" ? [...dropIns(gen, command, `${config}.d`), ...rest] : rest;
+  // What the files have comes before the arguments, which so count more, or are added to a list.
+  const argv = gen === "modern" ? [...configured(gen, command, config), ...rest] : rest;
   const parsed = parseFlags(gen, command, argv, process.env);
   if ("error" in parsed) {
     process.stdout.write(incorrectUsage(gen, command, parsed.error));
