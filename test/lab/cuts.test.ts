@@ -13,11 +13,13 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { parse } from "dotenv";
 import { sh } from "../../lib/sh.ts";
 import type { Box, Light } from "./lab.ts";
-import { bench, connected, hangUp, MODERN, nodes, OLD } from "./suite.ts";
+import { bench, connected, hangUp, MODERN, nodes, OLD, release } from "./suite.ts";
 
 const ALL = Boolean(process.env.ALL);
 const ONLY = (process.env.ONLY ?? "").split(" ").filter(Boolean);
 const NUMBERS = [1, 2, 3, 4, 5, 6];
+/** What `upgrade` goes to. */
+const NEXT: Record<string, string> = { [OLD]: "v1.17.17+k3s1", [MODERN]: "v1.36.3+k3s1" };
 
 const t = await bench({
   name: "cuts",
@@ -27,6 +29,7 @@ const t = await bench({
 });
 after(() => t.lab.down());
 t.settings();
+await Promise.all(Object.values(NEXT).map((version) => release(t.lab, version)));
 
 /** b is cut; a is the server that it joins, where the script needs one. */
 interface Pair {
@@ -51,8 +54,10 @@ interface Group {
   joins?: true;
   /** What runs on b first. */
   before: string[];
-  /** What is put wrong then. */
+  /** What is put wrong then, or else done. */
   spoil?(pair: Pair): Promise<unknown>;
+  /** Of the whole cluster, not of b alone. */
+  whole?: true;
 }
 
 const TOOLS = ["download-k3s", "install-wireguard"];
@@ -63,6 +68,23 @@ const groups: Group[] = [OLD, MODERN]
     { script: "agent", version, joins: true, before: TOOLS },
     { script: "download-k3s", version, before: [] },
     { script: "remove", version, joins: true, before: [...TOOLS, "agent"] },
+    {
+      script: "upgrade",
+      version,
+      joins: true,
+      whole: true,
+      before: [...TOOLS, "agent"],
+      // The server has it already: b's part is left.
+      spoil: async (pair) => {
+        const agents = `AGENTS="${pair.b.name}"`;
+        const change = (from: string, to: string) =>
+          writeFileSync(pair.envFile, readFileSync(pair.envFile, "utf8").replace(from, to));
+        change(agents, 'AGENTS=""');
+        change(version, NEXT[version] as string);
+        await t.ok(script("upgrade"), { env: operator(pair) });
+        change('AGENTS=""', agents);
+      },
+    },
   ])
   .concat([
     // Of these one generation has nothing to do, or does the same.
@@ -79,6 +101,7 @@ const groups: Group[] = [OLD, MODERN]
     },
     { script: "fix-metrics", version: OLD, before: [...TOOLS, "server"] },
     { script: "token", version: MODERN, before: [...TOOLS, "server"] },
+    { script: "firewall", version: MODERN, joins: true, before: [...TOOLS, "agent"] },
   ]);
 
 /** Where a change is cut inside, by what it does: as it comes to this command, or half-way through its only one. */
@@ -87,6 +110,8 @@ const INSIDE: [RegExp, string[]][] = [
   [/^install /, ["unpacked"]],
   [/^prove /, ["wg show"]],
   [/^(write|deploy) /, ["mv"]],
+  [/^keep /, ["echo"]],
+  [/^nft: /, ["systemctl daemon-reload"]],
   [/^(re)?start /, ["systemctl restart", "beat"]],
   // It may have nothing to sleep for.
   [/^wait /, ["end="]],
@@ -211,9 +236,9 @@ const operator = (pair: Pair) => ({
   NODE_COMPILE_CACHE: "/run/compiled",
 });
 /** By the lab's node, which strips types itself: hundreds of runs wait for it. */
-const script = (name: string, { name: host }: Box) =>
-  `${t.lab.dir}/stand-in/node --no-warnings scripts/${name}.ts --host ${host}`;
-const commandOf = (group: Group, { b }: Pair) => script(group.script, b);
+const script = (name: string, box?: Box) =>
+  `${t.lab.dir}/stand-in/node --no-warnings scripts/${name}.ts${box ? ` --host ${box.name}` : ""}`;
+const commandOf = (group: Group, { b }: Pair) => script(group.script, group.whole ? undefined : b);
 
 /** For all that uses the network and settles in some seconds. */
 async function soon<T>(part: () => Promise<T>): Promise<T> {
@@ -259,6 +284,7 @@ async function result({ a, b, envFile }: Pair, { joins, script }: Group) {
 systemctl is-active k3s k3s-agent || :
 systemctl is-enabled k3s k3s-agent 2>&1 || :
 ls -A /sys/class/net
+nft list tables
 ls -A /run | grep -e k3s -e '^tmp' | grep -v lock || :
 ps -e -o comm= | grep -vE '^(sshd|sh|ps|grep|sort|uniq|\\(sd-pam\\)|systemd.*|dbus-.*|agetty|sftp-server|wg|ip|iptables.*)$' | sort | uniq -c`);
   const disk = await t.lab.net(
@@ -345,8 +371,8 @@ async function prepare(pair: Pair, group: Group): Promise<Prepared> {
   const count = Number(await b.sh("cat /run/cut/count; rm -r /run/cut"));
   const changes = [...said.text.matchAll(new RegExp(`^${b.name} {2}(?! |done|waits|nothing)(.*)$`, "gm"))]
     .map((m) => m[1] as string)
-    // Of remove's the server makes some.
-    .filter((why) => group.script !== "remove" || /^(stop|clear|take|remove) /.test(why));
+    // The server makes these.
+    .filter((why) => !/^(drain|let|delete|forget the node|uncordon) /.test(why));
   assert.equal(changes.length, count, said.text);
   return { env, changes, uncut: await result(pair, group) };
 }
@@ -377,7 +403,10 @@ async function tryCase(pair: Pair, group: Group, { env, uncut }: Prepared, { fau
   await b.sh(`mkdir /run/cut; echo 0 >/run/cut/count; echo ${sh(place)} >/run/cut/place`);
 
   // All that make has started ends with it.
-  const run = begin(pair, fault === "Ctrl-C" ? `make ${group.script} HOST=${b.name}` : command);
+  const run = begin(
+    pair,
+    fault === "Ctrl-C" ? `make ${group.script}${group.whole ? "" : ` HOST=${b.name}`}` : command,
+  );
   let over = false;
   void run.ended.finally(() => {
     over = true;
