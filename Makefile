@@ -7,8 +7,8 @@ FLAGS = $(if $(DRY),--dry-run) $(if $(PRINT),--print) $(if $(REBOOT),--reboot)
 # A node that strips types by itself, else node with tsx, else Deno.
 NODE := $(shell command -v node;)
 STRIPS := $(if $(NODE),$(shell node -p 'process.features.typescript || ""'))
-TS = $(if $(NODE),node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx),deno run -A)
 RUN = node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx)
+TS = $(if $(NODE),$(RUN),deno run -A)
 MODULES = $(if $(NODE),node_modules/.package-lock.json)
 # With those that only who works on the project needs.
 DEV = node_modules/fast-check

@@ -10,6 +10,7 @@ import type { Ill } from "./journal.ts";
 import { noProxy } from "./node.ts";
 import { type Line, plain, report } from "./report.ts";
 import {
+  boxNames,
   check,
   flagOf,
   NAMES,
@@ -45,6 +46,8 @@ export interface Recipe {
   needs?: Partial<Record<SettingName, string>>;
   /** The setting that names the box when HOST does not. */
   host?: "SERVER";
+  /** With `host`: it is for all servers, and the first one goes before the others. */
+  everyServer?: true;
   /** With `host`: how the boxes must be together. @throws {SettingError} */
   examine?(call: Call, boxes: readonly Target[]): void;
   nothing?(want: Settings, facts: Facts): string;
@@ -350,7 +353,7 @@ async function addressesOf(call: Call, setting: "SERVER" | "AGENTS"): Promise<st
 
 export function jobFor(call: Call, target: Target, line: Line): Job {
   const { recipe, settings, addresses } = call;
-  const servers = words(settings.SERVER).map((word) => nameOf(word.split("=")[0] as string));
+  const servers = boxNames(settings.SERVER);
   const isServer = recipe.host === "SERVER" || servers.includes(target.name);
   // The networks of pods and services are what the server's arguments say, on every other box too.
   const { SERVER_ARGS } = { ...settings, ...(isServer ? {} : call.own[servers[0] as string]) };
@@ -381,8 +384,7 @@ async function fanOut(call: Call): Promise<number> {
       `HOST is not set: expected some of ${known.join(", ")}, or HOST= (empty) for this machine`,
     );
   let boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
-  // Of several servers only `server` itself is meant for all.
-  if (recipe.host && !recipe.examine && call.origins.HOST === "default") boxes = boxes.slice(0, 1);
+  if (recipe.host && !recipe.everyServer && call.origins.HOST === "default") boxes = boxes.slice(0, 1);
   recipe.examine?.(call, boxes);
   const ui = await report(boxes.map((box) => box.name));
   const one = (box: Target) =>
@@ -395,7 +397,7 @@ async function fanOut(call: Call): Promise<number> {
       line.done(facts === after, recipe.nothing?.(job.want, after));
     });
   // Further servers join by what the first one teaches.
-  const first = recipe.examine ? boxes.splice(0, 1) : [];
+  const first = recipe.everyServer ? boxes.splice(0, 1) : [];
   const done = [];
   for (const box of first) done.push(await one(box));
   if (worst(done) === 0) done.push(...(await Promise.all(boxes.map(one))));

@@ -3,17 +3,19 @@
  * passes between them in a second. Nothing is changed on any box.
  */
 import { type Call, jobFor, type Target, targets } from "./cli.ts";
-import { diagnose, FRESH } from "./diagnosis.ts";
+import { diagnose } from "./diagnosis.ts";
 import { blocked, firewallLook } from "./firewall.ts";
 import { type Ill, MEANT } from "./journal.ts";
 import { nodeNameOf, type Role, unitOf } from "./k3s.ts";
 import {
   address as addressIn,
+  FRESH,
   KUBECTL,
   type Node,
   nodesLook,
   nodesOf,
   type Peer,
+  peerOf,
   peersLook,
   peersOf,
 } from "./kube.ts";
@@ -59,7 +61,6 @@ ${peersLook}
 fact cni; cat /sys/class/net/cni0/mtu 2>/dev/null
 fact disk; df -Pk /var/lib/rancher 2>/dev/null || df -Pk /
 fact memory; grep -E '^Mem(Total|Available):' /proc/meminfo
-${firewallLook}
 fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
 # As k3s picks it (pkg/agent/config): a resolver that is not the host's own, else 8.8.8.8.
 fact resolvers; for f in /etc/resolv.conf /run/systemd/resolve/resolv.conf; do
@@ -201,19 +202,23 @@ export function clusterOf(members: readonly Member[]): Cluster {
   const lists = members.filter(({ role }) => role === "server").map(({ facts }) => nodesOf(facts.nodes));
   const nodes = lists.find((list) => list.length) ?? [];
   const boxes = members.map((member) => seen(member, nodes));
-  for (const [i, box] of boxes.entries())
-    Object.assign(box, firewallOf(box, members[i] as Member, boxes, nodes));
-  return { boxes, nodes };
+  return {
+    boxes: boxes.map((box, i) => ({ ...box, ...firewallOf(box, members[i] as Member, boxes, nodes) })),
+    nodes,
+  };
 }
 
+/** A box by itself; what its firewall keeps out shows beside the others. */
+type Alone = Omit<Seen, "blocked" | "latent">;
+
 /** What has passed is not blocked: by rules that are not understood here, or as part of a connection from before them. */
-function firewallOf(box: Seen, { facts, want }: Member, boxes: readonly Seen[], nodes: readonly Node[]) {
+function firewallOf(box: Alone, { facts, want }: Member, boxes: readonly Alone[], nodes: readonly Node[]) {
   const passes = (node: Node) => {
     const other = boxes.find(({ nodeName }) => nodeName === node.name);
-    const peer = box.peers.find(({ allowedIps }) => allowedIps.includes(node.podCidr ?? "-"));
+    const handshake = peerOf(box.peers, node.podCidr)?.handshake ?? 0;
     const size = box.tried.tunnel[node.name] ?? other?.tried.tunnel[box.nodeName];
     return (
-      (size === undefined ? box.now - (peer?.handshake ?? 0) < FRESH : size > 0) &&
+      (size === undefined ? box.now - handshake < FRESH : size > 0) &&
       (other?.role !== "server" || [undefined, "open"].includes(other.tried.kubelet[box.nodeName])) &&
       (box.role !== "server" || [undefined, "open"].includes(other?.tried.api))
     );
@@ -227,7 +232,7 @@ function firewallOf(box: Seen, { facts, want }: Member, boxes: readonly Seen[], 
   return { blocked: now, latent: now.length ? [] : said(others, true) };
 }
 
-function seen({ target, role, want, error, facts, clock, tried, paths }: Member, nodes: Node[]): Seen {
+function seen({ target, role, want, error, facts, clock, tried, paths }: Member, nodes: Node[]): Alone {
   const there = nodes.find(({ externalIp }) => externalIp === target.ip);
   const name = nameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts) || (there?.name ?? "");
   const unit = (facts.units ?? "")
@@ -281,8 +286,6 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
       role === "server" ? facts.ca?.split(" ")[0]?.trim() : joins.find((word) => /^[0-9a-f]{64}$/.test(word)),
     url: joins.find((word) => word.startsWith("http") && URL.canParse(word)),
     said: facts.said?.trim() ?? "",
-    blocked: [],
-    latent: [],
     metrics: Boolean(facts.metrics?.trim()),
     now: Number(facts.now),
     tried: triedOf({ ...tried, ...paths }),
@@ -353,7 +356,7 @@ export async function listed(call: Call): Promise<Listed> {
 
 /** All boxes, a trip each for what they are and one for what passes between them. */
 export async function examine(call: Call, boxes: Listed) {
-  const members = await survey(call, boxes);
+  const members = await survey(call, boxes, `\n${firewallLook}`);
   await attempt(call, members, clusterOf(members));
   return members;
 }

@@ -2,13 +2,11 @@
 import type { Cluster, Seen } from "./cluster.ts";
 import { type Ill, meaningOf } from "./journal.ts";
 import { generationOf, unitOf } from "./k3s.ts";
-import type { Node } from "./kube.ts";
+import { FRESH, type Node, peerOf } from "./kube.ts";
 import { publicIp } from "./settings.ts";
 
 /** Clocks may differ so much, in seconds: NTP keeps them within one. */
 const APART = 5;
-/** Seconds after which WireGuard drops a session; while keepalives flow it is renewed every 120. */
-export const FRESH = 180;
 
 /** What is wrong, the ground before what follows from it; nothing for a healthy cluster. */
 export function diagnose(cluster: Cluster): Ill[] {
@@ -190,11 +188,10 @@ function smallIlls(box: Seen): Line[] {
 /** Tunnels of boxes that have nothing else: too large packets, closed ports, stale peers. */
 function tunnelIlls(boxes: Seen[]): Ill[] {
   const ills: Ill[] = [];
-  const peerOf = (a: Seen, b: Seen) =>
-    a.peers.find((peer) => peer.allowedIps.includes(b.node?.podCidr ?? "-"));
+  const peerAt = (a: Seen, b: Seen) => peerOf(a.peers, b.node?.podCidr);
   /** Where nothing could be sent for want of ping, the handshake tells. */
   const reach = (a: Seen, b: Seen) =>
-    a.tried.tunnel[b.nodeName] ?? (a.now - (peerOf(a, b)?.handshake ?? 0) > FRESH ? 0 : undefined);
+    a.tried.tunnel[b.nodeName] ?? (a.now - (peerAt(a, b)?.handshake ?? 0) > FRESH ? 0 : undefined);
   const lost: [Seen, Seen][] = [];
 
   const small = pairs(boxes).flatMap(([a, b]) => {
@@ -225,7 +222,7 @@ function tunnelIlls(boxes: Seen[]): Ill[] {
   for (const a of boxes)
     for (const b of boxes) {
       if (a === b || !b.node?.ready) continue;
-      const [there, back] = [peerOf(a, b), peerOf(b, a)];
+      const [there, back] = [peerAt(a, b), peerAt(b, a)];
       if (!there || (b.wireguard?.key && there.key !== b.wireguard.key)) {
         if (reach(a, b) === 0 || !there)
           ills.push({

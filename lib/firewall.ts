@@ -30,8 +30,9 @@ const UNIT = "/etc/systemd/system/k3s-firewall.service";
 export const MARK = "k3s-across-clouds";
 
 /** Facts about the firewall that runs, whichever it is; of nft only chains that stand at a hook, and ours. */
-export const firewallLook = `fact firewalld; firewall-cmd --state 2>/dev/null
-if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
+export const firewallLook = `state=$(firewall-cmd --state 2>/dev/null)
+fact firewalld; echo "$state"
+if [ "$state" = running ]; then
   card=$(ip -4 route show default | sed -n 's/.* dev \\([^ ]*\\).*/\\1/p' | head -n 1)
   zone=$(firewall-cmd --get-zone-of-interface="$card" 2>/dev/null) || zone=$(firewall-cmd --get-default-zone)
   fact zone; echo "$zone"

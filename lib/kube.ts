@@ -179,6 +179,13 @@ export interface Peer {
   sent: number;
 }
 
+/** Seconds after which WireGuard drops a session; while keepalives flow it is renewed every 120. */
+export const FRESH = 180;
+
+/** The peer behind which a node's pods are: WireGuard has at most one for a network. */
+export const peerOf = (peers: readonly Peer[], podCidr = "-"): Peer | undefined =>
+  peers.find(({ allowedIps }) => allowedIps.includes(podCidr));
+
 /** Peers out of the fact `peers`: lines of `wg show IF dump` less the first, each behind its interface. @see wg(8) */
 export function peersOf(dump = ""): Peer[] {
   return dump

@@ -311,6 +311,10 @@ export const words = (value: string): string[] => value.split(/[ \t]+/).filter(B
 /** A box as the user reads it: its ssh destination without the user, or this machine's name. */
 export const nameOf = (host: string): string => host.replace(/^(ssh:\/\/)?([^@]*@)?/, "") || hostname();
 
+/** Names of the boxes of a list such as SERVER's: HOST or HOST=PUBLIC_IP each. */
+export const boxNames = (list: string): string[] =>
+  words(list).map((word) => nameOf(word.split("=")[0] as string));
+
 /**
  * Settings by precedence: flag, environment, env file, default. A value that is set but empty counts. What the
  * env file says for one box, NAME__BOX, counts before its NAME, on that box: `own` has it by the box's name.
@@ -346,9 +350,7 @@ export function settle(
     throw new SettingError(
       `SERVER (${origins.SERVER}): expected one of ${servers.join(", ")}, or a K3S_DATASTORE_ENDPOINT that they share: ${ETCD}`,
     );
-  const boxes = words(`${settings.SERVER} ${settings.AGENTS} ${settings.HOST}`).map((word) =>
-    nameOf(word.split("=")[0] as string),
-  );
+  const boxes = boxNames(`${settings.SERVER} ${settings.AGENTS} ${settings.HOST}`);
   // A box may have any name.
   const own: Record<string, Partial<Settings>> = Object.create(null);
   for (const [key, value] of Object.entries(values)) {

@@ -353,6 +353,10 @@ export async function converge(
   }
 }
 
+/** A look at the box, and what these steps then find to do. */
+export const lookAndConverge = async (job: Job, ...steps: Step[]): Promise<Facts> =>
+  await converge(job, steps, await look(job, steps));
+
 async function apply(job: Job, all: readonly Step[], changes: Change[], facts: Facts) {
   /** What comes before a push, a restart or the server's part; it is not worth a look, unless it had to wait. */
   const waits = async (some: readonly Change[], box = job.box) =>

@@ -6,13 +6,11 @@ import type { Change } from "./step.ts";
 /** `systemctl show` and other KEY=value lines. */
 export function pairs(text = ""): Record<string, string> {
   return Object.fromEntries(
-    text.split("\n").flatMap((line) => (line.includes("=") ? [split(line, "=")] : [])),
+    text.split("\n").flatMap((line) => {
+      const at = line.indexOf("=");
+      return at < 0 ? [] : [[line.slice(0, at), line.slice(at + 1)]];
+    }),
   );
-}
-
-function split(line: string, by: string): [string, string] {
-  const at = line.indexOf(by);
-  return [line.slice(0, at), line.slice(at + 1)];
 }
 
 /** `@NAME@`: a setting that is secret, in a text that shows. */

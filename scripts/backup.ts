@@ -7,7 +7,7 @@ import * as cli from "../lib/cli.ts";
 import { binaryLook, nodeNameOf } from "../lib/k3s.ts";
 import { report } from "../lib/report.ts";
 import { sh } from "../lib/sh.ts";
-import { type Change, converge, Failure, look, Refusal, type Step } from "../lib/step.ts";
+import { type Change, converge, Failure, look, lookAndConverge, Refusal, type Step } from "../lib/step.ts";
 
 const SERVER = "/var/lib/rancher/k3s/server";
 const FOLDER = "/var/lib/rancher/k3s/backup";
@@ -119,7 +119,7 @@ async function backup(call: cli.Call): Promise<number> {
     } finally {
       rmSync(part, { force: true });
     }
-    await converge(job, [cleared], await look(job, [cleared]));
+    await lookAndConverge(job, cleared);
     line.done(false, `${file}, a secret: it has the token and all keys of the cluster`);
     process.stdout.write(`${file}\n`);
   });

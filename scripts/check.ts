@@ -4,8 +4,9 @@ import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
 import * as cli from "../lib/cli.ts";
 import { ask, type Cluster, clusterOf, examine, listed, type Seen } from "../lib/cluster.ts";
-import { diagnose, FRESH } from "../lib/diagnosis.ts";
+import { diagnose } from "../lib/diagnosis.ts";
 import type { Ill } from "../lib/journal.ts";
+import { FRESH, peerOf } from "../lib/kube.ts";
 import { tryPods } from "../lib/pods.ts";
 import { plain, redacted } from "../lib/report.ts";
 
@@ -262,7 +263,7 @@ function wireguardTable({ boxes, nodes }: Cluster, width: number): Row[] {
   const shown = boxes.filter(({ error, wireguard }) => error === undefined && wireguard);
   const cell = (from: Seen, to: (typeof nodes)[number], short: boolean): Cell | string => {
     if (to.name === from.nodeName) return short ? "·" : "-";
-    const peer = from.peers.find((p) => p.allowedIps.includes(to.podCidr ?? "-"));
+    const peer = peerOf(from.peers, to.podCidr);
     if (!peer) return { text: short ? "x" : "no peer", wrong: true };
     const age = Math.floor(from.now - peer.handshake);
     const wrong = age > FRESH || peer.endpoint.replace(/:\d+$/, "") !== to.externalIp;
@@ -273,9 +274,7 @@ function wireguardTable({ boxes, nodes }: Cluster, width: number): Row[] {
     };
   };
   const endpoints = (to: (typeof nodes)[number]) => {
-    const all = shown.flatMap(({ peers }) =>
-      peers.filter((p) => p.allowedIps.includes(to.podCidr ?? "-")).map((p) => p.endpoint),
-    );
+    const all = shown.flatMap(({ peers }) => peerOf(peers, to.podCidr)?.endpoint ?? []);
     return [...new Set(all)].join(" ") || "-";
   };
   const full: Row[] = [

@@ -11,7 +11,7 @@ import { rangesOf } from "../lib/node.ts";
 import { report } from "../lib/report.ts";
 import { SettingError, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
-import { type Change, converge, type Job, look, Refusal, type Step } from "../lib/step.ts";
+import { type Change, converge, look, lookAndConverge, Refusal, type Step } from "../lib/step.ts";
 import { pairs } from "../lib/text.ts";
 import { agentSteps, prepareSteps } from "./agent.ts";
 import { hashOf } from "./backup.ts";
@@ -149,7 +149,7 @@ async function restore(call: cli.Call): Promise<number> {
     const facts = await look(job, steps);
     if (call.mode !== "apply") return cli.showPlan(call, box, steps, job, facts);
     const after = await converge(job, steps, facts);
-    await does(job, ...gone.map((ip) => forgotten(ip, undefined)), unproven);
+    await lookAndConverge(job, ...gone.map((ip) => forgotten(ip, undefined)), unproven);
     Object.assign(next.settings, await cli.learn(call, steps, job, after));
     const values = { SERVER: box.word, K3S_VERSION: about.version };
     const have = readEnv(call.envFile).values;
@@ -161,15 +161,13 @@ async function restore(call: cli.Call): Promise<number> {
   const followed = await Promise.all(
     agents.map((agent) =>
       cli.attempt(call, "agent", agent, ui.line(agent.name), async (line) => {
-        await does(cli.jobFor(next, agent, line), firewall, ...agentSteps);
+        await lookAndConverge(cli.jobFor(next, agent, line), firewall, ...agentSteps);
       }),
     ),
   );
   const rest = await up(next);
   return cli.worst([...followed, rest]);
 }
-
-const does = async (job: Job, ...steps: Step[]) => await converge(job, steps, await look(job, steps));
 
 /** What a backup says of itself. @throws {SettingError} where it is none, or is damaged. */
 async function aboutOf(file: string): Promise<{ version: string; node: string; ip: string }> {

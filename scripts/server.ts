@@ -4,7 +4,7 @@ import { type Call, run, type Target } from "../lib/cli.ts";
 import { envPath } from "../lib/k3s.ts";
 import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/node.ts";
 import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/service.ts";
-import { nameOf, SettingError, type Settings, words } from "../lib/settings.ts";
+import { boxNames, nameOf, SettingError, type Settings } from "../lib/settings.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
 import { sha256 } from "../lib/text.ts";
 import { annotateAs } from "./annotate.ts";
@@ -38,19 +38,17 @@ fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo 
 
 const urlOf = (want: Settings) => `https://${want.PUBLIC_IP}:6443`;
 
-const nameIn = (word: string) => nameOf(word.split("=")[0] as string);
-
 /**
  * Is there a server of this datastore already, another one, that agents are told? The first of SERVER never is
  * such a one: where another is put first, agents follow it.
  */
 export function isFurther(want: Settings): boolean {
-  const [first] = words(want.SERVER);
+  const [first] = boxNames(want.SERVER);
   return Boolean(
     want.K3S_DATASTORE_ENDPOINT &&
       want.K3S_URL &&
       want.K3S_URL !== urlOf(want) &&
-      !(first && nameIn(first) === nameOf(want.HOST)),
+      !(first && first === nameOf(want.HOST)),
   );
 }
 
@@ -108,7 +106,7 @@ export const passwordLook = `fact password; stat -c %a ${PASSWORD} 2>/dev/null &
 
 /** @throws {SettingError} for a box that would become the server of another cluster. */
 function examine({ settings: want }: Call, boxes: readonly Target[]): void {
-  const names = words(want.SERVER).map(nameIn);
+  const names = boxNames(want.SERVER);
   const other = boxes.find(({ host, name }) => host && names.length && !names.includes(name));
   if (other && !want.K3S_DATASTORE_ENDPOINT)
     throw new SettingError(
@@ -135,6 +133,7 @@ await run(import.meta, {
   about: "Makes a box the k3s server: binary, kernel, WireGuard, unit, and a node that is Ready.",
   steps: serverSteps,
   host: "SERVER",
+  everyServer: true,
   examine,
   nothing: (want, facts) => healthySaying("server", want, facts),
 });

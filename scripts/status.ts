@@ -2,8 +2,7 @@
 /** The cluster in ten lines, from one round trip to the server. Changes nothing. */
 import * as cli from "../lib/cli.ts";
 import { ask, type Cluster, clusterOf, type Seen, survey } from "../lib/cluster.ts";
-import { FRESH } from "../lib/diagnosis.ts";
-import type { Node } from "../lib/kube.ts";
+import { FRESH, type Node, peerOf } from "../lib/kube.ts";
 import { plain } from "../lib/report.ts";
 
 /** Beside what check asks of a server (which defines kc); both at once, for the API is what takes time. */
@@ -27,9 +26,7 @@ export function statusOf({ boxes, nodes }: Cluster, pods: string | undefined): R
   const down = nodes.filter(({ ready }) => !ready);
   const astray = nodes.filter(({ externalIp, publicIp }) => !externalIp || publicIp !== externalIp);
   const others = nodes.filter(({ name }) => name !== server.nodeName);
-  const age = ({ podCidr }: Node) =>
-    server.now -
-    Math.max(0, ...server.peers.filter((p) => p.allowedIps.includes(podCidr ?? "-")).map((p) => p.handshake));
+  const age = ({ podCidr }: Node) => server.now - (peerOf(server.peers, podCidr)?.handshake ?? 0);
   const stale = others.filter((node) => !(age(node) < FRESH));
   const oldest = Math.round(Math.max(0, ...others.map(age)));
   const rows = (pods ?? "")

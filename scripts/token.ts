@@ -69,8 +69,7 @@ await run(import.meta, {
     "Rotates the token that joins boxes to the cluster. Nodes go on running; the next `make up` gives it to them.",
   steps: [token],
   host: "SERVER",
-  // All of them, the first one first.
-  examine() {},
+  everyServer: true,
   needs: { K3S_TOKEN: 'what "make server" writes to' },
   nothing: () => "the env file has the server's present token, which the next make up gives to the agents",
 });

@@ -32,6 +32,7 @@ import {
   Failure,
   type Job,
   look,
+  lookAndConverge,
   planAll,
   Refusal,
   type Step,
@@ -216,7 +217,7 @@ async function hop(call: cli.Call, members: Member[], release: string, force: bo
   const ahead = await Promise.all(
     due.map((member) =>
       cli.attempt(call, call.script, member.target, member.line, async () => {
-        await converge(member.job, [downloadAhead], await look(member.job, [downloadAhead]));
+        await lookAndConverge(member.job, downloadAhead);
       }),
     ),
   );
@@ -252,7 +253,6 @@ async function one(member: Member, first: Member, force: boolean): Promise<void>
   const [drained, uncordoned] = [drainedAt(target.ip, force), uncordonedAt(target.ip)];
   const all = [...stepsOf(role), runs];
   const atServer = { ...first.job, progress: line };
-  const does = async (job: Job, step: Step) => await converge(job, [step], await look(job, [step]));
   const release = job.want.K3S_VERSION;
   const facts = await look(job, [...all, keep]);
   const cluster = role === "server" ? facts : await look(atServer, [drained]);
@@ -279,8 +279,8 @@ async function one(member: Member, first: Member, force: boolean): Promise<void>
       throw new Failure(`${message}. The upgrade ends here; ${how}`, change, output);
     }
   }
-  await does(job, forget);
-  await does(atServer, uncordoned);
+  await lookAndConverge(job, forget);
+  await lookAndConverge(atServer, uncordoned);
   line.done(false, `runs ${release}`);
 
   /** Puts the node back to what it ran before; says how that went. */
@@ -289,7 +289,7 @@ async function one(member: Member, first: Member, force: boolean): Promise<void>
     const facts = await look(back, [putBack]);
     if (!facts.kept?.trim()) return `the box had no binary of ${version} any more, so nothing was put back`;
     await converge(back, [putBack], facts);
-    await does(atServer, uncordoned);
+    await lookAndConverge(atServer, uncordoned);
     return `${target.name} runs ${version} again`;
   }
 }

@@ -58,6 +58,7 @@ import {
   member,
   nodes,
   OLD,
+  planned,
   prepared,
   programs,
   TOKEN,
@@ -261,17 +262,6 @@ function plans(want: Settings, version: string): { steps: readonly Step[]; facts
     })),
   ];
 }
-
-/** What these steps would do; a step that refuses does nothing. */
-const planned = (steps: readonly Step[], want: Settings, facts: Facts): Change[] =>
-  steps.flatMap((step) => {
-    try {
-      return step.plan(want, facts);
-    } catch (error) {
-      if (error instanceof Refusal || error instanceof SettingError) return [];
-      throw error;
-    }
-  });
 
 /**
  * Runs pieces of shell as nobody and with no program at hand, and answers what \`canary\` was called with. What a

@@ -5,8 +5,7 @@ import { drainedAt } from "../lib/drain.ts";
 import { closeAgain, firewallLook, firewallPlan, scriptText } from "../lib/firewall.ts";
 import { DRAINED } from "../lib/kube.ts";
 import { kubelets, made, type Pod, paths } from "../lib/pods.ts";
-import { SettingError } from "../lib/settings.ts";
-import { applyScript, type Facts, lookScript, printed, Refusal, type Step, whole } from "../lib/step.ts";
+import { applyScript, type Facts, lookScript, printed, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { cleared, copied } from "../scripts/backup.ts";
 import { downloadAhead } from "../scripts/download-k3s.ts";
@@ -29,6 +28,7 @@ import {
   node,
   nodes,
   OLD,
+  planned,
   prepared,
   shell,
   TOKEN,
@@ -87,16 +87,7 @@ function changesOf(steps: readonly Step[], version: string) {
       { peers: "", packaged: fixture("metrics-server-v1.17.6.yaml"), age: "9999\n", top: "" },
     ),
   ];
-  const changes = states.flatMap((facts) =>
-    steps.flatMap((step) => {
-      try {
-        return step.plan(want, facts);
-      } catch (error) {
-        if (error instanceof Refusal || error instanceof SettingError) return [];
-        throw error;
-      }
-    }),
-  );
+  const changes = states.flatMap((facts) => planned(steps, want, facts));
   return [...new Map(changes.map((change) => [change.sh, change])).values()];
 }
 

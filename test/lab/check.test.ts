@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
-import { type Bench, bench, MODERN, OLD, script, state } from "./suite.ts";
+import { type Bench, bench, MODERN, OLD, routerRule, script, state } from "./suite.ts";
 
 const check = script("check");
 
@@ -16,13 +16,8 @@ interface Fault {
   env?: Record<string, string>;
 }
 
-/** A rule in front of what a cloud's router passes on, until the function that is answered is called. */
-async function rule(t: Bench, cloud: "a" | "b", chain: "forward" | "ports", text: string) {
-  const router = `router-${cloud}`;
-  const said = await t.lab.net(router, `nft -e -a 'insert rule ip filter ${chain} ${text} drop'`);
-  const handle = /# handle (\d+)/.exec(said)?.[1];
-  return () => t.lab.net(router, `nft delete rule ip filter ${chain} handle ${handle}`);
-}
+const rule = (t: Bench, cloud: "a" | "b", chain: "forward" | "ports", text: string) =>
+  routerRule(t.lab, cloud, chain, `${text} drop`);
 
 /** A shell for a box and one that undoes it. */
 const onBox = (box: string, sh: string, undo: string) => async (t: Bench) => {

@@ -4,7 +4,7 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, test } from "node:test";
 import { standIn } from "../stand-in/pack.ts";
-import { bench, connected, MODERN } from "./suite.ts";
+import { bench, connected, MODERN, routerRule } from "./suite.ts";
 
 const NAMES = ["a1", "a2", "b1", "b2", "b3"];
 const t = await bench({ name: "fast", boxes: NAMES, hairpin: ["a", "b"], slow: true });
@@ -36,13 +36,13 @@ test("with nothing to do it is one command, for the cluster as for a whole `make
 });
 
 /** Lets a box have so many bytes a second of the mirror's answers, until the function that is answered is called. */
-async function narrow(box: "b1" | "b2" | "b3", rate: string) {
-  const { privateIp } = t.box(box);
-  const rule = `insert rule ip filter forward ip daddr ${privateIp} tcp sport 80 limit rate over ${rate} burst 20 kbytes drop`;
-  const said = await t.lab.net("router-b", `nft -e -a ${rule}`);
-  const handle = /# handle (\d+)/.exec(said)?.[1];
-  return () => t.lab.net("router-b", `nft delete rule ip filter forward handle ${handle}`);
-}
+const narrow = (box: "b1" | "b2" | "b3", rate: string) =>
+  routerRule(
+    t.lab,
+    "b",
+    "forward",
+    `ip daddr ${t.box(box).privateIp} tcp sport 80 limit rate over ${rate} burst 20 kbytes drop`,
+  );
 
 const away = "rm -f /usr/local/bin/k3s /usr/local/bin/.k3s*";
 const done = (text: string) => [...text.matchAll(/^(\w+) +done in/gm)].map((match) => match[1]);

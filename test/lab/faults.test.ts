@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
-import { bench, connected, script, starts, state } from "./suite.ts";
+import { bench, connected, routerRule, script, starts, state } from "./suite.ts";
 
 const t = await bench({ name: "faults" });
 after(() => t.lab.down());
@@ -11,13 +11,7 @@ const [a1, b1, b2] = [t.box("a1"), t.box("b1"), t.box("b2")];
 const API = "https://198.51.100.11:6443";
 const agent = script("agent", "--host b1");
 
-/** Drops what matches at a cloud's router, until the function that is answered is called. */
-async function drop(cloud: "a" | "b", what: string) {
-  const router = `router-${cloud}`;
-  const said = await t.lab.net(router, `nft -e -a insert rule ip filter ports ${what} drop`);
-  const handle = /# handle (\d+)/.exec(said)?.[1];
-  return () => t.lab.net(router, `nft delete rule ip filter ports handle ${handle}`);
-}
+const drop = (cloud: "a" | "b", what: string) => routerRule(t.lab, cloud, "ports", `${what} drop`);
 
 /** The command fails so and leaves b1 exactly as it was; `fault` may break something and answer how to mend it. */
 async function refused(

@@ -4,7 +4,7 @@ import { statSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import type { Box } from "./lab.ts";
-import { bench, connected, door, MODERN, nodes, OLD, release, starts } from "./suite.ts";
+import { bench, connected, door, MODERN, nodes, OLD, release, routerRule, starts } from "./suite.ts";
 
 const t = await bench({ name: "living", boxes: ["a1", "a2", "b1", "b2"], tools: true });
 after(() => t.lab.down());
@@ -139,7 +139,12 @@ describe("remove", () => {
   });
 
   test("removes the node of a box that is gone for good where it is told so", async () => {
-    const mend = await refuse("b", "ip daddr 192.168.0.12 tcp dport 22");
+    const mend = await routerRule(
+      t.lab,
+      "b",
+      "ports",
+      "ip daddr 192.168.0.12 tcp dport 22 reject with tcp reset",
+    );
     await t.says("make remove HOST=b2", 2, ["Could not reach b2", "FORCE=1 removes its node alone"]);
     await t.ok("make remove HOST=b2 FORCE=1");
     await mend();
@@ -149,14 +154,6 @@ describe("remove", () => {
     await t.ok("make agent HOST=b2");
   });
 });
-
-/** Refuses what matches at a cloud's router, until the function that is answered is called. */
-async function refuse(cloud: "a" | "b", what: string) {
-  const rule = `insert rule ip filter ports ${what} reject with tcp reset`;
-  const said = await t.lab.net(`router-${cloud}`, `nft -e -a ${rule}`);
-  const handle = /# handle (\d+)/.exec(said)?.[1];
-  return () => t.lab.net(`router-${cloud}`, `nft delete rule ip filter ports handle ${handle}`);
-}
 
 test("token: nodes go on running, the old one lets nobody in, and a cut rotation is learned", async () => {
   const before = t.env().K3S_TOKEN as string;

@@ -4,11 +4,10 @@
  */
 import assert from "node:assert/strict";
 import { after, test } from "node:test";
-import { bench, connected, script, starts } from "./suite.ts";
+import { bench, connected, script, spread, starts } from "./suite.ts";
 
 const COUNT = process.env.ALL ? 30 : 10;
-/** a1 is the server; the agents are spread over both clouds. */
-const names = Array.from({ length: COUNT }, (_, i) => `${i % 2 ? "b" : "a"}${Math.floor(i / 2) + 1}`);
+const names = spread(COUNT);
 const t = await bench({ name: "load", boxes: names, hairpin: ["a", "b"], tools: true });
 after(() => t.lab.down());
 

@@ -7,7 +7,7 @@ import { join } from "node:path";
 import { parse } from "dotenv";
 import { sh } from "../../lib/sh.ts";
 import { standIn } from "../stand-in/pack.ts";
-import { type Box, down, type Lab, type LabSpec, type Run, up } from "./lab.ts";
+import { type Box, type Cloud, down, type Lab, type LabSpec, type Run, up } from "./lab.ts";
 
 export const OLD = "v1.17.6+k3s1";
 export const MODERN = "v1.36.2+k3s1";
@@ -203,11 +203,23 @@ pids=$(ps -e -o pid=,comm=,cgroup= | awk -v not=" $main $$ $PPID " \\
 [ -n "$pids" ]
 kill -9 $pids 2>/dev/null || : # some may have ended by themselves`);
 
+/** A rule in front of what a cloud's router passes on, until the function that is answered is called. */
+export async function routerRule(lab: Lab, cloud: Cloud, chain: "forward" | "ports", rule: string) {
+  const router = `router-${cloud}`;
+  const said = await lab.net(router, `nft -e -a 'insert rule ip filter ${chain} ${rule}'`);
+  const handle = /# handle (\d+)/.exec(said)?.[1];
+  return () => lab.net(router, `nft delete rule ip filter ${chain} handle ${handle}`);
+}
+
+/** Names of so many boxes: a1 is the server; the agents are spread over both clouds. */
+export const spread = (boxes: number) =>
+  Array.from({ length: boxes }, (_, i) => `${i % 2 ? "b" : "a"}${Math.floor(i / 2) + 1}`);
+
 /** Holds back every restart that `systemctl` is asked for, until /usr/local/sbin/systemctl is removed. */
 export const holdRestarts = (box: Box) =>
   box.sh(`cat >/usr/local/sbin/systemctl <<'SH'
 #!/bin/sh
-case "$*" in *restart*) exec sleep 600 ;; esac
+case "$*" in *restart*) while [ -e /usr/local/sbin/systemctl ]; do sleep 0.1; done ;; esac
 exec /usr/bin/systemctl "$@"
 SH
 chmod 755 /usr/local/sbin/systemctl`);

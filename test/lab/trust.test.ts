@@ -6,7 +6,7 @@ import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { sh } from "../../lib/sh.ts";
 import type { Box } from "./lab.ts";
-import { bench, hangUp, MODERN, OLD, script } from "./suite.ts";
+import { bench, hangUp, holdRestarts, MODERN, OLD, routerRule, script } from "./suite.ts";
 
 const t = await bench({ name: "trust", boxes: ["a1", "b1"] });
 after(() => t.lab.down());
@@ -69,21 +69,12 @@ rm /run/patterns /tmp/open`);
 
 /** Lets everything through both clouds' security groups while \`part\` runs. */
 async function open<T>(part: () => Promise<T>): Promise<T> {
-  const routers = ["router-a", "router-b"];
-  const rules = await Promise.all(
-    routers.map((router) => t.lab.net(router, "nft -e -a insert rule ip filter ports accept")),
-  );
+  const clouds = ["a", "b"] as const;
+  const shut = await Promise.all(clouds.map((cloud) => routerRule(t.lab, cloud, "ports", "accept")));
   try {
     return await part();
   } finally {
-    await Promise.all(
-      routers.map((router, i) =>
-        t.lab.net(
-          router,
-          `nft delete rule ip filter ports handle ${/# handle (\d+)/.exec(rules[i] as string)?.[1]}`,
-        ),
-      ),
-    );
+    await Promise.all(shut.map((again) => again()));
   }
 }
 
@@ -246,15 +237,7 @@ chmod 755 /usr/local/sbin/systemctl`);
   await t.ok("make agent HOST=b1");
 });
 
-/** Lets no restart of k3s-agent begin on b1 while /run/held is there. */
-const hold = () =>
-  b1.sh(`: >/run/held; cat >/usr/local/sbin/systemctl <<'SH'
-#!/bin/sh
-case "$*" in *restart*) while [ -e /run/held ]; do sleep 0.1; done ;; esac
-exec /usr/bin/systemctl "$@"
-SH
-chmod 755 /usr/local/sbin/systemctl`);
-const release = () => b1.sh("rm -f /run/held /usr/local/sbin/systemctl");
+const release = () => b1.sh("rm /usr/local/sbin/systemctl");
 const held = async () => {
   for (let i = 0; i < 300; i++, await sleep(100))
     if ((await b1.sh("pgrep -f 'sbin/systemctl restart --no-block k3s-agen[t]' || :")).trim()) return;
@@ -263,7 +246,7 @@ const held = async () => {
 const labelled = (value: string) => `make agent HOST=b1 AGENT_ARGS=--node-label=operator=${value}`;
 
 test("of two operators at once on one box the second is told of the first, waits, and then does its own", async () => {
-  await hold();
+  await holdRestarts(b1);
   const first = t.op(labelled("one"));
   await held();
   const second = t.op(labelled("two"));
@@ -278,7 +261,7 @@ test("of two operators at once on one box the second is told of the first, waits
 });
 
 test("the lock of a run that died is taken over at once", async () => {
-  await hold();
+  await holdRestarts(b1);
   const run = await t.cut(labelled("three"), /restart k3s-agent and wait/, "KILL");
   assert(run.reached, run.text);
   await held();
