@@ -46,6 +46,7 @@ const MUCH = 32e6;
 
 let sockets: string | undefined;
 const opened = new Set<string>();
+let closed = false;
 
 /**
  * The system's ssh, so that ~/.ssh/config, agents, jump hosts and known_hosts all count. One connection a
@@ -82,6 +83,7 @@ const pinned = (keys: string) => ({
 
 /** Closes every connection; call it once, at the end of the process. */
 export async function closeAll(): Promise<void> {
+  closed = true;
   await Promise.all([...opened].map((host) => open(host).close()));
   if (sockets) rmSync(sockets, { recursive: true, force: true });
 }
@@ -103,6 +105,8 @@ export function open(host: string, keys = ""): Box {
     onData: (chunk: Buffer) => void,
     most = Number.POSITIVE_INFINITY,
   ) {
+    // An upgrade that is interrupted would go on to undo what it has done, by an ssh that outlives it.
+    if (closed) await new Promise<never>(() => {});
     const argv = host ? [...ssh(host, keys), asRoot(command)] : ["sh", "-c", asRoot(command)];
     const child = $({ quiet: true, nothrow: true, detached: false })`${argv}`;
     child.stdout.on("data", onData);
