@@ -434,7 +434,7 @@ export async function attempt(
 }
 
 /** Scripts whose failure may have its cause elsewhere than where it shows. */
-const ASKED = ["server", "agent", "annotate", "fix-metrics"];
+const ASKED = ["server", "agent", "annotate", "fix-metrics", "token", "restore", "upgrade"];
 
 /** What check would say of the box; else what its journal means, as far as the failure has lines of it. */
 async function causes(
@@ -448,7 +448,9 @@ async function causes(
   line.says("looks for the cause");
   // Late, for it is rare; and it asks this file for the boxes.
   const [{ explain }, { meaningOf }] = await Promise.all([import("./cluster.ts"), import("./journal.ts")]);
-  const ills = await explain(call, box, script === "agent" || script === "annotate" ? "agent" : "server");
+  const role = script === "agent" || script === "annotate" ? "agent" : "server";
+  // An upgrade that failed has put back what ran before: only what it said still tells.
+  const ills = script === "upgrade" ? [] : await explain(call, box, role);
   const meaning = meaningOf(output, retry);
   return ills.length || !meaning ? ills : [{ box: box.name, ...meaning }];
 }

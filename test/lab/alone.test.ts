@@ -118,6 +118,10 @@ describe("each script alone", { concurrency: true }, () => {
         const host = "--host debian@b2";
         for (const name of ["download-k3s", "install-wireguard"])
           await step("b2", name, (flags) => script(name, `${host} ${flags}`));
+        const other = script("server", "--host debian@a1 --server-args=--disable=traefik");
+        await t.says(other, 0, ["restart k3s"]);
+        await t.says(other, 0, [NOTHING.server as string]);
+        await t.says(script("server", "--host debian@a1"), 0, ["restart k3s"]);
       });
 
       test("by hand: what --print says, given to sh on the box with the secrets in the environment", async () => {

@@ -242,6 +242,13 @@ describe("make check", { concurrency: true }, () => {
         assert.deepEqual([said.ok, said.wrong, said.boxes.length, said.nodes.length], [true, [], 3, 3]);
       });
 
+      if (version === MODERN)
+        test("with WATCH=1 is said again every few seconds, until it is interrupted", async () => {
+          const { text } = await t.op("timeout -s INT 20 make check WATCH=1");
+          const times = text.match(/^verdict +nothing is wrong/gm)?.length ?? 0;
+          assert(times > 1, text);
+        });
+
       test("has a short form: make status, ten lines by one trip to the server", async () => {
         let out = "";
         const trips = await t.trips(["a1", "b1"], async () => {

@@ -61,6 +61,10 @@ ip link add mine0 type bridge`);
   await t.ok("make -j up");
 });
 
+test("a new cluster has nothing wrong with it", async () => {
+  await t.says("make check", 0, [/^verdict +nothing is wrong/m]);
+});
+
 test("old k3s cannot rotate its token, and says why", async () => {
   await t.says("make token", 2, ["k3s v1.17.6+k3s1 cannot rotate its token: that came with v1.25.15"]);
 });
@@ -85,6 +89,7 @@ describe("upgrade", () => {
     await t.says(`make upgrade K3S_VERSION=${NEXT} AGENT_ARGS=--nonsense`, 2, [
       /^a1 +done in .*: runs v1\.18\.20\+k3s1$/m,
       /^b1 +FAILED after .*The upgrade ends here; b1 runs v1\.17\.6\+k3s1 again$/m,
+      /^b1 +cause: b1: SERVER_ARGS or AGENT_ARGS has --nonsense/m,
       /^b1 +again: make upgrade K3S_VERSION=\S+ AGENT_ARGS=--nonsense/m,
     ]);
     assert.deepEqual(await versions(a1), [`a1 Ready ${NEXT}`, `b1 Ready ${OLD}`, `b2 Ready ${OLD}`]);
@@ -101,6 +106,7 @@ describe("upgrade", () => {
       ["a1", "b1", "b2"].map((name) => `${name} Ready ${MODERN}`),
     );
     assert.equal(t.env().K3S_VERSION, MODERN);
+    await t.says("make check", 0, [/^verdict +nothing is wrong/m]);
     for (const box of [a1, b1, b2]) {
       assert.equal((await box.sh("wg show interfaces")).trim(), "flannel-wg", box.name);
       assert.equal(

@@ -1,6 +1,7 @@
 /** download-k3s in front of mirrors that fail in the ways of slow networks. The old k3s stays until a new one is proven. */
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
 import { cp, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { after, beforeEach, test } from "node:test";
@@ -158,6 +159,23 @@ test("with one mirror nobody vouches for the binary: it is refused, or K3S_SHA25
 test("two addresses of one host do not vouch for each other", async () => {
   const same = `${plain} ${plain.replace("http://203.0.113.81/", "http://203.0.113.81:80/")}`;
   await t.says(`${download} --k3s-mirrors "${same}"`, 1, ["no other host gave its checksum"]);
+});
+
+test("a mirror whose certificate nobody vouches for is not asked for a byte", async () => {
+  const key = join(t.lab.dir, "home", "tls");
+  await t.lab.net(
+    "inet",
+    `openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=203.0.113.81 -addext subjectAltName=IP:203.0.113.81 \
+  -keyout ${key}.key -out ${key}.crt 2>/dev/null
+cd ${mirrored(t.lab, "203.0.113.81", ".")}
+openssl s_server -accept 203.0.113.81:443 -cert ${key}.crt -key ${key}.key -WWW </dev/null >${key}.log 2>&1 &`,
+  );
+  const https = plain.replace("http:", "https:");
+  await t.says(`${download} --k3s-mirrors ${https} --k3s-sha256 ${GOOD}`, 1, [
+    /203\.0\.113\.81.*certificate/,
+  ]);
+  assert.equal(await a1.sh("ls -A /usr/local/bin"), "");
+  assert.doesNotMatch(readFileSync(`${key}.log`, "utf8"), /FILE:/);
 });
 
 test("K3S_BIN is pushed without any mirror, and skipped where it is in place", async () => {
