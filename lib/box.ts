@@ -125,10 +125,11 @@ export function open(host: string, keys = ""): Box {
         seconds * 1000,
       );
       let said = 0;
-      child.stdout.on("data", (chunk: Buffer) => {
-        said += chunk.length;
-        if (said > most) end(`The box said more than ${most / 1e6} MB: what it has to say takes far less`);
-      });
+      for (const stream of [child.stdout, child.stderr])
+        stream.on("data", (chunk: Buffer) => {
+          said += chunk.length;
+          if (said > most) end(`The box said more than ${most / 1e6} MB: what it has to say takes far less`);
+        });
     });
     return await Promise.race([child, ended]).finally(() => clearTimeout(timer));
   }
@@ -185,7 +186,7 @@ export function open(host: string, keys = ""): Box {
     },
     async pull(path, file) {
       const out = createWriteStream(file, { mode: 0o600 });
-      const end = once(out, "close");
+      const end = once(out, "close").catch((error: Error) => error);
       let begun = false;
       // The login shell of some boxes greets: what comes before our own line is not the file's.
       let head = Buffer.alloc(0);
@@ -202,7 +203,8 @@ export function open(host: string, keys = ""): Box {
           out.write(head.subarray(at + BEGIN.length + 1));
         },
       ).finally(() => out.end());
-      await end;
+      const wrong = await end;
+      if (wrong instanceof Error) throw new Unreachable(`Could not write ${file}: ${wrong.message}`);
       if (result.exitCode !== 0)
         throw new Unreachable(
           `Could not copy ${path}: ${result.stderr.trim() || `exit status ${result.exitCode}`}`,

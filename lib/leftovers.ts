@@ -17,10 +17,11 @@ awk '$2 ~ "^/run/k3s/|^/var/lib/kubelet/(pods|plugins)/|^/run/netns/cni-" { prin
   done
 ip netns list 2>/dev/null | awk '/^cni-/ { print $1 }' | while read -r name; do ip netns delete "$name" || :; done
 rm -f /run/netns/cni-*
+# The kernel itself deletes those of pods whose namespaces went, in its own time.
 ip -o link show master cni0 2>/dev/null | awk -F': ' '{ sub(/@.*/, "", $2); print $2 }' |
-  while read -r name; do ip link delete "$name"; done
+  while read -r name; do ip link delete "$name" 2>/dev/null || [ ! -e "/sys/class/net/$name" ]; done
 for name in cni0 flannel.1 flannel-v6.1 flannel-wg flannel-wg-v6 kube-ipvs0; do
-  [ ! -e "/sys/class/net/$name" ] || ip link delete "$name"
+  [ ! -e "/sys/class/net/$name" ] || ip link delete "$name" || [ ! -e "/sys/class/net/$name" ]
 done
 network=$(sed -n 's/^FLANNEL_NETWORK=//p' /run/flannel/subnet.env 2>/dev/null) || :
 for name in iptables ip6tables iptables-nft ip6tables-nft iptables-legacy ip6tables-legacy; do

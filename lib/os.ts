@@ -56,7 +56,13 @@ export function install(manager: Manager, packages: readonly string[], options =
     case "apt":
       return `export DEBIAN_FRONTEND=noninteractive
 dpkg --configure -a || : # locked: apt-get waits
-apt-get -q -o DPkg::Lock::Timeout=120 update
+# DPkg::Lock::Timeout is not for the lists' lock (apt 2.6).
+end=$(($(date +%s) + 120))
+until said=$(apt-get -q -o DPkg::Lock::Timeout=120 update 2>&1); do
+  case $said in *'Could not get lock'*) ;; *) end=0 ;; esac
+  [ "$(date +%s)" -lt "$end" ] || { echo "$said"; exit 1; }
+  sleep 2
+done
 apt-get -q -y -o DPkg::Lock::Timeout=120 --no-install-recommends install ${names}`;
     case "yum":
       return `yum -y install ${names} || { printf '%s\\n' ${sh(VAULT)}; exit 1; }`;

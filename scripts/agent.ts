@@ -112,11 +112,12 @@ function certificate(text: string, url: string): X509Certificate {
   }
 }
 
-/** curl's words for the three ways in which a port does not answer, and where to look. */
+/** curl's words for the ways in which a port does not answer, and where to look. */
 function unreachable(url: string, error: string): string {
   const said = error.trim() || "no certificate came";
-  const what =
-    /refused|Failed to connect.*(after|Couldn't)/.test(error) && !/timed? ?out/i.test(error)
+  const what = /No route to host|prohibited/i.test(error)
+    ? "a firewall rejects it: open 6443/tcp in the server's firewall (make firewall) and security group"
+    : /refused|Failed to connect.*(after|Couldn't)/.test(error) && !/timed? ?out/i.test(error)
       ? "nothing listens there: is k3s up on the server?"
       : /timed? ?out/i.test(error)
         ? "packets are dropped: open 6443/tcp in the server's security group and firewall"

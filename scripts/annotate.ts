@@ -31,7 +31,8 @@ export const annotateAs = (role?: Role): Step => ({
 
   plan(want, facts) {
     const [server = "", agent = ""] = (facts.units ?? "").split("\n\n");
-    const active = (unit: string) => /^ActiveState=active$/m.test(unit);
+    // An agent of v1.36.3 may be Ready while systemd still has it "activating".
+    const active = (unit: string) => /^ActiveState=(active|activating)$/m.test(unit);
     const as = role ?? (active(server) ? "server" : active(agent) ? "agent" : undefined);
     if (!as) throw new Refusal("Neither k3s nor k3s-agent runs on this box: bring it up first");
     const { generation } = releaseOf(

@@ -116,6 +116,10 @@ async function backup(call: cli.Call): Promise<number> {
       fsyncSync(handle);
       closeSync(handle);
       renameSync(part, file);
+    } catch (error) {
+      // Where this cannot clear the server, the next backup does.
+      await lookAndConverge(job, cleared).catch(() => {});
+      throw error;
     } finally {
       rmSync(part, { force: true });
     }

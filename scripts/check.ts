@@ -25,7 +25,7 @@ async function check(call: cli.Call): Promise<number> {
     cluster = clusterOf(members);
     const ills = verdict(cluster, podless);
     const { stdout } = process;
-    if (call.flags.has("json")) stdout.write(`${JSON.stringify(asJson(cluster, ills, podless))}\n`);
+    if (call.flags.has("json")) stdout.write(`${jsonOf(asJson(cluster, ills, podless))}\n`);
     else
       stdout.write(
         `${watch ? `${stdout.isTTY ? "\x1b[H\x1b[J" : "\n"}${new Date().toISOString()}\n\n` : ""}${reportOf(cluster, ills, stdout.isTTY ? stdout : {}, podless)}`,
@@ -34,6 +34,15 @@ async function check(call: cli.Call): Promise<number> {
     await sleep(PAUSE * 1000);
   }
 }
+
+/** JSON that a terminal may be shown: with what it escapes, C1, bidi and other marks that a node may write of itself. */
+export const jsonOf = (value: unknown): string =>
+  JSON.stringify(value).replace(/[\p{Cc}\p{Cf}\u2028\u2029]/gu, (character) =>
+    character
+      .split("")
+      .map((unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`)
+      .join(""),
+  );
 
 /** What is wrong; also what did not pass for a reason that is not known here. */
 export function verdict(cluster: Cluster, podless: string | undefined): Ill[] {

@@ -42,9 +42,13 @@ async function down(call: cli.Call): Promise<number> {
 
 async function agreed(names: string[]): Promise<boolean> {
   const terminal = createInterface({ input: process.stdin, output: process.stderr });
-  const said = await terminal.question(
+  // The terminal is read raw: Ctrl-C comes as a key, and Ctrl-D leaves the question open.
+  terminal.once("SIGINT", () => process.emit("SIGINT"));
+  const closed = new Promise<string>((done) => terminal.once("close", () => done("")));
+  const asked = terminal.question(
     `k3s and all its data, local volumes too, will be gone from ${names.join(", ")}. Type "yes" to go on: `,
   );
+  const said = await Promise.race([asked, closed]);
   terminal.close();
   if (said.trim() === "yes") return true;
   process.stderr.write("Nothing was touched.\n");

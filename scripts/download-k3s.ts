@@ -91,7 +91,7 @@ export const downloadAhead: Step = {
     const ahead = (what: File) =>
       byProxy(want, {
         why: `download ${what.file} of k3s ${want.K3S_VERSION} ahead`,
-        sh: fetch(what, want, ': >"$part.good"'),
+        sh: fetch(what, want, 'echo "$sum" >"$part.good"'),
         seconds: 7200,
       });
     return [
@@ -230,8 +230,8 @@ try() { # BASE, then the bases of other hosts, whose word is taken for the check
     status=0
     get "$from" ${file} -C - -o "$part" || status=$?
     # 22: the server has nothing beyond what is here. Either way the hash decides, and what is wrong, maybe
-    # by an earlier mirror's fault, is asked for as a whole.
-    case $status in 0 | 22) (${VERIFY}) && return ;; *) stopped; return 1 ;; esac
+    # by an earlier mirror's fault, is asked for as a whole. 33: it cannot go on from where a file was cut.
+    case $status in 0 | 22) (${VERIFY}) && return ;; 33) ;; *) stopped; return 1 ;; esac
   fi
   get "$from" ${file} -o "$part" || { stopped; return 1; }
   (${VERIFY})
@@ -249,6 +249,8 @@ stopped() { tell "$from: gave up at $(wc -c <"$part" 2>/dev/null || echo 0) byte
 put() {
   ${put}
 }
+# What was downloaded ahead needs no mirror any more.
+if [ -s "$part.good" ] && [ "$(sha256sum <"$part" 2>/dev/null | cut -d' ' -f1)" = "$(cat "$part.good")" ]; then put; exit 0; fi
 watch & watcher=$!
 trap 'kill $watcher' EXIT
 ${tries.join("\n")}

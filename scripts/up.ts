@@ -54,8 +54,9 @@ export async function up(call: cli.Call): Promise<number> {
       if (!learned) line.waits("the server's token");
       await Promise.race([opened, serverUp]);
       if (!learned) throw new Failure("Not joined: the server is not up");
-      // The look above asked the server by what the env file knew: nothing, or perhaps another cluster.
-      if (learned.K3S_URL !== job.want.K3S_URL || learned.K3S_TOKEN !== job.want.K3S_TOKEN) {
+      // The look above asked the server by what the env file knew: nothing, or perhaps another cluster; or too early.
+      const shut = facts.cacerts !== undefined && facts.door?.trim() !== "200";
+      if (shut || learned.K3S_URL !== job.want.K3S_URL || learned.K3S_TOKEN !== job.want.K3S_TOKEN) {
         job.want = { ...job.want, ...learned };
         facts = await look(job, steps);
       }

@@ -152,6 +152,10 @@ async function upgrade(call: cli.Call): Promise<number> {
   const everywhere = [settings, ...Object.values(call.own)];
   if (steps.length && everywhere.some((of) => of.K3S_BIN || of.K3S_SHA256))
     throw new SettingError("STEPS needs a binary of each release: K3S_BIN and K3S_SHA256 name one");
+  if (steps.length && !/^(flag|variable)/.test(call.origins.K3S_VERSION))
+    throw new SettingError(
+      `STEPS needs K3S_VERSION beside it (make upgrade K3S_VERSION=${to} STEPS="…"): each step writes its own release into the env file`,
+    );
   if (everywhere.some((of) => of.K3S_BIN) && call.origins.K3S_VERSION === "default")
     throw new SettingError("K3S_VERSION is not set: expected the release that K3S_BIN is");
   const servers = await cli.targets(call, "SERVER");
@@ -263,8 +267,8 @@ async function one(member: Member, first: Member, force: boolean): Promise<void>
     if (after === facts && !left) return;
   } else {
     await converge(atServer, [drained], cluster);
-    await converge(job, [keep], facts);
     try {
+      await converge(job, [keep], facts);
       const after = await converge(job, all, facts);
       const node = nodesOf(after.nodes).find(({ externalIp }) => externalIp === target.ip);
       if (node?.version !== release)
@@ -287,9 +291,9 @@ async function one(member: Member, first: Member, force: boolean): Promise<void>
   async function undo(): Promise<string> {
     const back = { ...job, want: { ...job.want, K3S_VERSION: version } };
     const facts = await look(back, [putBack]);
-    if (!facts.kept?.trim()) return `the box had no binary of ${version} any more, so nothing was put back`;
-    await converge(back, [putBack], facts);
+    if (facts.kept?.trim()) await converge(back, [putBack], facts);
     await lookAndConverge(atServer, uncordoned);
+    if (!facts.kept?.trim()) return `nothing of ${version} was kept there, so nothing was put back`;
     return `${target.name} runs ${version} again`;
   }
 }

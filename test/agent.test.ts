@@ -55,6 +55,12 @@ describe("an agent is not set up, and nothing is touched", () => {
       /does not answer this box at https:\/\/198\.51\.100\.10:6443\/cacerts: nothing listens there.*refused/,
     ],
     [
+      "where a firewall rejects, as firewalld does",
+      Refusal,
+      { cacerts: "", error: `${curl.replace(":6443", "")} after 3 ms: No route to host` },
+      /a firewall rejects it: open 6443\/tcp/,
+    ],
+    [
       "where packets are dropped",
       Refusal,
       { cacerts: "", error: "curl: (28) Connection timed out after 8001 milliseconds" },

@@ -135,6 +135,10 @@ for (const [name, host] of [
       assert.deepEqual(readFileSync(to), bytes);
       assert.equal(shell(`ls -l '${to}'`).stdout.slice(0, 10), "-rw-------");
       await assert.rejects(open(host).pull("/nonexistent/file", to), /Could not copy .*nonexistent/s);
+      await assert.rejects(
+        open(host).pull(from, "/nonexistent/file"),
+        /Could not write \/nonexistent\/file: ENOENT/,
+      );
     });
 
     test("says why a file could not be pushed", async () => {

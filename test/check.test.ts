@@ -5,7 +5,7 @@ import { diagnose } from "../lib/diagnosis.ts";
 import { MEANT, meaningOf } from "../lib/journal.ts";
 import type { Settings } from "../lib/settings.ts";
 import type { Facts } from "../lib/step.ts";
-import { merged, reportOf, verdict } from "../scripts/check.ts";
+import { jsonOf, merged, reportOf, verdict } from "../scripts/check.ts";
 import {
   A1,
   B1,
@@ -677,4 +677,12 @@ test("what a box tries are the ways to the others, and what it is told of them c
   assert.match(server ?? "", /through b2 10\.42\.2\.0 &/);
   assert.match(server ?? "", /knock kubelet b2 198\.51\.101\.12 10250 &/);
   assert.match(b1 ?? "", /knock api server 198\.51\.100\.11 6443 &/);
+});
+
+test("its JSON says the same and has no character that a terminal would obey", () => {
+  const args = ["\u009b31m", "\u202eevil", "\u{e0001}", "\u001b[2J", "ü 中"];
+  const text = jsonOf({ args });
+  assert.deepEqual(JSON.parse(text), { args });
+  assert.doesNotMatch(text, /[\p{Cc}\p{Cf}]/u);
+  assert.match(text, /ü 中/);
 });

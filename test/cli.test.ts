@@ -124,6 +124,14 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^PROXY_MODE is "x" \(flag --proxy-mode\): expected iptables, ipvs or nftables/,
     ],
     [
+      "STEPS whose goal the steps themselves would overwrite",
+      "upgrade",
+      ["--steps", "v1.35.4+k3s1"],
+      {},
+      "SERVER=root@203.0.113.10\nK3S_VERSION=v1.36.2+k3s1\n",
+      /^STEPS needs K3S_VERSION beside it \(make upgrade K3S_VERSION=v1\.36\.2\+k3s1 STEPS="…"\)/,
+    ],
+    [
       "a wrong line of the env file",
       "server",
       [],

@@ -100,6 +100,7 @@ file=$WWW/\${url#*://}
 [ -d "\${file%%/releases*}" ] || exit 7
 [ -f "$file" ] || exit 22
 [ -n "$out" ] || exec cat "$file"
+[ "$from" = 0 ] || [ ! -f "$file.whole" ] || exit 33
 if [ "$from" = 1 ]; then tail -c +$(($(wc -c <"$out") + 1)) "$file" >>"$out"; else cat "$file" >"$out"; fi
 [ ! -f "$file.cut" ] || exit 18`;
 
@@ -113,7 +114,7 @@ describe("the download", () => {
   /** Runs the change with hosts that serve these files, in place of an older binary. */
   function download(
     hosts: Record<string, Record<string, string>>,
-    { mirrors = `${A} ${B}`, sha256 = "", part = "" } = {},
+    { mirrors = `${A} ${B}`, sha256 = "", part = "", ahead = "" } = {},
   ) {
     const root = temporary();
     for (const [host, files] of Object.entries(hosts)) {
@@ -126,6 +127,7 @@ describe("the download", () => {
     mkdirSync(join(root, "bin"));
     writeFileSync(join(root, "bin/k3s"), "the old one", { mode: 0o755 });
     if (part) writeFileSync(join(root, `bin/.k3s-${OLD}.part`), part);
+    if (ahead) writeFileSync(join(root, `bin/.k3s-${OLD}.part.good`), `${ahead}\n`);
     const want = wanted({ K3S_VERSION: OLD, K3S_MIRRORS: mirrors, K3S_SHA256: sha256 });
     const [change] = downloadK3s.plan(want, prepared(MODERN));
     const script = `say() { :; }; set -eu\n${change?.sh.replaceAll("/usr/local/bin", `${root}/bin`)}`;
@@ -181,6 +183,17 @@ describe("the download", () => {
       "begins anew where what an earlier one left is not a part of it",
       { "a.example": good, "b.example": good },
       { part: "rubbish" },
+    ],
+    [
+      "begins anew where the mirror cannot go on",
+      { "a.example": { ...good, [`${release}/k3s.whole`]: "" }, "b.example": sums },
+      { part: GOOD.slice(0, 20) },
+    ],
+    ["asks nobody for what was downloaded ahead", {}, { part: GOOD, ahead: hash(GOOD) }],
+    [
+      "begins anew where that has gone bad",
+      { "a.example": good, "b.example": good },
+      { part: "rubbish", ahead: hash(GOOD) },
     ],
     [
       "goes on at the next mirror where one is cut",

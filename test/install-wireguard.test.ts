@@ -2,7 +2,8 @@ import assert from "node:assert/strict";
 import { readdirSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { type Manager, osOf } from "../lib/os.ts";
+import { install, type Manager, osOf } from "../lib/os.ts";
+import { sh } from "../lib/sh.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
 import { installWireguard } from "../scripts/install-wireguard.ts";
 import { fixture, MODERN, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
@@ -163,5 +164,35 @@ describe("the proof", () => {
     const { status, stdout } = prove("exit 2");
     assert.equal(status, 1);
     assert.match(stdout, /Kernel .* can make no WireGuard interface/);
+  });
+});
+
+describe("apt-get update", () => {
+  /** Runs the installation by an apt-get whose updates say these, one after the other, and then go well. */
+  const updates = (...said: string[]) => {
+    const fakes = said.map((text, i) => `${i + 1}) echo ${sh(text)} >&2; return 100 ;;`).join("\n");
+    const text = `count=$(mktemp)
+dpkg() { :; }
+sleep() { :; }
+apt_get() {
+  case "$*" in *update) ;; *) echo "tries: $(wc -c <"$count")"; return ;; esac
+  printf x >>"$count"
+  case $(($(wc -c <"$count"))) in
+  ${fakes}
+  esac
+}
+set -eu
+${install("apt", ["curl"]).replaceAll("apt-get", "apt_get")}`;
+    return shell(text);
+  };
+
+  test("waits for another apt that holds the lists", () => {
+    const lock = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 77 (apt-get)";
+    assert.match(updates(lock, lock).stdout, /^tries: +3$/m);
+  });
+
+  test("fails at once for any other reason, and says it", () => {
+    const { status, stdout } = updates("E: The repository has no Release file");
+    assert.deepEqual([status, stdout], [1, "E: The repository has no Release file\n"]);
   });
 });
