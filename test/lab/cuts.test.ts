@@ -284,7 +284,7 @@ async function result({ a, b, envFile }: Pair, { joins, script }: Group) {
 systemctl is-active k3s k3s-agent || :
 systemctl is-enabled k3s k3s-agent 2>&1 || :
 ls -A /sys/class/net
-nft list tables
+nft list tables | grep k3s || :
 ls -A /run | grep -e k3s -e '^tmp' | grep -v lock || :
 ps -e -o comm= | grep -vE '^(sshd|sh|ps|grep|sort|uniq|\\(sd-pam\\)|systemd.*|dbus-.*|agetty|sftp-server|wg|ip|iptables.*)$' | sort | uniq -c`);
   const disk = await t.lab.net(
