@@ -242,15 +242,15 @@ watch() {
   while :; do
     sleep 10 >/dev/null 2>&1 & nap=$!
     wait "$nap"
-    say "$(wc -c <"$part" 2>/dev/null || echo 0) bytes"
+    say "$(wc -c 2>/dev/null <"$part" || echo 0) bytes"
   done
 }
-stopped() { tell "$from: gave up at $(wc -c <"$part" 2>/dev/null || echo 0) bytes"; }
+stopped() { tell "$from: gave up at $(wc -c 2>/dev/null <"$part" || echo 0) bytes"; }
 put() {
   ${put}
 }
 # What was downloaded ahead needs no mirror any more.
-if [ -s "$part.good" ] && [ "$(sha256sum <"$part" 2>/dev/null | cut -d' ' -f1)" = "$(cat "$part.good")" ]; then put; exit 0; fi
+if [ -s "$part.good" ] && [ "$(sha256sum 2>/dev/null <"$part" | cut -d' ' -f1)" = "$(cat "$part.good")" ]; then put; exit 0; fi
 watch & watcher=$!
 trap 'kill $watcher' EXIT
 ${tries.join("\n")}
