@@ -53,8 +53,11 @@ fact door; printf 'user = "node:%s"\n' "$(sed 's/.*://' ${SERVER}/node-token 2>/
       {
         why: "rotate the token",
         // Without arguments it reads the old token from its file and makes the new one itself: none on a command
-        // line. Its warning is in colours.
-        sh: `${K3S} token rotate >/dev/null`,
+        // line. Its warning is in colours. It writes its file in place, which a full disk would leave empty, and the
+        // next start then finds its own data under another token (pkg/server/token.go).
+        sh: `head -c 65536 /dev/zero >${SERVER}/room || { rm -f ${SERVER}/room; exit 1; }
+rm ${SERVER}/room
+${K3S} token rotate >/dev/null`,
       },
       ...(want.K3S_DATASTORE_ENDPOINT ? [KEEP_PASSWORD] : []),
       start,
