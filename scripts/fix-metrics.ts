@@ -117,7 +117,7 @@ try() {
   end=$(($(date +%s) + ${PATIENCE}))
   until answered; do
     [ "$(date +%s)" -lt "$end" ] || return 1
-    sleep 2
+    sleep 1
   done
 }
 try`;
