@@ -62,7 +62,7 @@ ip link add mine0 type bridge`);
 });
 
 test("a new cluster has nothing wrong with it", async () => {
-  await t.says("make check", 0, [/^verdict +nothing is wrong/m]);
+  await t.says("make check", 0, ["Nothing is wrong."]);
 });
 
 test("old k3s cannot rotate its token, and says why", async () => {
@@ -106,7 +106,7 @@ describe("upgrade", () => {
       ["a1", "b1", "b2"].map((name) => `${name} Ready ${MODERN}`),
     );
     assert.equal(t.env().K3S_VERSION, MODERN);
-    await t.says("make check", 0, [/^verdict +nothing is wrong/m]);
+    await t.says("make check", 0, ["Nothing is wrong."]);
     for (const box of [a1, b1, b2]) {
       assert.equal((await box.sh("wg show interfaces")).trim(), "flannel-wg", box.name);
       assert.equal(
