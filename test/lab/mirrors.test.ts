@@ -171,11 +171,12 @@ cd ${mirrored(t.lab, "203.0.113.81", ".")}
 openssl s_server -accept 203.0.113.81:443 -cert ${key}.crt -key ${key}.key -WWW </dev/null >${key}.log 2>&1 &`,
   );
   const https = plain.replace("http:", "https:");
-  await t.says(`${download} --k3s-mirrors ${https} --k3s-sha256 ${GOOD}`, 1, [
-    /203\.0\.113\.81.*certificate/,
-  ]);
+  await t.says(`${download} --k3s-mirrors ${https} --k3s-sha256 ${GOOD}`, 1, ["SSL certificate problem"]);
   assert.equal(await a1.sh("ls -A /usr/local/bin"), "");
   assert.doesNotMatch(readFileSync(`${key}.log`, "utf8"), /FILE:/);
+  // It would have served whoever does not ask who it is.
+  await writeFile(mirrored(t.lab, "203.0.113.81", "here.txt"), "here");
+  assert.match(await a1.sh("curl -sk https://203.0.113.81/here.txt || :"), /here/);
 });
 
 test("K3S_BIN is pushed without any mirror, and skipped where it is in place", async () => {
