@@ -57,12 +57,11 @@ export function install(manager: Manager, packages: readonly string[], options =
       return `export DEBIAN_FRONTEND=noninteractive
 dpkg --configure -a || : # locked: apt-get waits
 # DPkg::Lock::Timeout is not for the lists' lock (apt 2.6).
-end=$(($(date +%s) + 120))
-until said=$(apt-get -q -o DPkg::Lock::Timeout=120 update 2>&1); do
-  case $said in *'Could not get lock'*) ;; *) end=0 ;; esac
-  [ "$(date +%s)" -lt "$end" ] || { echo "$said"; exit 1; }
-  sleep 2
+for _ in $(seq 60); do
+  said=$(apt-get -q -o DPkg::Lock::Timeout=120 update 2>&1) && break
+  case $said in *'Could not get lock'*) sleep 2 ;; *) echo "$said"; exit 1 ;; esac
 done
+echo "$said"
 apt-get -q -y -o DPkg::Lock::Timeout=120 --no-install-recommends install ${names}`;
     case "yum":
       return `yum -y install ${names} || { printf '%s\\n' ${sh(VAULT)}; exit 1; }`;
