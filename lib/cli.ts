@@ -13,6 +13,7 @@ import {
   boxNames,
   check,
   flagOf,
+  givenNow,
   NAMES,
   nameOf,
   type Origins,
@@ -459,9 +460,7 @@ const takesHost = (step: Step) => step.options.includes("HOST");
 
 /** The command that tries it again: what was given for this call is given again, but for secrets. */
 function again(call: Call, script: string, box: Target): string {
-  const given = NAMES.filter(
-    (n) => n !== "HOST" && !("secret" in SETTINGS[n]) && /^(flag|variable)/.test(call.origins[n]),
-  );
+  const given = NAMES.filter((n) => n !== "HOST" && !("secret" in SETTINGS[n]) && givenNow(call.origins, n));
   const local = call.origins.HOST !== "default" || call.recipe.work ? "HOST=" : "";
   // A script that looks after a whole cluster is tried again as a whole.
   const whole = script === call.script && call.recipe.work && !call.recipe.steps.some(takesHost);

@@ -247,9 +247,13 @@ export const withoutEmpty = (password = "/etc/rancher/node/password"): string =>
   `[ -s ${password} ] || [ ! -e ${password} ] || [ $(($(date +%s) - $(stat -c %Y ${password}))) -lt 5 ] || rm -f ${password}`;
 
 /**
- * Shell that sets `oldest` to the time of the oldest handshake that proves something, in seconds since 1970. v1.17 makes
- * its key and flannel.1 anew some time after `since`, its start: until then those of the process before are seen.
+ * The time of the oldest handshake that proves something, in seconds since 1970. v1.17 makes its key and flannel.1 anew
+ * some time after `started`, its start: until then those of the process before are seen.
  */
+export const oldest = (generation: Generation, now: number, started = 0): number =>
+  Math.max(now - FRESH, generation === "old" ? Math.floor(started) - 2 : 0);
+
+/** The same as shell that sets `oldest`, by its `since` for the start. */
 export const oldestSh = (generation: Generation): string =>
   `oldest=$(($(date +%s) - ${FRESH}))${generation === "old" ? `; [ "$oldest" -ge $((since - 2)) ] || oldest=$((since - 2))` : ""}`;
 

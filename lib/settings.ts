@@ -1,5 +1,6 @@
 import { hostname } from "node:os";
 import { readEnv } from "./env-file.ts";
+import { jsonOf } from "./text.ts";
 
 /** A setting is wrong: where it came from, what was found, what would be right. Exit status 2, nothing touched. */
 export class SettingError extends Error {}
@@ -304,6 +305,10 @@ export const NAMES = Object.keys(SETTINGS) as SettingName[];
 /** Where each value came from, for messages: `flag --host`, `variable HOST`, `.env line 3`, `default`. */
 export type Origins = Record<SettingName, string>;
 
+/** Was it given for this call alone, and not by the env file or a default? */
+export const givenNow = (origins: Origins, name: SettingName): boolean =>
+  /^(flag|variable)/.test(origins[name]);
+
 export const flagOf = (name: string): string => name.toLowerCase().replaceAll("_", "-");
 
 export const words = (value: string): string[] => value.split(/[ \t]+/).filter(Boolean);
@@ -367,8 +372,7 @@ export function settle(
       );
     if (value.trim()) check(name as SettingName, value.trim(), origin);
     // What was given for this call alone counts for all its boxes.
-    if (!/^(flag|variable)/.test(origins[name as SettingName]))
-      own[box] = { ...own[box], [name]: value.trim() };
+    if (!givenNow(origins, name as SettingName)) own[box] = { ...own[box], [name]: value.trim() };
   }
   return { settings, origins, own };
 }
@@ -391,12 +395,8 @@ export function check(name: SettingName, value: string, origin: string): void {
   throw new SettingError(`${name}${shown} (${origin}): expected ${right}`);
 }
 
-/** A value as it was read, cut short: what a terminal would not show, or would go by, is written out. */
-export const quoted = (value: string): string =>
-  JSON.stringify(value.slice(0, 80)).replace(
-    /[\p{C}\p{Zl}\p{Zp}]/gu,
-    (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`,
-  );
+/** A value as it was read, cut short. */
+export const quoted = (value: string): string => jsonOf(value.slice(0, 80));
 
 /** A leading `-` would be an option to ssh; a destination is a host, user@host, an alias or ssh://… */
 function destination(value: string): string | undefined {

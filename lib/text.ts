@@ -3,6 +3,15 @@ import { createHash } from "node:crypto";
 import type { SettingName, Settings } from "./settings.ts";
 import type { Change } from "./step.ts";
 
+/** JSON for a terminal: what that would not show, or would go by, is written out; C1, bidi and other marks too. */
+export const jsonOf = (value: unknown): string =>
+  JSON.stringify(value).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (character) =>
+    character
+      .split("")
+      .map((unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`)
+      .join(""),
+  );
+
 /** `systemctl show` and other KEY=value lines. */
 export function pairs(text = ""): Record<string, string> {
   return Object.fromEntries(

@@ -11,8 +11,8 @@ import {
   releaseOf,
   unitOf,
 } from "../lib/k3s.ts";
-import { clusterLook, FRESH, KUBECTL, type Node, nodesOf, peersOf } from "../lib/kube.ts";
-import { oldestSh, restart, startedAt } from "../lib/service.ts";
+import { clusterLook, KUBECTL, type Node, nodesOf, peersOf } from "../lib/kube.ts";
+import { oldest, oldestSh, restart, startedAt } from "../lib/service.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
@@ -40,13 +40,13 @@ export const annotateAs = (role?: Role): Step => ({
       facts,
     );
     if (!generation) return [];
-    const since = generation === "old" ? startedAt(facts, as === "server" ? server : agent) : undefined;
+    const started = startedAt(facts, as === "server" ? server : agent);
     const name = nodeNameOf(as === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
     const node = nodesOf(facts.nodes).find((n) => n.name === name);
     if (!role && !node) throw new Refusal(`The cluster has no node ${name}: is k3s healthy here?`);
 
     const ip = want.PUBLIC_IP;
-    const shaken = handshakes(facts, generation, name, as, since);
+    const shaken = handshakes(facts, generation, name, as, started);
     if (generation === "old" && (node?.publicIp !== ip || node.overwrite !== ip))
       return [
         {
@@ -86,17 +86,20 @@ const startedSh = (
 since=$(($(date +%s) - $(cut -d. -f1 /proc/uptime) + \${since:-0}))
 `;
 
-/**
- * Waits for the peers that lack a fresh handshake at their public address; none lacks one: nothing to do.
- * @param since when k3s started, where a handshake from before that proves nothing. @see oldestSh
- */
-function handshakes(facts: Facts, generation: Generation, name: string, role: Role, since = 0): Change[] {
+/** Waits for the peers that lack a fresh handshake at their public address; none lacks one: nothing to do. */
+function handshakes(
+  facts: Facts,
+  generation: Generation,
+  name: string,
+  role: Role,
+  started?: number,
+): Change[] {
   const peers = peersOf(facts.peers).filter((p) => p.interface === interfaceOf(generation));
   const now = Number(facts.now);
-  const oldest = Math.max(now - FRESH, Math.floor(since) - 2);
+  const proves = oldest(generation, now, started);
   const missing = expected(nodesOf(facts.nodes), name, now, backendOf(generation)).filter(
     ({ cidr, endpoint }) =>
-      !peers.some((p) => p.allowedIps.includes(cidr) && p.endpoint === endpoint && p.handshake > oldest),
+      !peers.some((p) => p.allowedIps.includes(cidr) && p.endpoint === endpoint && p.handshake > proves),
   );
   if (missing.length === 0) return [];
   return [

@@ -9,6 +9,7 @@ import type { Ill } from "../lib/journal.ts";
 import { FRESH, peerOf } from "../lib/kube.ts";
 import { tryPods } from "../lib/pods.ts";
 import { plain, redacted } from "../lib/report.ts";
+import { jsonOf } from "../lib/text.ts";
 
 /** With --watch, seconds between two looks. */
 const PAUSE = 5;
@@ -34,15 +35,6 @@ async function check(call: cli.Call): Promise<number> {
     await sleep(PAUSE * 1000);
   }
 }
-
-/** JSON that a terminal may be shown: with what it escapes, C1, bidi and other marks that a node may write of itself. */
-export const jsonOf = (value: unknown): string =>
-  JSON.stringify(value).replace(/[\p{Cc}\p{Cf}\u2028\u2029]/gu, (character) =>
-    character
-      .split("")
-      .map((unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`)
-      .join(""),
-  );
 
 /** What is wrong; also what did not pass for a reason that is not known here. */
 export function verdict(cluster: Cluster, podless: string | undefined): Ill[] {

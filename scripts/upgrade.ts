@@ -23,7 +23,7 @@ import { CONFIG, REGISTRIES } from "../lib/node.ts";
 import { compare, pathOf, RELEASE } from "../lib/releases.ts";
 import { type Line, report } from "../lib/report.ts";
 import { restart } from "../lib/service.ts";
-import { SettingError, words } from "../lib/settings.ts";
+import { givenNow, SettingError, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import {
   type Change,
@@ -152,7 +152,7 @@ async function upgrade(call: cli.Call): Promise<number> {
   const everywhere = [settings, ...Object.values(call.own)];
   if (steps.length && everywhere.some((of) => of.K3S_BIN || of.K3S_SHA256))
     throw new SettingError("STEPS needs a binary of each release: K3S_BIN and K3S_SHA256 name one");
-  if (steps.length && !/^(flag|variable)/.test(call.origins.K3S_VERSION))
+  if (steps.length && !givenNow(call.origins, "K3S_VERSION"))
     throw new SettingError(
       `STEPS needs K3S_VERSION beside it (make upgrade K3S_VERSION=${to} STEPS="…"): each step writes its own release into the env file`,
     );
@@ -291,10 +291,12 @@ async function one(member: Member, first: Member, force: boolean): Promise<void>
   async function undo(): Promise<string> {
     const back = { ...job, want: { ...job.want, K3S_VERSION: version } };
     const facts = await look(back, [putBack]);
-    if (facts.kept?.trim()) await converge(back, [putBack], facts);
+    const kept = facts.kept?.trim();
+    if (kept) await converge(back, [putBack], facts);
     await lookAndConverge(atServer, uncordoned);
-    if (!facts.kept?.trim()) return `nothing of ${version} was kept there, so nothing was put back`;
-    return `${target.name} runs ${version} again`;
+    return kept
+      ? `${target.name} runs ${version} again`
+      : `nothing of ${version} was kept there, so nothing was put back`;
   }
 }
 

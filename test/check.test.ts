@@ -5,7 +5,8 @@ import { diagnose } from "../lib/diagnosis.ts";
 import { MEANT, meaningOf } from "../lib/journal.ts";
 import type { Settings } from "../lib/settings.ts";
 import type { Facts } from "../lib/step.ts";
-import { jsonOf, merged, reportOf, verdict } from "../scripts/check.ts";
+import { jsonOf } from "../lib/text.ts";
+import { merged, reportOf, verdict } from "../scripts/check.ts";
 import {
   A1,
   B1,
