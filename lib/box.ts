@@ -8,6 +8,7 @@ import { pipeline } from "node:stream/promises";
 import { StringDecoder } from "node:string_decoder";
 import { createGzip } from "node:zlib";
 import { $ } from "zx";
+import { nameOf } from "./settings.ts";
 import { sh } from "./sh.ts";
 
 /** The box could not be reached, or would not let us in: nothing was run on it. */
@@ -40,6 +41,9 @@ export interface Box {
 
 /** Printed by a box before anything else runs there: what comes without it is ssh's or sudo's word. */
 export const BEGIN = "k3s-across-clouds: begin";
+
+/** What is kept of what a box says before that, in characters. */
+const WORDS = 1000;
 
 /** What a box may say on one trip, in bytes: the JSON of a thousand nodes is half of it. */
 const MUCH = 32e6;
@@ -88,9 +92,15 @@ export async function closeAll(): Promise<void> {
   if (sockets) rmSync(sockets, { recursive: true, force: true });
 }
 
-/** Runs a command as root where sudo does not ask: root's own shell, or `sudo -n`. */
+/** Runs a command, of one line, as root where sudo does not ask: root's own shell, or `sudo -n`. */
 const asRoot = (command: string) =>
-  `sh -c ${sh(`if [ "$(id -u)" = 0 ]; then exec sh -c ${sh(command)}; else exec sudo -n sh -c ${sh(command)}; fi`)}`;
+  `sh -c ${escaped(`if [ "$(id -u)" = 0 ]; then exec sh -c ${sh(command)}; else exec sudo -n sh -c ${sh(command)}; fi`)}`;
+
+/**
+ * A word for whatever login shell a box has: fish and csh read quotes within quotes in ways of their own, but a
+ * backslash before what is special means the same to them as to sh.
+ */
+const escaped = (word: string) => word.replace(/[^\w@+:,./=\u0080-\uffff-]/g, "\\$&");
 
 /** How long a binary may take to a box, in seconds: 70 MB at 20 kB/s; a larger file as much longer. */
 const PUSH = 3600;
@@ -138,6 +148,7 @@ export function open(host: string, keys = ""): Box {
     host,
     async run(script, seconds, onLine) {
       let begun = false;
+      let before = "";
       let rest = "";
       const decoder = new StringDecoder("utf8");
       const result = await execute(
@@ -151,13 +162,14 @@ export function open(host: string, keys = ""): Box {
           rest = lines.pop() as string;
           for (const line of lines) {
             if (begun) onLine(line);
-            begun ||= line === BEGIN;
+            else if (line === BEGIN) begun = true;
+            else before = `${before}\n${line}`.slice(-WORDS);
           }
         },
         MUCH,
       );
       if (begun && rest) onLine(rest);
-      if (!begun) throw new Unreachable(reasonOf(host, result.stderr, result.exitCode));
+      if (!begun) throw new Unreachable(reasonOf(host, result.stderr, result.exitCode, `${before}\n${rest}`));
       return { status: result.exitCode ?? 1, stderr: result.stderr };
     },
     async push(file, path) {
@@ -221,9 +233,12 @@ export function open(host: string, keys = ""): Box {
   };
 }
 
-/** One line on why a box was not reached, from what ssh or sudo said; and what to do about it. */
-export function reasonOf(host: string, stderr: string, status: number | null): string {
-  const said = stderr.trim().split("\n").at(-1) || `exit status ${status}`;
+/**
+ * One line on why a box was not reached, and what to do about it: from what ssh or sudo said, and from what the box
+ * said in place of running a shell, on standard output (a key's forced command, nologin).
+ */
+export function reasonOf(host: string, stderr: string, status: number | null, stdout = ""): string {
+  const said = lastOf(stderr) || `exit status ${status}`;
   const compare = `compare its fingerprint with what "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub" says at the vendor's console`;
   const offered = /^offers (SHA256:\S+)/m.exec(stderr)?.[1];
   if (offered) return `The host key of ${host} is ${offered}, which HOST_KEY does not name: ${compare}`;
@@ -235,10 +250,50 @@ export function reasonOf(host: string, stderr: string, status: number | null): s
     return `The host key of ${host} is not known here: connect once with "ssh ${host}" and ${compare}, or set HOST_KEY`;
   if (/sudo: .*(password|terminal|tty)/.test(stderr))
     return `sudo asks for a password${host && ` on ${host}`}: log in as root, or allow this user passwordless sudo`;
+  const lines = `${stdout}\n${stderr}`.split("\n").map((line) => line.trim());
+  for (const line of lines)
+    for (const [pattern, remedy] of REMEDIES) {
+      const match = pattern.exec(line);
+      if (match) return `${nameOf(host)} says: ${line.slice(0, 300)}: ${remedy(host, match[1] ?? match[2])}`;
+    }
   if (/Permission denied/.test(stderr))
     return `${host} refused the login (${said}): check the user and the key`;
-  return host ? `Could not reach ${host}: ${said}` : `Could not run a shell: ${said}`;
+  if (!host) return `Could not run a shell: ${said}`;
+  // 255 is ssh's own; any other status is the box's, which has let us in.
+  if (status === 255 || status === null) return `Could not reach ${host}: ${said}`;
+  const words = lastOf(stdout) || lastOf(stderr);
+  return `${nameOf(host)} ${words ? `says: ${words}: it ` : ""}lets this user in, but runs no command for it (exit status ${status})`;
 }
+
+const lastOf = (text: string) =>
+  text
+    .split("\n")
+    .map((line) => line.trim())
+    .filter(Boolean)
+    .at(-1)
+    ?.slice(0, 300);
+
+const USER = "([a-z_][a-z0-9_-]{0,31})";
+/** What boxes say to a login that they do not want, and what to do; a user is taken only by a plain name. */
+const REMEDIES: readonly [RegExp, (host: string, user?: string) => string][] = [
+  [
+    // cloud-init's disable_root (AWS, Oracle, OpenStack and others).
+    new RegExp(`[Ll]og ?in as (?:the )?(?:user )?(?:["']${USER}["']|${USER}(?= (?:rather|instead)))`),
+    (host, user) => `write ${host.replace(/^(ssh:\/\/)?([^@]*@)?/, `$1${user}@`)}`,
+  ],
+  [
+    /account is (?:currently )?not available/,
+    () => "the shell of this user lets nobody in: write another user, USER@HOST",
+  ],
+  [
+    /password has expired|required to change your password|Password change required/,
+    (host) => `log in once with "ssh ${host}", and set a new password`,
+  ],
+  [
+    /\bsudo: .*not found|not in the sudoers file|is not allowed to (?:execute|run sudo)/,
+    () => "log in as root, or allow this user passwordless sudo",
+  ],
+];
 
 /**
  * The address to which ssh would connect, as an IPv4 address: HostName of ~/.ssh/config, then the resolver.

