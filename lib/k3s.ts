@@ -1,3 +1,4 @@
+import { lastOf, parseArgs } from "./args.ts";
 import { type Settings, words } from "./settings.ts";
 import { type Facts, Refusal } from "./step.ts";
 
@@ -45,7 +46,7 @@ export function releaseOf(want: Settings, facts: Facts): { version: string; gene
 
 /** `--node-name` out of a role's arguments. */
 export const nodeNameIn = (args: string): string | undefined =>
-  /(?:^|\s)--node-name[= ]\s*(\S+)/.exec(args)?.[1]?.toLowerCase();
+  lastOf(parseArgs(args), "node-name")?.toLowerCase();
 
 /**
  * The name under which k3s registers a box: `--node-name`, or the host name in lower case (os.Hostname, kubelet).

@@ -1,4 +1,5 @@
 /** What settings make of a node beside its unit: its labels and taints, and files of /etc/rancher/k3s. */
+import { lastOf, parseArgs } from "./args.ts";
 import type { Generation, Role } from "./k3s.ts";
 import { KUBECTL, nodesOf } from "./kube.ts";
 import { type Settings, words } from "./settings.ts";
@@ -47,8 +48,7 @@ export function registriesText(mirrors: string): string {
   return `${OURS}\nmirrors:\n${rows.join("")}`;
 }
 
-const argument = (args: string, name: string, value: string) =>
-  new RegExp(`(?:^|\\s)--?${name}[= ]\\s*(\\S+)`).exec(args)?.[1] ?? value;
+const argument = (args: string, name: string, value: string) => lastOf(parseArgs(args), name) || value;
 
 /** The networks of pods and of services: k3s's own, or what SERVER_ARGS says (which was checked to be networks). */
 export const rangesOf = ({ SERVER_ARGS }: Settings): [pods: string, services: string] => [

@@ -1,4 +1,5 @@
 import { hostname } from "node:os";
+import { parseArgs, secretIn } from "./args.ts";
 import { readEnv } from "./env-file.ts";
 import { jsonOf } from "./text.ts";
 
@@ -35,20 +36,22 @@ const release = matches(
 );
 const file = matches(/^\P{Cc}+$/u, "the path of a file, without control characters");
 
-/** What only K3S_TOKEN and its like may hold: every user of a box can read its arguments. */
-const SECRET_ARG = /(^|\s)--?(token|t|agent-token|cluster-secret|datastore-endpoint)([= ]|$)/;
 function args(value: string): string | undefined {
   if (!/^([^\p{Cc}'"`\\]|\t)*$/u.test(value))
     return "arguments separated by blanks, on one line, without quotes, backslashes or control characters";
-  if (SECRET_ARG.test(value)) return "no secret among arguments, which every user of the box can read";
+  const list = parseArgs(value);
+  const secret = secretIn(list);
+  if (secret)
+    return `no secret among arguments, which every user of the box can read (--${secret.slice(0, 40)}): K3S_TOKEN, K3S_DATASTORE_ENDPOINT or the file of K3S_CONFIG has it`;
   // The unit has an argument a line, and a line that begins so is a comment, a lone ; the end of a command.
   if (/(^|\s)[#;]/.test(value))
     return "arguments that do not begin with # or ;, which systemd would not pass on";
-  for (const [name, check] of Object.entries(ARGUMENTS))
-    for (const [, word = ""] of value.matchAll(new RegExp(`(?:^|\\s)--?${name}[= ]\\s*(\\S*)`, "g"))) {
-      const right = check(word);
-      if (right) return `${right} after --${name}`;
-    }
+  // To k3s they are the end of its flags: the rest is dropped without a word.
+  if (words(value).some((word) => /^-+$/.test(word))) return "arguments, not a lone dash or two";
+  for (const { flag, value: word = "" } of list) {
+    const right = Object.hasOwn(ARGUMENTS, flag) && ARGUMENTS[flag]?.(word);
+    if (right) return `${right} after --${flag}`;
+  }
   return undefined;
 }
 
@@ -68,7 +71,7 @@ const ETCD =
  * upstream does not support it across clouds (k3s docs, "Distributed hybrid or multicloud cluster").
  */
 const serverArgs = (value: string) =>
-  /(^|\s)--?(cluster-init|cluster-reset\S*|server|s)([= ]|$)/.test(value)
+  parseArgs(value).some(({ flag }) => /^(cluster-init|cluster-reset.*|server|s)$/.test(flag))
     ? `no argument for several servers: they go by K3S_DATASTORE_ENDPOINT (${ETCD})`
     : args(value);
 
@@ -391,7 +394,7 @@ export function check(name: SettingName, value: string, origin: string): void {
   const setting: Setting = SETTINGS[name];
   const right = value.length > 4096 ? "at most 4096 characters" : setting.check(value);
   if (right === undefined) return;
-  const shown = setting.secret || SECRET_ARG.test(value) ? "" : ` is ${quoted(value)}`;
+  const shown = setting.secret || secretIn(parseArgs(value)) ? "" : ` is ${quoted(value)}`;
   throw new SettingError(`${name}${shown} (${origin}): expected ${right}`);
 }
 

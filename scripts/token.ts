@@ -1,5 +1,6 @@
 #!/usr/bin/env -S node --import tsx
 /** Rotates the cluster's token: whoever knew the old one can join no more; nodes that have joined go on running. */
+import { parseArgs } from "../lib/args.ts";
 import { run } from "../lib/cli.ts";
 import { binaryLook, generationOf, K3S, nodeNameOf } from "../lib/k3s.ts";
 import { restart } from "../lib/service.ts";
@@ -30,7 +31,7 @@ fact door; printf 'user = "node:%s"\n' "$(sed 's/.*://' ${SERVER}/node-token 2>/
       throw new Refusal(
         `k3s ${facts.version?.trim()} cannot rotate its token: that came with v1.25.15, v1.26.10, v1.27.7 and v1.28.3. Until it is upgraded, whoever has the token can add a node: close 6443/tcp to all but the nodes`,
       );
-    if (/--token(-file)?\b/.test(want.SERVER_ARGS))
+    if (parseArgs(want.SERVER_ARGS).some(({ flag }) => /^(token|t|token-file)$/.test(flag)))
       throw new Refusal(
         "SERVER_ARGS gives the server its token, and would bring the old one back: take it out first",
       );

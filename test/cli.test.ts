@@ -90,6 +90,8 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
   concurrency: 4,
 }, () => {
   const joined = { K3S_URL: "https://203.0.113.10:6443", K3S_TOKEN: TOKEN };
+  const config = join(temporary(), "config.yaml");
+  writeFileSync(config, "{debug: true, token: hunter2}");
   const cases: [
     name: string,
     script: string,
@@ -314,6 +316,14 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       {},
       undefined,
       /^K3S_CONFIG is ".*": expected text in UTF-8/,
+    ],
+    [
+      "a K3S_CONFIG that has the token, however it is written",
+      "server",
+      ["--k3s-config", config],
+      {},
+      undefined,
+      /^K3S_CONFIG is ".*": it has token, expected it in K3S_TOKEN$/m,
     ],
     [
       "control characters and such, which are shown but not sent to the terminal",

@@ -243,6 +243,9 @@ describe("a wrong value", () => {
     for (const value of [
       "--token=hunter2",
       "-t hunter2",
+      "--token\thunter2",
+      "--vpn-auth=name=tailscale,joinKey=hunter2",
+      "--etcd-s3-secret-key=hunter2",
       "--x --datastore-endpoint=postgres://a:hunter2@b/c",
     ])
       for (const name of ["SERVER_ARGS", "AGENT_ARGS"] as const) {

@@ -1,0 +1,122 @@
+import assert from "node:assert/strict";
+import { describe, test } from "node:test";
+import { configArgs, lastOf, parseArgs, secretIn } from "../lib/args.ts";
+
+describe("arguments", () => {
+  const cases: [args: string, [flag: string, value: string | undefined][]][] = [
+    ["", []],
+    ["--a=1 --b 2 -c 3 -d=4", [["a", "1"], ["b", "2"], ["c", "3"], ["d", "4"]]],
+    ["--a\t1  \t--b=", [["a", "1"], ["b", ""]]],
+    ["--a --b --c", [["a", undefined], ["b", undefined], ["c", undefined]]],
+    ["--a=b=c,d=e", [["a", "b=c,d=e"]]],
+    ["stray --a x stray", [["a", "x"]]],
+  ]; // biome-ignore format: a table
+  for (const [args, list] of cases)
+    test(`are split as k3s splits them: ${JSON.stringify(args)}`, () =>
+      assert.deepEqual(
+        parseArgs(args).map(({ flag, value }) => [flag, value]),
+        list,
+      ));
+
+  test("count by the last of their kind, by whatever name", () => {
+    const args = parseArgs("--node-name=a -d /x --data-dir /y --node-name b");
+    assert.equal(lastOf(args, "node-name"), "b");
+    assert.equal(lastOf(args, "data-dir", "d"), "/y");
+    assert.equal(lastOf(args, "token"), undefined);
+  });
+
+  test("that give k3s a secret are known in every notation", () => {
+    for (const args of [
+      "--token=x",
+      "--token x",
+      "--token\tx",
+      "-token x",
+      "-t\tx",
+      "--x y --t=z",
+      "--Token=x",
+      "--agent-token x",
+      "--agent_token=x",
+      "--cluster-secret=x",
+      "--datastore-endpoint=mysql://u@h/k",
+      "--vpn-auth=name=tailscale,joinKey=tskey-x",
+      "--kubelet-arg=x=name=tailscale,joinKey=tskey-x",
+      "--etcd-s3-access-key=A",
+      "--etcd-s3-secret-key\tB",
+      "--etcd-s3-session-token=C",
+      "--etcd-s3-proxy=http://u:p@h:1",
+      "--kube-apiserver-arg=etcd-servers=https://u:p@h",
+      "--kubelet-arg=x=postgres://db/k3s?password=x",
+      `--node-label=a=K10${"a".repeat(64)}::server:x`,
+    ])
+      assert.ok(secretIn(parseArgs(args)), args);
+  });
+
+  test("that name a file with a secret, or are none, are no secrets", () => {
+    for (const args of [
+      "--token-file=/root/token --agent-token-file x --vpn-auth-file=/x --datastore-keyfile=/x",
+      "--secrets-encryption --etcd-s3-config-secret=name --private-registry=/x",
+      "--kubelet-arg=anonymous-auth=false --kube-apiserver-arg=enable-bootstrap-token-auth=true",
+      "--tls-san=t --node-label=token=no",
+      "--kube-apiserver-arg=oidc-issuer-url=https://id.example.org/x",
+    ])
+      assert.equal(secretIn(parseArgs(args)), undefined, args);
+  });
+});
+
+describe("k3s's config file", () => {
+  for (const [name, text] of Object.entries({
+    "a block": "debug: true\ntoken: x",
+    "a flow mapping": "{debug: true, token: x}",
+    "a flow over lines": "{\n  debug: true,\n  token:\n    x\n}",
+    quotes: "'token': x",
+    "quotes and escapes": '"\\x74oken": x',
+    "an explicit key": "? token\n: x",
+    "a tag": "!!str token: x",
+    "an anchor at the key": "&a token: x",
+    "a merge key": "a: &a {token: x}\n<<: *a",
+    "merge keys in a list": "<<: [{token: x}, {b: y}]",
+    "a plus": "token+: x",
+    "a list": "token:\n- x",
+    "a byte order mark": "\ufefftoken: x",
+    "a directive": "%YAML 1.1\n---\ntoken: x",
+  }))
+    test(`is read by YAML, and has its keys with ${name}`, () =>
+      assert.equal(lastOf(configArgs(text), "token"), "x"));
+
+  test("is a flag for each value of a list, and for what is no text", () =>
+    assert.deepEqual(configArgs("kubelet-arg: [a=b, c=d]\ndebug: yes\np:\nq: {r: 1}"), [
+      { flag: "kubelet-arg", value: "a=b" },
+      { flag: "kubelet-arg", value: "c=d" },
+      { flag: "debug", value: "true" },
+      { flag: "p", value: "" },
+      { flag: "q", value: '{"r":1}' },
+    ]));
+
+  test("has no keys in comments, texts of several lines and deeper mappings", () => {
+    assert.deepEqual(configArgs("# token: x\n"), []);
+    assert.deepEqual(configArgs(""), []);
+    assert.deepEqual(
+      configArgs("p: |\n  token: x\nq:\n  token: x").map(({ flag }) => flag),
+      ["p", "q"],
+    );
+  });
+
+  for (const [name, text, right] of [
+    ["several documents", "a: 1\n---\ntoken: x", /several documents/],
+    ["a list", "- token: x", /no mapping/],
+    ["a word", "token", /no mapping/],
+    ["a key twice", "a: 1\na: 2", /unique at line 2/],
+    ["half a flow", "{token: x", /line 1/],
+    ["an alias of nothing", "a: *x", /alias/],
+    [
+      "an alias of far too much",
+      `a: &a [x,x,x,x,x,x,x,x,x]\n${"bcdefgh".replace(/./g, (c) => `${c}: &${c} [${`*${String.fromCharCode(c.charCodeAt(0) - 1)},`.repeat(9)}]\n`)}`,
+      /alias/,
+    ],
+  ] as const)
+    test(`is refused in one line where it is ${name}`, () =>
+      assert.throws(
+        () => configArgs(text),
+        (error: Error) => right.test(error.message) && !error.message.includes("\n"),
+      ));
+});
