@@ -1,6 +1,8 @@
-/** What a box sees of its cluster: the nodes by kubectl, WireGuard's peers by wg. */
+/** What a box sees of its cluster: the nodes by the API, WireGuard's peers by wg. */
 import { isIP } from "node:net";
 import { K3S, NAME } from "./k3s.ts";
+import { PRIVATE_RANGES, publicIp } from "./settings.ts";
+import type { Facts } from "./step.ts";
 
 /**
  * The shell function `kc`: kubectl with what this box may read the nodes with: the admin's on a server; on an
@@ -25,14 +27,116 @@ export const KUBECTL = `kc() {
 export const peersLook =
   'fact peers; for i in flannel.1 flannel-wg; do wg show "$i" dump 2>/dev/null | sed "1d;s/^/$i\t/"; done';
 
-export const nodesLook = `${KUBECTL}
-fact nodes; kc get nodes -o json 2>/dev/null`;
+const TLS = "/var/lib/rancher/k3s/server/tls";
+
+/** curl as the admin, on a server: the key stays in k3s's own file, of mode 0600. */
+export const CURL = `curl -q -sS --noproxy '*' --cacert ${TLS}/server-ca.crt --cert ${TLS}/client-admin.crt --key ${TLS}/client-admin.key`;
+
+/**
+ * The shell function `api METHOD PATH [SECONDS]`, for a server: the API's answer, asked by curl, for each kubectl is
+ * 139 MB while it runs (v1.36.3). A POST's body is its input. On failure its one line on standard error says why.
+ * kubectl is the way out where curl is missing, or cannot read the key (CentOS 7's, of elliptic curves).
+ */
+export const API = `${KUBECTL}
+apiurl=$(sed -n 's/^ *server: *//p' /etc/rancher/k3s/k3s.yaml 2>/dev/null | head -n 1)
+api() {
+  path=$2; patience=\${3:-20}; body=
+  case $1 in POST) verb=create; body=$(cat) ;; DELETE) verb=delete ;; *) verb="get" ;; esac
+  set -- -X "$1"
+  [ -z "$body" ] || set -- "$@" -H 'Content-Type: application/json' --data-binary @-
+  answer=$(printf %s "$body" | ${CURL} -m "$patience" "$@" -w '\\n%{http_code}' "\${apiurl:-https://127.0.0.1:6443}$path" 2>/dev/null)
+  case $? in
+    0)
+      code=$(printf %s "$answer" | tail -n 1)
+      answer=\${answer%"$code"}
+      case $code in 2*) printf '%s\\n' "$answer"; return ;; esac
+      printf '%s %s\\n' "$code" "$answer" | tr '\\n' ' ' | cut -c1-600 >&2; return 1 ;;
+    7) echo 'it refuses connections' >&2; return 1 ;;
+    28) echo "did not answer in $patience s" >&2; return 1 ;;
+    52|56) echo 'it closes connections' >&2; return 1 ;;
+  esac
+  set -- "$verb" --raw "$path"
+  [ -z "$body" ] || set -- "$@" -f -
+  printf %s "$body" | kc "$@"
+}`;
+
+/** What a box has to do, and with what: load averages, cores, memory and swap. */
+export const loadLook = `fact load; cat /proc/loadavg; getconf _NPROCESSORS_ONLN
+grep -E '^(MemTotal|MemAvailable|SwapTotal|SwapFree):' /proc/meminfo`;
+
+/** The fact `nodes`; where the API is there and gave none, `api` has the seconds it took and its words. */
+export const nodesLook = `${API}
+fact nodes; began=$(date +%s); failed=
+{
+  words=$(
+    case $(systemctl is-active k3s-agent 2>/dev/null) in active|activating) false ;; *) [ -s ${TLS}/client-admin.key ] ;; esac &&
+      { api GET '/api/v1/nodes?pretty=false' 2>&1 >&3; exit; }
+    kc get nodes -o json 2>&1 >&3
+  ) || failed=yes
+} 3>&1
+[ -z "$failed" ] || [ -z "$words" ] || { fact api; echo "$(($(date +%s) - began)) $words" | cut -c1-600; }
+${loadLook}`;
 
 /** Facts about the cluster as this box sees it: its nodes, and WireGuard's peers. */
 export const clusterLook = `${nodesLook}
 ${peersLook}
 fact interfaces; ls /sys/class/net
 `;
+
+/** How busy a box is; what it did not say is undefined. Percents are of what is in use. */
+export interface Load {
+  average: number | undefined;
+  cores: number | undefined;
+  memory: number | undefined;
+  swap: number | undefined;
+}
+
+export function loadOf({ load = "" }: Facts): Load {
+  const number = (pattern: RegExp) => {
+    const value = pattern.exec(load)?.[1];
+    return value === undefined ? undefined : Number(value);
+  };
+  const used = (all = 0, free = 0) => (all > 0 ? Math.round(100 * (1 - free / all)) : undefined);
+  const available = number(/^MemAvailable: +(\d+)/m);
+  return {
+    average: number(/^(\d+\.\d+) \d+\.\d+ /),
+    cores: number(/^(\d+)$/m) || undefined,
+    memory: available === undefined ? undefined : used(number(/^MemTotal: +(\d+)/m), available),
+    swap: used(number(/^SwapTotal: +(\d+)/m), number(/^SwapFree: +(\d+)/m)),
+  };
+}
+
+/** That a box has more to do than it can, with its figures. A load of one a core is a busy box, and no more. */
+export function overload({ average, cores = 1, memory = 0, swap = 0 }: Load): string | undefined {
+  if ((average ?? 0) < 2 * cores && memory < 95 && swap < 75) return undefined;
+  const figures = [
+    `load ${average ?? "?"} on ${cores} core${cores === 1 ? "" : "s"}`,
+    `memory ${memory} % in use`,
+    ...(swap ? [`swap ${swap} % in use`] : []),
+  ];
+  return `the box is overloaded (${figures.join(", ")})`;
+}
+
+/** What the API, or a kubelet behind it, answered in place of what was asked for: its words, in short. */
+export const words = (said: string): string =>
+  (/"message": ?"((?:[^"\\]|\\.)*)/.exec(said)?.[1] ?? said)
+    .replaceAll('\\"', '"')
+    .replace(/\s+/g, " ")
+    .trim()
+    .slice(0, 300);
+
+/** Why the API gave no list of nodes, where there is one: then no node is known to be missing. */
+export function silence(facts: Facts): string | undefined {
+  const [, seconds, said] = /^(\d+) (.*)/s.exec(facts.api?.trim() ?? "") ?? [];
+  if (said === undefined || nodesOf(facts.nodes).length) return undefined;
+  const how = /did not answer|time(d )?out|deadline exceeded/i.test(said)
+    ? `the API did not answer in ${seconds} s`
+    : /refuse/.test(said)
+      ? "the API refuses connections: k3s is not up"
+      : `the API does not answer: ${words(said)}`;
+  const load = overload(loadOf(facts));
+  return load ? `${how}; ${load}` : how;
+}
 
 /**
  * Marks a node that this project drains, so that a run which was cut is taken up and no node of the user's is
@@ -185,6 +289,43 @@ export const FRESH = 180;
 /** The peer behind which a node's pods are: WireGuard has at most one for a network. */
 export const peerOf = (peers: readonly Peer[], podCidr = "-"): Peer | undefined =>
   peers.find(({ allowedIps }) => allowedIps.includes(podCidr));
+
+/**
+ * How the peer of a node stands. WireGuard follows a peer to where it speaks from: a fresh handshake, later than
+ * `proves`, is the proof, and another endpoint than the node's own address (a NAT that keeps old flows, or gives them
+ * another port) is worth a note. Wrong is one at which it can be no longer than a moment: private, or another node's.
+ */
+export function standing(
+  peer: Peer | undefined,
+  of: Pick<Node, "name" | "publicIp" | "externalIp">,
+  nodes: readonly Node[],
+  proves: number,
+): { fresh: boolean; note?: string; wrong?: string } {
+  if (!peer || peer.handshake <= proves) return { fresh: false };
+  const at = peer.endpoint.replace(/:\d+$/, "");
+  if (at === of.publicIp || at === of.externalIp) return { fresh: true };
+  const other = nodes.find((node) => node.name !== of.name && addressesOf(node).includes(at));
+  if (other) return { fresh: true, wrong: `${at}, which is the address of ${other.name}` };
+  if (publicIp(at)) return { fresh: true, wrong: `${at}, which is no public address` };
+  return {
+    fresh: true,
+    note: `${peer.endpoint}, not from ${of.publicIp ?? of.externalIp ?? "its public address"}; the handshake is fresh`,
+  };
+}
+
+/** At which only that node can be. */
+export const addressesOf = ({ publicIp, externalIp }: Node): string[] =>
+  [publicIp, externalIp].filter((ip) => ip !== undefined);
+
+/**
+ * The same as a condition of awk's, on a line of `wg show IF dump`; `own` and `others` are variables of it: the node's
+ * address, and those of the other nodes between blanks.
+ */
+export const STANDS = `{ at = $3; sub(/:[0-9]+$/, "", at) }
+  NR > 1 && index("," $4 ",", "," c ",") && $5 > oldest {
+    found = at == own || (at ~ /^[0-9.]+$/ && at !~ /${PRIVATE_RANGES}/ && !index(others, " " at " "))
+  }
+  END { exit !found }`;
 
 /** Peers out of the fact `peers`: lines of `wg show IF dump` less the first, each behind its interface. @see wg(8) */
 export function peersOf(dump = ""): Peer[] {

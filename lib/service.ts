@@ -14,7 +14,7 @@ import {
   unitPath,
   unitText,
 } from "./k3s.ts";
-import { clusterLook, FRESH, KUBECTL, nodesOf } from "./kube.ts";
+import { clusterLook, FRESH, KUBECTL, nodesOf, silence } from "./kube.ts";
 import { CLEAR } from "./leftovers.ts";
 import { filesLook, filesPlan, labelsPlan } from "./node.ts";
 import { quoted, type SettingName, type Settings } from "./settings.ts";
@@ -82,7 +82,8 @@ export function healthySaying(role: Role, want: Settings, facts: Facts): string 
 /** Why the node is not healthy yet; systemd's word is not asked: a looping k3s is "active" too. */
 export function ailments(name: string, ip: string, generation: Generation, facts: Facts): string[] {
   const node = nodesOf(facts.nodes).find((n) => n.name === name);
-  if (!node) return [`node ${name} is not registered`];
+  // What the API did not say in time is unknown, and not missing.
+  if (!node) return [silence(facts) ? "the API gave no list of nodes" : `node ${name} is not registered`];
   const started = startedAt(facts) ?? Number.POSITIVE_INFINITY;
   return [
     node.ready ? "" : `node ${name} is not Ready`,
@@ -181,6 +182,7 @@ export function servicePlan(
       why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
       sh: `unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=0; stand=0\n${healthSh(name, generation, want, role === "agent" ? 1 : 0)}`,
       seconds: WAIT + 60,
+      ...(silence(facts) ? { unknown: silence(facts) as string } : {}),
     });
   return changes;
 }

@@ -417,6 +417,9 @@ const PRIVATE: readonly [RegExp, string][] = [
   [/^(22[4-9]|2[3-5]\d)\./, "is no host's"],
 ];
 
+/** Those ranges as one expression, for awk too. */
+export const PRIVATE_RANGES = PRIVATE.map(([range]) => range.source.replaceAll("\\d", "[0-9]")).join("|");
+
 /** What would be right, unless `value` is an IPv4 address that other clouds can reach. */
 export function publicIp(value: string): string | undefined {
   const octet = "(25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)";

@@ -28,6 +28,8 @@ export interface Change {
   onServer?: true;
   /** It takes a node out of its cluster: one box at a time, and none after one that failed. */
   alone?: true;
+  /** Why it could not be seen whether this is still to be done. */
+  unknown?: string;
   /** What follows depends on what this brings to light: look again before planning on. */
   lookAgain?: true;
 }
@@ -341,12 +343,17 @@ export async function converge(
       turn = mine;
       return await mine;
     }
-    const same = JSON.stringify(changes);
-    if (same === before || round > 6)
+    // How long it took not to answer differs from time to time.
+    const same = JSON.stringify(changes.map(({ unknown: _, ...change }) => change));
+    if (same === before || round > 6) {
+      const unknown = changes.find((change) => change.unknown)?.unknown;
       throw new Failure(
-        `Still to be done after it was done: ${changes.map((c) => c.why).join("; ")}`,
+        unknown
+          ? `It was done, but it cannot be seen whether all is as wanted: ${unknown}`
+          : `Still to be done after it was done: ${changes.map((c) => c.why).join("; ")}`,
         changes[0],
       );
+    }
     const { facts: after, waited } = await apply(job, all, changes, now);
     before = waited ? "" : same;
     now = after;

@@ -11,7 +11,18 @@ import {
   releaseOf,
   unitOf,
 } from "../lib/k3s.ts";
-import { clusterLook, KUBECTL, type Node, nodesOf, peersOf } from "../lib/kube.ts";
+import {
+  addressesOf,
+  clusterLook,
+  KUBECTL,
+  type Node,
+  nodesOf,
+  peerOf,
+  peersOf,
+  STANDS,
+  silence,
+  standing,
+} from "../lib/kube.ts";
 import { oldest, oldestSh, restart, startedAt } from "../lib/service.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -43,7 +54,12 @@ export const annotateAs = (role?: Role): Step => ({
     const started = startedAt(facts, as === "server" ? server : agent);
     const name = nodeNameOf(as === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
     const node = nodesOf(facts.nodes).find((n) => n.name === name);
-    if (!role && !node) throw new Refusal(`The cluster has no node ${name}: is k3s healthy here?`);
+    if (!role && !node)
+      throw new Refusal(
+        silence(facts)
+          ? `The nodes are not known here: ${silence(facts)}`
+          : `The cluster has no node ${name}: is k3s healthy here?`,
+      );
 
     const ip = want.PUBLIC_IP;
     const shaken = handshakes(facts, generation, name, as, started);
@@ -86,7 +102,18 @@ const startedSh = (
 since=$(($(date +%s) - $(cut -d. -f1 /proc/uptime) + \${since:-0}))
 `;
 
-/** Waits for the peers that lack a fresh handshake at their public address; none lacks one: nothing to do. */
+/** The peers that this node has and must have, each with how it stands. */
+function peersIn(facts: Facts, generation: Generation, name: string, proves: number) {
+  const peers = peersOf(facts.peers).filter((p) => p.interface === interfaceOf(generation));
+  const nodes = nodesOf(facts.nodes);
+  return expected(nodes, name, Number(facts.now), backendOf(generation)).map((node) => ({
+    node,
+    others: nodes.filter((other) => other.name !== node.name).flatMap(addressesOf),
+    ...standing(peerOf(peers, node.podCidr), node, nodes, proves),
+  }));
+}
+
+/** Waits for the peers that lack a fresh handshake where they can be; none lacks one: nothing to do. */
 function handshakes(
   facts: Facts,
   generation: Generation,
@@ -94,25 +121,21 @@ function handshakes(
   role: Role,
   started?: number,
 ): Change[] {
-  const peers = peersOf(facts.peers).filter((p) => p.interface === interfaceOf(generation));
-  const now = Number(facts.now);
-  const proves = oldest(generation, now, started);
-  const missing = expected(nodesOf(facts.nodes), name, now, backendOf(generation)).filter(
-    ({ cidr, endpoint }) =>
-      !peers.some((p) => p.allowedIps.includes(cidr) && p.endpoint === endpoint && p.handshake > proves),
-  );
+  const proves = oldest(generation, Number(facts.now), started);
+  const missing = peersIn(facts, generation, name, proves).filter(({ fresh, wrong }) => !fresh || wrong);
   if (missing.length === 0) return [];
+  const wrong = missing.flatMap(({ node, wrong }) => (wrong ? `${node.name} is at ${wrong}` : []));
   return [
     {
-      why: `wait for a fresh handshake with ${missing.map((m) => m.name).join(", ")} at the public address`,
+      why: `wait for a fresh handshake with ${missing.map(({ node }) => node.name).join(", ")} at the public address${wrong.length ? ` (${wrong.join("; ")})` : ""}`,
       sh: `end=$(($(date +%s) + 90))
 ${generation === "old" ? startedSh(role) : ""}late() {
   ${oldestSh(generation)}
-  while read -r name cidr endpoint; do
-    wg show ${interfaceOf(generation)} dump | awk -v c="$cidr" -v e="$endpoint" -v oldest="$oldest" '
-      NR > 1 && index("," $4 ",", "," c ",") && $3 == e && $5 > oldest { found = 1 } END { exit !found }' || echo "$name"
+  while read -r name c own others; do
+    wg show ${interfaceOf(generation)} dump | awk -v c="$c" -v own="$own" -v others=" $others " -v oldest="$oldest" '
+  ${STANDS}' || echo "$name"
   done <<'EOF'
-${missing.map((m) => `${m.name} ${m.cidr} ${m.endpoint}`).join("\n")}
+${missing.map(({ node, others }) => [node.name, node.podCidr, node.publicIp, ...others].join(" ")).join("\n")}
 EOF
 }
 while names=$(late) && [ -n "$names" ]; do
@@ -135,22 +158,21 @@ export function expected(
   name: string,
   now = Number.POSITIVE_INFINITY,
   backend?: string,
-): { name: string; cidr: string; endpoint: string }[] {
+): Node[] {
   const own = nodes.find((n) => n.name === name);
   const later = (n: Node) =>
     own !== undefined &&
     now - n.created < JOINING &&
     (n.created > own.created || (n.created === own.created && n.name > name));
-  return nodes.flatMap((n) =>
-    n.name !== name &&
-    (n.backend ?? backend) === (backend ?? n.backend) &&
-    n.ready &&
-    n.podCidr &&
-    n.publicIp &&
-    n.publicIp === n.externalIp &&
-    !later(n)
-      ? [{ name: n.name, cidr: n.podCidr, endpoint: `${n.publicIp}:51820` }]
-      : [],
+  return nodes.filter(
+    (n) =>
+      n.name !== name &&
+      (n.backend ?? backend) === (backend ?? n.backend) &&
+      n.ready &&
+      n.podCidr &&
+      n.publicIp &&
+      n.publicIp === n.externalIp &&
+      !later(n),
   );
 }
 
@@ -160,8 +182,13 @@ await run(import.meta, {
   about:
     "Has every peer reach this node at its public address: by annotation on old k3s, else it only checks.",
   steps: [annotate],
-  nothing: (_want, facts) => {
+  nothing: (want, facts) => {
     const fresh = peersOf(facts.peers).filter((p) => p.allowedIps.length);
-    return `every handshake is fresh, at public addresses (${fresh.map((p) => p.endpoint).join(", ") || "no peers yet"})`;
+    const { generation = "modern" } = releaseOf({ ...want, K3S_VERSION: facts.version?.trim() ?? "" }, facts);
+    const own = nodesOf(facts.nodes).find(({ externalIp }) => externalIp === want.PUBLIC_IP);
+    const notes = peersIn(facts, generation, own?.name ?? "", 0).flatMap(({ node, note }) =>
+      note ? [`; ${node.name} speaks from ${note}`] : [],
+    );
+    return `every handshake is fresh, at public addresses (${fresh.map((p) => p.endpoint).join(", ") || "no peers yet"})${notes.join("")}`;
   },
 });

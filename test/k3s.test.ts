@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { mkdirSync, writeFileSync } from "node:fs";
 import { describe, test } from "node:test";
 import {
   argsOf,
@@ -9,7 +10,7 @@ import {
   unitOf,
   unitText,
 } from "../lib/k3s.ts";
-import { DRAINED, nodesOf, peersOf } from "../lib/kube.ts";
+import { DRAINED, nodesLook, nodesOf, overload, peersOf, silence } from "../lib/kube.ts";
 import { ailments, onCard } from "../lib/service.ts";
 import type { Settings } from "../lib/settings.ts";
 import { diff } from "../lib/text.ts";
@@ -320,6 +321,110 @@ describe("a node is healthy", () => {
       if (ill === undefined) assert.deepEqual(ills, []);
       else assert.match(ills.join(", "), ill);
     });
+});
+
+describe("an API without a list of nodes", () => {
+  const BUSY = `9.81 7.00 3.00 5/300 999\n2\nMemTotal:       2000000 kB\nMemAvailable:     40000 kB\nSwapTotal:      1000000 kB\nSwapFree:        100000 kB`;
+  const IDLE =
+    "0.50 0.40 0.30 1/300 999\n1\nMemTotal: 2000000 kB\nMemAvailable: 1500000 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB";
+  const cases: [said: string | undefined, load: string, silent: RegExp | undefined][] = [
+    [undefined, IDLE, undefined],
+    ["20 did not answer in 20 s", IDLE, /^the API did not answer in 20 s$/],
+    [
+      "10 Unable to connect to the server: net/http: TLS handshake timeout",
+      IDLE,
+      /^the API did not answer in 10 s$/,
+    ],
+    ["21 error: context deadline exceeded", IDLE, /did not answer in 21 s/],
+    [
+      "20 did not answer in 20 s",
+      BUSY,
+      /^the API did not answer in 20 s; the box is overloaded \(load 9\.81 on 2 cores, memory 98 % in use, swap 90 % in use\)$/,
+    ],
+    ["0 it refuses connections", IDLE, /refuses connections: k3s is not up/],
+    [
+      "0 The connection to the server 127.0.0.1:6443 was refused - did you specify",
+      IDLE,
+      /refuses connections/,
+    ],
+    [
+      '1 503 {"kind":"Status","message":"apiserver not \\"ready\\"","code":503}',
+      IDLE,
+      /^the API does not answer: apiserver not "ready"$/,
+    ],
+  ];
+  for (const [said, load, silent] of cases)
+    test(`is ${silent ? "silent" : "empty"}: ${said}`, () => {
+      const facts = { nodes: "", load, ...(said ? { api: said } : {}) };
+      if (silent) assert.match(silence(facts) ?? "", silent);
+      else assert.equal(silence(facts), undefined);
+      const ills = ailments("a1", IP, "modern", facts).join();
+      assert.equal(ills, silent ? "the API gave no list of nodes" : "node a1 is not registered");
+    });
+
+  test("is not silent where the list came after all", () =>
+    assert.equal(silence({ nodes: nodes(A1), api: "20 did not answer in 20 s" }), undefined));
+
+  test("counts the load by its cores, memory and swap; a busy box is not an overloaded one", () => {
+    const idle = { average: 1.9, cores: 1, memory: 60, swap: 0 };
+    assert.equal(overload(idle), undefined);
+    assert.match(overload({ ...idle, average: 2.1 }) ?? "", /load 2\.1 on 1 core,/);
+    assert.equal(overload({ ...idle, average: 7, cores: 4 }), undefined);
+    assert.match(overload({ ...idle, memory: 97 }) ?? "", /memory 97 %/);
+    assert.match(overload({ ...idle, swap: 80 }) ?? "", /swap 80 %/);
+    assert.equal(
+      overload({ average: undefined, cores: undefined, memory: undefined, swap: undefined }),
+      undefined,
+    );
+  });
+
+  /** The real look of a server, on whose disk are the admin's key and k3s.yaml. */
+  const asked = (curl: string, k3s = "exit 1", agent = "inactive") => {
+    const root = temporary();
+    mkdirSync(`${root}/tls`);
+    writeFileSync(`${root}/tls/client-admin.key`, "key");
+    writeFileSync(`${root}/k3s.yaml`, "    server: https://127.0.0.1:6555\n");
+    const there = nodesLook
+      .replaceAll("/var/lib/rancher/k3s/server/tls", `${root}/tls`)
+      .replaceAll("/etc/rancher/k3s/k3s.yaml", `${root}/k3s.yaml`)
+      .replaceAll("/usr/local/bin/k3s", `${root}/bin/k3s`)
+      .replaceAll("/etc/*)", `${root}/k3s.yaml)`);
+    const PATH = programs(`${root}/bin`, { curl, k3s, systemctl: `echo ${agent}` });
+    return look([{ look: () => [there] }], wanted(), { PATH });
+  };
+
+  test("is told apart by what curl says: the answer, a status, a timeout, a refusal", () => {
+    const list = nodes(A1, B1);
+    const good = asked(`printf '%s\\n200' '${list}'; echo "$*" >&2`);
+    assert.deepEqual(
+      nodesOf(good.nodes).map(({ name }) => name),
+      ["a1", "b1"],
+    );
+    assert.equal(good.api, undefined);
+    assert.match(asked("exit 28").api ?? "", /^\d+ did not answer in 20 s$/m);
+    assert.match(asked("exit 7").api ?? "", /refuses connections/);
+    const starting = asked(`printf '%s\\n503' '{"message":"starting"}'`);
+    assert.match(silence(starting) ?? "", /^the API does not answer: starting/);
+  });
+
+  test("is asked by kubectl where curl is missing or cannot read the key, and on an agent", () => {
+    const k3s = `echo '${nodes(A1)}'`;
+    for (const curl of ["exit 58", "exit 127"])
+      assert.equal(nodesOf(asked(curl, k3s).nodes)[0]?.name, "a1", curl);
+    assert.equal(nodesOf(asked("exit 7", k3s, "active").nodes)[0]?.name, "a1");
+    const said = asked("exit 58", "echo 'error: context deadline exceeded' >&2; exit 1");
+    assert.match(said.api ?? "", /deadline exceeded/);
+  });
+
+  test("never has its key on a command line, and no proxy or .curlrc between", () => {
+    const said = asked(
+      `printf '%s\\n200' "{\\"items\\":[{\\"metadata\\":{\\"name\\":\\"a1\\"}}],\\"args\\":\\"$*\\"}"`,
+    );
+    assert.match(
+      said.nodes ?? "",
+      /"args":"-q -sS --noproxy \* --cacert \S+ --cert \S+ --key \S+client-admin\.key -m 20 -X GET .*https:\/\/127\.0\.0\.1:6555\/api\/v1\/nodes/,
+    );
+  });
 });
 
 test("the public address counts as on the card only where a card has exactly it", () => {

@@ -316,6 +316,16 @@ describe("a box is brought to what is wanted", { skip }, () => {
     await assert.rejects(converge(job(), steps, {}), /Still to be done after it was done: do nothing/);
   });
 
+  test("or says that it cannot be seen, of an API that does not answer: unknown is not left over", async () => {
+    const { job } = fakeBox(temporary());
+    let took = 20;
+    const plan = () => [change(":", { unknown: `the API did not answer in ${took++} s` })];
+    await assert.rejects(
+      converge(job(), [{ ...wants("/x", ""), plan }], {}),
+      /^Error: It was done, but it cannot be seen whether all is as wanted: the API did not answer in 21 s$/,
+    );
+  });
+
   test("or names the change that failed, with its status and output", async () => {
     const { job } = fakeBox(temporary());
     const step = (text: string, seconds?: number): Step => ({
