@@ -16,8 +16,30 @@ interface Word {
   forever?: true;
 }
 
-/** What k3s says in its journal, and what it means (v1.17.6 and v1.36.3, recorded). Of a line, the first that fits counts. */
+/** metrics-server's words on a node: v0.3.6's, and those of v0.5 and later (pkg/scraper). */
+const SCRAPE = "(Failed to scrape node|unable to fully (scrape|collect) metrics)";
+
+/**
+ * What k3s says in its journal, and metrics-server in its log, and what it means (v1.17.6 and v1.36.3, recorded). Of a
+ * line, the first that fits counts.
+ */
 const WORDS: readonly Word[] = [
+  {
+    said: `${SCRAPE}.*x509`,
+    cause:
+      "the kubelet's certificate of node NODE does not hold for the address at which metrics-server asks it",
+    remedy: "systemctl restart k3s-agent there makes it anew (on a server: k3s), then AGAIN",
+  },
+  {
+    said: `${SCRAPE}.*(dial tcp|deadline exceeded|timeout|EOF|reset)`,
+    cause: "metrics-server does not reach the kubelet of node NODE",
+    remedy: "open 10250/tcp there for the nodes' addresses (make firewall, security group), then AGAIN",
+  },
+  {
+    said: "ErrImagePull|ImagePullBackOff",
+    cause: "an image cannot be pulled from here",
+    remedy: "REGISTRY_MIRRORS or AIRGAP (env.example), then AGAIN",
+  },
   {
     said: "Node password rejected",
     cause: "another node has this box's name, or had it before this box was reinstalled",
@@ -131,8 +153,14 @@ export function meaningOf(text: string, again: string): { cause: string; remedy:
     const word = WORDS.find(({ said }) => new RegExp(said).test(line));
     if (!word) continue;
     const flag = /flag provided but not defined: -*([\w-]+)/.exec(line)?.[1];
+    const node = /node="([\w.-]+)"|kubelet_summary:([\w.-]+)|from node ([\w.-]+)/
+      .exec(line)
+      ?.slice(1)
+      .find(Boolean);
     return {
-      cause: flag ? word.cause.replace("a flag that", `--${flag}, which`) : word.cause,
+      cause: flag
+        ? word.cause.replace("a flag that", `--${flag}, which`)
+        : word.cause.replace("node NODE", node ? `node ${node}` : "a node"),
       remedy: word.remedy.replace("AGAIN", `"${again}"`),
     };
   }

@@ -1,5 +1,5 @@
 #!/usr/bin/env -S node --import tsx
-/** Step 7 of 7: metrics-server reaches every kubelet at its public address. Runs on the server. */
+/** Step 7 of 7: `kubectl top` answers for every node. Runs on the server. */
 import { run } from "../lib/cli.ts";
 import { binaryLook, generationOf } from "../lib/k3s.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../lib/kube.ts";
@@ -9,8 +9,12 @@ import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 const FOLDER = "/var/lib/rancher/k3s/server/manifests";
 const PACKAGED = `${FOLDER}/metrics-server/metrics-server-deployment.yaml`;
 const OWN = `${FOLDER}/metrics-server-across-clouds.yaml`;
-/** How long metrics-server may take from its start to its first answer, in seconds. */
+/** How long metrics-server may take from its start to its first answer, and with its image's pull, in seconds. */
 const PATIENCE = 180;
+const PULL = 600;
+/** How long the API may be silent, or no node Ready: on a slow box it is so after a start. */
+const API = 120;
+const INSECURE = "--kubelet-insecure-tls";
 
 export const fixMetrics: Step = {
   name: "fix-metrics",
@@ -19,50 +23,78 @@ export const fixMetrics: Step = {
   look: () => [
     binaryLook,
     clusterLook,
-    `fact packaged; cat ${PACKAGED} 2>/dev/null
+    `fact packaged; sed '/^# written /d' ${PACKAGED} 2>/dev/null
 fact own; sed '/^# written /d' ${OWN} 2>/dev/null
 fact skipped; test -e ${PACKAGED}.skip && echo yes
-fact age; test -e ${PACKAGED} && echo $(($(date +%s) - $(stat -c %Y ${PACKAGED})))
+fact foreign; grep -lsE '^ *"?name"?: *"?metrics-server"?,? *$' ${FOLDER}/*.yaml ${FOLDER}/*.yml ${FOLDER}/*.json | grep -vxF ${OWN}
+fact runs; systemctl is-active k3s
 ${OURS}
-fact ours; ours && echo yes
+fact ours; [ ! -e ${OWN} ] || { ours && echo yes; }
 fact top; kc top nodes --no-headers 2>/dev/null`,
   ],
 
   plan(_want, facts): Change[] {
     const nodes = nodesOf(facts.nodes).filter((node) => node.ready);
-    if (nodes.length === 0)
-      throw new Refusal("The API does not answer here: fix-metrics runs on a healthy server");
-    if (!facts.packaged && !facts.own) return []; // --disable=metrics-server
+    if (nodes.length === 0) {
+      if (/^activ/.test(facts.runs ?? "")) return [API_FIRST];
+      throw new Refusal("k3s does not run here: fix-metrics runs on a healthy server (make server)");
+    }
+    if (absent(facts)) return [];
     const lines = (facts.top ?? "").split("\n");
     const answers = (name: string) =>
       lines.some((line) => line.split(/\s+/)[0] === name && !line.includes("<unknown>"));
     const names = nodes.map((node) => node.name);
-    const silent = names.filter((name) => !answers(name));
-    const old = generationOf(facts.version?.trim() ?? "", "") === "old";
-    const young = Number(facts.age) < PATIENCE;
-    if (!old && silent.length && !facts.own && young)
-      return [{ ...wait(silent), sh: `${ANSWERED} || true`, lookAgain: true }];
-    const changes = old || silent.length || facts.own ? manifest(facts) : [];
+    const generation = generationOf(facts.version?.trim() ?? "", facts.flags ?? "");
+    const changes = generation === "old" ? articles(facts) : generation === "modern" ? packaged(facts) : [];
     // Until k3s sees a manifest (every 15 s) the pod that it replaces answers; then none does for a minute.
-    const late = changes.length ? names : silent;
+    const late = changes.length ? names : names.filter((name) => !answers(name));
     return [...changes, ...(late.length ? [wait(late)] : [])];
   },
 };
 
+/** Why metrics-server is none of this project's: switched off, or the user's own. */
+function absent({ packaged, own, skipped, foreign }: Facts): string | undefined {
+  if (foreign?.trim()) return `metrics-server is your own: ${foreign.trim()}`;
+  if (own) return undefined;
+  if (!packaged) return "metrics-server is disabled";
+  return skipped?.trim() ? `metrics-server is yours to deploy: ${PACKAGED}.skip` : undefined;
+}
+
 /**
- * A manifest of our own beside the packaged one, which is left out by a \`.skip\`: edits of the packaged file
+ * For old k3s a manifest of our own beside the packaged one, which is left out by a `.skip`: edits of the packaged file
  * or of the deployment are undone when k3s starts (pkg/deploy, both generations; k3s #8052).
  */
-function manifest(facts: Facts): Change[] {
-  const text = facts.packaged ? withArguments(facts.packaged) : facts.own;
+function articles(facts: Facts): Change[] {
+  const text = facts.packaged ? withArguments(facts.packaged) : (facts.own ?? "");
   if (text === facts.own && facts.skipped?.trim() && facts.ours?.trim()) return [];
   return [
-    {
-      why: "deploy metrics-server with ExternalIP and --kubelet-insecure-tls, in place of the packaged one",
-      // A file that is as it was would not be deployed again before the next start (v1.17.6: by its checksum).
-      sh: `: >${sh(`${PACKAGED}.skip`)}\n${writeFile(OWN, text ?? "", "600")}\necho "# written $(date +%s)" >>${OWN}`,
-    },
+    deploy(text, `deploy metrics-server with ExternalIP and ${INSECURE}, in place of the packaged one`),
   ];
+}
+
+const deploy = (text: string, why: string): Change => ({
+  why,
+  // A file that is as it was would not be deployed again before the next start (v1.17.6: by its checksum). A .skip
+  // without it would be the user's.
+  sh: `${writeFile(OWN, text, "600")}\necho "# written $(date +%s)" >>${OWN}\n: >${sh(`${PACKAGED}.skip`)}`,
+});
+
+/**
+ * Modern k3s gets its packaged one back, where an upgrade or this project of before has put another in its place: with
+ * --flannel-external-ip it asks at the ExternalIP (k3s #6386), which its kubelets' certificates have.
+ */
+function packaged(facts: Facts): Change[] {
+  if (!facts.own) return [];
+  if (facts.packaged)
+    return [
+      {
+        why: `give k3s's own metrics-server back: this k3s needs no other, and no ${INSECURE}`,
+        // It was deployed before, and would not be again before the next start: only another checksum has it deployed.
+        sh: `rm -f ${PACKAGED}.skip\necho "# written $(date +%s)" >>${PACKAGED}\nrm -f ${OWN}`,
+      },
+    ];
+  const strict = facts.own.replace(new RegExp(`^.*${INSECURE}.*\n`, "gm"), "");
+  return strict === facts.own ? [] : [deploy(strict, `deploy metrics-server without ${INSECURE}`)];
 }
 
 /**
@@ -70,7 +102,7 @@ function manifest(facts: Facts): Change[] {
  * v1.17.6's kubelet certificate names no address, hence --kubelet-insecure-tls.
  */
 export function withArguments(packaged: string): string {
-  const ours = ["--kubelet-preferred-address-types=ExternalIP,InternalIP,Hostname", "--kubelet-insecure-tls"];
+  const ours = ["--kubelet-preferred-address-types=ExternalIP,InternalIP,Hostname", INSECURE];
   const lines = packaged
     .split("\n")
     .filter((line) => !/^\s*- --kubelet-(preferred-address-types|insecure-tls)/.test(line));
@@ -82,50 +114,72 @@ export function withArguments(packaged: string): string {
   return lines.join("\n");
 }
 
+/** Nothing is lowered because of a clock: what keeps metrics-server from a kubelet is said, in its own words. */
 function wait(silent: string[]): Change {
   return {
     why: `wait until \`kubectl top nodes\` answers for ${silent.join(", ")}`,
     sh: `${ANSWERED} || {
-  echo "No metrics after ${PATIENCE} s. metrics-server's pods:"
-  kc -n kube-system get pods -l k8s-app=metrics-server || true
-  kc top nodes || true
-  echo 'An image that cannot be pulled from here: see REGISTRY_MIRRORS and AIRGAP in env.example'
+  echo "No metrics of every node after $((now - began)) s. metrics-server's pods:"
+  kc -n kube-system get pods -l k8s-app=metrics-server -o wide || :
+  kc -n kube-system describe pods -l k8s-app=metrics-server 2>/dev/null | sed -n '/^Events:/,$p' | tail -n 6
+  echo "Its log:"
+  kc -n kube-system logs -l k8s-app=metrics-server --tail=50 2>&1 | grep -v '^I[0-9]' | tail -n 8
+  kc top nodes || :
   exit 1
 }`,
-    seconds: PATIENCE + 30,
+    seconds: PULL + 120,
   };
 }
 
-/** Is each running pod of metrics-server one of our manifest, where there is one? */
+const API_FIRST: Change = {
+  why: "wait until the API answers and a node is Ready",
+  sh: `${KUBECTL}
+end=$(($(date +%s) + ${API}))
+until kc get nodes --no-headers 2>/dev/null | grep -q ' Ready'; do
+  beat
+  [ "$(date +%s)" -lt "$end" ] || { echo 'Not after ${API} s:'; kc get nodes; exit 1; }
+  sleep 1
+done`,
+  seconds: API + 60,
+  lookAgain: true,
+};
+
+/** Does each running pod of metrics-server ask kubelets as our manifest has it, and without one none without TLS? */
 const OURS = `ours() {
-  [ ! -e ${OWN} ] || kc -n kube-system get pods -o json 2>/dev/null | awk '
-    /"k8s-app": "metrics-server"/ { it = 1; new = 0 }
-    /^ *"--kubelet-preferred-address-types=ExternalIP/ { new = 1 }
-    /"phase":/ { if (it && /Running/) { pods++; news += new } it = 0 }
-    END { exit !pods || news < pods }'
+  kc -n kube-system get pods -o json 2>/dev/null | awk -v lax="$(grep -cse ${INSECURE} ${OWN})" '
+    /"k8s-app": "metrics-server"/ { it = 1; is = 0 }
+    /^ *"${INSECURE}/ { is = 1 }
+    /"phase":/ { if (it && /Running/) { pods++; wrong += is != (lax > 0) } it = 0 }
+    END { exit !pods || wrong }'
 }`;
 
-/** Every node that is Ready has its line in \`top nodes\`, from a pod with our arguments where we gave some. */
+/** Every node that is Ready has its line in \`top nodes\`, from a pod of the manifest that counts. */
 const ANSWERED = `${KUBECTL}
 ${OURS}
 answered() {
-  ours || return 1
-  ready=$(kc get nodes --no-headers 2>/dev/null | awk '$2 ~ /^Ready/ { n++ } END { print n + 0 }')
-  [ "$(kc top nodes --no-headers 2>/dev/null | grep -cv unknown)" -ge "$ready" ] && [ "$ready" -gt 0 ]
+  ready=$(kc get nodes --no-headers 2>/dev/null | awk '$2 ~ /^Ready/ { print $1 }')
+  told=$(kc top nodes --no-headers 2>/dev/null | awk '!/<unknown>/ { print $1 }')
+  [ -n "$ready" ] && ! printf '%s\\n' "$ready" | grep -qvxF -e "$told" && ours
 }
 try() {
-  end=$(($(date +%s) + ${PATIENCE}))
+  began=$(date +%s); end=$((began + ${PATIENCE}))
   until answered; do
-    [ "$(date +%s)" -lt "$end" ] || return 1
+    beat
+    now=$(date +%s)
+    if [ "$now" -ge "$end" ]; then
+      [ "$now" -lt $((began + ${PULL})) ] || return 1
+      # Its image is still on its way.
+      kc get pods -A --no-headers 2>/dev/null | grep -q 'metrics-server-.* ContainerCreating ' || return 1
+      end=$((now + 60))
+    fi
     sleep 1
   done
 }
 try`;
 
 await run(import.meta, {
-  about: "Has metrics-server reach every kubelet at its public address, in a way that survives restarts.",
+  about: "Has `kubectl top` answer for every node: on old k3s by a manifest that survives restarts.",
   steps: [fixMetrics],
   host: "SERVER",
-  nothing: (_want, facts) =>
-    facts.packaged || facts.own ? "`kubectl top nodes` answers for every node" : "metrics-server is disabled",
+  nothing: (_want, facts) => absent(facts) ?? "`kubectl top nodes` answers for every node",
 });

@@ -81,11 +81,10 @@ function changesOf(steps: readonly Step[], version: string) {
       {},
       { service: "", nodes: nodes({ ...A1, public: "192.168.0.11", overwrite: "" }, B1), peers: "" },
     ),
-    healthy(
-      version,
-      {},
-      { peers: "", packaged: fixture("metrics-server-v1.17.6.yaml"), age: "9999\n", top: "" },
-    ),
+    healthy(version, {}, { peers: "", packaged: fixture("metrics-server-v1.17.6.yaml"), top: "" }),
+    healthy(version, {}, { packaged: "a", own: "a" }),
+    healthy(version, {}, { own: "  - --kubelet-insecure-tls\n" }),
+    healthy(version, {}, { nodes: "", runs: "active\n" }),
   ];
   const changes = states.flatMap((facts) => planned(steps, want, facts));
   return [...new Map(changes.map((change) => [change.sh, change])).values()];

@@ -28,7 +28,7 @@ import {
 import { patched } from "./stand-in/datastore.ts";
 import { flagTable, incorrectUsage, nodeArgs, parseFlags } from "./stand-in/flags.ts";
 import { age, parse as parseKubectl, table } from "./stand-in/kubectl.ts";
-import { deployPass, packaged, readDeployment, settings } from "./stand-in/metrics.ts";
+import { complaint, deployPass, packaged, readDeployment, settings } from "./stand-in/metrics.ts";
 import {
   type Ask,
   addressMarks,
@@ -648,6 +648,49 @@ describe("metrics-server", () => {
       write("own.yaml", mine);
       assert.match(deployPass(dir, new Set(), null)!.image, /v0\.3\.7/);
     }));
+  test("a file of a known checksum is applied at a start only, also when its .skip goes; what made it that is gone stays", () =>
+    inFolder((dir, write) => {
+      const skip = "metrics-server/metrics-server-deployment.yaml.skip";
+      const addons: Record<string, string> = {};
+      deployPass(dir, new Set(), null, addons);
+      write(skip, "");
+      write("own.yaml", mine);
+      const own = deployPass(dir, new Set(), null, addons, false);
+      assert.match(own!.image, /v0\.3\.7/);
+      rmSync(join(dir, skip));
+      rmSync(join(dir, "own.yaml"));
+      assert.deepEqual(deployPass(dir, new Set(), own, addons, false), own);
+      assert.match(deployPass(dir, new Set(), own, addons)!.image, /v0\.3\.6/);
+      write("own.yaml", mine);
+      assert.equal(deployPass(dir, new Set(), null, addons, false), null);
+    }));
+  test("says of a kubelet what v0.3.6 and a modern one say of it", () => {
+    const node = { metadata: { name: "b1" }, status: { addresses } } as unknown as Node;
+    const refused = Object.assign(new Error("connect"), { code: "ECONNREFUSED" });
+    const other = Object.assign(new Error(), {
+      code: "ERR_TLS_CERT_ALTNAME_INVALID",
+      cert: { subjectaltname: "DNS:a1, IP Address:127.0.0.1" },
+    });
+    const nameless = Object.assign(new Error(), { ...other, cert: { subjectaltname: "DNS:a1" } });
+    const said = (gen: Generation, error: Error) =>
+      complaint(readDeployment(packaged(gen, true))!, node, error).replace(/^E\d{4} [\d:.]+/, "E");
+    assert.equal(
+      said("modern", other),
+      `E       1 scraper.go:149] "Failed to scrape node" err="Get \\"https://198.51.100.11:10250/metrics/resource\\": tls: failed to verify certificate: x509: certificate is valid for a1, 127.0.0.1, not 198.51.100.11" node="b1"`,
+    );
+    assert.match(
+      said("modern", new Error("i/o timeout")),
+      /timeout to access kubelet" err=.*deadline exceeded.*timeout="10s"$/,
+    );
+    assert.match(
+      said("old", refused),
+      /manager\.go:111\] unable to fully collect metrics: unable to fully scrape metrics from source kubelet_summary:b1: unable to fetch metrics from Kubelet b1 \(a1\): Get https:\/\/a1:10250\/stats\/summary\?only_cpu_and_memory=true: dial tcp a1:10250: connect: connection refused$/,
+    );
+    assert.match(
+      said("old", nameless),
+      /: x509: cannot validate certificate for a1 because it doesn't contain any IP SANs$/,
+    );
+  });
   test("a disabled one is deleted, one's own beside it counts", () =>
     inFolder((dir, write) => {
       write("own.yaml", mine);

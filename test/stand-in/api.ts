@@ -13,6 +13,8 @@ export type State = {
   nodes: Record<string, rules.Node>;
   passwords: Record<string, string>;
   deployment: Deployment | null;
+  /** What the deploy controller has applied, by its checksums. */
+  addons?: Record<string, string>;
   tokenHash: string;
   starts: number;
   version: number;
@@ -45,6 +47,8 @@ export type Cluster = {
   seen: Map<string, number>;
   /** undefined until metrics-server has tried once. */
   usage: Map<string, Usage> | undefined;
+  /** metrics-server's log. */
+  metricsLog: string[];
 };
 
 export type Reply = { code: number; type: string; body: string; headers?: Record<string, string> };
@@ -257,6 +261,28 @@ function kubernetes(c: Cluster, q: Question): Reply {
     const metrics = c.state.deployment ? [group("metrics.k8s.io", "v1beta1")] : [];
     return json(200, { kind: "APIGroupList", apiVersion: "v1", groups: [group("apps", "v1"), ...metrics] });
   }
+  const log = /^\/api\/v1\/namespaces\/([^/]+)\/pods\/([^/]+)\/log$/.exec(path);
+  if (log) {
+    const [, namespace, name] = log;
+    const no = rules.forbidden(gen, user, {
+      verb: "get",
+      resource: "pods",
+      subresource: "log",
+      namespace,
+      name,
+    });
+    if (no) return status(403, "Forbidden", no);
+    if (!c.state.deployment || name !== POD || namespace !== "kube-system")
+      return status(404, "NotFound", `pods ${quote(decodeURIComponent(name))} not found`);
+    const tail = Number(q.url.searchParams.get("tailLines") ?? 1e6);
+    return text(
+      200,
+      c.metricsLog
+        .slice(-tail)
+        .map((line) => `${line}\n`)
+        .join(""),
+    );
+  }
   const node = /^\/api\/v1\/nodes(?:\/([^/]+))?(?:\/([^/]+))?$/.exec(path);
   if (node) return nodes(c, q, user, node[1] && decodeURIComponent(node[1]), node[2]);
   const other = /^\/(?:api\/v1|apis\/([^/]+)\/[^/]+)(?:\/namespaces\/([^/]+))?\/([a-z]+)(?:\/([^/]+))?$/.exec(
@@ -459,6 +485,7 @@ function metrics(c: Cluster, name?: string): Reply {
 }
 
 const LABELS = { "k8s-app": "metrics-server" };
+const POD = "metrics-server-0000000000-00000";
 
 function deployment(c: Cluster): object | undefined {
   const d = c.state.deployment;
@@ -481,7 +508,7 @@ function deployment(c: Cluster): object | undefined {
 function pod(c: Cluster): object {
   const up = metricsReady(c);
   return {
-    metadata: { name: "metrics-server-0000000000-00000", namespace: "kube-system", labels: LABELS },
+    metadata: { name: POD, namespace: "kube-system", labels: LABELS },
     spec: { containers: [{ args: c.state.deployment?.args, name: "metrics-server" }], nodeName: c.hostname },
     status: {
       phase: up ? "Running" : "Pending",

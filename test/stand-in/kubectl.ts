@@ -16,6 +16,7 @@ const VALUE_FLAGS = [
   "output",
   "raw",
   "timeout",
+  "tail",
 ];
 /** Known to be flags, so that the refusal names the command, and refused where they would change what is done. */
 const REFUSED = [
@@ -234,10 +235,12 @@ async function run(version: string, args: string[]): Promise<string> {
   const gen = generation(version),
     { words, flags } = parse(args);
   const [verb, ...rest] = words;
+  const ofMetrics = ["l", "selector"].some((f) => flags.get(f) === "k8s-app=metrics-server");
   const known =
     verb &&
     [
       "get",
+      "logs",
       "annotate",
       "label",
       "taint",
@@ -250,7 +253,9 @@ async function run(version: string, args: string[]): Promise<string> {
       "config",
     ].includes(verb);
   if (!known) return fail(`k3s stand-in: kubectl ${verb ?? ""} is not imitated`);
-  const refusedFlag = [...flags.keys()].find((f) => REFUSED.includes(f));
+  const refusedFlag = [...flags.keys()].find(
+    (f) => REFUSED.includes(f) && !(ofMetrics && ["get", "logs"].includes(verb)),
+  );
   if (refusedFlag)
     return fail(
       `k3s stand-in: kubectl ${verb} with ${refusedFlag.length > 1 ? "--" : "-"}${refusedFlag} is not imitated`,
@@ -344,7 +349,15 @@ async function run(version: string, args: string[]): Promise<string> {
       : ["pod", "pods", "po", "event", "events", "ev"].includes(kind ?? "")
         ? "/api/v1"
         : "";
-    if (path === "/api/v1" && /^po/.test(kind) && output === "" && flags.has("all-namespaces") && !names[0]) {
+    const everywhere = flags.has("all-namespaces");
+    if (
+      path === "/api/v1" &&
+      /^po/.test(kind) &&
+      output !== "json" &&
+      (everywhere || ofMetrics) &&
+      !names[0]
+    ) {
+      // Of pods, only metrics-server's is imitated.
       const { items } = await good<{ items: Pod[] }>("/api/v1/pods");
       const head = ["NAMESPACE", "NAME", "READY", "STATUS", "RESTARTS", "AGE"];
       const rows = items.map(({ metadata, status }) => {
@@ -364,6 +377,19 @@ async function run(version: string, args: string[]): Promise<string> {
       return items.map((item) => `secret/${item.metadata.name}\n`).join("");
     }
     return fail(`k3s stand-in: kubectl get ${rest.join(" ")} is not imitated in this form`);
+  }
+  if (verb === "logs") {
+    if (!ofMetrics || flags.get("namespace") !== "kube-system")
+      return fail(`k3s stand-in: kubectl logs ${rest.join(" ")} is not imitated in this form`);
+    const { items } = await good<{ items: Pod[] }>("/api/v1/namespaces/kube-system/pods");
+    // With a selector kubectl shows ten lines unless it is told how many.
+    const tail = flags.get("tail") ?? "10";
+    const logs = items.map(({ metadata: { name } }) =>
+      ask(`/api/v1/namespaces/kube-system/pods/${name}/log?tailLines=${tail}`),
+    );
+    return (await Promise.all(logs))
+      .map((answer) => (answer.status < 300 ? answer.body : fail(serverError(answer, ""))))
+      .join("");
   }
   if (verb === "annotate" || verb === "label") {
     const what = verb === "label" ? "label" : "annotation";

@@ -1,4 +1,5 @@
 /** Packaged manifests, and metrics-server: it answers only where its way to the kubelets would really work. */
+import { createHash } from "node:crypto";
 import { mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { request } from "node:https";
 import { basename, dirname, join, relative } from "node:path";
@@ -174,9 +175,18 @@ function walk(dir: string): string[] {
 /**
  * One pass of the deploy controller: `undefined` keeps what is in force, `null` deletes it.
  * A disabled file is deleted, a user's metrics-server.yaml under --disable=metrics-server too;
- * a skipped one is not applied, but what it made earlier stays.
+ * a skipped one is not applied, but what it made earlier stays, as does what a file made that is gone.
+ *
+ * @param addons checksums by name up to the first dot, as k3s keeps them in the datastore: but for a start (`force`) a
+ * file is applied only when its checksum is another one.
  */
-export function deployPass(dir: string, disables: Set<string>, have: Deployment | null): Deployment | null {
+export function deployPass(
+  dir: string,
+  disables: Set<string>,
+  have: Deployment | null,
+  addons: Record<string, string> = {},
+  force = true,
+): Deployment | null {
   const files = walk(dir).sort();
   const skips = new Set(files.filter((f) => f.endsWith(".skip")).map((f) => basename(f).slice(0, -5)));
   let result = have;
@@ -192,8 +202,14 @@ export function deployPass(dir: string, disables: Set<string>, have: Deployment 
     ) {
       if (readDeployment(readFileSync(file, "utf8"))) result = null;
       rmSync(file);
+      delete addons[name.split(".")[0]];
     } else if (!skips.has(name)) {
-      result = readDeployment(readFileSync(file, "utf8")) ?? result;
+      const text = readFileSync(file, "utf8"),
+        addon = name.split(".")[0],
+        sum = createHash("sha256").update(text).digest("hex");
+      if (!force && addons[addon] === sum) continue;
+      addons[addon] = sum;
+      result = readDeployment(text) ?? result;
     }
   }
   return result;
@@ -296,12 +312,40 @@ function ask(
   });
 }
 
-/** The usage of every node that can be reached. */
+/** A line of its log on a node that it could not ask, as v0.3.6 has it, or a modern one (pkg/scraper). */
+export function complaint(deployment: Deployment, node: Node, error: Error): string {
+  const { name } = node.metadata;
+  const at = metricsAddress(settings(deployment).types, node.status.addresses)?.address ?? "";
+  const url = (path: string): string => `https://${at}:10250/${path}`;
+  const seen = error as Error & { code?: string; cert?: { subjectaltname?: string } };
+  const names = (seen.cert?.subjectaltname ?? "").replace(/DNS:|IP Address:/g, "");
+  const late = seen.message === "i/o timeout";
+  const why =
+    seen.code === "ERR_TLS_CERT_ALTNAME_INVALID"
+      ? `x509: ${/IP Address/.test(seen.cert?.subjectaltname ?? "") ? `certificate is valid for ${names}, not ${at}` : `cannot validate certificate for ${at} because it doesn't contain any IP SANs`}`
+      : seen.code === "ECONNREFUSED"
+        ? `dial tcp ${at}:10250: connect: connection refused`
+        : late
+          ? `dial tcp ${at}:10250: i/o timeout`
+          : seen.message;
+  const time = new Date().toISOString().slice(5, 23).replace("-", "").replace("T", " ");
+  if (/:v0\.[0-3]\./.test(deployment.image))
+    return `E${time}000       1 manager.go:111] unable to fully collect metrics: unable to fully scrape metrics from source kubelet_summary:${name}: unable to fetch metrics from Kubelet ${name} (${at}): Get ${url("stats/summary?only_cpu_and_memory=true")}: ${why}`;
+  const err = JSON.stringify(
+    `Get ${JSON.stringify(url("metrics/resource"))}: ${late ? "context deadline exceeded" : why.replace(/^x509/, "tls: failed to verify certificate: x509")}`,
+  );
+  return late
+    ? `E${time}000       1 scraper.go:147] "Failed to scrape node, timeout to access kubelet" err=${err} node="${name}" timeout="10s"`
+    : `E${time}000       1 scraper.go:149] "Failed to scrape node" err=${err} node="${name}"`;
+}
+
+/** The usage of every node that can be reached, and what it says of the others. */
 export async function scrape(
   nodes: Node[],
   deployment: Deployment,
   tls: { ca: string; cert: string; key: string },
   dns: boolean,
+  says: (line: string) => void = () => {},
 ): Promise<Map<string, Usage>> {
   const s = settings(deployment),
     found = new Map<string, Usage>();
@@ -310,8 +354,7 @@ export async function scrape(
     nodes.map((node) =>
       ask(node, s, tls, dns).then(
         (usage) => void found.set(node.metadata.name, usage),
-        (error: Error) =>
-          log("info", `stand-in: metrics-server cannot reach ${node.metadata.name}: ${error.message}`),
+        (error: Error) => says(complaint(deployment, node, error)),
       ),
     ),
   );

@@ -178,6 +178,7 @@ export async function runServer(start: Start): Promise<void> {
     apiUp: false,
     seen: new Map(),
     usage: undefined,
+    metricsLog: [],
   };
   c.servers = [c.advertised];
   if (store) {
@@ -422,21 +423,28 @@ function watchMetrics(
   crt: string,
   key: string,
 ): void {
-  const deploy = (): void => {
-    const next = deployPass(dir, disables, c.state.deployment);
-    if (JSON.stringify(next) === JSON.stringify(c.state.deployment)) return;
-    c.state.deployment = next;
-    c.usage = undefined;
-    c.save();
+  c.state.addons ??= {};
+  const deploy = (force: boolean): void => {
+    const { deployment, addons } = c.state;
+    const before = JSON.stringify([deployment, addons]);
+    c.state.deployment = deployPass(dir, disables, deployment, addons, force);
+    if (JSON.stringify(deployment) !== JSON.stringify(c.state.deployment)) {
+      c.usage = undefined;
+      c.metricsLog = [];
+    }
+    if (JSON.stringify([c.state.deployment, addons]) !== before) c.save();
   };
-  deploy();
-  setInterval(deploy, DELAY.manifests);
+  deploy(true);
+  setInterval(() => deploy(false), DELAY.manifests);
   setInterval(async () => {
     const { deployment } = c.state;
     if (!deployment) return;
     const own = { ca: file(c.ca.crt), cert: file(crt), key: file(key) };
-    const usage = await scrape(sortedNodes(c), deployment, own, dns);
-    if (c.state.deployment === deployment) c.usage = usage;
+    const said: string[] = [];
+    const usage = await scrape(sortedNodes(c), deployment, own, dns, (line) => said.push(line));
+    if (c.state.deployment !== deployment) return;
+    c.usage = usage;
+    c.metricsLog = [...c.metricsLog, ...said].slice(-1000);
   }, DELAY.metrics);
 }
 
