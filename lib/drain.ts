@@ -1,3 +1,4 @@
+import { type Match, nodeOf, RESTARTING, type Who, whoIs } from "./identity.ts";
 import { K3S, nodeNameOf } from "./k3s.ts";
 import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./kube.ts";
 import type { Settings } from "./settings.ts";
@@ -59,62 +60,121 @@ export function uncordon({ name, drained }: Node): Change[] {
   return drained ? [{ why: `let pods come to node ${name} again`, sh: `${ADMIN}\n${givenBack(name)}` }] : [];
 }
 
+function nodesAt(facts: Facts): Node[] {
+  const nodes = nodesOf(facts.nodes);
+  if (nodes.length === 0) throw new Refusal("The server's API does not answer: make server mends it");
+  return nodes;
+}
+
 /**
- * A step on the server about the node at a public address, if there is one: another box may have its name.
- * Its plan throws {Refusal} for an API that does not answer: nothing must be concluded from that.
+ * A step on the server about a box's node, if it has one, by what the server itself says of its nodes. What the box
+ * says of the cluster counts for nothing: it may be another's. Its plan throws {Refusal} for an API that does not
+ * answer: nothing must be concluded from that.
  */
-export const onNodeAt = (
+export const onNodeOf = (
   name: string,
-  ip: string,
-  plan: (node: Node | undefined, facts: Facts) => Change[],
+  box: Who,
+  plan: (found: Match | undefined, facts: Facts) => Change[],
 ): Step => ({
   name,
   options: [],
   look: () => [clusterLook],
   plan(_want, facts) {
-    const nodes = nodesOf(facts.nodes);
-    if (nodes.length === 0) throw new Refusal("The server's API does not answer: make server mends it");
-    return plan(
-      nodes.find((n) => n.externalIp === ip || n.internalIp === ip),
-      facts,
-    );
+    const found = nodeOf(nodesAt(facts), box);
+    if (found?.is !== "restarted" || !found.node.ready) return plan(found, facts);
+    return [
+      {
+        why: `wait until node ${found.node.name} says that its box has restarted`,
+        sh: `${KUBECTL}
+end=$(($(date +%s) + ${RESTARTING}))
+until kc get node ${sh(found.node.name)} -o json | awk -F'"' '
+  /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
+  END { exit !(ready != "True" || boot == "${box.boot}") }'; do
+  [ "$(date +%s)" -lt "$end" ] || { echo 'It is Ready, and in another boot than this box: two machines have one machine id (/etc/machine-id)'; exit 1; }
+  sleep 2
+done`,
+        seconds: RESTARTING + 60,
+        lookAgain: true,
+      },
+    ];
   },
 });
 
 /** `drain` on the server. */
-export const drainedAt = (ip: string, force: boolean): Step =>
-  onNodeAt("drain", ip, (node, facts) => (node ? drain(node, facts, force) : []));
+export const drainedOn = (box: Who, force: boolean): Step =>
+  onNodeOf("drain", box, (found, facts) => (found ? drain(found.node, facts, force) : []));
 /** `uncordon` on the server. */
-export const uncordonedAt = (ip: string): Step =>
-  onNodeAt("uncordon", ip, (node) => (node ? uncordon(node) : []));
+export const uncordonedOn = (box: Who): Step =>
+  onNodeOf("uncordon", box, (found) => (found ? uncordon(found.node) : []));
 
-/** The node that this box is: its name, what its cluster says of it, and where it may be drained. */
-function nodeHere(want: Settings, facts: Facts) {
-  const server = facts.roles?.split("\n")[0] === "k3s";
-  const name = nodeNameOf(server ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+/** Gives a node its work back on the server, once it is Ready in the box's present boot. */
+const uncordonedAfter = (box: Who): Step => ({
+  ...onNodeOf("uncordon", box, () => []),
+  plan(_want, facts) {
+    // Until k3s has said so the node has the boot id of before, and its box is told by the machine id.
+    const node = nodeOf(nodesAt(facts), { ...box, uptime: 0 })?.node;
+    return node?.drained && node.drained.boot !== box.boot ? [givingBack(node.name, box.boot ?? "")] : [];
+  },
+});
+
+/** The change that uncordons a node once it is Ready in this boot. */
+const givingBack = (name: string, boot: string): Change => ({
+  why: `uncordon node ${name} once it is Ready`,
+  // A node counts as Ready for 40 s after its kubelet has died: it must have said so since the restart.
+  sh: `${ADMIN}
+end=$(($(date +%s) + ${PATIENCE}))
+until kc get node ${sh(name)} -o json | awk -F'"' '
+  /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
+  END { exit !(ready == "True" && boot == "${boot}") }'; do
+  [ "$(date +%s)" -lt "$end" ] || { echo 'The node is not Ready after its restart: it stays cordoned, run this again once it is'; exit 1; }
+  sleep 2
+done
+${givenBack(name)}`,
+  seconds: PATIENCE + 60,
+});
+
+/** This box's own node as the box itself sees its cluster, on a server, and whether that is one. */
+function here(want: Settings, facts: Facts) {
   const nodes = nodesOf(facts.nodes);
-  const how: Partial<Change> = { seconds: PATIENCE + 60, alone: true, ...(server ? {} : { onServer: true }) };
-  return { name, known: nodes.length > 0, node: nodes.find((n) => n.name === name), how };
+  return {
+    isServer: facts.roles?.split("\n")[0] === "k3s",
+    known: nodes.length > 0,
+    box: whoIs(want.PUBLIC_IP, facts),
+    node: nodes.find((n) => n.externalIp === want.PUBLIC_IP || n.internalIp === want.PUBLIC_IP),
+  };
 }
 
 /**
- * Moves the pods of this box's own node elsewhere before the box restarts, through the cluster's server.
+ * Moves the pods of this box's own node elsewhere before the box restarts. An agent's word may only spare itself: the
+ * server finds the node and decides.
  *
  * @throws {Refusal} where the server is not known.
  */
 export function drainHere(want: Settings, facts: Facts): Change[] {
   if (!facts.roles?.trim()) return [];
-  const { name, known, node, how } = nodeHere(want, facts);
+  const { isServer, known, box, node } = here(want, facts);
   if (known && !(node && drainable(node))) return [];
-  if (how.onServer && !want.SERVER) {
-    if (!known) return [];
-    throw new Refusal(
-      `Node ${name} is to be drained before its restart, which only the cluster's server may do: set SERVER, or cordon and drain it yourself first`,
-    );
+  const how = { seconds: PATIENCE + 60, alone: true } as const;
+  if (isServer) {
+    const name =
+      (known && nodeOf(nodesOf(facts.nodes), box)?.node.name) || nodeNameOf(want.SERVER_ARGS, facts);
+    // A server that cannot see its cluster just now may be a healthy node all the same.
+    const asked = `[ "$(kc get node ${sh(name)} --no-headers | awk '{ print $2 }')" = Ready ] || exit 0\n`;
+    return [{ ...draining(name, box.boot ?? "", "", known ? "" : asked), ...how }];
   }
-  // A box that cannot see its cluster just now may be a healthy node all the same.
-  const asked = `[ "$(kc get node ${sh(name)} --no-headers | awk '{ print $2 }')" = Ready ] || exit 0\n`;
-  return [{ ...draining(name, facts.boot?.trim() ?? "", "", known ? "" : asked), ...how }];
+  if (want.SERVER)
+    return [
+      {
+        why: `drain the node at ${box.ip}, if the server has it, for ${PATIENCE} s at most`,
+        sh: "",
+        onServer: drainedOn(box, false),
+        ...how,
+      },
+    ];
+  if (!known) return [];
+  throw new Refusal(
+    `Node ${node?.name} is to be drained before its restart, which only the cluster's server may do: set SERVER, or cordon and drain it yourself first`,
+  );
 }
 
 /**
@@ -123,7 +183,7 @@ export function drainHere(want: Settings, facts: Facts): Change[] {
  */
 export function uncordonHere(want: Settings, facts: Facts): Change[] {
   if (!facts.roles?.trim()) return [];
-  const { known, name, node, how } = nodeHere(want, facts);
+  const { isServer, known, box, node } = here(want, facts);
   if (!known && Number(facts.uptime) < STARTING)
     return [
       {
@@ -139,21 +199,7 @@ done`,
     ];
   const old = node?.drained?.boot;
   // One that is long up and not Ready has something else to be mended first.
-  if (!old || old === facts.boot?.trim() || (!node.ready && Number(facts.uptime) >= STARTING)) return [];
-  return [
-    {
-      why: `uncordon node ${name} once it is Ready`,
-      // A node counts as Ready for 40 s after its kubelet has died: it must have said so since the restart.
-      sh: `${ADMIN}
-end=$(($(date +%s) + ${PATIENCE}))
-until kc get node ${sh(name)} -o json | awk -F'"' '
-  /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
-  END { exit !(ready == "True" && boot != "${old}") }'; do
-  [ "$(date +%s)" -lt "$end" ] || { echo 'The node is not Ready after its restart: it stays cordoned, run this again once it is'; exit 1; }
-  sleep 2
-done
-${givenBack(name)}`,
-      ...how,
-    },
-  ];
+  if (!old || old === box.boot || (!node.ready && Number(facts.uptime) >= STARTING)) return [];
+  const change = { ...givingBack(node.name, box.boot ?? ""), alone: true } as const;
+  return [isServer ? change : { ...change, sh: "", onServer: uncordonedAfter(box) }];
 }

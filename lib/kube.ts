@@ -148,8 +148,9 @@ export interface Node {
   name: string;
   ready: boolean;
   cordoned: boolean;
-  /** Its box's boot id as its kubelet has it, and the one in which this project drained it. */
+  /** Its box's boot id as its kubelet has it, the one in which this project drained it, and its machine id. */
   boot: string | undefined;
+  machine: string | undefined;
   drained: { boot: string; done: boolean } | undefined;
   /** When it joined, in seconds since 1970 by the server's clock. */
   created: number;
@@ -190,13 +191,14 @@ interface NodeObject {
   status?: {
     addresses?: { type: string; address: string }[];
     conditions?: { type: string; status: string; lastHeartbeatTime: string }[];
-    nodeInfo?: { kubeletVersion: string; bootID?: string };
+    nodeInfo?: { kubeletVersion: string; bootID?: string; machineID?: string };
   };
 }
 
 /** As the API server itself would have them; any agent may write annotations. */
 const IP = /^[0-9a-f.:]{2,39}$/;
 const BOOT = /^[0-9a-f-]{36}$/;
+const MACHINE = /^[0-9a-f]{32}$/;
 const CIDR = /^[0-9a-f.:]{2,39}\/\d{1,3}$/;
 const VERSION = /^v[\w.+-]{1,60}$/;
 const only = (pattern: RegExp, value: unknown): string | undefined =>
@@ -230,6 +232,7 @@ export function nodesOf(json = ""): Node[] {
         ready: ready?.status === "True",
         cordoned: spec?.unschedulable === true,
         boot: only(BOOT, status?.nodeInfo?.bootID),
+        machine: only(MACHINE, status?.nodeInfo?.machineID),
         drained: drainedIn(metadata.annotations?.[DRAINED]),
         created: Date.parse(metadata.creationTimestamp ?? "") / 1000 || 0,
         heartbeat: Date.parse(ready?.lastHeartbeatTime ?? "") / 1000 || 0,

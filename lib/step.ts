@@ -24,8 +24,11 @@ export interface Change {
   push?: { file: string; path: string };
   /** The box restarts after this change: wait for its new boot id, then look again. */
   reboot?: true;
-  /** It runs on the cluster's server, not on this box: what an agent's credentials do not allow. */
-  onServer?: true;
+  /**
+   * A step on the cluster's server in place of `sh`, for what an agent's credentials do not allow: it is looked at and
+   * planned there, by what the server itself knows of this box.
+   */
+  onServer?: Step;
   /** It takes a node out of its cluster: one box at a time, and none after one that failed. */
   alone?: true;
   /** Why it could not be seen whether this is still to be done. */
@@ -67,6 +70,7 @@ const BASE = `
 fact uptime; cut -d' ' -f1 /proc/uptime
 fact now; date +%s.%N
 fact boot; cat /proc/sys/kernel/random/boot_id
+fact machine; cat /etc/machine-id 2>/dev/null
 fact hostname; uname -n
 fact arch; uname -m
 fact kernel; uname -r
@@ -165,16 +169,8 @@ export function printed(changes: readonly Change[]): string {
     (name) => `: "\${${name}:?is a secret: set it before you run this}"; export ${name}`,
   );
   const pushes = changes.flatMap(({ push }) => (push ? [`# first copy ${push.file} to ${push.path}`] : []));
-  const elsewhere = changes.flatMap(({ onServer, why, sh }) =>
-    onServer
-      ? [
-          `# first, on the server: ${oneLine(why)}`,
-          ...sh
-            .trim()
-            .split("\n")
-            .map((row) => `#   ${row}`),
-        ]
-      : [],
+  const elsewhere = changes.flatMap(({ onServer, why }) =>
+    onServer ? [`# first, on the server: ${oneLine(why)}`] : [],
   );
   const here = changes.filter((change) => !change.onServer);
   const late = `[ -z "$waited" ] || { echo 'An earlier run has just ended here: make this plan anew'; exit 1; }`;
@@ -291,6 +287,7 @@ const FORMS: Record<string, RegExp> = {
   uptime: /^\d+(\.\d+)?$/,
   now: /^\d{9,11}\D?/,
   boot: /^[\w-]{1,64}$/,
+  machine: /^\w{1,64}$/,
   hostname: /^[^\s\p{Cc}]{1,64}$/u,
   arch: /^\w{1,20}$/,
   kernel: /^\d[\w.+~-]{0,100}$/,
@@ -366,8 +363,7 @@ export const lookAndConverge = async (job: Job, ...steps: Step[]): Promise<Facts
 
 async function apply(job: Job, all: readonly Step[], changes: Change[], facts: Facts) {
   /** What comes before a push, a restart or the server's part; it is not worth a look, unless it had to wait. */
-  const waits = async (some: readonly Change[], box = job.box) =>
-    some.length > 0 && (await trip({ ...job, box }, [], some)).waited;
+  const waits = async (some: readonly Change[]) => some.length > 0 && (await trip(job, [], some)).waited;
   const anew = async (waited = true) => ({ facts: await look(job, all), waited });
   const last = changes.at(-1) as Change;
   if (last.reboot && !job.mayReboot) {
@@ -383,7 +379,7 @@ async function apply(job: Job, all: readonly Step[], changes: Change[], facts: F
       job.progress.says(`copies ${change.push.file} to the box`);
       await job.box.push(change.push.file, change.push.path);
     } else {
-      if (await waits([change], job.server)) return await anew();
+      await lookAndConverge({ ...job, box: job.server }, change.onServer as Step);
       from = i + 1;
     }
   }

@@ -2,8 +2,10 @@
 /** Takes boxes out of the cluster: pods go elsewhere, k3s goes from the box, and the cluster forgets its node. */
 import { Unreachable } from "../lib/box.ts";
 import * as cli from "../lib/cli.ts";
-import { drainedAt, onNodeAt } from "../lib/drain.ts";
+import { ask } from "../lib/cluster.ts";
+import { drainedOn, onNodeOf } from "../lib/drain.ts";
 import { closeAgain, closeLook } from "../lib/firewall.ts";
+import { caIn, caLook, casOf, mayGo, nodeOf, type Who, whoIs } from "../lib/identity.ts";
 import { nodeNameOf, unitPath } from "../lib/k3s.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../lib/kube.ts";
 import { CLEAR, CLEAR_LOOK } from "../lib/leftovers.ts";
@@ -11,7 +13,16 @@ import { rangesOf } from "../lib/node.ts";
 import { report } from "../lib/report.ts";
 import { SettingError } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
-import { type Change, converge, type Facts, Failure, type Job, look, type Step } from "../lib/step.ts";
+import {
+  type Change,
+  converge,
+  type Facts,
+  Failure,
+  type Job,
+  look,
+  Refusal,
+  type Step,
+} from "../lib/step.ts";
 
 const UNITS = [unitPath("server"), unitPath("agent")];
 const FILES = [
@@ -27,6 +38,7 @@ export const uninstall: Step = {
   options: ["HOST", "SERVER", "PUBLIC_IP", "SERVER_ARGS"],
 
   look: (want) => [
+    caLook,
     `fact left
 for path in ${[...UNITS, ...UNITS.map((unit) => `${unit}.env`), ...FILES].join(" ")}; do
   # An empty folder may be a mount of its own.
@@ -104,8 +116,9 @@ fact passwords; cut -d, -f2 ${PASSWORDS} 2>/dev/null`,
  * On the server: the box's node is deleted, and the password by which it proved who it is.
  * @param own the name that the box would join by, where it answers.
  */
-export const forgotten = (ip: string, own: string | undefined): Step => ({
-  ...onNodeAt("forget", ip, (node, facts) => {
+export const forgotten = (box: Who, own: string | undefined): Step => ({
+  ...onNodeOf("forget", box, (found, facts) => {
+    const node = found?.node;
     const taken = nodesOf(facts.nodes).some((n) => n.name === own);
     // Of a node that is gone its password may be left, in a file up to v1.19: whoever comes by its name is rejected.
     const name = node?.name ?? (taken ? undefined : own);
@@ -174,6 +187,33 @@ async function remove(call: cli.Call): Promise<number> {
   return cli.worst(statuses);
 }
 
+/**
+ * Whatever goes from a box that answers is this cluster's, and no other box's node is deleted for it.
+ * @throws {Refusal}
+ */
+export function examine(
+  facts: Facts,
+  cluster: Facts,
+  who: Who,
+  token: string,
+  role: "server" | "agent",
+  force: boolean,
+): void {
+  const ca = casOf(cluster).server;
+  const found = nodeOf(nodesOf(cluster.nodes), who);
+  mayGo(
+    facts,
+    ca.length ? ca : [caIn(token) ?? []].flat(),
+    role,
+    Boolean(found && found.is !== "anew"),
+    force,
+  );
+  if (found?.is === "anew" && casOf(facts).agent.length + casOf(facts).server.length > 0)
+    throw new Refusal(
+      `Node ${found.node.name}, at ${who.ip}, is another box than this one: it has the boot id ${found.node.boot ?? "none"}, this box ${who.boot}, and this one has joined under another name or address. Which box has the address?`,
+    );
+}
+
 async function one(
   call: cli.Call,
   servers: readonly cli.Target[],
@@ -194,10 +234,12 @@ async function one(
     line.says(`${error.message}: its node is removed all the same`);
   }
   const { SERVER_ARGS, AGENT_ARGS } = job.want;
-  const isServer = servers.some((other) => other.host === box.host);
-  const name = facts && nodeNameOf(isServer ? SERVER_ARGS : AGENT_ARGS, facts);
-  const [drained, forget] = [drainedAt(box.ip, force), forgotten(box.ip, name)];
-  const cluster = await look(atServer, [drained, forget]);
+  const role = servers.some((other) => other.host === box.host) ? "server" : "agent";
+  const name = facts && nodeNameOf(role === "server" ? SERVER_ARGS : AGENT_ARGS, facts);
+  const who = whoIs(box.ip, facts);
+  const [drained, forget] = [drainedOn(who, force), forgotten(who, name)];
+  const cluster = await look(atServer, [drained, forget, ask(caLook)]);
+  if (facts) examine(facts, cluster, who, atServer.want.K3S_TOKEN, role, force);
   const parts: [cli.Target, Job, Step, Facts][] = [[server, atServer, drained, cluster]];
   if (facts) parts.push([box, job, uninstall, facts]);
   parts.push([server, atServer, forget, cluster]);

@@ -5,6 +5,7 @@ import * as cli from "../lib/cli.ts";
 import { ask } from "../lib/cluster.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
 import { closeLook } from "../lib/firewall.ts";
+import { whoIs } from "../lib/identity.ts";
 import { nodeNameOf } from "../lib/k3s.ts";
 import { KUBECTL } from "../lib/kube.ts";
 import { rangesOf } from "../lib/node.ts";
@@ -149,7 +150,7 @@ async function restore(call: cli.Call): Promise<number> {
     const facts = await look(job, steps);
     if (call.mode !== "apply") return cli.showPlan(call, box, steps, job, facts);
     const after = await converge(job, steps, facts);
-    await lookAndConverge(job, ...gone.map((ip) => forgotten(ip, undefined)), unproven);
+    await lookAndConverge(job, ...gone.map((ip) => forgotten(whoIs(ip), undefined)), unproven);
     Object.assign(next.settings, await cli.learn(call, steps, job, after));
     const values = { SERVER: box.word, K3S_VERSION: about.version };
     const have = readEnv(call.envFile).values;

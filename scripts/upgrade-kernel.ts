@@ -41,7 +41,7 @@ const ROOM = 80;
 
 export const upgradeKernel: Step = {
   name: "upgrade-kernel",
-  options: ["SERVER", "ELREPO_URL", "ELREPO_KERNEL_URL", ...PROXY_SETTINGS],
+  options: ["SERVER", "PUBLIC_IP", "ELREPO_URL", "ELREPO_KERNEL_URL", ...PROXY_SETTINGS],
 
   look: () => [
     moduleLook,

@@ -6,8 +6,9 @@
  */
 import { Unreachable } from "../lib/box.ts";
 import * as cli from "../lib/cli.ts";
-import { drainedAt, uncordonedAt } from "../lib/drain.ts";
+import { drainedOn, uncordonedOn } from "../lib/drain.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
+import { nodeOf, whoIs } from "../lib/identity.ts";
 import {
   binaryLook,
   envPath,
@@ -184,7 +185,8 @@ async function upgrade(call: cli.Call): Promise<number> {
     const learned = serverStep.learn?.(first.job.want, first.facts);
     for (const member of members) {
       if (member !== first) member.job.want = { ...member.job.want, ...learned };
-      const node = nodes.find(({ externalIp }) => externalIp === member.target.ip);
+      const found = nodeOf(nodes, whoIs(member.target.ip, member.facts));
+      const node = found?.is === "anew" ? undefined : found?.node;
       if (!node)
         throw new Refusal(
           `${member.target.name} is no node of the cluster: make agent HOST=${member.target.word}, or take it out of AGENTS`,
@@ -247,23 +249,25 @@ async function preview(
 ) {
   const facts = await look(job, [...stepsOf(role), stepsFor(role, version, target.ip).keep]);
   if (version !== job.want.K3S_VERSION)
-    cli.showPlan(call, first.target, [drainedAt(target.ip, force)], first.job, first.facts);
+    cli.showPlan(call, first.target, [drainedOn(whoIs(target.ip, facts), force)], first.job, first.facts);
   cli.showPlan(call, target, stepsOf(role), job, facts);
 }
 
 async function one(member: Member, first: Member, force: boolean): Promise<void> {
   const { target, role, job, line, version } = member;
   const { keep, runs, forget, putBack } = stepsFor(role, version, target.ip);
-  const [drained, uncordoned] = [drainedAt(target.ip, force), uncordonedAt(target.ip)];
   const all = [...stepsOf(role), runs];
   const atServer = { ...first.job, progress: line };
   const release = job.want.K3S_VERSION;
   const facts = await look(job, [...all, keep]);
+  const drained = drainedOn(whoIs(target.ip, facts), force);
+  /** By what the box says last: its new kernel is another boot. */
+  const uncordoned = (now: Facts) => uncordonedOn(whoIs(target.ip, now));
   const cluster = role === "server" ? facts : await look(atServer, [drained]);
   if (version === release) {
     // What a run that was cut has left: nothing of it is a reason to put anything back.
     const after = await converge(job, all, facts);
-    const left = facts.kept?.trim() || planAll([uncordoned], job.want, cluster).length;
+    const left = facts.kept?.trim() || planAll([uncordoned(facts)], job.want, cluster).length;
     if (after === facts && !left) return;
   } else {
     await converge(atServer, [drained], cluster);
@@ -283,8 +287,7 @@ async function one(member: Member, first: Member, force: boolean): Promise<void>
       throw new Failure(`${message}. The upgrade ends here; ${how}`, change, output);
     }
   }
-  await lookAndConverge(job, forget);
-  await lookAndConverge(atServer, uncordoned);
+  await lookAndConverge(atServer, uncordoned(await lookAndConverge(job, forget)));
   line.done(false, `runs ${release}`);
 
   /** Puts the node back to what it ran before; says how that went. */
@@ -293,7 +296,7 @@ async function one(member: Member, first: Member, force: boolean): Promise<void>
     const facts = await look(back, [putBack]);
     const kept = facts.kept?.trim();
     if (kept) await converge(back, [putBack], facts);
-    await lookAndConverge(atServer, uncordoned);
+    await lookAndConverge(atServer, uncordoned(facts));
     return kept
       ? `${target.name} runs ${version} again`
       : `nothing of ${version} was kept there, so nothing was put back`;

@@ -2,15 +2,18 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { drain, drainHere, uncordon, uncordonHere } from "../lib/drain.ts";
 import { DRAINED, type Node, nodesOf } from "../lib/kube.ts";
-import { type Facts, Refusal } from "../lib/step.ts";
+import { type Change, type Facts, Refusal } from "../lib/step.ts";
 import {
   A1,
   B1,
   B2,
+  box,
   MODERN,
+  type NodeSpec,
   node,
   nodes,
   OLD,
+  planned,
   prepared,
   programs,
   shell,
@@ -18,7 +21,7 @@ import {
   wanted,
 } from "./helpers.ts";
 
-const BOOT = "f193e011-2833-4503-812f-2c98931dc2e5";
+const BOOT = (box(B1).boot ?? "").trim();
 const BEFORE = "88e9fd3e-8477-40e7-aaf5-7b4c1351751a";
 
 /** The box b1, and its node as the cluster has it: ready or not, cordoned or not, drained in a boot or not. */
@@ -33,14 +36,19 @@ function facts({
   Object.assign(own.spec, cordoned ? { unschedulable: true } : {});
   Object.assign(own.metadata.annotations, drained ? { [DRAINED]: drained } : {});
   return prepared(OLD, {
-    hostname: `${name}\n`,
-    boot: `${BOOT}\n`,
+    ...box(name === "a1" ? A1 : B1),
     roles,
     nodes: JSON.stringify({ kind: "List", items: [own] }),
   });
 }
-const want = wanted({ SERVER: "a1" });
+const want = wanted({ SERVER: "a1", PUBLIC_IP: B1.ip });
+const atServer = wanted({ SERVER: "a1" });
 const none = { ...facts(), nodes: "", roles: "" };
+const onServer = facts({ roles: "k3s\n", name: "a1" });
+
+/** What the server then does for a box, by what it has itself: the cluster of a1, b1 and b2. */
+const does = (changes: readonly Change[], json: string): Change[] =>
+  changes.flatMap((change) => change.onServer?.plan(atServer, { nodes: json }) ?? [change]);
 
 describe("before its restart", () => {
   const cases: [name: string, facts: Facts, drained: boolean][] = [
@@ -53,29 +61,70 @@ describe("before its restart", () => {
     ["a node that the user has cordoned is left to the user", facts({ cordoned: true }), false],
     ["a node that is not Ready is not", facts({ ready: false }), false],
     ["a box that is no node is not", none, false],
-    ["a node that cannot see its cluster is, if that says it is Ready", { ...facts(), nodes: "" }, true],
+    ["a node that cannot see its cluster is, if the server says so", { ...facts(), nodes: "" }, true],
   ];
   for (const [name, seen, drained] of cases)
     test(name, () => assert.equal(drainHere(want, seen).length, drained ? 1 : 0));
 
   test("an agent's node is drained on the server, the server's own where it is", () => {
-    const [of] = [drainHere(want, facts())[0], drainHere(want, facts({ roles: "k3s\n", name: "a1" }))[0]];
-    assert.equal(of?.onServer, true);
-    assert.equal(drainHere(want, facts({ roles: "k3s\n", name: "a1" }))[0]?.onServer, undefined);
+    const [of] = [drainHere(want, facts())[0], drainHere(atServer, onServer)[0]];
+    assert.ok(of?.onServer);
+    assert.equal(drainHere(atServer, onServer)[0]?.onServer, undefined);
   });
 
   test("an agent whose server is not known is not restarted", () => {
     assert.throws(
-      () => drainHere(wanted(), facts()),
+      () => drainHere(wanted({ PUBLIC_IP: B1.ip }), facts()),
       (e: Error) => e instanceof Refusal && /set SERVER, or cordon and drain it yourself/.test(e.message),
     );
-    assert.equal(drainHere(wanted(), facts({ roles: "k3s\n", name: "a1" })).length, 1);
+    assert.equal(drainHere(wanted(), onServer).length, 1);
   });
+});
 
-  test("it is known by its name in the cluster", () => {
-    const named = wanted({ SERVER: "a1", AGENT_ARGS: "--node-name=b1" });
-    assert.equal(drainHere(named, { ...facts(), hostname: "another\n" }).length, 1);
-    assert.equal(drainHere(want, { ...facts(), hostname: "another\n" }).length, 0);
+describe("whatever an agent's box says, the server does nothing to another node", () => {
+  const drainedB2 = cluster({ name: "b2", cordoned: true, drained: BEFORE });
+  /** A box at b1's address that says it is b2, with a cluster of its own making. */
+  const forged = (over: Facts = {}, own: Partial<NodeSpec> = {}) => {
+    const item = node({ ...B2, ip: B1.ip, ...own });
+    const seen = {
+      ...facts(),
+      hostname: "b2\n",
+      nodes: JSON.stringify({ kind: "List", items: [item] }),
+      ...over,
+    };
+    const marked = structuredClone(item);
+    Object.assign(marked.spec, { unschedulable: true });
+    Object.assign(marked.metadata.annotations, { [DRAINED]: BEFORE });
+    const back = { ...seen, nodes: JSON.stringify({ kind: "List", items: [marked] }) };
+    return [...drainHere(want, seen), ...uncordonHere(want, back)];
+  };
+  const lies: [name: string, changes: () => Change[], server: string][] = [
+    ["a forged name and NodeList", () => forged(), drainedB2],
+    ["the name and boot id of another", () => forged(box(B2)), drainedB2],
+    ["a boot id of nobody's", () => forged({ boot: `${BEFORE}\n`, machine: "" }), drainedB2],
+    ["no boot id", () => forged({ boot: "" }), drainedB2],
+    [
+      "the address of another in its own node",
+      () => forged(),
+      nodes(A1, { ...B1, external: B2.ip, boot: box(B2).boot?.trim() ?? "" }, B2),
+    ],
+    ["another's address, and no node at its own", () => forged(box(B2)), nodes(A1, B2)],
+  ];
+  for (const [name, changes, server] of lies)
+    test(name, () => {
+      for (const change of changes()) {
+        assert.ok(change.onServer && !change.sh, "planned on the box");
+        const then = planned([change.onServer], atServer, { nodes: server });
+        for (const { why, sh } of then) assert.doesNotMatch(why + sh, /\bb2\b/);
+      }
+      assert.ok(changes().length > 0);
+    });
+
+  test("and its own one is drained by what the server has", () => {
+    const [change] = does(drainHere(want, facts()), cluster());
+    assert.match(change?.why ?? "", /^drain node b1,/);
+    assert.deepEqual(does(drainHere(want, facts()), cluster({ cordoned: true })), []);
+    assert.throws(() => does(drainHere(want, facts()), ""), /API does not answer/);
   });
 });
 
@@ -120,12 +169,12 @@ describe("after its restart", () => {
     });
 });
 
-/** Three nodes as the API gives them, b1 with what is told of it. */
-function cluster({ cordoned = false, drained = "" } = {}): string {
+/** Three nodes as the API gives them, one with what is told of it. */
+function cluster({ name = "b1", cordoned = false, drained = "" } = {}): string {
   const items = [A1, B1, B2].map((of) => node(of));
-  const [, b1] = items as [unknown, (typeof items)[number]];
-  Object.assign(b1.spec, cordoned ? { unschedulable: true } : {});
-  Object.assign(b1.metadata.annotations, drained ? { [DRAINED]: drained } : {});
+  const told = items.find(({ metadata }) => metadata.name === name) as (typeof items)[number];
+  Object.assign(told.spec, cordoned ? { unschedulable: true } : {});
+  Object.assign(told.metadata.annotations, drained ? { [DRAINED]: drained } : {});
   return JSON.stringify({ kind: "List", items });
 }
 const b1In = (json: string) => nodesOf(json).find((n) => n.name === "b1") as Node;
@@ -191,8 +240,9 @@ case $* in ${answers} *) ;; esac`;
 }
 
 describe("kubectl", () => {
-  const drainSh = drainHere(want, facts())[0]?.sh ?? "";
-  const backSh = uncordonHere(want, facts({ cordoned: true, drained: BEFORE }))[0]?.sh ?? "";
+  const drainSh = does(drainHere(want, facts()), cluster())[0]?.sh ?? "";
+  const restarted = cluster({ cordoned: true, drained: BEFORE });
+  const backSh = does(uncordonHere(want, facts({ cordoned: true, drained: BEFORE })), restarted)[0]?.sh ?? "";
   const DRAIN = (flag: string) => `drain b1 --ignore-daemonsets ${flag} --timeout=300s`;
 
   for (const [version, flag] of [
@@ -212,14 +262,14 @@ describe("kubectl", () => {
     });
 
   test("that finds the node of a blind box not Ready, or cordoned, leaves it", () => {
-    const blind = drainHere(want, { ...facts(), nodes: "" })[0]?.sh ?? "";
+    const blind = drainHere(atServer, { ...onServer, nodes: "" })[0]?.sh ?? "";
     for (const [status, drained] of [
       ["Ready", true],
       ["NotReady", false],
       ["Ready,SchedulingDisabled", false],
     ] as const) {
-      const { asked } = asks(blind, MODERN, `"get node"*) echo 'b1 ${status} <none> 1d' ;;`);
-      assert.equal(asked().includes(DRAIN("--delete-emptydir-data")), drained, status);
+      const { asked } = asks(blind, MODERN, `"get node"*) echo 'a1 ${status} <none> 1d' ;;`);
+      assert.equal(asked().includes(DRAIN("--delete-emptydir-data").replace("b1", "a1")), drained, status);
     }
   });
 

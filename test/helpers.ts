@@ -31,11 +31,23 @@ export const wanted = (over: Partial<Settings> = {}): Settings => ({
   ...over,
 });
 
+/** The boot id and machine id of a1, which the facts are of; those of other nodes end with their number. */
+export const BOOT = "f193e011-2833-4503-812f-2c98931dc2e0";
+export const MACHINE = "33e005557d0340dfb2bcad364d0ec4a0";
+const ofNode = (id: string, n: number) => id.slice(0, -1) + n.toString(16);
+/** What a box of one of these nodes says of who it is. */
+export const box = ({ name, n }: NodeSpec): Facts => ({
+  hostname: `${name}\n`,
+  boot: `${ofNode(BOOT, n)}\n`,
+  machine: `${ofNode(MACHINE, n)}\n`,
+});
+
 /** The facts of a box on which steps 1 to 3 are done and nothing of k3s is set up. */
 export const prepared = (version: string, over: Facts = {}): Facts => ({
   uptime: "3600.00",
   now: `${NOW}.000000000`,
-  boot: "f193e011-2833-4503-812f-2c98931dc2e5\n",
+  boot: `${BOOT}\n`,
+  machine: `${MACHINE}\n`,
   hostname: "a1\n",
   arch: "x86_64\n",
   kernel: "6.1.0-50-cloud-amd64\n",
@@ -60,6 +72,8 @@ export interface NodeSpec {
   external?: string;
   public?: string;
   overwrite?: string;
+  boot?: string;
+  machine?: string;
   /** What k3s says that it was given; default: nothing. */
   args?: string[];
   version?: string;
@@ -96,7 +110,11 @@ export const node = (spec: NodeSpec) => ({
         lastHeartbeatTime: new Date((spec.beat ?? NOW - 20) * 1000).toISOString(),
       },
     ],
-    nodeInfo: { kubeletVersion: spec.version ?? MODERN, bootID: "93c4a8b1-3b43-4b7c-9f0c-5d5a3a8b1f10" },
+    nodeInfo: {
+      kubeletVersion: spec.version ?? MODERN,
+      bootID: spec.boot ?? ofNode(BOOT, spec.n),
+      machineID: spec.machine ?? ofNode(MACHINE, spec.n),
+    },
   },
 });
 export const nodes = (...specs: NodeSpec[]): string =>
@@ -158,7 +176,7 @@ export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried
     facts: {
       now: `${NOW}.5`,
       uptime: "3600.00",
-      hostname: spec.name,
+      ...box(spec),
       kernel: "6.1.0-50-cloud-amd64",
       addresses: `1: lo    inet ${spec.ip}/32 scope global lo\n3: ${iface}    inet 10.42.${spec.n}.0/32 scope global ${iface}`,
       units: `Id=${unitOf(role)}.service\nActiveState=active\nNRestarts=0\nMainPID=812\nExecMainStartTimestampMonotonic=1800000000\n\nId=${unitOf(role === "server" ? "agent" : "server")}.service\nActiveState=inactive\nMainPID=0`,

@@ -12,7 +12,7 @@ import fc from "fast-check";
 import { type Box, closeAll, open, Unreachable } from "../lib/box.ts";
 import { clusterOf, type Member, tries } from "../lib/cluster.ts";
 import { diagnose } from "../lib/diagnosis.ts";
-import { drainedAt, uncordonedAt } from "../lib/drain.ts";
+import { drainedOn, uncordonedOn } from "../lib/drain.ts";
 import { closeAgain, closeLook } from "../lib/firewall.ts";
 import { releaseOf } from "../lib/k3s.ts";
 import { nodesOf } from "../lib/kube.ts";
@@ -241,9 +241,12 @@ function plans(want: Settings, version: string): { steps: readonly Step[]; facts
   );
   const rest = [
     ...[{ nft: "/usr/sbin/nft\n" }, firewalld, ufw].map((facts): [Step, Facts] => [firewallFor([IP]), facts]),
-    ...[uninstall, drainedAt(B1.ip, true), uncordonedAt(B1.ip), forgotten(B1.ip, "b1")].map(
-      (step): [Step, Facts] => [step, { left: "x\n" }],
-    ),
+    ...[
+      uninstall,
+      drainedOn({ ip: B1.ip }, true),
+      uncordonedOn({ ip: B1.ip }),
+      forgotten({ ip: B1.ip }, "b1"),
+    ].map((step): [Step, Facts] => [step, { left: "x\n" }]),
     [token, { token: TOKEN, running: "active", rotates: "rotate", door: "200" }] as [Step, Facts],
     [
       {

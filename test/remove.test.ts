@@ -37,7 +37,7 @@ describe("what goes from a box", () => {
 describe("the cluster forgets", () => {
   const facts: Facts = { nodes: nodes(A1, B1, B2), version: MODERN };
   const forgets = (ip: string, own: string | undefined, over: Facts = {}) =>
-    whys(forgotten(ip, own).plan(want, { ...facts, ...over }));
+    whys(forgotten({ ip }, own).plan(want, { ...facts, ...over }));
 
   test("the node at the box's address, and its password: a secret", () =>
     assert.deepEqual(forgets(B1.ip, "b1", { secrets: "a1\nb1\nb2\n" }), [

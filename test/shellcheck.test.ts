@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { ask, clusterOf, LOOKS, tries } from "../lib/cluster.ts";
-import { drainedAt } from "../lib/drain.ts";
+import { drainedOn } from "../lib/drain.ts";
 import { closeAgain, firewallLook, firewallPlan, scriptText } from "../lib/firewall.ts";
 import { DRAINED } from "../lib/kube.ts";
 import { kubelets, made, type Pod, paths } from "../lib/pods.ts";
@@ -166,8 +166,8 @@ describe("shellcheck finds nothing to say of living with a cluster", { skip }, (
   const cases: [Step, Facts][] = [
     ...[
       uninstall,
-      drainedAt(B1.ip, true),
-      forgotten(B1.ip, "b1"),
+      drainedOn({ ip: B1.ip }, true),
+      forgotten({ ip: B1.ip }, "b1"),
       token,
       copied("x"),
       cleared,

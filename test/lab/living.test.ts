@@ -232,7 +232,8 @@ describe("backup and restore", () => {
 
   test("the box of the server that was, found again, is cleared like any other", async () => {
     await a1.on();
-    await t.ok("make remove HOST=a1");
+    await t.says("make remove HOST=a1", 2, ["a server's data, with the same CA", "FORCE=1 removes it"]);
+    await t.ok("make remove HOST=a1 FORCE=1");
     await clean([a1]);
     await connected([a2, b1, b2]);
   });
