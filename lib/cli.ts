@@ -4,7 +4,7 @@ import { createReadStream, existsSync, readFileSync, realpathSync } from "node:f
 import { hostname } from "node:os";
 import { dirname, join, relative } from "node:path";
 import minimist from "minimist";
-import { configArgs } from "./args.ts";
+import { configArgs, wrongIn } from "./args.ts";
 import { addressOf, closeAll, open, Unreachable } from "./box.ts";
 import { updateEnv } from "./env-file.ts";
 import type { Ill } from "./journal.ts";
@@ -229,29 +229,14 @@ async function filesOf(want: Settings): Promise<Partial<Settings>> {
   };
 }
 
-/** Keys of k3s's config file that this project has to know of, and where they belong. */
-const ELSEWHERE: Record<string, string> = {
-  "node-name": "SERVER_ARGS or AGENT_ARGS: --node-name=…",
-  "node-label": "NODE_LABELS",
-  "node-taint": "NODE_TAINTS",
-  token: "K3S_TOKEN",
-  t: "K3S_TOKEN",
-  "cluster-secret": "K3S_TOKEN",
-  "datastore-endpoint": "K3S_DATASTORE_ENDPOINT",
-  "cluster-init": "no file: several servers go by K3S_DATASTORE_ENDPOINT",
-  server: "K3S_URL",
-  s: "K3S_URL",
-};
-
 /** @throws {SettingError} when the file cannot be read, is not as k3s reads it, or holds what belongs into a setting. */
 function configIn({ K3S_CONFIG }: Settings): string {
   try {
     const bytes = readFileSync(K3S_CONFIG);
     if (!isUtf8(bytes) || bytes.includes(0)) throw new Error("expected text in UTF-8");
     const text = bytes.toString().trimEnd();
-    for (const { flag } of configArgs(text))
-      if (Object.hasOwn(ELSEWHERE, flag))
-        throw new Error(`it has ${flag}, expected it in ${ELSEWHERE[flag]}`);
+    const wrong = wrongIn(undefined, configArgs(text));
+    if (wrong) throw new Error(`it has ${wrong}`);
     return text;
   } catch (error) {
     throw new SettingError(`K3S_CONFIG is "${K3S_CONFIG}": ${(error as Error).message}`);

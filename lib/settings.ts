@@ -1,6 +1,7 @@
 import { hostname } from "node:os";
-import { parseArgs, secretIn } from "./args.ts";
+import { parseArgs, refusedIn, secretIn } from "./args.ts";
 import { readEnv } from "./env-file.ts";
+import type { Role } from "./k3s.ts";
 import { jsonOf } from "./text.ts";
 
 /** A setting is wrong: where it came from, what was found, what would be right. Exit status 2, nothing touched. */
@@ -36,7 +37,7 @@ const release = matches(
 );
 const file = matches(/^\P{Cc}+$/u, "the path of a file, without control characters");
 
-function args(value: string): string | undefined {
+function args(role: Role, value: string): string | undefined {
   if (!/^([^\p{Cc}'"`\\]|\t)*$/u.test(value))
     return "arguments separated by blanks, on one line, without quotes, backslashes or control characters";
   const list = parseArgs(value);
@@ -46,6 +47,8 @@ function args(value: string): string | undefined {
   // The unit has an argument a line, and a line that begins so is a comment, a lone ; the end of a command.
   if (/(^|\s)[#;]/.test(value))
     return "arguments that do not begin with # or ;, which systemd would not pass on";
+  const refused = refusedIn(role, list);
+  if (refused) return `no --${refused[0]}: ${refused[1]}`;
   // To k3s they are the end of its flags: the rest is dropped without a word.
   if (words(value).some((word) => /^-+$/.test(word))) return "arguments, not a lone dash or two";
   for (const { flag, value: word = "" } of list) {
@@ -73,7 +76,7 @@ const ETCD =
 const serverArgs = (value: string) =>
   parseArgs(value).some(({ flag }) => /^(cluster-init|cluster-reset.*|server|s)$/.test(flag))
     ? `no argument for several servers: they go by K3S_DATASTORE_ENDPOINT (${ETCD})`
-    : args(value);
+    : args("server", value);
 
 const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
 const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
@@ -189,7 +192,7 @@ export const SETTINGS = {
     value: "",
     help: "more arguments of k3s agent",
     example: "--node-label=cloud=b",
-    check: args,
+    check: (value) => args("agent", value),
   },
   NODE_LABELS: {
     value: "",

@@ -2,6 +2,7 @@
 /** Step 5 of 7: a healthy k3s agent that has joined the server. Brings the box through steps 1 to 3 too. */
 import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
+import { foreignFirst } from "../lib/foreign.ts";
 import { envPath, nodeNameIn, nodeNameOf } from "../lib/k3s.ts";
 import { nodesOf } from "../lib/kube.ts";
 import { NODE_SETTINGS, proxyEnv } from "../lib/node.ts";
@@ -128,7 +129,13 @@ function unreachable(url: string, error: string): string {
 }
 
 /** What an agent needs before there is a server to join. */
-export const prepareSteps = [systemdFirst, downloadK3s, upgradeKernel, installWireguard];
+export const prepareSteps = [
+  systemdFirst,
+  foreignFirst("agent"),
+  downloadK3s,
+  upgradeKernel,
+  installWireguard,
+];
 
 /** What brings a box from nothing to an agent that every node can reach. */
 export const agentSteps = [...prepareSteps, agent, annotateAs("agent")];

@@ -1,6 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { type Call, run, type Target } from "../lib/cli.ts";
+import { foreignFirst } from "../lib/foreign.ts";
 import { envPath } from "../lib/k3s.ts";
 import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/node.ts";
 import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/service.ts";
@@ -122,6 +123,7 @@ function examine({ settings: want }: Call, boxes: readonly Target[]): void {
 /** What brings a box from nothing to a server whose node others can reach. */
 export const serverSteps = [
   systemdFirst,
+  foreignFirst("server"),
   downloadK3s,
   upgradeKernel,
   installWireguard,

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { configArgs, lastOf, parseArgs, secretIn } from "../lib/args.ts";
+import { configArgs, lastOf, parseArgs, refusedIn, secretIn } from "../lib/args.ts";
+import { fixture } from "./helpers.ts";
 
 describe("arguments", () => {
   const cases: [args: string, [flag: string, value: string | undefined][]][] = [
@@ -119,4 +120,80 @@ describe("k3s's config file", () => {
         () => configArgs(text),
         (error: Error) => right.test(error.message) && !error.message.includes("\n"),
       ));
+});
+
+describe("flags that this project gives itself, or goes by", () => {
+  const refused: [args: string, why: RegExp][] = [
+    ["--data-dir=/data", /looked for in \/var\/lib\/rancher\/k3s, which may be a link or a mount/],
+    ["-d /data", /\/var\/lib\/rancher\/k3s/],
+    ["--https-listen-port=443", /at its own ports/],
+    ["--https-listen-port 443", /at its own ports/],
+    ["--bind-address=192.0.2.1", /of every address/],
+    ["--advertise-port=1 --x", /ports/],
+    ["--supervisor-port=9345", /ports/],
+    ["--write-kubeconfig /root/config", /make kubeconfig/],
+    ["-o=/root/config", /make kubeconfig/],
+    ["--flannel-backend=vxlan", /WireGuard/],
+    ["--flannel-backend=none", /WireGuard/],
+    ["--no-flannel", /WireGuard/],
+    ["--flannel-conf=/x", /WireGuard/],
+    ["--vpn-auth-file=/x", /WireGuard/],
+    ["--node-ip=10.0.0.1", /PUBLIC_IP/],
+    ["-i\t10.0.0.1", /PUBLIC_IP/],
+    ["--node-external-ip=1.2.3.4", /PUBLIC_IP/],
+    ["--advertise-address=10.0.0.1", /PUBLIC_IP/],
+    ["--kubelet-arg=node-ip=10.0.0.1", /PUBLIC_IP/],
+    ["--with-node-id", /--node-name/],
+    ["--with-node-id=true", /--node-name/],
+    ["--kubelet-arg=hostname-override=x", /--node-name/],
+    ["--kubelet-arg=root-dir=/data", /\/var\/lib\/kubelet/],
+    ["--kubelet-arg=port=1", /ports/],
+    ["--kube-proxy-arg=proxy-mode=ipvs", /PROXY_MODE/],
+    ["--config=/x", /K3S_CONFIG/],
+    ["-c /x", /K3S_CONFIG/],
+    ["--private-registry=/x", /REGISTRY_MIRRORS/],
+    ["--docker", /containerd/],
+    ["--container-runtime-endpoint=/run/x.sock", /containerd/],
+    ["--rootless", /root/],
+    ["--log=/x", /journal/],
+    ["-l /x", /journal/],
+    ["--disable-agent", /a whole one here, and a node/],
+    ["--disable-cloud-controller", /a whole one/],
+    ["--agent-token-file=/x", /K3S_TOKEN/],
+  ];
+  for (const [args, why] of refused)
+    test(`are refused with what to use instead: ${JSON.stringify(args)}`, () =>
+      assert.match(refusedIn("server", parseArgs(args))?.[1] ?? "", why));
+
+  test("are not refused where they say no", () =>
+    assert.equal(
+      refusedIn("server", parseArgs("--disable-agent=false --docker=false --with-node-id=false")),
+      undefined,
+    ));
+
+  test("leave all others to the user", () => {
+    const server =
+      "--disable=traefik --tls-san=x --node-name=a --cluster-cidr=10.1.0.0/16 --service-cidr=10.2.0.0/16 --cluster-domain=k.local --kubelet-arg=max-pods=50 --kubelet-arg=fail-cgroupv1=false --kube-proxy-arg=metrics-bind-address=0.0.0.0 --write-kubeconfig-mode=640 --snapshotter=native --egress-selector-mode=pod --disable-network-policy --flannel-iface=eth1 --selinux --debug -v=4 --prefer-bundled-bin --resolv-conf=/x --secrets-encryption --token-file=/root/token --node-label=a=b --alsologtostderr --vmodule=a=1";
+    assert.equal(refusedIn("server", parseArgs(server)), undefined);
+    const agent =
+      "--node-name=a --kubelet-arg=max-pods=50 --snapshotter=native --selinux --debug --lb-server-port=6446";
+    assert.equal(refusedIn("agent", parseArgs(agent)), undefined);
+  });
+
+  test("are told from those that only servers know by k3s's own help", () => {
+    const flags = (command: string) =>
+      ["v1.17.6", "v1.36.3"].flatMap((version) =>
+        [...fixture(`k3s-${command}-help-${version}.txt`).matchAll(/^ {3}-.*?(?: {2}|$)/gm)].flatMap(
+          ([line]) =>
+            [...line.replace(/\[.*/, "").matchAll(/(?:^| )--?([\w-]+)/g)].map(([, name]) => name as string),
+        ),
+      );
+    const agents = new Set(flags("agent"));
+    assert.ok(agents.size > 40 && agents.has("node-ip") && agents.has("i"), [...agents].join());
+    const only = flags("server").filter((flag) => !agents.has(flag));
+    assert.ok(only.length > 60 && only.includes("write-kubeconfig-mode"), only.join());
+    for (const flag of only) assert.ok(refusedIn("agent", [{ flag, value: "x" }]), flag);
+    for (const flag of agents)
+      assert.doesNotMatch(refusedIn("agent", [{ flag, value: "x" }])?.[1] ?? "", /only servers/, flag);
+  });
 });

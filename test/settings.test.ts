@@ -255,6 +255,16 @@ describe("a wrong value", () => {
     assert.equal(refusal("SERVER_ARGS", "--token-file=/root/token --tls-san=x"), "");
   });
 
+  test("of arguments that this project gives itself, or that only servers know, is refused with its name", () => {
+    assert.match(
+      refusal("SERVER_ARGS", "--disable=traefik --data-dir /data"),
+      /^SERVER_ARGS is "--disable=traefik --data-dir \/data" \(.*\): expected no --data-dir: k3s's data are/,
+    );
+    assert.match(refusal("AGENT_ARGS", "--node-ip=10.0.0.1"), /expected no --node-ip: PUBLIC_IP/);
+    assert.match(refusal("AGENT_ARGS", "--disable=traefik"), /expected no --disable: only servers know it/);
+    assert.match(refusal("AGENT_ARGS", "--server=https://x:6443"), /expected no --server: K3S_URL has it/);
+  });
+
   test("of SERVER_ARGS that begins an embedded etcd is refused with the reason and the other way", () =>
     assert.match(refusal("SERVER_ARGS", "--cluster-init"), /K3S_DATASTORE_ENDPOINT.*private addresses/));
 

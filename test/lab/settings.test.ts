@@ -61,7 +61,10 @@ describe("settings", { concurrency: true }, () => {
         JSON.parse(await t.box("a1").sh(`kubectl get node ${name} -o json`));
 
       test("the dry run shows the unit's difference line by line, and changes nothing", async () => {
-        env({ SERVER_ARGS: "--disable=traefik --write-kubeconfig-mode=640", AGENT_ARGS__b2: "--docker" });
+        env({
+          SERVER_ARGS: "--disable=traefik --write-kubeconfig-mode=640",
+          AGENT_ARGS__b2: "--kubelet-arg=v=2",
+        });
         const before = await Promise.all(t.lab.boxes.map(state));
         const { out } = await t.ok("make up DRY=1");
         assert.match(
@@ -71,7 +74,7 @@ describe("settings", { concurrency: true }, () => {
         assert.match(out, /b1: nothing to do/);
         assert.match(
           out,
-          /b2: 2 to do\n {2}1\. write \/etc\/systemd\/system\/k3s-agent\.service:\n {7}\+ --docker\n/,
+          /b2: 2 to do\n {2}1\. write \/etc\/systemd\/system\/k3s-agent\.service:\n {7}\+ --kubelet-arg=v=2\n/,
         );
         assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), before);
       });
@@ -120,6 +123,17 @@ describe("settings", { concurrency: true }, () => {
         const args = (await node("b2")).metadata.annotations["k3s.io/node-args"];
         assert.match(args, /"--kubelet-arg","max-pods=50","--debug","true"/);
         assert.equal((await t.box("b1").sh("ls -A /etc/rancher")).trim(), "node");
+        // What an agent does with such a key, and with somebody else's file that has one.
+        const ended = await t
+          .box("b2")
+          .sh("cd /etc/rancher/k3s; echo 'disable: traefik' >config.yaml; k3s agent 2>&1 || echo ended $?");
+        assert.match(ended, /flag provided but not defined: -disable.*ended 1\n/s);
+        await t.says("make agent HOST=b2", 2, [
+          /\/etc\/rancher\/k3s\/config\.yaml on this box.* has disable: only/,
+        ]);
+        await t.box("b2").sh("rm /etc/rancher/k3s/config.yaml");
+        writeFileSync(file, "disable: traefik\n");
+        await t.says("make agent HOST=b2", 2, [/K3S_CONFIG of this box has disable: only servers know it/]);
         writeFileSync(file, "token: x\n");
         await t.says("make agent HOST=b2", 2, [/it has token, expected it in K3S_TOKEN/]);
       });

