@@ -1,13 +1,15 @@
+import { spawn } from "node:child_process";
 import { lookup } from "node:dns/promises";
 import { once } from "node:events";
-import { createReadStream, createWriteStream, mkdtempSync, rmSync, statSync } from "node:fs";
+import { createReadStream, mkdtempSync, rmSync, statSync } from "node:fs";
+import { open as openFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { PassThrough, Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { StringDecoder } from "node:string_decoder";
 import { createGzip } from "node:zlib";
-import { $ } from "zx";
+import { $, kill } from "zx";
 import { nameOf } from "./settings.ts";
 import { sh } from "./sh.ts";
 
@@ -47,6 +49,15 @@ const WORDS = 1000;
 
 /** What a box may say on one trip, in bytes: the JSON of a thousand nodes is half of it. */
 const MUCH = 32e6;
+
+/** And in how many lines: each costs memory of its own. */
+const LINES = 1e6;
+
+/** What is kept of its standard error, in characters: its end says why. */
+const ERRORS = 64_000;
+
+/** How large a file may be that is copied from a box, in bytes. */
+const FILE = 64e9;
 
 let sockets: string | undefined;
 const opened = new Set<string>();
@@ -107,41 +118,62 @@ const PUSH = 3600;
 
 /** @param keys fingerprints of which one has to be the host key's; empty: known_hosts decides. */
 export function open(host: string, keys = ""): Box {
-  /** Runs one command as root, with `input` on its standard input. */
+  /**
+   * Runs one command as root, with `input` on its standard input. What it prints is read no faster than `onData` takes
+   * it, and held nowhere, for a box may say more than there is memory.
+   */
   async function execute(
     command: string,
     input: Readable,
     seconds: number,
-    onData: (chunk: Buffer) => void,
-    most = Number.POSITIVE_INFINITY,
-  ) {
+    onData: (chunk: Buffer) => Promise<void> | void,
+    most = MUCH,
+  ): Promise<{ exitCode: number | null; stderr: string }> {
     // An upgrade that is interrupted would go on to undo what it has done, by an ssh that outlives it.
     if (closed) await new Promise<never>(() => {});
-    const argv = host ? [...ssh(host, keys), asRoot(command)] : ["sh", "-c", asRoot(command)];
-    const child = $({ quiet: true, nothrow: true, detached: false })`${argv}`;
-    child.stdout.on("data", onData);
+    const [program = "", ...argv] = host
+      ? [...ssh(host, keys), asRoot(command)]
+      : ["sh", "-c", asRoot(command)];
+    const child = spawn(program, argv);
     // A command that ends before it has read everything says why by its status, not by our broken pipe.
     pipeline(input, child.stdin).catch(() => {});
-    let timer: NodeJS.Timeout | undefined;
-    const ended = new Promise<never>((_, reject) => {
-      const end = (why: string) => {
-        child.stdout.off("data", onData);
-        // Not awaited: a killed client of a shared connection may keep its pipes open (runtimes differ).
-        child.kill().catch(() => {});
-        reject(new Unreachable(why));
-      };
-      timer = setTimeout(
-        () => end(`No end after ${seconds} s: the box hangs, or a command on it does`),
-        seconds * 1000,
-      );
+    let stderr = "";
+    const read = async (stream: Readable, most: number, take: (chunk: Buffer) => Promise<void> | void) => {
       let said = 0;
-      for (const stream of [child.stdout, child.stderr])
-        stream.on("data", (chunk: Buffer) => {
-          said += chunk.length;
-          if (said > most) end(`The box said more than ${most / 1e6} MB: what it has to say takes far less`);
-        });
+      for await (const chunk of stream) {
+        said += chunk.length;
+        if (said > most)
+          throw new Unreachable(`The box said more than ${most / 1e6} MB: what it has to say takes far less`);
+        await take(chunk);
+      }
+    };
+    const decoder = new StringDecoder("utf8");
+    const all = Promise.all([
+      once(child, "close").then(([code]) => code as number | null),
+      read(child.stdout, most, onData),
+      read(child.stderr, MUCH, (chunk) => {
+        stderr = (stderr + decoder.write(chunk)).slice(-ERRORS);
+      }),
+    ]);
+    let timer: NodeJS.Timeout | undefined;
+    const late = new Promise<never>((_, reject) => {
+      const why = `No end after ${seconds} s: the box hangs, or a command on it does`;
+      timer = setTimeout(() => reject(new Unreachable(why)), seconds * 1000);
     });
-    return await Promise.race([child, ended]).finally(() => clearTimeout(timer));
+    try {
+      const [exitCode] = await Promise.race([all, late]);
+      return { exitCode, stderr };
+    } catch (error) {
+      if (child.pid === undefined) return { exitCode: null, stderr: (error as Error).message };
+      // Not awaited: a killed client of a shared connection may keep its pipes open (runtimes differ).
+      all.catch(() => {});
+      child.stdout.destroy();
+      child.stderr.destroy();
+      kill(child.pid).catch(() => {});
+      throw error;
+    } finally {
+      clearTimeout(timer);
+    }
   }
 
   return {
@@ -150,6 +182,7 @@ export function open(host: string, keys = ""): Box {
       let begun = false;
       let before = "";
       let rest = "";
+      let count = 0;
       const decoder = new StringDecoder("utf8");
       const result = await execute(
         `echo ${sh(BEGIN)}; exec sh -s`,
@@ -160,13 +193,14 @@ export function open(host: string, keys = ""): Box {
           // A line without an end is not gone over again with each piece of it.
           const lines = text.includes("\n") ? (rest + text).split("\n") : [rest + text];
           rest = lines.pop() as string;
+          count += lines.length;
+          if (count > LINES) throw new Unreachable(`The box said more than ${LINES} lines`);
           for (const line of lines) {
             if (begun) onLine(line);
             else if (line === BEGIN) begun = true;
             else before = `${before}\n${line}`.slice(-WORDS);
           }
         },
-        MUCH,
       );
       if (begun && rest) onLine(rest);
       if (!begun) throw new Unreachable(reasonOf(host, result.stderr, result.exitCode, `${before}\n${rest}`));
@@ -177,7 +211,7 @@ export function open(host: string, keys = ""): Box {
       const part = sh(path);
       const there = `mkdir -p ${sh(dirname(path))}; wc -c 2>/dev/null <${part} || echo 0`;
       await execute(there, Readable.from([]), 60, (said) => {
-        text += said;
+        text = (text + said).slice(0, WORDS);
       });
       const { size } = statSync(file);
       const start = /^\d+$/.test(text.trim()) && Number(text) <= size ? Number(text) : 0;
@@ -197,26 +231,27 @@ export function open(host: string, keys = ""): Box {
         );
     },
     async pull(path, file) {
-      const out = createWriteStream(file, { mode: 0o600 });
-      const end = once(out, "close").catch((error: Error) => error);
-      let begun = false;
+      const wrong = (error: Error) => new Unreachable(`Could not write ${file}: ${error.message}`);
+      const out = await openFile(file, "w", 0o600).catch((error) => Promise.reject(wrong(error)));
+      const write = (bytes: Buffer) => out.writeFile(bytes).catch((error) => Promise.reject(wrong(error)));
       // The login shell of some boxes greets: what comes before our own line is not the file's.
-      let head = Buffer.alloc(0);
+      let head: Buffer | undefined = Buffer.alloc(0);
       const result = await execute(
         `echo ${sh(BEGIN)}; exec cat ${sh(path)}`,
         Readable.from([]),
         PUSH,
-        (chunk) => {
-          if (begun) return void out.write(chunk);
+        async (chunk) => {
+          if (!head) return await write(chunk);
           head = Buffer.concat([head, chunk]);
           const at = head.indexOf(`${BEGIN}\n`);
-          if (at < 0) return;
-          begun = true;
-          out.write(head.subarray(at + BEGIN.length + 1));
+          if (at >= 0) {
+            const first = head.subarray(at + BEGIN.length + 1);
+            head = undefined;
+            await write(first);
+          } else if (head.length > 1e6) throw new Unreachable("The box said 1 MB, and nothing of the file");
         },
-      ).finally(() => out.end());
-      const wrong = await end;
-      if (wrong instanceof Error) throw new Unreachable(`Could not write ${file}: ${wrong.message}`);
+        FILE,
+      ).finally(() => out.close());
       if (result.exitCode !== 0)
         throw new Unreachable(
           `Could not copy ${path}: ${result.stderr.trim() || `exit status ${result.exitCode}`}`,

@@ -178,6 +178,9 @@ export function printed(changes: readonly Change[]): string {
   return `#!/bin/sh\n${whole([...needs, ...pushes, ...elsewhere, apply, late].join("\n"))}`;
 }
 
+/** How often a box may use the mark on one trip: a step that takes two hours reports every ten seconds. */
+const WORDS = 5000;
+
 /** Cuts what a box printed into markers; text between them goes to the last one. */
 export function reader(
   mark: string,
@@ -195,9 +198,13 @@ export function reader(
     output: "",
   };
   let fact: string | undefined;
+  let words = 0;
   return {
     seen,
+    /** @throws {Failure} for a box whose words of its own are without an end. */
     line(line: string) {
+      if (line.startsWith(`${mark} `) && line !== `${mark} beat` && ++words > WORDS)
+        throw new Failure(`The box said more than ${WORDS} words of ours: it has no end`);
       if (!line.startsWith(`${mark} `)) {
         if (fact === undefined) seen.output += `${line}\n`;
         else facts[fact] = facts[fact] === undefined ? line : `${facts[fact]}\n${line}`;

@@ -6,12 +6,33 @@ import { fixture } from "./helpers.ts";
 describe("arguments", () => {
   const cases: [args: string, [flag: string, value: string | undefined][]][] = [
     ["", []],
-    ["--a=1 --b 2 -c 3 -d=4", [["a", "1"], ["b", "2"], ["c", "3"], ["d", "4"]]],
-    ["--a\t1  \t--b=", [["a", "1"], ["b", ""]]],
-    ["--a --b --c", [["a", undefined], ["b", undefined], ["c", undefined]]],
+    [
+      "--a=1 --b 2 -c 3 -d=4",
+      [
+        ["a", "1"],
+        ["b", "2"],
+        ["c", "3"],
+        ["d", "4"],
+      ],
+    ],
+    [
+      "--a\t1  \t--b=",
+      [
+        ["a", "1"],
+        ["b", ""],
+      ],
+    ],
+    [
+      "--a --b --c",
+      [
+        ["a", undefined],
+        ["b", undefined],
+        ["c", undefined],
+      ],
+    ],
     ["--a=b=c,d=e", [["a", "b=c,d=e"]]],
     ["stray --a x stray", [["a", "x"]]],
-  ]; // biome-ignore format: a table
+  ];
   for (const [args, list] of cases)
     test(`are split as k3s splits them: ${JSON.stringify(args)}`, () =>
       assert.deepEqual(

@@ -9,7 +9,7 @@ import { chmodSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import fc from "fast-check";
-import { type Box, closeAll, open, Unreachable } from "../lib/box.ts";
+import { BEGIN, type Box, closeAll, open, Unreachable } from "../lib/box.ts";
 import { clusterOf, type Member, tries } from "../lib/cluster.ts";
 import { diagnose } from "../lib/diagnosis.ts";
 import { drainedOn, uncordonedOn } from "../lib/drain.ts";
@@ -60,7 +60,9 @@ import {
   OLD,
   planned,
   prepared,
+  program,
   programs,
+  ROOT,
   TOKEN,
   temporary,
   wanted,
@@ -400,6 +402,86 @@ test(`ssh gets a destination as one word behind --, and nothing of it as an opti
     await closeAll();
     process.env.PATH = before;
   }
+});
+
+describe("of what a box says without end, no more is kept than its size allows:", () => {
+  const [TAKES, PEAK] = [60, 260];
+  /** Has a process of its own talk to a box that runs this in place of everything; answers its last words and peak, in MB. */
+  async function heard(call: string, ssh: string) {
+    const folder = temporary();
+    const script = join(folder, "call.mts");
+    writeFileSync(join(folder, "file"), "x".repeat(100_000));
+    writeFileSync(
+      script,
+      `import { readFileSync, statSync } from "node:fs";
+import { closeAll, open } from ${JSON.stringify(join(ROOT, "lib", "box.ts"))};
+import { look } from ${JSON.stringify(join(ROOT, "lib", "step.ts"))};
+const box = open("b1");
+const path = ${JSON.stringify(join(folder, "file"))};
+const progress = { starts() {}, says() {} };
+let said = "";
+try { said = String(await (async () => { ${call} })()); } catch (error) { said = error.message; }
+await closeAll();
+let peak = process.memoryUsage().rss / 1e6;
+try { peak = /^VmHWM:\\s+(\\d+)/m.exec(readFileSync("/proc/self/status", "utf8"))[1] / 1000; } catch {}
+console.log(JSON.stringify({ said, peak }));
+`,
+    );
+    const PATH = programs(folder, { ssh: `case " $* " in *" -O "*) exit ;; esac\n${ssh}` });
+    const { stdout, stderr, seconds } = await program([script], { PATH });
+    assert.ok(seconds < TAKES, `${seconds} s`);
+    assert.ok(stdout, stderr);
+    const { said, peak } = JSON.parse(stdout);
+    assert.ok(peak < PEAK, `${peak} MB`);
+    return said as string;
+  }
+  const begun = `echo ${sh(BEGIN)}`;
+  const trip = `return JSON.stringify((await box.run("true", 60, () => {})).status)`;
+  /** The mark stands in what it is sent. */
+  const marked = `mark=$(sed -n 's/^m=//p'); ${begun}`;
+  const looks = "await look({ box, want: {}, progress }, []); return 'looked'";
+  const cases: [name: string, call: string, ssh: string, said: RegExp][] = [
+    ["a flood of lines", trip, `${begun}; yes aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa`, /more than 32 MB/],
+    ["a flood of lines of one letter", trip, `${begun}; yes`, /more than 1000000 lines/],
+    ["a line without an end", trip, `${begun}; tr '\\0' x </dev/zero`, /more than 32 MB/],
+    ["a greeting without an end", trip, "yes welcome", /more than (32 MB|1000000 lines)/],
+    ["errors without an end", trip, `${begun}; yes >&2`, /more than 32 MB/],
+    ["facts without an end", looks, `${marked}; yes "$mark fact x"`, /more than \d+ words/],
+    [
+      "facts of ever other names",
+      looks,
+      `${marked}; seq 1000000 | sed "s/^/$mark fact x/"`,
+      /more than \d+ words/,
+    ],
+    ["reports without an end", looks, `${marked}; yes "$mark say x"`, /more than \d+ words/],
+    ["a fact without an end", looks, `${marked}; echo "$mark fact x"; yes`, /more than 1000000 lines/],
+    [
+      "600 MB in answer to how much of a file it has",
+      "await box.push(path, '/x'); return 'pushed'",
+      "head -c 600000000 /dev/zero",
+      /more than 32 MB/,
+    ],
+    [
+      "a file of 500 MB, which is taken whole",
+      "await box.pull('/x', path); return statSync(path).size",
+      `${begun}; head -c 500000000 /dev/zero`,
+      /^500000000$/,
+    ],
+    [
+      "errors without an end beside a file",
+      "await box.pull('/x', path); return 'pulled'",
+      `${begun}; yes >&2`,
+      /more than 32 MB/,
+    ],
+    [
+      "a greeting without an end in place of a file",
+      "await box.pull('/x', path); return 'pulled'",
+      "yes",
+      /nothing of the file/,
+    ],
+  ];
+  for (const [name, call, ssh, said] of cases)
+    test(name, async () => assert.match(await heard(call, ssh), said));
 });
 
 /** What a box could say in place of a fact: cut off, mixed up, far too much, or with bytes that are none of text. */
