@@ -2,7 +2,11 @@
 # Not STEPS: that is a setting of `make upgrade`, given on make's command line.
 SCRIPTS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
 LIVING := upgrade remove down token backup restore
-FLAGS = $(if $(DRY),--dry-run) $(if $(PRINT),--print) $(if $(REBOOT),--reboot)
+# A switch is NAME=1 or NAME=yes, on make's command line: one that was exported by accident must destroy nothing.
+# DRY and PRINT hold back, and count from there too.
+given = $(if $(filter command,$(origin $1))$(filter DRY PRINT,$1),$($1))
+switch = $(if $(call given,$1),$(if $(filter-out 1 yes,$(call given,$1)),$(error $1 is "$($1)": expected 1 or yes),$2))
+FLAGS = $(call switch,DRY,--dry-run) $(call switch,PRINT,--print) $(call switch,REBOOT,--reboot)
 
 # A node that strips types by itself, else node with tsx, else Deno.
 NODE := $(shell command -v node;)
@@ -36,17 +40,17 @@ kernel: upgrade-kernel
 wireguard: install-wireguard
 metrics: fix-metrics
 
-upgrade remove: FLAGS += $(if $(FORCE),--force)
-down: FLAGS += $(if $(YES),--yes)
+upgrade remove: FLAGS += $(call switch,FORCE,--force)
+down: FLAGS += $(call switch,YES,--yes)
 $(SCRIPTS) $(LIVING) up firewall: $(MODULES)
 	@$(TS) scripts/$@.ts $(FLAGS)
 
 check: $(MODULES) ## the whole cluster, and what is wrong with it (JSON=1, WATCH=1)
-	@$(TS) scripts/check.ts $(if $(JSON),--json) $(if $(WATCH),--watch)
+	@$(TS) scripts/check.ts $(call switch,JSON,--json) $(call switch,WATCH,--watch)
 status: $(MODULES) ## the cluster in ten lines, by one trip to the server
 	@$(TS) scripts/status.ts
 kubeconfig: $(MODULES) ## merge the cluster's kubeconfig into yours; USE=1 makes it the current one
-	@$(TS) scripts/kubeconfig.ts $(if $(USE),--use)
+	@$(TS) scripts/kubeconfig.ts $(FLAGS) $(call switch,USE,--use)
 
 rehearse: $(MODULES) ## a cluster of two clouds inside this Linux machine (root)
 	@$(TS) test/lab/rehearse.ts up
@@ -54,6 +58,9 @@ rehearse-kernel: $(MODULES) ## a CentOS 7 stand-in gets another kernel, restarts
 	@$(TS) test/lab/rehearse.ts kernel
 in-rehearsal: $(MODULES) ## CMD='make agent HOST=b2', as the rehearsal's operator
 	@$(TS) test/lab/rehearse.ts run "$$CMD"
+# As it was typed: make would take a $ in it for its own.
+override CMD := $(value CMD)
+export CMD
 rehearse-down: $(MODULES) ## its boxes, networks and processes go; built images stay cached
 	@$(TS) test/lab/rehearse.ts down
 

@@ -1,16 +1,17 @@
-import { spawn } from "node:child_process";
+import { type ChildProcess, spawn } from "node:child_process";
 import { lookup } from "node:dns/promises";
 import { once } from "node:events";
-import { createReadStream, mkdtempSync, rmSync, statSync } from "node:fs";
+import { createReadStream, mkdirSync, statSync } from "node:fs";
 import { open as openFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { dirname, join } from "node:path";
+import { dirname } from "node:path";
 import { PassThrough, Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { StringDecoder } from "node:string_decoder";
 import { createGzip } from "node:zlib";
 import { $, kill } from "zx";
-import { nameOf } from "./settings.ts";
+import { remove, temporary } from "./files.ts";
+import { nameOf, SettingError } from "./settings.ts";
 import { sh } from "./sh.ts";
 
 /** The box could not be reached, or would not let us in: nothing was run on it. */
@@ -62,13 +63,37 @@ const FILE = 64e9;
 let sockets: string | undefined;
 const opened = new Set<string>();
 let closed = false;
+/** Ends each ssh that runs: one that is still connecting has no socket by which it could be told. */
+const clients = new Set<ChildProcess>();
+
+/**
+ * A folder of its own for ssh's sockets. The path of one is at most 104 bytes long (macOS; 108 on Linux), of which
+ * ssh takes 40 for %C and 17 more while it makes it; and a blank, % or $ in it would mean something to ssh.
+ */
+function folderFor(): string {
+  const wanted = process.platform === "darwin" ? "/tmp" : tmpdir();
+  let why = "";
+  for (const folder of [wanted, "/tmp"]) {
+    const path = temporary(folder, "");
+    if (!/^[\w/.+-]+$/.test(path) || path.length > 104 - "//".length - 40 - 17) continue;
+    try {
+      mkdirSync(path, { mode: 0o700 });
+      return path;
+    } catch (error) {
+      why = (error as Error).message;
+    }
+  }
+  throw new SettingError(
+    `TMPDIR is "${wanted}": expected a folder for ssh's sockets, or one at /tmp (${why})`,
+  );
+}
 
 /**
  * The system's ssh, so that ~/.ssh/config, agents, jump hosts and known_hosts all count. One connection a
  * box: the first command opens it, later ones share it. A dead box is noticed in about 15 s.
  */
 function ssh(host: string, keys: string): string[] {
-  sockets ??= mkdtempSync(join(process.platform === "darwin" ? "/tmp" : tmpdir(), "k3s-"));
+  sockets ??= folderFor();
   opened.add(host);
   const options = {
     BatchMode: "yes",
@@ -99,8 +124,9 @@ const pinned = (keys: string) => ({
 /** Closes every connection; call it once, at the end of the process. */
 export async function closeAll(): Promise<void> {
   closed = true;
+  for (const client of clients) client.kill();
   await Promise.all([...opened].map((host) => open(host).close()));
-  if (sockets) rmSync(sockets, { recursive: true, force: true });
+  if (sockets) remove(sockets);
 }
 
 /** Runs a command, of one line, as root where sudo does not ask: root's own shell, or `sudo -n`. */
@@ -135,6 +161,7 @@ export function open(host: string, keys = ""): Box {
       ? [...ssh(host, keys), asRoot(command)]
       : ["sh", "-c", asRoot(command)];
     const child = spawn(program, argv);
+    if (host) clients.add(child);
     // A command that ends before it has read everything says why by its status, not by our broken pipe.
     pipeline(input, child.stdin).catch(() => {});
     let stderr = "";
@@ -173,6 +200,7 @@ export function open(host: string, keys = ""): Box {
       throw error;
     } finally {
       clearTimeout(timer);
+      clients.delete(child);
     }
   }
 
@@ -232,7 +260,7 @@ export function open(host: string, keys = ""): Box {
     },
     async pull(path, file) {
       const wrong = (error: Error) => new Unreachable(`Could not write ${file}: ${error.message}`);
-      const out = await openFile(file, "w", 0o600).catch((error) => Promise.reject(wrong(error)));
+      const out = await openFile(file, "wx", 0o600).catch((error) => Promise.reject(wrong(error)));
       const write = (bytes: Buffer) => out.writeFile(bytes).catch((error) => Promise.reject(wrong(error)));
       // The login shell of some boxes greets: what comes before our own line is not the file's.
       let head: Buffer | undefined = Buffer.alloc(0);

@@ -6,7 +6,8 @@ import { dirname, join, relative } from "node:path";
 import minimist from "minimist";
 import { configArgs, wrongIn } from "./args.ts";
 import { addressOf, closeAll, open, Unreachable } from "./box.ts";
-import { updateEnv } from "./env-file.ts";
+import { readEnv, updateEnv } from "./env-file.ts";
+import { noFile, Unwritten } from "./files.ts";
 import type { Ill } from "./journal.ts";
 import { noProxy } from "./node.ts";
 import { type Line, plain, report } from "./report.ts";
@@ -19,6 +20,7 @@ import {
   nameOf,
   type Origins,
   publicIp,
+  quoted,
   SETTINGS,
   SettingError,
   type SettingName,
@@ -57,6 +59,8 @@ export interface Recipe {
   work?(call: Call): Promise<number>;
   /** Switches of its own and their help. */
   flags?: Record<string, string>;
+  /** Will it have to write the env file, as far as that can be known before? */
+  writes?(want: Settings, known: Record<string, string>): boolean;
   /** It changes nothing on a box: it has no --dry-run, --print and --reboot. */
   readOnly?: true;
 }
@@ -92,19 +96,25 @@ export interface Call {
   flags: ReadonlySet<string>;
 }
 
+const SIGNALS = { SIGHUP: 1, SIGINT: 2, SIGQUIT: 3, SIGTERM: 15 };
+
 /**
  * Runs a script when it is the program itself, not an import. Exit status: 0 done or nothing to do, 1 failed,
- * 2 a setting is wrong (nothing was touched), 130 interrupted.
+ * 2 a setting is wrong (nothing was touched), 128 and a signal's number: interrupted.
  */
 export async function run(meta: ImportMeta, recipe: Recipe): Promise<void> {
   // import.meta.main is missing in Node 20.
   if (!process.argv[1] || realpathSync(process.argv[1]) !== realpathSync(meta.filename)) return;
-  process.once("SIGINT", () => {
-    process.stderr.write(
-      "\nInterrupted. A change that was begun ends on its box; run the same again to finish.\n",
-    );
-    void closeAll().finally(() => process.exit(130));
-  });
+  for (const [signal, number] of Object.entries(SIGNALS))
+    process.once(signal, () => {
+      process.stderr.write(
+        "\nInterrupted. A change that was begun ends on its box; run the same again to finish.\n",
+      );
+      void closeAll().finally(() => process.exit(128 + number));
+    });
+  // Nobody reads on: `make check | head`, or a terminal that is gone, which ends us by SIGHUP as well.
+  for (const stream of [process.stdout, process.stderr])
+    stream.on("error", () => void closeAll().finally(() => process.exit(128 + 13)));
   try {
     process.exitCode = await main(meta, recipe);
   } catch (error) {
@@ -123,13 +133,15 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
     process.stdout.write(help(script, recipe));
     return 0;
   }
-  const envFile = process.env.ENV_FILE || join(dirname(meta.filename), "..", ".env");
+  const envFile = envFileBy(process.env.ENV_FILE ?? "", join(dirname(meta.filename), ".."));
   // csh and its like export HOST as this machine's own name.
   const env = { ...process.env, HOST: process.env.HOST === hostname() ? undefined : process.env.HOST };
   const { settings, origins, own } = settle(flags, env, shown(envFile));
   for (const [name, from] of Object.entries(recipe.needs ?? {}))
     if (!settings[name as SettingName])
       throw new SettingError(`${name} is not set: expected ${from} ${shown(envFile)}`);
+  if (!flags.print && !flags["dry-run"] && recipe.writes?.(settings, readEnv(envFile).values))
+    await tryEnv(envFile);
   own[""] = {};
   for (const name of Object.keys(own))
     own[name] = { ...own[name], ...(await filesOf({ ...settings, ...own[name] })) };
@@ -150,6 +162,26 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
       agents: await addressesOf(call, "AGENTS"),
     };
   return await (recipe.work ?? fanOut)(call);
+}
+
+/** @throws {SettingError} for a file that was named and is not there, and for what is no file. */
+function envFileBy(named: string, project: string): string {
+  const path = named || join(project, ".env");
+  const wrong = noFile(path) ?? (named && !existsSync(path) && "not there");
+  if (!wrong) return path;
+  throw new SettingError(
+    `ENV_FILE is ${quoted(shown(path))}, which is ${wrong}: expected a file with the settings of a cluster${wrong === "not there" ? `; a new one is made by cp ${sh(shown(join(project, "env.example")))} ${sh(shown(path))}` : ""}`,
+  );
+}
+
+/** Before any box is touched. @throws {SettingError} for an env file that cannot be written. */
+async function tryEnv(path: string): Promise<void> {
+  try {
+    await updateEnv(path, undefined);
+  } catch (error) {
+    if (!(error instanceof Unwritten)) throw error;
+    throw new SettingError(`The env file is to be written by this: ${error.message}`);
+  }
 }
 
 /** A path as short as it can be said from here. */
@@ -178,6 +210,13 @@ function flagsOf(argv: string[], switches: Record<string, string>): Record<strin
     const name = /^-[^=]*/.exec(flag)?.[0] ?? "A word without --";
     throw new SettingError(`${name} (flag): expected one of --${known.join(", --")}`);
   };
+  // minimist takes --yes=no for yes, and a "false" that follows for its value.
+  for (const [i, word] of argv.entries()) {
+    const [, no, name = ""] = /^--(no-)?([\w-]+)/.exec(word) ?? [];
+    const alone = word === `--${name}` && !/^(true|false)$/.test(argv[i + 1] ?? "");
+    if (Object.hasOwn(switches, name) && !alone)
+      throw new SettingError(`--${no ?? ""}${name} (flag): expected --${name} alone, or not at all`);
+  }
   const { _: rest, ...flags } = minimist(argv, {
     string: strings,
     boolean: Object.keys(switches),
@@ -192,6 +231,9 @@ function flagsOf(argv: string[], switches: Record<string, string>): Record<strin
   return flags;
 }
 
+/** A switch as make has it. */
+const switchOf = (flag: string) => flag.toUpperCase().replaceAll("-", "_");
+
 function help(script: string, recipe: Recipe): string {
   const boxes = recipe.work ? (recipe.host ?? "AGENTS") : "HOST";
   const names = NAMES.filter(
@@ -201,7 +243,7 @@ function help(script: string, recipe: Recipe): string {
     names.includes("HOST") ? "HOST=…" : "",
     "SETTING=…",
     recipe.readOnly ? "" : "DRY=1 | PRINT=1",
-    ...Object.keys(recipe.flags ?? {}).map((flag) => `${flag.toUpperCase()}=1`),
+    ...Object.keys(recipe.flags ?? {}).map((flag) => `${switchOf(flag)}=1`),
   ].filter(Boolean);
   const row = (left: string, right: string) => `  ${left.padEnd(24)} ${right}\n`;
   return `${recipe.about}
@@ -229,8 +271,15 @@ async function filesOf(want: Settings): Promise<Partial<Settings>> {
   };
 }
 
+/** @throws {SettingError} for what is no file: a device has no end, and a pipe waits for ever. */
+export function aFile(name: SettingName, path: string): void {
+  const wrong = noFile(path);
+  if (wrong) throw new SettingError(`${name} is ${quoted(path)}, which is ${wrong}: expected a file`);
+}
+
 /** @throws {SettingError} when the file cannot be read, is not as k3s reads it, or holds what belongs into a setting. */
 function configIn({ K3S_CONFIG }: Settings): string {
+  aFile("K3S_CONFIG", K3S_CONFIG);
   try {
     const bytes = readFileSync(K3S_CONFIG);
     if (!isUtf8(bytes) || bytes.includes(0)) throw new Error("expected text in UTF-8");
@@ -245,6 +294,7 @@ function configIn({ K3S_CONFIG }: Settings): string {
 
 /** @throws {SettingError} when the file cannot be read or is not the one K3S_SHA256 names. */
 async function hashOf({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
+  aFile("K3S_BIN", K3S_BIN);
   const have = await sha256Of(K3S_BIN).catch((error) => {
     throw new SettingError(`K3S_BIN is "${K3S_BIN}": ${error.message}`);
   });
@@ -408,7 +458,9 @@ export async function attempt(
     return 0;
   } catch (error) {
     const { message, change, output } = error as Failure;
-    const known = [Failure, Refusal, Unreachable, SettingError].some((type) => error instanceof type);
+    const known = [Failure, Refusal, Unreachable, Unwritten, SettingError].some(
+      (type) => error instanceof type,
+    );
     const retry = again(call, script, box);
     // What failed has to be a change: who only waited for another box has no cause of its own.
     const ills =
@@ -444,6 +496,9 @@ async function causes(
 
 const takesHost = (step: Step) => step.options.includes("HOST");
 
+/** A value on make's command line: the shell takes the quotes, and make the second $. */
+export const forMake = (value: string): string => sh(value.replaceAll("$", () => "$$"));
+
 /** The command that tries it again: what was given for this call is given again, but for secrets. */
 function again(call: Call, script: string, box: Target): string {
   const given = NAMES.filter((n) => n !== "HOST" && !("secret" in SETTINGS[n]) && givenNow(call.origins, n));
@@ -452,11 +507,14 @@ function again(call: Call, script: string, box: Target): string {
   const whole = script === call.script && call.recipe.work && !call.recipe.steps.some(takesHost);
   const own = [
     whole ? "" : box.host ? `HOST=${sh(box.word)}` : local,
-    ...given.map((n) => `${n}=${sh(call.settings[n])}`),
-    ...(script === call.script ? [...call.flags] : []).map((flag) => `${flag.toUpperCase()}=1`),
+    ...given.map((n) => `${n}=${forMake(call.settings[n])}`),
+    ...(script === call.script ? [...call.flags] : []).map((flag) => `${switchOf(flag)}=1`),
   ];
-  const file = process.env.ENV_FILE ? `ENV_FILE=${sh(process.env.ENV_FILE)}` : "";
-  return ["make", script, ...own, file].filter(Boolean).join(" ");
+  // What the env file cannot say.
+  const files = ["ENV_FILE", ...(script === "kubeconfig" ? ["KUBECONFIG"] : [])]
+    .filter((name) => process.env[name])
+    .map((name) => `${name}=${forMake(process.env[name] as string)}`);
+  return ["make", script, ...own, ...files].filter(Boolean).join(" ");
 }
 
 export function showPlan(call: Call, box: Target, steps: readonly Step[], job: Job, facts: Facts): void {

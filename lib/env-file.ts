@@ -1,20 +1,8 @@
 import { isUtf8 } from "node:buffer";
-import { randomBytes } from "node:crypto";
-import {
-  closeSync,
-  fsyncSync,
-  openSync,
-  readdirSync,
-  readFileSync,
-  realpathSync,
-  renameSync,
-  rmSync,
-  statSync,
-  writeSync,
-} from "node:fs";
-import { basename, dirname, join } from "node:path";
+import { readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parse } from "dotenv";
+import { ownerOf, realPath, replaceFile, take, tryWrite, Unwritten } from "./files.ts";
 
 /** An assignment as dotenv 18 reads it (its LINE, plus the blanks and comment that follow kept apart). */
 const LINE =
@@ -56,89 +44,32 @@ export function withValues(text: string, values: Record<string, string>): string
 
 /**
  * Sets keys of an env file under a lock, so that parallel writers lose nothing; the file is 0600 and
- * replaced atomically, so that a crash leaves the old one or the new one. A link is followed.
+ * replaced whole. A link is followed. Without values it is tried whether it can be.
  *
- * @throws {Error} when another living process holds the lock for more than `seconds`.
+ * @throws {Unwritten} when it cannot be, or another living process holds the lock for more than `seconds`.
  */
-export async function updateEnv(path: string, values: Record<string, string>, seconds = 10): Promise<void> {
+export async function updateEnv(
+  path: string,
+  values: Record<string, string> | undefined,
+  seconds = 10,
+): Promise<void> {
   const file = realPath(path);
-  const release = await lock(`${file}.lock`, seconds);
+  const lock = `${file}.lock`;
+  const end = Date.now() + seconds * 1000;
+  let release = take(lock, 2000);
+  for (; !release; release = take(lock, 2000)) {
+    if (Date.now() > end)
+      throw new Unwritten(`"${lock}" is held by process ${ownerOf(lock)}: try again when it has ended`);
+    await sleep(20 + Math.random() * 30);
+  }
   try {
-    sweep(file);
+    if (!values) return tryWrite(file);
     const old = textOf(file);
     const text = withValues(old, values);
-    if (text === old) return;
-    replaceFile(file, text);
+    if (text !== old) replaceFile(file, text);
   } finally {
     release();
   }
-}
-
-/** Removes what writers that were killed have left beside the file, with its secrets. Nobody else writes under the lock. */
-function sweep(file: string): void {
-  const half = /^\.[0-9a-f]{8}\.tmp$/;
-  for (const name of readdirSync(dirname(file)))
-    if (name.startsWith(basename(file)) && half.test(name.slice(basename(file).length)))
-      rmSync(join(dirname(file), name), { force: true });
-}
-
-/** Puts a text in a file's place, 0600: a crash leaves the old one or the new one. */
-export function replaceFile(file: string, text: string): void {
-  const temporary = `${file}.${randomBytes(4).toString("hex")}.tmp`;
-  try {
-    const handle = openSync(temporary, "wx", 0o600);
-    writeSync(handle, text);
-    fsyncSync(handle);
-    closeSync(handle);
-    renameSync(temporary, file);
-  } finally {
-    rmSync(temporary, { force: true });
-  }
-  const folder = openSync(dirname(file), "r");
-  fsyncSync(folder);
-  closeSync(folder);
-}
-
-/** Takes a lock file that holds its owner's process id; one left by a dead process is taken over. */
-async function lock(path: string, seconds: number): Promise<() => void> {
-  const mine = `${path}.${process.pid}.${randomBytes(4).toString("hex")}`;
-  for (const end = Date.now() + seconds * 1000; ; await sleep(20 + Math.random() * 30)) {
-    try {
-      const handle = openSync(path, "wx", 0o600);
-      writeSync(handle, String(process.pid));
-      closeSync(handle);
-      return () => rmSync(path, { force: true });
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
-    }
-    const owner = Number(textOf(path) || Number.NaN);
-    const dead = Number.isNaN(owner) ? ageOf(path) > 2000 : !isAlive(owner);
-    if (dead) {
-      // Renamed before it is removed: of two processes that find it stale only one may move it away,
-      // and what it moved away is looked at again, since a third may have locked in between.
-      try {
-        renameSync(path, mine);
-        if (Number(textOf(mine) || Number.NaN) !== owner && !Number.isNaN(owner)) renameSync(mine, path);
-      } catch {}
-      rmSync(mine, { force: true });
-    } else if (Date.now() > end) {
-      throw new Error(`"${path}" is held by process ${owner}: try again when it has ended`);
-    }
-  }
-}
-
-function isAlive(pid: number): boolean {
-  try {
-    process.kill(pid, 0);
-    return true;
-  } catch (error) {
-    return (error as NodeJS.ErrnoException).code === "EPERM";
-  }
-}
-
-function ageOf(path: string): number {
-  const stat = statSync(path, { throwIfNoEntry: false });
-  return stat ? Date.now() - stat.mtimeMs : 0;
 }
 
 /** @throws {Error} for a file that is no UTF-8: what cannot be read cannot be kept as it is either. */
@@ -150,14 +81,6 @@ function textOf(path: string): string {
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return "";
     throw error;
-  }
-}
-
-export function realPath(path: string): string {
-  try {
-    return realpathSync(path);
-  } catch {
-    return path;
   }
 }
 

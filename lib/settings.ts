@@ -354,6 +354,10 @@ export function settle(
             : [SETTINGS[name].value, "default"];
     settings[name] = (value as string).trim();
     origins[name] = origin as string;
+    if (origin === `variable ${name}` && isEaten(name, value as string, env.MAKEFLAGS))
+      throw new SettingError(
+        `${name} (make's command line): it has a $, which make takes for one of its variables; write it into the env file, or each $ as $$`,
+      );
     if (settings[name]) check(name, settings[name], origins[name]);
   }
   const servers = words(settings.SERVER);
@@ -381,6 +385,13 @@ export function settle(
     if (!givenNow(origins, name as SettingName)) own[box] = { ...own[box], [name]: value.trim() };
   }
   return { settings, origins, own };
+}
+
+/** Is this not what stands on make's command line, which MAKEFLAGS has with a \\ before blanks and each $ twice? */
+function isEaten(name: string, value: string, makeflags = ""): boolean {
+  const given = new RegExp(`(?<=(?<!\\\\) )${name}[:?+]*=((?:\\\\[^]|[^\\\\ ])*)`, "g");
+  const said = [...makeflags.matchAll(given)].at(-1)?.[1]?.replace(/\\(.|\n)|\$\$/g, (_, c) => c ?? "$");
+  return Boolean(said?.includes("$")) && said?.replaceAll("$$", "$").trim() !== value.trim();
 }
 
 /** @throws {SettingError} for a file that cannot be read. */

@@ -1,11 +1,13 @@
 #!/usr/bin/env -S node --import tsx
 import { createHash } from "node:crypto";
 /** The server's datastore, token, certificates and manifests, in a file on this machine: all that `restore` needs. */
-import { chmodSync, closeSync, createReadStream, fsyncSync, openSync, renameSync, rmSync } from "node:fs";
+import { createReadStream, lstatSync } from "node:fs";
 import { dirname, join } from "node:path";
 import * as cli from "../lib/cli.ts";
+import { putNew, remove, temporary, tryWrite } from "../lib/files.ts";
 import { binaryLook, nodeNameOf } from "../lib/k3s.ts";
 import { report } from "../lib/report.ts";
+import { quoted, SettingError } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, converge, Failure, look, lookAndConverge, Refusal, type Step } from "../lib/step.ts";
 
@@ -95,38 +97,47 @@ export const cleared: Step = {
 
 async function backup(call: cli.Call): Promise<number> {
   const [server] = (await cli.targets(call, "SERVER")) as [cli.Target];
+  const id = new Date().toISOString().replace(/[-:]|\.\d+/g, "");
+  const file = call.settings.BACKUP || join(dirname(call.envFile), `k3s-${server.name}-${id}.tar.gz`);
+  freeName(file, call.settings.BACKUP ? call.origins.BACKUP : "default");
   const ui = await report([server.name]);
   const line = ui.line(server.name);
   return await cli.attempt(call, call.script, server, line, async () => {
-    const id = new Date().toISOString().replace(/[-:]|\.\d+/g, "");
-    const file = call.settings.BACKUP || join(dirname(call.envFile), `k3s-${server.name}-${id}.tar.gz`);
     const steps = [copied(id)];
     const job = cli.jobFor(call, server, line);
     const facts = await look(job, steps);
     if (call.mode !== "apply") return cli.showPlan(call, server, steps, job, facts);
     const made = (await converge(job, steps, facts)).made?.trim();
     line.says(`copies it to ${file}`);
-    const part = `${file}.part`;
+    const part = temporary(dirname(file));
     try {
       await job.box.pull(`${FOLDER}/${id}.tar.gz`, part);
       const have = await hashOf(part);
-      if (have !== made) throw new Failure(`The copy in ${part} has sha256 ${have}, not ${made}`);
-      chmodSync(part, 0o600);
-      const handle = openSync(part, "r+");
-      fsyncSync(handle);
-      closeSync(handle);
-      renameSync(part, file);
+      if (have !== made) throw new Failure(`The copy for ${file} has sha256 ${have}, not ${made}`);
+      putNew(part, file);
     } catch (error) {
       // Where this cannot clear the server, the next backup does.
       await lookAndConverge(job, cleared).catch(() => {});
       throw error;
     } finally {
-      rmSync(part, { force: true });
+      remove(part);
     }
     await lookAndConverge(job, cleared);
     line.done(false, `${file}, a secret: it has the token and all keys of the cluster`);
     process.stdout.write(`${file}\n`);
   });
+}
+
+/** @throws {SettingError} where a new file of this name cannot be made. */
+function freeName(file: string, origin: string): void {
+  const says = (what: string) => new SettingError(`BACKUP is ${quoted(file)} (${origin}): ${what}`);
+  if (lstatSync(file, { throwIfNoEntry: false }))
+    throw says("that is there already: expected the name of a new file, or none");
+  try {
+    tryWrite(file);
+  } catch (error) {
+    throw says((error as Error).message);
+  }
 }
 
 /** The sha256 of a file here. */

@@ -8,6 +8,10 @@ import { converge, type Facts, type Job, look, planAll } from "../lib/step.ts";
 import { uninstall } from "./remove.ts";
 
 async function down(call: cli.Call): Promise<number> {
+  if (call.origins.SERVER === "default")
+    throw new SettingError(
+      "SERVER is not set: expected the box that is to lose its cluster, or SERVER= (empty) for this machine",
+    );
   const servers = await cli.targets(call, "SERVER");
   const agents = call.settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
   if (call.mode === "apply" && !call.flags.has("yes") && !process.stdin.isTTY)

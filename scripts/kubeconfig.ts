@@ -1,11 +1,11 @@
 #!/usr/bin/env -S node --import tsx
 /** The cluster's kubeconfig, merged into the user's own under a name of its own. */
-import { closeSync, existsSync, mkdirSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, statSync } from "node:fs";
 import { homedir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
 import * as cli from "../lib/cli.ts";
 import { ask } from "../lib/cluster.ts";
-import { realPath, replaceFile } from "../lib/env-file.ts";
+import { noFile, realPath, replaceFile, take } from "../lib/files.ts";
 import { report } from "../lib/report.ts";
 import { SettingError } from "../lib/settings.ts";
 import { Failure, look } from "../lib/step.ts";
@@ -174,9 +174,15 @@ function withItem(text: string, key: string, name: string, body: string[], nameF
   return lines.join("\n");
 }
 
-/** Where kubectl would look first. */
-const pathOf = () =>
-  (process.env.KUBECONFIG ?? "").split(delimiter).find(Boolean) ?? join(homedir(), ".kube", "config");
+/** Where kubectl would look first. @throws {SettingError} for what is no file. */
+function pathOf(): string {
+  const named = (process.env.KUBECONFIG ?? "").split(delimiter).find(Boolean);
+  const path = named ?? join(homedir(), ".kube", "config");
+  const wrong = noFile(path);
+  if (wrong)
+    throw new SettingError(`${path}${named ? " (KUBECONFIG)" : ""} is ${wrong}: expected a kubeconfig`);
+  return path;
+}
 
 /**
  * Merges under kubectl's own lock; a link is followed. Before the first change the file is kept as FILE.before-k3s-across-clouds.
@@ -186,18 +192,7 @@ const pathOf = () =>
  */
 export function merge(given: string, access: Access, use: boolean): boolean {
   const path = realPath(given);
-  const lock = `${path}.lock`;
-  try {
-    mkdirSync(dirname(path), { recursive: true, mode: 0o700 });
-    closeSync(openSync(lock, "wx", 0o600));
-  } catch (error) {
-    const { code, message } = error as NodeJS.ErrnoException;
-    throw new SettingError(
-      code === "EEXIST" && existsSync(lock)
-        ? `${path} is locked: expected no ${lock}; remove it if no kubectl is at work`
-        : `${path} cannot be changed: ${message}`,
-    );
-  }
+  const release = lock(path);
   try {
     const old = existsSync(path) ? readFileSync(path) : Buffer.alloc(0);
     const text = old.toString();
@@ -211,16 +206,33 @@ export function merge(given: string, access: Access, use: boolean): boolean {
     }
     if (next === text) return false;
     const backup = `${path}.before-k3s-across-clouds`;
-    if (old.length && !existsSync(backup)) writeFileSync(backup, old, { mode: 0o600, flag: "wx" });
+    if (old.length && !statSync(backup, { throwIfNoEntry: false })?.size) replaceFile(backup, text);
     replaceFile(path, next);
     return true;
   } finally {
-    rmSync(lock, { force: true });
+    release();
   }
+}
+
+/** Takes kubectl's own lock, which has nothing in it, and says not whether its owner lives. @throws {SettingError} */
+function lock(path: string): () => void {
+  const file = `${path}.lock`;
+  let release: (() => void) | undefined;
+  try {
+    mkdirSync(dirname(path), { recursive: true, mode: 0o700 });
+    release = take(file, Number.POSITIVE_INFINITY);
+  } catch (error) {
+    throw new SettingError(`${path} cannot be changed: ${(error as Error).message}`);
+  }
+  if (release) return release;
+  throw new SettingError(`${path} is locked: expected no ${file}; remove it if no kubectl is at work`);
 }
 
 async function kubeconfig(call: cli.Call): Promise<number> {
   const [server] = (await cli.targets(call, "SERVER")) as [cli.Target];
+  const path = pathOf();
+  // Before the box is asked.
+  lock(realPath(path))();
   const ui = await report([server.name]);
   return await cli.attempt(call, call.script, server, ui.line(server.name), async (line) => {
     const facts = await look(cli.jobFor(call, server, line), [
@@ -230,7 +242,6 @@ async function kubeconfig(call: cli.Call): Promise<number> {
       throw new Failure("It has no /etc/rancher/k3s/k3s.yaml: k3s is no server there, or not up yet");
     const access = accessOf(facts.config, server.ip);
     const use = call.flags.has("use");
-    const path = pathOf();
     line.done(
       !merge(path, access, use),
       `context ${access.name} in ${path}; ${use ? "kubectl uses it" : `kubectl --context ${access.name} get nodes`}`,

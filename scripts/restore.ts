@@ -172,6 +172,7 @@ async function restore(call: cli.Call): Promise<number> {
 
 /** What a backup says of itself. @throws {SettingError} where it is none, or is damaged. */
 async function aboutOf(file: string): Promise<{ version: string; node: string; ip: string }> {
+  cli.aFile("BACKUP", file);
   // To the end, so that gzip's checksum is seen too.
   const { exitCode, stdout, stderr } = await $({ quiet: true, nothrow: true })`tar -xzOf ${file} about`;
   const { version, node, ip } = pairs(stdout);
@@ -185,5 +186,6 @@ await cli.run(import.meta, {
   about:
     "Makes HOST, a fresh box, the server that BACKUP is of. SERVER in the env file changes, and the agents follow.",
   steps: [...prepareSteps, put("", ""), server, ...agentSteps],
+  writes: () => true,
   work: restore,
 });

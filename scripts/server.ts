@@ -136,6 +136,7 @@ await run(import.meta, {
   steps: serverSteps,
   host: "SERVER",
   everyServer: true,
+  writes: (_want, known) => !known.K3S_URL || !known.K3S_TOKEN,
   examine,
   nothing: (want, facts) => healthySaying("server", want, facts),
 });

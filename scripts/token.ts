@@ -74,6 +74,7 @@ await run(import.meta, {
   steps: [token],
   host: "SERVER",
   everyServer: true,
+  writes: () => true,
   needs: { K3S_TOKEN: 'what "make server" writes to' },
   nothing: () => "the env file has the server's present token, which the next make up gives to the agents",
 });

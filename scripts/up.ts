@@ -93,5 +93,6 @@ await cli.run(import.meta, {
   about:
     "Brings up the whole cluster. Agents are prepared while the server starts, and wait only for its token.",
   steps: [...allSteps, ...agentSteps],
+  writes: (_want, known) => !known.K3S_URL || !known.K3S_TOKEN,
   work: up,
 });

@@ -312,5 +312,6 @@ await cli.run(import.meta, {
     { name: "upgrade", options: ["STEPS"], look: () => [], plan: () => [] },
   ],
   flags: { force: "go back, or leave minor versions out; delete pods that no controller starts anew" },
+  writes: (want, known) => want.K3S_VERSION !== known.K3S_VERSION,
   work: upgrade,
 });

@@ -134,7 +134,12 @@ for (const [name, host] of [
       await open(host).pull(from, to);
       assert.deepEqual(readFileSync(to), bytes);
       assert.equal(shell(`ls -l '${to}'`).stdout.slice(0, 10), "-rw-------");
-      await assert.rejects(open(host).pull("/nonexistent/file", to), /Could not copy .*nonexistent/s);
+      await assert.rejects(open(host).pull(from, to), /Could not write .*a file: EEXIST/);
+      assert.deepEqual(readFileSync(to), bytes, "what is there is nobody's to write over");
+      await assert.rejects(
+        open(host).pull("/nonexistent/file", `${to} too`),
+        /Could not copy .*nonexistent/s,
+      );
       await assert.rejects(
         open(host).pull(from, "/nonexistent/file"),
         /Could not write \/nonexistent\/file: ENOENT/,

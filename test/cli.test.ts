@@ -25,7 +25,7 @@ async function call(
   const ssh = `[ "$1" = -G ] && { echo "hostname \${3#*@}"; exit; }; ${spy}`;
   const PATH = programs(join(folder, "bin"), { ssh, sudo: spy, id: spy, curl: spy });
   const ENV_FILE = join(folder, ".env");
-  if (envFile !== undefined) writeFileSync(ENV_FILE, envFile);
+  writeFileSync(ENV_FILE, envFile ?? "");
   const ended = await program([`scripts/${script}.ts`, ...args], { PATH, ENV_FILE, ...env });
   return {
     ...ended,
@@ -299,7 +299,95 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       [],
       { ENV_FILE: "lib" },
       undefined,
-      /^The env file cannot be read: EISDIR/,
+      /^ENV_FILE is "lib", which is a folder: expected a file with the settings of a cluster/,
+    ],
+    ...(
+      [
+        ["not there", "/no/cluster.env"],
+        ["no file but a device or socket", "/dev/null"],
+      ] as const
+    ).map(([what, path]): (typeof cases)[number] => [
+      `an env file that was named and is ${what}, for whatever the environment has of this machine`,
+      "down",
+      ["--yes"],
+      { ENV_FILE: path, PUBLIC_IP: "198.51.100.20", SERVER: "" },
+      undefined,
+      new RegExp(`^ENV_FILE is "${path}", which is ${what}: expected a file with the settings of a cluster`),
+    ]),
+    [
+      "down where nothing says which cluster",
+      "down",
+      ["--yes"],
+      { PUBLIC_IP: "198.51.100.20" },
+      undefined,
+      /^SERVER is not set: expected the box that is to lose its cluster, or SERVER= \(empty\) for this machine/,
+    ],
+    [
+      "a switch that is told no",
+      "down",
+      ["--yes=no"],
+      {},
+      undefined,
+      /^--yes \(flag\): expected --yes alone/,
+    ],
+    [
+      "a switch that is told false",
+      "down",
+      ["--dry-run", "false"],
+      {},
+      undefined,
+      /^--dry-run \(flag\): expected --dry-run alone, or not at all/,
+    ],
+    [
+      "a switch that is taken back",
+      "down",
+      ["--no-dry-run"],
+      {},
+      undefined,
+      /^--no-dry-run \(flag\): expected --dry-run alone/,
+    ],
+    [
+      "a dry run of what has none",
+      "kubeconfig",
+      ["--dry-run"],
+      {},
+      undefined,
+      /^--dry-run \(flag\): expected one of/,
+    ],
+    [
+      "a K3S_CONFIG that is a device",
+      "server",
+      ["--k3s-config", "/dev/zero"],
+      {},
+      undefined,
+      /^K3S_CONFIG is "\/dev\/zero", which is no file but a device or socket: expected a file/,
+    ],
+    [
+      "a backup into what is there",
+      "backup",
+      ["--backup", "package.json"],
+      {},
+      "SERVER=root@203.0.113.10\n",
+      /^BACKUP is "package\.json" \(flag --backup\): that is there already: expected the name of a new file/,
+    ],
+    [
+      "a backup into a folder that is not there",
+      "backup",
+      ["--backup", "/no/backup.tar.gz"],
+      {},
+      "SERVER=root@203.0.113.10\n",
+      /^BACKUP is "\/no\/backup\.tar\.gz" \(flag --backup\): .* could not be written.*: ENOENT/,
+    ],
+    [
+      "a password that make has taken a part of",
+      "server",
+      ["--host", "root@203.0.113.10"],
+      {
+        MAKEFLAGS: " -- K3S_DATASTORE_ENDPOINT=mysql://k3s:a$$word@h/k3s",
+        K3S_DATASTORE_ENDPOINT: "mysql://k3s:aord@h/k3s",
+      },
+      undefined,
+      /^K3S_DATASTORE_ENDPOINT \(make's command line\): it has a \$, which make takes for one of its variables; write it into the env file/,
     ],
     [
       "an env file that is no UTF-8, with its line",
@@ -340,7 +428,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       assert.match(stderr, line);
       assert.deepEqual({ status, stdout, touched }, { status: 2, stdout: "", touched: "" });
       assert.equal(stderr.trimEnd().split("\n").length, 1);
-      assert.deepEqual(files, file === undefined ? [] : [".env"]);
+      assert.deepEqual(files, [".env"]);
       assert.doesNotMatch(stderr, /hunter2|\bat .*\.ts/);
     });
 });

@@ -220,13 +220,20 @@ describe("the lock", () => {
 
   test("of a living process is waited for, and then named", async () => {
     const path = join(temporary(), ".env");
-    writeFileSync(`${path}.lock`, String(process.pid));
+    writeFileSync(`${path}.lock`, String(process.ppid));
     await assert.rejects(updateEnv(path, { A: "1" }, 0.3), (error: Error) => {
-      assert.match(error.message, new RegExp(`"${path}.lock" is held by process ${process.pid}: try again`));
+      assert.match(error.message, new RegExp(`"${path}.lock" is held by process ${process.ppid}: try again`));
       return true;
     });
     assert.deepEqual(readEnv(path).values, {});
-    assert.equal(readFileSync(`${path}.lock`, "utf8"), String(process.pid), "and stays its owner's");
+    assert.equal(readFileSync(`${path}.lock`, "utf8"), String(process.ppid), "and stays its owner's");
+  });
+
+  test("of a process that had this one's number, as in a container, is taken over", async () => {
+    const path = join(temporary(), ".env");
+    writeFileSync(`${path}.lock`, String(process.pid));
+    await updateEnv(path, { A: "1" }, 1);
+    assert.deepEqual(readEnv(path).values, { A: "1" });
   });
 });
 
@@ -264,7 +271,10 @@ test("parallel writers lose nothing: four processes, fifty writes each", async (
 
 /** Runs updateEnv until its call of the file system after the `n`th: from there on nothing reaches the disk. */
 async function updateCrashing(path: string, values: Record<string, string>, n: number): Promise<boolean> {
-  const calls = ["openSync", "writeSync", "fsyncSync", "closeSync", "renameSync", "rmSync"] as const;
+  const calls = [
+    ...(["openSync", "writeSync", "fsyncSync", "closeSync", "renameSync", "rmSync"] as const),
+    ...(["linkSync", "copyFileSync"] as const),
+  ];
   const real = Object.fromEntries(calls.map((call) => [call, fs[call]]));
   let left = n;
   for (const call of calls)

@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
+import { execFileSync, spawnSync } from "node:child_process";
 import { join } from "node:path";
 import { describe, test } from "node:test";
+import { forMake } from "../lib/cli.ts";
 import { programs, ROOT, temporary } from "./helpers.ts";
 
 const MAKE = execFileSync("sh", ["-c", "command -v make"], { encoding: "utf8" }).trim();
@@ -36,4 +37,95 @@ describe("make runs the scripts", () => {
       "deno run -A scripts/remove.ts --dry-run --force",
     );
   });
+});
+
+/** What make says, and its exit status, where PATH has these programs and the environment these variables. */
+function make(words: string[], env: Record<string, string> = {}, deno = "") {
+  const folder = join(temporary(), "bin");
+  programs(folder, { deno });
+  const { status, stdout, stderr } = spawnSync(MAKE, words, {
+    cwd: ROOT,
+    encoding: "utf8",
+    env: { PATH: folder, ...env },
+  });
+  return { status, stdout: stdout.replace(/ +/g, " ").trim(), stderr };
+}
+
+describe("a switch", () => {
+  const SWITCHES: Record<string, [target: string, flag: string]> = {
+    DRY: ["up", "--dry-run"],
+    PRINT: ["agent", "--print"],
+    REBOOT: ["upgrade-kernel", "--reboot"],
+    FORCE: ["remove", "--force"],
+    YES: ["down", "--yes"],
+    JSON: ["check", "--json"],
+    WATCH: ["check", "--watch"],
+    USE: ["kubeconfig", "--use"],
+  };
+  for (const [name, [target, flag]] of Object.entries(SWITCHES)) {
+    const plain = `deno run -A scripts/${target}.ts`;
+    test(`${name} is 1 or yes; every other word is refused, and nothing runs`, () => {
+      for (const word of ["1", "yes"])
+        assert.equal(make(["-n", target, `${name}=${word}`]).stdout, `${plain} ${flag}`);
+      assert.equal(make(["-n", target, `${name}=`]).stdout, plain);
+      for (const word of ["no", "0", "false", "off", "n", "true", "Yes", "1 no", "x"]) {
+        const { status, stdout, stderr } = make([target, `${name}=${word}`], {}, "echo ran");
+        assert.deepEqual([status, stdout], [2, ""], word);
+        assert.match(stderr, new RegExp(`${name} is "${word}": expected 1 or yes`));
+      }
+    });
+    const holds = name === "DRY" || name === "PRINT";
+    test(`${name} of the environment ${holds ? "holds back as well" : "does not count"}`, () => {
+      for (const more of [[], ["-e"]])
+        assert.equal(
+          make(["-n", ...more, target], { [name]: "1" }).stdout,
+          holds ? `${plain} ${flag}` : plain,
+        );
+      const { status } = make(["-n", target], { [name]: "0" });
+      assert.equal(status, holds ? 2 : 0);
+    });
+  }
+
+  test("is not asked for a dry run of what has none: kubeconfig says so", () =>
+    assert.equal(make(["-n", "kubeconfig", "DRY=1"]).stdout, "deno run -A scripts/kubeconfig.ts --dry-run"));
+});
+
+const HARD = [
+  "a$b",
+  "$HOME",
+  "$(shell id)",
+  "$$",
+  "it's",
+  'say "so"',
+  "a b",
+  "`id`",
+  "a\\b",
+  "a\\",
+  "a#b",
+  "~/x",
+  "汉",
+  "a;b|c&",
+  "%.c",
+];
+
+test("a value in the line that tries it again comes through shell and make as it was", () => {
+  for (const value of HARD) {
+    const line = `${MAKE} status BACKUP=${forMake(value)}`;
+    const folder = join(temporary(), "bin");
+    programs(folder, { deno: 'printf "[%s]" "$BACKUP"' });
+    const { stdout } = spawnSync("/bin/sh", ["-c", line], {
+      cwd: ROOT,
+      encoding: "utf8",
+      env: { PATH: folder },
+    });
+    assert.equal(stdout, `[${value}]`);
+  }
+});
+
+test("a command for the rehearsal goes there as it was typed, from make's command line and from the environment", () => {
+  for (const value of HARD) {
+    const says = 'for word; do :; done; printf "[%s]" "$word"';
+    assert.equal(make(["in-rehearsal", `CMD=${value}`], {}, says).stdout, `[${value}]`);
+    assert.equal(make(["in-rehearsal"], { CMD: value }, says).stdout, `[${value}]`);
+  }
 });

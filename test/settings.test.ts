@@ -363,6 +363,30 @@ describe("settings", () => {
     assert.equal(settle({ "https-proxy": "http://flag:3" }, env, own).settings.HTTPS_PROXY, "http://flag:3");
   });
 
+  const given: Record<string, [makeflags: string, value: string, isTaken: boolean]> = {
+    "a $ that make took with what followed": [" -- BACKUP=a$$bc", "ac", true],
+    "a command that make ran": [" -- BACKUP=$$(shell\\ id)", "uid=0", true],
+    "the $ and all that followed": [" -- BACKUP=$$b", "", true],
+    "it as the last word counts": [" -- BACKUP=x BACKUP=a$$b", "a", true],
+    "it between others, with blanks and backslashes": [
+      "s -j2 -- SERVER=a1 BACKUP=it's\\ a$$b\\\\c DRY=1",
+      "it's a\\c",
+      true,
+    ],
+    "it by :=": [" -- BACKUP:=a$$b", "a", true],
+    "two that stand for one": [" -- BACKUP=a$$$$b", "a$b", false],
+    "a value without": [" -- BACKUP=a\\ b", "a b", false],
+    "a $ in another value alone": [" -- AGENTS=a$$b BACKUP=ab", "ab", false],
+    "one in another's text": [" -- AGENTS=x\\ BACKUP=a$$b", "a", false],
+    "a shell's own variable": ["", "a$b", false],
+  };
+  for (const [name, [MAKEFLAGS, BACKUP, isTaken]] of Object.entries(given))
+    test(`on make's command line with ${name} ${isTaken ? "are refused, and belong into the env file" : "count"}`, () => {
+      const call = () => settle({}, { MAKEFLAGS, BACKUP }, "/no/.env").settings.BACKUP;
+      if (isTaken) assert.throws(call, /^SettingError|BACKUP \(make's command line\): it has a \$/);
+      else assert.equal(call(), BACKUP);
+    });
+
   test("have each a flag of their own", () => {
     assert.equal(new Set(NAMES.map(flagOf)).size, NAMES.length);
     assert.equal(flagOf("K3S_BIN"), "k3s-bin");
