@@ -5,20 +5,22 @@ import { PRIVATE_RANGES, publicIp } from "./settings.ts";
 import type { Facts } from "./step.ts";
 
 /**
- * The shell function `kc`: kubectl with what this box may read the nodes with: the admin's on a server; on an
+ * The shell function `kc`: kubectl with what this box may read the nodes with: the admin's where a server runs; on an
  * agent k3s-controller's, which lists nodes on modern k3s, or the kubelet's own, which could before v1.32
- * (AuthorizeNodeWithSelectors). So an agent is checked, and annotated, without going to the server.
+ * (AuthorizeNodeWithSelectors). So an agent is checked, and annotated, without going to the server. A k3s.yaml there
+ * is left from another life of the box, or leads to another cluster.
  */
 export const KUBECTL = `kc() {
   agent=/var/lib/rancher/k3s/agent
-  for config in /etc/rancher/k3s/k3s.yaml $agent/k3scontroller.kubeconfig $agent/kubelet.kubeconfig; do
+  configs="$agent/k3scontroller.kubeconfig $agent/kubelet.kubeconfig"
+  case $(systemctl is-active k3s 2>/dev/null) in active | *ing) configs=/etc/rancher/k3s/k3s.yaml ;; esac
+  for config in $configs; do
     [ -s "$config" ] || continue
     # kubectl prints an empty list beside "Forbidden": its word counts only when it succeeds.
     if out=$(timeout 20 ${K3S} kubectl --kubeconfig "$config" --request-timeout=10s "$@"); then
       printf '%s\\n' "$out"
       return
     fi
-    case $config in /etc/*) return 1 ;; esac
   done
   return 1
 }`;

@@ -10,7 +10,7 @@ ps -e -o pid= -o ppid= -o args= | awk '
     do { more = 0; for (p in parent) if (!(p in pod) && parent[p] in pod) { pod[p] = 1; more = 1 } } while (more)
     for (p in pod) print p
   }' | while read -r pid; do kill -9 "$pid" 2>/dev/null || :; done
-awk '$2 ~ "^/run/k3s/|^/var/lib/kubelet/(pods|plugins)/|^/run/netns/cni-" { print $2 }' /proc/self/mounts | sort -r |
+awk -v kubelet="$(readlink -f /var/lib/kubelet)" '$2 ~ "^/run/k3s/|^" kubelet "/(pods|plugins)/|^/run/netns/cni-" { print $2 }' /proc/self/mounts | sort -r |
   while read -r path; do
     path=$(printf '%b' "$path")
     umount -f "$path" 2>/dev/null || umount -l "$path" 2>/dev/null || :
@@ -38,7 +38,7 @@ ipset list -n 2>/dev/null | grep -E '^(inet6:)?KUBE-' | while read -r name; do i
 
 /** Prints what of that is there, a line each. */
 export const CLEAR_LOOK = `ps -e -o args= | awk '$1 ~ "^/var/lib/rancher/k3s/data/[^/]+/bin/containerd-shim" { print "pods" }'
-awk '$2 ~ "^/run/k3s/|^/var/lib/kubelet/(pods|plugins)/|^/run/netns/cni-" { print "mounts" }' /proc/self/mounts
+awk -v kubelet="$(readlink -f /var/lib/kubelet)" '$2 ~ "^/run/k3s/|^" kubelet "/(pods|plugins)/|^/run/netns/cni-" { print "mounts" }' /proc/self/mounts
 for name in cni0 flannel.1 flannel-v6.1 flannel-wg flannel-wg-v6 kube-ipvs0; do
   [ ! -e "/sys/class/net/$name" ] || echo "$name"
 done

@@ -30,6 +30,19 @@ const FILES = [
   ...["/var/log/pods", "/var/log/containers", "/etc/rancher/k3s", "/etc/rancher/node"],
   ...["/usr/local/bin/k3s", "/usr/local/bin/.k3s*"],
 ];
+/** What k3s makes in those that may be a link to a disk of the user's, on which more may be. */
+const MADE = {
+  "/var/lib/rancher/k3s": "agent data server storage",
+  "/var/lib/kubelet":
+    "checkpoints device-plugins pki plugins plugins_registry pod-resources pods *_state .lock seccomp",
+  "/var/lib/cni": "cache flannel networks results",
+  "/run/k3s": "*",
+  "/run/flannel": "*",
+  "/var/log/pods": "*_*_*",
+  "/var/log/containers": "*_*_*.log",
+  "/etc/rancher/k3s": "k3s.yaml registries.yaml across-clouds.token config.yaml.d/across-clouds.yaml",
+  "/etc/rancher/node": "password",
+};
 const LINKS = ["kubectl", "crictl", "ctr"].map((name) => `/usr/local/bin/${name}`);
 
 /** k3s goes from a box, with all that it made there; packages and the kernel stay. */
@@ -50,6 +63,13 @@ done
 ${CLEAR_LOOK}
 ${closeLook(rangesOf(want))}
 fact volumes; ls -A /var/lib/rancher/k3s/storage 2>/dev/null
+fact links; for path in ${Object.keys(MADE).join(" ")}; do
+  [ ! -L "$path" ] || [ ! -d "$path" ] || printf '%s leads to %s\\n' "$path" "$(readlink -f "$path")"
+done
+fact inner; at=$(readlink -f /var/lib/rancher/k3s); for path in "$at"/* "$at"/*/*; do
+  if [ ! -L "$path" ] || [ ! -d "$path" ]; then continue; fi
+  to=$(readlink -f "$path"); case $to in "$at"/*) ;; *) printf '%s leads to %s\\n' "$path" "$to" ;; esac
+done
 fact running; for unit in k3s k3s-agent; do systemctl is-active -q $unit 2>/dev/null && echo $unit; done`,
   ],
 
@@ -58,6 +78,11 @@ fact running; for unit in k3s k3s-agent; do systemctl is-active -q $unit 2>/dev/
     if (left.length === 0) return [];
     const volumes = (facts.volumes ?? "").split("\n").filter(Boolean).length;
     const running = (facts.running ?? "").split("\n").filter(Boolean);
+    const list = (text = "") => text.split("\n").filter(Boolean);
+    const links = [
+      ...list(facts.links).map((link) => `; ${link}: what k3s has made there goes, the rest stays`),
+      ...list(facts.inner).map((link) => `; ${link}, which stays with all that is in it: delete it yourself`),
+    ];
     return [
       {
         why: `${running.length ? `stop ${running.join(", ")}, and ` : ""}clear pods, mounts, interfaces and rules of k3s`,
@@ -81,7 +106,7 @@ ${CLEAR}`,
           ]
         : []),
       {
-        why: `remove k3s's units, binary and data${volumes ? `, with ${volumes} local volumes of pods` : ""}`,
+        why: `remove k3s's units, binary and data${volumes ? `, with ${volumes} local volumes of pods` : ""}${links.join("")}`,
         // The units go last: what is cut before is begun anew, and they know which address is theirs on lo. One that has
         // gone is nothing to do: systemd must not remember it as failed by then.
         sh: `ip=$(sed -n 's/^ExecStartPre=.*ip addr replace \\([0-9.]*\\/32\\) dev lo.*/\\1/p' ${UNITS.join(" ")} 2>/dev/null || :)
@@ -89,9 +114,22 @@ ${CLEAR}`,
 for path in ${LINKS.join(" ")}; do
   [ "$(readlink "$path")" != k3s ] || rm -f "$path"
 done
+made() { case $1 in ${Object.entries(MADE)
+          .map(([path, names]) => `${path}) echo '${names}' ;;`)
+          .join(" ")} esac; }
 for path in ${FILES.join(" ")}; do
+  if [ -L "$path" ] && [ -d "$path" ]; then
+    # shellcheck disable=SC2046
+    (cd "$path" && rm -rf --one-file-system $(made "$path"))
+    rm -f "$path"
+    continue
+  fi
   # What is a mount of its own is emptied, and stays; nothing else that is mounted in there is touched.
-  rm -rf --one-file-system "$path" 2>/dev/null || [ -z "$(ls -A "$path")" ] || { echo "Could not remove $path"; exit 1; }
+  rm -rf --one-file-system "$path" 2>/dev/null || [ -z "$(ls -A "$path")" ] || {
+    mounted=$(awk -v at="$(readlink -f "$path")/" 'index($2, at) == 1 { print $2 }' /proc/self/mounts | tr '\\n' ' ')
+    echo "Could not remove $path\${mounted:+: to umount, and to empty by yourself, is $mounted}"
+    exit 1
+  }
 done
 rmdir /etc/rancher /var/lib/rancher 2>/dev/null || :
 systemctl reset-failed k3s k3s-agent 2>/dev/null || :

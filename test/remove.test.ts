@@ -1,8 +1,10 @@
 import assert from "node:assert/strict";
+import { mkdirSync, symlinkSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
 import { type Facts, Refusal } from "../lib/step.ts";
 import { forgotten, uninstall } from "../scripts/remove.ts";
-import { A1, B1, B2, MODERN, nodes, wanted } from "./helpers.ts";
+import { A1, B1, B2, MODERN, nodes, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const whys = (changes: readonly { why: string }[]) => changes.map(({ why }) => why);
 const want = wanted();
@@ -32,6 +34,108 @@ describe("what goes from a box", () => {
 
   test("an interface alone is cleared too, as after a run that was cut", () =>
     assert.match(whys(uninstall.plan(want, { left: "flannel.1\n" }))[0] ?? "", /^clear pods, mounts/));
+});
+
+describe("a folder of k3s's that is a link to a disk of the user's", () => {
+  /** A box's files, with such links, and what a shell says and leaves of them. */
+  function box(links: Record<string, string>, files: string[]) {
+    const dir = temporary();
+    const PATH = programs(join(dir, "bin"), {
+      systemctl: "exit 0",
+      ip: "exit 1",
+      ss: "exit 1",
+      nft: "exit 1",
+    });
+    const inDir = (script: string) => script.replaceAll(/(?<![\w.$}])\/(var|run|etc|usr)\//g, `${dir}/$1/`);
+    for (const path of [...files, ...Object.keys(links)])
+      mkdirSync(join(dir, dirname(path)), { recursive: true });
+    for (const [path, to] of Object.entries(links)) {
+      mkdirSync(join(dir, to), { recursive: true });
+      symlinkSync(join(dir, to), join(dir, path));
+    }
+    for (const path of files) {
+      mkdirSync(join(dir, dirname(path)), { recursive: true });
+      writeFileSync(join(dir, path), "x");
+    }
+    const look = () => {
+      const { stdout } = shell(
+        `PATH=${PATH}\nfact() { printf '=%s\\n' "$1"; }\n${inDir(uninstall.look(want).join("\n"))}`,
+      );
+      const facts = Object.fromEntries(
+        stdout.split(/^=/m).map((text) => [text.split("\n")[0], text.replace(/^.*\n/, "")]),
+      );
+      return { left: "/usr/local/bin/k3s\n", links: facts.links, inner: facts.inner };
+    };
+    const facts = look();
+    const change = uninstall.plan(want, facts).at(-1);
+    const { status, stdout, stderr } = shell(`PATH=${PATH}\nset -eu\n${inDir(change?.sh ?? "")}`);
+    assert.equal(status, 0, stdout + stderr);
+    const left = shell(`cd ${dir}; find . ! -type d ! -path './bin/*' | sort`).stdout;
+    return {
+      why: change?.why.replaceAll(dir, ""),
+      left: left.replaceAll("./", "").trim().split("\n").filter(Boolean),
+    };
+  }
+
+  test("loses what k3s has made there, and keeps what else is there", () => {
+    const { why, left } = box(
+      {
+        "var/lib/rancher/k3s": "mnt/disk",
+        "var/lib/kubelet": "mnt/a disk/kubelet",
+        "var/log/pods": "mnt/logs",
+        "etc/rancher/k3s": "mnt/etc",
+      },
+      [
+        ...[
+          "server/tls/server-ca.key",
+          "server/token",
+          "agent/x",
+          "data/.lock",
+          "storage/pvc-1/x",
+          "photos/1.jpg",
+        ].map((name) => `mnt/disk/${name}`),
+        "mnt/a disk/kubelet/pods/1/x",
+        "mnt/a disk/kubelet/cpu_manager_state",
+        "mnt/a disk/kubelet/mine",
+        "mnt/logs/kube-system_x_1/0.log",
+        "mnt/logs/nginx.log",
+        "mnt/etc/k3s.yaml",
+        "mnt/etc/config.yaml",
+        "usr/local/bin/k3s",
+      ],
+    );
+    assert.match(
+      why ?? "",
+      /\/var\/lib\/rancher\/k3s leads to \/mnt\/disk: what k3s has made there goes, the rest stays; \/var\/lib\/kubelet leads to/,
+    );
+    assert.deepEqual(left, [
+      "mnt/a disk/kubelet/mine",
+      "mnt/disk/photos/1.jpg",
+      "mnt/etc/config.yaml",
+      "mnt/logs/nginx.log",
+    ]);
+  });
+
+  test("within the others is named, with what stays there", () => {
+    const { why, left } = box(
+      { "var/lib/rancher/k3s/server": "mnt/server", "var/lib/rancher/k3s/agent/containerd": "mnt/images" },
+      ["mnt/server/tls/server-ca.key", "mnt/images/x", "var/lib/rancher/k3s/agent/x"],
+    );
+    assert.match(
+      why ?? "",
+      /\/var\/lib\/rancher\/k3s\/server leads to \/mnt\/server, which stays with all that is in it/,
+    );
+    assert.match(why ?? "", /agent\/containerd leads to \/mnt\/images, which stays/);
+    assert.deepEqual(left, ["mnt/images/x", "mnt/server/tls/server-ca.key"]);
+  });
+
+  test("and leads nowhere, or is k3s's own, is nothing to tell of", () => {
+    const { why, left } = box({ "var/lib/rancher/k3s/data/current": "var/lib/rancher/k3s/data/abc" }, [
+      "var/lib/rancher/k3s/x",
+    ]);
+    assert.equal(why, "remove k3s's units, binary and data");
+    assert.deepEqual(left, []);
+  });
 });
 
 describe("the cluster forgets", () => {
