@@ -2,7 +2,7 @@
 import { configArgs, wrongIn } from "./args.ts";
 import { nodeNameOf, type Role, releaseOf } from "./k3s.ts";
 import { CONFIG, rangesOf } from "./node.ts";
-import { SettingError, type Settings } from "./settings.ts";
+import { check, SettingError, type Settings } from "./settings.ts";
 import { type Facts, Refusal, type Step } from "./step.ts";
 
 const FOLDER = "/etc/rancher/k3s";
@@ -14,6 +14,9 @@ export const foreignFirst = (role: Role): Step => ({
   look: () => [portsLook, configsLook()],
   plan(want, facts) {
     portsFree(role, want, facts);
+    // What is learned of a server in the end, it has had from the beginning where it is there already.
+    const token = role === "server" && facts.token?.replace(/\n+$/, "");
+    if (token) check("K3S_TOKEN", token, "this server's own");
     const args = role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS;
     const wrong = wrongIn(role, configIn("K3S_CONFIG", want.K3S_CONFIG));
     if (wrong)

@@ -23,7 +23,7 @@ export interface Line {
  */
 export const redacted = (text: string): string =>
   text.replace(
-    /(?<=\w:\/\/[^\s:/@]{0,256}:)\S{1,512}(?=@)|K10[0-9a-f]{64}::[\w-]+:[\w.-]+|(?<=::(server|node):)[\w.-]+/g,
+    /(?<=\w:\/\/[^\s:/@]{0,256}:)\S{1,512}(?=@)|K10[0-9a-f]{64}::[\w-]+:\S{1,512}|(?<=::(server|node):)\S{1,512}/g,
     "********",
   );
 

@@ -20,7 +20,7 @@ import { filesLook, filesPlan, labelsPlan } from "./node.ts";
 import { quoted, type SettingName, type Settings } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "./step.ts";
-import { filled, pairs, rewrite, SECRET, sha256 } from "./text.ts";
+import { filledEnv, pairs, rewrite, SECRET, sha256 } from "./text.ts";
 
 /** Before anything else is done to a box that is to run k3s: Alpine's OpenRC is not supported. */
 export const systemdFirst: Step = {
@@ -134,11 +134,11 @@ export function servicePlan(
   const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
   const { changes: files, gone } = filesPlan(generation, version, want, facts);
   const changes: Change[] = [...before, ...labelsPlan(role, name, args, facts), ...files];
-  if (facts.envfile?.trim() !== `600\n${sha256(filled(env, want))}`) {
+  if (facts.envfile?.trim() !== `600\n${sha256(filledEnv(env, want))}`) {
     const secrets = [...env.matchAll(SECRET)].map((m) => m[1] as SettingName);
     changes.push({
       why: `write ${envPath(role)} (0600)`,
-      sh: writeFile(envPath(role), env, "600", secrets),
+      sh: `${secrets.map((name) => `${name}=$(printf %s "$${name}" | sed 's/\\\\/&&/g')\n`).join("")}${writeFile(envPath(role), env, "600", secrets)}`,
       ...(secrets.length ? { secrets } : {}),
     });
   }
@@ -234,7 +234,7 @@ ${healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "server" &
  * Ready. Not on old k3s, which annotate restarts once more.
  */
 const DOOR = `if [ -z "\${open-}" ] && token=$(cat /var/lib/rancher/k3s/server/node-token 2>/dev/null) && [ -n "$token" ]; then
-    door=$(printf 'user = "node:%s"\\n' "\${token##*:}" |
+    door=$(printf 'user = "node:%s"\\n' "$(printf %s "\${token#*::*:}" | sed 's/["\\\\]/\\\\&/g')" |
       curl -s -K - --cacert /var/lib/rancher/k3s/server/tls/server-ca.crt --max-time 5 -o /dev/null -w '%{http_code}' \\
         https://127.0.0.1:6443/v1-k3s/client-k3s-controller.crt) || :
     if [ "$door" = 200 ]; then open=yes; early token "$token"; fi

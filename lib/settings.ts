@@ -1,6 +1,6 @@
 import { hostname } from "node:os";
 import { parseArgs, refusedIn, secretIn } from "./args.ts";
-import { readEnv } from "./env-file.ts";
+import { readEnv, withValues } from "./env-file.ts";
 import type { Role } from "./k3s.ts";
 import { jsonOf } from "./text.ts";
 
@@ -77,6 +77,18 @@ const serverArgs = (value: string) =>
   parseArgs(value).some(({ flag }) => /^(cluster-init|cluster-reset.*|server|s)$/.test(flag))
     ? `no argument for several servers: they go by K3S_DATASTORE_ENDPOINT (${ETCD})`
     : args("server", value);
+
+/** The password is what k3s takes, in pkg/clientaccess: all that follows, colons too. */
+function token(value: string): string | undefined {
+  if (!/^K10[0-9a-f]{64}::[\w-]+:[^\p{Cc}]*[^\p{Cc}\s]$/u.test(value))
+    return "K10, the hash of the cluster's CA, ::server: and a password, as server/node-token has it";
+  try {
+    withValues("", { K3S_TOKEN: value });
+  } catch {
+    return "a password that an env file can hold: not # and all three kinds of quotes";
+  }
+  return undefined;
+}
 
 const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
 const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
@@ -297,10 +309,7 @@ export const SETTINGS = {
     example: `K10${"0".repeat(64)}::server:${"0".repeat(32)}`,
     secret: true,
     shared: true,
-    check: matches(
-      /^K10[0-9a-f]{64}::[\w-]+:[\w.-]+$/,
-      "K10, the hash of the cluster's CA, ::server: and a password, as server/node-token has it",
-    ),
+    check: token,
   },
 } satisfies Record<string, Setting>;
 

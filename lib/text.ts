@@ -25,9 +25,9 @@ export function pairs(text = ""): Record<string, string> {
 /** `@NAME@`: a setting that is secret, in a text that shows. */
 export const SECRET = /@([A-Z0-9_]+)@/g;
 
-/** A text with its secrets in their places. */
-export const filled = (text: string, want: Settings): string =>
-  text.replace(SECRET, (_, name) => want[name as SettingName]);
+/** systemd's EnvironmentFile with its secrets in their places; a backslash in it stands for the character behind it. */
+export const filledEnv = (text: string, want: Settings): string =>
+  text.replace(SECRET, (_, name) => want[name as SettingName].replaceAll("\\", "\\\\"));
 
 /** In hex. */
 export const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");

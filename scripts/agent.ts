@@ -3,14 +3,14 @@
 import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
 import { foreignFirst } from "../lib/foreign.ts";
-import { envPath, nodeNameIn, nodeNameOf } from "../lib/k3s.ts";
+import { envPath, nodeNameIn, nodeNameOf, passwordIn } from "../lib/k3s.ts";
 import { nodesOf } from "../lib/kube.ts";
 import { NODE_SETTINGS, proxyEnv } from "../lib/node.ts";
 import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/service.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
-import { filled } from "../lib/text.ts";
+import { filledEnv } from "../lib/text.ts";
 import { annotateAs } from "./annotate.ts";
 import { downloadK3s } from "./download-k3s.ts";
 import { installWireguard } from "./install-wireguard.ts";
@@ -38,10 +38,10 @@ export const agent: Step = {
  */
 function serverLook(want: Settings): string {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
-  const password = want.K3S_TOKEN.split(":").at(-1) as string;
+  const password = passwordIn(want.K3S_TOKEN).replace(/["\\]/g, "\\$&");
   const ca = want.K3S_TOKEN.slice(3, 67);
   const joined = createHash("sha256")
-    .update(filled(ENV(want), want))
+    .update(filledEnv(ENV(want), want))
     .digest("hex");
   const name = nodeNameIn(want.AGENT_ARGS);
   return `

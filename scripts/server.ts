@@ -2,7 +2,7 @@
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { type Call, run, type Target } from "../lib/cli.ts";
 import { foreignFirst } from "../lib/foreign.ts";
-import { envPath } from "../lib/k3s.ts";
+import { envPath, NO_USER, passwordIn } from "../lib/k3s.ts";
 import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/node.ts";
 import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/service.ts";
 import { boxNames, nameOf, SettingError, type Settings } from "../lib/settings.ts";
@@ -81,11 +81,11 @@ function environment(want: Settings, facts: Facts): string {
 export function password(want: Settings, facts: Facts): Change[] {
   if (!want.K3S_DATASTORE_ENDPOINT) return [];
   const own = isFurther(want) ? "" : facts.token?.trim();
-  const known = (own || want.K3S_TOKEN).split(":").at(-1) as string;
+  const known = passwordIn(own || want.K3S_TOKEN);
   const have = facts.password?.trim();
   if (known ? have === `600\n${sha256(known)}` : have?.startsWith("600\n")) return [];
   if (own) return [KEEP_PASSWORD];
-  if (known) return [writePassword(`\${K3S_TOKEN##*:}`, { secrets: ["K3S_TOKEN"] })];
+  if (known) return [writePassword(`\${K3S_TOKEN#*::*:}`, { secrets: ["K3S_TOKEN"] })];
   const made = writePassword("$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')");
   return [{ ...made, why: `${made.why}, the password of a new cluster` }];
 }
@@ -101,7 +101,7 @@ mv -f ${PASSWORD}.new ${PASSWORD}`,
 
 const NODE_TOKEN = "/var/lib/rancher/k3s/server/node-token";
 /** The server's own password goes on being the cluster's. */
-export const KEEP_PASSWORD = writePassword(`$(sed 's/.*://' ${NODE_TOKEN})`);
+export const KEEP_PASSWORD = writePassword(`$(sed '${NO_USER}' ${NODE_TOKEN})`);
 /** A fact that \`password\` needs. */
 export const passwordLook = `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`;
 

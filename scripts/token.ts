@@ -2,7 +2,7 @@
 /** Rotates the cluster's token: whoever knew the old one can join no more; nodes that have joined go on running. */
 import { parseArgs } from "../lib/args.ts";
 import { run } from "../lib/cli.ts";
-import { binaryLook, generationOf, K3S, nodeNameOf } from "../lib/k3s.ts";
+import { binaryLook, generationOf, K3S, NO_USER, nodeNameOf } from "../lib/k3s.ts";
 import { restart } from "../lib/service.ts";
 import { type Change, Refusal, type Step } from "../lib/step.ts";
 import { isFurther, KEEP_PASSWORD, password, passwordLook } from "./server.ts";
@@ -19,7 +19,7 @@ export const token: Step = {
     `fact token; cat ${SERVER}/node-token 2>/dev/null
 fact rotates; ${K3S} token --help 2>/dev/null | grep -oE '^ +rotate '
 fact running; systemctl is-active k3s 2>/dev/null
-fact door; printf 'user = "node:%s"\n' "$(sed 's/.*://' ${SERVER}/node-token 2>/dev/null)" |
+fact door; printf 'user = "node:%s"\n' "$(sed '${NO_USER}; s/["\\\\]/\\\\&/g' ${SERVER}/node-token 2>/dev/null)" |
   curl -sS --max-time 10 -K - --cacert ${SERVER}/tls/server-ca.crt -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/client-ca.crt 2>/dev/null`,
   ],
 

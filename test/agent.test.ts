@@ -173,6 +173,21 @@ case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n'
     assert.ok(!args.includes("0".repeat(32)), "the password stands on no argument list");
   });
 
+  test("with whatever password, as curl reads it", () => {
+    for (const [password, read] of Object.entries({
+      "changeme!": "changeme!",
+      "a:b::c": "a:b::c",
+      "it's $(id)": "it's $(id)",
+      'a"b\\c': 'a\\"b\\\\c',
+    })) {
+      const { stdin } = asked({
+        ...known,
+        K3S_TOKEN: known.K3S_TOKEN.replace("0".repeat(32), () => password),
+      });
+      assert.equal(stdin, `user = "node:${read}"\n`);
+    }
+  });
+
   test("for the name that --node-name gives", () => {
     assert.match(asked({ ...known, AGENT_ARGS: "--node-name=cloud-b" }).args, /\/nodes\/cloud-b$/m);
   });

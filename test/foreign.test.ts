@@ -170,5 +170,16 @@ describe("K3S_CONFIG", () => {
   });
 });
 
+test("A server whose token cannot be kept is refused before anything is done to it", () => {
+  const token = (password: string) => ({ token: `K10${"ab".repeat(32)}::server:${password}\n` });
+  for (const password of ["changeme!", "a:b", "x y"]) assert.equal(refused("server", token(password)), "");
+  for (const password of ["#'\"`", "x ", ""])
+    assert.match(
+      refused("server", token(password), {}, SettingError),
+      /^K3S_TOKEN \(this server's own\): expected /,
+    );
+  assert.equal(refused("agent", token("x ")), "");
+});
+
 test("A box with nothing foreign has nothing to do for it", () =>
   assert.deepEqual(foreignFirst("server").plan(wanted(), prepared(MODERN)), []));

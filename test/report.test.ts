@@ -17,6 +17,8 @@ describe("a token in whatever is printed", () => {
     `an agent's K10${"0".repeat(64)}::node:${PASSWORD}`,
     `a user's K10${"0".repeat(64)}::deploy-bot:${PASSWORD}`,
     `first line\n${TOKEN}\nlast line`,
+    `${TOKEN.replace(PASSWORD, `$!"it's:${PASSWORD}`)}`,
+    `cut ::server:!${PASSWORD}`,
   ];
   for (const text of texts)
     test(`is masked: ${JSON.stringify(text.slice(0, 30))}`, () => {

@@ -41,6 +41,7 @@ describe("every setting", () => {
   });
 });
 
+const CA = `K10${"ab".repeat(32)}::`;
 /** What no setting may hold, or what one of them may not. */
 const WRONG: Partial<Record<SettingName, string[]>> = {
   SERVER: [
@@ -165,7 +166,18 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "https://a b",
     "https://a:6443\n",
   ],
-  K3S_TOKEN: ["secret", `${TOKEN} `, `${TOKEN}\n`, TOKEN.slice(3), `K10xyz::server:1`, `${TOKEN}$(id)`],
+  K3S_TOKEN: [
+    "secret",
+    `${TOKEN} `,
+    `${TOKEN}\n`,
+    TOKEN.slice(3),
+    `K10xyz::server:1`,
+    `${CA}server:`,
+    `${CA}:x`,
+    `${CA}abcdef.0123456789abcdef`,
+    `${CA}server:a\u0007b`,
+    `${CA}server:#'"\``,
+  ],
 };
 
 /** Not IPv4 addresses as everyone reads them, and ones that other clouds cannot reach, with the reason. */
@@ -237,6 +249,22 @@ describe("a wrong value", () => {
     for (const value of ["hunter2", `${TOKEN}x y`])
       for (const name of ["K3S_TOKEN", "K3S_DATASTORE_ENDPOINT", "HTTPS_PROXY"] as const)
         assert.ok(!refusal(name, value).includes(value.slice(0, 6)));
+  });
+
+  test("of a token may have whatever password k3s takes", () => {
+    for (const password of [
+      "changeme!",
+      "a:b::c",
+      "$(id)",
+      "it's",
+      'a"b',
+      "back\\slash",
+      "#x;y",
+      "a b",
+      "ä%€",
+      "K10",
+    ])
+      assert.equal(refusal("K3S_TOKEN", `${CA}server:${password}`), "", password);
   });
 
   test("of arguments that holds a secret is not repeated", () => {

@@ -25,6 +25,11 @@ describe("settings", { concurrency: true }, () => {
       let t: Bench;
       before(async () => {
         t = await bench({ name: `settings-${generation}`, boxes: ["a1", "b1", "b2"] });
+        // The server has a token of the user's: any that k3s takes.
+        await t.box("a1").sh(`printf '%s\\n' ${sh(ODD)} >/root/token`);
+        env({ SERVER_ARGS: "--token-file=/root/token" });
+        await t.ok("make -j up");
+        assert.equal(t.env().K3S_TOKEN?.replace(/^.*?::server:/, ""), ODD);
         env();
         await t.ok("make -j up");
       });
@@ -249,6 +254,17 @@ kill -KILL -- -$pid && echo cut`,
 
       test("an agent's taints are set when it joins; later ones are refused with the line that sets them", async () => {
         await t.lab.add("b3");
+        await t
+          .box("b3")
+          .sh(
+            "systemd-run -q -u other systemd-socket-activate -l 10250 cat; until ss -ltn | grep -q :10250; do :; done",
+          );
+        const fresh = await state(t.box("b3"));
+        await t.says("make agent HOST=b3", 2, [
+          /10250\/tcp on this box, which k3s needs, is taken by systemd-socket\S* \(process \d+\): stop it/,
+        ]);
+        assert.equal(await state(t.box("b3")), fresh);
+        await t.box("b3").sh("systemctl stop other");
         env({ NODE_TAINTS__b3: "spot=yes:NoSchedule" });
         await t.ok("make agent HOST=b3");
         assert.deepEqual((await node("b3")).spec.taints, [
@@ -270,6 +286,9 @@ kill -KILL -- -$pid && echo cut`,
       test("all boxes still reach each other", () => connected(t.lab.boxes));
     });
 });
+
+/** With what shells, sed, curl, dotenv and systemd read in ways of their own. */
+const ODD = "change::me:! '$(id)\\\\&/#";
 
 /** A proxy for plain http that writes down who asks for what. */
 const PROXY = `const { appendFileSync } = require("node:fs"), http = require("node:http");

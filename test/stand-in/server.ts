@@ -60,12 +60,8 @@ export function servingNames(
   return { dns: unique.filter((n) => !isIp(n)).sort(), ips: unique.filter(isIp).sort() };
 }
 
-/** The password of a token in any of its forms. */
-export const passwordOf = (token: string): string =>
-  token
-    .trim()
-    .replace(/^K10.*?::/, "")
-    .replace(/^[^:]*:/, "");
+/** The password of a token in any of its forms; what does not begin with K10 is one. */
+export const passwordOf = (token: string): string => token.trim().replace(/^K10.*?::[^:]*:/, "");
 
 const file = (path: string): string => readFileSync(path, "utf8");
 const write = (path: string, text: string, mode: number): void => {
