@@ -68,6 +68,10 @@ const configsIn = (facts: Facts): [path: string, text: string][] =>
     return path ? [[path, Buffer.from(text, "base64").toString()]] : [];
   });
 
+/** What k3s is told by them. @throws {Refusal} for what it could not read. */
+export const foreignArgs = (facts: Facts): ReturnType<typeof configArgs> =>
+  configsIn(facts).flatMap(([path, text]) => configIn(`${path} on this box`, text));
+
 /**
  * Who listens at k3s's ports, a line each: protocol, port, and an interface or a process and its name. What belongs to
  * k3s's unit, its WireGuard interfaces and what an old flannel has started, is left out.

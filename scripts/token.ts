@@ -2,6 +2,7 @@
 /** Rotates the cluster's token: whoever knew the old one can join no more; nodes that have joined go on running. */
 import { parseArgs } from "../lib/args.ts";
 import { run } from "../lib/cli.ts";
+import { configsLook, foreignArgs } from "../lib/foreign.ts";
 import { binaryLook, generationOf, K3S, NO_USER, nodeNameOf } from "../lib/k3s.ts";
 import { restart } from "../lib/service.ts";
 import { type Change, Refusal, type Step } from "../lib/step.ts";
@@ -15,6 +16,7 @@ export const token: Step = {
 
   look: () => [
     binaryLook,
+    configsLook(),
     passwordLook,
     `fact token; cat ${SERVER}/node-token 2>/dev/null
 fact rotates; ${K3S} token --help 2>/dev/null | grep -oE '^ +rotate '
@@ -31,10 +33,14 @@ fact door; printf 'user = "node:%s"\n' "$(sed '${NO_USER}; s/["\\\\]/\\\\&/g' ${
       throw new Refusal(
         `k3s ${facts.version?.trim()} cannot rotate its token: that came with v1.25.15, v1.26.10, v1.27.7 and v1.28.3. Until it is upgraded, whoever has the token can add a node: close 6443/tcp to all but the nodes`,
       );
-    if (parseArgs(want.SERVER_ARGS).some(({ flag }) => /^(token|t|token-file)$/.test(flag)))
-      throw new Refusal(
-        "SERVER_ARGS gives the server its token, and would bring the old one back: take it out first",
-      );
+    for (const [args, where] of [
+      [parseArgs(want.SERVER_ARGS), "SERVER_ARGS gives"],
+      [foreignArgs(facts), "A config file of yours in /etc/rancher/k3s gives"],
+    ] as const)
+      if (args.some(({ flag }) => /^(token|t|token-file)$/.test(flag)))
+        throw new Refusal(
+          `${where} the server its token, and would bring the old one back: take it out first`,
+        );
     const start = restart(
       "server",
       generationOf(facts.version?.trim() ?? "", facts.flags) ?? "modern",

@@ -84,6 +84,12 @@ describe("the token", () => {
       { SERVER_ARGS: "--token=abc" },
       /SERVER_ARGS gives the server its token/,
     ],
+    [
+      "where a config file of the user's would bring the old one back",
+      { configs: `${Buffer.from("token: abc").toString("base64")} /etc/rancher/k3s/config.yaml` },
+      {},
+      /^A config file of yours in \/etc\/rancher\/k3s gives the server its token/,
+    ],
   ];
   for (const [name, over, settings, says] of refused)
     test(`is not rotated ${name}`, () =>
