@@ -225,7 +225,7 @@ export function open(host: string, keys = ""): Box {
           if (count > LINES) throw new Unreachable(`The box said more than ${LINES} lines`);
           for (const line of lines) {
             if (begun) onLine(line);
-            else if (line === BEGIN) begun = true;
+            else if (line.endsWith(BEGIN)) begun = true;
             else before = `${before}\n${line}`.slice(-WORDS);
           }
         },
@@ -237,12 +237,13 @@ export function open(host: string, keys = ""): Box {
     async push(file, path) {
       let text = "";
       const part = sh(path);
-      const there = `mkdir -p ${sh(dirname(path))}; wc -c 2>/dev/null <${part} || echo 0`;
+      const there = `echo ${sh(BEGIN)}; mkdir -p ${sh(dirname(path))}; wc -c 2>/dev/null <${part} || echo 0`;
       await execute(there, Readable.from([]), 60, (said) => {
-        text = (text + said).slice(0, WORDS);
+        text = (text + said).slice(-WORDS);
       });
+      const have = text.split(`${BEGIN}\n`)[1]?.trim() ?? "";
       const { size } = statSync(file);
-      const start = /^\d+$/.test(text.trim()) && Number(text) <= size ? Number(text) : 0;
+      const start = /^\d+$/.test(have) && Number(have) <= size ? Number(have) : 0;
       const packed = /\.(zst|gz)$/.test(file);
       const stream = packed ? new PassThrough() : createGzip({ level: 1 });
       // A file that cannot be read ends it with an error, and with it the copy.

@@ -186,6 +186,25 @@ describe("a box over ssh", () => {
     assert.match(command, /^sh -c (\\[^\w\n]|[\w@+:,./=-])+$/);
   });
 
+  test("that greets first, without an end of line too, is understood, and a push goes on", async () => {
+    for (const greeting of ["printf 'Welcome 5'", "echo Welcome; echo 7", `yes Welcome | head -n 900`]) {
+      const folder = temporary();
+      programs(folder, { greets: `${greeting}\nexec sh "$@"` });
+      try {
+        assert.deepEqual((await run("root@b1", "echo one", { LOGIN: join(folder, "greets") })).lines, [
+          "one",
+        ]);
+        const [from, to] = [join(folder, "from"), join(folder, "to")];
+        writeFileSync(from, "0123456789");
+        writeFileSync(to, "mark");
+        await open("root@b1").push(from, to);
+        assert.equal(readFileSync(to, "utf8"), "mark456789");
+      } finally {
+        delete process.env.LOGIN;
+      }
+    }
+  });
+
   test("that greets, and then runs nothing, is named with its own words", async () => {
     const folder = temporary();
     programs(folder, {
