@@ -89,6 +89,22 @@ function folderFor(): string {
 }
 
 /**
+ * Whatever ~/.ssh/config says: no key is taken that is not known, by any way past known_hosts, and a box gets nothing
+ * of this machine, neither its agent's keys nor its display, ports and network.
+ */
+const GUARD = {
+  StrictHostKeyChecking: "yes",
+  VerifyHostKeyDNS: "no",
+  NoHostAuthenticationForLocalhost: "no",
+  UpdateHostKeys: "no",
+  ForwardAgent: "no",
+  ForwardX11: "no",
+  ClearAllForwardings: "yes",
+  Tunnel: "no",
+  PermitLocalCommand: "no",
+};
+
+/**
  * The system's ssh, so that ~/.ssh/config, agents, jump hosts and known_hosts all count. One connection a
  * box: the first command opens it, later ones share it. A dead box is noticed in about 15 s.
  */
@@ -103,6 +119,7 @@ function ssh(host: string, keys: string): string[] {
     ControlMaster: "auto",
     ControlPath: `${sockets}/%C`,
     ControlPersist: 60,
+    ...GUARD,
     ...(keys ? pinned(keys) : {}),
   };
   return ["ssh", "-T", ...Object.entries(options).flatMap(([k, v]) => ["-o", `${k}=${v}`]), "--", host];
@@ -114,7 +131,6 @@ function ssh(host: string, keys: string): string[] {
  * all that ~/.ssh/config says of the box count, where a known_hosts made by ssh-keyscan would pass them by.
  */
 const pinned = (keys: string) => ({
-  StrictHostKeyChecking: "yes",
   UserKnownHostsFile: "/dev/null",
   GlobalKnownHostsFile: "/dev/null",
   // Asked first for no key but the order of algorithms: then the fingerprint is NONE.

@@ -202,7 +202,7 @@ const IP = /^[0-9a-f.:]{2,39}$/;
 const BOOT = /^[0-9a-f-]{36}$/;
 const MACHINE = /^[0-9a-f]{32}$/;
 const CIDR = /^[0-9a-f.:]{2,39}\/\d{1,3}$/;
-const VERSION = /^v[\w.+-]{1,60}$/;
+export const VERSION = /^v[\w.+-]{1,60}$/;
 const only = (pattern: RegExp, value: unknown): string | undefined =>
   typeof value === "string" && pattern.test(value) ? value : undefined;
 /** Digits and dots alone may still be a name that nft, say, would look up. */

@@ -1,3 +1,7 @@
+/** What a terminal would go by in a script that is shown; as printf writes it, and between quotes. */
+const octal = (text: string) =>
+  `'"$(printf '${[...Buffer.from(text)].map((byte) => `\\${byte.toString(8).padStart(3, "0")}`).join("")}')"'`;
+
 /**
  * Quotes one word for any POSIX shell, so that it reaches the command byte for byte.
  * zx's own `quote` writes bash's `$'…'`, which dash and busybox sh take literally.
@@ -7,7 +11,9 @@
  */
 export function sh(word: string): string {
   if (word.includes("\0")) throw new RangeError("A shell word cannot hold a NUL");
-  return /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`;
+  return /^[\w@%+=:,./-]+$/.test(word)
+    ? word
+    : `'${word.replaceAll("'", `'\\''`).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (c) => (c === "\n" || c === "\t" ? c : octal(c)))}'`;
 }
 
 /**

@@ -91,7 +91,7 @@ printf '\\n%s end\\n' "$m"`;
 }
 
 /** For a comment, which may quote what a box said: on one line, and for a terminal too. */
-const oneLine = (text: string) => text.replace(/[\s\p{Cc}\p{Cf}]+/gu, " ");
+const oneLine = (text: string) => text.replace(/[\s\p{C}\p{Zl}\p{Zp}]+/gu, " ");
 
 /** How long an earlier run may go on on a box whose operator it has lost, in seconds. */
 const PATIENCE = 900;
@@ -168,13 +168,15 @@ export function printed(changes: readonly Change[]): string {
   const needs = names.map(
     (name) => `: "\${${name}:?is a secret: set it before you run this}"; export ${name}`,
   );
-  const pushes = changes.flatMap(({ push }) => (push ? [`# first copy ${push.file} to ${push.path}`] : []));
+  const pushes = changes.flatMap(({ push }) =>
+    push ? [`# first copy ${oneLine(push.file)} to ${push.path}`] : [],
+  );
   const elsewhere = changes.flatMap(({ onServer, why }) =>
     onServer ? [`# first, on the server: ${oneLine(why)}`] : [],
   );
   const here = changes.filter((change) => !change.onServer);
   const late = `[ -z "$waited" ] || { echo 'An earlier run has just ended here: make this plan anew'; exit 1; }`;
-  const apply = applyScript(here, "k3s-across-clouds", (name) => `"$${name}"`, "person");
+  const apply = applyScript(here, newMark(), (name) => `"$${name}"`, "person");
   return `#!/bin/sh\n${whole([...needs, ...pushes, ...elsewhere, apply, late].join("\n"))}`;
 }
 

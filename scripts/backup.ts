@@ -48,7 +48,8 @@ mkdir -m 700 ${FOLDER} ${FOLDER}/${id} ${FOLDER}/${id}/db
 cd ${FOLDER}/${id}
 printf '%s\\n' ${about.map(sh).join(" ")} >about
 cp -p /etc/rancher/node/password node-password
-for path in token tls cred manifests; do cp -Rp ${SERVER}/$path .; done
+# A backup has no links: what they lead to goes with it.
+for path in token tls cred manifests; do cp -RLp ${SERVER}/$path .; done
 # SQLite reads a database and its log as they stood at one moment, whatever was being done then. So k3s, all its
 # threads, is stopped for the copy; whatever becomes of this script, it goes on after 20 s.
 pid=$(systemctl show k3s -p MainPID | cut -d= -f2)

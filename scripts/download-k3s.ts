@@ -63,7 +63,11 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
       changes.push(
         byProxy(want, {
           why: `download k3s ${want.K3S_VERSION}${have ? ` in place of ${have}` : ""}`,
-          sh: fetch(binary(want, facts), want, swap(`${want.K3S_VERSION} `)),
+          sh: fetch(
+            binary(want, facts),
+            want,
+            `${swap(`${want.K3S_VERSION} `)}\nrm -f ${PART}-${want.K3S_VERSION}[.-]*`,
+          ),
           seconds: 3600,
         }),
       );
@@ -110,7 +114,9 @@ interface File {
   sha256?: string;
 }
 
-const partOf = (want: Settings) => `${PART}-${want.K3S_VERSION}.part`;
+// What was proven by another hash than the one that is asked for now is another file.
+const partOf = ({ K3S_VERSION, K3S_SHA256 }: Settings) =>
+  `${PART}-${K3S_VERSION}${K3S_SHA256 && `-${K3S_SHA256}`}.part`;
 const imagesPartOf = (want: Settings) => `${IMAGES}-${want.K3S_VERSION}.part`;
 
 function binary(want: Settings, facts: Facts): File {
@@ -193,6 +199,15 @@ case $said in *${sh(` ${version}`)}*) ;; *) echo "the new binary says: $said"; e
 mv -f "$part" ${K3S}
 rm -f "$part.good"`;
 
+/** Who is asked, whatever the port and the notation: a host must not vouch for itself. */
+export function hostOf(base: string): string {
+  const host = new URL(base).hostname.replace(/\.$/, "");
+  const [, high, low] = /^\[::(?:ffff:)?([\da-f]{1,4}):([\da-f]{1,4})\]$/.exec(host) ?? [];
+  if (!high || !low) return host;
+  const [a, b] = [Number.parseInt(high, 16), Number.parseInt(low, 16)];
+  return [a >> 8, a & 255, b >> 8, b & 255].join(".");
+}
+
 /**
  * Tries the bases in order. A base that connects within 10 s and keeps up 20 kB/s is used to its end; one
  * that does not is left for the next, which goes on where it stopped, as does the next run: the hash at the
@@ -201,9 +216,8 @@ rm -f "$part.good"`;
 function fetch({ file, arch, part, sha256 = "" }: File, want: Settings, put: string): string {
   const { K3S_VERSION: version } = want;
   const bases = words(want.K3S_MIRRORS);
-  const host = (base: string) => new URL(base).host;
   const tries = bases.map((base) => {
-    const others = bases.filter((other) => host(other) !== host(base));
+    const others = bases.filter((other) => hostOf(other) !== hostOf(base));
     return `if try ${[base, ...others].map(sh).join(" ")}; then put; exit 0; fi`;
   });
   return `${TELL}part=${part}

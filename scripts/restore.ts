@@ -1,13 +1,15 @@
 #!/usr/bin/env -S node --import tsx
 /** A server from a backup, on a fresh box at whatever address; the agents follow it there. */
-import { $ } from "zx";
+import { execFile } from "node:child_process";
+import { resolve } from "node:path";
+import { promisify } from "node:util";
 import * as cli from "../lib/cli.ts";
 import { ask } from "../lib/cluster.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
 import { closeLook } from "../lib/firewall.ts";
 import { whoIs } from "../lib/identity.ts";
 import { nodeNameOf } from "../lib/k3s.ts";
-import { KUBECTL } from "../lib/kube.ts";
+import { address, KUBECTL, VERSION } from "../lib/kube.ts";
 import { rangesOf } from "../lib/node.ts";
 import { report } from "../lib/report.ts";
 import { SettingError, words } from "../lib/settings.ts";
@@ -23,6 +25,24 @@ import { up } from "./up.ts";
 
 const BASE = "/var/lib/rancher/k3s";
 const ARRIVED = "/var/lib/.k3s-restore.tar.gz";
+
+/**
+ * Shell that fails for an archive with anything but plain files and folders of a backup's names, or with more than
+ * there is room for: a server made it, and this box is not to be that server's. By the tar that unpacks it then.
+ */
+const checked = (
+  file: string,
+) => `no() { echo "The backup is not as make backup writes it: $1"; rm -f ${file} ../names ../members ../odd; exit 1; }
+tar -tzf ${file} >../names || no 'it cannot be read'
+tar -tvzf ${file} >../members
+grep -vE '^(about|node-password|token|(tls|cred|manifests|db)(/.*)?)$' ../names >../odd || :
+grep -E '(^|/)[.][.](/|$)' ../names >>../odd || :
+[ ! -s ../odd ] || no "it has $(head -n 1 ../odd)"
+awk '$1 !~ /^[-d][r-][w-][x-][r-][w-][x-][r-][w-][x-][.+@]?$/' ../members >../odd
+[ ! -s ../odd ] || no "it has what is no plain file: $(head -n 1 ../odd)"
+size=$(awk '{ size += $3 } END { printf "%.0f", size / 1024 }' ../members)
+[ "$size" -lt "$(df -Pk . | awk 'NR == 2 { print $4 }')" ] || no "it takes $size kB, and there is less room here"
+rm -f ../names ../members ../odd`;
 
 /** The backup's data in the place of a server's, on a box that has none. Its hash stays, for a run that was cut. */
 export const put = (file: string, hash: string): Step => ({
@@ -47,7 +67,8 @@ export const put = (file: string, hash: string): Step => ({
 rm -rf ${BASE}/server.new
 mkdir -m 700 ${BASE}/server.new
 cd ${BASE}/server.new
-tar -xzf ${ARRIVED}
+${checked(ARRIVED)}
+tar -xzof ${ARRIVED}
 mv -f node-password /etc/rancher/node/password
 echo ${hash} >restored
 sync
@@ -173,12 +194,18 @@ async function restore(call: cli.Call): Promise<number> {
 /** What a backup says of itself. @throws {SettingError} where it is none, or is damaged. */
 async function aboutOf(file: string): Promise<{ version: string; node: string; ip: string }> {
   cli.aFile("BACKUP", file);
-  // To the end, so that gzip's checksum is seen too.
-  const { exitCode, stdout, stderr } = await $({ quiet: true, nothrow: true })`tar -xzOf ${file} about`;
-  const { version, node, ip } = pairs(stdout);
-  if (exitCode === 0 && version && node && ip) return { version, node, ip };
+  // To the end, so that gzip's checksum is seen too. By its whole path: host:file would be another machine's.
+  const args = ["-xzOf", resolve(file), "about"];
+  const { stdout, stderr } = await promisify(execFile)("tar", args, { maxBuffer: 100_000 }).catch(
+    (error) => ({
+      stdout: "",
+      stderr: String(error.stderr || error.message),
+    }),
+  );
+  const { version = "", node, ip } = pairs(stdout);
+  if (VERSION.test(version) && node && address(ip)) return { version, node, ip: ip as string };
   throw new SettingError(
-    `BACKUP is "${file}": ${words(stderr).join(" ").trim() || "it is no backup of make backup's"}`,
+    `BACKUP is "${file}": ${words(stderr.replaceAll("\n", " ")).join(" ").slice(0, 300) || "it is no backup of make backup's"}`,
   );
 }
 

@@ -106,6 +106,64 @@ describe("a restore", () => {
     rmSync(fresh, { recursive: true });
   });
 
+  const about = "mkdir -p db tls; echo x >token; echo y >node-password; echo z >about; ";
+  const names = "about node-password token db tls";
+  const bad: [name: string, made: string, said: RegExp][] = [
+    [
+      "a link in the place of a file of ours",
+      `ln -s VICTIM restored; tar -czf A ${names} restored`,
+      /it has restored/,
+    ],
+    [
+      "a link of a name that is known",
+      `rm token; ln -s VICTIM token; tar -czf A ${names}`,
+      /no plain file: lrwx/,
+    ],
+    ["a hard link", `ln token db/x; tar -czf A ${names}`, /no plain file: hrw/],
+    [
+      "a link to a folder, and a file behind it",
+      `ln -s VICTIM.d tls/x; tar -czf A ${names}`,
+      /no plain file: lrwx/,
+    ],
+    ["a pipe", `mkfifo db/x; tar -czf A ${names}`, /no plain file: prw/],
+    ["a device", `tar -czf A ${names} -C /dev --transform 's,^null,db/null,' null`, /no plain file: crw/],
+    ["a program with setuid", `chmod 4755 token; tar -czf A ${names}`, /no plain file: -rws/],
+    [
+      "a way out of its folder",
+      `tar -czPf A --transform 's,^token,db/../../../token,' ${names}`,
+      /it has db\/\.\.\/\.\.\/\.\.\/token/,
+    ],
+    ["an absolute name", `tar -czPf A --transform 's,^token,/token,' ${names}`, /it has \/token/],
+    [
+      "a file of another name",
+      `mkdir -p agent; echo x >agent/x; tar -czf A ${names} agent`,
+      /it has agent\//,
+    ],
+    ["more than there is room for", `truncate -s 8T db/x; tar -cSzf A ${names}`, /there is less room here/],
+    ["no archive at all", "echo x >A", /cannot be read/],
+    [
+      "an end that is missing",
+      `head -c 100000 /dev/urandom >db/x; tar -czf B ${names}; head -c 50000 B >A`,
+      /cannot be read/,
+    ],
+  ];
+  for (const [name, made, said] of bad)
+    test(`unpacks nothing of an archive that has ${name}`, () => {
+      const [fresh, from] = [temporary(), temporary()];
+      const victim = join(fresh, "victim");
+      mkdirSync(join(fresh, "var/lib"), { recursive: true });
+      writeFileSync(victim, "as it was");
+      const archive = join(fresh, "var/lib/.k3s-restore.tar.gz");
+      const sh = `cd ${from}; ${about}${made.replaceAll("VICTIM", victim).replace(" A", ` ${archive}`).replace(">A", `>${archive}`)}`;
+      assert.equal(shell(`set -eu; ${sh}`).status, 0);
+      const { status, stdout } = shell(`set -eu\n${under(fresh, data.plan(want, {})[0]?.sh)}`);
+      assert.notEqual(status, 0);
+      assert.match(stdout, said);
+      assert.equal(readFileSync(victim, "utf8"), "as it was");
+      const left = shell(`cd ${fresh}; find . ! -type d | sort`).stdout;
+      assert.equal(left, "./victim\n");
+    });
+
   test("has nodes prove anew who they are, once: they may have joined again since the backup", () => {
     const facts = prepared(MODERN, {
       restored: "abc\n",

@@ -3,7 +3,7 @@ import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { addressOf, closeAll, open, reasonOf, Unreachable } from "../lib/box.ts";
-import { programs, shell, TOKEN, temporary } from "./helpers.ts";
+import { lacks, programs, shell, TOKEN, temporary } from "./helpers.ts";
 
 /** ssh that runs the command here, and writes down its arguments; sudo and id say what a test wants. */
 const SSH = `printf '%s\\n' "$*" >>"$LOG"
@@ -159,7 +159,7 @@ describe("a box over ssh", () => {
     for (const option of ["BatchMode=yes", "ControlMaster=auto", "ControlPersist=60", "ConnectTimeout=15"])
       assert.ok(asked.includes(`-o ${option}`), option);
     assert.match(asked, / -- root@b1 /);
-    assert.doesNotMatch(asked, /StrictHostKeyChecking|UserKnownHostsFile/);
+    assert.doesNotMatch(asked, /UserKnownHostsFile/);
   });
 
   /** What `word` becomes in fish and csh as in sh: quotes within quotes are what they differ in. */
@@ -214,6 +214,45 @@ describe("a box over ssh", () => {
       run("root@b1", "true", { LOGIN: join(folder, "greets") }).finally(() => delete process.env.LOGIN),
       /^Error: b1 says: Please login .*"root"\.: write ubuntu@b1$/,
     );
+  });
+
+  test("takes no unknown key and gets nothing of this machine, whatever ~/.ssh/config says", {
+    skip: lacks("ssh"),
+  }, async () => {
+    const { asked } = await run("b1", "true", {}, `SHA256:${"a".repeat(43)}`);
+    const config = join(temporary(), "config");
+    const lax = [
+      "StrictHostKeyChecking no",
+      "VerifyHostKeyDNS yes",
+      "NoHostAuthenticationForLocalhost yes",
+      "UpdateHostKeys yes",
+      "ForwardAgent yes",
+      "ForwardX11 yes",
+      "RemoteForward 2222 localhost:22",
+      "LocalForward 2223 localhost:22",
+      "DynamicForward 2224",
+      "Tunnel yes",
+      "PermitLocalCommand yes",
+      "LocalCommand touch x",
+    ];
+    writeFileSync(config, `Host *\n${lax.join("\n")}\n`);
+    const options = [...asked.matchAll(/-o (\w+=[\w.-]+)(?= -)/g)].flatMap(([, option]) => ["-o", option]);
+    const ssh = ["ssh", "-F", config, ...options, "-G", "b1"] as string[];
+    const { status, stdout } = shell("", ssh, { PATH: saved.PATH as string });
+    assert.equal(status, 0);
+    const said = Object.fromEntries(stdout.split("\n").map((line) => line.split(/ (.*)/)));
+    assert.match(said.stricthostkeychecking, /^(true|yes)$/);
+    for (const name of [
+      "verifyhostkeydns",
+      "nohostauthenticationforlocalhost",
+      "updatehostkeys",
+      "forwardagent",
+      "forwardx11",
+      "tunnel",
+      "permitlocalcommand",
+    ])
+      assert.match(said[name], /^(false|no)$/, name);
+    assert.equal(said.clearallforwardings, "yes");
   });
 
   test("is not reached where ssh says so: 255 before anything ran is ssh's own", async () => {

@@ -4,7 +4,7 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { Refusal } from "../lib/step.ts";
-import { downloadK3s } from "../scripts/download-k3s.ts";
+import { downloadK3s, hostOf } from "../scripts/download-k3s.ts";
 import { MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const HASH = "a".repeat(64);
@@ -104,8 +104,43 @@ file=$WWW/\${url#*://}
 if [ "$from" = 1 ]; then tail -c +$(($(wc -c <"$out") + 1)) "$file" >>"$out"; else cat "$file" >"$out"; fi
 [ ! -f "$file.cut" ] || exit 18`;
 
+describe("a host", () => {
+  const one = (...bases: string[]) =>
+    assert.equal(new Set(bases.map(hostOf)).size, 1, bases.map(hostOf).join());
+  test("is the same by another port, another notation of its name and of its address, and another scheme", () => {
+    one("https://m/k3s", "https://m:1/k3s", "https://m./k3s", "http://M/other", "https://m.:8443/");
+    one("https://192.0.2.1/", "https://0xc0000201/", "https://192.0.513/", "https://0300.0.2.1./");
+    one(
+      "https://192.0.2.1/",
+      "https://[::ffff:192.0.2.1]/",
+      "https://[::ffff:c000:201]:1/",
+      "https://[::192.0.2.1]/",
+    );
+    one("https://[2001:db8::1]/", "https://[2001:DB8:0:0::1]:8443/");
+  });
+  test("is another one by another name or address", () => {
+    const bases = [
+      "https://m/",
+      "https://n.m/",
+      "https://192.0.2.1/",
+      "https://192.0.2.2/",
+      "https://[2001:db8::1]/",
+    ];
+    assert.equal(new Set(bases.map(hostOf)).size, bases.length);
+  });
+  test("vouches for no file of its own", () => {
+    const sh = downloadK3s.plan(
+      wanted({ K3S_VERSION: OLD, K3S_MIRRORS: "https://m:1/k3s https://m./k3s" }),
+      prepared(MODERN),
+    )[0]?.sh;
+    assert.match(sh ?? "", /if try https:\/\/m:1\/k3s; .*\nif try https:\/\/m\.\/k3s; /);
+  });
+});
+
 describe("the download", () => {
   const GOOD = `#!/bin/sh\necho "k3s version ${OLD} (bd7fb4b0)"\n`;
+  /** It says the right version. */
+  const FORGED = `${GOOD}# forged\n`;
   const hash = (text: string) => createHash("sha256").update(text).digest("hex");
   const A = "https://a.example/releases";
   const B = "https://b.example/releases";
@@ -114,7 +149,7 @@ describe("the download", () => {
   /** Runs the change with hosts that serve these files, in place of an older binary. */
   function download(
     hosts: Record<string, Record<string, string>>,
-    { mirrors = `${A} ${B}`, sha256 = "", part = "", ahead = "" } = {},
+    { mirrors = `${A} ${B}`, sha256 = "", part = "", ahead = "", by = "" } = {},
   ) {
     const root = temporary();
     for (const [host, files] of Object.entries(hosts)) {
@@ -126,8 +161,9 @@ describe("the download", () => {
     }
     mkdirSync(join(root, "bin"));
     writeFileSync(join(root, "bin/k3s"), "the old one", { mode: 0o755 });
-    if (part) writeFileSync(join(root, `bin/.k3s-${OLD}.part`), part);
-    if (ahead) writeFileSync(join(root, `bin/.k3s-${OLD}.part.good`), `${ahead}\n`);
+    const name = `bin/.k3s-${OLD}${by && `-${by}`}.part`;
+    if (part) writeFileSync(join(root, name), part);
+    if (ahead) writeFileSync(join(root, `${name}.good`), `${ahead}\n`);
     const want = wanted({ K3S_VERSION: OLD, K3S_MIRRORS: mirrors, K3S_SHA256: sha256 });
     const [change] = downloadK3s.plan(want, prepared(MODERN));
     const script = `say() { :; }; set -eu\n${change?.sh.replaceAll("/usr/local/bin", `${root}/bin`)}`;
@@ -190,6 +226,26 @@ describe("the download", () => {
       { part: GOOD.slice(0, 20) },
     ],
     ["asks nobody for what was downloaded ahead", {}, { part: GOOD, ahead: hash(GOOD) }],
+    [
+      "asks nobody for what was downloaded ahead by this very K3S_SHA256",
+      {},
+      { part: GOOD, ahead: hash(GOOD), sha256: hash(GOOD), by: hash(GOOD) },
+    ],
+    [
+      "takes nothing that another K3S_SHA256 proved, and leaves nothing of it",
+      { "a.example": good },
+      { part: FORGED, ahead: hash(FORGED), sha256: hash(GOOD), by: hash(FORGED), mirrors: A },
+    ],
+    [
+      "takes nothing that the mirrors' word proved, where K3S_SHA256 is another's",
+      { "a.example": good },
+      { part: FORGED, ahead: hash(FORGED), sha256: hash(GOOD), mirrors: A },
+    ],
+    [
+      "takes nothing that a K3S_SHA256 proved, where it is asked for no more",
+      { "a.example": good, "b.example": good },
+      { part: FORGED, ahead: hash(FORGED), by: hash(FORGED) },
+    ],
     [
       "begins anew where that has gone bad",
       { "a.example": good, "b.example": good },

@@ -38,11 +38,17 @@ const HARD = [
   "=x",
   "\u0001\u001b[31m\u007f",
   "\r\n",
+  "\u009b31m\u202ea\u2028'\u200b\u001b",
   "汉字 ☃ 😀 é",
   "$'a\\nb'",
   "EOF\n.\n",
   "x".repeat(100_000),
 ];
+
+test("a quoted word has nothing that a terminal would go by", () => {
+  for (const word of [...HARD, "\u009b31m", "\u202e", "\u2028", "\u200b", "\ufeff"])
+    assert.doesNotMatch(sh(word), /(?![\n\t])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/u);
+});
 
 for (const argv of SHELLS) {
   const skip = lacks(argv[0] as string);

@@ -481,3 +481,13 @@ test("a plan ends at a restart, and where the box must be looked at anew", () =>
   assert.equal(count(step({}), step({ reboot: true }), step({})), 2);
   assert.equal(count(step({ lookAgain: true }), step({})), 1);
 });
+
+test("a printed plan holds nothing that a terminal would go by, and no line that a box can know ends a part of it", () => {
+  const said = "x\u001b[2J\u202e\nk3s-across-clouds\necho canary";
+  const plan = () => printed([change(`printf %s ${sh(said)}`, { why: `write ${said}` })]);
+  assert.doesNotMatch(plan(), /(?!\n)[\p{Cc}\p{Cf}]/u);
+  const { status, stdout } = shell(plan().replaceAll(LOCK, join(temporary(), "lock")));
+  assert.equal(status, 0);
+  assert.ok(stdout.includes(said), stdout);
+  assert.notEqual(plan(), plan());
+});
