@@ -74,7 +74,8 @@ const OURS: readonly [flag: RegExp, why: string, value?: RegExp][] = [
   [/^kubelet-arg$/, ADDRESS, /^-*node-ip=/],
   [/^(bind-address|https-listen-port|advertise-port|(supervisor|apiserver)-port|apiserver-bind-address)$/, PORTS],
   [/^kubelet-arg$/, PORTS, /^-*(address|port)=/],
-  [/^(flannel-(backend|external-ip|conf)|no-flannel|vpn-auth-file)$/, WIREGUARD],
+  [/^kube-apiserver-arg$/, PORTS, /^-*(secure-port|bind-address|advertise-address)=/],
+  [/^(flannel-(backend|external-ip|conf)|no-flannel|vpn-auth(-file)?)$/, WIREGUARD],
   [/^(data-dir|d)$/, "k3s's data are looked for in /var/lib/rancher/k3s, which may be a link or a mount"],
   [/^kubelet-arg$/, "the kubelet's data are looked for in /var/lib/kubelet, which may be a link or a mount", /^-*root-dir=/],
   [/^(with-node-id|hostname-override)$/, "--node-name is what a node is called"],
@@ -86,7 +87,7 @@ const OURS: readonly [flag: RegExp, why: string, value?: RegExp][] = [
   [/^(docker|container-runtime-endpoint|rootless)$/, "pods are looked for in k3s's own containerd, run by root"],
   [/^(log|l)$/, "the cause of a failure is looked for in the journal"],
   [/^disable-(agent|apiserver|controller-manager|etcd|scheduler|cloud-controller|kube-proxy)$/, WHOLE],
-  [/^agent-token-file$/, "nodes join by one token, K3S_TOKEN"],
+  [/^agent-token(-file)?$/, "nodes join by one token, K3S_TOKEN"],
 ]; // biome-ignore format: a table
 
 /** What `k3s agent` does not know, in any release: it ends at such a flag, of its config file too (pkg/configfilearg). */
