@@ -2,7 +2,7 @@
 import { configArgs, wrongIn } from "./args.ts";
 import { nodeNameOf, type Role, releaseOf } from "./k3s.ts";
 import { CONFIG, rangesOf } from "./node.ts";
-import { check, SettingError, type Settings } from "./settings.ts";
+import { boxNames, check, SettingError, type Settings } from "./settings.ts";
 import { type Facts, Refusal, type Step } from "./step.ts";
 
 const FOLDER = "/etc/rancher/k3s";
@@ -21,7 +21,7 @@ export const foreignFirst = (role: Role): Step => ({
     const wrong = wrongIn(role, configIn("K3S_CONFIG", want.K3S_CONFIG));
     if (wrong)
       throw new SettingError(
-        `K3S_CONFIG of this box has ${wrong}; a file of its own is given to it by K3S_CONFIG__BOX=…`,
+        `K3S_CONFIG of this box has ${wrong}; give the file to servers alone, K3S_CONFIG__${boxNames(want.SERVER)[0] ?? "BOX"}=…, or leave the key out`,
       );
     // Read since v1.19 (k3s-io/k3s#1505).
     if (Number(releaseOf(want, facts).version.split(".")[1]) < 19) return [];
