@@ -62,7 +62,6 @@ const FILE = 64e9;
 
 let sockets: string | undefined;
 const opened = new Set<string>();
-let closed = false;
 /** Ends each ssh that runs: one that is still connecting has no socket by which it could be told. */
 const clients = new Set<ChildProcess>();
 
@@ -137,9 +136,11 @@ const pinned = (keys: string) => ({
   KnownHostsCommand: `/bin/sh -c 'case " $1 " in *" $2 "*) echo "$3 $4 $5" ;; *) [ "$2" = NONE ] || echo "offers $2" >&2 ;; esac' - "${keys}" %f %H %t %K`,
 });
 
-/** Closes every connection; call it once, at the end of the process. */
-export async function closeAll(): Promise<void> {
-  closed = true;
+let closing: Promise<void> | undefined;
+/** Closes every connection, at the end of the process. */
+export const closeAll = (): Promise<void> => (closing ??= closeEach());
+
+async function closeEach(): Promise<void> {
   for (const client of clients) client.kill();
   await Promise.all([...opened].map((host) => open(host).close()));
   if (sockets) remove(sockets);
@@ -172,7 +173,7 @@ export function open(host: string, keys = ""): Box {
     most = MUCH,
   ): Promise<{ exitCode: number | null; stderr: string }> {
     // An upgrade that is interrupted would go on to undo what it has done, by an ssh that outlives it.
-    if (closed) await new Promise<never>(() => {});
+    if (closing) await new Promise<never>(() => {});
     const [program = "", ...argv] = host
       ? [...ssh(host, keys), asRoot(command)]
       : ["sh", "-c", asRoot(command)];

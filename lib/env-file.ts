@@ -2,7 +2,7 @@ import { isUtf8 } from "node:buffer";
 import { readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parse } from "dotenv";
-import { ownerOf, realPath, replaceFile, take, tryWrite, Unwritten } from "./files.ts";
+import { ownerOf, realPath, replaceFile, take, tryWrite, Unwritten, unwritten } from "./files.ts";
 
 /** An assignment as dotenv 18 reads it (its LINE, plus the blanks and comment that follow kept apart). */
 const LINE =
@@ -67,6 +67,8 @@ export async function updateEnv(
     const old = textOf(file);
     const text = withValues(old, values);
     if (text !== old) replaceFile(file, text);
+  } catch (error) {
+    throw unwritten(file, error);
   } finally {
     release();
   }

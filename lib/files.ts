@@ -163,7 +163,8 @@ export function putNew(half: string, file: string): void {
   syncFolder(file);
 }
 
-const unwritten = (file: string, error: unknown) =>
+/** What the system says of a file, as what it means for that. */
+export const unwritten = (file: string, error: unknown): unknown =>
   (error as NodeJS.ErrnoException).code
     ? new Unwritten(`${file} could not be written, and is as it was: ${reasonOf(error)}`)
     : error;
@@ -188,7 +189,7 @@ export function tryWrite(path: string): void {
   const half = temporary(dirname(file));
   try {
     if (statSync(file, { throwIfNoEntry: false })) replaceFile(file, readFileSync(file));
-    writeNew(half, "");
+    else writeNew(half, " ".repeat(4096));
   } catch (error) {
     throw unwritten(file, error);
   } finally {

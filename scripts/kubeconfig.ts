@@ -5,7 +5,7 @@ import { homedir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
 import * as cli from "../lib/cli.ts";
 import { ask } from "../lib/cluster.ts";
-import { noFile, realPath, replaceFile, take } from "../lib/files.ts";
+import { noFile, realPath, replaceFile, take, unwritten } from "../lib/files.ts";
 import { report } from "../lib/report.ts";
 import { SettingError } from "../lib/settings.ts";
 import { Failure, look } from "../lib/step.ts";
@@ -206,9 +206,12 @@ export function merge(given: string, access: Access, use: boolean): boolean {
     }
     if (next === text) return false;
     const backup = `${path}.before-k3s-across-clouds`;
-    if (old.length && !statSync(backup, { throwIfNoEntry: false })?.size) replaceFile(backup, text);
+    const kept = !noFile(backup) && statSync(backup, { throwIfNoEntry: false })?.size;
+    if (old.length && !kept) replaceFile(backup, text);
     replaceFile(path, next);
     return true;
+  } catch (error) {
+    throw unwritten(path, error);
   } finally {
     release();
   }

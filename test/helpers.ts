@@ -300,7 +300,7 @@ export function lacks(...commands: string[]): string | false {
 }
 
 /** This runtime's words for running a TypeScript file. */
-const RUNTIME =
+export const RUNTIME =
   "Deno" in globalThis
     ? ["run", "-A", "--config", join(ROOT, "deno.json")]
     : "typescript" in process.features && process.features.typescript

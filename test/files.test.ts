@@ -1,0 +1,613 @@
+/**
+ * The files on the operator's side: each place that writes one, by each fault. The old file or the new one is there,
+ * whole; a second run finishes, and clears what the first has left.
+ */
+import assert from "node:assert/strict";
+import { spawn, spawnSync } from "node:child_process";
+import fs, {
+  existsSync,
+  lstatSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
+import { syncBuiltinESMExports } from "node:module";
+import { join } from "node:path";
+import { after, describe, test } from "node:test";
+import { pathToFileURL } from "node:url";
+import { updateEnv } from "../lib/env-file.ts";
+import { temporary as nameIn, noFile, putNew, remove, replaceFile, Unwritten } from "../lib/files.ts";
+import { SettingError } from "../lib/settings.ts";
+import { merge } from "../scripts/kubeconfig.ts";
+import { lacks, programs, ROOT, RUNTIME, temporary } from "./helpers.ts";
+
+const OLD = `# mine\nA=old\n${"B=".padEnd(4937, "x")}\n`;
+const NEW = OLD.replace("old", "new");
+const KUBECONFIG =
+  "apiVersion: v1\nkind: Config\nclusters:\n- cluster:\n    server: https://work\n  name: work\n";
+const ACCESS = { name: "k3s-x", cluster: ["server: https://x:6443"], user: ["username: admin"] };
+const COPY = "config.before-k3s-across-clouds";
+
+/** A place that writes: the files as they are before and, whole, after. No text: no file. */
+interface Place {
+  before: Record<string, string>;
+  after: Record<string, string>;
+  write(folder: string): unknown;
+}
+const PLACES: Record<string, Place> = {
+  "env file": {
+    before: { ".env": OLD },
+    after: { ".env": NEW },
+    write: (folder) => updateEnv(join(folder, ".env"), { A: "new" }),
+  },
+  "env file, new": {
+    before: {},
+    after: { ".env": "A=new\n" },
+    write: (folder) => updateEnv(join(folder, ".env"), { A: "new" }),
+  },
+  "env file, tried": {
+    before: { ".env": OLD },
+    after: { ".env": OLD },
+    write: (folder) => updateEnv(join(folder, ".env"), undefined),
+  },
+  "kubeconfig and its copy": {
+    before: { config: KUBECONFIG },
+    after: { config: merged(KUBECONFIG), [COPY]: KUBECONFIG } as Record<string, string>,
+    write: (folder) => merge(join(folder, "config"), ACCESS, false),
+  },
+  "kubeconfig, new": {
+    before: {},
+    after: { config: merged("") },
+    write: (folder) => merge(join(folder, "config"), ACCESS, false),
+  },
+  backup: {
+    before: {},
+    after: { "backup.tar.gz": OLD },
+    write(folder) {
+      if (existsSync(join(folder, "backup.tar.gz"))) return;
+      const half = nameIn(folder);
+      try {
+        pulled(half);
+        putNew(half, join(folder, "backup.tar.gz"));
+      } finally {
+        remove(half);
+      }
+    },
+  },
+};
+
+function pulled(half: string): void {
+  try {
+    writeFileSync(half, OLD, { mode: 0o600 });
+  } catch (error) {
+    throw new Unwritten(String(error));
+  }
+}
+
+function merged(text: string): string {
+  const file = join(temporary(), "config");
+  writeFileSync(file, text);
+  merge(file, ACCESS, false);
+  return readFileSync(file, "utf8");
+}
+
+/** Cases tried, by place and fault. */
+const counts: Record<string, Record<string, number>> = {};
+function count(place: string, fault: string): void {
+  counts[place] ??= {};
+  (counts[place] as Record<string, number>)[fault] = (counts[place]?.[fault] ?? 0) + 1;
+}
+
+const textsIn = (folder: string) =>
+  Object.fromEntries(
+    readdirSync(folder)
+      .sort()
+      .map((name) => [name, readFileSync(join(folder, name), "utf8")]),
+  );
+
+function fresh(place: Place): string {
+  const folder = temporary();
+  for (const [name, text] of Object.entries(place.before)) writeFileSync(join(folder, name), text);
+  return folder;
+}
+
+/** Each file is the old one or the new one; then a second run has all of the new ones, and nothing else is there. */
+async function finishes(name: string, place: Place, folder: string, what: string) {
+  for (const [file, text] of Object.entries(place.after)) {
+    const have = existsSync(join(folder, file)) ? readFileSync(join(folder, file), "utf8") : undefined;
+    assert.ok(
+      have === place.before[file] || have === text,
+      `${name}, ${what}: ${file} is neither old nor new`,
+    );
+  }
+  await place.write(folder);
+  assert.deepEqual(textsIn(folder), place.after, `${name}, ${what}: after a second run`);
+  for (const file of Object.keys(place.after))
+    assert.equal(statSync(join(folder, file)).mode & 0o777, 0o600, file);
+}
+
+type Call = (...given: unknown[]) => unknown;
+const CALLS =
+  "openSync writeSync fsyncSync fstatSync closeSync renameSync linkSync copyFileSync rmSync writeFileSync";
+const real = Object.fromEntries(
+  CALLS.split(" ").map((name) => [name, fs[name as "openSync"] as unknown as Call]),
+);
+
+/** Runs it with `by` in the place of each call of the file system. Answers its error. */
+async function faulty(
+  place: Place,
+  folder: string,
+  by: (name: string, call: Call, given: unknown[]) => unknown,
+) {
+  for (const [name, call] of Object.entries(real))
+    Object.assign(fs, { [name]: (...given: unknown[]) => by(name, call, given) });
+  syncBuiltinESMExports();
+  try {
+    await place.write(folder);
+    return undefined;
+  } catch (error) {
+    return error;
+  } finally {
+    Object.assign(fs, real);
+    syncBuiltinESMExports();
+  }
+}
+
+const errno = (code: string) => Object.assign(new Error(`${code}: what it says, write`), { code });
+const isPlain = (error: unknown) => error instanceof Unwritten || error instanceof SettingError;
+
+// Deno's named imports of node:fs do not follow a change of it.
+describe("a write", { skip: "Deno" in globalThis && "needs node:fs to be changeable" }, () => {
+  for (const [name, place] of Object.entries(PLACES)) {
+    test(`of the ${name} that ends with its process, at whichever step, is finished by the next`, async () => {
+      for (let n = 0; ; n++) {
+        const folder = fresh(place);
+        let left = n;
+        const error = await faulty(place, folder, (_, call, given) => {
+          if (left-- <= 0) throw new Error("ended");
+          return call(...given);
+        });
+        if (left > 0) break;
+        assert.ok(n < 99);
+        count(name, "process ended");
+        await finishes(name, place, folder, `ended after ${n} steps (${error})`);
+      }
+    });
+
+    for (const code of ["EIO", "EROFS", "EACCES"])
+      test(`of the ${name} of which a step fails with ${code} says so, and leaves nothing behind`, async () => {
+        for (let n = 0; ; n++) {
+          const folder = fresh(place);
+          let left = n;
+          let failed = "";
+          const error = await faulty(place, folder, (call, real, given) => {
+            if (left-- !== 0) return real(...given);
+            failed = call;
+            throw errno(code);
+          });
+          if (left >= 0) break;
+          count(name, "a step fails");
+          // What does no harm is not said: a folder that cannot be synced, a half file that could not be removed.
+          assert.ok(
+            error === undefined || isPlain(error) || failed === "writeFileSync",
+            `${failed}: ${error}`,
+          );
+          if (failed !== "rmSync")
+            for (const file of readdirSync(folder)) assert.ok(file in place.after, `${failed} left ${file}`);
+          await finishes(name, place, folder, `${failed} failed`);
+        }
+      });
+
+    test(`of the ${name} to a disk that is full from some byte on is all or nothing`, async () => {
+      const size = Math.max(...Object.values(place.after).map((text) => text.length));
+      for (const room of [0, 1, 5, 100, 4096, 4937, size - 1, size, size + 4, 2 * size, 2 * size + 3]) {
+        const folder = fresh(place);
+        let left = room;
+        const error = await faulty(place, folder, (call, real, given) => {
+          // As write(2) does: what there is room for, and only the next call fails.
+          if (call === "writeSync") {
+            const [handle, bytes, at = 0] = given as [number, Buffer, number];
+            const n = Math.min(left, bytes.length - at);
+            if (n === 0) throw errno("ENOSPC");
+            left -= n;
+            return real(handle, bytes, at, n);
+          }
+          if (call === "writeFileSync" && left < (given[1] as string).length) throw errno("ENOSPC");
+          return real(...given);
+        });
+        count(name, "disk full");
+        assert.ok(error === undefined || isPlain(error), String(error));
+        for (const file of readdirSync(folder)) assert.ok(file in place.after, `${file} was left`);
+        if (error) assert.deepEqual({ ...textsIn(folder), [COPY]: 0 }, { ...place.before, [COPY]: 0 });
+        await finishes(name, place, folder, `room for ${room} bytes`);
+      }
+    });
+
+    test(`of the ${name} on a file system that loses a part and says nothing is found out`, async () => {
+      const folder = fresh(place);
+      const error = await faulty(place, folder, (call, real, given) => {
+        if (call === "fstatSync") return { ...(real(...given) as object), size: 1 };
+        return real(...given);
+      });
+      count(name, "disk full");
+      if (name !== "backup") assert.match(String(error), /the file system has not kept all of it/);
+      await finishes(name, place, folder, "lost");
+    });
+  }
+});
+
+/** What a path may lead to that is no file, and what is said of it. */
+const ODD: Record<string, [make: (path: string) => unknown, says: string]> = {
+  "a folder": [(path) => mkdirSync(path), "a folder"],
+  "a pipe": [(path) => spawnSync("mkfifo", [path]), "a pipe"],
+  "a link to a device": [(path) => symlinkSync("/dev/null", path), "no file but a device or socket"],
+  "a link that leads nowhere": [(path) => symlinkSync("nowhere", path), "a link that leads nowhere"],
+  "a link that leads to itself": [(path) => symlinkSync(path, path), "a link that leads to itself"],
+};
+
+describe("what is no file", () => {
+  for (const [name, [make, says]] of Object.entries(ODD)) {
+    test(`is told from one: ${name}`, () => {
+      const path = join(temporary(), "x");
+      make(path);
+      assert.equal(noFile(path), says);
+      assert.throws(() => replaceFile(path, "x"), Unwritten);
+      assert.notEqual(noFile(path), undefined, "and stays what it is");
+    });
+
+    test(`is no place for a kubeconfig's copy: ${name}`, () => {
+      const folder = temporary();
+      writeFileSync(join(folder, "config"), KUBECONFIG);
+      make(join(folder, COPY));
+      count("kubeconfig and its copy", "no file");
+      assert.throws(() => merge(join(folder, "config"), ACCESS, false), Unwritten);
+      assert.equal(readFileSync(join(folder, "config"), "utf8"), KUBECONFIG);
+      assert.deepEqual(readdirSync(folder).sort(), ["config", COPY]);
+    });
+
+    test(`is no lock of ours that could be waited for: ${name}`, async () => {
+      const path = join(temporary(), ".env");
+      make(`${path}.lock`);
+      count("env file", "no file");
+      await assert.rejects(updateEnv(path, { A: "1" }, 0.2), Unwritten);
+      assert.ok(!existsSync(path));
+    });
+  }
+
+  test("nor is /dev/stdout where that is a pipe, but a link to a file is one, on another disk too", () => {
+    const folder = temporary();
+    const other = statSync("/dev/shm", { throwIfNoEntry: false })
+      ? nameIn("/dev/shm", "")
+      : join(folder, "far");
+    writeFileSync(other, "old");
+    symlinkSync(other, join(folder, "near"));
+    symlinkSync("near", join(folder, "link"));
+    assert.equal(noFile(join(folder, "link")), undefined);
+    replaceFile(join(folder, "link"), "new");
+    assert.equal(readFileSync(other, "utf8"), "new");
+    assert.ok(lstatSync(join(folder, "link")).isSymbolicLink());
+    assert.deepEqual(
+      readdirSync(folder).filter((name) => name.startsWith(".")),
+      [],
+    );
+    remove(other);
+    assert.equal(noFile(join(folder, "none")), undefined, "what is not there may become one");
+  });
+});
+
+describe("what a killed process left", () => {
+  test("goes with the next write, but for what a living one is at, and what is not ours", async () => {
+    const folder = temporary();
+    const dead = spawnSync("true").pid;
+    const mine = nameIn(folder).split("/").at(-1) as string;
+    const name = (pid: number) => mine.replace(String(process.pid), String(pid));
+    const files = [
+      name(dead),
+      name(process.pid).replace(/.{8}$/, "00000000"),
+      name(process.ppid),
+      ".k3s-1-x",
+      "k3s",
+    ];
+    for (const file of files) writeFileSync(join(folder, file), "a secret");
+    await updateEnv(join(folder, ".env"), { A: "1" });
+    assert.deepEqual(readdirSync(folder).sort(), [name(process.ppid), ".k3s-1-x", "k3s", ".env"].sort());
+  });
+});
+
+/** ssh to a box that is this machine, with its files under $BOX; it stays at the call, or in the file, that $HOLD names. */
+const SSH = `case $1 in -G) echo hostname 203.0.113.10; exit ;; esac
+while [ "$1" != -- ]; do [ "$1" != -O ] || { echo exit >>"$BOX/log"; exit; }; shift; done
+n=$(($(wc -l <"$BOX/calls") + 1))
+echo $$ >>"$BOX/calls"
+moved() { sed "s,/var/lib/rancher,$BOX/var,g; s,/etc/rancher,$BOX/etc,g; s,/run/k3s-a,$BOX/k3s-a,g"; }
+[ "$HOLD" != $n ] || { : >"$BOX/held"; exec sleep 60; }
+command=$(printf '%s\\n' "$3" | moved)
+case $HOLD$command in file*cat*) sh -c "$command" | head -c 100; : >"$BOX/held"; exec sleep 60 ;; esac
+moved | sh -c "$command"`;
+
+/** The operator's folder, a box's, and what is needed to run a script there. */
+function cluster() {
+  const box = temporary();
+  const home = temporary();
+  for (const folder of ["var/k3s/server/db", "etc/node", "etc/k3s"])
+    mkdirSync(join(box, folder), { recursive: true });
+  for (const folder of ["tls", "cred", "manifests"]) mkdirSync(join(box, "var/k3s/server", folder));
+  for (const file of ["var/k3s/server/db/state.db", "var/k3s/server/token", "etc/node/password"])
+    writeFileSync(join(box, file), `${"x".repeat(99)}\n`.repeat(99));
+  writeFileSync(
+    join(box, "etc/k3s/k3s.yaml"),
+    `clusters:\n- cluster:\n    certificate-authority-data: ${CERT}\n    server: https://127.0.0.1:6443\nusers:\n- user:\n    client-certificate-data: ${CERT}\n    client-key-data: ${KEY}\n`,
+  );
+  writeFileSync(join(box, "calls"), "");
+  writeFileSync(join(home, ".env"), "SERVER=root@a1=203.0.113.10\n", { mode: 0o600 });
+  mkdirSync(join(home, "tmp"));
+  const env: Record<string, string> = {
+    PATH: programs(join(box, "bin"), { ssh: SSH, id: "echo 0", systemctl: "echo MainPID=0" }),
+    HOME: home,
+    ENV_FILE: join(home, ".env"),
+    TMPDIR: join(home, "tmp"),
+    BOX: box,
+  };
+  return { box, home, env };
+}
+const CERT = Buffer.from("-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n").toString("base64");
+const KEY = Buffer.from("-----BEGIN EC PRIVATE KEY-----\nMHcC\n-----END EC PRIVATE KEY-----\n").toString(
+  "base64",
+);
+
+/** Starts a script; `limit`: the shell's, of what it may write to a file, in 512 or 1024 bytes. */
+function start(args: string[], env: Record<string, string>, limit = "unlimited") {
+  const child = spawn(
+    "sh",
+    ["-c", `ulimit -f ${limit}; exec "$@"`, "-", process.execPath, ...RUNTIME, ...args],
+    {
+      cwd: ROOT,
+      env,
+      stdio: ["ignore", "pipe", "pipe"],
+    },
+  );
+  const said = { text: "" };
+  for (const stream of [child.stdout, child.stderr]) stream.on("data", (chunk) => (said.text += chunk));
+  const ended = new Promise<{ status: number | null; text: string }>((done) =>
+    child.on("close", (status) => done({ status, text: said.text })),
+  );
+  return { child, ended };
+}
+
+/** Waits until it holds; a minute at most. */
+async function until(what: () => boolean) {
+  for (let n = 0; !what(); n++) {
+    assert.ok(n < 1200, "it did not come so far");
+    await new Promise((done) => setTimeout(done, 50));
+  }
+}
+
+const lives = (pid: number) => {
+  try {
+    return process.kill(pid, 0);
+  } catch {
+    return false;
+  }
+};
+
+const isLinux = process.platform === "linux";
+const NUMBERS = { SIGINT: 2, SIGTERM: 15, SIGHUP: 1, SIGKILL: 9 };
+const SCRIPTS: Record<string, [place: string, holds: Record<string, string>]> = {
+  backup: ["backup", { "before it": "1", "inside it": "file", "after it": "4" }],
+  kubeconfig: ["kubeconfig and its copy", { "before it": "1" }],
+};
+
+describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout") }, () => {
+  for (const [script, [place, holds]] of Object.entries(SCRIPTS))
+    for (const [when, hold] of Object.entries(holds))
+      for (const [signal, number] of Object.entries(NUMBERS))
+        test(`${script}, by ${signal} ${when}: its connections are closed, nothing half is left, and the next run finishes`, async () => {
+          const { box, home, env } = cluster();
+          mkdirSync(join(home, ".kube"));
+          const config = join(home, ".kube/config");
+          writeFileSync(config, KUBECONFIG);
+          const file = join(home, "backup.tar.gz");
+          const words = [`scripts/${script}.ts`, ...(script === "backup" ? ["--backup", file] : [])];
+          const { child, ended } = start(words, { ...env, HOLD: hold });
+          await until(() => existsSync(join(box, "held")));
+          const ssh = Number(readFileSync(join(box, "calls"), "utf8").trim().split("\n").at(-1));
+          child.kill(signal as "SIGINT");
+          const { status, text } = await ended;
+          count(place, `process ended`);
+          if (signal !== "SIGKILL") {
+            assert.equal(status, 128 + number, text);
+            assert.match(
+              text,
+              /Interrupted\. A change that was begun ends on its box; run the same again to finish\./,
+            );
+            assert.deepEqual(
+              readdirSync(join(home, "tmp")).filter((name) => name.startsWith("k3s-")),
+              [],
+            );
+            assert.equal(readFileSync(join(box, "log"), "utf8"), "exit\n");
+            await until(() => !lives(ssh));
+            assert.deepEqual(
+              readdirSync(home).filter((name) => name.startsWith(".k3s-")),
+              [],
+            );
+          } else if (lives(ssh)) process.kill(ssh);
+          assert.equal(existsSync(file), script === "backup" && when === "after it");
+          assert.equal(readFileSync(config, "utf8"), KUBECONFIG);
+
+          if (when === "after it") words.splice(-1, 1, `${file}.2`);
+          const second = await start(words, env).ended;
+          assert.equal(second.status, 0, second.text);
+          if (script === "backup") assert.equal(spawnSync("tar", ["-tzf", words.at(-1) as string]).status, 0);
+          else assert.match(readFileSync(config, "utf8"), /name: k3s-203\.0\.113\.10/);
+          for (const folder of [home, join(home, "tmp"), join(home, ".kube")])
+            assert.deepEqual(
+              readdirSync(folder).filter((name) => /^\.?k3s-|\.lock$/.test(name)),
+              [],
+              folder,
+            );
+          assert.ok(!existsSync(join(box, "var/k3s/backup")), "nothing is left on the box");
+        });
+
+  for (const [signal, number] of Object.entries(NUMBERS))
+    test(`while the env file is another's, by ${signal}: it stays as it was`, async () => {
+      const { home, env } = cluster();
+      const driver = join(home, "driver.ts");
+      const lib = (name: string) => JSON.stringify(pathToFileURL(join(ROOT, "lib", name)).href);
+      writeFileSync(
+        driver,
+        `const { run } = await import(${lib("cli.ts")});
+const { updateEnv } = await import(${lib("env-file.ts")});
+await run(import.meta, { about: "", steps: [], work: async (call) => {
+  console.log("begins");
+  await updateEnv(call.envFile, { K3S_VERSION: "v1.36.2+k3s1" }, 50);
+  return 0;
+} });`,
+      );
+      writeFileSync(join(home, "package.json"), '{ "type": "module" }');
+      writeFileSync(join(home, ".env.lock"), String(process.pid));
+      const before = textsIn2(home);
+      const { child, ended } = start([driver], env);
+      await Promise.race([ended, new Promise((begun) => child.stdout.once("data", begun))]);
+      child.kill(signal as "SIGINT");
+      const { status, text } = await ended;
+      count("env file", "process ended");
+      assert.equal(status, signal === "SIGKILL" ? null : 128 + number, text);
+      const { [signal === "SIGKILL" ? halfIn(home) : ""]: _, ...left } = textsIn2(home);
+      assert.deepEqual(left, before);
+      fs.rmSync(join(home, ".env.lock"));
+      assert.equal((await start([driver], env).ended).status, 0);
+      assert.equal(halfIn(home), "");
+      assert.match(readFileSync(join(home, ".env"), "utf8"), /^K3S_VERSION=v1\.36\.2\+k3s1$/m);
+    });
+
+  test("by a reader that has read enough says nothing of it, and closes its connections", async () => {
+    const { box, home, env } = cluster();
+    const { child, ended } = start(["scripts/kubeconfig.ts", "--help"], env);
+    child.stdout.destroy();
+    const { status, text } = await ended;
+    assert.ok(status === 141 || status === 0, `${status}: ${text}`);
+    assert.equal(text, "");
+    const run = start(["scripts/backup.ts"], { ...env, HOLD: "4" });
+    await until(() => existsSync(join(box, "held")));
+    run.child.stdout.destroy();
+    run.child.stderr.destroy();
+    process.kill(Number(readFileSync(join(box, "calls"), "utf8").trim().split("\n").at(-1)));
+    assert.equal((await run.ended).status, 141);
+    assert.deepEqual(
+      readdirSync(join(home, "tmp")).filter((name) => name.startsWith("k3s-")),
+      [],
+    );
+  });
+});
+
+/** A file that only the next run can clear. */
+const halfIn = (folder: string) => readdirSync(folder).find((name) => name.startsWith(".k3s-")) ?? "";
+
+/** Texts of the files right in a folder that are no driver. */
+const textsIn2 = (folder: string) =>
+  Object.fromEntries(
+    readdirSync(folder, { withFileTypes: true })
+      .filter((entry) => entry.isFile() && entry.name !== "driver.ts")
+      .map(({ name }) => [name, readFileSync(join(folder, name), "utf8")]),
+  );
+
+describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout") }, () => {
+  test("that may write no byte to a file says so before any box is asked, and changes nothing", async () => {
+    const calls: [script: string, place: string][] = [
+      ["server", "env file, tried"],
+      ["up", "env file, tried"],
+      ["token", "env file, tried"],
+      ["kubeconfig", "kubeconfig, new"],
+      ["backup", "backup"],
+    ];
+    for (const [script, place] of calls) {
+      const { box, home, env } = cluster();
+      if (script === "token")
+        fs.appendFileSync(join(home, ".env"), `K3S_TOKEN=K10${"0".repeat(64)}::server:x\n`);
+      const before = textsIn2(home);
+      const { status, text } = await start([`scripts/${script}.ts`], env, "0").ended;
+      count(place, "disk full");
+      assert.equal(status, 2, `${script}: ${text}`);
+      assert.match(text, /: EFBIG: file too large\n$/, script);
+      assert.equal(readFileSync(join(box, "calls"), "utf8"), "", script);
+      assert.deepEqual(textsIn2(home), before);
+    }
+  });
+
+  test("whose disk is full half-way leaves the file whole, and says so in one line", async () => {
+    const { home, env } = cluster();
+    mkdirSync(join(home, ".kube"));
+    const config = join(home, ".kube/config");
+    const text = `${KUBECONFIG}${"# mine\n".repeat(1000)}`;
+    writeFileSync(config, text);
+    const merging = await start(["scripts/kubeconfig.ts"], env, "4").ended;
+    count("kubeconfig and its copy", "disk full");
+    assert.equal(merging.status, 1, merging.text);
+    assert.match(
+      merging.text,
+      /FAILED after .*\/\.kube\/config\S* could not be written, and is as it was: EFBIG/,
+    );
+    assert.deepEqual(textsIn(join(home, ".kube")), { config: text });
+    const backup = await start(["scripts/backup.ts", "--backup", join(home, "b.tar.gz")], { ...env }, "1")
+      .ended;
+    count("backup", "disk full");
+    assert.notEqual(backup.status, 0, backup.text);
+    assert.ok(!readdirSync(home).some((name) => name === "b.tar.gz" || name.startsWith(".k3s-")));
+  });
+
+  for (const [name, [make, says]] of Object.entries({
+    "a pipe": ODD["a pipe"],
+    "a link that leads nowhere": ODD["a link that leads nowhere"],
+    "a file that is there": [(path: string) => writeFileSync(path, "mine"), "that is there already"],
+  } as typeof ODD))
+    test(`writes no backup, kubeconfig or env file to ${name}, and asks no box`, async () => {
+      const cases: [place: string, script: string, env: (path: string) => Record<string, string>][] = [
+        ["backup", "backup", (path) => ({ BACKUP: path })],
+        ["kubeconfig, new", "kubeconfig", (path) => ({ KUBECONFIG: path })],
+        ["env file", "server", (path) => ({ ENV_FILE: path })],
+      ];
+      for (const [place, script, given] of cases) {
+        if (name === "a file that is there" && place !== "backup") continue;
+        const { box, home, env } = cluster();
+        const path = join(home, "odd");
+        make(path);
+        const { mode, ino } = lstatSync(path);
+        const { status, text } = await start([`scripts/${script}.ts`], { ...env, ...given(path) }).ended;
+        count(place, "no file");
+        assert.equal(status, 2, text);
+        assert.match(text, place === "backup" ? /that is there already/ : new RegExp(` is ${says}`));
+        assert.equal(readFileSync(join(box, "calls"), "utf8"), "");
+        assert.deepEqual([lstatSync(path).mode, lstatSync(path).ino], [mode, ino]);
+      }
+    });
+
+  for (const [name, folder] of Object.entries({
+    "a blank": "t m p",
+    "a quote, a % and a $": "t'%h${X}\"",
+    "120 bytes": "t".repeat(120),
+    "no folder at all": "none/at/all",
+  }))
+    test(`reaches its box with a TMPDIR of ${name}`, async () => {
+      const { home, env } = cluster();
+      const path = join(home, folder);
+      if (!folder.includes("/")) mkdirSync(path);
+      const { status, text } = await start(["scripts/kubeconfig.ts"], { ...env, TMPDIR: path }).ended;
+      assert.equal(status, 0, text);
+      assert.doesNotMatch(text, /FAILED/);
+    });
+});
+
+after(() => {
+  const faults = ["process ended", "a step fails", "disk full", "no file"];
+  const row = (cells: (string | number)[]) =>
+    cells.map((cell, i) => (i ? String(cell).padStart(15) : String(cell).padEnd(25))).join("");
+  const rows = Object.entries(counts).map(([place, of]) =>
+    row([place, ...faults.map((fault) => of[fault] ?? 0)]),
+  );
+  const sum = (fault: string) => Object.values(counts).reduce((sum, of) => sum + (of[fault] ?? 0), 0);
+  for (const line of [row(["what is written", ...faults]), ...rows, row(["all", ...faults.map(sum)])])
+    console.log(`# ${line}`);
+});
