@@ -259,7 +259,7 @@ ${Object.entries(switchesOf(recipe))
   .map(([flag, text]) => row(`--${flag}`, text))
   .join("")}
 The env file is .env beside the Makefile, or what ENV_FILE names.
-Exit status: 0 done or nothing to do, 1 failed, 2 a setting is wrong and nothing was touched, 130 interrupted.
+Exit status: 0 done or nothing to do, 1 failed, 2 a setting is wrong and nothing was touched, 130 interrupted (129 by HUP, 143 by TERM).
 `;
 }
 

@@ -261,7 +261,7 @@ export const SETTINGS = {
   },
   BACKUP: {
     value: "",
-    help: "the file that `backup` writes, by default a new one beside the env file, and `restore` reads",
+    help: "the new file that `backup` writes, by default a new one beside the env file, and `restore` reads",
     example: "./k3s-backup.tar.gz",
     shared: true,
     check: file,
