@@ -1,5 +1,6 @@
 #!/usr/bin/env -S node --import tsx
 /** The cluster's kubeconfig, merged into the user's own under a name of its own. */
+import { createHash, createPrivateKey, X509Certificate } from "node:crypto";
 import { existsSync, mkdirSync, readFileSync, statSync } from "node:fs";
 import { homedir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
@@ -19,24 +20,76 @@ export interface Access {
 
 /**
  * What the server's k3s.yaml gives, with the public address in place of 127.0.0.1. k3s writes it in one form
- * only (v1.17.6 with a password, v1.36.3 with a certificate): what is not of it is not taken.
+ * only (v1.17.6 with a password, v1.36.3 with a certificate): what is not of it is not taken, and nothing that
+ * kubectl could not read, for one such entry and it reads none of the user's other clusters either.
  *
+ * @param token the cluster's, which names its CA.
  * @throws {Failure} when the text is not k3s's.
  */
-export function accessOf(text: string, ip: string): Access {
-  const field = (name: string) => new RegExp(`^ +${name}: ([\\w+/=.-]+)$`, "m").exec(text)?.[1];
-  const port = /^ +server: https:\/\/[^/]+:(\d+)$/m.exec(text)?.[1];
-  const ca = field("certificate-authority-data");
-  const [first, second] = field("client-key-data")
-    ? ["client-certificate-data", "client-key-data"]
-    : ["username", "password"];
-  const [one, two] = [field(first), field(second)];
-  if (!port || !ca || !one || !two) throw new Failure("/etc/rancher/k3s/k3s.yaml is not as k3s writes it");
-  return {
-    name: `k3s-${ip}`,
-    cluster: [`certificate-authority-data: ${ca}`, `server: https://${ip}:${port}`],
-    user: [`${first}: ${one}`, `${second}: ${two}`],
+export function accessOf(text: string, ip: string, token: string): Access {
+  const no = (why: string): never => {
+    throw new Failure(`/etc/rancher/k3s/k3s.yaml is not as k3s writes it: ${why}`);
   };
+  if (text.length > 200_000) no(`it has ${text.length} characters`);
+  const field = (name: string) => {
+    const [one, ...more] = text.matchAll(new RegExp(`\\b${name}["']?:(.*)`, "g"));
+    if (!one || more.length) return no(`it has ${one ? "several" : "no"} ${name}`);
+    return (one[1] as string).trim();
+  };
+  const bytes = (name: string) => {
+    const decoded = Buffer.from(field(name), "base64");
+    if (decoded.toString("base64") !== field(name)) no(`its ${name} is no base64`);
+    return decoded;
+  };
+  /** PEM as Go reads it too: nothing but whole blocks. */
+  const pem = (name: string, kind: string): [string, ...string[]] => {
+    const said = bytes(name).toString("latin1");
+    const block = `-----BEGIN ${kind}-----\n[A-Za-z0-9+/=\n]+\n-----END ${kind}-----\n`;
+    if (!new RegExp(`^(?:${block})+$`).test(said))
+      no(`its ${name} is no PEM of a ${kind.replace(/.* \)\?/, "")}`);
+    return said.match(new RegExp(block, "g")) as unknown as [string, ...string[]];
+  };
+  const certificates = (name: string) => {
+    try {
+      return pem(name, "CERTIFICATE").map((one) => new X509Certificate(one));
+    } catch (error) {
+      return error instanceof Failure ? no(error.message) : no(`its ${name} has no certificate`);
+    }
+  };
+  const port =
+    /^https:\/\/[\w.:[\]-]+:(\d{1,5})$/.exec(field("server"))?.[1] ??
+    no("its server is no https://HOST:PORT");
+  certificates("certificate-authority-data");
+  const hash = createHash("sha256").update(bytes("certificate-authority-data")).digest("hex");
+  if (token && !token.startsWith(`K10${hash}::`))
+    throw new Failure(
+      "The CA in /etc/rancher/k3s/k3s.yaml is not the one that K3S_TOKEN names: the box's k3s is of another cluster",
+    );
+  const access = (user: string[]): Access => ({
+    name: `k3s-${ip}`,
+    cluster: [
+      `certificate-authority-data: ${field("certificate-authority-data")}`,
+      `server: https://${ip}:${port}`,
+    ],
+    user,
+  });
+  if (!/client-key-data/.test(text)) {
+    // A password of digits alone would be a number.
+    const word = (name: string) =>
+      `${name}: "${/^"?([\w.-]{1,200})"?$/.exec(field(name))?.[1] ?? no(`its ${name} is no plain word`)}"`;
+    return access([word("username"), word("password")]);
+  }
+  const [certificate] = certificates("client-certificate-data");
+  const [key] = pem("client-key-data", "(?:EC |RSA )?PRIVATE KEY");
+  try {
+    if (!certificate?.checkPrivateKey(createPrivateKey(key)))
+      no("its client-key-data is of another certificate");
+  } catch (error) {
+    if (error instanceof Failure) throw error;
+    no("its client-key-data has no key");
+  }
+  const names = ["client-certificate-data", "client-key-data"];
+  return access(names.map((name) => `${name}: ${field(name)}`));
 }
 
 /** A kubeconfig that cannot be edited line by line without knowing all of YAML. Nothing was touched. */
@@ -139,6 +192,7 @@ function readItems(lines: string[], key: string, section: Section): void {
  * @throws {SettingError} where the text is not in kubectl's block style.
  */
 export function withAccess(text: string, { name, cluster, user }: Access, use: boolean): string {
+  foreign(text, name, cluster);
   let result = text.trim() ? text : 'apiVersion: v1\nkind: Config\npreferences: {}\ncurrent-context: ""\n';
   if (!result.endsWith("\n")) result += "\n";
   result = withItem(result, "clusters", name, ["cluster:", ...cluster.map((line) => `  ${line}`)]);
@@ -151,6 +205,24 @@ export function withAccess(text: string, { name, cluster, user }: Access, use: b
   if (at) lines[at.from] = `current-context: ${name}`;
   else lines.splice(-1, 0, `current-context: ${name}`);
   return lines.join("\n");
+}
+
+/** @throws {SettingError} where the user has something else by the name that this cluster goes by. */
+function foreign(text: string, name: string, cluster: readonly string[]): void {
+  const lines = text.split("\n");
+  const sections = sectionsOf(lines);
+  const entry = (key: string) => {
+    const item = sections.get(key)?.items.find((item) => item.name === name);
+    return item && lines.slice(item.from, item.to).map((line) => line.replace(/^ *(- +)?/, ""));
+  };
+  const host = (cluster[1] as string).replace(/:\d+$/, ":");
+  const [clusters, contexts, users] = ["clusters", "contexts", "users"].map(entry);
+  if (
+    (clusters && !clusters.some((line) => line.replace(/^server: ["']/, "server: ").startsWith(host))) ||
+    (contexts && !contexts.includes(`cluster: ${name}`)) ||
+    ((contexts || users) && !clusters)
+  )
+    no(`it has a ${name} that is not this cluster: give that another name`);
 }
 
 /** kubectl writes an entry's name first for users, last for the others. */
@@ -238,12 +310,11 @@ async function kubeconfig(call: cli.Call): Promise<number> {
   lock(realPath(path))();
   const ui = await report([server.name]);
   return await cli.attempt(call, call.script, server, ui.line(server.name), async (line) => {
-    const facts = await look(cli.jobFor(call, server, line), [
-      ask("fact config; cat /etc/rancher/k3s/k3s.yaml 2>/dev/null"),
-    ]);
+    const job = cli.jobFor(call, server, line);
+    const facts = await look(job, [ask("fact config; cat /etc/rancher/k3s/k3s.yaml 2>/dev/null")]);
     if (!facts.config?.trim())
       throw new Failure("It has no /etc/rancher/k3s/k3s.yaml: k3s is no server there, or not up yet");
-    const access = accessOf(facts.config, server.ip);
+    const access = accessOf(facts.config, server.ip, job.want.K3S_TOKEN);
     const use = call.flags.has("use");
     line.done(
       !merge(path, access, use),

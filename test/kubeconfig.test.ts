@@ -1,42 +1,33 @@
 import assert from "node:assert/strict";
+import { createHash, generateKeyPairSync } from "node:crypto";
 import { lstatSync, readdirSync, readFileSync, statSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { SettingError } from "../lib/settings.ts";
+import { Failure } from "../lib/step.ts";
 import { accessOf, merge, withAccess } from "../scripts/kubeconfig.ts";
-import { IP, temporary } from "./helpers.ts";
+import { fixture, IP, temporary } from "./helpers.ts";
 
-/** /etc/rancher/k3s/k3s.yaml as k3s v1.36.3 writes it, with short stand-ins for its base64. */
-const MODERN_YAML = `apiVersion: v1
-clusters:
-- cluster:
-    certificate-authority-data: LS0tLS1CRUdJTg==
-    server: https://127.0.0.1:6443
-  name: default
-contexts:
-- context:
-    cluster: default
-    user: default
-  name: default
-current-context: default
-kind: Config
-users:
-- name: default
-  user:
-    client-certificate-data: Q0VSVA==
-    client-key-data: S0VZ
-`;
+/** /etc/rancher/k3s/k3s.yaml in the form of k3s v1.36.3, with keys made for this. */
+const MODERN_YAML = fixture("k3s-yaml-v1.36.3.yaml");
+const dataOf = (name: string) => new RegExp(`${name}: (\\S+)`).exec(MODERN_YAML)?.[1] as string;
+const [CA, CERT, KEY] = ["certificate-authority-data", "client-certificate-data", "client-key-data"].map(
+  dataOf,
+) as [string, string, string];
+const TOKEN = `K10${createHash("sha256").update(Buffer.from(CA, "base64")).digest("hex")}::server:x`;
+const coded = (text: string) => Buffer.from(text).toString("base64");
+const pem = (data: string) => Buffer.from(data, "base64").toString();
 /** As v1.17.6 writes it. */
 const OLD_YAML = MODERN_YAML.replace("users:", "preferences: {}\nusers:").replace(
   /client-cert[\s\S]*/,
   "password: 0123456789abcdef\n    username: admin\n",
 );
-const ACCESS = accessOf(MODERN_YAML, IP);
+const ACCESS = accessOf(MODERN_YAML, IP, TOKEN);
 const NAME = `k3s-${IP}`;
 const OURS = [
-  `- cluster:\n    certificate-authority-data: LS0tLS1CRUdJTg==\n    server: https://${IP}:6443\n  name: ${NAME}\n`,
+  `- cluster:\n    certificate-authority-data: ${CA}\n    server: https://${IP}:6443\n  name: ${NAME}\n`,
   `- context:\n    cluster: ${NAME}\n    user: ${NAME}\n  name: ${NAME}\n`,
-  `- name: ${NAME}\n  user:\n    client-certificate-data: Q0VSVA==\n    client-key-data: S0VZ\n`,
+  `- name: ${NAME}\n  user:\n    client-certificate-data: ${CERT}\n    client-key-data: ${KEY}\n`,
 ] as const;
 
 /** A user's own: comments, odd names, an exec plugin, a block scalar whose text looks like entries. */
@@ -76,26 +67,108 @@ describe("what k3s.yaml gives", () => {
   test("is the cluster at its public address, with a certificate on modern k3s", () => {
     assert.deepEqual(ACCESS, {
       name: NAME,
-      cluster: ["certificate-authority-data: LS0tLS1CRUdJTg==", `server: https://${IP}:6443`],
-      user: ["client-certificate-data: Q0VSVA==", "client-key-data: S0VZ"],
+      cluster: [`certificate-authority-data: ${CA}`, `server: https://${IP}:6443`],
+      user: [`client-certificate-data: ${CERT}`, `client-key-data: ${KEY}`],
     });
   });
 
   test("is a password on v1.17.6, and another port where k3s listens there", () => {
-    const access = accessOf(OLD_YAML.replace(":6443", ":7443"), IP);
-    assert.deepEqual(access.user, ["username: admin", "password: 0123456789abcdef"]);
+    const access = accessOf(OLD_YAML.replace(":6443", ":7443"), IP, TOKEN);
+    assert.deepEqual(access.user, ['username: "admin"', 'password: "0123456789abcdef"']);
     assert.equal(access.cluster[1], `server: https://${IP}:7443`);
   });
 
+  test("is a word where a password is digits alone, which YAML would take for a number", () => {
+    const access = accessOf(OLD_YAML.replace("0123456789abcdef", '"01234567890"'), IP, "");
+    assert.deepEqual(access.user, ['username: "admin"', 'password: "01234567890"']);
+  });
+
+  const other = generateKeyPairSync("ec", { namedCurve: "P-256" })
+    .privateKey.export({ type: "sec1", format: "pem" })
+    .toString();
   for (const [name, text] of Object.entries({
     nothing: "",
     "no YAML": "<html>",
     "a name for a server": MODERN_YAML.replace("https://127.0.0.1:6443", "unix:/x"),
+    "a server by http": MODERN_YAML.replace("https:", "http:"),
     "a user without a key": MODERN_YAML.replace(/ +client-key-data.*\n/, ""),
-    "a value that is no base64": MODERN_YAML.replace("LS0tLS1CRUdJTg==", '"a b"'),
+    "a value that is no base64": MODERN_YAML.replace(CA, '"a b"'),
+    ...Object.fromEntries(
+      [CA, CERT, KEY].flatMap((data) =>
+        [
+          "abc",
+          "true",
+          "-",
+          "null",
+          "",
+          `"${data}"`,
+          `${data} # x`,
+          `${data}=`,
+          coded("x"),
+          coded(pem(data).slice(0, 99)),
+          coded(`${pem(data)}x`),
+        ].map((bad) => [
+          `${bad.slice(0, 20)}… of ${bad.length} in place of ${data.slice(70, 80)}`,
+          MODERN_YAML.replace(data, bad),
+        ]),
+      ),
+    ),
+    "a certificate of rubbish": MODERN_YAML.replace(
+      CERT,
+      coded("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"),
+    ),
+    "a CA with rubbish behind it": MODERN_YAML.replace(
+      CA,
+      coded(`${pem(CA)}-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n`),
+    ),
+    "a key of rubbish": MODERN_YAML.replace(
+      KEY,
+      coded("-----BEGIN EC PRIVATE KEY-----\nAAAA\n-----END EC PRIVATE KEY-----\n"),
+    ),
+    "a key of another certificate": MODERN_YAML.replace(KEY, coded(other)),
+    "a key in the place of a certificate": MODERN_YAML.replace(CERT, KEY),
+    "a key twice": `${MODERN_YAML}    client-key-data: ${KEY}\n`,
+    "a key once more in quotes": `${MODERN_YAML}    "client-key-data": x\n`,
+    "a server twice": MODERN_YAML.replace(
+      "    server:",
+      "    server: https://203.0.113.66:6443\n    server:",
+    ),
+    "far too long": `${MODERN_YAML}${"# x\n".repeat(100_000)}`,
+    "a password that is more than a word": OLD_YAML.replace("0123456789abcdef", "'x'\nusers: []"),
   }))
     test(`is refused when it is ${name}`, () =>
-      assert.throws(() => accessOf(text, IP), /not as k3s writes it/));
+      assert.throws(
+        () => accessOf(text, IP, ""),
+        (error) => error instanceof Failure && /not as k3s writes it/.test(error.message),
+      ));
+
+  test("is refused where its CA is not the one that the token names", () => {
+    const token = TOKEN.replace(/^K10./, (head) => `K10${head.endsWith("0") ? "1" : "0"}`);
+    assert.throws(() => accessOf(MODERN_YAML, IP, token), /not the one that K3S_TOKEN names/);
+    assert.deepEqual(accessOf(MODERN_YAML, IP, ""), ACCESS, "no token is known here");
+  });
+
+  test("brings nothing else of what the box has put beside it: no program to run, no other user or cluster", () => {
+    const more = `${MODERN_YAML}    exec:\n      command: canary\n- name: other\n  user: &a {token: x}\nextra: *a\n`;
+    assert.deepEqual(accessOf(more, IP, TOKEN), ACCESS);
+    assert.doesNotMatch(withAccess("", accessOf(more, IP, TOKEN), true), /canary|other|exec|extra/);
+  });
+});
+
+describe("a user's own entry", () => {
+  const own = withAccess("", ACCESS, true);
+  for (const [name, text] of Object.entries({
+    "a cluster elsewhere": own.replace(`server: https://${IP}:`, "server: https://work.example.com:"),
+    "a context of another cluster": own.replace(`cluster: ${NAME}`, "cluster: work"),
+    "a user without a cluster": own.replace(/- cluster:[\s\S]*?name: .*\n/, ""),
+    "a cluster in flow style": own.replace(/- cluster:\n.*\n.*\n/, "- cluster: {server: https://x}\n"),
+  }))
+    test(`by the name of this cluster is not written over: ${name}`, () =>
+      assert.throws(
+        () => withAccess(text, ACCESS, false),
+        (error) =>
+          error instanceof SettingError && error.message.includes(`has a ${NAME} that is not this cluster`),
+      ));
 });
 
 describe("a kubeconfig", () => {
@@ -136,7 +209,7 @@ describe("a kubeconfig", () => {
   test("gets new credentials in their place when the server was set up anew, and no second entry", () => {
     const once = withAccess(OWN, ACCESS, false);
     const anew = { ...ACCESS, user: ["client-certificate-data: TkVX", "client-key-data: TkVX"] };
-    assert.equal(withAccess(once, anew, false), once.replace(/Q0VSVA==|S0VZ/g, "TkVX"));
+    assert.equal(withAccess(once, anew, false), once.replace(CERT, "TkVX").replace(KEY, "TkVX"));
   });
 
   test("keeps what the user added to this cluster's entries", () => {
