@@ -110,6 +110,21 @@ const WORDS: readonly Word[] = [
     forever: true,
   },
   {
+    said: "configured to not run on a host using cgroup v1",
+    cause: "the box has cgroup v1, on which k3s v1.35 and later run only with fail-cgroupv1=false",
+    remedy:
+      "AGAIN: its unit tells the kubelet so, unless SERVER_ARGS, AGENT_ARGS or K3S_CONFIG say otherwise",
+    forever: true,
+  },
+  {
+    said: "ailed to find [a-z]+ cgroup",
+    cause:
+      "its kernel does not give k3s the cgroups that it needs: v1 before k3s v1.20.4, else the controllers cpu, cpuset and memory",
+    remedy:
+      "a later K3S_VERSION on cgroup v2, or what is missing on the kernel's command line (cgroup_enable=memory) and a restart; then AGAIN",
+    forever: true,
+  },
+  {
     said: "could not create wireguard interface|wg: not found|wg-add.sh|operation not supported",
     cause: "the box has no WireGuard, in its kernel or at all",
     remedy: '"make upgrade-kernel" and "make install-wireguard" on it, then AGAIN',

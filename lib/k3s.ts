@@ -1,4 +1,5 @@
-import { lastOf, parseArgs } from "./args.ts";
+import { configArgs, lastOf, parseArgs } from "./args.ts";
+import { compare } from "./releases.ts";
 import { type Settings, words } from "./settings.ts";
 import { type Facts, Refusal } from "./step.ts";
 
@@ -42,6 +43,42 @@ export function releaseOf(want: Settings, facts: Facts): { version: string; gene
   const asked = installed === version && facts.flags?.includes("--flannel-backend");
   const generation = generationOf(version, asked ? facts.flags : undefined);
   return generation ? { version, generation } : { version };
+}
+
+/** Facts about cgroups: the file system (tmpfs: v1, or both with the controllers in v1), and v2's controllers. */
+export const cgroupLook = `fact cgroup; stat -fc %T /sys/fs/cgroup 2>/dev/null; cat /sys/fs/cgroup/cgroup.controllers 2>/dev/null
+`;
+
+/** The cgroup version and, of v2, the controllers; undefined where the box does not say. An old stat knows v2 by number. */
+function cgroupOf(facts: Facts): { version: 1 | 2; controllers: string[] } | undefined {
+  const [type = "", controllers = ""] = facts.cgroup?.trim().split("\n") ?? [];
+  if (!type) return undefined;
+  return { version: /^cgroup2fs$|63677270/.test(type) ? 2 : 1, controllers: words(controllers) };
+}
+
+/** Why a release of k3s cannot run on a box with these cgroups, and what would be right. */
+export function cgroupFault(release: string, facts: Facts): string | undefined {
+  const cgroup = cgroupOf(facts);
+  if (!release || cgroup?.version !== 2) return undefined;
+  if (compare(release, "v1.20.4+k3s1") < 0)
+    return `k3s ${release} runs on cgroup v1 only, and this box has cgroup v2: take v1.20.4+k3s1 or later, or restart it with systemd.unified_cgroup_hierarchy=0 on its kernel's command line (systemd 256 and later have given that up)`;
+  const missing = ["cpu", "cpuset", "memory"].filter((name) => !cgroup.controllers.includes(name));
+  if (missing.length === 0) return undefined;
+  const how = missing.includes("memory")
+    ? "cgroup_enable=memory on its kernel's command line gives it (Raspberry Pi: /boot/firmware/cmdline.txt)"
+    : "another program may have mounted them as cgroup v1 (grep cgroup /proc/mounts)";
+  return `This box's cgroup v2 has no ${missing.join(", ")} controller, which k3s needs: ${how}; then restart it`;
+}
+
+/** Since v1.35 the kubelet ends on cgroup v1 unless it is told not to (KubeletConfiguration's failCgroupV1). */
+export function cgroupArgs(role: Role, release: string, want: Settings, facts: Facts): string[] {
+  if (cgroupOf(facts)?.version !== 1 || Number(release.split(".")[1]) < 35) return [];
+  const own = [
+    ...parseArgs(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS),
+    ...configArgs(want.K3S_CONFIG),
+  ];
+  const told = own.some(({ flag, value }) => flag === "kubelet-arg" && value?.includes("fail-cgroupv1"));
+  return told ? [] : ["--kubelet-arg=fail-cgroupv1=false"];
 }
 
 /** `--node-name` out of a role's arguments. */

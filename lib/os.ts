@@ -1,3 +1,4 @@
+/** What a box has for installing packages, and where it lets nothing be written. */
 import { sh } from "./sh.ts";
 import { type Facts, Refusal } from "./step.ts";
 import { pairs } from "./text.ts";
@@ -10,37 +11,65 @@ export interface Os {
   like: string[];
   /** Major version, such as 7; NaN where the distro has none. */
   major: number;
+  /** `VERSION_ID`, such as 18.04. */
+  version: string;
   name: string;
-  manager: Manager;
+  /** Undefined where none of them is there. */
+  manager: Manager | undefined;
+  /** What changes the packages of a box whose /usr is read-only; "" where nothing does. */
+  image: string | undefined;
 }
 
-/** Package managers by the distro's family. @see os-release(5) */
-const MANAGERS: readonly [RegExp, Manager][] = [
-  [/^(debian|ubuntu)$/, "apt"],
-  [/^(fedora|rhel|centos|rocky|almalinux|ol|amzn)$/, "dnf"],
-  [/^(opensuse|suse|sles|opensuse-.*)$/, "zypper"],
-  [/^alpine$/, "apk"],
-  [/^(arch|archarm)$/, "pacman"],
-];
+/**
+ * Facts about package managers: by what is there, for most distros are somebody's family and keep its tools. A tool of
+ * another family's may be installed too: of those the first counts, each by the database that is its own.
+ */
+export const managersLook = `fact managers
+[ ! -s /var/lib/dpkg/status ] || command -v apt-get
+[ ! -e /var/lib/pacman/local/ALPM_DB_VERSION ] || command -v pacman
+for db in /lib/apk/db /usr/lib/apk/db; do [ ! -s $db/installed ] || command -v apk; done
+for list in /etc/zypp/repos.d/*.repo; do [ ! -e "$list" ] || command -v zypper; done
+for name in dnf yum amazon-linux-extras; do command -v $name; done
+fact image; [ -w /usr ] || { for name in transactional-update rpm-ostree; do command -v $name; done; echo none; }
+`;
 
-/** @throws {Refusal} for a distro that no package manager of ours is known for. */
+const MANAGERS: Record<string, Manager> = {
+  "apt-get": "apt",
+  pacman: "pacman",
+  apk: "apk",
+  zypper: "zypper",
+  dnf: "dnf",
+  yum: "yum",
+};
+
+const programs = (text = "") =>
+  text
+    .trim()
+    .split("\n")
+    .map((path) => path.replace(/.*\//, ""));
+
 export function osOf(facts: Facts): Os {
   const release = Object.fromEntries(
     Object.entries(pairs(facts.os)).map(([k, v]) => [k, v.trim().replace(/^(["'])(.*)\1$/, "$2")]),
   );
-  const id = release.ID ?? "";
-  const like = (release.ID_LIKE ?? "").split(" ").filter(Boolean);
-  const major = Number.parseInt(release.VERSION_ID ?? "", 10);
-  const found = MANAGERS.find(([family]) => [id, ...like].some((name) => family.test(name)))?.[1];
-  const name = release.PRETTY_NAME ?? (id || "a distro without os-release");
-  if (!found)
-    throw new Refusal(`This is ${name}: install WireGuard's tools and curl there by hand, then try again`);
-  const old = major === 7 || (id === "amzn" && major === 2);
-  return { id, like, major, name, manager: found === "dnf" && old ? "yum" : found };
+  const { ID: id = "", VERSION_ID: version = "" } = release;
+  const [image] = programs(facts.image);
+  return {
+    id,
+    like: (release.ID_LIKE ?? "").split(" ").filter(Boolean),
+    major: Number.parseInt(version, 10),
+    version,
+    name: release.PRETTY_NAME ?? (id || "a distro without os-release"),
+    manager: programs(facts.managers)
+      .map((name) => MANAGERS[name])
+      .find(Boolean),
+    image: image === "none" ? "" : image || undefined,
+  };
 }
 
 /** Is it CentOS 7 or another of its family, whose kernel 3.10 has no WireGuard? */
-export const isEl7 = (os: Os): boolean => os.manager === "yum" && os.id !== "amzn";
+export const isEl7 = ({ id, like, major }: Os): boolean =>
+  major === 7 && [id, ...like].some((name) => /^(rhel|centos|fedora)$/.test(name));
 
 /** CentOS 7's mirrors went in 2024. */
 const VAULT = `The mirrors of CentOS 7 are gone, its packages are at vault.centos.org:
@@ -48,30 +77,65 @@ sed -i 's/^mirrorlist/#&/; s|^#* *baseurl=http://mirror.centos.org|baseurl=http:
 
 /**
  * Shell that installs packages without a question. Another apt at work (cloud-init's, on a new box) is waited for;
- * what a dpkg that was cut has left half done is ended first, else apt refuses.
+ * what a dpkg that was cut has left half done is ended first, else apt refuses. A list that is gone, somebody else's
+ * mostly, is no reason not to try: the installation's own status decides.
+ *
+ * @throws {Refusal} where packages are not installed so, with what is missing.
  */
-export function install(manager: Manager, packages: readonly string[], options = ""): string {
+export function install(os: Os, packages: readonly string[], options = ""): string {
+  if (os.image !== undefined) {
+    const command = {
+      "transactional-update": "transactional-update pkg install",
+      "rpm-ostree": "rpm-ostree install",
+    }[os.image];
+    throw new Refusal(
+      `/usr of ${os.name} is read-only, and this box lacks ${packages.join(", ")}: ${command ? `${command} ${packages.join(" ")}` : "put it into its image"}, restart it, then run the same again`,
+    );
+  }
   const names = [options, ...packages.map(sh)].filter(Boolean).join(" ");
-  switch (manager) {
+  const dead = "'--setopt=*.skip_if_unavailable=1'";
+  switch (os.manager) {
     case "apt":
       return `export DEBIAN_FRONTEND=noninteractive
 dpkg --configure -a || : # locked: apt-get waits
 # DPkg::Lock::Timeout is not for the lists' lock (apt 2.6).
 for _ in $(seq 60); do
   said=$(apt-get -q -o DPkg::Lock::Timeout=120 update 2>&1) && break
-  case $said in *'Could not get lock'*) sleep 2 ;; *) echo "$said"; exit 1 ;; esac
+  case $said in *'Could not get lock'*) sleep 2 ;; *) break ;; esac
 done
 echo "$said"
 apt-get -q -y -o DPkg::Lock::Timeout=120 --no-install-recommends install ${names}`;
     case "yum":
-      return `yum -y install ${names} || { printf '%s\\n' ${sh(VAULT)}; exit 1; }`;
+      return `yum -y ${dead} install ${names}${isEl7(os) ? ` || { printf '%s\\n' ${sh(VAULT)}; exit 1; }` : ""}`;
     case "dnf":
-      return `dnf -y install ${names}`;
+      return `dnf -y ${dead} install ${names}`;
     case "zypper":
-      return `zypper --non-interactive install --no-recommends ${names}`;
+      // 102, 103 and 106: it is installed; a restart is due, or a list was left out.
+      return `zypper --non-interactive install --no-recommends ${names} || case $? in 10[236]) ;; *) exit 1 ;; esac`;
     case "apk":
       return `apk add ${names}`;
     case "pacman":
-      return `pacman -Sy --noconfirm --needed ${names}`;
+      return `pacman -Sy --noconfirm || :\npacman -S --noconfirm --needed ${names}`;
+    default:
+      throw new Refusal(
+        `${os.name} has none of ${Object.keys(MANAGERS).join(", ")}: install ${packages.join(", ")} there by hand, then run the same again`,
+      );
   }
+}
+
+/** Facts about k3s's folders: those that cannot be written. One that is not there yet is made in the next above it. */
+export const foldersLook = `fact readonly; for folder in /usr/local/bin /etc/systemd/system /var/lib/rancher; do
+  at=$folder
+  until [ -e "$at" ]; do at=\${at%/*}; at=\${at:-/}; done
+  [ -w "$at" ] || echo "$folder"
+done
+`;
+
+/** @throws {Refusal} before anything is done, where one of these folders could not be written at the end. */
+export function writable(facts: Facts, ...folders: string[]): void {
+  const folder = (facts.readonly ?? "").split("\n").find((name) => folders.includes(name));
+  if (folder)
+    throw new Refusal(
+      `${folder} cannot be written, and k3s needs it: is its file system read-only (findmnt -T ${folder}), or an image's? Nothing was installed`,
+    );
 }

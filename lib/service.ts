@@ -3,6 +3,9 @@ import { HOPELESS } from "./journal.ts";
 import {
   argsOf,
   binaryLook,
+  cgroupArgs,
+  cgroupFault,
+  cgroupLook,
   envPath,
   type Generation,
   interfaceOf,
@@ -17,18 +20,23 @@ import {
 import { clusterLook, FRESH, KUBECTL, nodesOf, silence } from "./kube.ts";
 import { CLEAR } from "./leftovers.ts";
 import { filesLook, filesPlan, labelsPlan } from "./node.ts";
+import { foldersLook, writable } from "./os.ts";
 import { quoted, type SettingName, type Settings } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "./step.ts";
 import { filledEnv, pairs, rewrite, SECRET, sha256 } from "./text.ts";
 
-/** Before anything else is done to a box that is to run k3s: Alpine's OpenRC is not supported. */
+/** Before anything else is done to a box that is to run k3s: neither Alpine's OpenRC nor every cgroup will do. */
 export const systemdFirst: Step = {
   name: "systemd",
   options: [],
-  look: () => ["fact openrc; test -d /run/openrc && echo yes"],
-  plan(_want, facts) {
-    if (facts.systemd?.trim()) return [];
+  look: () => [binaryLook, cgroupLook, "fact openrc; test -d /run/openrc && echo yes"],
+  plan(want, facts) {
+    if (facts.systemd?.trim()) {
+      const fault = cgroupFault(releaseOf(want, facts).version, facts);
+      if (fault) throw new Refusal(fault);
+      return [];
+    }
     const name = /^PRETTY_NAME="?([^"\n]*)/m.exec(facts.os ?? "")?.[1] ?? "This box";
     throw new Refusal(
       `${name} is run by ${facts.openrc?.trim() ? "OpenRC" : "something else"}, not by systemd: k3s is a systemd unit here, so take a distro that has it; nothing was installed`,
@@ -48,7 +56,7 @@ fact enabled; systemctl is-enabled ${unit} 2>/dev/null
 fact other; systemctl is-active ${other} 2>/dev/null
 fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
 `;
-  return [binaryLook, service, filesLook, clusterLook];
+  return [binaryLook, cgroupLook, foldersLook, service, filesLook, clusterLook];
 }
 
 /** When a service's process started, in seconds since 1970; undefined when it is not running. */
@@ -129,7 +137,10 @@ export function servicePlan(
 
   const unit = unitOf(role);
   const noIpvs = lacksIpvs(want, facts);
-  const args = argsOf(role, generation, want, noIpvs ? "iptables" : want.PROXY_MODE);
+  const args = [
+    ...argsOf(role, generation, want, noIpvs ? "iptables" : want.PROXY_MODE),
+    ...cgroupArgs(role, version, want, facts),
+  ];
   const text = unitText(role, generation, args, onCard(want.PUBLIC_IP, facts), want.PUBLIC_IP);
   const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
   const { changes: files, gone } = filesPlan(generation, version, want, facts);
@@ -152,6 +163,8 @@ export function servicePlan(
       ),
       sh: `install -d -m 700 /var/lib/rancher/k3s/${role}\n${writeFile(unitPath(role), text)}`,
     });
+
+  if (changes.length) writable(facts, "/etc/systemd/system", "/var/lib/rancher");
 
   const started = startedAt(facts);
   // ctime in whole seconds; half a second of grace for what was written just before this start. What was

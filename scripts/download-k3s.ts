@@ -3,7 +3,7 @@
 import { run } from "../lib/cli.ts";
 import { binaryLook, K3S, releaseOf } from "../lib/k3s.ts";
 import { byProxy, IMAGES, PROXY_SETTINGS } from "../lib/node.ts";
-import { install, osOf } from "../lib/os.ts";
+import { foldersLook, install, managersLook, osOf, writable } from "../lib/os.ts";
 import { type Settings, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -17,8 +17,10 @@ const RELEASES: Record<string, [file: string, arch: string]> = {
   armv6l: ["k3s-armhf", "arm"],
 };
 
+const BIN = K3S.replace(/\/k3s$/, "");
+
 /** Of the binary's name while it is not proven yet: on the same file system, so that mv is atomic. */
-const PART = "/usr/local/bin/.k3s";
+const PART = `${BIN}/.k3s`;
 
 /** Which images are in place: what they were fetched or pushed as, and their name, size and time then. */
 const RECORD = `${IMAGES}.txt`;
@@ -29,6 +31,8 @@ export const downloadK3s: Step = {
 
   look: (want) => [
     binaryLook,
+    managersLook,
+    foldersLook,
     `fact curl; command -v curl
 fact kubectl; command -v kubectl
 ${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1` : ""}
@@ -41,7 +45,7 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
       changes.push(
         byProxy(want, {
           why: "install curl, which downloads and asks the server",
-          sh: install(osOf(facts).manager, ["curl", "ca-certificates"]),
+          sh: install(osOf(facts), ["curl", "ca-certificates"]),
           seconds: 600,
           // Only then can the server be asked, before an agent is begun.
           lookAgain: true,
@@ -73,7 +77,8 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
       );
     }
     if (!facts.kubectl?.trim())
-      changes.push({ why: "link kubectl to k3s", sh: `ln -sfn k3s ${K3S.replace(/k3s$/, "kubectl")}` });
+      changes.push({ why: "link kubectl to k3s", sh: `ln -sfn k3s ${BIN}/kubectl` });
+    if (changes.length) writable(facts, BIN);
     if (want.AIRGAP && !changes.some((change) => change.push)) changes.push(...images(want, facts));
     return changes;
   },
@@ -88,10 +93,12 @@ export const downloadAhead: Step = {
   options: [],
   look: (want) => [
     binaryLook,
+    foldersLook,
     `fact ahead; ls ${partOf(want)}.good 2>/dev/null\nfact images-ahead; ls ${imagesPartOf(want)}.good 2>/dev/null`,
   ],
   plan(want, facts) {
     if (want.K3S_BIN || facts.version?.trim() === want.K3S_VERSION) return [];
+    writable(facts, BIN);
     const ahead = (what: File) =>
       byProxy(want, {
         why: `download ${what.file} of k3s ${want.K3S_VERSION} ahead`,

@@ -1,32 +1,43 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 3 of 7: WireGuard's tools, its module where the kernel has none, and proof that an interface can be made. */
 import { run } from "../lib/cli.ts";
+import { type Generation, releaseOf } from "../lib/k3s.ts";
 import { byProxy, PROXY_SETTINGS } from "../lib/node.ts";
-import { install, isEl7, type Manager, type Os, osOf } from "../lib/os.ts";
+import { install, isEl7, managersLook, type Os, osOf } from "../lib/os.ts";
 import { SETTINGS, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
-import { type Change, Refusal, type Step } from "../lib/step.ts";
+import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { moduleLook, wireguardIn } from "./upgrade-kernel.ts";
 
 export const installWireguard: Step = {
   name: "install-wireguard",
-  options: ["ELREPO_URL", "EPEL_URL", ...PROXY_SETTINGS],
+  options: ["K3S_VERSION", "K3S_BIN", "ELREPO_URL", "EPEL_URL", ...PROXY_SETTINGS],
 
   look: () => [
     moduleLook,
+    managersLook,
     `fact tool; command -v wg
 fact half; dpkg-query -W -f '\${db:Status-Status}' wireguard-tools 2>/dev/null | grep -E '^(half|unpacked)'`,
-    `fact loaded; test -d /sys/module/wireguard && echo yes; test -c /dev/net/tun && command -v wireguard-go
-fact probe; test -d /sys/class/net/${PROBE} && echo yes`,
+    `fact loaded; test -d /sys/module/wireguard && echo yes
+fact probe; test -d /sys/class/net/${PROBE} && echo yes
+# The package of the running kernel, where a distro has its modules in two.
+fact split; kernel=$(uname -r)
+if ! { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null; then
+  dpkg-query -W -f '\${Package}\n' "linux-modules-$kernel" 2>/dev/null
+  rpm -q kernel-core kernel-uek-core kernel-rt-core kernel-64k-core 2>/dev/null | grep -F -- "-core-$kernel"
+fi
+fact glibc; getconf GNU_LIBC_VERSION 2>/dev/null`,
   ],
 
   plan(want, facts) {
     const changes: Change[] = [];
-    const kernel = wireguardIn(facts) ? undefined : facts.kernel?.trim();
+    const lacks = !wireguardIn(want, facts);
     // A dpkg that was cut has put the tool there, and not ended.
-    if (!facts.tool?.trim() || facts.half?.trim() || kernel)
-      changes.push(...packages(osOf(facts), kernel, want));
-    if (changes.length || !facts.loaded?.trim() || facts.probe?.trim()) changes.push(PROOF);
+    if (!facts.tool?.trim() || facts.half?.trim() || lacks)
+      changes.push(packages(osOf(facts), lacks ? moduleFor(want, facts) : undefined, want, facts));
+    const outside = !facts.module?.trim() && facts.userspace?.trim();
+    if (changes.length || !(facts.loaded?.trim() || outside) || facts.probe?.trim())
+      changes.push(proof(releaseOf(want, facts).generation));
     return changes;
   },
 };
@@ -35,84 +46,114 @@ fact probe; test -d /sys/class/net/${PROBE} && echo yes`,
 const EPEL7 = "https://archives.fedoraproject.org/pub/archive/epel";
 
 /**
- * What to install by distro. The tools are in EPEL for EL 7 and 8, else the distro's own.
- * @param kernel the running kernel where a module for it is needed.
+ * Installs the tools, and `module`, a package. For EL 7 and 8 the tools are in EPEL (a family goes by its glibc), for
+ * others in the distro's own lists.
  */
-export function packages(os: Os, kernel: string | undefined, want: Settings): Change[] {
-  const names = [...(kernel ? [moduleFor(os, kernel)] : []), "wireguard-tools"];
+export function packages(os: Os, module: string | undefined, want: Settings, facts: Facts): Change {
+  const names = [...(module ? [module] : []), "wireguard-tools"];
   let before = "";
   const options: string[] = [];
-  if (isEl7(os) || (os.manager === "dnf" && os.major === 8)) {
-    const m = os.major;
-    const archived = m === 7 && want.EPEL_URL === SETTINGS.EPEL_URL.value;
+  const el = elOf(os, facts);
+  if (el < 9) {
+    const archived = el === 7 && want.EPEL_URL === SETTINGS.EPEL_URL.value;
     const base = archived ? EPEL7 : want.EPEL_URL;
-    const file = archived ? "7/x86_64/Packages/e/epel-release-7-14" : `epel-release-latest-${m}`;
-    if (names.includes("kmod-wireguard"))
-      before += release("elrepo-release", `${want.ELREPO_URL}/elrepo-release-${m}.el${m}.elrepo.noarch.rpm`);
-    before += release("epel-release", `${base}/${file}.noarch.rpm`);
+    const file = archived ? "7/x86_64/Packages/e/epel-release-7-14" : `epel-release-latest-${el}`;
+    const epel = release("epel", `${base}/${file}.noarch.rpm`);
+    if (module === ELREPO)
+      before += release("elrepo", `${want.ELREPO_URL}/elrepo-release-${el}.el${el}.elrepo.noarch.rpm`);
     // The tools need nothing else, and of el7's other lists any may be gone.
-    if (m === 7) options.push("--disablerepo=*", "--enablerepo=epel");
+    if (el === 7) options.push("--disablerepo=*", "--enablerepo=epel");
+    before +=
+      el === 7
+        ? epel
+        : `dnf -q list wireguard-tools >/dev/null 2>&1 || {\n${epel}} || { echo 'No list here has wireguard-tools, and EPEL is not for this distro'; exit 1; }\n`;
     // The release package asks Fedora for a mirror: one that was named is used instead.
     if (base !== SETTINGS.EPEL_URL.value)
       options.push(
-        `--setopt=epel.baseurl=${base}/${m}${m < 8 ? "" : "/Everything"}/$basearch`,
+        `--setopt=epel.baseurl=${base}/${el}${el < 8 ? "" : "/Everything"}/$basearch`,
         "--setopt=epel.metalink=",
       );
   }
-  return [
-    byProxy(want, {
-      why: `install ${names.join(", ")} (${os.name}, ${os.manager})`,
-      sh: before + install(os.manager, names, options.map(sh).join(" ")),
-      seconds: 900,
-    }),
-  ];
+  return byProxy(want, {
+    why: `install ${names.join(", ")} (${os.name}, ${os.manager})`,
+    sh: before + install(os, names, options.map(sh).join(" ")),
+    seconds: 900,
+  });
 }
 
-/** What else has WireGuard where no package brings it to the running kernel. */
-const KERNELS: Record<Manager, string> = {
-  yum: "make upgrade-kernel gives CentOS 7 another (Amazon Linux 2: amazon-linux-extras install kernel-5.10)",
-  dnf: "dnf install kernel",
-  apt: "apt-get install linux-image-amd64 (arm64: linux-image-arm64), of Debian 11 or later",
-  zypper: "zypper install kernel-default",
-  pacman: "pacman -Syu linux",
-  apk: "apk add linux-lts",
-};
+/** The EL whose packages fit: most of the family have numbers of their own, but its glibc. NaN for what is none. */
+function elOf(os: Os, { glibc = "" }: Facts): number {
+  if (os.manager !== "yum" && os.manager !== "dnf") return Number.NaN;
+  const minor = Number(/^glibc 2\.(\d+)/.exec(glibc)?.[1]);
+  return isEl7(os) || minor < 28 ? 7 : minor < 34 ? 8 : 9;
+}
+
+/** EL 8's 4.18 has no WireGuard: ELRepo builds it. */
+const ELREPO = "kmod-wireguard";
 
 /**
- * The package with WireGuard's module for a running kernel that lacks it. Linux has had it since 5.6, Ubuntu's
+ * The package with WireGuard's module for the running kernel, which lacks it. Linux has had it since 5.6, Ubuntu's
  * 5.4 and Oracle's UEK too: where a distro splits its modules, it may be in the other half.
  * @throws {Refusal} where only another kernel helps.
  */
-function moduleFor(os: Os, kernel: string): string {
-  if ([os.id, ...os.like].includes("ubuntu")) return `linux-modules-extra-${kernel}`;
-  if (os.manager === "dnf" && os.id !== "amzn") {
-    if (kernel.includes("uek")) return `kernel-uek-modules-${kernel}`;
-    // EL8's 4.18 has none: ELRepo builds it.
-    return os.major === 8 ? "kmod-wireguard" : `kernel-modules-${kernel}`;
-  }
+function moduleFor(want: Settings, facts: Facts): string {
+  const kernel = facts.kernel?.trim() ?? "";
+  const split = facts.split?.trim().split("\n")[0] ?? "";
+  const [major = 0, minor = 0] = kernel.split(".").map(Number);
+  if (/^4\.18\..*\.el8/.test(kernel)) return ELREPO;
+  if (split && (major > 5 || (major === 5 && minor >= 4)))
+    return split.replace("-core-", "-modules-").replace(/^linux-modules-/, "linux-modules-extra-");
+  const outside = facts.userspace?.trim()
+    ? `; wireguard-go is here, but k3s ${releaseOf(want, facts).version} asks the kernel alone`
+    : "";
+  const os = osOf(facts);
   throw new Refusal(
-    `Kernel ${kernel} has no WireGuard, and no package of ${os.name} adds it: restart into its newest kernel; where that has none either: ${KERNELS[os.manager]}`,
+    `Kernel ${kernel} has no WireGuard, and no package of ${os.name} adds it${outside}: restart into its newest kernel; where that has none either: ${otherKernel(os, Boolean(split), facts)}`,
   );
 }
 
+/** What else has WireGuard where no package brings it to the running kernel. */
+function otherKernel(os: Os, split: boolean, facts: Facts): string {
+  if (isEl7(os)) return "make upgrade-kernel gives CentOS 7 another";
+  if (facts.managers?.includes("amazon-linux-extras")) return "amazon-linux-extras install kernel-5.10";
+  switch (os.manager) {
+    case "apt":
+      return split
+        ? `apt-get install linux-generic-hwe-${os.version}`
+        : "apt-get install linux-image-amd64 (arm64: linux-image-arm64), of Debian 11 or later";
+    case "zypper":
+      return `${os.image ? "transactional-update pkg" : "zypper"} install kernel-default`;
+    case "pacman":
+      return "pacman -Syu linux";
+    case "apk":
+      return "apk add linux-lts";
+    default:
+      return `an image with Linux 5.6 or later${os.manager ? ` (${os.manager} list kernel says what there is)` : ""}`;
+  }
+}
+
 /** A repository's release package, by rpm: yum would first load the lists of all repositories. */
-const release = (name: string, url: string) => `rpm -q ${name} >/dev/null || rpm -Uvh ${sh(url)}\n`;
+const release = (name: string, url: string) =>
+  `grep -qs '^\\[${name}\\]' /etc/yum.repos.d/*.repo || rpm -Uvh ${sh(url)}\n`;
 
 /** The interface that is made for proof: one that a cut run has left is known by it. */
 const PROBE = "kac-probe";
 
-/** A tool that is there proves nothing: an interface is made and removed (by wireguard-go where flannel would too). */
-const PROOF: Change = {
-  why: "prove that a WireGuard interface can be made",
-  sh: `wg --version
+/** A tool that is there proves nothing: an interface is made as flannel makes its own, and removed. */
+function proof(generation: Generation | undefined): Change {
+  const outside = generation === "modern" ? "" : '|| wireguard-go "$name" >/dev/null 2>&1 ';
+  return {
+    why: "prove that a WireGuard interface can be made",
+    sh: `wg --version
 name=${PROBE}
-[ -d "/sys/class/net/$name" ] || ip link add "$name" type wireguard 2>/dev/null || wireguard-go "$name" >/dev/null 2>&1 || {
+[ -d "/sys/class/net/$name" ] || ip link add "$name" type wireguard 2>/dev/null ${outside}|| {
   echo "Kernel $(uname -r) can make no WireGuard interface: it needs the module wireguard, or Linux 5.6"
   exit 1
 }
 wg show "$name" >/dev/null
 ip link del "$name"`,
-};
+  };
+}
 
 await run(import.meta, {
   about:

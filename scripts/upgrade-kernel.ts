@@ -2,20 +2,26 @@
 /** Step 2 of 7: a kernel that has WireGuard, where the distro's own has none. The only step that restarts a box. */
 import { run } from "../lib/cli.ts";
 import { drainHere, drainLook, uncordonHere } from "../lib/drain.ts";
+import { binaryLook, releaseOf } from "../lib/k3s.ts";
 import { byProxy, PROXY_SETTINGS } from "../lib/node.ts";
 import { isEl7, osOf } from "../lib/os.ts";
+import type { Settings } from "../lib/settings.ts";
 import { sh, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
-/** WireGuard is in Linux since 5.6; elsewhere a module may have it (Debian and Ubuntu have backports). */
-export function wireguardIn(facts: Facts): string | undefined {
+/**
+ * Does k3s find WireGuard here? It is in Linux since 5.6; elsewhere a module may have it (Debian and Ubuntu have
+ * backports). wireguard-go is for the script of old k3s: modern k3s asks the kernel alone (v1.36.3, seen).
+ */
+export function wireguardIn(want: Settings, facts: Facts): string | undefined {
   if (facts.module?.trim()) return `WireGuard is in kernel ${facts.kernel?.trim()}`;
-  if (facts.userspace?.trim()) return "wireguard-go is here, WireGuard outside the kernel";
+  if (facts.userspace?.trim() && releaseOf(want, facts).generation !== "modern")
+    return "wireguard-go is here, WireGuard outside the kernel";
   return undefined;
 }
 
-/** Facts about WireGuard in the running kernel. modprobe -n loads nothing. */
-export const moduleLook = `fact module; { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null && echo yes
+/** Facts about WireGuard in the running kernel, and k3s's release, which says what will do. modprobe -n loads nothing. */
+export const moduleLook = `${binaryLook}fact module; { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null && echo yes
 fact userspace; test -c /dev/net/tun && command -v wireguard-go
 `;
 
@@ -41,7 +47,15 @@ const ROOM = 80;
 
 export const upgradeKernel: Step = {
   name: "upgrade-kernel",
-  options: ["SERVER", "PUBLIC_IP", "ELREPO_URL", "ELREPO_KERNEL_URL", ...PROXY_SETTINGS],
+  options: [
+    "SERVER",
+    "PUBLIC_IP",
+    "K3S_VERSION",
+    "K3S_BIN",
+    "ELREPO_URL",
+    "ELREPO_KERNEL_URL",
+    ...PROXY_SETTINGS,
+  ],
 
   look: () => [
     moduleLook,
@@ -59,7 +73,7 @@ fi`,
 
   plan(want, facts) {
     const [installed, running, saved] = [facts["kernel-ml"], facts.kernel, facts.saved].map((f) => f?.trim());
-    if (wireguardIn(facts)) return installed ? uncordonHere(want, facts) : [];
+    if (wireguardIn(want, facts)) return installed ? uncordonHere(want, facts) : [];
     // Other distros get WireGuard as a package: install-wireguard's work, and its to prove.
     if (!isEl7(osOf(facts))) return [];
     if (!installed && Number(facts.room) < ROOM)
@@ -168,6 +182,6 @@ say "default: $entry"`,
 await run(import.meta, {
   about: "Gives CentOS 7 a kernel with WireGuard, as the article's nine steps do, and restarts into it.",
   steps: [upgradeKernel],
-  nothing: (_want, facts) =>
-    wireguardIn(facts) ?? `${osOf(facts).name} gets WireGuard as a package: see install-wireguard`,
+  nothing: (want, facts) =>
+    wireguardIn(want, facts) ?? `${osOf(facts).name} gets WireGuard as a package: see install-wireguard`,
 });

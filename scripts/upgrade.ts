@@ -38,7 +38,7 @@ import {
   Refusal,
   type Step,
 } from "../lib/step.ts";
-import { agentSteps } from "./agent.ts";
+import { agentSteps, prepareSteps } from "./agent.ts";
 import { downloadAhead } from "./download-k3s.ts";
 import { server as serverStep, serverSteps } from "./server.ts";
 import { up } from "./up.ts";
@@ -197,6 +197,7 @@ async function upgrade(call: cli.Call): Promise<number> {
     }
     const running = members.map(({ version }) => version);
     path = pathOf(running, to, steps, force);
+    examine(members, path);
   });
   if (checked !== 0) return checked;
   if (path.length > 1) first.line.says(`by way of ${path.join(", ")}`);
@@ -207,6 +208,20 @@ async function upgrade(call: cli.Call): Promise<number> {
   }
   // What could not be seen while other nodes were still to come: handshakes with all, endpoints, metrics.
   return await up({ ...call, settings: { ...settings, K3S_VERSION: to } });
+}
+
+/** @throws {Refusal} before anything is downloaded or drained, where a box cannot run a release: its cgroups, its kernel. */
+export function examine(
+  members: readonly Pick<Member, "target" | "job" | "facts">[],
+  path: readonly string[],
+): void {
+  for (const { target, job, facts } of members)
+    for (const release of path)
+      try {
+        planAll(prepareSteps, { ...job.want, K3S_VERSION: release }, facts);
+      } catch (error) {
+        throw error instanceof Refusal ? new Refusal(`${target.name}: ${error.message}`) : error;
+      }
 }
 
 /** One release on every box that has not got it. */

@@ -1,10 +1,11 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
-import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { Refusal } from "../lib/step.ts";
-import { downloadK3s, hostOf } from "../scripts/download-k3s.ts";
+import { foldersLook } from "../lib/os.ts";
+import { type Facts, Refusal, type Step } from "../lib/step.ts";
+import { downloadAhead, downloadK3s, hostOf } from "../scripts/download-k3s.ts";
 import { MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const HASH = "a".repeat(64);
@@ -134,6 +135,47 @@ describe("a host", () => {
       prepared(MODERN),
     )[0]?.sh;
     assert.match(sh ?? "", /if try https:\/\/m:1\/k3s; .*\nif try https:\/\/m\.\/k3s; /);
+  });
+});
+
+describe("a folder that cannot be written", () => {
+  const refused = (step: Step, facts: Facts, want = {}) =>
+    assert.throws(
+      () => step.plan(wanted(want), prepared(MODERN, { readonly: "/usr/local/bin\n", ...facts })),
+      (e: Error) =>
+        e instanceof Refusal && /\/usr\/local\/bin cannot be written.*Nothing was installed/.test(e.message),
+    );
+
+  test("is said before anything is downloaded, pushed or linked there", () => {
+    refused(downloadK3s, { version: "" });
+    refused(downloadK3s, { version: "", curl: "" });
+    refused(downloadK3s, { version: `${OLD}\n` });
+    refused(downloadK3s, { kubectl: "" });
+    refused(downloadK3s, { sha256: "b\n" }, { K3S_BIN: "./k3s", K3S_SHA256: HASH });
+    refused(downloadAhead, { version: `${OLD}\n` });
+  });
+
+  test("matters nothing where all is in place", () =>
+    assert.deepEqual(downloadK3s.plan(wanted(), prepared(MODERN, { readonly: "/usr/local/bin\n" })), []));
+
+  test("is found by its file system, its mode, or the folder above one that is not there", () => {
+    const root = temporary();
+    for (const folder of ["usr/local/bin", "etc/systemd", "var/lib"])
+      mkdirSync(join(root, folder), { recursive: true });
+    // The owner root may write everywhere but on a read-only file system: a user of no rights finds the modes.
+    chmodSync(root, 0o755);
+    const readonly = (locked: string) => {
+      for (const folder of ["usr/local/bin", "etc/systemd", "var/lib"])
+        chmodSync(join(root, folder), folder === locked ? 0o555 : 0o777);
+      const script = `fact() { :; }\n${foldersLook.replaceAll(" /", ` ${root}/`)}`;
+      const argv =
+        process.getuid?.() === 0 ? ["setpriv", "--reuid=65534", "--clear-groups", "sh", "-s"] : ["sh", "-s"];
+      return shell(script, argv).stdout.replaceAll(root, "");
+    };
+    assert.equal(readonly(""), "");
+    assert.equal(readonly("usr/local/bin"), "/usr/local/bin\n");
+    assert.equal(readonly("etc/systemd"), "/etc/systemd/system\n");
+    assert.equal(readonly("var/lib"), "/var/lib/rancher\n");
   });
 });
 

@@ -52,6 +52,7 @@ export const prepared = (version: string, over: Facts = {}): Facts => ({
   arch: "x86_64\n",
   kernel: "6.1.0-50-cloud-amd64\n",
   os: fixture("os-release/debian-12"),
+  managers: "/usr/bin/apt-get\n",
   systemd: "yes\n",
   addresses: "1: lo    inet 127.0.0.1/8 scope host lo\n2: eth0    inet 192.168.0.11/24 brd 192.168.0.255",
   curl: "/usr/bin/curl\n",

@@ -4,7 +4,7 @@ import { existsSync, readFileSync, utimesSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { type Role, unitOf } from "../lib/k3s.ts";
-import { healthySaying, withoutEmpty } from "../lib/service.ts";
+import { healthySaying, systemdFirst, withoutEmpty } from "../lib/service.ts";
 import type { Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, planAll, Refusal, type Step } from "../lib/step.ts";
@@ -17,6 +17,7 @@ import {
   fixture,
   healthy,
   IP,
+  look,
   MODERN,
   NOW,
   nodes,
@@ -243,6 +244,108 @@ test("a box without systemd is refused before anything is installed there, Alpin
         (e: Error) => e instanceof Refusal && text.test(e.message),
       );
     }
+});
+
+describe("cgroups", () => {
+  const V1 = "tmpfs\n";
+  const V2 = "cgroup2fs\ncpuset cpu io memory hugetlb pids rdma misc\n";
+  const FLAG = "--kubelet-arg=fail-cgroupv1=false";
+  const unit = (step: Step, version: string, cgroup: string | undefined, over: Partial<Settings> = {}) =>
+    step
+      .plan(
+        wanted({ K3S_VERSION: version, ...over }),
+        prepared(version, cgroup === undefined ? {} : { cgroup }),
+      )
+      .map(({ sh }) => sh)
+      .join("\n");
+
+  const flags: [version: string, cgroup: string | undefined, given: boolean][] = [
+    [MODERN, V1, true],
+    ["v1.35.0+k3s1", V1, true],
+    ["v1.35.0-rc1+k3s1", V1, true],
+    ["v1.40.1+k3s1", V1, true],
+    ["v1.34.2+k3s1", V1, false],
+    ["v1.31.14+k3s1", V1, false],
+    [OLD, V1, false],
+    [MODERN, V2, false],
+    // An old stat knows no name for v2, only its number.
+    [MODERN, `UNKNOWN (0x63677270)\n${V2.split("\n")[1]}\n`, false],
+    [MODERN, "", false],
+    [MODERN, undefined, false],
+  ];
+  for (const [version, cgroup, given] of flags)
+    for (const step of [server, agent])
+      test(`of ${JSON.stringify(cgroup)}: the kubelet of a ${step.name} of ${version} is ${given ? "" : "not "}told to run on v1`, () =>
+        assert.equal(unit(step, version, cgroup).includes(FLAG), given));
+
+  const own: [name: string, step: Step, over: Partial<Settings>][] = [
+    ["SERVER_ARGS", server, { SERVER_ARGS: "--kubelet-arg=fail-cgroupv1=true" }],
+    ["AGENT_ARGS", agent, { AGENT_ARGS: "--debug --kubelet-arg fail-cgroupv1=false" }],
+    ["K3S_CONFIG", agent, { K3S_CONFIG: "kubelet-arg:\n  - max-pods=50\n  - fail-cgroupv1=false" }],
+    ["K3S_CONFIG, added to,", server, { K3S_CONFIG: "kubelet-arg+: fail-cgroupv1=true" }],
+  ];
+  for (const [name, step, over] of own)
+    test(`what ${name} says of them counts`, () =>
+      assert.equal(
+        unit(step, MODERN, V1, over).split("fail-cgroupv1").length,
+        unit(step, MODERN, V2, over).split("fail-cgroupv1").length,
+      ));
+  test("other arguments of the kubelet's, or the other role's, say nothing of them", () => {
+    for (const over of [
+      { AGENT_ARGS: "--kubelet-arg=max-pods=50" },
+      { SERVER_ARGS: FLAG },
+      { K3S_CONFIG: "node-label: fail-cgroupv1=false" },
+    ])
+      assert.ok(unit(agent, MODERN, V1, over).includes(FLAG), JSON.stringify(over));
+  });
+
+  const faults: [version: string, cgroup: string, pattern: RegExp | undefined][] = [
+    [
+      OLD,
+      V2,
+      /k3s v1\.17\.6\+k3s1 runs on cgroup v1 only.*v1\.20\.4\+k3s1 or later.*systemd\.unified_cgroup_hierarchy=0/,
+    ],
+    ["v1.18.20+k3s1", V2, /cgroup v1 only/],
+    ["v1.19.16+k3s1", V2, /cgroup v1 only/],
+    ["v1.20.2+k3s1", V2, /cgroup v1 only/],
+    ["v1.20.4+k3s1", V2, undefined],
+    ["v1.21.14+k3s1", V2, undefined],
+    [MODERN, V2, undefined],
+    [OLD, V1, undefined],
+    [MODERN, V1, undefined],
+    [MODERN, "cgroup2fs\ncpuset cpu io pids\n", /no memory controller.*cgroup_enable=memory.*cmdline\.txt/],
+    [MODERN, "cgroup2fs\nio memory pids\n", /no cpu, cpuset controller.*grep cgroup \/proc\/mounts/],
+    [MODERN, "cgroup2fs\n", /no cpu, cpuset, memory controller/],
+    [OLD, "", undefined],
+  ];
+  for (const [version, cgroup, pattern] of faults)
+    test(`of ${JSON.stringify(cgroup)} ${pattern ? "are refused" : "will do"} for ${version}, before anything is downloaded`, () => {
+      for (const steps of [serverSteps, agentSteps, prepareSteps]) {
+        const facts = prepared(version, { cgroup, version: "", curl: "" });
+        const plan = () => planAll(steps, wanted({ K3S_VERSION: version }), facts);
+        if (pattern) assert.throws(plan, (e: Error) => e instanceof Refusal && pattern.test(e.message));
+        else assert.ok(plan().length > 0);
+      }
+    });
+
+  test("of this machine are looked at", { skip: process.platform !== "linux" }, () => {
+    const { cgroup = "" } = look([systemdFirst], wanted());
+    assert.match(cgroup, /^(tmpfs|cgroup2fs\n.*|UNKNOWN.*)$/m);
+    assert.equal(/^cgroup2fs/.test(cgroup), existsSync("/sys/fs/cgroup/cgroup.controllers"));
+  });
+});
+
+describe("a folder that cannot be written", () => {
+  test("is said before a unit is written into it", () => {
+    for (const [step, folder] of [
+      [server, "/etc/systemd/system"],
+      [agent, "/var/lib/rancher"],
+    ] as const)
+      assert.match(
+        refusal(step, wanted(), prepared(MODERN, { readonly: `${folder}\n` })).message,
+        new RegExp(`${folder} cannot be written`),
+      );
+  });
 });
 
 describe("releases that have both ways", () => {

@@ -16,7 +16,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { lacks } from "./helpers.ts";
-import { parseToken } from "./stand-in/agent.ts";
+import { cgroupFault, kubeletFault, parseToken } from "./stand-in/agent.ts";
 import {
   defaultInterface,
   fixture,
@@ -295,6 +295,9 @@ describe("words", () => {
     "modern wrong backend": ["error", words.asksShutdown(words.unknownBackend("modern", "wireguard"))],
     "modern no WireGuard": ["error", words.asksShutdown(`flannel exited: ${words.noWireguard}`)],
     "modern unknown flag": ["fatal", words.ending("modern", "flag provided but not defined: -not-a-flag")],
+    "old cgroup v2": ["fatal", words.ending("old", words.noMemory)],
+    "modern cgroup v1": ["error", words.asksShutdown(words.noCgroup1)],
+    "modern no memory cgroup": ["fatal", words.ending("modern", words.noController("memory"))],
   };
   test("every recorded line is held", () =>
     assert.deepEqual(Object.keys(says).sort(), Object.keys(lines).sort()));
@@ -310,6 +313,44 @@ describe("words", () => {
   }
   test("a single word is not quoted", () =>
     assert.match(logLine("fatal", "Interrupted"), /msg=Interrupted\n$/));
+});
+
+describe("cgroups", () => {
+  const all = ["cpuset", "cpu", "io", "memory", "pids"];
+  const ends: [version: string, controllers: string[] | undefined, fault: string | undefined][] = [
+    ["v1.17.6+k3s1", all, words.noMemory],
+    ["v1.20.2+k3s1", all, words.noMemory],
+    ["v1.20.4+k3s1", all, undefined],
+    ["v1.36.3+k3s1", all, undefined],
+    ["v1.36.3+k3s1", ["cpu", "memory"], words.noController("cpuset")],
+    ["v1.22.17+k3s1", ["cpu", "cpuset"], words.noController("memory")],
+    ["v1.17.6+k3s1", undefined, undefined],
+    ["v1.36.3+k3s1", undefined, undefined],
+  ];
+  for (const [version, controllers, fault] of ends)
+    test(`${controllers ? `v2 with ${controllers}` : "v1"}: ${version} ${fault ? "ends" : "goes on"}`, () =>
+      assert.equal(cgroupFault(version, controllers), fault));
+
+  const kubelets: [
+    version: string,
+    args: string[],
+    controllers: string[] | undefined,
+    fault: string | undefined,
+  ][] = [
+    ["v1.36.3+k3s1", [], undefined, words.noCgroup1],
+    ["v1.35.0+k3s1", ["max-pods=50"], undefined, words.noCgroup1],
+    ["v1.34.2+k3s1", [], undefined, undefined],
+    ["v1.17.6+k3s1", [], undefined, undefined],
+    ["v1.36.3+k3s1", [], all, undefined],
+    ["v1.36.3+k3s1", ["fail-cgroupv1=false"], undefined, undefined],
+    ["v1.36.3+k3s1", ["fail-cgroupv1=true", "fail-cgroupv1=0"], undefined, undefined],
+    ["v1.36.3+k3s1", ["fail-cgroupv1=false", "fail-cgroupv1"], undefined, words.noCgroup1],
+    ["v1.31.14+k3s1", ["fail-cgroupv1=true"], undefined, words.noCgroup1],
+    ["v1.30.14+k3s2", ["fail-cgroupv1=false"], undefined, words.unknownKubeletFlag("fail-cgroupv1")],
+  ];
+  for (const [version, args, controllers, fault] of kubelets)
+    test(`${controllers ? "v2" : "v1"}: the kubelet of ${version} with "${args}" ${fault ? "ends" : "goes on"}`, () =>
+      assert.equal(kubeletFault(version, { "kubelet-arg": args }, controllers), fault));
 });
 
 describe("tokens", () => {

@@ -4,7 +4,7 @@ import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
 import { type Facts, Refusal } from "../lib/step.ts";
 import { upgradeKernel } from "../scripts/upgrade-kernel.ts";
-import { fixture, look, NOW, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import { fixture, look, MODERN, NOW, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const OWN = "3.10.0-1160.el7.x86_64";
 const ML = "5.7.7-1.el7.elrepo.x86_64";
@@ -40,7 +40,6 @@ describe("the kernel is left alone", () => {
   const cases: [name: string, facts: Facts][] = [
     ["where it has WireGuard", prepared(OLD)],
     ["of CentOS 7 where a module for it is installed", el7({ module: "yes\n" })],
-    ["where wireguard-go does its work", el7({ userspace: "/usr/bin/wireguard-go\n" })],
     ["of CentOS 7 once kernel-ml runs", installed({ kernel: `${ML}\n`, module: "yes\n" })],
     ...["debian-11", "ubuntu-20.04", "rocky-8", "fedora-41", "arch", "alpine-3.20", "opensuse-leap-15.6"].map(
       (name): [string, Facts] => [
@@ -50,6 +49,27 @@ describe("the kernel is left alone", () => {
     ),
   ];
   for (const [name, facts] of cases) test(name, () => assert.deepEqual(plan(facts), []));
+});
+
+test("wireguard-go makes up for CentOS 7's kernel with old k3s alone: modern k3s asks the kernel", () => {
+  const facts = el7({ userspace: "/usr/bin/wireguard-go\n" });
+  assert.deepEqual(plan(facts, { K3S_VERSION: OLD }), []);
+  assert.match(whys(facts, { K3S_VERSION: MODERN }).join(), /install kernel-ml from ELRepo/);
+  // A K3S_BIN says itself what it is.
+  const bin = { K3S_BIN: "./k3s", K3S_VERSION: OLD };
+  assert.match(whys({ ...facts, version: `${MODERN}\n` }, bin).join(), /install kernel-ml from ELRepo/);
+});
+
+test("a kernel of the vendor's own is not swapped, though its distro is of CentOS 7's family", () => {
+  for (const [name, kernel] of [
+    ["alinux-2", "4.19.91-27.7.al7.x86_64"],
+    ["tencentos-2.4", "5.4.119-19-0009.11"],
+    ["amazon-2", "4.14.355-275.amzn2.x86_64"],
+  ])
+    assert.deepEqual(
+      plan(el7({ os: fixture(`os-release/${name}`), kernel, managers: "/usr/bin/yum\n" })),
+      [],
+    );
 });
 
 describe("CentOS 7", () => {

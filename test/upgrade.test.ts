@@ -4,9 +4,9 @@ import { dirname } from "node:path";
 import { describe, test } from "node:test";
 import { compare, pathOf } from "../lib/releases.ts";
 import { SettingError } from "../lib/settings.ts";
-import { Refusal } from "../lib/step.ts";
-import { stepsFor } from "../scripts/upgrade.ts";
-import { B1, healthy, MODERN, programs, shell, temporary, wanted } from "./helpers.ts";
+import { type Facts, type Job, Refusal } from "../lib/step.ts";
+import { examine, stepsFor } from "../scripts/upgrade.ts";
+import { B1, healthy, MODERN, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const OLD = "v1.17.6+k3s1";
 
@@ -16,6 +16,40 @@ test("releases are in the order in which they were made", () => {
   for (const [i, a] of order.entries())
     for (const [j, b] of order.entries())
       assert.equal(Math.sign(compare(a, b)), Math.sign(i - j), `${a} ${b}`);
+});
+
+describe("before anything is downloaded or drained an upgrade", () => {
+  const target = { host: "b2", ip: "198.51.101.12", word: "b2", name: "b2" };
+  const member = (facts: Facts) => ({ target, job: { want: wanted() } as Job, facts: prepared(OLD, facts) });
+  const fine = member({ cgroup: "tmpfs\n" });
+  const cases: [name: string, box: Facts, path: string[], pattern: RegExp][] = [
+    [
+      "back to a release that knows no cgroup v2",
+      { cgroup: "cgroup2fs\ncpu cpuset memory\n" },
+      [OLD],
+      /b2: k3s v1\.17\.6\+k3s1 runs on cgroup v1 only/,
+    ],
+    [
+      "to a release that wants WireGuard in the kernel",
+      { module: "", userspace: "/usr/bin/wireguard-go\n" },
+      [OLD, MODERN],
+      /b2: .*wireguard-go is here, but k3s v1\.36/,
+    ],
+    [
+      "to any, where the binary cannot be put in place",
+      { readonly: "/usr/local/bin\n" },
+      [MODERN],
+      /b2: \/usr\/local\/bin cannot be written/,
+    ],
+  ];
+  for (const [name, facts, path, pattern] of cases)
+    test(`${name} is refused, with the box`, () =>
+      assert.throws(
+        () => examine([fine, member(facts)], path),
+        (e: Error) => e instanceof Refusal && pattern.test(e.message),
+      ));
+  test("goes on where every box can run every release of its way", () =>
+    examine([fine, member({ cgroup: "tmpfs\n" })], ["v1.18.20+k3s1", "v1.34.2+k3s1", MODERN]));
 });
 
 describe("the way of an upgrade", () => {

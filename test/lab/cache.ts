@@ -21,9 +21,43 @@ const IN_BOXES = [
 /** Not in the root, but served to the boxes by the lab's own apt repository. */
 const FOR_BOXES = ["wireguard-tools", "ufw", "firewalld"];
 
+/**
+ * Modern k3s wants WireGuard in the kernel, of which a box has this machine's. Where that has none, a box's own modprobe
+ * and ip act as if it had, by wireguard-go: so what is tried on boxes needs no exception for them.
+ */
+const KERNEL = `mkdir /usr/lib/lab
+ip=$(readlink -f "$(command -v ip)") modprobe=$(command -v modprobe)
+mv "$ip" /usr/lib/lab/ip
+ln -s "$(readlink -f "$modprobe")" /usr/lib/lab/modprobe
+rm "$modprobe"
+cat >"$ip" <<'END'
+#!/bin/sh
+case "\${1-} \${2-} \${4-} \${5-}" in 'link add type wireguard')
+  if /usr/lib/lab/ip "$@" 2>/dev/null; then exit 0; fi
+  if env -u NOTIFY_SOCKET wireguard-go "$3" </dev/null >/dev/null 2>&1; then
+    until [ -e "/sys/class/net/$3" ]; do sleep 0.05; done
+    exec modprobe wireguard
+  fi ;;
+esac
+exec /usr/lib/lab/ip "$@"
+END
+cat >"$modprobe" <<'END'
+#!/bin/sh
+for name; do :; done
+if [ "\${name-}" = wireguard ] && ! /usr/lib/lab/modprobe "$@" 2>/dev/null && command -v wireguard-go >/dev/null; then
+  case " $* " in *' -n '*) exit 0 ;; esac
+  loaded=/sys/module/wireguard
+  mkdir -p $loaded 2>/dev/null || { mount -o remount,rw /sys && mkdir -p $loaded; mount -o remount,ro /sys; }
+  exit 0
+fi
+exec /usr/lib/lab/modprobe "$@"
+END
+chmod 755 "$ip" "$modprobe"
+`;
+
 /** Runs in the new root, as mmdebstrap's last word. */
 const FURNISH = `set -eu
-useradd -m -s /bin/bash debian
+${KERNEL}useradd -m -s /bin/bash debian
 useradd -m -s /bin/bash plain
 # As on RHEL and its family: sudo there does not look into /usr/local.
 printf '%s\\n' 'debian ALL=(ALL) NOPASSWD: ALL' 'Defaults:debian secure_path=/sbin:/bin:/usr/sbin:/usr/bin' \\

@@ -300,6 +300,8 @@ run() {
 	exec 9>"$dir/boxes/$box/lock"
 	flock 9
 	if [ "$5" = real ]; then enter_cgroup "$box" all; else enter_cgroup "$box"; fi
+	# Old k3s runs on cgroup v1 only. Of a machine with v2 a box can have v1 in name, which the stand-in goes by.
+	if [ "$5" != real ] && [ -e /sys/fs/cgroup/cgroup.controllers ]; then export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=0; fi
 	while :; do
 		plug "$1" "$2" "$3" "$4"
 		status=0

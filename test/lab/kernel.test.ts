@@ -76,8 +76,15 @@ test("the kernel is swapped in the article's nine steps, and the box comes back 
   assert.doesNotMatch(packages, /^kernel-tools/m);
 });
 
-test("it joins the server in the other cloud over kernel WireGuard, and ipvs is loaded", async () => {
+test("it joins the server in the other cloud on cgroup v1, over kernel WireGuard, and ipvs is loaded", async () => {
+  // As CentOS 7 itself: the kernel's controllers are all v1's, and there is no v2 beside them.
+  assert.equal(await b3.sh("stat -fc %T /sys/fs/cgroup; grep -c cgroup2 /proc/mounts || :"), "tmpfs\n0\n");
   await t.ok("make agent HOST=b3 PROXY_MODE=ipvs");
+  const running = "tr '\\0' ' ' </proc/$(systemctl show k3s-agent -p MainPID --value)/cmdline; k3s --version";
+  assert.match(
+    await b3.sh(running),
+    /v1\.36\.2\+k3s1.*--kubelet-arg=fail-cgroupv1=false.*\nk3s version v1\.36\.2/,
+  );
   assert.match(await b3.sh("ip -o -d link show type wireguard"), /flannel-wg: .* wireguard /);
   assert.equal(await b3.sh("pgrep wireguard-go || true"), "");
   await connected([a1, b1, b2, b3]);
@@ -104,7 +111,7 @@ describe("a node of a living cluster", () => {
   const NEXT = "5.19.17-1.el7.elrepo.x86_64";
   /**
    * The box as CentOS 7 with kernel-ml installed, and its old kernel running. Stood in: what rpm and GRUB say, and of
-   * two kernels what tells them apart, which is here that wireguard-go is out of reach until the box starts with the
+   * two kernels what tells them apart, which is here that wireguard-go, a box's WireGuard, is out of reach until it starts with the
    * new one as its default. Real are the node, its draining, the restart, and what comes back.
    */
   const oldKernel = (box: Box) =>
@@ -165,7 +172,7 @@ until [ -e /run/enough ]; do kubectl get nodes -o json | tr -d '\\n'; echo; slee
       );
       await givenBack(name);
     }
-    await t.says('make kernel HOST="b1 b2"', 0, ["nothing to do: wireguard-go is here"]);
+    await t.says('make kernel HOST="b1 b2"', 0, ["nothing to do: WireGuard is in kernel"]);
   });
 
   test("is not restarted while a pod cannot leave it: that is named, and it takes pods again", async () => {
@@ -224,9 +231,18 @@ describe("a machine that booted its old kernel although the new one is its defau
   const entry = `"$(grep '^menuentry' /boot/grub2/grub.cfg | cut -d"'" -f2 | grep cloud)"`;
 
   test("is not restarted for ever", async () => {
-    // Its node is to be Ready all the same: k3s alone has a WireGuard there, outside the kernel.
+    // Its node is to be Ready all the same: k3s alone is shown a kernel with WireGuard, by wireguard-go.
     await t.ok("ssh a1 cat /usr/bin/wireguard-go | ssh b3 'mkdir /opt/wg && cat >/opt/wg/wireguard-go'");
-    await b3.sh(`chmod 755 /opt/wg/wireguard-go
+    await b3.sh(`cat >/opt/wg/ip <<'TEXT'
+#!/bin/sh
+case "$1 $2 $4 $5" in 'link add type wireguard')
+  wireguard-go "$3" </dev/null >/dev/null 2>&1
+  until [ -e "/sys/class/net/$3" ]; do sleep 0.1; done
+  exit ;;
+esac
+exec /usr/bin/ip "$@"
+TEXT
+chmod 755 /opt/wg/*
 mkdir -p /etc/systemd/system/k3s-agent.service.d
 printf '[Service]\nEnvironment=PATH=/opt/wg:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n' >/etc/systemd/system/k3s-agent.service.d/lab.conf
 grub2-reboot ${entry}; sync`);

@@ -45,7 +45,13 @@ install -D -m 755 ${folder}/wg %{buildroot}/usr/bin/wg
   const defines = [`_topdir ${folder}/build`, `_rpmdir ${repository}`, `_dbpath ${folder}/db`];
   await $`rpmbuild --quiet -bb ${defines.flatMap((line) => ["--define", line])} ${folder}/wireguard-tools.spec`;
   await $`createrepo_c -q ${repository}`;
-  return `[lab]\nname=lab\nbaseurl=file://${repository}\nenabled=1\ngpgcheck=0\n`;
+  // Beside it one that is gone, as somebody else's may be.
+  return [
+    ["lab", repository],
+    ["gone", "/gone"],
+  ]
+    .map(([name, path]) => `[${name}]\nname=${name}\nbaseurl=file://${path}\nenabled=1\ngpgcheck=0\n`)
+    .join("");
 }
 
 /** A repository of Arch's with wireguard-tools. */
@@ -63,10 +69,13 @@ async function pacman() {
   const desc = Object.entries(fields).map(([key, value]) => `%${key}%\n${value}\n\n`);
   put(join(folder, "db/wireguard-tools-1.0-1/desc"), desc.join(""));
   await $`tar -C ${folder}/db -czf ${folder}/lab.db wireguard-tools-1.0-1`;
-  mkdirSync(join(root("arch"), "var/lib/pacman"), { recursive: true });
+  // Without any list of a repository, however old, pacman does nothing.
+  const lists = join(root("arch"), "var/lib/pacman/sync");
+  mkdirSync(lists, { recursive: true });
+  await $`tar -czf ${lists}/gone.db -T /dev/null`;
   put(
     join(folder, "pacman.conf"),
-    `[options]\nArchitecture = auto\nSigLevel = Never\n[lab]\nServer = file://${folder}\n`,
+    `[options]\nArchitecture = auto\nSigLevel = Never\n[lab]\nServer = file://${folder}\n[gone]\nServer = file:///gone\n`,
   );
 }
 
@@ -89,15 +98,12 @@ describe("WireGuard's tools are installed", () => {
       `pacman --root ${root("arch")} --dbpath ${root("arch")}/var/lib/pacman --config ${folder}/pacman.conf --cachedir ${folder}/pacman`,
     ],
   ] as const)
-    test(`by ${command.split(" ")[0]} as ${name} is asked to, once and again`, async () => {
-      const os = osOf({ os: fixture(`os-release/${name}`) });
-      const real = (await $`command -v ${os.manager}`).stdout.trim();
-      const PATH = programs(join(folder, name), {
-        [os.manager]: `exec ${command.replace(os.manager, real)} "$@"`,
-      });
-      const script = packages(os, undefined, wanted())
-        .map((change) => change.sh)
-        .join("\n");
+    test(`by ${command.split(" ")[0]} as ${name} is asked to, beside a list that is gone, once and again`, async () => {
+      const [manager = ""] = command.split(" ");
+      const facts = { os: fixture(`os-release/${name}`), managers: `/usr/bin/${manager}\n` };
+      const real = (await $`command -v ${manager}`).stdout.trim();
+      const PATH = programs(join(folder, name), { [manager]: `exec ${command.replace(manager, real)} "$@"` });
+      const script = packages(osOf(facts), undefined, wanted(), facts).sh;
       for (let time = 1; time <= 2; time++) {
         const { status, stdout, stderr } = shell(
           `main() {\nset -eu\n${script}\n}\nmain </dev/null 2>&1`,

@@ -177,7 +177,8 @@ async function dress(root: string, kernel: string, installed: string[]) {
   await put("etc/centos-release", "CentOS Linux release 7.9.2009 (Core)\n");
   await $`ln -s centos-release ${root}/etc/redhat-release && ln -s centos-release ${root}/etc/system-release`;
 
-  await $`ln -sf dnf-3 ${root}/usr/bin/yum`;
+  // What a box installs packages by is told by what it has.
+  await $`rm ${root}/usr/bin/dnf ${root}/var/lib/dpkg/status && ln -sf dnf-3 ${root}/usr/bin/yum`;
   await put("etc/rpm/macros.lab", "%_dbpath /var/lib/rpm\n");
   await put(
     "etc/yum.repos.d/CentOS-Base.repo",
@@ -263,13 +264,16 @@ fi
 ${entries.join("")}### END /etc/grub.d/10_linux ###
 `;
 
+/** CentOS 7's systemd 219 knows cgroup v1 alone: neither v2 nor both. */
+const CGROUP1 = "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=1";
+
 /** The menuentry of a kernel, as grubby and grub2-mkconfig write it. */
 export const menuEntry = (
   title: string,
   kernel: string,
 ) => `menuentry '${title}' --class centos --class gnu-linux --unrestricted {
 \tset root='hd0,msdos1'
-\tlinux16 /vmlinuz-${kernel} root=/dev/vda2 ro console=ttyS0 net.ifnames=0 mitigations=off quiet
+\tlinux16 /vmlinuz-${kernel} root=/dev/vda2 ro console=ttyS0 net.ifnames=0 mitigations=off ${CGROUP1} quiet
 \tinitrd16 /initramfs-${kernel}.img
 }
 `;

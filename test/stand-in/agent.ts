@@ -1,6 +1,6 @@
 /** `k3s agent`, and the agent part of a server: joins, registers its node, answers as kubelet, keeps WireGuard's peers. */
 import { createHash, randomBytes } from "node:crypto";
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, statfsSync, writeFileSync } from "node:fs";
 import { createServer as createTls } from "node:https";
 import { type AddressInfo, connect, createServer } from "node:net";
 import { cpus, release } from "node:os";
@@ -405,6 +405,36 @@ function serveKubelet(gen: Generation, j: Joined): Promise<void> {
   });
 }
 
+/** A box's cgroups: v2's controllers; undefined with v1, or with both, where the controllers are v1's. */
+function cgroup2(): string[] | undefined {
+  if (statfsSync("/sys/fs/cgroup").type !== 0x63677270) return undefined;
+  return readFileSync("/sys/fs/cgroup/cgroup.controllers", "utf8").trim().split(/\s+/);
+}
+
+/** Why k3s itself ends at once on a box with these cgroups (its validate(), since v1.20.4 with v2). */
+export function cgroupFault(version: string, controllers: string[] | undefined): string | undefined {
+  const [, minor, patch] = /^v1\.(\d+)\.(\d+)/.exec(version)!.map(Number);
+  if (!controllers) return undefined;
+  if (minor < 20 || (minor === 20 && patch < 4)) return words.noMemory;
+  const missing = ["cpu", "cpuset", "memory"].find((name) => !controllers.includes(name));
+  return missing && words.noController(missing);
+}
+
+/** Why its kubelet ends there. */
+export function kubeletFault(
+  version: string,
+  values: Values,
+  controllers: string[] | undefined,
+): string | undefined {
+  const minor = Number(version.split(".")[1]);
+  const told = (values["kubelet-arg"] ?? [])
+    .map((arg) => /^-*fail-cgroupv1(?:=(.*))?$/.exec(arg))
+    .findLast(Boolean);
+  if (told && minor < 31) return words.unknownKubeletFlag("fail-cgroupv1");
+  const fails = told ? !/^(0|f|false)$/i.test(told[1] ?? "true") : minor >= 35;
+  return fails && minor >= 31 && !controllers ? words.noCgroup1 : undefined;
+}
+
 const reason = (e: unknown): string => (e instanceof Error ? e.message : String(e));
 
 export async function runAgent(s: Start): Promise<void> {
@@ -416,6 +446,9 @@ export async function runAgent(s: Start): Promise<void> {
       ? readFileSync(tokenFile, "utf8").trim()
       : (one(values, "token") ?? one(values, "cluster-secret")!);
   const dir = join(one(values, "data-dir") ?? "/var/lib/rancher/k3s", "agent");
+  const fault = cgroupFault(version, cgroup2());
+  if (fault === words.noMemory) log("error", fault.replace("f", "F"));
+  if (fault) fatal(gen, fault);
   if (!s.inServer) {
     log("info", `Starting k3s agent ${build(version)}`);
     if (gen === "modern" && !hostAddress() && !values["node-ip"])
@@ -491,8 +524,10 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
     await sleep(DELAY.fatalBackend);
     fatal(gen, words.unknownBackend(gen, j.backend));
   }
-  await serveKubelet(gen, j);
   log("info", `Running kubelet --cloud-provider=external --hostname-override=${facts.name}`);
+  const fault = kubeletFault(version, s.values, cgroup2());
+  if (fault) return gen === "old" ? fatal(gen, fault) : shutdown(fault);
+  await serveKubelet(gen, j);
   await sleep(DELAY.kubelet);
 
   const patch = async (body: object, status = false): Promise<Node | undefined> => {

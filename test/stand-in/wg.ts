@@ -1,4 +1,4 @@
-/** The WireGuard interface, by the real `ip` and `wg`, with wireguard-go where the kernel has no WireGuard. */
+/** The WireGuard interface, by the real `ip` and `wg`. Where the kernel has no WireGuard, old k3s takes wireguard-go. */
 import { spawnSync } from "node:child_process";
 import { chmodSync, existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { type Generation, run, sleep } from "./common.ts";
@@ -48,6 +48,7 @@ export async function bringUp(gen: Generation, podCidr: string, network: string)
   }
   const kernel = spawnSync("ip", ["link", "add", name, "type", "wireguard"], { encoding: "utf8" });
   if (kernel.status !== 0) {
+    if (gen === "modern") throw failed("");
     // A pipe would stay open in the daemon that wireguard-go leaves behind.
     const user = spawnSync("wireguard-go", [name], {
       stdio: "ignore",

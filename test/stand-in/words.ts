@@ -39,5 +39,14 @@ export const otherToken =
   "preparing server: failed to bootstrap cluster data: bootstrap data already found and encrypted with different token";
 export const unknownBackend = (gen: Generation, backend: string): string =>
   `${gen === "old" ? "" : "failed to start networking: "}Cannot configure unknown flannel backend '${backend}'`;
+/** The kubelet's own (cmd/kubelet/app/server.go, pkg/kubelet/apis/config/validation), from v1.35 on. */
+export const noCgroup1 =
+  "kubelet exited: failed to validate kubelet configuration, error: kubelet is configured to not run on a host using cgroup v1. cgroup v1 support is unsupported and will be removed in a future release, path: &TypeMeta{Kind:,APIVersion:,}";
+export const unknownKubeletFlag = (flag: string): string =>
+  `kubelet exited: failed to parse kubelet flag: unknown flag: --${flag}`;
+/** k3s's own (pkg/agent/run.go): what it asked for before it knew cgroup v2, and since. */
+export const noMemory =
+  'failed to find memory cgroup, you may need to add "cgroup_memory=1 cgroup_enable=memory" to your linux cmdline (/boot/cmdline.txt on a Raspberry Pi)';
+export const noController = (name: string): string => `failed to find ${name} cgroup (v2)`;
 export const noWireguard =
   "failed to register flannel network: could not create wireguard interface: operation not supported";
