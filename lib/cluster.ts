@@ -8,9 +8,13 @@ import { blocked, firewallLook } from "./firewall.ts";
 import { type Ill, MEANT } from "./journal.ts";
 import { nodeNameOf, type Role, unitOf } from "./k3s.ts";
 import {
+  API,
   address as addressIn,
   FRESH,
-  KUBECTL,
+  itemsOf,
+  type Load,
+  loadLook,
+  loadOf,
   type Node,
   nodesLook,
   nodesOf,
@@ -18,6 +22,11 @@ import {
   peerOf,
   peersLook,
   peersOf,
+  type SystemPod,
+  silence,
+  systemLook,
+  systemOf,
+  words as wordsOf,
 } from "./kube.ts";
 import { rangesOf } from "./node.ts";
 import type { Line } from "./report.ts";
@@ -60,7 +69,10 @@ done
 ${peersLook}
 fact cni; cat /sys/class/net/cni0/mtu 2>/dev/null
 fact disk; df -Pk /var/lib/rancher 2>/dev/null || df -Pk /
-fact memory; grep -E '^Mem(Total|Available):' /proc/meminfo
+${loadLook}
+# systemd's own lines: of 219 "holdoff time over, scheduling restart", later "Scheduled restart job".
+fact starts; journalctl _PID=1 UNIT=k3s.service UNIT=k3s-agent.service -o short-unix --no-pager --since -600s 2>/dev/null |
+  grep -iE 'scheduled restart job|scheduling restart' | cut -d. -f1 | tail -n 30
 fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
 # As k3s picks it (pkg/agent/config): a resolver that is not the host's own, else 8.8.8.8.
 fact resolvers; for f in /etc/resolv.conf /run/systemd/resolve/resolv.conf; do
@@ -76,7 +88,8 @@ export const LOOKS: Record<Role, string> = {
   server: `${boxLook}
 fact metrics; ls -d /var/lib/rancher/k3s/server/manifests/metrics-server* 2>/dev/null
 fact ca; sha256sum </var/lib/rancher/k3s/server/tls/server-ca.crt 2>/dev/null
-${nodesLook}`,
+${nodesLook}
+${systemLook}`,
   // Of the token only what pins the CA, which is no secret.
   agent: `${boxLook}
 fact joins; sed -n 's/^K3S_URL=//p; s/^K3S_TOKEN=K10\\([0-9a-f]*\\)::.*/\\1/p' /etc/systemd/system/k3s-agent.service.env 2>/dev/null`,
@@ -84,6 +97,16 @@ fact joins; sed -n 's/^K3S_URL=//p; s/^K3S_TOKEN=K10\\([0-9a-f]*\\)::.*/\\1/p' /
 
 /** How long a box may take to say what it knows, in seconds; ssh itself gives up on a dead one after 15. */
 export const PATIENCE = 40;
+
+/** The same where it tries so many ways, a few at a time. */
+export const patience = (ways: number): number => PATIENCE + ways;
+
+/** How many pings and connections a box makes at a time: a hundred at once are 100 MB of its memory. */
+const FEW = 8;
+
+/** Lines of shell that run side by side, so many at a time. */
+export const few = (lines: readonly string[], many = FEW): string =>
+  lines.map((line, i) => `  ${line} &\n${(i + 1) % many && i + 1 < lines.length ? "" : "  wait\n"}`).join("");
 
 /** Boxes, and what is to run on each. */
 export type Listed = { target: Target; role: Role }[];
@@ -132,9 +155,13 @@ export interface Seen {
   unit: { state: string; restarts: number | undefined; runs: number | undefined };
   /** Its clock less this machine's, in seconds. */
   clock: number | undefined;
+  /** systemd's own starts of k3s after it had ended, in the last ten minutes: seconds ago, the first of them first. */
+  starts: number[];
   /** Percent in use. */
   disk: number | undefined;
-  memory: number | undefined;
+  load: Load;
+  /** Why the API gave no list of nodes here, on a server. */
+  silence: string | undefined;
   /** The interface of flannel's WireGuard, its own address, MTU and public key. */
   wireguard: { name: string; mtu: number; key: string; address: string | undefined } | undefined;
   /** MTU of the pods' bridge; there is none before the first pod. */
@@ -171,8 +198,9 @@ export interface Tried {
   api: string | undefined;
   /** The API's service, by kube-proxy's rules. */
   service: string | undefined;
-  /** Nodes for which `kubectl top nodes` has figures. */
+  /** Nodes for which `kubectl top nodes` has figures; and why there are none, in the API's words. */
   top: string[];
+  topless: string | undefined;
   /** By the resolver's address. */
   resolvers: Record<string, boolean>;
   /** While packets were lost: bytes received and sent by the peer's public key in some seconds. */
@@ -186,6 +214,10 @@ export interface Tried {
   /** From the server, by node. */
   logs: Record<string, boolean>;
   exec: Record<string, boolean>;
+  /** Why not, by `logs NODE` or `exec NODE`, in the API's words. */
+  why: Record<string, string>;
+  /** Nodes on which check's own pod did not start, with the kubelet's words. */
+  unstarted: Record<string, string>;
   /** Tools that the box has not. */
   missing: string[];
 }
@@ -194,6 +226,8 @@ export interface Tried {
 export interface Cluster {
   boxes: Seen[];
   nodes: Node[];
+  /** CoreDNS and metrics-server, where the API said. */
+  system?: SystemPod[] | undefined;
 }
 
 /** What the boxes said, as one. */
@@ -201,10 +235,12 @@ export function clusterOf(members: readonly Member[]): Cluster {
   // Several servers have one datastore: the first that answers knows all.
   const lists = members.filter(({ role }) => role === "server").map(({ facts }) => nodesOf(facts.nodes));
   const nodes = lists.find((list) => list.length) ?? [];
+  const system = members.flatMap(({ facts }) => systemOf(facts.system) ?? []);
   const boxes = members.map((member) => seen(member, nodes));
   return {
     boxes: boxes.map((box, i) => ({ ...box, ...firewallOf(box, members[i] as Member, boxes, nodes) })),
     nodes,
+    system: members.some(({ facts }) => systemOf(facts.system)) ? system : undefined,
   };
 }
 
@@ -242,9 +278,6 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
   const started = Number(unit?.MainPID) ? Number(unit?.ExecMainStartTimestampMonotonic) / 1e6 : 0;
   const [, wg, mtu, key] =
     [...(facts.wg ?? "").matchAll(/^(flannel\.1|flannel-wg) (\d{3,5}) ?([\w+/=]*)$/gm)].at(-1) ?? [];
-  const memory = Object.fromEntries(
-    [...(facts.memory ?? "").matchAll(/^(\w+):\s+(\d+)/gm)].map((m) => [m[1], Number(m[2])]),
-  );
   const joins = (facts.joins ?? "").trim().split("\n");
   const addresses = (facts.addresses ?? "").split("\n").map((row) => row.split(/\s+/));
   return {
@@ -264,10 +297,12 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
     },
     clock,
     disk: numberOf(/(\d+)%/.exec(facts.disk ?? "")?.[1]),
-    memory:
-      memory.MemTotal && memory.MemAvailable !== undefined
-        ? Math.round(100 * (1 - memory.MemAvailable / memory.MemTotal))
-        : undefined,
+    load: loadOf(facts),
+    silence: role === "server" ? silence(facts) : undefined,
+    starts: (facts.starts ?? "")
+      .split("\n")
+      .filter((row) => /^\d+$/.test(row))
+      .map((row) => Math.max(0, Number(facts.now) - Number(row))),
     wireguard: wg
       ? {
           name: wg,
@@ -308,7 +343,8 @@ function triedOf(facts: Facts): Tried {
     kubelet: {},
     api: undefined,
     service: undefined,
-    top: [],
+    top: itemsOf<{ metadata?: { name?: string } }>(facts.top).flatMap(({ metadata }) => metadata?.name ?? []),
+    topless: facts.topless?.trim() ? wordsOf(facts.topless.trim()) : undefined,
     resolvers: {},
     passed: {},
     arrived: undefined,
@@ -316,21 +352,27 @@ function triedOf(facts: Facts): Tried {
     services: {},
     logs: {},
     exec: {},
+    why: {},
+    unstarted: {},
     missing: [],
   };
-  for (const row of `${facts.tries ?? ""}\n${facts.paths ?? ""}\n${facts.kubelets ?? ""}`.split("\n")) {
+  for (const row of `${facts.tries ?? ""}\n${facts.paths ?? ""}\n${facts.kubelets ?? ""}\n${facts.unstarted ?? ""}`.split(
+    "\n",
+  )) {
     const [what, name = "", ...rest] = row.split(" ");
     const how = rest.join(" ");
     if (what === "tunnel") tried.tunnel[name] = Number(how);
     else if (what === "kubelet") tried.kubelet[name] = how;
     else if (what === "api") tried.api = how;
     else if (what === "proxied") tried.service = how;
-    else if (what === "top" && !how.includes("<unknown>")) tried.top.push(name);
     else if (what === "resolver") tried.resolvers[name] = how === "yes";
     else if (what === "pod") tried.pods[name] = how === "yes";
     else if (what === "service") tried.services[name] = how === "yes";
-    else if (what === "logs" || what === "exec") tried[what][name] = how === "yes";
-    else if (what === "without") tried.missing.push(name);
+    else if (what === "unstarted") tried.unstarted[name] = how;
+    else if (what === "logs" || what === "exec") {
+      tried[what][name] = how === "yes";
+      if (how !== "yes") tried.why[`${what} ${name}`] = wordsOf(how.replace(/^no ?/, ""));
+    } else if (what === "without") tried.missing.push(name);
   }
   const bytes = (text = "") =>
     new Map(text.split("\n").map((row) => [row.split("\t")[0], row.split("\t").slice(1).map(Number)]));
@@ -395,7 +437,11 @@ export async function attempt(call: Call, members: readonly Member[], cluster: C
       const box = cluster.boxes.find(({ name }) => name === member.target.name) as Seen;
       if (member.error) return;
       try {
-        member.tried = await look(jobFor(call, member.target, line()), [ask(tries(box, cluster))], PATIENCE);
+        member.tried = await look(
+          jobFor(call, member.target, line()),
+          [ask(tries(box, cluster))],
+          patience(cluster.nodes.length),
+        );
       } catch (error) {
         member.error = (error as Error).message;
       }
@@ -429,7 +475,7 @@ export function tries(box: Seen, cluster: Cluster): string {
   const cidr = own?.node?.args.join(" ").match(/--service-cidr[= ]([\d.]+)\.\d+\//)?.[1] ?? "10.43.0";
   const server = box.role === "server";
   const dead = box.resolvers.filter((ip) => /is (private|the provider)/.test(publicIp(ip) ?? ""));
-  return `${server ? KUBECTL : ""}
+  return `${server ? API : ""}
 echoes() { ping -n -c 1 -W 1 \${dont:+-M do} -s "$(($2 - 28))" "$1" >/dev/null 2>&1; }
 through() {
   full=${wg?.mtu ?? 0}
@@ -439,8 +485,12 @@ through() {
 }
 knock() {
   # shellcheck disable=SC2016
-  said=$(timeout 3 bash -c ': <"/dev/tcp/$1/$2"' - "$3" "$4" 2>&1)
-  case $?,$said in 0,*) how=open ;; 124,*) how=dropped ;; *refused*) how=refused ;; *) how=\${said##*: } ;; esac
+  for s in 3 5; do # what is only slow gets a second, longer try
+    said=$(timeout $s bash -c ': <"/dev/tcp/$1/$2"' - "$3" "$4" 2>&1)
+    code=$?
+    [ $code = 124 ] || break
+  done
+  case $code,$said in 0,*) how=open ;; 124,*) how=dropped ;; *refused*) how=refused ;; *) how=\${said##*: } ;; esac
   echo "$1 $2 $how"
 }
 resolves() {
@@ -464,16 +514,23 @@ ping=yes; command -v ping >/dev/null || { echo "without ping"; ping=; }
 dont=; ping -n -c 1 -W 1 -M "do" 127.0.0.1 >/dev/null 2>&1 && dont=yes
 said=$(
   if [ -n "$ping" ]; then :
-${to.map(([name, ip]) => `    through ${sh(name)} ${sh(ip)} &\n`).join("")}  fi
-${server ? "  kc top nodes --no-headers 2>/dev/null | sed 's/^/top /' &\n" : ""}  if [ -n "$has" ]; then :
-${kubelets.map((n) => `    knock kubelet ${sh(n.name)} ${sh(n.externalIp as string)} 10250 &\n`).join("")}${
-  box.role === "agent" && host ? `    knock api server ${sh(host)} ${port} &\n` : ""
-}${dead.map((ip) => `    resolves ${sh(ip)} &\n`).join("")}${cluster.nodes.length ? "    serves &\n" : ""}  fi
-  wait
+${few(to.map(([name, ip]) => `through ${sh(name)} ${sh(ip)}`))}  fi
+  if [ -n "$has" ]; then :
+${few([
+  ...kubelets.map((n) => `knock kubelet ${sh(n.name)} ${sh(n.externalIp as string)} 10250`),
+  ...(box.role === "agent" && host ? [`knock api server ${sh(host)} ${port}`] : []),
+  ...dead.map((ip) => `resolves ${sh(ip)}`),
+  ...(cluster.nodes.length ? ["serves"] : []),
+])}  fi
 )
 printf '%s\\n' "$said"
+${server ? TOP_LOOK : ""}
 ${wg ? watch(wg.name, to) : ""}`;
 }
+
+/** What metrics-server has of the nodes, and why it has nothing. */
+export const TOP_LOOK = `fact top; { topless=$(api GET '/apis/metrics.k8s.io/v1beta1/nodes?pretty=false' 10 2>&1 >&3); } 3>&1
+fact topless; echo "$topless"`;
 
 /**
  * Where a tunnel passes nothing: what WireGuard counts while packets are sent, and whose packets come as far

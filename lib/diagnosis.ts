@@ -2,74 +2,218 @@
 import type { Cluster, Seen } from "./cluster.ts";
 import { type Ill, meaningOf } from "./journal.ts";
 import { generationOf, unitOf } from "./k3s.ts";
-import { FRESH, type Node, peerOf } from "./kube.ts";
+import { FRESH, type Node, overload, peerOf, standing } from "./kube.ts";
 import { publicIp } from "./settings.ts";
 
 /** Clocks may differ so much, in seconds: NTP keeps them within one. */
 const APART = 5;
 
-/** What is wrong, the ground before what follows from it; nothing for a healthy cluster. */
-export function diagnose(cluster: Cluster): Ill[] {
-  const { boxes } = cluster;
-  const blamed = new Set<string>();
-  const ills: Ill[] = [];
-  const say = (box: string, cause: string, remedy: string) => void ills.push({ box, cause, remedy });
-  /** Said of a box that so cannot be reached through the tunnel: its packets need no reason of their own. */
-  const blame = (box: Seen, cause: string, remedy: string) => {
-    blamed.add(box.name);
-    say(box.name, cause, remedy);
-  };
+/**
+ * metrics-server's turn, in seconds: it asks every 15 s, v0.3 every 60, and needs two rounds and its own start
+ * before it has figures of a node. As long may a node that joins start its k3s anew.
+ */
+const TURN = 150;
 
-  const clock = median(boxes.flatMap((box) => box.clock ?? []));
-  for (const box of boxes) {
-    if (box.error !== undefined) {
-      blame(box, box.error, `see that "ssh ${box.host}" works from here`);
-      continue;
-    }
-    const ahead = Math.round((box.clock ?? clock) - clock);
-    if (boxes.length > 1 && Math.abs(ahead) > APART)
-      say(
-        box.name,
-        `its clock is ${Math.abs(ahead)} s ${ahead < 0 ? "behind" : "ahead of"} the others'`,
-        "timedatectl set-ntp true on it",
-      );
-    const ill = serviceIll(box, cluster);
-    if (ill) blame(box, ...ill);
-    if (box.blocked.length) blame(box, box.blocked.join("; "), `make firewall HOST=${box.word}`);
-  }
-  for (const [a, b] of pairs(boxes))
-    if (a.wireguard?.key && a.wireguard.key === b.wireguard?.key) {
-      blamed.add(a.name).add(b.name);
-      say(
-        b.name,
-        `it has the same WireGuard key as ${a.name}: one was cloned from the other`,
-        `on ${b.name}: rm -f /run/flannel/wgkey && systemctl restart ${unitOf(b.role)}; then restart k3s on the others`,
-      );
-    }
-  for (const box of boxes) {
-    if (blamed.has(box.name) || !box.node) continue;
-    const ill = addressIll(box, box.node, cluster);
-    if (ill) blame(box, ...ill);
-  }
-  for (const box of boxes) for (const [cause, remedy] of smallIlls(box)) say(box.name, cause, remedy);
-  for (const node of cluster.nodes)
-    if (!boxOf(boxes, node) && !node.ready)
-      say(
-        node.name,
-        "this node is not Ready, and is in neither SERVER nor AGENTS",
-        `add it to AGENTS, or: kubectl delete node ${node.name}`,
-      );
-
-  const sound = boxes.filter((box) => box.error === undefined && !blamed.has(box.name) && box.wireguard);
-  ills.push(...tunnelIlls(sound), ...serverIlls(cluster, blamed), ...podIlls(boxes, blamed));
-  return ills;
+/**
+ * What was found: the way that does not work, and the ways that it goes by. Where one of those has been found broken
+ * before, it is a consequence, and is not reported as a cause of its own.
+ */
+interface Finding extends Ill {
+  /** Not yet a fault: only a note, and of this proof what has not passed is no fault either. */
+  note?: string;
+  /** `node b1`, `tunnel a1 b1`, `kubelet b1`: whatever others may go by. */
+  breaks: string[];
+  by: string[];
 }
+
+/** Ways that others go by, as names. */
+const tunnel = (a: string, b: string) => `tunnel ${[a, b].sort().join(" ")}`;
+const full = (a: string, b: string) => `full ${tunnel(a, b)}`;
+const pods = (a: string, b: string) => `pods ${tunnel(a, b)}`;
+const between = (a: string, b: string) =>
+  a === b ? [`node ${a}`] : [`node ${a}`, `node ${b}`, tunnel(a, b)];
+const betweenPods = (a: string, b: string) => [...between(a, b), full(a, b), pods(a, b)];
+
+/** What is wrong, the ground before what follows from it; nothing for a healthy cluster. */
+export const diagnose = (cluster: Cluster): Ill[] => judge(cluster).wrong;
+
+/** What is wrong; what is only worth a note, a line each; and the proofs that cannot be had yet. */
+export function judge(cluster: Cluster): { wrong: Ill[]; notes: string[]; early: string[] } {
+  const { boxes } = cluster;
+  const broken = new Set<string>();
+  const wrong: Ill[] = [];
+  const notes = notesOf(cluster);
+  const early: string[] = [];
+  const add = (findings: Finding[]) => {
+    for (const { breaks, by, note, ...ill } of findings) {
+      const followed = by.some((way) => broken.has(way));
+      // A consequence breaks what goes by it too.
+      for (const way of breaks) broken.add(way);
+      if (note) early.push(note);
+      if (!followed && note) notes.push(`${ill.box}: ${ill.cause}`);
+      else if (!followed) wrong.push(ill);
+    }
+  };
+  add(boxFindings(cluster));
+  add(addressFindings(cluster, broken));
+  add(smallFindings(cluster));
+  const sound = boxes.filter(
+    (box) => box.error === undefined && !broken.has(`node ${box.name}`) && box.wireguard,
+  );
+  add(endpointFindings(sound, cluster.nodes));
+  add(tunnelFindings(sound, broken));
+  add(busyFindings(cluster));
+  add(kubeletFindings(cluster));
+  add(startFindings(cluster));
+  add(dnsFindings(cluster));
+  add(topFindings(cluster, broken));
+  add(podFindings(cluster));
+  return { wrong, notes, early };
+}
+
+/** Each box by itself: does k3s run on it, as a node of this cluster? */
+function boxFindings(cluster: Cluster): Finding[] {
+  const { boxes } = cluster;
+  const clock = median(boxes.flatMap((box) => box.clock ?? []));
+  const server = boxes.find(({ role }) => role === "server");
+  const findings: Finding[] = boxes.flatMap((box): Finding[] => {
+    const node = `node ${box.name}`;
+    const say = (cause: string, remedy: string, breaks = [node], by: string[] = []): Finding => ({
+      box: box.name,
+      cause,
+      remedy,
+      breaks,
+      by,
+    });
+    if (box.error !== undefined) return [say(box.error, `see that "ssh ${box.host}" works from here`)];
+    const ahead = Math.round((box.clock ?? clock) - clock);
+    const ill = serviceIll(box, cluster);
+    return [
+      ...(boxes.length > 1 && Math.abs(ahead) > APART
+        ? [
+            say(
+              `its clock is ${Math.abs(ahead)} s ${ahead < 0 ? "behind" : "ahead of"} the others'`,
+              "timedatectl set-ntp true on it",
+              [`clock ${box.name}`],
+            ),
+          ]
+        : []),
+      ...(ill
+        ? [
+            say(
+              ill[0],
+              ill[1],
+              [node],
+              ill[2] === "clock"
+                ? [`clock ${box.name}`]
+                : ill[2] === "server" && server && server !== box
+                  ? [`node ${server.name}`]
+                  : [],
+            ),
+          ]
+        : []),
+      ...(box.blocked.length ? [say(box.blocked.join("; "), `make firewall HOST=${box.word}`)] : []),
+    ];
+  });
+  for (const [a, b] of pairs(boxes))
+    if (a.wireguard?.key && a.wireguard.key === b.wireguard?.key)
+      findings.push({
+        box: b.name,
+        cause: `it has the same WireGuard key as ${a.name}: one was cloned from the other`,
+        remedy: `on ${b.name}: rm -f /run/flannel/wgkey && systemctl restart ${unitOf(b.role)}; then restart k3s on the others`,
+        breaks: [`node ${a.name}`, `node ${b.name}`],
+        by: [],
+      });
+  return findings;
+}
+
+function addressFindings(cluster: Cluster, broken: Set<string>): Finding[] {
+  return cluster.boxes.flatMap((box) => {
+    if (broken.has(`node ${box.name}`) || !box.node) return [];
+    const ill = addressIll(box, box.node, cluster);
+    return ill
+      ? [{ box: box.name, cause: ill[0], remedy: ill[1], breaks: [`node ${box.name}`], by: [] }]
+      : [];
+  });
+}
+
+function smallFindings({ boxes, nodes }: Cluster): Finding[] {
+  const servers = boxes.filter(({ role }) => role === "server").map(({ name }) => `node ${name}`);
+  return [
+    ...boxes.flatMap((box) =>
+      smallIlls(box).map(([cause, remedy, way = ""]) => ({
+        box: box.name,
+        cause,
+        remedy,
+        breaks: [`${way} ${box.name}`],
+        // The API's service leads to the server, and a box without a healthy k3s has neither rules nor a calm unit.
+        by: way === "service" || way === "starts again" ? [`node ${box.name}`, ...servers] : [],
+      })),
+    ),
+    ...nodes
+      .filter((node) => !boxOf(boxes, node) && !node.ready)
+      .map((node) => ({
+        box: node.name,
+        cause: "this node is not Ready, and is in neither SERVER nor AGENTS",
+        remedy: `add it to AGENTS, or: kubectl delete node ${node.name}`,
+        breaks: [`node ${node.name}`],
+        by: [],
+      })),
+  ];
+}
+
+/** Peers with a fresh handshake where they can be no longer than a moment. */
+function endpointFindings(boxes: Seen[], nodes: readonly Node[]): Finding[] {
+  return boxes.flatMap((a) =>
+    boxes.flatMap((b) => {
+      if (a === b || !b.node) return [];
+      const { wrong } = standing(peerOf(a.peers, b.node.podCidr), b.node, nodes, a.now - FRESH);
+      return wrong
+        ? [
+            {
+              box: a.name,
+              cause: `its WireGuard has ${b.name} at ${wrong}`,
+              remedy: `systemctl restart ${unitOf(a.role)} on it: flannel sets its peers anew`,
+              breaks: [tunnel(a.name, b.name)],
+              by: between(a.name, b.name),
+            },
+          ]
+        : [];
+    }),
+  );
+}
+
+/** What did not answer in time, asked by a box that has more to do than it can: the load is the cause, and said once. */
+function busyFindings({ boxes }: Cluster): Finding[] {
+  return boxes.flatMap((box) => {
+    const load = overload(box.load);
+    const { api, kubelet, why } = box.tried;
+    const slow = [
+      ...[...Object.values(kubelet), api].filter((how) => how === "dropped"),
+      ...Object.values(why).filter((how) => SLOW.test(how)),
+    ];
+    if (!load || slow.length === 0) return [];
+    return [
+      {
+        box: box.name,
+        cause: `${load}: ${slow.length} ${slow.length === 1 ? "question" : "questions"} did not answer in time`,
+        remedy: "end what loads it (top shows it), or give it more cores or memory; then make check",
+        breaks: [`ease ${box.name}`],
+        by: [],
+      },
+    ];
+  });
+}
+
+/** Of the API's words: an answer that did not come in time says nothing of a closed port. */
+const SLOW = /did not answer|time(d )?out|deadline exceeded/i;
 
 /** The line that brings a box to what it should be. */
 export const makeLine = (box: Pick<Seen, "role" | "word">): string =>
   box.role === "server" ? "make server" : `make agent HOST=${box.word}`;
 
-type Line = [cause: string, remedy: string];
+/** @param by what it may follow from. */
+type Line = [cause: string, remedy: string, by?: string];
 
 /** Why k3s does not run on the box as a node of this cluster. */
 function serviceIll(box: Seen, { boxes, nodes }: Cluster): Line | undefined {
@@ -98,15 +242,17 @@ function serviceIll(box: Seen, { boxes, nodes }: Cluster): Line | undefined {
   // A name may lead to any of them.
   if (joins && publicIp(joins) === undefined && server && !servers.some(({ ip }) => ip === joins))
     return [`it joins ${box.url}, not ${server.name} at ${server.ip}`, again];
-  if (box.tried.api === "dropped")
+  if (box.tried.api === "dropped" && !(well && overload(box.load)))
     return [
       "it does not reach the server's 6443/tcp: packets are dropped",
       "open 6443/tcp in the server's security group and firewall for this box's address",
+      "server",
     ];
   if (box.tried.api && box.tried.api !== "open" && !well)
     return [
       `it does not reach the server's 6443/tcp (${box.tried.api})`,
       "make server: k3s has to run there",
+      "server",
     ];
   const absent =
     box.node?.args.some((arg) => arg === `--node-ip=${box.ip}` || arg === box.ip) &&
@@ -116,10 +262,28 @@ function serviceIll(box: Seen, { boxes, nodes }: Cluster): Line | undefined {
       `--node-ip is ${box.ip}, and no interface of the box has it: k3s dies with "host IP unknown"`,
       again,
     ];
-  if (well) return undefined;
+  const silent: Line | undefined = box.silence
+    ? [
+        box.silence,
+        overload(box.load)
+          ? "end what loads it (top shows it), or give it more cores or memory; then make check"
+          : again,
+      ]
+    : undefined;
+  if (well) return silent;
   const meaning = meaningOf(box.said, again);
-  if (meaning) return [meaning.cause, meaning.remedy];
+  if (meaning)
+    return [
+      meaning.cause,
+      meaning.remedy,
+      meaning.cause.startsWith("its clock")
+        ? "clock"
+        : meaning.cause === "it does not reach the server's 6443/tcp"
+          ? "server"
+          : "",
+    ];
   if (box.unit.runs === undefined) return [`${unit} does not run (systemd: ${box.unit.state})`, again];
+  if (silent) return silent;
   if (nodes.length === 0 && box.role === "server") return ["the API does not answer on it", again];
   if (nodes.length === 0) return undefined;
   return box.node
@@ -170,24 +334,65 @@ function smallIlls(box: Seen): Line[] {
     lines.push([
       `it does not reach the API's service (${box.tried.service}): kube-proxy's rules, or 6443 at the server's public address`,
       `systemctl restart ${unitOf(box.role)} on it`,
+      "service",
     ]);
   for (const what of box.node?.pressure ?? [])
     lines.push([
-      `the kubelet reports ${what} (disk ${box.disk ?? "?"} %, memory ${box.memory ?? "?"} % in use)`,
+      `the kubelet reports ${what} (disk ${box.disk ?? "?"} %, memory ${box.load.memory ?? "?"} % in use)`,
       "make room on it",
+      "starts",
     ]);
-  const { runs, restarts } = box.unit;
-  if (runs !== undefined && runs < 60 && (restarts ?? 0) >= 3)
+  const { wireguard, cniMtu = 0 } = box;
+  // v1.17 gives its pods 1500 over 1420 as a matter of course, and they get by.
+  if (wireguard?.name === "flannel-wg" && cniMtu > wireguard.mtu)
     lines.push([
-      `${unitOf(box.role)} starts again and again (${restarts} restarts)`,
+      `its pods' bridge cni0 has an MTU of ${cniMtu}, larger than the ${wireguard.mtu} of flannel-wg: large packets of its pods are lost`,
+      `restart the box, which makes cni0 anew (or: ip link delete cni0, then systemctl restart ${unitOf(box.role)} and its pods)`,
+      "cni",
+    ]);
+  if (loops(box) === "wrong")
+    lines.push([
+      `${unitOf(box.role)} starts again and again (${box.starts.length} times in ${Math.round(Math.max(...box.starts))} s)`,
       `${makeLine(box)} shows the journal`,
+      "starts again",
     ]);
   return lines;
 }
 
+/**
+ * Does systemd start k3s again and again? While a node joins it may, for some time; and one that has run longer than
+ * it did before has left that behind.
+ */
+function loops({ starts, unit: { runs } }: Seen): "wrong" | "young" | undefined {
+  if (runs === undefined || runs >= 60 || starts.length < 3) return undefined;
+  const longest = Math.max(...starts.slice(1).map((ago, i) => (starts[i] as number) - ago));
+  return Math.max(...starts) < TURN || runs > longest ? "young" : "wrong";
+}
+
+/** What is worth a line, and no fault. */
+function notesOf({ boxes, nodes }: Cluster): string[] {
+  return boxes.flatMap((box) => [
+    ...(box.latent.length
+      ? [
+          `${box.name}: by its rules ${box.latent.join("; ")}; it passes now, and may not after a restart: make firewall HOST=${box.word}`,
+        ]
+      : []),
+    ...(loops(box) === "young"
+      ? [
+          `${box.name}: ${unitOf(box.role)} was started ${box.starts.length} times in ${Math.round(Math.max(...box.starts))} s, and has run for ${Math.round(box.unit.runs ?? 0)} s since`,
+        ]
+      : []),
+    ...(box.error === undefined ? nodes : []).flatMap((node) => {
+      if (node.name === box.nodeName) return [];
+      const { note } = standing(peerOf(box.peers, node.podCidr), node, nodes, box.now - FRESH);
+      return note ? [`${box.name}: ${node.name} speaks to it from ${note}`] : [];
+    }),
+  ]);
+}
+
 /** Tunnels of boxes that have nothing else: too large packets, closed ports, stale peers. */
-function tunnelIlls(boxes: Seen[]): Ill[] {
-  const ills: Ill[] = [];
+function tunnelFindings(boxes: Seen[], broken: Set<string>): Finding[] {
+  const ills: Finding[] = [];
   const peerAt = (a: Seen, b: Seen) => peerOf(a.peers, b.node?.podCidr);
   /** Where nothing could be sent for want of ping, the handshake tells. */
   const reach = (a: Seen, b: Seen) =>
@@ -216,6 +421,8 @@ function tunnelIlls(boxes: Seen[]): Ill[] {
         name === "flannel.1"
           ? `ip link set flannel.1 mtu ${fits} on every box, after each start of k3s`
           : `set the network card's MTU to ${fits + 80} on every box, in its network's configuration too; then restart k3s`,
+      breaks: small.map(({ a, b }) => full(a.name, b.name)),
+      by: [],
     });
   }
 
@@ -229,8 +436,11 @@ function tunnelIlls(boxes: Seen[]): Ill[] {
             box: a.name,
             cause: there ? `it has an old WireGuard key of ${b.name}` : `its WireGuard has no peer ${b.name}`,
             remedy: `systemctl restart ${there ? `${unitOf(b.role)} on ${b.name}` : `${unitOf(a.role)} on it`}`,
+            breaks: [tunnel(a.name, b.name)],
+            by: [],
           });
-      } else if (reach(a, b) === 0 && back?.key === a.wireguard?.key) lost.push([a, b]);
+      } else if (reach(a, b) === 0 && back?.key === a.wireguard?.key && !broken.has(tunnel(a.name, b.name)))
+        lost.push([a, b]);
     }
 
   /** Did packets that a sent arrive at b's WireGuard in the seconds that both were watched? */
@@ -248,6 +458,8 @@ function tunnelIlls(boxes: Seen[]): Ill[] {
     explained.add(b);
     ills.push({
       box: b.name,
+      breaks: senders.map((a) => tunnel(a.name, b.name)),
+      by: [],
       ...(seen
         ? {
             cause:
@@ -273,6 +485,8 @@ function tunnelIlls(boxes: Seen[]): Ill[] {
     const deaf = ways.every(([x, y]) => arrives(x, y));
     ills.push({
       box: b.name,
+      breaks: [tunnel(a.name, b.name)],
+      by: [],
       ...(deaf
         ? {
             cause: `WireGuard passes between it and ${a.name}, but nothing answers behind it: a firewall on one of them drops what comes out of the tunnel`,
@@ -288,75 +502,221 @@ function tunnelIlls(boxes: Seen[]): Ill[] {
   return ills;
 }
 
+/** Nodes on which no pod starts, in the kubelet's words. */
+function startFindings({ boxes }: Cluster): Finding[] {
+  return boxes.flatMap(({ tried }) =>
+    Object.entries(tried.unstarted).map(([node, said]) => {
+      const name = named(boxes, node);
+      return {
+        box: name,
+        cause: `no pod starts on it: ${said}`,
+        remedy: "mend what the kubelet says there; journalctl -u k3s -u k3s-agent on it has more",
+        breaks: [`starts ${name}`],
+        by: [`node ${name}`, `starts ${name}`],
+      };
+    }),
+  );
+}
+
+/** CoreDNS: where it does not run, no pod anywhere gets a name. */
+function dnsFindings({ boxes, nodes, system }: Cluster): Finding[] {
+  const dns = system?.filter(({ app }) => app === "kube-dns") ?? [];
+  const server = boxes.find(({ role, error }) => role === "server" && error === undefined);
+  const [first] = dns;
+  if (!first || !server || dns.some(({ ready }) => ready)) return [];
+  const where = named(boxes, first.node ?? "");
+  const node = nodes.find(({ name }) => name === first.node);
+  const [what, seconds] = latest(boxes, server, node, [["CoreDNS was made", ago(server.now, first.created)]]);
+  const state = `CoreDNS does not run (${first.reason ?? "not Ready"}): no pod of the cluster resolves a name`;
+  return [
+    {
+      box: where || server.name,
+      cause: seconds < TURN ? `${state} yet; ${what} ${Math.round(seconds)} s ago` : state,
+      remedy: `kubectl -n kube-system describe pod ${first.name}`,
+      breaks: ["coredns"],
+      by: where ? [`node ${where}`, `starts ${where}`] : [],
+      ...(seconds < TURN ? { note: "DNS from the pods of every node" } : {}),
+    },
+  ];
+}
+
+type Event = [what: string, seconds: number];
+
+/** What has happened to a node last, of what others have to follow. */
+function latest(boxes: Seen[], server: Seen, node: Node | undefined, more: Event[]): Event {
+  const box = node && boxOf(boxes, node);
+  const runs = ({ unit }: Seen) => unit.runs ?? Number.POSITIVE_INFINITY;
+  const events: Event[] = [
+    [`k3s of ${server.name} was started`, runs(server)],
+    ...(box ? [[`k3s of ${box.name} was started`, runs(box)] as Event] : []),
+    ...(node ? ([[`${node.name} joined`, ago(server.now, node.created)]] as Event[]) : []),
+    ...(node ? ([[`${node.name} became Ready`, ago(server.now, node.readySince)]] as Event[]) : []),
+    ...more,
+  ];
+  return events.sort((a, b) => a[1] - b[1])[0] as Event;
+}
+
+/** Seconds since then; for ever where it is not known, or in a time that is still to come: a clock was set back. */
+function ago(now: number, then: number): number {
+  const seconds = now - then;
+  return then && seconds > -APART ? Math.max(0, seconds) : Number.POSITIVE_INFINITY;
+}
+
+/** What `kubectl top nodes` lacks: a note while metrics-server has its turn still before it. */
+function topFindings({ boxes, nodes, system }: Cluster, broken: Set<string>): Finding[] {
+  const server = boxes.find(({ role }) => role === "server");
+  if (!server?.metrics || server.error !== undefined) return [];
+  const own = system?.filter(({ app }) => app === "metrics-server") ?? [];
+  const pod = own.find(({ ready }) => ready) ?? own[0];
+  const where = pod?.node ? named(boxes, pod.node) : "";
+  const ground = [
+    `node ${server.name}`,
+    ...(where ? [...between(server.name, where), `starts ${where}`] : []),
+  ];
+  const missing = nodes.filter((node) => {
+    const name = boxOf(boxes, node)?.name ?? node.name;
+    const by = [...ground, `node ${name}`, `kubelet ${name}`];
+    return node.ready && !server.tried.top.includes(node.name) && !by.some((way) => broken.has(way));
+  });
+  const began: Event[] = own.map(({ started, created }) =>
+    started
+      ? ["metrics-server was started", ago(server.now, started)]
+      : ["metrics-server was made", ago(server.now, created)],
+  );
+  const last = (node: Node) => latest(boxes, server, node, began);
+  const young = missing.filter((node) => last(node)[1] < TURN);
+  const late = missing.filter((node) => !young.includes(node));
+  const nothing = (some: Node[]) =>
+    `"kubectl top nodes" has nothing of ${some.map(({ name }) => name).join(", ")}`;
+  const down = pod && !pod.ready ? ` and metrics-server does not run (${pod.reason ?? "not Ready"})` : "";
+  const same = { box: server.name, breaks: [], by: [] };
+  const findings: Finding[] = [];
+  if (late.length)
+    findings.push({
+      ...same,
+      cause: `${nothing(late)}${down && `,${down}`}`,
+      remedy: down ? `kubectl -n kube-system describe pod ${pod?.name}` : "make fix-metrics",
+    });
+  if (young.length) {
+    const [what, seconds] = young.map(last).sort((a, b) => a[1] - b[1])[0] as Event;
+    findings.push({
+      ...same,
+      cause: `${nothing(young)} yet: ${what} ${Math.round(seconds)} s ago, and metrics-server may take ${TURN}`,
+      remedy: "make check again then",
+      note: TOP,
+    });
+  }
+  return findings;
+}
+
+/** The proof of what `kubectl top nodes` has. */
+export const TOP = "nodes in kubectl top";
+
 /** What pods do not reach, where the boxes themselves do: each kind once, with the boxes it concerns. */
-function podIlls(boxes: Seen[], blamed: Set<string>): Ill[] {
-  const sound = boxes.filter((box) => box.error === undefined && !blamed.has(box.name));
+function podFindings({ boxes, system }: Cluster): Finding[] {
   const failed = (of: (box: Seen) => Record<string, boolean>) =>
-    sound.flatMap((box) => Object.entries(of(box)).flatMap(([to, fine]) => (fine ? [] : [{ box, to }])));
-  const ills: Ill[] = [];
-  for (const { box, to } of failed(({ tried }) => tried.pods))
-    if ((box.tried.tunnel[to] ?? 1) > 0)
-      ills.push({
+    boxes.flatMap((box) =>
+      Object.entries(box.error === undefined ? of(box) : {}).flatMap(([to, fine]) =>
+        fine ? [] : [{ box, to }],
+      ),
+    );
+  const name = (nodeName: string) => named(boxes, nodeName);
+  const server = boxes.find(({ role, error }) => role === "server" && error === undefined);
+  const dns = system
+    ?.filter(({ app, ready }) => app === "kube-dns" && ready)
+    .flatMap(({ node }) => node ?? []);
+  return [
+    ...failed(({ tried }) => tried.pods)
+      .filter(({ box, to }) => (box.tried.tunnel[to] ?? 1) > 0)
+      .map(({ box, to }) => ({
         box: box.name,
         cause: `its pods do not reach the pods of ${to}, although the boxes reach each other`,
         remedy:
           "a firewall on one of them drops what is forwarded: trust 10.42.0.0/16 and 10.43.0.0/16 on both",
-      });
-  for (const { box, to } of failed(({ tried }) => tried.services))
-    ills.push({
-      box: box.name,
-      ...(to === "DNS"
+        breaks: [pods(box.name, name(to))],
+        by: [...between(box.name, name(to)), full(box.name, name(to))],
+      })),
+    ...failed(({ tried }) => tried.services).map(({ box, to }) =>
+      to === "DNS"
         ? {
+            box: box.name,
             cause: "its pods get no answer of CoreDNS",
             remedy: "kubectl -n kube-system get pods -o wide -l k8s-app=kube-dns: does it run, and where?",
+            breaks: [],
+            by: [
+              `node ${box.name}`,
+              `service ${box.name}`,
+              "coredns",
+              // Where it runs is not always known; then any broken way from here may be the one to it.
+              ...(dns?.length ? dns : boxes.map(({ nodeName }) => nodeName)).flatMap((node) =>
+                betweenPods(box.name, name(node)),
+              ),
+            ],
           }
         : {
+            box: box.name,
             cause: `its pods do not reach the service ${to}: kube-proxy's rules, or 6443 at the server's public address`,
             remedy: `systemctl restart ${unitOf(box.role)} on it`,
-          }),
-    });
-  for (const what of ["logs", "exec"] as const)
-    for (const { to } of failed(({ tried }) => tried[what]))
-      ills.push({
-        box: sound.find(({ nodeName }) => nodeName === to)?.name ?? to,
-        cause: `kubectl ${what} does not work on it`,
-        remedy: "open 10250/tcp for the server, and 6443/tcp on the server for it; then make agent",
-      });
-  return ills;
+            breaks: [],
+            by: [`node ${box.name}`, `service ${box.name}`],
+          },
+    ),
+    ...(["logs", "exec"] as const).flatMap((what) =>
+      failed(({ tried }) => tried[what]).map(({ box, to }) => {
+        const why = box.tried.why[`${what} ${to}`] ?? "";
+        const slow = SLOW.test(why);
+        return {
+          box: name(to),
+          cause: slow
+            ? `kubectl ${what} of it: ${why}`
+            : `kubectl ${what} does not work on it${why ? `: ${why}` : ""}`,
+          remedy: slow
+            ? "make check again; if it stays so: 10250/tcp for the server, and 6443/tcp on the server for it, have to be open"
+            : "open 10250/tcp for the server, and 6443/tcp on the server for it; then make agent",
+          breaks: [],
+          by: [
+            `node ${name(to)}`,
+            `kubelet ${name(to)}`,
+            `node ${server?.name}`,
+            ...(slow ? [`ease ${box.name}`] : []),
+            // Of the two the log is the simpler: what loses it loses a process too.
+            ...(what === "exec" && box.tried.logs[to] === false ? [`logs ${name(to)}`] : []),
+          ],
+        };
+      }),
+    ),
+  ];
 }
 
-/** What the server does not reach: kubelets, metrics. */
-function serverIlls({ boxes, nodes }: Cluster, blamed: Set<string>): Ill[] {
+/** Kubelets that the server does not reach. */
+function kubeletFindings({ boxes, nodes }: Cluster): Finding[] {
   const server = boxes.find(({ role }) => role === "server");
   if (!server || server.error !== undefined) return [];
-  const ills: Ill[] = [];
-  const closed = new Set<string>();
-  for (const node of nodes.filter(({ ready }) => ready)) {
+  return nodes.flatMap((node): Finding[] => {
     const how = server.tried.kubelet[node.name];
     const box = boxOf(boxes, node);
-    if (box && blamed.has(box.name) && box !== server) closed.add(node.name);
-    else if (how && how !== "open") {
-      closed.add(node.name);
-      ills.push({
-        box: box?.name ?? node.name,
+    const name = box?.name ?? node.name;
+    if (!node.ready || !how || how === "open") return [];
+    return [
+      {
+        box: name,
         cause: `its kubelet cannot be reached at ${node.externalIp}:10250 (${how}): no logs, exec and metrics`,
         remedy:
           how === "refused"
             ? `${box ? makeLine(box) : "restart k3s there"}: nothing listens`
             : "open 10250/tcp in its security group and firewall for the nodes' addresses",
-      });
-    }
-  }
-  const { top } = server.tried;
-  const without = nodes.filter(({ name, ready }) => ready && !closed.has(name) && !top.includes(name));
-  if (server.metrics && !blamed.has(server.name) && without.length && ills.length === 0)
-    ills.push({
-      box: server.name,
-      cause: `"kubectl top nodes" has nothing of ${without.map(({ name }) => name).join(", ")}`,
-      remedy: "make fix-metrics",
-    });
-  return ills;
+        breaks: [`kubelet ${name}`],
+        by: [
+          ...(box === server ? [] : [`node ${name}`]),
+          ...(how === "dropped" ? [`ease ${server.name}`] : []),
+        ],
+      },
+    ];
+  });
 }
+
+const named = (boxes: Seen[], nodeName: string): string =>
+  boxes.find((box) => nodeName && box.nodeName === nodeName)?.name ?? nodeName;
 
 /** The box on which a node runs: of its address, for a host name may be another's. */
 const boxOf = (boxes: Seen[], node: Node) =>

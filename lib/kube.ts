@@ -85,6 +85,74 @@ ${peersLook}
 fact interfaces; ls /sys/class/net
 `;
 
+/** A pod of CoreDNS's or metrics-server's: what a cluster's own health hangs on. */
+export interface SystemPod {
+  app: "kube-dns" | "metrics-server";
+  name: string;
+  node: string | undefined;
+  ready: boolean;
+  /** Why it is not, in the API's word. */
+  reason: string | undefined;
+  /** When it was made and when its container started, in seconds since 1970; 0: not known. */
+  created: number;
+  started: number;
+}
+
+/** The fact `system`, see systemOf(). */
+export const systemLook = `fact system
+[ -n "$failed" ] || api GET '/api/v1/namespaces/kube-system/pods?pretty=false&labelSelector=k8s-app%20in%20(kube-dns,metrics-server)' 10 2>/dev/null`;
+
+/** What is read of a Pod as the API gives it. */
+export interface PodObject {
+  metadata: { name?: string; labels?: Record<string, string>; creationTimestamp?: string };
+  spec?: { nodeName?: string };
+  status?: {
+    phase?: string;
+    podIP?: string;
+    reason?: string;
+    message?: string;
+    conditions?: { type: string; status: string; reason?: string }[];
+    containerStatuses?: {
+      state?: { running?: { startedAt?: string }; waiting?: { reason?: string; message?: string } };
+    }[];
+  };
+}
+
+/** Items of a list as the API gives it; none where the text is no such list. */
+export function itemsOf<T>(json = ""): T[] {
+  try {
+    const { items } = JSON.parse(json);
+    return Array.isArray(items) ? items.filter((item) => typeof item === "object" && item !== null) : [];
+  } catch {
+    return [];
+  }
+}
+
+const text = (value: unknown): string | undefined => (typeof value === "string" && value ? value : undefined);
+const time = (value: unknown): number => Date.parse(text(value) ?? "") / 1000 || 0;
+
+/** CoreDNS's pods and metrics-server's; undefined where they were not asked for, or the API did not say. */
+export function systemOf(json = ""): SystemPod[] | undefined {
+  if (!/"kind": ?"(PodList|List)"/.test(json)) return undefined;
+  return itemsOf<PodObject>(json).flatMap(({ metadata, spec, status }) => {
+    const app = record(metadata?.labels)["k8s-app"];
+    if (app !== "kube-dns" && app !== "metrics-server") return [];
+    const [container] = status?.containerStatuses ?? [];
+    const scheduled = status?.conditions?.find(({ type }) => type === "PodScheduled");
+    const unscheduled = scheduled?.status === "False" ? text(scheduled.reason) : undefined;
+    return {
+      app,
+      name: only(NAME, metadata.name) ?? "",
+      node: only(NAME, spec?.nodeName),
+      ready: status?.conditions?.some(({ type, status }) => type === "Ready" && status === "True") ?? false,
+      reason:
+        text(container?.state?.waiting?.reason) ?? unscheduled ?? text(status?.reason) ?? text(status?.phase),
+      created: time(metadata?.creationTimestamp),
+      started: time(container?.state?.running?.startedAt),
+    };
+  });
+}
+
 /** How busy a box is; what it did not say is undefined. Percents are of what is in use. */
 export interface Load {
   average: number | undefined;
@@ -123,7 +191,7 @@ export function overload({ average, cores = 1, memory = 0, swap = 0 }: Load): st
 export const words = (said: string): string =>
   (/"message": ?"((?:[^"\\]|\\.)*)/.exec(said)?.[1] ?? said)
     .replaceAll('\\"', '"')
-    .replace(/\s+/g, " ")
+    .replace(/[\s\p{C}\p{Zl}\p{Zp}]+/gu, " ")
     .trim()
     .slice(0, 300);
 
@@ -149,6 +217,8 @@ export const DRAINED = "k3s-across-clouds/drained";
 export interface Node {
   name: string;
   ready: boolean;
+  /** Since when, in seconds since 1970 by the server's clock. */
+  readySince: number;
   cordoned: boolean;
   /** Its box's boot id as its kubelet has it, the one in which this project drained it, and its machine id. */
   boot: string | undefined;
@@ -192,7 +262,7 @@ interface NodeObject {
   };
   status?: {
     addresses?: { type: string; address: string }[];
-    conditions?: { type: string; status: string; lastHeartbeatTime: string }[];
+    conditions?: { type: string; status: string; lastHeartbeatTime: string; lastTransitionTime?: string }[];
     nodeInfo?: { kubeletVersion: string; bootID?: string; machineID?: string };
   };
 }
@@ -232,6 +302,7 @@ export function nodesOf(json = ""): Node[] {
       return {
         name,
         ready: ready?.status === "True",
+        readySince: Date.parse(ready?.lastTransitionTime ?? "") / 1000 || 0,
         cordoned: spec?.unschedulable === true,
         boot: only(BOOT, status?.nodeInfo?.bootID),
         machine: only(MACHINE, status?.nodeInfo?.machineID),

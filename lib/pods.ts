@@ -3,15 +3,20 @@
  * gone again afterwards. What is sent in their name is sent by the box's own tools in the pod's network.
  */
 import { type Call, jobFor } from "./cli.ts";
-import { ask, type Cluster, line, type Member, PATIENCE } from "./cluster.ts";
-import { KUBECTL } from "./kube.ts";
+import { ask, type Cluster, few, line, type Member, patience } from "./cluster.ts";
+import { API, CURL, itemsOf, type PodObject, words } from "./kube.ts";
 import { sh } from "./sh.ts";
 import { look } from "./step.ts";
 
 const LABEL = "k3s-across-clouds-check";
 /** How long pods may take until they run, in seconds: an image may have to be fetched. */
-const WAIT = 15;
+const WAIT = 20;
+/** How many ask the API at a time: a curl is some 10 MB, and a small server's kubelet has other work too. */
+const ASKING = 3;
+/** In seconds: how long one question may take, and all of them. */
+const [ONE, ALL] = [10, 60];
 
+const PODS = "/api/v1/namespaces/kube-system/pods";
 const nameOf = (mark: string, node: string) => `${LABEL}-${mark}-${node}`;
 
 /** A pod that runs. */
@@ -23,52 +28,94 @@ export interface Pod {
 
 /** The shell that makes the pods and waits until they run. Should all else fail, the kubelet ends them by itself. */
 export function made(nodes: readonly string[], mark: string): string {
-  const pod = (node: string) => `---
-apiVersion: v1
-kind: Pod
-metadata:
-  name: ${nameOf(mark, node)}
-  labels: {app: ${LABEL}, run: "${mark}"}
-spec:
-  nodeName: ${node}
-  restartPolicy: Never
-  activeDeadlineSeconds: 120
-  terminationGracePeriodSeconds: 0
-  automountServiceAccountToken: false
-  tolerations: [{operator: Exists}]
-  containers:
-  - name: pause
-    image: IMAGE
-    imagePullPolicy: IfNotPresent
-`;
-  return `${KUBECTL}
+  return `${API}
 image=$(sed -n "s/.*sandbox\\(_image\\)\\{0,1\\} = [\\"']\\([^\\"']*\\)[\\"'].*/\\2/p" /var/lib/rancher/k3s/agent/etc/containerd/config.toml 2>/dev/null | head -n 1)
 fact image; echo "$image"
-pods() {
-  kc -n kube-system get pods -l run=${mark} -o 'jsonpath={range .items[*]}{.metadata.name} {.spec.nodeName} {.status.phase} {.status.podIP} {.status.containerStatuses[*].state.waiting.reason}{"\\n"}{end}'
+fact refused
+make() {
+  said=$({ api POST ${PODS} ${ONE} >/dev/null; } 2>&1 <<EOF
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"${LABEL}-${mark}-$1","labels":{"app":"${LABEL}","run":"${mark}"}},
+"spec":{"nodeName":"$1","restartPolicy":"Never","activeDeadlineSeconds":180,"terminationGracePeriodSeconds":0,
+"automountServiceAccountToken":false,"tolerations":[{"operator":"Exists"}],
+"containers":[{"name":"pause","image":"$image","imagePullPolicy":"IfNotPresent"}]}}
+EOF
+  ) || echo "$said"
 }
-fact pods; if [ -n "$image" ]; then
+if [ -n "$image" ]; then
   # Of a check that was cut off.
-  kc -n kube-system delete pods -l app=${LABEL} --field-selector status.phase=Failed --wait=false >/dev/null 2>&1
-  kc -n kube-system create -f - >/dev/null 2>&1 <<EOF
-${nodes.map(pod).join("").replaceAll("image: IMAGE", "image: $image")}EOF
+  api DELETE '${PODS}?labelSelector=app%3D${LABEL}&fieldSelector=status.phase%3DFailed' ${ONE} >/dev/null 2>&1
+${few(
+  nodes.map((node) => `make ${sh(node)}`),
+  ASKING,
+)}  fact pods
   end=$(($(date +%s) + ${WAIT}))
-  while [ "$(date +%s)" -lt "$end" ]; do
-    said=$(pods 2>/dev/null)
-    case $said in *ErrImage*|*ImagePull*|*InvalidImage*) break ;; esac
-    [ "$(echo "$said" | grep -c ' Running [0-9]')" -lt ${nodes.length} ] || break
-    sleep 0.5
+  while :; do
+    said=$(api GET '${PODS}?pretty=false&labelSelector=run%3D${mark}' ${ONE} 2>/dev/null)
+    settled=$(printf '%s\\n' "$said" | grep -oE '"phase": ?"(Running|Failed)"|"reason": ?"(ErrImage|ImagePull|InvalidImage)' | wc -l)
+    if [ "$settled" -ge ${nodes.length} ] || [ "$(date +%s)" -ge "$end" ]; then break; fi
+    sleep 1
   done
-  echo "$said"
+  printf '%s\\n' "$said"
 fi
 fact services; for s in default/kubernetes kube-system/kube-dns; do
-  echo "$s $(kc -n "\${s%/*}" get service "\${s#*/}" -o 'jsonpath={.spec.clusterIP}' 2>/dev/null)"
+  echo "$s $(api GET "/api/v1/namespaces/\${s%/*}/services/\${s#*/}" ${ONE} 2>/dev/null | sed -n 's/.*"clusterIP": *"\\([0-9.]*\\)".*/\\1/p' | head -n 1)"
 done`;
 }
 
+/** The shell that asks what the kubelet says of pods that do not run. */
+export const reasons = (names: readonly string[]): string =>
+  `${API}\n${names
+    .map(
+      (name) =>
+        `fact ${sh(`events-${name}`)}; api GET '/api/v1/namespaces/kube-system/events?pretty=false&fieldSelector=involvedObject.name%3D${name}' ${ONE} 2>/dev/null`,
+    )
+    .join("\n")}`;
+
+interface EventObject {
+  type?: string;
+  reason?: string;
+  message?: string;
+  lastTimestamp?: string | null;
+  eventTime?: string | null;
+}
+
+const IMAGE = /ErrImage|ImagePull|InvalidImage|(pull|get|resolv|unpack)\w* (\w+ )*image/i;
+
+/**
+ * Why a pod does not run, by the API's object of it and the events about it: an image that cannot be had is no fault of
+ * its node; anything else that the kubelet names is. Nothing but waiting proves nothing.
+ */
+export function unstarted(
+  pod: PodObject | undefined,
+  events: readonly EventObject[],
+): { words: string; image: boolean; proven: boolean } {
+  const waiting = pod?.status?.containerStatuses?.map(({ state }) => state?.waiting).find(Boolean);
+  const at = ({ lastTimestamp, eventTime }: EventObject) => Date.parse(lastTimestamp ?? eventTime ?? "") || 0;
+  const warnings = events.filter(({ type }) => type === "Warning").sort((a, b) => at(a) - at(b));
+  const last = warnings.at(-1);
+  const status = pod?.status;
+  const found = last
+    ? [last.reason, last.message]
+    : status?.phase === "Failed"
+      ? [status.reason, status.message]
+      : waiting
+        ? [waiting.reason, waiting.message]
+        : [status?.reason ?? status?.phase ?? "it is not there", status?.message];
+  const said = words(found.filter((word) => typeof word === "string" && word).join(": "));
+  const pulls = events.some(({ reason }) => reason === "Pulling") && !last;
+  return {
+    words: said,
+    image: pulls || IMAGE.test(`${waiting?.reason ?? ""} ${said}`),
+    proven: Boolean(last) || status?.phase === "Failed",
+  };
+}
+
 /** The shell that removes them, and waits until they are gone. */
-const gone = (mark: string) => `${KUBECTL}
-kc -n kube-system delete pods -l run=${mark} --timeout=15s >/dev/null 2>&1`;
+const gone = (mark: string) => `${API}
+api DELETE '${PODS}?labelSelector=run%3D${mark}' ${ONE} >/dev/null 2>&1
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+  case $(api GET '${PODS}?pretty=false&limit=1&labelSelector=run%3D${mark}' ${ONE} 2>/dev/null) in *'"containers"'*) sleep 1 ;; *) break ;; esac
+done`;
 
 /** CoreDNS's own name, as a question. No part of it has ten letters: bash would end the packet at that byte, a newline. */
 const question = "kube-dns.kube-system.svc.cluster.local"
@@ -108,20 +155,55 @@ printf "\\x13\\x37\\x01\\0\\0\\x01\\0\\0\\0\\0\\0\\0${question}\\0\\0\\x01\\0\\x
 }
 fact paths
 if [ -z "$ns" ]; then echo "without netns"; else
-${others.map(({ node, ip }) => `  reaches ${sh(node)} ${sh(ip)} &\n`).join("")}${kubernetes ? `  serves ${sh(kubernetes)} &\n` : ""}${dns ? `  resolves ${sh(dns)} &\n` : ""}  wait
-fi`;
+${few([
+  ...others.map(({ node, ip }) => `reaches ${sh(node)} ${sh(ip)}`),
+  ...(kubernetes ? [`serves ${sh(kubernetes)}`] : []),
+  ...(dns ? [`resolves ${sh(dns)}`] : []),
+])}fi`;
 }
 
-/** The shell that asks each kubelet, through the API, for its pod's log and for a process in it. */
-export const kubelets = (pods: readonly Pod[]) => `${KUBECTL}
-logs() { if kc -n kube-system logs "$2" >/dev/null 2>&1; then echo "logs $1 yes"; else echo "logs $1 no"; fi; }
-# The image has no program to run: that its runtime looked for one is the answer.
+/**
+ * The shell that asks each kubelet, through the API, for its pod's log and for a process in it. The image has no program
+ * to run: that the kubelet's own end has opened the stream (101) is the answer.
+ */
+export const kubelets = (pods: readonly Pod[]): string => `${API}
+end=$(($(date +%s) + ${ALL}))
+late() { [ "$(date +%s)" -lt "$end" ] || echo "$1 $2 no did not answer in ${ALL} s with all the others"; }
+logs() {
+  said=$(late logs "$1"); [ -z "$said" ] || { echo "$said"; return; }
+  if said=$(api GET "${PODS}/$2/log" ${ONE} 2>&1 >/dev/null); then echo "logs $1 yes"; else echo "logs $1 no" "$said"; fi
+}
 runs() {
-  said=$(kc -n kube-system exec "$2" -- /k3s-across-clouds 2>&1)
-  case $said in *'no such file'*|*'not found in'*|*'OCI runtime'*) echo "exec $1 yes" ;; *) echo "exec $1 no" ;; esac
+  said=$(late exec "$1"); [ -z "$said" ] || { echo "$said"; return; }
+  said=$(
+    {
+      ${CURL} --http1.1 -N -i -m ${ONE} -H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' \\
+        -H 'Sec-WebSocket-Key: azNzLWFjcm9zcy1jbG91ZHM=' -H 'Sec-WebSocket-Protocol: v4.channel.k8s.io' \\
+        "\${apiurl:-https://127.0.0.1:6443}${PODS}/$2/exec?container=pause&command=%2Fk3s-across-clouds&stdout=true&stderr=true"
+      echo " exit=$?"
+    } 2>/dev/null | tr -cd '[:print:]\\n' | tr '\\n' ' ' | cut -c1-1000
+  )
+  case $said in
+    'HTTP/1.1 101 '*) echo "exec $1 yes" ;;
+    *exit=28*) echo "exec $1 no did not answer in ${ONE} s" ;;
+    *exit=0*) echo "exec $1 no" "$said" ;;
+    *exit=7*|*exit=5[26]*) echo "exec $1 no it refuses or closes connections" ;;
+    *) echo "kubectl $1 $2" ;;
+  esac
 }
 fact kubelets
-${pods.flatMap(({ node, name }) => ["logs", "runs"].map((f) => `${f} ${sh(node)} ${sh(name)} &\n`)).join("")}wait`;
+said=$(
+${few(
+  pods.flatMap(({ node, name }) => ["logs", "runs"].map((f) => `${f} ${sh(node)} ${sh(name)}`)),
+  ASKING,
+)})
+printf '%s\\n' "$said" | grep -v '^kubectl '
+# Where curl cannot: one kubectl after the other.
+printf '%s\\n' "$said" | sed -n 's/^kubectl //p' | while read -r node pod; do
+  said=$(late exec "$node"); [ -z "$said" ] || { echo "$said"; continue; }
+  said=$(kc -n kube-system exec "$pod" -- /k3s-across-clouds 2>&1 </dev/null)
+  case $said in *'no such file'*|*'not found in'*|*'OCI runtime'*) echo "exec $node yes" ;; *) echo "exec $node no" "$said" | tr '\\n' ' '; echo ;; esac
+done`;
 
 /**
  * Tries what pods do: each reaches each, the service of the API, and CoreDNS; and logs and exec on every node.
@@ -137,17 +219,17 @@ export async function tryPods(
   const nodes = cluster.nodes.filter(({ ready }) => ready).map(({ name }) => name);
   if (!server || nodes.length === 0) return "the API does not answer";
   const trip = (member: Member, text: string) =>
-    look(jobFor(call, member.target, line()), [ask(text)], PATIENCE);
+    look(jobFor(call, member.target, line()), [ask(text)], patience(2 * nodes.length + ALL));
   try {
     const up = await trip(server, made(nodes, mark));
     const image = up.image?.trim();
     if (!image) return "containerd's configuration on the server names no image for them";
-    const rows = (up.pods ?? "").split("\n").map((row) => row.split(" "));
-    const pods = rows.flatMap(([name = "", node = "", phase, ip = ""]) =>
-      nodes.includes(node) && name === nameOf(mark, node) && phase === "Running" && /^[\d.]+$/.test(ip)
-        ? [{ name, node, ip }]
-        : [],
-    );
+    const objects = itemsOf<PodObject>(up.pods);
+    const podOf = (node: string) => objects.find(({ metadata }) => metadata?.name === nameOf(mark, node));
+    const pods = nodes.flatMap((node) => {
+      const { phase, podIP: ip = "" } = podOf(node)?.status ?? {};
+      return phase === "Running" && /^[\d.]+$/.test(ip) ? [{ name: nameOf(mark, node), node, ip }] : [];
+    });
     const services = Object.fromEntries(
       [...(up.services ?? "").matchAll(/^\S+\/(\S+) ([\d.]+)$/gm)].map((m) => [m[1], m[2]]),
     );
@@ -163,11 +245,20 @@ export async function tryPods(
           member.paths = await trip(member, parts.join("\n")).catch(() => ({}));
       }),
     );
-    await trip(server, gone(mark));
     const late = nodes.filter((node) => !pods.some((pod) => pod.node === node));
-    const [, , phase, , reason] = rows.find(([, node]) => late.includes(node as string)) ?? [];
-    return late.length
-      ? `pods of ${image} do not run on ${late.join(", ")} within ${WAIT} s (${reason || phase || "they could not be made"})`
+    const there = late.filter(podOf);
+    const said = there.length ? await trip(server, reasons(there.map((node) => nameOf(mark, node)))) : {};
+    await trip(server, gone(mark));
+    const why = (node: string) => unstarted(podOf(node), itemsOf(said[`events-${nameOf(mark, node)}`]));
+    const faults = there.filter((node) => why(node).proven && !why(node).image);
+    server.paths = {
+      ...server.paths,
+      unstarted: faults.map((node) => `unstarted ${node} ${why(node).words}`).join("\n"),
+    };
+    const rest = late.filter((node) => !faults.includes(node));
+    const [first = ""] = rest;
+    return rest.length
+      ? `pods of ${image} do not run on ${rest.join(", ")} after ${WAIT} s (${podOf(first) ? why(first).words : words(up.refused?.trim() || "the API did not make them")})`
       : undefined;
   } catch (error) {
     await trip(server, gone(mark)).catch(() => {});

@@ -4,9 +4,9 @@ import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
 import * as cli from "../lib/cli.ts";
 import { ask, type Cluster, clusterOf, examine, listed, type Seen } from "../lib/cluster.ts";
-import { diagnose } from "../lib/diagnosis.ts";
+import { judge, TOP } from "../lib/diagnosis.ts";
 import type { Ill } from "../lib/journal.ts";
-import { FRESH, peerOf } from "../lib/kube.ts";
+import { FRESH, overload, peerOf, standing } from "../lib/kube.ts";
 import { tryPods } from "../lib/pods.ts";
 import { plain, redacted } from "../lib/report.ts";
 import { jsonOf } from "../lib/text.ts";
@@ -24,12 +24,12 @@ async function check(call: cli.Call): Promise<number> {
     const mark = randomBytes(3).toString("hex");
     const podless = watch ? "not with --watch" : await tryPods(call, members, cluster, mark);
     cluster = clusterOf(members);
-    const ills = verdict(cluster, podless);
+    const { ills, notes } = verdict(cluster, podless);
     const { stdout } = process;
-    if (call.flags.has("json")) stdout.write(`${jsonOf(asJson(cluster, ills, podless))}\n`);
+    if (call.flags.has("json")) stdout.write(`${jsonOf(asJson(cluster, ills, notes, podless))}\n`);
     else
       stdout.write(
-        `${watch ? `${stdout.isTTY ? "\x1b[H\x1b[J" : "\n"}${new Date().toISOString()}\n\n` : ""}${reportOf(cluster, ills, stdout.isTTY ? stdout : {}, podless)}`,
+        `${watch ? `${stdout.isTTY ? "\x1b[H\x1b[J" : "\n"}${new Date().toISOString()}\n\n` : ""}${reportOf(cluster, ills, stdout.isTTY ? stdout : {}, podless, notes)}`,
       );
     if (!watch) return ills.length ? 1 : 0;
     await sleep(PAUSE * 1000);
@@ -37,16 +37,17 @@ async function check(call: cli.Call): Promise<number> {
 }
 
 /** What is wrong; also what did not pass for a reason that is not known here. */
-export function verdict(cluster: Cluster, podless: string | undefined): Ill[] {
-  const ills = diagnose(cluster);
-  if (ills.length) return ills;
-  return proofsOf(cluster, podless)
-    .filter(({ passed, of }) => passed < of)
+export function verdict(cluster: Cluster, podless: string | undefined): { ills: Ill[]; notes: string[] } {
+  const { wrong, notes, early } = judge(cluster);
+  if (wrong.length) return { ills: wrong, notes };
+  const ills = proofsOf(cluster, podless)
+    .filter(({ what, passed, of }) => passed < of && !early.includes(what))
     .map(({ what, passed, of }) => ({
       box: cluster.boxes[0]?.name ?? "",
       cause: `${what}: ${passed} of ${of}, for a reason that shows on no box of SERVER and AGENTS`,
       remedy: "add every node to AGENTS, and check again",
     }));
+  return { ills, notes };
 }
 
 /** A line of the report on what was tried: what passed, and what could not be tried and why. */
@@ -95,7 +96,7 @@ export function proofsOf({ boxes, nodes }: Cluster, podless: string | undefined)
       untested: without("kube-proxy"),
     },
     ...(server?.metrics
-      ? [{ what: "nodes in kubectl top", passed: server.tried.top.length, of: nodes.length, untested: [] }]
+      ? [{ what: TOP, passed: server.tried.top.length, of: nodes.length, untested: [] }]
       : []),
     byPods("full-size packets from pod to pod", ({ pods }) => pods),
     byPods("pods to the service of the API", one("kubernetes")),
@@ -112,10 +113,11 @@ export function proofsOf({ boxes, nodes }: Cluster, podless: string | undefined)
 }
 
 /** What programs read. */
-function asJson({ boxes, nodes }: Cluster, ills: Ill[], podless: string | undefined) {
+function asJson({ boxes, nodes }: Cluster, ills: Ill[], notes: string[], podless: string | undefined) {
   return {
     ok: ills.length === 0,
     wrong: ills,
+    notes,
     proofs: proofsOf({ boxes, nodes }, podless).filter(({ of, untested }) => of || untested.length),
     boxes: boxes.map(({ word: _, said, node, ...box }) => ({
       ...box,
@@ -139,7 +141,13 @@ interface Page {
 }
 
 /** The report as text: tables, what was proved, and what is wrong. */
-export function reportOf(cluster: Cluster, ills: readonly Ill[], page: Page, podless?: string): string {
+export function reportOf(
+  cluster: Cluster,
+  ills: readonly Ill[],
+  page: Page,
+  podless?: string,
+  notes = judge(cluster).notes,
+): string {
   const width = page.columns ?? Number.POSITIVE_INFINITY;
   const colour = page.isTTY && !process.env.NO_COLOR;
   const paint = (code: number, text: string) => (colour ? `\x1b[${code}m${text}\x1b[0m` : text);
@@ -153,19 +161,12 @@ export function reportOf(cluster: Cluster, ills: readonly Ill[], page: Page, pod
     ...(of ? [`${passed === of ? green("ok   ") : red("wrong")} ${what}: ${passed} of ${of}`] : []),
     ...untested.map((why) => `could not test ${what}: ${shown(why)}`),
   ]);
-  const notes = cluster.boxes.flatMap(({ name, word, latent }) =>
-    latent.length
-      ? [
-          `note  ${name}: by its rules ${shown(latent.join("; "))}; it passes now, and may not after a restart: make firewall HOST=${word}`,
-        ]
-      : [],
-  );
   const wrong = merged(ills).flatMap(({ box, cause, remedy }) => [
     red(`${box}: ${shown(cause)}`),
     `    do: ${shown(remedy)}`,
   ]);
   const last = wrong.length ? wrong : [green("Nothing is wrong.")];
-  return `${[...tables, [...proofs, ...notes], last].map((lines) => lines.join("\n")).join("\n\n")}\n`;
+  return `${[...tables, [...proofs, ...notes.map((text) => `note  ${shown(text)}`)], last].map((lines) => lines.join("\n")).join("\n\n")}\n`;
 }
 
 /** What a box said, in one line. */
@@ -238,7 +239,7 @@ function boxTable({ boxes }: Cluster): Row[] {
   const clocks = boxes.flatMap(({ clock }) => clock ?? []).sort((a, b) => a - b);
   const middle = clocks[Math.floor((clocks.length - 1) / 2)] ?? 0;
   return [
-    ["box", "k3s", "kernel", "unit", "restarts", "up", "clock", "disk", "mem"],
+    ["box", "k3s", "kernel", "unit", "restarts", "up", "clock", "disk", "mem", "load"],
     ...boxes.map((box): Row => {
       const { state, restarts, runs } = box.unit;
       const ahead = box.clock === undefined ? undefined : box.clock - middle;
@@ -253,7 +254,11 @@ function boxTable({ boxes }: Cluster): Row[] {
         runs === undefined ? "-" : span(runs),
         ahead === undefined ? "-" : `${ahead <= -0.05 ? "-" : "+"}${span(Math.abs(ahead), 1)}`,
         box.disk === undefined ? "-" : `${box.disk}%`,
-        box.memory === undefined ? "-" : `${box.memory}%`,
+        box.load.memory === undefined ? "-" : `${box.load.memory}%`,
+        {
+          text: box.load.average === undefined ? "-" : `${box.load.average}/${box.load.cores ?? "?"}`,
+          wrong: Boolean(overload(box.load)),
+        },
       ];
     }),
   ];
@@ -267,7 +272,8 @@ function wireguardTable({ boxes, nodes }: Cluster, width: number): Row[] {
     const peer = peerOf(from.peers, to.podCidr);
     if (!peer) return { text: short ? "x" : "no peer", wrong: true };
     const age = Math.floor(from.now - peer.handshake);
-    const wrong = age > FRESH || peer.endpoint.replace(/:\d+$/, "") !== to.externalIp;
+    const stands = standing(peer, to, nodes, from.now - FRESH);
+    const wrong = !stands.fresh || stands.wrong !== undefined;
     const text = peer.handshake ? span(age) : short ? "x" : "never";
     return {
       text: short ? text.replace(/s$/, "") : `${text} ${size(peer.received)}/${size(peer.sent)}`,

@@ -1,25 +1,22 @@
 #!/usr/bin/env -S node --import tsx
 /** The cluster in ten lines, from one round trip to the server. Changes nothing. */
 import * as cli from "../lib/cli.ts";
-import { ask, type Cluster, clusterOf, type Seen, survey } from "../lib/cluster.ts";
+import { ask, type Cluster, clusterOf, type Seen, survey, TOP_LOOK } from "../lib/cluster.ts";
+import { judge, TOP } from "../lib/diagnosis.ts";
 import { FRESH, type Node, peerOf } from "../lib/kube.ts";
 import { plain } from "../lib/report.ts";
 
-/** Beside what check asks of a server (which defines kc); both at once, for the API is what takes time. */
+/** Beside what check asks of a server (which defines kc and api). */
 export const MORE = `
-fact tries
-said=$(
-  kc get pods -A --no-headers 2>/dev/null | sed 's/^/pod /' &
-  kc top nodes --no-headers 2>/dev/null | sed 's/^/top /' &
-  wait
-)
-printf '%s\\n' "$said"`;
+${TOP_LOOK}
+fact pods; kc get pods -A --no-headers 2>/dev/null`;
 
 /** A line: what it is about, what is seen, and whether that is as it should be. */
 export type Row = [what: string, text: string, well: boolean];
 
 /** Ten lines. */
-export function statusOf({ boxes, nodes }: Cluster, pods: string | undefined): Row[] {
+export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
+  const { boxes, nodes } = cluster;
   const server = boxes[0] as Seen;
   const names = (list: Node[]) => list.map(({ name }) => name).join(", ");
   const versions = [...new Set(nodes.map(({ version }) => version))];
@@ -37,6 +34,7 @@ export function statusOf({ boxes, nodes }: Cluster, pods: string | undefined): R
     ([, , ready = "", state]) => state !== "Completed" && (state !== "Running" || !/^(\d+)\/\1$/.test(ready)),
   );
   const { top } = server.tried;
+  const early = judge(cluster).early.includes(TOP);
   const { state, runs, restarts } = server.unit;
   const up =
     runs === undefined
@@ -44,7 +42,7 @@ export function statusOf({ boxes, nodes }: Cluster, pods: string | undefined): R
       : `up ${Math.floor(runs / 3600)} h ${Math.floor((runs % 3600) / 60)} min`;
   const list: Row[] = [
     ["cluster", `${server.name}, https://${server.ip}:6443`, nodes.length > 0],
-    ["k3s", versions.join(", ") || "the API does not answer", versions.length === 1],
+    ["k3s", versions.join(", ") || server.silence || "the API does not answer", versions.length === 1],
     [
       "nodes",
       down.length
@@ -78,9 +76,9 @@ export function statusOf({ boxes, nodes }: Cluster, pods: string | undefined): R
     [
       "metrics",
       server.metrics
-        ? `kubectl top has ${top.length} of ${nodes.length} nodes`
+        ? `kubectl top has ${top.length} of ${nodes.length} nodes${early ? ": metrics-server has not had its turn yet" : ""}`
         : "metrics-server is disabled",
-      !server.metrics || top.length === nodes.length,
+      !server.metrics || early || top.length === nodes.length,
     ],
     [
       "server",
@@ -89,7 +87,7 @@ export function statusOf({ boxes, nodes }: Cluster, pods: string | undefined): R
     ],
     [
       "room",
-      `disk ${server.disk ?? "?"} %, memory ${server.memory ?? "?"} % in use`,
+      `disk ${server.disk ?? "?"} %, memory ${server.load.memory ?? "?"} % in use`,
       nodes.every(({ pressure }) => pressure.length === 0),
     ],
   ];
@@ -115,11 +113,7 @@ async function status(call: cli.Call): Promise<number> {
     process.stderr.write(`${target.name}: ${plain(server?.error ?? "")}\n`);
     return 1;
   }
-  const pods = server.facts.tries
-    ?.match(/^pod .*/gm)
-    ?.map((row) => row.slice(4))
-    .join("\n");
-  const rows = statusOf(clusterOf([{ ...server, tried: server.facts }]), pods);
+  const rows = statusOf(clusterOf([{ ...server, tried: server.facts }]), server.facts.pods);
   const colour = process.stdout.isTTY && !process.env.NO_COLOR;
   for (const [what, text, well] of rows)
     process.stdout.write(

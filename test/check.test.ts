@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { clusterOf, type Member, tries } from "../lib/cluster.ts";
-import { diagnose } from "../lib/diagnosis.ts";
+import { diagnose, judge } from "../lib/diagnosis.ts";
 import { MEANT, meaningOf } from "../lib/journal.ts";
 import type { Settings } from "../lib/settings.ts";
 import type { Facts } from "../lib/step.ts";
@@ -11,6 +11,7 @@ import {
   A1,
   B1,
   B2,
+  figures,
   fixture,
   IP,
   keyOf,
@@ -55,10 +56,9 @@ const ways = (own: string, over: Record<string, number>, more: Facts = {}) => ({
       ...tunnels(over)
         .filter(([name]) => name !== own)
         .map(([name, size]) => `tunnel ${name} ${size}`),
-      ...(own === "a1"
-        ? ["a1", "b1", "b2"].flatMap((name) => [`kubelet ${name} open`, `top ${name} 1m`])
-        : ["api server open"]),
+      ...(own === "a1" ? ["a1", "b1", "b2"].map((name) => `kubelet ${name} open`) : ["api server open"]),
     ].join("\n"),
+    ...(own === "a1" ? { top: figures("a1", "b1", "b2") } : {}),
     ...more,
   },
 });
@@ -72,6 +72,10 @@ const passed = (of: Record<string, number>, arrived = "") => ({
     .join("\n"),
   arrived,
 });
+
+/** systemd's starts of a unit, 22 s apart, the last of them 11 s ago. */
+const again = (many: number) =>
+  Array.from({ length: many }, (_, i) => String(NOW - 11 - 22 * (many - 1 - i))).join("\n");
 
 const FLAG = ["server", "--flannel-backend", "wireguard-native", "--flannel-external-ip"];
 const DROPPED = { tries: "tunnel a1 0\ntunnel b2 0\napi server open" };
@@ -127,7 +131,7 @@ describe("a healthy cluster", () => {
       MODERN,
       A1,
       { nodes: nodes(A1), peers: "" },
-      { tries: "kubelet a1 open\ntop a1 1m" },
+      { tries: "kubelet a1 open", top: figures("a1") },
     );
     assert.deepEqual(illsOf([alone]), []);
   });
@@ -325,15 +329,12 @@ describe("a broken cluster is told its cause and what to do:", () => {
     [
       "10250 unreachable",
       boxes(MODERN, {
-        a1: reached(
-          "tunnel b1 1420",
-          "tunnel b2 1420",
-          "kubelet a1 open",
-          "kubelet b1 dropped",
-          "kubelet b2 open",
-          "top a1 1m",
-          "top b2 1m",
-        ),
+        a1: {
+          tried: {
+            tries: "tunnel b1 1420\ntunnel b2 1420\nkubelet a1 open\nkubelet b1 dropped\nkubelet b2 open",
+            top: figures("a1", "b2"),
+          },
+        },
       }),
       "b1",
       /kubelet cannot be reached at 198\.51\.101\.11:10250 \(dropped\): no logs, exec and metrics/,
@@ -341,15 +342,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
     ],
     [
       "metrics-server that misses a node",
-      boxes(MODERN, {
-        a1: reached(
-          "tunnel b1 1420",
-          "tunnel b2 1420",
-          ...["a1", "b1", "b2"].map((n) => `kubelet ${n} open`),
-          "top a1 1m",
-          "top b1 <unknown>",
-        ),
-      }),
+      boxes(MODERN, { a1: ways("a1", {}, { top: figures("a1") }) }),
       "a1",
       /"kubectl top nodes" has nothing of b1, b2/,
       /make fix-metrics/,
@@ -388,10 +381,15 @@ describe("a broken cluster is told its cause and what to do:", () => {
     [
       "a unit that starts again and again",
       boxes(MODERN, {
-        b1: { facts: { units: units("k3s-agent", "active", 9, "NRestarts=12").replace("1800", "3590") } },
+        b1: {
+          facts: {
+            units: units("k3s-agent", "active", 9, "NRestarts=12").replace("1800", "3590"),
+            starts: again(12),
+          },
+        },
       }),
       "b1",
-      /starts again and again \(12 restarts\)/,
+      /starts again and again \(12 times in 254 s\)/,
       /make agent HOST=b1/,
     ],
     [
@@ -465,10 +463,12 @@ test("what did not pass for a reason that shows on no box is wrong too", () => {
     },
   }) as [Member, Member, Member];
   a1.facts.metrics = "";
-  const [ill, ...more] = verdict(clusterOf([a1, b1, b2]), undefined);
+  const {
+    ills: [ill, ...more],
+  } = verdict(clusterOf([a1, b1, b2]), undefined);
   assert.match(ill?.cause ?? "", /^full-size packets through the tunnels: 6 of 7, for a reason/);
   assert.deepEqual(more, []);
-  assert.deepEqual(verdict(clusterOf(boxes(MODERN)), "no image"), []);
+  assert.deepEqual(verdict(clusterOf(boxes(MODERN)), "no image"), { ills: [], notes: [] });
 });
 
 test("a box without ping is told of by its handshakes", () => {
@@ -524,6 +524,405 @@ describe("what check's own pods found", () => {
     assert.match(without, /^could not test pods, services, DNS, logs and exec: no image$/m);
     assert.doesNotMatch(without, /pod to pod/);
   });
+});
+
+describe("a consequence of a cause that is named is no cause of its own:", () => {
+  const system = (node: string, over: object = {}) =>
+    JSON.stringify({
+      kind: "PodList",
+      items: ["kube-dns", "metrics-server"].map((app) => ({
+        metadata: { name: `${app}-1`, labels: { "k8s-app": app }, creationTimestamp: at(NOW - 9000) },
+        spec: { nodeName: node },
+        status: {
+          phase: "Running",
+          conditions: [{ type: "Ready", status: "True" }],
+          containerStatuses: [{ state: { running: { startedAt: at(NOW - 9000) } } }],
+          ...over,
+        },
+      })),
+    });
+  const down = {
+    conditions: [],
+    containerStatuses: [{ state: { waiting: { reason: "CrashLoopBackOff" } } }],
+  };
+  const at = (seconds: number) => new Date(seconds * 1000).toISOString();
+  const services = (...rows: string[]) => rows.map((row) => `service ${row}`).join("\n");
+  const closed = {
+    a1: { facts: { system: system("a1") }, ...ways("a1", { b1: 0 }, passed({ b1: 148, b2: 300 })) },
+    b1: {
+      tried: {
+        ...DROPPED,
+        ...passed({ a1: 0, b2: 0 }, "192.0.2.1"),
+        paths: `pod a1 no\npod b2 no\n${services("DNS no", "kubernetes yes")}`,
+      },
+    },
+    b2: ways("b2", { b1: 0 }, passed({ b1: 148, a1: 300 })),
+  };
+  const cases: [name: string, members: Member[], causes: [box: string, cause: RegExp][]][] = [
+    [
+      "packets too large for the tunnels, and so between pods",
+      boxes(MODERN, {
+        a1: ways("a1", { b1: 1340 }),
+        b1: ways("b1", { a1: 1340, b2: 1340 }, { paths: "pod a1 no\npod b2 no" }),
+        b2: ways("b2", { b1: 1340 }, { paths: "pod b1 no\npod a1 yes" }),
+      }),
+      [["b1", /MTU 1420 of flannel-wg is too large .* 1340/]],
+    ],
+    [
+      "UDP closed before a box, so that its pods do not reach CoreDNS on another",
+      boxes(MODERN, closed),
+      [["b1", /UDP 51820 is closed before it/]],
+    ],
+    [
+      "the same where it is not known where CoreDNS runs",
+      boxes(MODERN, { ...closed, a1: { ...closed.a1, facts: {} } }),
+      [["b1", /UDP 51820 is closed before it/]],
+    ],
+    [
+      "a firewall between the pods of two boxes, CoreDNS being on the other",
+      boxes(MODERN, {
+        a1: { facts: { system: system("a1") } },
+        b1: { tried: { ...boxes(MODERN)[1]?.tried, paths: `pod a1 no\npod b2 yes\n${services("DNS no")}` } },
+      }),
+      [["b1", /its pods do not reach the pods of a1/]],
+    ],
+    [
+      "but what does not go by it is one: packets too large to b1, and a CoreDNS on b2 that does not answer b2's",
+      boxes(MODERN, {
+        a1: { ...ways("a1", { b1: 1340 }), facts: { system: system("b2") } },
+        b1: ways("b1", { a1: 1340, b2: 1340 }, { paths: "pod a1 no" }),
+        b2: ways("b2", { b1: 1340 }, { paths: services("DNS no") }),
+      }),
+      [
+        ["b1", /MTU 1420/],
+        ["b2", /its pods get no answer of CoreDNS/],
+      ],
+    ],
+    [
+      "a server that cannot be reached, and agents that do not reach it",
+      [
+        { ...(boxes(MODERN)[0] as Member), facts: {}, tried: {}, error: "Could not reach a1: timed out" },
+        ...boxes(MODERN)
+          .slice(1)
+          .map((box) => ({
+            ...box,
+            facts: { ...box.facts, units: units("k3s-agent", "activating", 812) },
+            tried: { tries: "api server dropped\nproxied kubernetes dropped" },
+          })),
+      ],
+      [["a1", /Could not reach a1/]],
+    ],
+    [
+      "a server on which k3s does not run, and agents whose 6443 is refused",
+      boxes(MODERN, {
+        a1: { facts: { nodes: "", units: units("k3s", "failed") }, tried: { tries: "" } },
+        b1: { tried: { tries: "api server refused" } },
+        b2: { tried: { tries: "api server refused" } },
+      }),
+      [["a1", /k3s does not run \(systemd: failed\)/]],
+    ],
+    [
+      "10250 closed, so that there are no logs, exec and metrics",
+      boxes(MODERN, {
+        a1: {
+          tried: {
+            tries: "tunnel b1 1420\ntunnel b2 1420\nkubelet a1 open\nkubelet b1 dropped\nkubelet b2 open",
+            top: figures("a1", "b2"),
+            kubelets: "logs b1 no did not answer in 10 s\nexec b1 no x\nlogs b2 yes",
+          },
+        },
+      }),
+      [["b1", /its kubelet cannot be reached/]],
+    ],
+    [
+      "CoreDNS that does not run, so that no pod gets a name",
+      boxes(MODERN, {
+        a1: { facts: { system: system("b1", down) }, tried: { ...boxes(MODERN)[0]?.tried } },
+        b1: { tried: { ...boxes(MODERN)[1]?.tried, paths: services("DNS no") } },
+        b2: { tried: { ...boxes(MODERN)[2]?.tried, paths: services("DNS no") } },
+      }).map((box, i) => (i ? box : { ...box, tried: { ...box.tried, top: figures("a1", "b1", "b2") } })),
+      [["b1", /CoreDNS does not run \(CrashLoopBackOff\)/]],
+    ],
+    [
+      "kube-proxy's rules that are missing, for the box and so for its pods",
+      boxes(MODERN, {
+        b1: {
+          tried: {
+            tries: "tunnel a1 1420\ntunnel b2 1420\napi server open\nproxied kubernetes dropped",
+            paths: services("kubernetes no", "DNS no"),
+          },
+        },
+      }),
+      [["b1", /does not reach the API's service/]],
+    ],
+    [
+      "no pod that starts where CoreDNS and metrics-server should run",
+      boxes(MODERN, {
+        a1: {
+          facts: { system: system("b1", down) },
+          tried: {
+            ...boxes(MODERN)[0]?.tried,
+            top: "",
+            unstarted: "unstarted b1 FailedCreatePodSandBox: no flannel",
+          },
+        },
+        b2: { tried: { ...boxes(MODERN)[2]?.tried, paths: services("DNS no") } },
+      }),
+      [["b1", /^no pod starts on it: FailedCreatePodSandBox: no flannel$/]],
+    ],
+  ];
+  for (const [name, members, causes] of cases)
+    test(name, () => {
+      const ills = illsOf(members);
+      assert.deepEqual(
+        ills.map(({ box }) => box),
+        causes.map(([box]) => box),
+        JSON.stringify(ills),
+      );
+      for (const [i, [, cause]] of causes.entries()) assert.match(ills[i]?.cause ?? "", cause);
+    });
+});
+
+describe("asked at once after a join or a restart, check", () => {
+  const runs = (unit: string, seconds: number) =>
+    units(unit, "active", 9).replace("1800", String(3600 - seconds));
+  const pod = (app: string, status: object) =>
+    JSON.stringify({
+      kind: "PodList",
+      items: [{ metadata: { name: `${app}-1`, labels: { "k8s-app": app } }, status }],
+    });
+  const started = (seconds: number) => ({
+    conditions: [{ type: "Ready", status: "True" }],
+    containerStatuses: [
+      { state: { running: { startedAt: new Date((NOW + seconds) * 1000).toISOString() } } },
+    ],
+  });
+  const without = (facts: Facts, b1: Facts = {}) =>
+    boxes(MODERN, { a1: { facts, ...ways("a1", {}, { top: figures("a1", "b2") }) }, b1: { facts: b1 } });
+  const joined = JSON.parse(nodes(A1, B1, B2));
+  joined.items[1].metadata.creationTimestamp = new Date((NOW - 40) * 1000).toISOString();
+  const cases: [name: string, members: Member[], said: RegExp, fault?: true][] = [
+    [
+      "says the seconds since an agent's start",
+      without({}, { units: runs("k3s-agent", 33) }),
+      /^a1: "kubectl top nodes" has nothing of b1 yet: k3s of b1 was started 3[34] s ago, and metrics-server may take 150$/,
+    ],
+    [
+      "says the seconds since the server's start",
+      without({ units: runs("k3s", 12) }),
+      /k3s of a1 was started 1[23] s ago/,
+    ],
+    ["says the seconds since a join", without({ nodes: JSON.stringify(joined) }), /b1 joined 4[01] s ago/],
+    [
+      "says the seconds since metrics-server's own start",
+      without({ system: pod("metrics-server", started(-20)) }),
+      /metrics-server was started 2[01] s ago/,
+    ],
+    [
+      "takes a clock a second ahead for now",
+      without({ system: pod("metrics-server", started(2)) }),
+      /started 0 s ago/,
+    ],
+    [
+      "is a fault where a start is in a time to come",
+      without({ system: pod("metrics-server", started(900)) }),
+      /nothing of b1$/,
+      true,
+    ],
+    [
+      "is a fault when metrics-server has had its turn",
+      without({}, { units: runs("k3s-agent", 170) }),
+      /nothing of b1$/,
+      true,
+    ],
+    [
+      "names a metrics-server that does not run",
+      without({
+        system: pod("metrics-server", {
+          containerStatuses: [{ state: { waiting: { reason: "ImagePullBackOff" } } }],
+        }),
+      }),
+      /has nothing of b1, and metrics-server does not run \(ImagePullBackOff\)$/,
+      true,
+    ],
+    [
+      "says of a unit that was started anew some times how long it runs",
+      boxes(MODERN, { b1: { facts: { units: runs("k3s-agent", 11), starts: again(4) } } }),
+      /^b1: k3s-agent was started 4 times in 7[78] s, and has run for 1[12] s since$/,
+    ],
+    [
+      "says so too of one that has run longer than before",
+      boxes(MODERN, { b1: { facts: { units: runs("k3s-agent", 40), starts: again(12) } } }),
+      /^b1: k3s-agent was started 12 times/,
+    ],
+    [
+      "waits for CoreDNS",
+      boxes(MODERN, {
+        a1: { facts: { units: runs("k3s", 30), system: pod("kube-dns", { phase: "Pending" }) } },
+        b1: { tried: { ...boxes(MODERN)[1]?.tried, paths: "service DNS no" } },
+      }),
+      /^a1: CoreDNS does not run \(Pending\): no pod of the cluster resolves a name yet; k3s of a1 was started 3[01] s ago$/,
+    ],
+  ];
+  for (const [name, members, said, fault] of cases)
+    test(`${name}${fault ? "" : ", as a note"}`, () => {
+      const cluster = clusterOf(members);
+      const { ills, notes } = verdict(cluster, undefined);
+      const lines = fault ? ills.map(({ cause }) => cause) : notes;
+      assert.equal(lines.length, 1, JSON.stringify({ ills, notes }));
+      assert.match(lines[0] ?? "", said);
+      assert.equal(ills.length, fault ? 1 : 0, JSON.stringify(ills));
+      if (!fault)
+        assert.match(
+          reportOf(cluster, ills, {}, undefined, notes),
+          /^note {2}\S+: .*\n\nNothing is wrong\.$/m,
+        );
+    });
+
+  test("of a unit with old restarts and none of late has nothing to say", () => {
+    const facts = { units: runs("k3s-agent", 5).replace("NRestarts=0", "NRestarts=40") };
+    assert.deepEqual(verdict(clusterOf(boxes(MODERN, { b1: { facts } })), undefined), {
+      ills: [],
+      notes: [],
+    });
+  });
+});
+
+describe("on a busy server", () => {
+  const BUSY = "9.81 7.00 3.00 5/300 999\n2\nMemTotal: 2000000 kB\nMemAvailable: 40000 kB";
+  const slow = {
+    kubelets: "logs b1 no did not answer in 10 s\nlogs a1 yes\nexec b2 no did not answer in 10 s",
+  };
+
+  test("what did not answer in time is the load's doing, which is said once, with its figures", () => {
+    const tries = "tunnel b1 1420\ntunnel b2 1420\nkubelet a1 open\nkubelet b1 dropped\nkubelet b2 open";
+    const tried = { tries, top: figures("a1", "b1", "b2"), ...slow };
+    const [ill, ...more] = illsOf(boxes(MODERN, { a1: { facts: { load: BUSY }, tried } }));
+    assert.deepEqual([ill?.box, more], ["a1", []]);
+    assert.equal(
+      ill?.cause,
+      "the box is overloaded (load 9.81 on 2 cores, memory 98 % in use): 3 questions did not answer in time",
+    );
+    assert.doesNotMatch(ill?.remedy ?? "", /open/);
+  });
+
+  test("a load alone is no fault, and shows in the table", () => {
+    const members = boxes(MODERN, { a1: { facts: { load: BUSY } } });
+    assert.deepEqual(illsOf(members), []);
+    assert.match(reportOf(clusterOf(members), [], {}), /^a1 .* 98% +9\.81\/2$/m);
+  });
+
+  test("that is not busy, slow is not closed either", () => {
+    const ills = illsOf(boxes(MODERN, { a1: { tried: { ...boxes(MODERN)[0]?.tried, ...slow } } }));
+    assert.deepEqual(
+      ills.map(({ box, cause }) => [box, cause]),
+      [
+        ["b1", "kubectl logs of it: did not answer in 10 s"],
+        ["b2", "kubectl exec of it: did not answer in 10 s"],
+      ],
+    );
+    for (const { remedy } of ills) assert.match(remedy, /^make check again/);
+  });
+
+  test("the API's own words are said of what it refuses", () => {
+    const kubelets =
+      'logs b1 no 502 {"kind":"Status","message":"proxy error from 127.0.0.1:6443: \\"EOF\\""}';
+    const [ill] = illsOf(boxes(MODERN, { a1: { tried: { ...boxes(MODERN)[0]?.tried, kubelets } } }));
+    assert.equal(ill?.cause, 'kubectl logs does not work on it: proxy error from 127.0.0.1:6443: "EOF"');
+  });
+
+  for (const [what, load, cause] of [
+    ["does not answer in time", "0.5 0.4 0.3 1/3 9\n1", "the API did not answer in 20 s"],
+    [
+      "has no time to answer",
+      BUSY,
+      "the API did not answer in 20 s; the box is overloaded (load 9.81 on 2 cores, memory 98 % in use)",
+    ],
+  ] as const)
+    test(`an API that ${what} is no API without nodes`, () => {
+      const facts = { nodes: "", api: "20 did not answer in 20 s", load };
+      const ills = illsOf(boxes(MODERN, { a1: { facts, tried: { tries: "" } } }));
+      assert.deepEqual(
+        ills.map((ill) => [ill.box, ill.cause]),
+        [["a1", cause]],
+      );
+      assert.equal(/^end what loads it/.test(ills[0]?.remedy ?? ""), load === BUSY);
+    });
+
+  test("of two, the one that does not answer is named, and the nodes are known by the other", () => {
+    const [a1, b1, b2] = boxes(MODERN) as [Member, Member, Member];
+    const facts = { ...b1.facts, joins: "", ca: a1.facts.ca ?? "", units: units("k3s", "active", 7) };
+    const second: Member = {
+      ...b1,
+      role: "server",
+      facts: { ...facts, nodes: "", api: "20 did not answer in 20 s" },
+      tried: { tries: "" },
+    };
+    assert.deepEqual(
+      illsOf([a1, second, b2]).map(({ box, cause }) => [box, cause]),
+      [["b1", "the API did not answer in 20 s"]],
+    );
+  });
+});
+
+describe("a peer that speaks from elsewhere", () => {
+  const at = (name: string, endpoint: string) => {
+    const peers = boxes(MODERN)[0]?.facts.peers as string;
+    const own = { b1: B1.ip, b2: B2.ip }[name] as string;
+    return boxes(MODERN, { a1: { facts: { peers: peers.replace(`${own}:51820`, endpoint) } } });
+  };
+
+  test("with a fresh handshake is worth a note, and not red in the table", () => {
+    const members = at("b1", "203.0.113.77:51820");
+    assert.deepEqual(illsOf(members), []);
+    assert.deepEqual(judge(clusterOf(members)).notes, [
+      "a1: b1 speaks to it from 203.0.113.77:51820, not from 198.51.101.11; the handshake is fresh",
+    ]);
+    assert.doesNotMatch(reportOf(clusterOf(members), [], { isTTY: true, columns: 200 }), /\[31m/);
+  });
+
+  for (const [endpoint, cause] of [
+    ["192.168.0.11:51820", "its WireGuard has b1 at 192.168.0.11, which is no public address"],
+    [`${B2.ip}:51820`, "its WireGuard has b1 at 198.51.101.12, which is the address of b2"],
+  ] as const)
+    test(`is wrong at ${endpoint}`, () =>
+      assert.deepEqual(
+        illsOf(at("b1", endpoint)).map((ill) => [ill.box, ill.cause]),
+        [["a1", cause]],
+      ));
+});
+
+describe("the pods' bridge", () => {
+  test("of modern k3s with an MTU larger than its tunnel's is named", () => {
+    const [ill, ...more] = illsOf(boxes(MODERN, { b1: { facts: { cni: "1500" } } }));
+    assert.match(
+      ill?.cause ?? "",
+      /^its pods' bridge cni0 has an MTU of 1500, larger than the 1420 of flannel-wg/,
+    );
+    assert.deepEqual([ill?.box, more], ["b1", []]);
+  });
+
+  test("with the tunnel's or less is as it should be", () => {
+    for (const cni of ["1420", "1340", ""])
+      assert.deepEqual(illsOf(boxes(MODERN, { b1: { facts: { cni } } })), []);
+  });
+});
+
+test("a node on which no pod starts is a fault, in the kubelet's words and without what a terminal would obey", () => {
+  const words = 'FailedCreatePodSandBox: plugin type="flannel" failed (add): \u001b[2Jno subnet.env';
+  const tried = { ...boxes(MODERN)[0]?.tried, unstarted: `unstarted b1 ${words}` };
+  const cluster = clusterOf(boxes(MODERN, { a1: { tried } }));
+  const { ills } = verdict(cluster, undefined);
+  assert.deepEqual(
+    ills.map(({ box }) => box),
+    ["b1"],
+  );
+  const text = reportOf(cluster, ills, {});
+  assert.match(
+    text,
+    /^b1: no pod starts on it: FailedCreatePodSandBox: plugin type="flannel" failed \(add\): {2}?.*no subnet\.env$/m,
+  );
+  assert.ok(!text.includes("\u001b") && !text.includes("Nothing is wrong"), text);
 });
 
 describe("what k3s says in its journal", () => {
@@ -665,7 +1064,7 @@ describe("the report", () => {
     const [a1, b1, b2] = boxes(MODERN) as [Member, Member, Member];
     const { clock: _, ...silent } = b1;
     const text = page([a1, { ...silent, error: "gone", facts: {}, tried: {} }, b2], {});
-    assert.match(text, /^b1 +v1\.36\.2\+k3s1 +- +unseen +- +- +- +- +-$/m);
+    assert.match(text, /^b1 +v1\.36\.2\+k3s1 +- +unseen +- +- +- +- +- +-$/m);
     assert.doesNotMatch(text, /undefined|NaN/);
   });
 });

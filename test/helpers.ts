@@ -166,9 +166,7 @@ export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried
   );
   const ways = others.map(({ name }) => `tunnel ${name} 1420`);
   const reached =
-    role === "server"
-      ? [A1, B1, B2].flatMap(({ name }) => [`kubelet ${name} open`, `top ${name} 100m 5% 500Mi 20%`])
-      : ["api server open"];
+    role === "server" ? [A1, B1, B2].map(({ name }) => `kubelet ${name} open`) : ["api server open"];
   return {
     target: { host: spec.name, ip: spec.ip, word: spec.name, name: spec.name },
     role,
@@ -184,7 +182,7 @@ export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried
       wg: `${iface} 1420 ${keyOf(spec.name)}`,
       peers: dump.join("\n"),
       disk: "Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/vda1 20000000 8000000 12000000 40% /",
-      memory: "MemTotal:       2000000 kB\nMemAvailable:   1500000 kB",
+      load: "0.52 0.40 0.30 1/300 999\n2\nMemTotal:       2000000 kB\nMemAvailable:   1500000 kB",
       ...(role === "server"
         ? {
             nodes: nodes(A1, B1, B2),
@@ -194,9 +192,17 @@ export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried
         : { joins: `https://${IP}:6443\n${hash}` }),
       ...facts,
     },
-    tried: { tries: [...ways, ...reached].join("\n"), ...tried },
+    tried: {
+      tries: [...ways, ...reached].join("\n"),
+      ...(role === "server" ? { top: figures("a1", "b1", "b2") } : {}),
+      ...tried,
+    },
   };
 }
+
+/** What the metrics API says of these nodes. */
+export const figures = (...names: string[]): string =>
+  JSON.stringify({ kind: "NodeMetricsList", items: names.map((name) => ({ metadata: { name } })) });
 
 /** A public key of its own for each box. */
 export const keyOf = (name: string): string => `${name}${"k".repeat(41)}=`;

@@ -157,8 +157,10 @@ describe("nodes and peers", () => {
       {
         name: "a1",
         ready: true,
+        readySince: 0,
         cordoned: false,
         boot: undefined,
+        machine: undefined,
         drained: undefined,
         created: 0,
         heartbeat: Date.parse("2026-11-23T15:15:19Z") / 1000,
@@ -177,8 +179,10 @@ describe("nodes and peers", () => {
       {
         name: "b1",
         ready: true,
+        readySince: 0,
         cordoned: false,
         boot: undefined,
+        machine: undefined,
         drained: undefined,
         created: 0,
         heartbeat: Date.parse("2026-11-23T15:18:30Z") / 1000,
@@ -388,8 +392,13 @@ describe("an API without a list of nodes", () => {
       .replaceAll("/var/lib/rancher/k3s/server/tls", `${root}/tls`)
       .replaceAll("/etc/rancher/k3s/k3s.yaml", `${root}/k3s.yaml`)
       .replaceAll("/usr/local/bin/k3s", `${root}/bin/k3s`)
-      .replaceAll("/etc/*)", `${root}/k3s.yaml)`);
-    const PATH = programs(`${root}/bin`, { curl, k3s, systemctl: `echo ${agent}` });
+      .replaceAll("/var/lib/rancher/k3s/agent", root);
+    writeFileSync(`${root}/kubelet.kubeconfig`, "    server: https://127.0.0.1:6444\n");
+    const PATH = programs(`${root}/bin`, {
+      curl,
+      k3s,
+      systemctl: `case $* in *k3s-agent) echo ${agent} ;; *) [ ${agent} = active ] && echo inactive || echo active ;; esac`,
+    });
     return look([{ look: () => [there] }], wanted(), { PATH });
   };
 

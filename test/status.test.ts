@@ -3,7 +3,7 @@ import { describe, test } from "node:test";
 import { clusterOf } from "../lib/cluster.ts";
 import type { Facts } from "../lib/step.ts";
 import { statusOf } from "../scripts/status.ts";
-import { A1, B1, B2, MODERN, member, type NodeSpec, nodes } from "./helpers.ts";
+import { A1, B1, B2, figures, MODERN, member, type NodeSpec, nodes } from "./helpers.ts";
 
 const PODS = `kube-system   coredns-1   1/1   Running     0             5d
 kube-system   helm-1      0/1   Completed   0             5d
@@ -45,7 +45,7 @@ describe("status", () => {
     ["a peer that is gone", status({ peers: "" }), "WireGuard", /0 of 2 peers of a1 are fresh, not: b1, b2/],
     [
       "metrics that miss a node",
-      status({}, PODS, { tries: "top a1 1m" }),
+      status({}, PODS, { top: figures("a1") }),
       "metrics",
       /kubectl top has 1 of 3 nodes/,
     ],
