@@ -311,7 +311,14 @@ function kubernetes(c: Cluster, q: Question): Reply {
         : status(404, "NotFound", `deployments.apps ${quote(name)} not found`);
     }
     case "/pods":
-      return name ? notFound : listOf(c, "PodList", "v1", here && c.state.deployment ? [pod(c)] : []);
+      return name
+        ? notFound
+        : listOf(
+            c,
+            "PodList",
+            "v1",
+            here && c.state.deployment ? [pod(c)].filter(selected(q.url.searchParams)) : [],
+          );
     case "/endpoints":
       return namespace === "default" && name === "kubernetes"
         ? json(200, {
@@ -342,6 +349,14 @@ function kubernetes(c: Cluster, q: Question): Reply {
   }
   return notFound;
 }
+
+/** By `labelSelector`: `key=value` or `key in (one,other)`, separated by commas. */
+const selected =
+  (query: URLSearchParams) =>
+  ({ metadata: { labels } }: { metadata: { labels: Record<string, string> } }): boolean =>
+    [...(query.get("labelSelector") ?? "").matchAll(/([\w./-]+)(?: in \(([^)]*)\)|==?([^,]*))/g)].every(
+      ([, key, several, one]) => (several?.split(",") ?? [one]).includes(labels[key as string] ?? ""),
+    );
 
 const passwordSecret = (node: string) => ({
   apiVersion: "v1",
@@ -505,7 +520,7 @@ function deployment(c: Cluster): object | undefined {
   };
 }
 
-function pod(c: Cluster): object {
+function pod(c: Cluster) {
   const up = metricsReady(c);
   return {
     metadata: { name: POD, namespace: "kube-system", labels: LABELS },

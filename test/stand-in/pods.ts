@@ -68,8 +68,11 @@ export function startPod(gen: Generation, podCidr: string, nftables: boolean): v
     }
     if (!existsSync(`/run/netns/${NETNS}`)) run("ip", "netns", "add", NETNS);
     if (!existsSync("/sys/class/net/cni0")) {
-      run("ip", "link", "add", "cni0", "type", "bridge");
-      run("ip", "link", "add", "veth0000", "type", "veth", "peer", "name", "eth0", "netns", NETNS);
+      // Modern pods have flannel-wg's MTU; v1.17's the card's (both recorded).
+      const mtu = gen === "old" ? "1500" : "1420";
+      run("ip", "link", "add", "cni0", "mtu", mtu, "type", "bridge");
+      const veth = ["type", "veth", "peer", "name", "eth0", "mtu", mtu, "netns", NETNS];
+      run("ip", "link", "add", "veth0000", "mtu", mtu, ...veth);
       run("ip", "link", "set", "veth0000", "master", "cni0", "up");
       run("ip", "addr", "add", podCidr.replace(/\.0\/24$/, ".1/24"), "dev", "cni0");
       run("ip", "link", "set", "cni0", "up");
