@@ -40,7 +40,8 @@ kernel: upgrade-kernel
 wireguard: install-wireguard
 metrics: fix-metrics
 
-upgrade remove: FLAGS += $(call switch,FORCE,--force)
+server agent up upgrade remove down restore: FLAGS += $(call switch,FORCE,--force)
+server agent up: FLAGS += $(call switch,TAKE_OVER,--take-over)
 down: FLAGS += $(call switch,YES,--yes)
 $(SCRIPTS) $(LIVING) up firewall: $(MODULES)
 	@$(TS) scripts/$@.ts $(FLAGS)

@@ -395,7 +395,8 @@ export function jobFor(call: Call, target: Target, line: Line): Job {
   // The networks of pods and services are what the server's arguments say, on every other box too.
   const { SERVER_ARGS } = { ...settings, ...(isServer ? {} : call.own[servers[0] as string]) };
   const own = call.own[target.name] ?? call.own[""];
-  const want = { ...settings, SERVER_ARGS, ...own, HOST: target.host, PUBLIC_IP: target.ip };
+  const given = { HOST: target.host, PUBLIC_IP: target.ip, allowed: call.flags };
+  const want = { ...settings, SERVER_ARGS, ...own, ...given };
   if (want.HTTPS_PROXY || want.HTTP_PROXY) {
     const url = /^https:\/\/([\w.-]+)/.exec(want.K3S_URL)?.[1] ?? "";
     // An agent has to do with no other agent but through WireGuard.

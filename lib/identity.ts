@@ -1,6 +1,9 @@
 /** Who a box is: the settings' address, its boot id and machine id, and the CA of its cluster, held against each other. */
+import { parseArgs, secretIn } from "./args.ts";
+import { argsOf, type Role, releaseOf, unitOf } from "./k3s.ts";
 import type { Node } from "./kube.ts";
-import { type Facts, Refusal } from "./step.ts";
+import { type Settings, words } from "./settings.ts";
+import { type Facts, Refusal, type Step, type Want } from "./step.ts";
 
 /** A box by the settings' address, and by what it says of itself; one that is gone says nothing. */
 export interface Who {
@@ -89,8 +92,7 @@ export function casOf(facts: Facts): Cas {
 export const caIn = (token: string): string | undefined => /^K10([0-9a-f]{64})::/.exec(token)?.[1];
 
 /** A CA as it is shown. */
-export const brief = (hashes: readonly string[]): string =>
-  hashes.length ? `${(hashes[0] as string).slice(0, 12)}…` : "none";
+export const brief = (hash: string | undefined): string => (hash ? `${hash.slice(0, 12)}…` : "none");
 
 const share = (some: readonly string[], others: readonly string[]) => some.some((ca) => others.includes(ca));
 
@@ -110,10 +112,22 @@ export function mayGo(
   known: boolean,
   force: boolean,
 ): void {
+  for (const role of ["server", "agent"] as const) {
+    const unit = unitFact(facts, role);
+    const where = elsewhere(unit, facts.told);
+    if (where)
+      throw new Refusal(
+        `k3s on this box (${unitOf(role)}) has its data ${where}, where nothing is removed from here: k3s-uninstall.sh of its installer does it`,
+      );
+    if (isForeign(unit) && !known && !force)
+      throw new Refusal(
+        `${unitOf(role)}.service on this box is not this project's: FORCE=1 removes it all the same, with k3s's data`,
+      );
+  }
   const { server, agent } = casOf(facts);
   const anothers = (what: string, cas: readonly string[]) => {
     throw new Refusal(
-      `k3s on this box is ${what} of another cluster (CA ${brief(cas)}, this cluster's ${brief(cluster)}): it goes by its own env file`,
+      `k3s on this box is ${what} of another cluster (CA ${brief(cas[0])}, this cluster's ${brief(cluster[0])}): make down with the env file of that one takes it away`,
     );
   };
   if (cluster.length) {
@@ -122,10 +136,156 @@ export function mayGo(
     if (agent.length && !share(agent, [...cluster, ...server])) anothers("an agent", agent);
   } else if (server.length + agent.length && role === "agent" && !force)
     throw new Refusal(
-      `Nothing tells of which cluster this box is (CA ${brief([...server, ...agent])}): the server has no CA, and K3S_TOKEN names none. FORCE=1 removes k3s all the same`,
+      `Nothing tells of which cluster this box is (CA ${brief([...server, ...agent][0])}): the server has no CA, and K3S_TOKEN names none. FORCE=1 removes k3s all the same`,
     );
   if (server.length && role === "agent" && !known && !force)
     throw new Refusal(
       "This box has a server's data, with the same CA, and the cluster does not know it: is it the server that was, or one in use? FORCE=1 removes it with its datastore",
     );
 }
+
+/** Facts for mayBecome and isForeign: each role's unit with its drop-ins, wherever it is, and where else k3s is told of its data. */
+export const unitsLook = `for name in k3s k3s-agent; do
+  fact "unit-$name"; systemctl cat $name.service 2>/dev/null || cat /etc/systemd/system/$name.service 2>/dev/null
+done
+fact told; d=/etc/systemd/system
+cat $d/k3s.service.env $d/k3s-agent.service.env /etc/default/k3s /etc/sysconfig/k3s 2>/dev/null |
+  sed -n "s/^K3S_DATA_DIR=['\\"]\\{0,1\\}\\([^'\\"]*\\).*/data-dir \\1/p; s/^K3S_DATASTORE_ENDPOINT=..*/datastore-endpoint/p; s/^K3S_CLUSTER_INIT=..*/cluster-init/p"
+sed -n "s/^data-dir:[[:space:]]*['\\"]\\{0,1\\}\\([^'\\"[:space:]]*\\).*/data-dir \\1/p; s/^\\(datastore-endpoint\\|cluster-init\\):.*/\\1/p" /etc/rancher/k3s/config.yaml 2>/dev/null
+[ ! -d /var/lib/rancher/k3s/server/db/etcd ] || echo cluster-init
+`;
+
+/** The first line of the units that this project writes. */
+export const MARK = "# Written by k3s-across-clouds.";
+/** Of those that it wrote before it marked them: k3s's own installer has other words, and a - before the file's name. */
+const BEFORE = [
+  /^EnvironmentFile=\/etc\/systemd\/system\/k3s(-agent)?\.service\.env$/m,
+  /^# Limits other than infinity cost performance: the kernel would have to count\.$/m,
+];
+
+/** A unit that is there, and that this project has not written. */
+export const isForeign = (unit = ""): boolean =>
+  unit.trim() !== "" && !unit.split("\n").includes(MARK) && !BEFORE.every((line) => line.test(unit));
+
+/** The words of a unit's last ExecStart, without the program and what systemd's quotes are for. */
+export function argumentsIn(unit: string): string[] {
+  const [, line = ""] =
+    [...unit.replace(/\\\n/g, " ").matchAll(/^ExecStart=[-@:+!]*\S*([^\n]*)$/gm)].findLast(
+      ([whole]) => !/^ExecStart=\s*$/.test(whole),
+    ) ?? [];
+  return words(line.replace(/['"]/g, ""));
+}
+
+const DATA = "/var/lib/rancher/k3s";
+
+/** Where a unit's k3s keeps its cluster, if that is not where this project's does. */
+function elsewhere(unit: string, told = ""): string | undefined {
+  const foreign = isForeign(unit);
+  const args = [
+    ...parseArgs(argumentsIn(unit).join(" ")),
+    ...told.split("\n").map((row) => ({ flag: row.split(" ")[0], value: row.split(" ")[1] })),
+  ];
+  for (const { flag, value = "" } of args) {
+    if ((flag === "data-dir" || flag === "d") && value.replace(/\/+$/, "") !== DATA)
+      return `in ${value} (--data-dir)`;
+    if (!foreign) continue;
+    if (flag === "datastore-endpoint" || flag === "storage-endpoint")
+      return "in a datastore of its own (--datastore-endpoint)";
+    if (flag === "cluster-init") return "in embedded etcd (--cluster-init)";
+  }
+  return undefined;
+}
+
+/** A foreign unit's arguments as they may be shown. */
+const shown = (args: readonly string[]) =>
+  args
+    .map((word) => {
+      const secret = secretIn(parseArgs(word)) !== undefined;
+      return secret ? word.replace(/=.*/, "=********") : word;
+    })
+    .join(" ");
+
+const unitFact = (facts: Facts, role: Role) => facts[`unit-${unitOf(role)}`] ?? "";
+
+/**
+ * @param goes arguments of this project's own unit.
+ * @throws {Refusal} for a box whose unit somebody else has written, unless it is told to take it over; and never where
+ * its cluster is elsewhere, since a new and empty one would begin.
+ */
+function notForeign(role: Role, want: Want, facts: Facts, goes: readonly string[]): void {
+  const unit = unitFact(facts, role);
+  const where = elsewhere(unit, facts.told);
+  if (where)
+    throw new Refusal(
+      `k3s is on this box already (${unitOf(role)}), and has its data ${where}: here it would begin a new, empty ${role === "server" ? "cluster" : "node"}. It is left as it is; k3s-uninstall.sh of its installer removes it`,
+    );
+  if (!isForeign(unit) || want.allowed?.has("take-over")) return;
+  const gone: string[] = [];
+  const list = argumentsIn(unit).slice(1);
+  for (let i = 0; i < list.length; i++) {
+    // The value of a flag may be the next word.
+    const next = list[i + 1];
+    const own = list[i] as string;
+    const word = own.includes("=") || !next || next.startsWith("-") ? own : `${own}=${list[++i]}`;
+    if (!goes.includes(word)) gone.push(word);
+  }
+  throw new Refusal(
+    `${unitOf(role)}.service on this box is not this project's. TAKE_OVER=1 writes its own in its place${gone.length ? `, and these arguments go: ${shown(gone)}` : ""}`,
+  );
+}
+
+/**
+ * May this box become, or go on as, what it is to be, in the cluster that K3S_TOKEN names?
+ * @throws {Refusal}
+ */
+export function mayBecome(role: Role, want: Want, facts: Facts, goes: readonly string[]): void {
+  const other = role === "server" ? "agent" : "server";
+  if (unitFact(facts, other).trim())
+    throw new Refusal(
+      `This box runs ${unitOf(other)}, or is set up to: it cannot be ${unitOf(role)} as well; make remove, or make down, takes it away`,
+    );
+  notForeign(role, want, facts, goes);
+  if (want.allowed?.has("force")) return;
+  const asked = caIn(want.K3S_TOKEN);
+  const have = casOf(facts)[role];
+  if (role === "agent" && want.K3S_TOKEN && moving(want, facts))
+    throw new Refusal(
+      `This box is an agent of another cluster: that has the CA ${brief(have[0])}, this one ${asked ? brief(asked) : "a new one"}. FORCE=1 moves it to this one`,
+    );
+  if (role === "agent" || !asked || share(have, [asked])) return;
+  if (have.length)
+    throw new Refusal(
+      `This box is the server of another cluster: that has the CA ${brief(have[0])}, K3S_TOKEN names ${brief(asked)}. Is SERVER right? FORCE=1 goes on, and its token takes the place of K3S_TOKEN`,
+    );
+  // A further server gets the cluster's CA from the datastore.
+  if (!want.K3S_DATASTORE_ENDPOINT)
+    throw new Refusal(
+      `K3S_TOKEN is of a cluster (CA ${brief(asked)}), and this box has no server's data: a new, empty cluster would begin, and its token take the place of K3S_TOKEN. Is SERVER right? make restore brings a backup here; FORCE=1 begins a new cluster`,
+    );
+}
+
+/** What is said where an agent leaves a cluster for another one. */
+export function moving(want: Settings, facts: Facts): string {
+  const [have, asked] = [casOf(facts).agent, caIn(want.K3S_TOKEN)];
+  return have.length && !share(have, asked ? [asked] : [])
+    ? `moves to another cluster: from the CA ${brief(have[0])} to ${asked ? brief(asked) : "a new one"}`
+    : "";
+}
+
+/** The switches by which a box may change its cluster, or what looks after its unit. */
+export const ALLOWED = {
+  force: "an agent moves to another cluster, or a new cluster's token takes the place of K3S_TOKEN",
+  "take-over": "write this project's unit over one that is not its own, where the data stays where it is",
+};
+
+/** Before anything is done to a box that is to have a role. */
+export const identityAs = (role: Role): Step => ({
+  name: "identity",
+  options: [],
+  look: () => [caLook, unitsLook],
+  plan(want, facts) {
+    const generation = releaseOf(want, facts).generation ?? "modern";
+    mayBecome(role, want, facts, argsOf(role, generation, want, want.PROXY_MODE));
+    return [];
+  },
+});

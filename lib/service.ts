@@ -110,6 +110,7 @@ export function ailments(name: string, ip: string, generation: Generation, facts
  *
  * @param env lines of the EnvironmentFile; `@NAME@` stands for a setting that is secret.
  * @param before what else has to be made before the next start.
+ * @param note what its environment changes beside what it says.
  */
 export function servicePlan(
   role: Role,
@@ -117,6 +118,7 @@ export function servicePlan(
   want: Settings,
   facts: Facts,
   before: readonly Change[] = [],
+  note = "",
 ): Change[] {
   const { version, generation } = releaseOf(want, facts);
   if (!generation) return [{ why: "ask the k3s binary for its flags", sh: ":", lookAgain: true }];
@@ -148,7 +150,7 @@ export function servicePlan(
   if (facts.envfile?.trim() !== `600\n${sha256(filledEnv(env, want))}`) {
     const secrets = [...env.matchAll(SECRET)].map((m) => m[1] as SettingName);
     changes.push({
-      why: `write ${envPath(role)} (0600)`,
+      why: `write ${envPath(role)} (0600)${note && `: ${note}`}`,
       sh: `${secrets.map((name) => `${name}=$(printf %s "$${name}" | sed 's/\\\\/&&/g')\n`).join("")}${writeFile(envPath(role), env, "600", secrets)}`,
       ...(secrets.length ? { secrets } : {}),
     });

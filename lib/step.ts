@@ -37,6 +37,9 @@ export interface Change {
   lookAgain?: true;
 }
 
+/** Settings, and what this call was allowed by a word of its own: force, take-over. */
+export type Want = Settings & { allowed?: ReadonlySet<string> };
+
 /** One step of the deployment. `look` prints facts and changes nothing; `plan` is pure. */
 export interface Step {
   /** The script's name, and the make target that runs it. */
@@ -46,9 +49,9 @@ export interface Step {
   /** Pieces of shell that print facts: `fact NAME`, then its text. A piece that several steps share is sent once. */
   look(want: Settings): string[];
   /** @throws {Refusal} where the facts say that nothing must be touched. */
-  plan(want: Settings, facts: Facts): Change[];
+  plan(want: Want, facts: Facts): Change[];
   /** What the operator's env file should remember once the plan is empty. */
-  learn?(want: Settings, facts: Facts): Partial<Settings>;
+  learn?(want: Want, facts: Facts): Partial<Settings>;
 }
 
 /** A step must not go on: the box or the cluster is not as it has to be. Nothing was touched. Exit status 1. */
@@ -243,7 +246,7 @@ export interface Job {
   box: Box;
   /** The box of the cluster's server. */
   server: Box;
-  want: Settings;
+  want: Want;
   progress: Progress;
   /** A fact that a change reports before it has ended. */
   early?(fact: Facts): void;
@@ -313,7 +316,7 @@ function sane(facts: Facts): void {
 }
 
 /** Plans of several steps as one, up to a change after which the box must be looked at anew. */
-export function planAll(steps: readonly Step[], want: Settings, facts: Facts): Change[] {
+export function planAll(steps: readonly Step[], want: Want, facts: Facts): Change[] {
   const changes: Change[] = [];
   for (const step of steps) {
     changes.push(...step.plan(want, facts));

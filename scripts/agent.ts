@@ -3,7 +3,8 @@
 import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
 import { foreignFirst } from "../lib/foreign.ts";
-import { envPath, nodeNameIn, nodeNameOf, passwordIn } from "../lib/k3s.ts";
+import { ALLOWED, caLook, identityAs, moving } from "../lib/identity.ts";
+import { envPath, nodeNameIn, nodeNameOf, passwordIn, type Role } from "../lib/k3s.ts";
 import { nodesOf } from "../lib/kube.ts";
 import { NODE_SETTINGS, proxyEnv } from "../lib/node.ts";
 import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/service.ts";
@@ -22,11 +23,15 @@ export const agent: Step = {
   name: "agent",
   options: ["PUBLIC_IP", "PROXY_MODE", "AGENT_ARGS", ...NODE_SETTINGS, "K3S_URL", "K3S_TOKEN"],
 
-  look: (want) => [...serviceLook("agent"), ...(want.K3S_URL && want.K3S_TOKEN ? [serverLook(want)] : [])],
+  look: (want) => [
+    ...serviceLook("agent"),
+    caLook,
+    ...(want.K3S_URL && want.K3S_TOKEN ? [serverLook(want)] : []),
+  ],
 
   plan(want, facts): Change[] {
     examine(want, facts);
-    return servicePlan("agent", ENV(want), want, facts);
+    return servicePlan("agent", ENV(want), want, facts, [], moving(want, facts));
   },
 };
 
@@ -128,23 +133,25 @@ function unreachable(url: string, error: string): string {
   return `The server does not answer this box at ${url}/cacerts: ${what} (${said})`;
 }
 
-/** What an agent needs before there is a server to join. */
-export const prepareSteps = [
+/** What a box needs before there is a server to join. */
+export const prepareAs = (role: Role) => [
   systemdFirst,
-  foreignFirst("agent"),
+  identityAs(role),
+  foreignFirst(role),
   downloadK3s,
   upgradeKernel,
   installWireguard,
 ];
 
 /** What brings a box from nothing to an agent that every node can reach. */
-export const agentSteps = [...prepareSteps, agent, annotateAs("agent")];
+export const agentSteps = [...prepareAs("agent"), agent, annotateAs("agent")];
 
 const FROM_SERVER = 'what "make server" writes; run it first, or copy both lines into';
 
 await run(import.meta, {
   about: "Joins a box to the server: binary, kernel, WireGuard, unit, and a node that is Ready.",
   steps: agentSteps,
+  flags: ALLOWED,
   needs: { K3S_URL: FROM_SERVER, K3S_TOKEN: FROM_SERVER },
   nothing: (want, facts) => healthySaying("agent", want, facts),
 });

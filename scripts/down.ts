@@ -2,6 +2,7 @@
 /** Removes the whole cluster from SERVER and all AGENTS, after asking. */
 import { createInterface } from "node:readline/promises";
 import * as cli from "../lib/cli.ts";
+import { caIn, casOf, mayGo } from "../lib/identity.ts";
 import { report } from "../lib/report.ts";
 import { SettingError } from "../lib/settings.ts";
 import { converge, type Facts, type Job, look, planAll } from "../lib/step.ts";
@@ -25,12 +26,24 @@ async function down(call: cli.Call): Promise<number> {
     boxes.map((box) =>
       cli.attempt(call, call.script, box, ui.line(box.name), async (line) => {
         const job = cli.jobFor(call, box, line);
-        const facts = await look(job, [uninstall]);
-        if (call.mode !== "apply") return cli.showPlan(call, box, [uninstall], job, facts);
-        found.set(box, { job, facts });
+        found.set(box, { job, facts: await look(job, [uninstall]) });
       }),
     ),
   );
+  // One that must not go stops all: the settings may be those of another cluster.
+  const force = call.flags.has("force");
+  const ca = [...found].flatMap(([box, { facts }]) => (box === servers[0] ? casOf(facts).server : []));
+  const asked = caIn(call.settings.K3S_TOKEN);
+  const cluster = force ? [] : asked ? [asked] : ca;
+  const examined = await Promise.all(
+    [...found].map(([box, { job, facts }]) =>
+      cli.attempt(call, call.script, box, ui.line(box.name), async () => {
+        mayGo(facts, cluster, servers.includes(box) ? "server" : "agent", false, force);
+        if (call.mode !== "apply") cli.showPlan(call, box, [uninstall], job, facts);
+      }),
+    ),
+  );
+  if (call.mode !== "apply" || cli.worst(examined) !== 0) return cli.worst([...looked, ...examined]);
   const full = [...found].filter(([, { job, facts }]) => planAll([uninstall], job.want, facts).length);
   if (full.length && !call.flags.has("yes") && !(await agreed(full.map(([box]) => box.name)))) return 1;
   const removed = await Promise.all(
@@ -62,6 +75,6 @@ async function agreed(names: string[]): Promise<boolean> {
 await cli.run(import.meta, {
   about: "Removes k3s and all its data from SERVER and all AGENTS, after asking.",
   steps: [{ ...uninstall, options: ["SERVER", "PUBLIC_IP", "SERVER_ARGS"] }],
-  flags: { yes: "do not ask" },
+  flags: { yes: "do not ask", force: "also a box of another cluster, and k3s that somebody else has set up" },
   work: down,
 });

@@ -5,7 +5,7 @@ import * as cli from "../lib/cli.ts";
 import { ask } from "../lib/cluster.ts";
 import { drainedOn, onNodeOf } from "../lib/drain.ts";
 import { closeAgain, closeLook } from "../lib/firewall.ts";
-import { caIn, caLook, casOf, mayGo, nodeOf, type Who, whoIs } from "../lib/identity.ts";
+import { caIn, caLook, casOf, mayGo, nodeOf, unitsLook, type Who, whoIs } from "../lib/identity.ts";
 import { nodeNameOf, unitPath } from "../lib/k3s.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../lib/kube.ts";
 import { CLEAR, CLEAR_LOOK } from "../lib/leftovers.ts";
@@ -52,6 +52,7 @@ export const uninstall: Step = {
 
   look: (want) => [
     caLook,
+    unitsLook,
     `fact left
 for path in ${[...UNITS, ...UNITS.map((unit) => `${unit}.env`), ...FILES].join(" ")}; do
   # An empty folder may be a mount of its own.

@@ -7,7 +7,7 @@ import * as cli from "../lib/cli.ts";
 import { ask } from "../lib/cluster.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
 import { closeLook } from "../lib/firewall.ts";
-import { whoIs } from "../lib/identity.ts";
+import { ALLOWED, brief, caIn, whoIs } from "../lib/identity.ts";
 import { nodeNameOf } from "../lib/k3s.ts";
 import { address, KUBECTL, VERSION } from "../lib/kube.ts";
 import { rangesOf } from "../lib/node.ts";
@@ -15,8 +15,8 @@ import { report } from "../lib/report.ts";
 import { SettingError, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, converge, look, lookAndConverge, Refusal, type Step } from "../lib/step.ts";
-import { pairs } from "../lib/text.ts";
-import { agentSteps, prepareSteps } from "./agent.ts";
+import { pairs, sha256 } from "../lib/text.ts";
+import { agentSteps, prepareAs } from "./agent.ts";
 import { hashOf } from "./backup.ts";
 import { firewallFor } from "./firewall.ts";
 import { forgotten, PASSWORDS, provenLook } from "./remove.ts";
@@ -134,6 +134,12 @@ async function restore(call: cli.Call): Promise<number> {
     throw new SettingError(
       `K3S_VERSION is ${settings.K3S_VERSION} (${origins.K3S_VERSION}), the backup of ${about.version}: restore with K3S_VERSION=${about.version}, then upgrade`,
     );
+  const ca = await caOf(settings.BACKUP);
+  const asked = caIn(settings.K3S_TOKEN);
+  if (asked && asked !== ca && !call.flags.has("force"))
+    throw new SettingError(
+      `K3S_TOKEN (${origins.K3S_TOKEN}) is of the CA ${brief(asked)}, the backup of ${brief(ca)}, another cluster, whose token would take its place: expected an env file of its own, or FORCE=1`,
+    );
   const boxes = await cli.targets(call, "HOST");
   const [box] = boxes as [cli.Target];
   if (boxes.length > 1) throw new SettingError(`HOST names ${boxes.length} boxes: expected one`);
@@ -147,11 +153,16 @@ async function restore(call: cli.Call): Promise<number> {
     [box, ...agents].map(({ ip }) => ip),
     about.ip,
   );
-  const steps = [...prepareSteps, put(settings.BACKUP, await hashOf(settings.BACKUP)), firewall, server];
+  const steps = [
+    ...prepareAs("server"),
+    put(settings.BACKUP, await hashOf(settings.BACKUP)),
+    firewall,
+    server,
+  ];
   /** As every call will be from now on: this box is the server. */
   const next: cli.Call = {
     ...call,
-    settings: { ...settings, SERVER: box.word, HOST: "", PUBLIC_IP: "" },
+    settings: { ...settings, SERVER: box.word, HOST: "", PUBLIC_IP: "", K3S_URL: "", K3S_TOKEN: "" },
     addresses: { ...call.addresses, servers: [box.ip] },
   };
 
@@ -209,10 +220,18 @@ async function aboutOf(file: string): Promise<{ version: string; node: string; i
   );
 }
 
+/** The hash of the CA of a backup's cluster. */
+async function caOf(file: string): Promise<string> {
+  const member = async (name: string) =>
+    (await $({ quiet: true, nothrow: true })`tar -xzOf ${file} ${name}`).stdout;
+  return caIn(await member("token")) ?? sha256(await member("tls/server-ca.crt"));
+}
+
 await cli.run(import.meta, {
   about:
     "Makes HOST, a fresh box, the server that BACKUP is of. SERVER in the env file changes, and the agents follow.",
-  steps: [...prepareSteps, put("", ""), server, ...agentSteps],
+  steps: [...prepareAs("server"), put("", ""), server, ...agentSteps],
   writes: () => true,
+  flags: { force: ALLOWED.force },
   work: restore,
 });

@@ -1,17 +1,15 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { type Call, run, type Target } from "../lib/cli.ts";
-import { foreignFirst } from "../lib/foreign.ts";
+import { ALLOWED, brief, caIn } from "../lib/identity.ts";
 import { envPath, NO_USER, passwordIn } from "../lib/k3s.ts";
 import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/node.ts";
-import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/service.ts";
+import { healthySaying, serviceLook, servicePlan } from "../lib/service.ts";
 import { boxNames, nameOf, SettingError, type Settings } from "../lib/settings.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
 import { sha256 } from "../lib/text.ts";
+import { prepareAs } from "./agent.ts";
 import { annotateAs } from "./annotate.ts";
-import { downloadK3s } from "./download-k3s.ts";
-import { installWireguard } from "./install-wireguard.ts";
-import { upgradeKernel } from "./upgrade-kernel.ts";
 
 export const server: Step = {
   name: "server",
@@ -33,6 +31,12 @@ fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo 
     if (isFurther(want)) return {};
     const token = facts.token?.trim();
     if (!token) throw new Failure("The server is healthy but has no node-token");
+    // What the datastore holds shows only now.
+    const [ca, asked] = [caIn(token), caIn(want.K3S_TOKEN)];
+    if (asked && ca !== asked && !want.allowed?.has("force"))
+      throw new Refusal(
+        `The server's cluster has the CA ${brief(ca)}, K3S_TOKEN names ${brief(asked)}, another cluster: it stays as it is. FORCE=1 has the server's token take its place`,
+      );
     return { K3S_URL: urlOf(want), K3S_TOKEN: token };
   },
 };
@@ -121,15 +125,7 @@ function examine({ settings: want }: Call, boxes: readonly Target[]): void {
 }
 
 /** What brings a box from nothing to a server whose node others can reach. */
-export const serverSteps = [
-  systemdFirst,
-  foreignFirst("server"),
-  downloadK3s,
-  upgradeKernel,
-  installWireguard,
-  server,
-  annotateAs("server"),
-];
+export const serverSteps = [...prepareAs("server"), server, annotateAs("server")];
 
 await run(import.meta, {
   about: "Makes a box the k3s server: binary, kernel, WireGuard, unit, and a node that is Ready.",
@@ -137,6 +133,7 @@ await run(import.meta, {
   host: "SERVER",
   everyServer: true,
   writes: (_want, known) => !known.K3S_URL || !known.K3S_TOKEN,
+  flags: ALLOWED,
   examine,
   nothing: (want, facts) => healthySaying("server", want, facts),
 });

@@ -3,6 +3,7 @@
 import { parseArgs } from "../lib/args.ts";
 import { run } from "../lib/cli.ts";
 import { configsLook, foreignArgs } from "../lib/foreign.ts";
+import { brief, caIn } from "../lib/identity.ts";
 import { binaryLook, generationOf, K3S, NO_USER, nodeNameOf } from "../lib/k3s.ts";
 import { restart } from "../lib/service.ts";
 import { type Change, Refusal, type Step } from "../lib/step.ts";
@@ -29,6 +30,11 @@ fact door; printf 'user = "node:%s"\n' "$(sed '${NO_USER}; s/["\\\\]/\\\\&/g' ${
     const now = facts.token?.trim();
     if (!now || !/^(de)?activ/.test(facts.running ?? ""))
       throw new Refusal("No k3s server runs on this box: make server");
+    const [ca, asked] = [caIn(now), caIn(want.K3S_TOKEN)];
+    if (ca !== asked)
+      throw new Refusal(
+        `This server is another cluster's: it has the CA ${brief(ca)}, K3S_TOKEN names ${brief(asked)}. Is SERVER right?`,
+      );
     if (!facts.rotates?.trim())
       throw new Refusal(
         `k3s ${facts.version?.trim()} cannot rotate its token: that came with v1.25.15, v1.26.10, v1.27.7 and v1.28.3. Until it is upgraded, whoever has the token can add a node: close 6443/tcp to all but the nodes`,

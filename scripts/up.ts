@@ -1,10 +1,11 @@
 #!/usr/bin/env -S node --import tsx
 /** All seven steps on SERVER and all AGENTS, side by side in one process. */
 import * as cli from "../lib/cli.ts";
+import { ALLOWED, casOf } from "../lib/identity.ts";
 import { report } from "../lib/report.ts";
 import type { Settings } from "../lib/settings.ts";
 import { converge, type Facts, Failure, type Job, look, type Step } from "../lib/step.ts";
-import { agentSteps, prepareSteps } from "./agent.ts";
+import { agentSteps, prepareAs } from "./agent.ts";
 import { fixMetrics } from "./fix-metrics.ts";
 import { server as serverStep, serverSteps } from "./server.ts";
 
@@ -46,21 +47,30 @@ export async function up(call: cli.Call): Promise<number> {
       const job = cli.jobFor(call, box, line);
       const first = await look(job, steps);
       if (call.mode !== "apply") {
-        const token = call.settings.K3S_TOKEN || "(the server's)";
+        await serverUp;
+        // A server that has none yet makes a new one, unless a datastore has it.
+        const { K3S_TOKEN, K3S_DATASTORE_ENDPOINT } = call.settings;
+        const known = facts.boot && !K3S_DATASTORE_ENDPOINT ? "" : K3S_TOKEN;
+        const token = facts.token?.trim() || known || "(the server's)";
         job.want = { ...job.want, K3S_URL: `https://${server.ip}:6443`, K3S_TOKEN: token };
-        return cli.showPlan(call, box, steps, job, first);
+        // What it was told by another server, or of another token, counts for nothing.
+        const { cacerts, ...rest } = first;
+        return cli.showPlan(call, box, steps, job, token === K3S_TOKEN ? first : rest);
       }
-      let facts = await converge(job, prepareSteps, first, steps);
+      // Nothing is done to a box of some cluster before it is known which one it is to be in.
+      const waits = !job.want.K3S_TOKEN && casOf(first).agent.length > 0;
+      const role = steps === serverSteps ? "server" : "agent";
+      let own = waits ? first : await converge(job, prepareAs(role), first, steps);
       if (!learned) line.waits("the server's token");
       await Promise.race([opened, serverUp]);
       if (!learned) throw new Failure("Not joined: the server is not up");
       // The look above asked the server by what the env file knew: nothing, or perhaps another cluster; or too early.
-      const shut = facts.cacerts !== undefined && facts.door?.trim() !== "200";
+      const shut = own.cacerts !== undefined && own.door?.trim() !== "200";
       if (shut || learned.K3S_URL !== job.want.K3S_URL || learned.K3S_TOKEN !== job.want.K3S_TOKEN) {
         job.want = { ...job.want, ...learned };
-        facts = await look(job, steps);
+        own = await look(job, steps);
       }
-      const joined = converge(job, steps, facts);
+      const joined = converge(job, steps, own);
       // What still runs on this box then ends with the connection.
       const lost = serverUp.then((status) => {
         if (status) throw new Failure("Not joined: the server did not come up");
@@ -94,5 +104,6 @@ await cli.run(import.meta, {
     "Brings up the whole cluster. Agents are prepared while the server starts, and wait only for its token.",
   steps: [...allSteps, ...agentSteps],
   writes: (_want, known) => !known.K3S_URL || !known.K3S_TOKEN,
+  flags: ALLOWED,
   work: up,
 });

@@ -45,7 +45,8 @@ describe("--help", { concurrency: 4 }, () => {
   /** Switches of a script's own; those that change nothing on a box have no others. */
   const OWN: Record<string, string[]> = {
     ...{ check: ["json", "watch"], kubeconfig: ["use"], status: [] },
-    ...{ down: ["yes"], remove: ["force"], upgrade: ["force"] },
+    ...{ down: ["yes", "force"], remove: ["force"], upgrade: ["force"], restore: ["force"] },
+    ...Object.fromEntries(["server", "agent", "up"].map((name) => [name, ["force", "take-over"]])),
   };
   const READ_ONLY = ["check", "kubeconfig", "status"];
   const WHOLE = [...READ_ONLY, "up", "down", "upgrade", "backup"];

@@ -6,7 +6,7 @@ import { configsLook, foreignFirst, portsLook } from "../lib/foreign.ts";
 import type { Role } from "../lib/k3s.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { type Facts, planAll, Refusal } from "../lib/step.ts";
-import { prepareSteps } from "../scripts/agent.ts";
+import { prepareAs } from "../scripts/agent.ts";
 import { serverSteps } from "../scripts/server.ts";
 import { MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
@@ -17,9 +17,11 @@ function refused(
   over: Partial<Settings> = {},
   type: new (message?: string) => Error = Refusal,
 ): string {
-  const want = wanted({ K3S_VERSION: MODERN, ...over });
+  // A fresh box is no server of a known cluster.
+  const token = role === "server" ? { K3S_TOKEN: "" } : {};
+  const want = wanted({ K3S_VERSION: MODERN, ...token, ...over });
   try {
-    const steps = role === "server" ? serverSteps : prepareSteps;
+    const steps = role === "server" ? serverSteps : prepareAs("agent");
     planAll(steps, want, { ...prepared(want.K3S_VERSION), version: "", ...facts });
     return "";
   } catch (error) {

@@ -1,10 +1,39 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { caIn, caLook, casOf, nodeOf, whoIs } from "../lib/identity.ts";
+import {
+  argumentsIn,
+  caIn,
+  caLook,
+  casOf,
+  identityAs,
+  isForeign,
+  MARK,
+  mayGo,
+  nodeOf,
+  unitsLook,
+  whoIs,
+} from "../lib/identity.ts";
 import { nodesOf } from "../lib/kube.ts";
-import { type Facts, Refusal } from "../lib/step.ts";
+import { type Facts, planAll, Refusal } from "../lib/step.ts";
+import { agentSteps } from "../scripts/agent.ts";
 import { examine } from "../scripts/remove.ts";
-import { A1, B1, B2, box, type NodeSpec, nodes, prepared, shell, TOKEN, temporary } from "./helpers.ts";
+import { server, serverSteps } from "../scripts/server.ts";
+import { token } from "../scripts/token.ts";
+import {
+  A1,
+  B1,
+  B2,
+  box,
+  fixture,
+  MODERN,
+  type NodeSpec,
+  nodes,
+  prepared,
+  shell,
+  TOKEN,
+  temporary,
+  wanted,
+} from "./helpers.ts";
 
 const REBOOTED = "88e9fd3e-8477-40e7-aaf5-7b4c1351751a";
 const [bootB2 = "", machineB2 = ""] = [box(B2).boot?.trim(), box(B2).machine?.trim()];
@@ -204,6 +233,305 @@ describe("remove takes k3s from", () => {
     test(name, () => {
       const token = at.cas ? TOKEN : "";
       const decide = () => examine(facts, at, whoIs(ip, facts), token, role, force);
+      if (refusal) assert.throws(decide, refused(refusal));
+      else decide();
+    });
+});
+
+/** A unit as k3s's own installer writes it (get.k3s.io; k3sup runs the same). */
+const official = (role: string, ...args: string[]) => `[Unit]
+Description=Lightweight Kubernetes
+Documentation=https://k3s.io
+Wants=network-online.target
+After=network-online.target
+
+[Install]
+WantedBy=multi-user.target
+
+[Service]
+Type=notify
+EnvironmentFile=-/etc/default/%N
+EnvironmentFile=-/etc/sysconfig/%N
+EnvironmentFile=-/etc/systemd/system/k3s.service.env
+KillMode=process
+Delegate=yes
+User=root
+# Having non-zero Limit*s causes performance problems due to accounting overhead
+# in the kernel. We recommend using cgroups to do container-local accounting.
+LimitNOFILE=1048576
+Restart=always
+RestartSec=5s
+ExecStartPre=-/sbin/modprobe br_netfilter
+ExecStart=/usr/local/bin/k3s \\
+    ${role} \\
+${args.map((arg) => `\t'${arg}' \\\n`).join("")}
+
+`;
+
+describe("a unit", () => {
+  test("is this project's own by its first line, or by the words of those before it had one", () => {
+    for (const name of ["k3s-old", "k3s-modern", "k3s-agent-old", "k3s-agent-modern"]) {
+      const text = fixture(`${name}.service`);
+      assert.equal(isForeign(`# /etc/systemd/system/k3s.service\n${text}`), false, name);
+      assert.equal(isForeign(text.replace(`${MARK}\n`, "")), false, name);
+    }
+    assert.equal(isForeign(""), false);
+    assert.equal(isForeign(official("server")), true);
+    assert.equal(
+      isForeign(
+        fixture("k3s-old.service").replace("EnvironmentFile=", "EnvironmentFile=-").replace(MARK, ""),
+      ),
+      true,
+    );
+  });
+
+  test("has the arguments of its last ExecStart", () => {
+    assert.deepEqual(argumentsIn(official("server", "--disable", "traefik", "--tls-san=a.example")), [
+      "server",
+      "--disable",
+      "traefik",
+      "--tls-san=a.example",
+    ]);
+    const dropIn = `${official("server")}# /etc/systemd/system/k3s.service.d/x.conf\n[Service]\nExecStart=\nExecStart=/usr/bin/k3s server -d "/srv/k3s"\n`;
+    assert.deepEqual(argumentsIn(dropIn), ["server", "-d", "/srv/k3s"]);
+    assert.deepEqual(argumentsIn(""), []);
+  });
+
+  test("is looked at with what it is told elsewhere, and no secret comes with that", () => {
+    const root = temporary();
+    const text = unitsLook.replaceAll(/\/(etc|var)\//g, `${root}/$1/`);
+    const { stdout } =
+      shell(`mkdir -p ${root}/etc/systemd/system ${root}/etc/rancher/k3s ${root}/var/lib/rancher/k3s/server/db/etcd
+echo "K3S_DATA_DIR='/data/k3s'
+K3S_DATASTORE_ENDPOINT=postgres://k3s:hunter2@db" >${root}/etc/systemd/system/k3s.service.env
+echo 'data-dir: "/srv/k3s"
+token: hunter2' >${root}/etc/rancher/k3s/config.yaml
+systemctl() { return 1; }
+fact() { echo "fact $1"; }
+${text}`);
+    assert.equal(
+      stdout,
+      "fact unit-k3s\nfact unit-k3s-agent\nfact told\ndata-dir /data/k3s\ndatastore-endpoint\ndata-dir /srv/k3s\ncluster-init\n",
+    );
+  });
+});
+
+describe("before a box gets a role", () => {
+  const want = wanted({ K3S_TOKEN: "" });
+  const known = wanted();
+  type Case = [
+    name: string,
+    role: "server" | "agent",
+    want: typeof known,
+    facts: Facts,
+    refusal?: RegExp,
+    word?: string,
+  ];
+  const cases: Case[] = [
+    ["a fresh one may be the server", "server", want, {}],
+    ["a fresh one may be an agent", "agent", known, {}],
+    ["the cluster's server goes on", "server", known, { cas: `server ${OWN}\n` }],
+    ["an agent of the cluster goes on", "agent", known, { cas: `agent ${OWN}\n` }],
+    [
+      "an agent whose move was cut goes on: its environment names this cluster already",
+      "agent",
+      known,
+      { cas: `agent ${OTHER}\nagent ${OWN}\n` },
+    ],
+    [
+      "a fresh one is not the server of a known cluster: SERVER was changed by a slip",
+      "server",
+      known,
+      {},
+      /K3S_TOKEN is of a cluster \(CA abababababab…\), and this box has no server's data.*FORCE=1 begins a new cluster/,
+      "force",
+    ],
+    [
+      "another cluster's server is not this one's",
+      "server",
+      known,
+      { cas: `server ${OTHER}\n` },
+      /the server of another cluster: that has the CA cdcdcdcdcdcd….*FORCE=1/,
+      "force",
+    ],
+    [
+      "a further server gets its CA from the datastore",
+      "server",
+      wanted({ K3S_DATASTORE_ENDPOINT: "postgres://k3s@db/k3s" }),
+      {},
+    ],
+    [
+      "another cluster's agent is not moved",
+      "agent",
+      known,
+      { cas: `agent ${OTHER}\n` },
+      /an agent of another cluster: that has the CA cdcdcdcdcdcd…, this one abababababab…\. FORCE=1 moves it/,
+      "force",
+    ],
+    [
+      "nor to a server that is new, as a dry run has it",
+      "agent",
+      wanted({ K3S_TOKEN: "(the server's)" }),
+      { cas: `agent ${OTHER}\n` },
+      /this one a new one\. FORCE=1/,
+      "force",
+    ],
+    [
+      "an agent's box is no server",
+      "server",
+      want,
+      { "unit-k3s-agent": fixture("k3s-agent-modern.service") },
+      /This box runs k3s-agent, or is set up to/,
+    ],
+    [
+      "a server's box is no agent, though it is stopped",
+      "agent",
+      known,
+      { "unit-k3s": fixture("k3s-modern.service") },
+      /This box runs k3s, or is set up to/,
+    ],
+    [
+      "somebody else's unit stays, with what would go",
+      "server",
+      want,
+      {
+        "unit-k3s": official(
+          "server",
+          "--disable",
+          "traefik",
+          "--node-taint=a=b:NoSchedule",
+          "--token=hunter2",
+        ),
+      },
+      /not this project's\. TAKE_OVER=1 .*these arguments go: --disable=traefik --node-taint=a=b:NoSchedule --token=\*{8}$/,
+      "take-over",
+    ],
+    [
+      "an agent's too",
+      "agent",
+      known,
+      { "unit-k3s-agent": official("agent"), cas: `agent ${OWN}\n` },
+      /k3s-agent\.service on this box is not this project's\. TAKE_OVER=1/,
+      "take-over",
+    ],
+  ];
+  const away: [string, Facts, RegExp][] = [
+    ["--data-dir", { "unit-k3s": official("server", "--data-dir=/data/k3s") }, /in \/data\/k3s/],
+    ["-d in a word of its own", { "unit-k3s": official("server", "-d", "/data/k3s") }, /in \/data\/k3s/],
+    ["K3S_DATA_DIR", { "unit-k3s": official("server"), told: "data-dir /data/k3s\n" }, /in \/data\/k3s/],
+    [
+      "this project's unit, and another folder added",
+      { "unit-k3s": `${fixture("k3s-modern.service").trimEnd()} \\\n    --data-dir=/x\n` },
+      /in \/x/,
+    ],
+    [
+      "--datastore-endpoint",
+      { "unit-k3s": official("server", "--datastore-endpoint=mysql://a:hunter2@tcp(db)/k") },
+      /in a datastore of its own/,
+    ],
+    [
+      "K3S_DATASTORE_ENDPOINT",
+      { "unit-k3s": official("server"), told: "datastore-endpoint\n" },
+      /in a datastore/,
+    ],
+    ["--cluster-init", { "unit-k3s": official("server", "--cluster-init") }, /in embedded etcd/],
+    ["etcd's folder", { "unit-k3s": official("server"), told: "cluster-init\n" }, /in embedded etcd/],
+  ];
+  for (const [name, facts, words] of away) {
+    const refusal = new RegExp(`has its data ${words.source}`);
+    cases.push([`a cluster that is elsewhere is not begun anew: ${name}`, "server", want, facts, refusal]);
+    test(`nor does it go from there, where down finds it: ${name}`, () => {
+      assert.throws(() => mayGo(prepared(MODERN, facts), [], "server", false, true), refused(refusal));
+    });
+  }
+  for (const [name, role, settings, facts, refusal, word] of cases)
+    test(name, () => {
+      const plan = (...allowed: string[]) =>
+        identityAs(role).plan({ ...settings, allowed: new Set(allowed) }, prepared(MODERN, facts));
+      if (!refusal) return assert.deepEqual(plan(), []);
+      assert.throws(plan, refused(refusal));
+      assert.throws(plan, (e: Error) => !e.message.includes("hunter2"));
+      const words = ["force", "take-over"].filter((one) => one !== word);
+      assert.throws(() => plan(...words), Refusal);
+      if (word) assert.deepEqual(plan(word), []);
+    });
+
+  test("nothing at all is planned, in whatever order its steps come", () => {
+    const fresh = prepared("", { tool: "", curl: "" });
+    const moved = { ...fresh, cas: `agent ${OTHER}\n` };
+    assert.throws(() => planAll(agentSteps, known, moved), refused(/FORCE=1 moves it/));
+    assert.throws(() => planAll(serverSteps, known, fresh), refused(/FORCE=1 begins a new cluster/));
+  });
+
+  test("a move is in the plan", () => {
+    const facts = prepared(MODERN, { cas: `agent ${OTHER}\n` });
+    const whys = planAll(agentSteps, { ...known, allowed: new Set(["force"]) }, facts).map(({ why }) => why);
+    assert.match(
+      whys.join("\n"),
+      /\.env \(0600\): moves to another cluster: from the CA cdcdcdcdcdcd… to abababababab…$/m,
+    );
+  });
+
+  test("a token of another CA takes the place of none that is known, whatever shows only then", () => {
+    const other = TOKEN.replace(OWN, OTHER);
+    assert.throws(
+      () => server.learn?.(known, { token: other }),
+      refused(/another cluster: it stays as it is\. FORCE=1/),
+    );
+    assert.equal(
+      server.learn?.({ ...known, allowed: new Set(["force"]) }, { token: other }).K3S_TOKEN,
+      other,
+    );
+    assert.equal(server.learn?.(want, { token: other }).K3S_TOKEN, other);
+    const facts = { token: other, running: "active", rotates: "rotate", door: "200" };
+    assert.throws(() => token.plan(known, facts), refused(/This server is another cluster's/));
+  });
+});
+
+describe("down takes k3s from", () => {
+  type Case = [
+    name: string,
+    facts: Facts,
+    cluster: string[],
+    role: "server" | "agent",
+    force: boolean,
+    refusal?: RegExp,
+  ];
+  const cases: Case[] = [
+    ["the server and agents of the cluster", { cas: `server ${OWN}\n` }, [OWN], "server", false],
+    ["a server of which no token is known", { cas: `server ${OWN}\n` }, [], "server", false],
+    ["a box that has nothing", {}, [OWN], "agent", false],
+    [
+      "no server of another cluster",
+      { cas: `server ${OTHER}\n` },
+      [OWN],
+      "server",
+      false,
+      /a server of another/,
+    ],
+    [
+      "no agent of another cluster",
+      { cas: `agent ${OTHER}\n` },
+      [OWN],
+      "agent",
+      false,
+      /an agent of another/,
+    ],
+    ["no server that is listed as an agent", { cas: `server ${OWN}\n` }, [OWN], "agent", false, /FORCE=1/],
+    ["no agent of an unknown cluster", { cas: `agent ${OWN}\n` }, [], "agent", false, /FORCE=1/],
+    ["any of them where it is told so", { cas: `agent ${OWN}\n` }, [], "agent", true],
+    [
+      "none that somebody else has set up",
+      { "unit-k3s": official("server") },
+      [],
+      "server",
+      false,
+      /FORCE=1/,
+    ],
+  ];
+  for (const [name, facts, cluster, role, force, refusal] of cases)
+    test(name, () => {
+      const decide = () => mayGo(prepared(MODERN, facts), cluster, role, false, force);
       if (refusal) assert.throws(decide, refused(refusal));
       else decide();
     });

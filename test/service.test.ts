@@ -8,7 +8,7 @@ import { healthySaying, systemdFirst, withoutEmpty } from "../lib/service.ts";
 import type { Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, planAll, Refusal, type Step } from "../lib/step.ts";
-import { agent, agentSteps, prepareSteps } from "../scripts/agent.ts";
+import { agent, agentSteps, prepareAs } from "../scripts/agent.ts";
 import { server, serverSteps } from "../scripts/server.ts";
 import {
   A1,
@@ -231,7 +231,7 @@ test("a box without systemd is refused before anything is installed there, Alpin
     ["alpine-3.20", "yes\n", /Alpine Linux v3\.20 is run by OpenRC, not by systemd.*nothing was installed/],
     ["debian-12", "", /Debian GNU\/Linux 12 \(bookworm\) is run by something else, not by systemd/],
   ] as const)
-    for (const steps of [serverSteps, agentSteps, prepareSteps]) {
+    for (const steps of [serverSteps, agentSteps, prepareAs("agent")]) {
       const facts = prepared(OLD, {
         os: fixture(`os-release/${os}`),
         openrc,
