@@ -205,14 +205,7 @@ async function restore(call: cli.Call): Promise<number> {
 /** What a backup says of itself. @throws {SettingError} where it is none, or is damaged. */
 async function aboutOf(file: string): Promise<{ version: string; node: string; ip: string }> {
   cli.aFile("BACKUP", file);
-  // To the end, so that gzip's checksum is seen too. By its whole path: host:file would be another machine's.
-  const args = ["-xzOf", resolve(file), "about"];
-  const { stdout, stderr } = await promisify(execFile)("tar", args, { maxBuffer: 100_000 }).catch(
-    (error) => ({
-      stdout: "",
-      stderr: String(error.stderr || error.message),
-    }),
-  );
+  const { stdout, stderr } = await member(file, "about");
   const { version = "", node, ip } = pairs(stdout);
   if (VERSION.test(version) && node && address(ip)) return { version, node, ip: ip as string };
   throw new SettingError(
@@ -220,12 +213,16 @@ async function aboutOf(file: string): Promise<{ version: string; node: string; i
   );
 }
 
+/** A member's text. To the end, so that gzip's checksum is seen too. By its whole path: host:file would be another machine's. */
+const member = async (file: string, name: string) =>
+  await promisify(execFile)("tar", ["-xzOf", resolve(file), name], { maxBuffer: 100_000 }).catch((error) => ({
+    stdout: "",
+    stderr: String(error.stderr || error.message),
+  }));
+
 /** The hash of the CA of a backup's cluster. */
-async function caOf(file: string): Promise<string> {
-  const member = async (name: string) =>
-    (await $({ quiet: true, nothrow: true })`tar -xzOf ${file} ${name}`).stdout;
-  return caIn(await member("token")) ?? sha256(await member("tls/server-ca.crt"));
-}
+const caOf = async (file: string): Promise<string> =>
+  caIn((await member(file, "token")).stdout) ?? sha256((await member(file, "tls/server-ca.crt")).stdout);
 
 await cli.run(import.meta, {
   about:

@@ -38,7 +38,7 @@ import {
   Refusal,
   type Step,
 } from "../lib/step.ts";
-import { agentSteps, prepareSteps } from "./agent.ts";
+import { agentSteps, prepareAs } from "./agent.ts";
 import { downloadAhead } from "./download-k3s.ts";
 import { server as serverStep, serverSteps } from "./server.ts";
 import { up } from "./up.ts";
@@ -212,13 +212,13 @@ async function upgrade(call: cli.Call): Promise<number> {
 
 /** @throws {Refusal} before anything is downloaded or drained, where a box cannot run a release: its cgroups, its kernel. */
 export function examine(
-  members: readonly Pick<Member, "target" | "job" | "facts">[],
+  members: readonly Pick<Member, "target" | "role" | "job" | "facts">[],
   path: readonly string[],
 ): void {
-  for (const { target, job, facts } of members)
+  for (const { target, role, job, facts } of members)
     for (const release of path)
       try {
-        planAll(prepareSteps, { ...job.want, K3S_VERSION: release }, facts);
+        planAll(prepareAs(role), { ...job.want, K3S_VERSION: release }, facts);
       } catch (error) {
         throw error instanceof Refusal ? new Refusal(`${target.name}: ${error.message}`) : error;
       }

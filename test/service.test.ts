@@ -320,9 +320,9 @@ describe("cgroups", () => {
   ];
   for (const [version, cgroup, pattern] of faults)
     test(`of ${JSON.stringify(cgroup)} ${pattern ? "are refused" : "will do"} for ${version}, before anything is downloaded`, () => {
-      for (const steps of [serverSteps, agentSteps, prepareSteps]) {
+      for (const steps of [serverSteps, agentSteps, prepareAs("agent")]) {
         const facts = prepared(version, { cgroup, version: "", curl: "" });
-        const plan = () => planAll(steps, wanted({ K3S_VERSION: version }), facts);
+        const plan = () => planAll(steps, wanted({ K3S_VERSION: version, K3S_TOKEN: "" }), facts);
         if (pattern) assert.throws(plan, (e: Error) => e instanceof Refusal && pattern.test(e.message));
         else assert.ok(plan().length > 0);
       }

@@ -20,7 +20,12 @@ test("releases are in the order in which they were made", () => {
 
 describe("before anything is downloaded or drained an upgrade", () => {
   const target = { host: "b2", ip: "198.51.101.12", word: "b2", name: "b2" };
-  const member = (facts: Facts) => ({ target, job: { want: wanted() } as Job, facts: prepared(OLD, facts) });
+  const member = (facts: Facts) => ({
+    target,
+    role: "agent" as const,
+    job: { want: wanted() } as Job,
+    facts: prepared(OLD, facts),
+  });
   const fine = member({ cgroup: "tmpfs\n" });
   const cases: [name: string, box: Facts, path: string[], pattern: RegExp][] = [
     [
