@@ -15,7 +15,8 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { lacks } from "./helpers.ts";
+import { API } from "../lib/kube.ts";
+import { lacks, shell } from "./helpers.ts";
 import { cgroupFault, kubeletFault, parseToken } from "./stand-in/agent.ts";
 import {
   defaultInterface,
@@ -904,6 +905,14 @@ describe("the binary's stand-in", () => {
           k3s(VERSION[gen], "/usr/local/bin/kubectl", "--kubeconfig", config, "get", "nodes").stderr,
           "No resources found\n",
         );
+        // As check asks it: by curl, with the key in the server's own file.
+        const api = API.replaceAll("/var/lib/rancher/k3s/server/tls", path("tls")).replaceAll(
+          "/etc/rancher/k3s/k3s.yaml",
+          config,
+        );
+        const asked = shell(`${api}\napi GET '/api/v1/nodes?pretty=false'; api GET /api/v1/nodes/nope`);
+        assert.equal(JSON.parse(asked.stdout).kind, "NodeList", asked.stderr);
+        assert.match(asked.stderr, /^404 .*nodes \\?"nope\\?" not found/m);
         const missing = k3s(
           VERSION[gen],
           "k3s",
