@@ -71,6 +71,9 @@ export function osOf(facts: Facts): Os {
 export const isEl7 = ({ id, like, major }: Os): boolean =>
   major === 7 && [id, ...like].some((name) => /^(rhel|centos|fedora)$/.test(name));
 
+/** dnf and yum go on without a list that is gone. */
+export const DEAD = "'--setopt=*.skip_if_unavailable=1'";
+
 /** CentOS 7's mirrors went in 2024. */
 const VAULT = `The mirrors of CentOS 7 are gone, its packages are at vault.centos.org:
 sed -i 's/^mirrorlist/#&/; s|^#* *baseurl=http://mirror.centos.org|baseurl=http://vault.centos.org|' /etc/yum.repos.d/CentOS-*.repo`;
@@ -93,7 +96,6 @@ export function install(os: Os, packages: readonly string[], options = ""): stri
     );
   }
   const names = [options, ...packages.map(sh)].filter(Boolean).join(" ");
-  const dead = "'--setopt=*.skip_if_unavailable=1'";
   switch (os.manager) {
     case "apt":
       return `export DEBIAN_FRONTEND=noninteractive
@@ -106,9 +108,9 @@ done
 echo "$said"
 apt-get -q -y -o DPkg::Lock::Timeout=120 --no-install-recommends install ${names}`;
     case "yum":
-      return `yum -y ${dead} install ${names}${isEl7(os) ? ` || { printf '%s\\n' ${sh(VAULT)}; exit 1; }` : ""}`;
+      return `yum -y ${DEAD} install ${names}${isEl7(os) ? ` || { printf '%s\\n' ${sh(VAULT)}; exit 1; }` : ""}`;
     case "dnf":
-      return `dnf -y ${dead} install ${names}`;
+      return `dnf -y ${DEAD} install ${names}`;
     case "zypper":
       // 102, 103 and 106: it is installed; a restart is due, or a list was left out.
       return `zypper --non-interactive install --no-recommends ${names} || case $? in 10[236]) ;; *) exit 1 ;; esac`;

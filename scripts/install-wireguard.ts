@@ -3,7 +3,7 @@
 import { run } from "../lib/cli.ts";
 import { type Generation, releaseOf } from "../lib/k3s.ts";
 import { byProxy, PROXY_SETTINGS } from "../lib/node.ts";
-import { install, isEl7, managersLook, type Os, osOf } from "../lib/os.ts";
+import { DEAD, install, isEl7, managersLook, type Os, osOf } from "../lib/os.ts";
 import { SETTINGS, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -66,7 +66,7 @@ export function packages(os: Os, module: string | undefined, want: Settings, fac
     before +=
       el === 7
         ? epel
-        : `dnf -q list wireguard-tools >/dev/null 2>&1 || {\n${epel}} || { echo 'No list here has wireguard-tools, and EPEL is not for this distro'; exit 1; }\n`;
+        : `dnf -q ${DEAD} list wireguard-tools >/dev/null 2>&1 || {\n${epel}} || { echo 'No list here has wireguard-tools, and EPEL is not for this distro'; exit 1; }\n`;
     // The release package asks Fedora for a mirror: one that was named is used instead.
     if (base !== SETTINGS.EPEL_URL.value)
       options.push(
@@ -146,8 +146,8 @@ function proof(generation: Generation | undefined): Change {
     why: "prove that a WireGuard interface can be made",
     sh: `wg --version
 name=${PROBE}
-[ -d "/sys/class/net/$name" ] || ip link add "$name" type wireguard 2>/dev/null ${outside}|| {
-  echo "Kernel $(uname -r) can make no WireGuard interface: it needs the module wireguard, or Linux 5.6"
+[ -d "/sys/class/net/$name" ] || said=$(ip link add "$name" type wireguard 2>&1) ${outside}|| {
+  echo "Kernel $(uname -r) can make no WireGuard interface ($said): it needs the module wireguard, or Linux 5.6"
   exit 1
 }
 wg show "$name" >/dev/null

@@ -65,6 +65,36 @@ describe("a box that cannot join is told why, and is not touched", () => {
       },
     }));
 
+  test("a folder of k3s's that cannot be written, not even by root", () =>
+    refused(agent, 1, ["/usr/local/bin cannot be written, and k3s needs it", "Nothing was installed"], {
+      fault: async () => {
+        await b1.sh("cd /usr/local/bin; mount --bind . . && mount -o remount,bind,ro /usr/local/bin");
+        return () => b1.sh("umount /usr/local/bin");
+      },
+    }));
+
+  test("a kernel without WireGuard, which wireguard-go does not make up for", () =>
+    refused(
+      agent,
+      1,
+      [/has no WireGuard.*wireguard-go is here, but k3s v1\.36\.2\+k3s1 asks the kernel alone/],
+      {
+        fault: async () => {
+          // The box's own, which knows this machine's kernel.
+          await b1.sh('mount --bind /usr/lib/lab/modprobe "$(command -v modprobe)"');
+          return () => b1.sh('umount "$(command -v modprobe)"');
+        },
+      },
+    ));
+
+  test("cgroup v2, which old k3s does not know", () =>
+    refused(`${agent} --k3s-version v1.17.6+k3s1`, 1, ["k3s v1.17.6+k3s1 runs on cgroup v1 only"], {
+      fault: async () => {
+        await b1.sh("mount -t cgroup2 lab /sys/fs/cgroup");
+        return () => b1.sh("umount /sys/fs/cgroup");
+      },
+    }));
+
   test("a user who may not become root", () =>
     refused(script("agent", "--host plain@b1"), 1, [
       /sudo asks for a password on plain@b1: log in as root, or/,
