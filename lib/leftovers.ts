@@ -34,6 +34,8 @@ for table in 'ip kube-proxy' 'ip6 kube-proxy' 'ip flannel-ipv4' 'ip6 flannel-ipv
   nft delete table $table 2>/dev/null || :
 done
 ipset list -n 2>/dev/null | grep -E '^(inet6:)?KUBE-' | while read -r name; do ipset destroy "$name" || :; done
+# Else the next k3s makes cni0 by it before its own flannel has written one: v1.17's says an MTU of 1500.
+rm -f /run/flannel/subnet.env
 `;
 
 /** Prints what of that is there, a line each. */

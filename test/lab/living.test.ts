@@ -107,8 +107,21 @@ describe("upgrade", () => {
     );
     assert.equal(t.env().K3S_VERSION, MODERN);
     await t.says("make check", 0, ["Nothing is wrong."]);
+    // What only the old k3s needed is gone: metrics without TLS, and bridges wider than the tunnel.
+    assert.doesNotMatch(await a1.sh("kubectl -n kube-system get pods -o json"), /--kubelet-insecure-tls/);
+    assert.equal(
+      (
+        await a1.sh(`cd /var/lib/rancher/k3s/server/manifests && find . -name '*across*' -o -name '*.skip'`)
+      ).trim(),
+      "",
+    );
+    assert.match(await a1.sh("kubectl top nodes --no-headers"), /^a1 .*\nb1 .*\nb2 .*\n$/);
     for (const box of [a1, b1, b2]) {
       assert.equal((await box.sh("wg show interfaces")).trim(), "flannel-wg", box.name);
+      assert.equal(
+        await box.sh("cat /sys/class/net/cni0/mtu"),
+        await box.sh("cat /sys/class/net/flannel-wg/mtu"),
+      );
       assert.equal(
         await box.sh("ls -A /var/lib/rancher/k3s/before /usr/local/bin/.k3s* 2>/dev/null || true"),
         "",

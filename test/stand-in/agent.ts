@@ -35,7 +35,7 @@ import {
 } from "./nodes.ts";
 import { HOME } from "./pack.ts";
 import { splitPem } from "./pki.ts";
-import { startPod } from "./pods.ts";
+import { SUBNET, startPod } from "./pods.ts";
 import { bringUp, publicKey, removePeer, setPeer } from "./wg.ts";
 import * as words from "./words.ts";
 
@@ -611,6 +611,10 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
     gen === "old"
       ? fatal(gen, `flannel exited: ${reason(error)}`)
       : shutdown(`flannel exited: ${reason(error)}`);
+  const pod = (): void =>
+    startPod(gen, podCIDR, list(s.values, "kube-proxy-arg").includes("proxy-mode=nftables"));
+  const inBox = import.meta.dirname === HOME;
+  if (inBox && existsSync(SUBNET)) pod();
   if (gen === "modern") log("info", `Starting flannel with backend ${j.backend}`);
   const iface = one(s.values, "flannel-iface") ?? defaultInterface(),
     ifaceIp = iface && addressOf(iface);
@@ -643,8 +647,7 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
   if (gen === "old" && wireguard) await bringUp(gen, podCIDR, "10.42.0.0/16").catch(failed);
   if (gen === "modern") log("info", "Running flannel backend");
   await sleep(DELAY.start - performance.now());
-  const inBox = import.meta.dirname === HOME;
-  if (inBox) startPod(gen, podCIDR, list(s.values, "kube-proxy-arg").includes("proxy-mode=nftables"));
+  if (inBox) pod();
   isReady = true;
   await again("Error updating node status", heart);
   if (gen === "modern" && !s.inServer) {

@@ -1,6 +1,6 @@
 /** What a kubelet, a kube-proxy and flannel leave on a box beside their processes: a pod's worth of each (v1.17.6, v1.36.3, recorded). */
 import { spawn, spawnSync } from "node:child_process";
-import { copyFileSync, existsSync, mkdirSync } from "node:fs";
+import { copyFileSync, existsSync, mkdirSync, readFileSync } from "node:fs";
 import { dirname } from "node:path";
 import { type Generation, log, run } from "./common.ts";
 
@@ -45,6 +45,9 @@ const KUBE = [
   "COMMIT",
 ];
 
+/** What flannel's CNI plugin goes by, whoever wrote it: a kubelet starts its pods as soon as it is there. */
+export const SUBNET = "/run/flannel/subnet.env";
+
 /** Once a box and boot: k3s that starts again finds its pods, and adopts them. Tried until it works, as a kubelet does. */
 export function startPod(gen: Generation, podCidr: string, nftables: boolean): void {
   try {
@@ -69,7 +72,7 @@ export function startPod(gen: Generation, podCidr: string, nftables: boolean): v
     if (!existsSync(`/run/netns/${NETNS}`)) run("ip", "netns", "add", NETNS);
     if (!existsSync("/sys/class/net/cni0")) {
       // Modern pods have flannel-wg's MTU; v1.17's the card's (both recorded).
-      const mtu = gen === "old" ? "1500" : "1420";
+      const mtu = /^FLANNEL_MTU=(\d+)$/m.exec(readFileSync(SUBNET, "utf8"))?.[1] as string;
       run("ip", "link", "add", "cni0", "mtu", mtu, "type", "bridge");
       const veth = ["type", "veth", "peer", "name", "eth0", "mtu", mtu, "netns", NETNS];
       run("ip", "link", "add", "veth0000", "mtu", mtu, ...veth);
