@@ -40,6 +40,7 @@ import {
   printed,
   Refusal,
   type Step,
+  unforeseen,
 } from "./step.ts";
 
 /** What a script is: its steps in order, and what to say when there is nothing to do. */
@@ -137,9 +138,15 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   // csh and its like export HOST as this machine's own name.
   const env = { ...process.env, HOST: process.env.HOST === hostname() ? undefined : process.env.HOST };
   const { settings, origins, own } = settle(flags, env, shown(envFile));
-  for (const [name, from] of Object.entries(recipe.needs ?? {}))
-    if (!settings[name as SettingName])
-      throw new SettingError(`${name} is not set: expected ${from} ${shown(envFile)}`);
+  for (const name of ["SERVER", "AGENTS"] as const)
+    if (words(settings[name]).some(isExample))
+      throw new SettingError(
+        `${name} is "${settings[name]}" (${origins[name]}): that is env.example's, and nobody's box; edit SERVER and AGENTS first`,
+      );
+  const needs = Object.entries(recipe.needs ?? {}).find(([name]) => !settings[name as SettingName]);
+  const none = recipe.work || needs ? unnamed(settings, origins, envFile) : undefined;
+  if (none) throw new SettingError(none);
+  if (needs) throw new SettingError(`${needs[0]} is not set: expected ${needs[1]} ${shown(envFile)}`);
   if (!flags.print && !flags["dry-run"] && recipe.writes?.(settings, readEnv(envFile).values))
     await tryEnv(envFile);
   own[""] = {};
@@ -182,6 +189,19 @@ async function tryEnv(path: string): Promise<void> {
     if (!(error instanceof Unwritten)) throw error;
     throw new SettingError(`The env file is to be written by this: ${error.message}`);
   }
+}
+
+const addressesIn = (text: string): string[] => text.match(/\d+(\.\d+){3}/g) ?? [];
+const EXAMPLES = addressesIn(`${SETTINGS.SERVER.example} ${SETTINGS.AGENTS.example}`);
+/** Does a box have an address of env.example? It would be timed out on. The ranges themselves are those of the lab too. */
+const isExample = (word: string) => addressesIn(word).some((address) => EXAMPLES.includes(address));
+
+/** For who has not begun yet: nothing says what the boxes are. */
+function unnamed(settings: Settings, origins: Origins, envFile: string): string | undefined {
+  const { SERVER, AGENTS, PUBLIC_IP, K3S_URL } = settings;
+  if (SERVER || AGENTS || PUBLIC_IP || K3S_URL || origins.HOST !== "default") return undefined;
+  const copy = existsSync(envFile) ? "" : `cp env.example ${shown(envFile)}, and `;
+  return `No servers are named yet: ${copy}say which in SERVER and AGENTS; or try make rehearse. On the box itself: PUBLIC_IP=…, its address for other clouds`;
 }
 
 /** A path as short as it can be said from here. */
@@ -245,22 +265,44 @@ function help(script: string, recipe: Recipe): string {
     recipe.readOnly ? "" : "DRY=1 | PRINT=1",
     ...Object.keys(recipe.flags ?? {}).map((flag) => `${switchOf(flag)}=1`),
   ].filter(Boolean);
-  const row = (left: string, right: string) => `  ${left.padEnd(24)} ${right}\n`;
-  return `${recipe.about}
-
+  const width = Math.max(60, process.stdout.columns || 80);
+  const row = (left: string, right: string) => wrapped(`  ${left.padEnd(26)} ${right}`, width, 29);
+  const rows = (some: SettingName[]) =>
+    some
+      .map((n) =>
+        row(
+          `--${flagOf(n)} …`,
+          `${SETTINGS[n].help}${SETTINGS[n].value && `; default: ${SETTINGS[n].value}`}`,
+        ),
+      )
+      .join("");
+  const [first, rare] = [true, false].map((is) => names.filter((n) => FIRST.includes(n) === is));
+  return `${wrapped(recipe.about, width)}
 Usage: make ${script} ${usage.map((word) => `[${word}]`).join(" ")}
    or: node --import tsx scripts/${script}.ts [flags]
    or: deno run -A scripts/${script}.ts [flags]
 
-Settings, each a flag, an environment variable or a line of the env file (--${flagOf(names[0] as string)} is ${names[0]}):
-${names.map((n) => row(`--${flagOf(n)} …`, `${SETTINGS[n].help}${SETTINGS[n].value && `; default: ${SETTINGS[n].value}`}`)).join("")}
-Flags:
+${wrapped(`Settings, each a flag, an environment variable or a line of the env file (--${flagOf(names[0] as string)} is ${names[0]}):`, width)}${rows(first ?? [])}
+${rare?.length ? `Rarely needed:\n${rows(rare)}\n` : ""}Flags:
 ${Object.entries(switchesOf(recipe))
   .map(([flag, text]) => row(`--${flag}`, text))
   .join("")}
-The env file is .env beside the Makefile, or what ENV_FILE names.
-Exit status: 0 done or nothing to do, 1 failed, 2 a setting is wrong and nothing was touched, 130 interrupted (129 by HUP, 143 by TERM).
-`;
+${wrapped("The env file is .env beside the Makefile, or what ENV_FILE names.", width)}${wrapped("Exit status: 0 done or nothing to do, 1 failed, 2 a setting is wrong and nothing was touched, 130 interrupted (129 by HUP, 143 by TERM).", width)}`;
+}
+
+/** Settings that most calls have to do with; --help has the others below them. */
+const FIRST: readonly string[] =
+  "SERVER AGENTS HOST PUBLIC_IP K3S_VERSION STEPS BACKUP K3S_URL K3S_TOKEN".split(" ");
+
+/** Lines of at most so many columns, each but the first indented. */
+function wrapped(text: string, width: number, indent = 0): string {
+  const lines = [""];
+  for (const word of text.split(/(?<=\S)(?= \S)/)) {
+    if (lines.at(-1) && (lines.at(-1) as string).length + word.length > width)
+      lines.push(" ".repeat(indent) + word.trimStart());
+    else lines[lines.length - 1] += word;
+  }
+  return `${lines.join("\n")}\n`;
 }
 
 /** What the files that settings name hold: K3S_BIN's hash, and K3S_CONFIG's text. @throws {SettingError} */
@@ -358,7 +400,8 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
       if (given || !needsIp) return { host, ip: given ?? "", word, name };
       if (!host)
         throw new SettingError(
-          "PUBLIC_IP is not set: expected the address at which other clouds reach this machine",
+          unnamed(settings, origins, call.envFile) ??
+            "PUBLIC_IP is not set: expected the address at which other clouds reach this machine",
         );
       const ip = await addressOf(host).catch((error) => {
         throw new SettingError(`${setting} names ${host} (${origins[setting]}): ${error.message}`);
@@ -490,9 +533,11 @@ async function causes(
   const [{ explain }, { meaningOf }] = await Promise.all([import("./cluster.ts"), import("./journal.ts")]);
   const role = script === "agent" || script === "annotate" ? "agent" : "server";
   // An upgrade that failed has put back what ran before: only what it said still tells.
-  const ills = script === "upgrade" ? [] : await explain(call, box, role);
+  const ills = script === "upgrade" ? [] : await explain(call, box, role, script);
   const meaning = meaningOf(output, retry);
-  return ills.length || !meaning ? ills : [{ box: box.name, ...meaning }];
+  return ills.length || !meaning || meaning.remedy.startsWith(`"${retry}"`)
+    ? ills
+    : [{ box: box.name, ...meaning }];
 }
 
 const takesHost = (step: Step) => step.options.includes("HOST");
@@ -519,7 +564,7 @@ function again(call: Call, script: string, box: Target): string {
 }
 
 export function showPlan(call: Call, box: Target, steps: readonly Step[], job: Job, facts: Facts): void {
-  const changes: Change[] = planAll(steps, job.want, facts);
+  const changes: Change[] = planAll(steps, job.want, facts, true);
   if (call.mode === "print")
     process.stdout.write(
       changes.length ? `# on ${box.name}\n${printed(changes)}` : `# on ${box.name}: nothing to do\n`,
@@ -528,7 +573,7 @@ export function showPlan(call: Call, box: Target, steps: readonly Step[], job: J
     process.stdout.write(
       changes.length
         ? plain(
-            `${box.name}: ${changes.length} to do\n${changes.map(planned).join("")}${changes.some((c) => c.reboot || c.lookAgain) ? "  … then look again\n" : ""}`,
+            `${box.name}: ${changes.length} to do\n${changes.map(planned).join("")}${changes.some(unforeseen) ? "  … then look again\n" : ""}${changes.some((c) => c.push && c.lookAgain) ? `  … if ${job.want.K3S_BIN} is k3s ${job.want.K3S_VERSION}\n` : ""}`,
           )
         : `${box.name}: nothing to do\n`,
     );

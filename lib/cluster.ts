@@ -407,10 +407,17 @@ export async function examine(call: Call, boxes: Listed) {
 let underWay: Promise<Member[]> | undefined;
 
 /**
- * Why a script failed on a box, as check would say it: what is wrong with that box, else with any other.
- * Nothing where that cannot be found out.
+ * What explains that a script failed on a box: what is wrong with it, else with any other. Not that what the script
+ * was to do is still to be done.
  */
-export async function explain(call: Call, failed: Target, role: Role): Promise<Ill[]> {
+export function causesOf(ills: readonly Ill[], name: string | undefined, script: string): Ill[] {
+  const own = ills.filter(({ box }) => box === name);
+  const itself = new RegExp(`^make ${script}(?![\\w-])`);
+  return (own.length ? own : ills).filter(({ box, remedy }) => box !== name || !itself.test(remedy));
+}
+
+/** Why a script failed on a box, as check would say it. Nothing where that cannot be found out. */
+export async function explain(call: Call, failed: Target, role: Role, script: string): Promise<Ill[]> {
   try {
     // Without SERVER the script runs on the failed box itself, and knows no other.
     const boxes = call.settings.SERVER ? await listed(call) : [];
@@ -421,10 +428,8 @@ export async function explain(call: Call, failed: Target, role: Role): Promise<I
     const members = await look.finally(() => {
       if (underWay === look) underWay = undefined;
     });
-    const ills = diagnose(clusterOf(members));
     const name = members.find(({ target }) => target.host === failed.host)?.target.name;
-    const own = ills.filter(({ box }) => box === name);
-    return own.length ? own : ills;
+    return causesOf(diagnose(clusterOf(members)), name, script);
   } catch {
     return [];
   }

@@ -17,15 +17,24 @@ export function readEnv(path: string): { values: Record<string, string>; lines: 
 }
 
 /**
- * The text of an env file after some keys are set: comments, order and every other line stay as they are.
+ * The text of an env file after some keys are set, or gone where they are undefined: comments, order and every other
+ * line stay as they are.
  *
  * @throws {RangeError} where dotenv has no notation for the value (it has no escapes: a value that holds
  * all three kinds of quotes, for instance).
  */
-export function withValues(text: string, values: Record<string, string>): string {
+export function withValues(text: string, values: Record<string, string | undefined>): string {
   let result = text;
   for (const [key, value] of Object.entries(values)) {
-    const found = [...result.matchAll(LINE)].filter((m) => m[2] === key).at(-1);
+    const all = [...result.matchAll(LINE)].filter((m) => m[2] === key);
+    if (value === undefined) {
+      for (const m of all.reverse()) {
+        const rest = result.slice(m.index + m[0].length).replace(/^[ \t]*(\r?\n|(?=#|$))/, "");
+        result = result.slice(0, m.index) + (m[0].startsWith("\uFEFF") ? "\uFEFF" : "") + rest;
+      }
+      continue;
+    }
+    const found = all.at(-1);
     const head = found
       ? result.slice(0, found.index)
       : result && !result.endsWith("\n")
@@ -43,14 +52,14 @@ export function withValues(text: string, values: Record<string, string>): string
 }
 
 /**
- * Sets keys of an env file under a lock, so that parallel writers lose nothing; the file is 0600 and
- * replaced whole. A link is followed. Without values it is tried whether it can be.
+ * Sets keys of an env file, or takes them out where they are undefined, under a lock, so that parallel writers lose
+ * nothing; the file is 0600 and replaced whole. A link is followed. Without values it is tried whether it can be.
  *
  * @throws {Unwritten} when it cannot be, or another living process holds the lock for more than `seconds`.
  */
 export async function updateEnv(
   path: string,
-  values: Record<string, string> | undefined,
+  values: Record<string, string | undefined> | undefined,
   seconds = 10,
 ): Promise<void> {
   const file = realPath(path);

@@ -35,10 +35,11 @@ fact version; echo "$said" | sed -n 's/^k3s version \\(v[^ ]*\\).*/\\1/p'
 fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-(backend|external-ip)|wireguard-native' ;; esac
 `;
 
-/** Which k3s the box will run: the wanted release, or what a pushed K3S_BIN said of itself. */
+/** Which k3s the box will run: the wanted release, or what a pushed K3S_BIN said of itself, once it is there. */
 export function releaseOf(want: Settings, facts: Facts): { version: string; generation?: Generation } {
   const installed = facts.version?.trim();
-  const version = want.K3S_BIN ? (installed ?? "") : want.K3S_VERSION;
+  const there = facts.sha256 === undefined || facts.sha256.trim() === want.K3S_SHA256;
+  const version = want.K3S_BIN && there ? (installed ?? "") : want.K3S_VERSION;
   // Every release's help has --flannel-backend: one without it is no help.
   const asked = installed === version && facts.flags?.includes("--flannel-backend");
   const generation = generationOf(version, asked ? facts.flags : undefined);

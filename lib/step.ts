@@ -33,8 +33,8 @@ export interface Change {
   alone?: true;
   /** Why it could not be seen whether this is still to be done. */
   unknown?: string;
-  /** What follows depends on what this brings to light: look again before planning on. */
-  lookAgain?: true;
+  /** What follows depends on what this brings to light: look again before planning on. A preview may foresee it. */
+  lookAgain?: true | "foreseen";
 }
 
 /** Settings, and what this call was allowed by a word of its own: force, take-over. */
@@ -315,12 +315,15 @@ function sane(facts: Facts): void {
   }
 }
 
-/** Plans of several steps as one, up to a change after which the box must be looked at anew. */
-export function planAll(steps: readonly Step[], want: Want, facts: Facts): Change[] {
+/** Is what follows this change not known before it is made? */
+export const unforeseen = ({ reboot, lookAgain }: Change): boolean => Boolean(reboot) || lookAgain === true;
+
+/** Plans of several steps as one, up to a change after which the box must be looked at anew; a preview goes further. */
+export function planAll(steps: readonly Step[], want: Want, facts: Facts, preview = false): Change[] {
   const changes: Change[] = [];
   for (const step of steps) {
     changes.push(...step.plan(want, facts));
-    if (changes.some((change) => change.reboot || change.lookAgain)) break;
+    if (changes.some((change) => unforeseen(change) || (change.lookAgain && !preview))) break;
   }
   return changes;
 }

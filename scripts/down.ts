@@ -2,6 +2,7 @@
 /** Removes the whole cluster from SERVER and all AGENTS, after asking. */
 import { createInterface } from "node:readline/promises";
 import * as cli from "../lib/cli.ts";
+import { readEnv, updateEnv } from "../lib/env-file.ts";
 import { caIn, casOf, mayGo } from "../lib/identity.ts";
 import { report } from "../lib/report.ts";
 import { SettingError } from "../lib/settings.ts";
@@ -46,15 +47,30 @@ async function down(call: cli.Call): Promise<number> {
   if (call.mode !== "apply" || cli.worst(examined) !== 0) return cli.worst([...looked, ...examined]);
   const full = [...found].filter(([, { job, facts }]) => planAll([uninstall], job.want, facts).length);
   if (full.length && !call.flags.has("yes") && !(await agreed(full.map(([box]) => box.name)))) return 1;
+  const gone = new Set<cli.Target>();
   const removed = await Promise.all(
     [...found].map(([box, { job, facts }]) =>
       cli.attempt(call, call.script, box, ui.line(box.name), async (line) => {
         job.progress = line;
         line.done((await converge(job, [uninstall], facts)) === facts, "no k3s on this box");
+        gone.add(box);
       }),
     ),
   );
+  // A box that could not be reached is known by them when its turn comes.
+  if (boxes.every((box) => gone.has(box))) await forget(call, servers);
   return cli.worst([...looked, ...removed]);
+}
+
+/** What joins boxes to a cluster that is no more goes from the env file. In a shared datastore it goes on living. */
+async function forget(call: cli.Call, servers: readonly cli.Target[]): Promise<void> {
+  const { K3S_URL, K3S_TOKEN } = readEnv(call.envFile).values;
+  const own = servers.some(({ ip }) => K3S_URL?.trim() === `https://${ip}:6443`);
+  if (!own || call.settings.K3S_DATASTORE_ENDPOINT) return;
+  await updateEnv(call.envFile, { K3S_URL: undefined, K3S_TOKEN: undefined });
+  process.stderr.write(
+    `K3S_URL${K3S_TOKEN === undefined ? "" : " and K3S_TOKEN"} went from ${call.envFile} too\n`,
+  );
 }
 
 async function agreed(names: string[]): Promise<boolean> {
@@ -76,5 +92,6 @@ await cli.run(import.meta, {
   about: "Removes k3s and all its data from SERVER and all AGENTS, after asking.",
   steps: [{ ...uninstall, options: ["SERVER", "PUBLIC_IP", "SERVER_ARGS"] }],
   flags: { yes: "do not ask", force: "also a box of another cluster, and k3s that somebody else has set up" },
+  writes: (want, known) => Boolean(known.K3S_URL) && !want.K3S_DATASTORE_ENDPOINT,
   work: down,
 });

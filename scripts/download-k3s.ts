@@ -48,7 +48,7 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
           sh: install(osOf(facts), ["curl", "ca-certificates"]),
           seconds: 600,
           // Only then can the server be asked, before an agent is begun.
-          lookAgain: true,
+          lookAgain: "foreseen",
         }),
       );
     const have = facts.version?.trim() || undefined;
@@ -61,7 +61,7 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
           push: { file: want.K3S_BIN, path: part },
           sh: `${TELL}part=${part}; from=${sh(want.K3S_BIN)}; sum=${want.K3S_SHA256}\n${VERIFY}\n${swap("v1")}`,
           seconds: 120,
-          lookAgain: true,
+          lookAgain: "foreseen",
         });
     } else if (have !== want.K3S_VERSION || (want.K3S_SHA256 && facts.sha256?.trim() !== want.K3S_SHA256)) {
       changes.push(

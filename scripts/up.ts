@@ -4,7 +4,7 @@ import * as cli from "../lib/cli.ts";
 import { ALLOWED, casOf } from "../lib/identity.ts";
 import { report } from "../lib/report.ts";
 import type { Settings } from "../lib/settings.ts";
-import { converge, type Facts, Failure, type Job, look, type Step } from "../lib/step.ts";
+import { converge, type Facts, Failure, type Job, look, planAll, type Step } from "../lib/step.ts";
 import { agentSteps, prepareAs } from "./agent.ts";
 import { fixMetrics } from "./fix-metrics.ts";
 import { server as serverStep, serverSteps } from "./server.ts";
@@ -29,12 +29,18 @@ export async function up(call: cli.Call): Promise<number> {
   }).then((fact) => {
     learned = cli.learned([serverStep], job as Job, fact);
   });
+  let begin = () => {};
+  /** The server has something to do, for which the others then wait. */
+  const begun = new Promise<void>((done) => {
+    begin = done;
+  });
   const serverUp = cli.attempt(call, "server", server, ui.line(server.name), async (line) => {
     job = cli.jobFor(call, server, line);
     job.early = tell;
     facts = await look(job, allSteps);
     if (call.mode !== "apply")
       return cli.showPlan(call, server, facts.nodes ? allSteps : serverSteps, job, facts);
+    if (planAll(serverSteps, job.want, facts).length) begin();
     const after = await converge(job, serverSteps, facts, allSteps);
     learned = await cli.learn(call, serverSteps, job, after);
     changed ||= after !== facts;
@@ -61,6 +67,7 @@ export async function up(call: cli.Call): Promise<number> {
       const waits = !job.want.K3S_TOKEN && casOf(first).agent.length > 0;
       const role = steps === serverSteps ? "server" : "agent";
       let own = waits ? first : await converge(job, prepareAs(role), first, steps);
+      await Promise.race([opened, begun, serverUp]);
       if (!learned) line.waits("the server's token");
       await Promise.race([opened, serverUp]);
       if (!learned) throw new Failure("Not joined: the server is not up");
@@ -87,13 +94,17 @@ export async function up(call: cli.Call): Promise<number> {
 
   opened.catch(() => {}); // where there is nobody else, the server's own part says it
   const statuses = await Promise.all([serverUp, ...othersUp]);
+  const failed = [...further, ...agents].filter((_, i) => statuses[i + 1] !== 0).map((box) => box.name);
+  const state = failed.length
+    ? `as wanted, but for ${failed.join(", ")} (see above)`
+    : "the cluster is as wanted";
   if (statuses[0] === 0 && call.mode === "apply")
     statuses.push(
       await cli.attempt(call, fixMetrics.name, server, ui.line(server.name), async (line) => {
         const last = cli.jobFor(call, server, line);
         if (changed) facts = await look(last, allSteps);
         const after = await converge(last, allSteps, facts);
-        line.done(!changed && after === facts, "the cluster is as wanted");
+        line.done(!changed && after === facts, state);
       }),
     );
   return cli.worst(statuses);

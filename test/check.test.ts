@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { clusterOf, type Member, tries } from "../lib/cluster.ts";
+import { causesOf, clusterOf, type Member, tries } from "../lib/cluster.ts";
 import { diagnose, judge } from "../lib/diagnosis.ts";
 import { MEANT, meaningOf } from "../lib/journal.ts";
 import type { Settings } from "../lib/settings.ts";
@@ -1067,6 +1067,33 @@ describe("the report", () => {
     assert.match(text, /^b1 +v1\.36\.2\+k3s1 +- +unseen +- +- +- +- +- +-$/m);
     assert.doesNotMatch(text, /undefined|NaN/);
   });
+});
+
+test("what explains a failure is never that the command which failed is still to be done", () => {
+  const setUp = { box: "b1", cause: "k3s-agent is not set up", remedy: "make agent HOST=b1" };
+  const other = { ...setUp, box: "b2", remedy: "make agent HOST=b2" };
+  const down = { box: "a1", cause: "k3s does not run on it", remedy: "make server" };
+  const clock = { box: "b1", cause: "its clock is behind", remedy: "timedatectl set-ntp true on it" };
+  const shown = { ...setUp, remedy: "make agent HOST=b1 waits for it and shows the journal" };
+  const taken = { ...setUp, remedy: "hostnamectl set-hostname another name on it, then make agent HOST=b1" };
+  for (const [ills, script, told] of [
+    [[setUp, other], "agent", []],
+    [[setUp, down], "agent", []],
+    [[shown], "agent", []],
+    [[down], "agent", [down]],
+    [[clock, setUp], "agent", [clock]],
+    [[taken], "agent", [taken]],
+    [[setUp], "annotate", [setUp]],
+    [[other], "agent", [other]],
+    [[{ ...down, box: "b1" }], "server", []],
+    [[{ ...down, box: "b1", remedy: "make fix-metrics" }], "fix-metrics", []],
+    [
+      [{ ...down, box: "b1", remedy: "make server-x" }],
+      "server",
+      [{ ...down, box: "b1", remedy: "make server-x" }],
+    ],
+  ] as const)
+    assert.deepEqual(causesOf(ills, "b1", script), told, `${script}: ${JSON.stringify(ills)}`);
 });
 
 test("what a box tries are the ways to the others, and what it is told of them cannot become its shell", () => {

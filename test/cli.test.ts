@@ -58,6 +58,12 @@ describe("--help", { concurrency: 4 }, () => {
     test(`of ${script} lists its flags and their defaults, and touches nothing`, async () => {
       const { status, stdout, stderr, touched } = await call(script, ["--help"]);
       assert.deepEqual({ status, stderr, touched }, { status: 0, stderr: "", touched: "" });
+      for (const row of stdout.split("\n")) assert.ok(row.length <= 80, row);
+      const [needed = "", rare = ""] = stdout.split("Rarely needed:\n");
+      for (const name of ["server", "agents", "host", "k3s-version", "public-ip", "k3s-token"])
+        assert.doesNotMatch(rare, new RegExp(`^ {2}--${name} `, "m"));
+      for (const name of ["elrepo-url", "host-key", "k3s-sha256", "no-proxy"])
+        assert.doesNotMatch(needed, new RegExp(`^ {2}--${name} `, "m"));
       const flags = [...stdout.matchAll(/^ {2}--([\w-]+)/gm)].map((m) => m[1] as string);
       for (const flag of [
         ...(WHOLE.includes(script) ? [] : ["host"]),
@@ -68,7 +74,7 @@ describe("--help", { concurrency: 4 }, () => {
         assert.ok(flags.includes(flag), flag);
       for (const flag of flags) assert.ok([...switches, "help", ...NAMES.map(flagOf)].includes(flag), flag);
       assert.match(stdout, new RegExp(`make ${script} `));
-      assert.match(stdout, /Exit status: 0 .* 1 .* 2 .* 130 /);
+      assert.match(stdout.replaceAll("\n", " "), /Exit status: 0 .* 1 .* 2 .* 130 /);
     });
   }
 
@@ -131,7 +137,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       "upgrade",
       ["--steps", "v1.35.4+k3s1"],
       {},
-      "SERVER=root@203.0.113.10\nK3S_VERSION=v1.36.2+k3s1\n",
+      "SERVER=root@203.0.113.12\nK3S_VERSION=v1.36.2+k3s1\n",
       /^STEPS needs K3S_VERSION beside it \(make upgrade K3S_VERSION=v1\.36\.2\+k3s1 STEPS="…"\)/,
     ],
     [
@@ -169,10 +175,82 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
     [
       "this machine without PUBLIC_IP",
       "server",
-      [],
+      ["--host="],
       {},
       undefined,
       /^PUBLIC_IP is not set: expected the address/,
+    ],
+    [
+      "this machine as the server of named agents, without PUBLIC_IP",
+      "up",
+      [],
+      {},
+      "AGENTS=b1=198.51.101.11\n",
+      /^PUBLIC_IP is not set: expected the address/,
+    ],
+    ...[
+      "up",
+      "server",
+      "agent",
+      "down",
+      "check",
+      "status",
+      "token",
+      "remove",
+      "upgrade",
+      "backup",
+      "firewall",
+    ].map((script): (typeof cases)[number] => [
+      `a newcomer's make ${script}`,
+      script,
+      [],
+      {},
+      undefined,
+      /^No servers are named yet: (cp env\.example \.env, and )?say which in SERVER and AGENTS; or try make rehearse\. On the box itself: PUBLIC_IP=/,
+    ]),
+    [
+      "a fresh clone",
+      "up",
+      [],
+      { ENV_FILE: "" },
+      undefined,
+      existsSync(join(ROOT, ".env"))
+        ? /./
+        : /^No servers are named yet: cp env\.example \.env, and say which/,
+    ],
+    [
+      "an env file that names no boxes, which is not to be overwritten",
+      "up",
+      [],
+      {},
+      "K3S_VERSION=v1.36.2+k3s1\n",
+      /^No servers are named yet: say which in SERVER and AGENTS;/,
+    ],
+    ...["up", "down", "check", "status", "kubeconfig", "agent", "upgrade"].map(
+      (script): (typeof cases)[number] => [
+        `env.example as it stands, and make ${script}`,
+        script,
+        [],
+        {},
+        readFileSync(join(ROOT, "env.example")),
+        /^SERVER is "root@203\.0\.113\.10" \(\S+ line \d+\): that is env\.example's, .*; edit SERVER and AGENTS first$/m,
+      ],
+    ),
+    [
+      "AGENTS that are still env.example's",
+      "up",
+      [],
+      {},
+      readFileSync(join(ROOT, "env.example"), "utf8").replace("root@203.0.113.10", "root@a1=198.51.100.11"),
+      /^AGENTS is ".*" \(\S+ line \d+\): that is env\.example's, /,
+    ],
+    [
+      "an example's address under another user",
+      "up",
+      [],
+      { SERVER: "ubuntu@a=203.0.113.10" },
+      undefined,
+      /^SERVER is "ubuntu@a=203\.0\.113\.10" \(variable SERVER\): that is env\.example's, /,
     ],
     [
       "one PUBLIC_IP for two boxes",
@@ -243,32 +321,32 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       "server",
       ["--host", "root@198.51.100.20"],
       {},
-      "SERVER=root@203.0.113.10\n",
-      /^HOST is root@198\.51\.100\.20, but SERVER is root@203\.0\.113\.10: expected K3S_DATASTORE_ENDPOINT/,
+      "SERVER=root@203.0.113.12\n",
+      /^HOST is root@198\.51\.100\.20, but SERVER is root@203\.0\.113\.12: expected K3S_DATASTORE_ENDPOINT/,
     ],
     [
       "a second server before the first",
       "server",
       ["--host", "root@198.51.100.20"],
       { K3S_DATASTORE_ENDPOINT: "mysql://k3s:x@tcp(203.0.113.5:3306)/k3s" },
-      "SERVER=root@203.0.113.10\n",
-      /^K3S_TOKEN is not set: expected what "make server" writes for 203\.0\.113\.10, the first server/,
+      "SERVER=root@203.0.113.12\n",
+      /^K3S_TOKEN is not set: expected what "make server" writes for 203\.0\.113\.12, the first server/,
     ],
     [
       "an upgrade to one box's K3S_BIN, without the release that it is",
       "upgrade",
       [],
       {},
-      "SERVER=root@203.0.113.10\nAGENTS=b1=198.51.101.11\nK3S_BIN__b1=package.json\n",
+      "SERVER=root@203.0.113.12\nAGENTS=b1=198.51.101.11\nK3S_BIN__b1=package.json\n",
       /^K3S_VERSION is not set: expected the release that K3S_BIN is/,
     ],
     [
       "the first of several servers that is to go, with what to do first",
       "remove",
-      ["--host", "root@203.0.113.10"],
+      ["--host", "root@203.0.113.12"],
       { K3S_DATASTORE_ENDPOINT: "mysql://k3s:x@tcp(203.0.113.5:3306)/k3s" },
-      'SERVER="root@203.0.113.10 root@203.0.113.11"\n',
-      /^HOST names the first server, 203\.0\.113\.10, which agents are told: name another one first in SERVER and "make up"/,
+      'SERVER="root@203.0.113.12 root@203.0.113.11"\n',
+      /^HOST names the first server, 203\.0\.113\.12, which agents are told: name another one first in SERVER and "make up"/,
     ],
     [
       "a K3S_BIN that is not K3S_SHA256's",

@@ -111,6 +111,32 @@ describe("the rest of the file", () => {
     assert.deepEqual(parse(text), { A: "1", B: "x", C: "3" });
   });
 
+  test("stays when keys go, with the comments on their lines, whatever form they have", () => {
+    const gone = {
+      K3S_TOKEN: undefined,
+      TEXT: undefined,
+      PROXY_MODE: undefined,
+      LAST: undefined,
+      NONE: undefined,
+    };
+    assert.equal(
+      withValues(FILE, gone),
+      FILE.replace('K3S_TOKEN="old" # learned', "# learned")
+        .replace("  PROXY_MODE: ipvs\n", "")
+        .replace('TEXT="several\nlines # no comment"\n', "")
+        .replace("LAST=1", ""),
+    );
+    for (const [text, left] of [
+      ["A=1\r\nB=2\r\nC=3\r\n", "A=1\r\nC=3\r\n"],
+      ["B=1\nA=1\nexport B='2'\t# c\nB=", "A=1\n# c\n"],
+      ["\uFEFFB=1\nA=1\n", "\uFEFFA=1\n"],
+      ["BB=1\nB_B=2\n#B=3\n", "BB=1\nB_B=2\n#B=3\n"],
+      ["B=\n\nA=1", "\nA=1"],
+    ] as const)
+      assert.equal(withValues(text, { B: undefined }), left, JSON.stringify(text));
+    assert.equal(withValues("B=1\nA=1\n", { B: undefined, A: "2" }), "A=2\n");
+  });
+
   test("is no part of a key that looks alike", () => {
     const text = withValues("XK3S_URL=1\nK3S_URL_X=2\n#K3S_URL=3\n", { K3S_URL: "new" });
     assert.equal(text, "XK3S_URL=1\nK3S_URL_X=2\n#K3S_URL=3\nK3S_URL=new\n");
