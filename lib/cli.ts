@@ -138,11 +138,6 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   // csh and its like export HOST as this machine's own name.
   const env = { ...process.env, HOST: process.env.HOST === hostname() ? undefined : process.env.HOST };
   const { settings, origins, own } = settle(flags, env, shown(envFile));
-  for (const name of ["SERVER", "AGENTS"] as const)
-    if (words(settings[name]).some(isExample))
-      throw new SettingError(
-        `${name} is "${settings[name]}" (${origins[name]}): that is env.example's, and nobody's box; edit SERVER and AGENTS first`,
-      );
   const needs = Object.entries(recipe.needs ?? {}).find(([name]) => !settings[name as SettingName]);
   const none = recipe.work || needs ? unnamed(settings, origins, envFile) : undefined;
   if (none) throw new SettingError(none);
@@ -383,6 +378,10 @@ async function imagesBeside({ K3S_BIN, AIRGAP }: Settings): Promise<string> {
 export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promise<Target[]> {
   const { settings, origins } = call;
   const list = words(settings[setting]);
+  if (setting !== "HOST" && list.some(isExample))
+    throw new SettingError(
+      `${setting} is "${settings[setting]}" (${origins[setting]}): that is env.example's, and nobody's box; edit SERVER and AGENTS first`,
+    );
   const known = words(`${settings.SERVER} ${settings.AGENTS}`).map((word) => word.split("="));
   const needsIp = call.recipe.steps.some((step) => step.options.includes("PUBLIC_IP"));
   if (settings.PUBLIC_IP && setting !== "AGENTS" && list.length > 1)

@@ -137,7 +137,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       "upgrade",
       ["--steps", "v1.35.4+k3s1"],
       {},
-      "SERVER=root@203.0.113.12\nK3S_VERSION=v1.36.2+k3s1\n",
+      "SERVER=root@203.0.113.10\nK3S_VERSION=v1.36.2+k3s1\n",
       /^STEPS needs K3S_VERSION beside it \(make upgrade K3S_VERSION=v1\.36\.2\+k3s1 STEPS="…"\)/,
     ],
     [
@@ -226,7 +226,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       "K3S_VERSION=v1.36.2+k3s1\n",
       /^No servers are named yet: say which in SERVER and AGENTS;/,
     ],
-    ...["up", "down", "check", "status", "kubeconfig", "agent", "upgrade"].map(
+    ...["up", "down", "check", "status", "kubeconfig", "upgrade", "server"].map(
       (script): (typeof cases)[number] => [
         `env.example as it stands, and make ${script}`,
         script,
@@ -321,32 +321,32 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       "server",
       ["--host", "root@198.51.100.20"],
       {},
-      "SERVER=root@203.0.113.12\n",
-      /^HOST is root@198\.51\.100\.20, but SERVER is root@203\.0\.113\.12: expected K3S_DATASTORE_ENDPOINT/,
+      "SERVER=root@203.0.113.10\n",
+      /^HOST is root@198\.51\.100\.20, but SERVER is root@203\.0\.113\.10: expected K3S_DATASTORE_ENDPOINT/,
     ],
     [
       "a second server before the first",
       "server",
       ["--host", "root@198.51.100.20"],
       { K3S_DATASTORE_ENDPOINT: "mysql://k3s:x@tcp(203.0.113.5:3306)/k3s" },
-      "SERVER=root@203.0.113.12\n",
-      /^K3S_TOKEN is not set: expected what "make server" writes for 203\.0\.113\.12, the first server/,
+      "SERVER=root@203.0.113.10\n",
+      /^K3S_TOKEN is not set: expected what "make server" writes for 203\.0\.113\.10, the first server/,
     ],
     [
       "an upgrade to one box's K3S_BIN, without the release that it is",
       "upgrade",
       [],
       {},
-      "SERVER=root@203.0.113.12\nAGENTS=b1=198.51.101.11\nK3S_BIN__b1=package.json\n",
+      "SERVER=root@203.0.113.10\nAGENTS=b1=198.51.101.11\nK3S_BIN__b1=package.json\n",
       /^K3S_VERSION is not set: expected the release that K3S_BIN is/,
     ],
     [
       "the first of several servers that is to go, with what to do first",
       "remove",
-      ["--host", "root@203.0.113.12"],
+      ["--host", "root@203.0.113.9"],
       { K3S_DATASTORE_ENDPOINT: "mysql://k3s:x@tcp(203.0.113.5:3306)/k3s" },
-      'SERVER="root@203.0.113.12 root@203.0.113.11"\n',
-      /^HOST names the first server, 203\.0\.113\.12, which agents are told: name another one first in SERVER and "make up"/,
+      'SERVER="root@203.0.113.9 root@203.0.113.11"\n',
+      /^HOST names the first server, 203\.0\.113\.9, which agents are told: name another one first in SERVER and "make up"/,
     ],
     [
       "a K3S_BIN that is not K3S_SHA256's",
@@ -446,7 +446,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       "backup",
       ["--backup", "package.json"],
       {},
-      "SERVER=root@203.0.113.10\n",
+      "SERVER=root@203.0.113.9\n",
       /^BACKUP is "package\.json" \(flag --backup\): that is there already: expected the name of a new file/,
     ],
     [
@@ -454,7 +454,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       "backup",
       ["--backup", "/no/backup.tar.gz"],
       {},
-      "SERVER=root@203.0.113.10\n",
+      "SERVER=root@203.0.113.9\n",
       /^BACKUP is "\/no\/backup\.tar\.gz" \(flag --backup\): .* could not be written.*: ENOENT/,
     ],
     [

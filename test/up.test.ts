@@ -1,0 +1,208 @@
+/** All of `make up`, its dry run and `make down`, with an ssh that answers with facts in place of boxes. */
+import assert from "node:assert/strict";
+import { readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import { type Facts, planAll, type Step } from "../lib/step.ts";
+import { agent, agentSteps } from "../scripts/agent.ts";
+import { fixMetrics } from "../scripts/fix-metrics.ts";
+import { server, serverSteps } from "../scripts/server.ts";
+import {
+  A1,
+  B1,
+  B2,
+  filesAfter,
+  fixture,
+  healthy,
+  IP,
+  MODERN,
+  NOW,
+  type NodeSpec,
+  peer,
+  prepared,
+  program,
+  programs,
+  service,
+  TOKEN,
+  temporary,
+  unitsOf,
+  wanted,
+} from "./helpers.ts";
+
+/** A box that has no facts cannot be reached; one that has others after its changes is `BOX.after`. */
+const SSH = `[ "$1" = -G ] && { echo "hostname $3"; exit; }
+case "$*" in *' -O '*) exit ;; esac
+while [ "$1" != -- ]; do shift; done
+[ -e "$BOXES/$2" ] || { echo "connect to host $2 port 22: No route to host" >&2; exit 255; }
+echo 'k3s-across-clouds: begin'
+script=$(cat)
+mark=$(printf '%s\\n' "$script" | sed -n 's/^m=\\(k3s-across-clouds-[0-9a-f]*\\)$/\\1/p')
+case $script in
+*'change 0 '*)
+  printf '\\n%s change 0\\n' "$mark"
+  [ ! -e "$BOXES/$2.after" ] || cp "$BOXES/$2.after" "$BOXES/$2"
+  ;;
+esac
+sed "s/^@MARK /$mark /" "$BOXES/$2"
+printf '\\n%s end\\n' "$mark"`;
+
+const file = (facts: Facts) =>
+  Object.entries(facts)
+    .map(([name, text]) => `\n@MARK fact ${name}\n${text.replace(/\n$/, "")}\n`)
+    .join("");
+
+const ENV = `# mine\nSERVER=a1=${A1.ip}\nAGENTS="b1=${B1.ip} b2=${B2.ip}"\n`;
+const JOINED = `K3S_URL=https://${IP}:6443\nK3S_TOKEN=${TOKEN} # learned\n`;
+
+/** Runs a script on such boxes. */
+async function run(script: string, args: string[], envFile: string, boxes: Record<string, Facts>) {
+  const folder = temporary();
+  const PATH = programs(join(folder, "bin"), { ssh: SSH });
+  for (const [name, facts] of Object.entries(boxes)) writeFileSync(join(folder, name), file(facts));
+  const ENV_FILE = join(folder, ".env");
+  writeFileSync(ENV_FILE, envFile);
+  const ended = await program([`scripts/${script}.ts`, ...args], { PATH, ENV_FILE, BOXES: folder });
+  return { ...ended, env: readFileSync(ENV_FILE, "utf8") };
+}
+
+/** The facts of a healthy member of a1, b1 and b2, and that there is nothing to do on it. */
+function member(spec: NodeSpec, steps: readonly Step[], own: Step, over: Facts = {}): Facts {
+  const want = wanted({ PUBLIC_IP: spec.ip, K3S_VERSION: MODERN, SERVER: `a1=${A1.ip}` });
+  const of = prepared(MODERN, { hostname: `${spec.name}\n` });
+  const running = service(NOW - 1800);
+  const peers = [A1, B1, B2].filter((other) => other.name !== spec.name);
+  const { unit = "", envfile = "" } = filesAfter(own, want, own.plan(want, of));
+  const facts = healthy(
+    MODERN,
+    { unit, envfile },
+    {
+      hostname: `${spec.name}\n`,
+      peers: peers.map((other) => peer(MODERN, other, other.ip, 30)).join("\n"),
+      units: own === server ? unitsOf(running) : unitsOf(undefined, running),
+      ...over,
+    },
+  );
+  assert.deepEqual(
+    planAll(steps, want, facts).map(({ why }) => why),
+    [],
+    spec.name,
+  );
+  return facts;
+}
+
+const top = ["a1", "b1", "b2"].map((name) => `${name}   193m   9%   886Mi   22%`).join("\n");
+const metrics = { token: TOKEN, packaged: fixture("metrics-server-v1.36.3.yaml"), top };
+const a1 = () => member(A1, [...serverSteps, fixMetrics], server, metrics);
+const [b1, b2] = [B1, B2].map((spec) => () => member(spec, agentSteps, agent)) as [() => Facts, () => Facts];
+const fresh = (name: string, over: Facts = {}) =>
+  prepared(MODERN, { hostname: `${name}\n`, version: "", kubectl: "", ...over });
+
+describe("make up", { concurrency: 2 }, () => {
+  test("with nothing to do says so of every box, and that it waits of none", async () => {
+    const { status, stderr } = await run("up", [], ENV + JOINED, { a1: a1(), b1: b1(), b2: b2() });
+    assert.equal(status, 0, stderr);
+    assert.doesNotMatch(stderr, /waits for/);
+    for (const box of ["b1", "b2"]) assert.match(stderr, new RegExp(`^${box} +nothing to do`, "m"));
+    assert.match(stderr, /^a1 +nothing to do: the cluster is as wanted$/m);
+  });
+
+  test("whose agents failed does not end with a cluster that is as wanted", async () => {
+    const { status, stderr } = await run("up", [], ENV + JOINED, { a1: a1(), b1: b1() });
+    assert.equal(status, 1);
+    assert.match(stderr, /^b2 +FAILED after .*No route to host/m);
+    assert.doesNotMatch(stderr, /the cluster is as wanted/);
+    assert.match(stderr.trimEnd().split("\n").at(-1) ?? "", /^a1 +nothing to do: as wanted, but for b2/);
+  });
+
+  test("waits for an API that does not answer yet, within bounds, and then goes on", async () => {
+    const silent = { ...a1(), nodes: "", runs: "active\n", top: "" };
+    const { status, stderr } = await run("fix-metrics", [], ENV + JOINED, { a1: silent, "a1.after": a1() });
+    assert.equal(status, 0, stderr);
+    assert.match(stderr, /^a1 +wait until the API answers/m);
+    assert.match(stderr, /^a1 +done in /m);
+  });
+});
+
+describe("the dry run of make up", { concurrency: 2 }, () => {
+  const refused = { cacerts: "", error: "curl: (7) Failed to connect: Connection refused\n" };
+  const boxes = () => ({ a1: fresh("a1"), b1: fresh("b1", refused), b2: fresh("b2") });
+
+  test("shows the units of fresh boxes, whatever their env file knew of a cluster that is no more", async () => {
+    const { status, stdout, stderr } = await run("up", ["--dry-run"], ENV + JOINED, boxes());
+    assert.equal(status, 0, stderr);
+    for (const [box, unit] of [
+      ["a1", "k3s"],
+      ["b1", "k3s-agent"],
+      ["b2", "k3s-agent"],
+    ]) {
+      const [, plan = ""] = stdout.split(new RegExp(`^${box}: \\d+ to do$`, "m"));
+      assert.match(plan.split(/^\S/m)[0] ?? "", new RegExp(`start ${unit} and wait until node ${box} `), box);
+    }
+    assert.doesNotMatch(stdout, /look again/);
+  });
+
+  test("shows the unit of a box without curl too", async () => {
+    const { stdout } = await run("server", ["--dry-run"], ENV, { a1: fresh("a1", { curl: "" }) });
+    assert.match(stdout, /1\. install curl[\s\S]*start k3s and wait until node a1/);
+    assert.doesNotMatch(stdout, /look again/);
+  });
+
+  test("with a binary at hand shows the unit that K3S_VERSION has, and says so", async () => {
+    for (const [version, flag] of [
+      ["v1.17.6+k3s1", "start k3s and wait"],
+      ["v1.36.3+k3s1", "start k3s and wait"],
+    ] as const) {
+      const args = ["--dry-run", "--k3s-bin", "package.json", "--k3s-version", version];
+      const { stdout } = await run("server", args, ENV, { a1: fresh("a1", { sha256: "" }) });
+      assert(stdout.includes(flag), stdout);
+      assert(stdout.includes(`  … if package.json is k3s ${version}\n`), stdout);
+    }
+  });
+
+  test("of a release in between ends where the binary has to be asked", async () => {
+    const args = ["--dry-run", "--k3s-version", "v1.24.17+k3s1"];
+    const { stdout } = await run("server", args, ENV, { a1: fresh("a1") });
+    assert.match(stdout, /ask the k3s binary for its flags\n {2}… then look again\n/);
+  });
+});
+
+describe("make down", { concurrency: 2 }, () => {
+  const full = { left: "/var/lib/rancher/k3s\n" };
+  const both = (name: string) => ({
+    [name]: { hostname: `${name}\n`, ...full },
+    [`${name}.after`]: { left: "" },
+  });
+  const all = { ...both("a1"), ...both("b1"), ...both("b2") };
+
+  test("takes out of the env file what it has made void, and nothing else", async () => {
+    const { status, env, stderr } = await run("down", ["--yes"], ENV + JOINED, all);
+    assert.equal(status, 0, stderr);
+    assert.equal(env, `${ENV}# learned\n`);
+    assert.match(stderr, /^K3S_URL and K3S_TOKEN went from \S+\.env too$/m);
+    assert.doesNotMatch(stderr, /K10/);
+  });
+
+  const kept: [name: string, envFile: string, boxes: Record<string, Facts>, args?: string[]][] = [
+    ["the server could not be reached", ENV + JOINED, { ...both("b1"), ...both("b2") }],
+    ["it was a dry run", ENV + JOINED, all, ["--dry-run"]],
+    ["they are another cluster's", ENV + JOINED.replace(IP, "203.0.113.77"), all],
+    [
+      "the cluster lives on in a shared datastore",
+      `${ENV}${JOINED}K3S_DATASTORE_ENDPOINT=postgres://k3s@db.example.org/k3s\n`,
+      all,
+    ],
+  ];
+  for (const [name, envFile, boxes, args = ["--yes"]] of kept)
+    test(`keeps them where ${name}`, async () => {
+      const { env } = await run("down", args, envFile, boxes);
+      assert.equal(env, envFile);
+    });
+
+  test("forgets a cluster that was gone before, or of which an agent is out of reach", async () => {
+    for (const boxes of [
+      { a1: { left: "" }, b1: { left: "" }, b2: { left: "" } },
+      { ...both("a1"), ...both("b1") },
+    ])
+      assert.equal((await run("down", ["--yes"], ENV + JOINED, boxes)).env, `${ENV}# learned\n`);
+  });
+});
