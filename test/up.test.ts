@@ -91,7 +91,12 @@ function member(spec: NodeSpec, steps: readonly Step[], own: Step, over: Facts =
 }
 
 const top = ["a1", "b1", "b2"].map((name) => `${name}   193m   9%   886Mi   22%`).join("\n");
-const metrics = { token: TOKEN, packaged: fixture("metrics-server-v1.36.3.yaml"), top };
+const metrics = {
+  cas: `server ${TOKEN.slice(3, 67)}\n`,
+  token: TOKEN,
+  packaged: fixture("metrics-server-v1.36.3.yaml"),
+  top,
+};
 const a1 = () => member(A1, [...serverSteps, fixMetrics], server, metrics);
 const [b1, b2] = [B1, B2].map((spec) => () => member(spec, agentSteps, agent)) as [() => Facts, () => Facts];
 const fresh = (name: string, over: Facts = {}) =>
@@ -127,19 +132,28 @@ describe("the dry run of make up", { concurrency: 2 }, () => {
   const refused = { cacerts: "", error: "curl: (7) Failed to connect: Connection refused\n" };
   const boxes = () => ({ a1: fresh("a1"), b1: fresh("b1", refused), b2: fresh("b2") });
 
-  test("shows the units of fresh boxes, whatever their env file knew of a cluster that is no more", async () => {
-    const { status, stdout, stderr } = await run("up", ["--dry-run"], ENV + JOINED, boxes());
-    assert.equal(status, 0, stderr);
-    for (const [box, unit] of [
-      ["a1", "k3s"],
-      ["b1", "k3s-agent"],
-      ["b2", "k3s-agent"],
-    ]) {
-      const [, plan = ""] = stdout.split(new RegExp(`^${box}: \\d+ to do$`, "m"));
-      assert.match(plan.split(/^\S/m)[0] ?? "", new RegExp(`start ${unit} and wait until node ${box} `), box);
-    }
-    assert.doesNotMatch(stdout, /look again/);
-  });
+  const cases: [name: string, envFile: string, args: string[]][] = [
+    ["shows the units of fresh boxes", ENV, []],
+    ["asks nothing of a cluster that is no more, where a new one is wanted", ENV + JOINED, ["--force"]],
+  ];
+  for (const [name, envFile, args] of cases)
+    test(name, async () => {
+      const { status, stdout, stderr } = await run("up", ["--dry-run", ...args], envFile, boxes());
+      assert.equal(status, 0, stderr);
+      for (const [box, unit] of [
+        ["a1", "k3s"],
+        ["b1", "k3s-agent"],
+        ["b2", "k3s-agent"],
+      ]) {
+        const [, plan = ""] = stdout.split(new RegExp(`^${box}: \\d+ to do$`, "m"));
+        assert.match(
+          plan.split(/^\S/m)[0] ?? "",
+          new RegExp(`start ${unit} and wait until node ${box} `),
+          box,
+        );
+      }
+      assert.doesNotMatch(stdout, /look again/);
+    });
 
   test("shows the unit of a box without curl too", async () => {
     const { stdout } = await run("server", ["--dry-run"], ENV, { a1: fresh("a1", { curl: "" }) });
@@ -184,6 +198,7 @@ describe("make down", { concurrency: 2 }, () => {
 
   const kept: [name: string, envFile: string, boxes: Record<string, Facts>, args?: string[]][] = [
     ["the server could not be reached", ENV + JOINED, { ...both("b1"), ...both("b2") }],
+    ["an agent is still to go", ENV + JOINED, { ...both("a1"), ...both("b1") }],
     ["it was a dry run", ENV + JOINED, all, ["--dry-run"]],
     ["they are another cluster's", ENV + JOINED.replace(IP, "203.0.113.77"), all],
     [
@@ -198,11 +213,8 @@ describe("make down", { concurrency: 2 }, () => {
       assert.equal(env, envFile);
     });
 
-  test("forgets a cluster that was gone before, or of which an agent is out of reach", async () => {
-    for (const boxes of [
-      { a1: { left: "" }, b1: { left: "" }, b2: { left: "" } },
-      { ...both("a1"), ...both("b1") },
-    ])
-      assert.equal((await run("down", ["--yes"], ENV + JOINED, boxes)).env, `${ENV}# learned\n`);
+  test("forgets a cluster that was gone before", async () => {
+    const boxes = { a1: { left: "" }, b1: { left: "" }, b2: { left: "" } };
+    assert.equal((await run("down", ["--yes"], ENV + JOINED, boxes)).env, `${ENV}# learned\n`);
   });
 });
