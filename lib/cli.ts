@@ -113,9 +113,13 @@ export async function run(meta: ImportMeta, recipe: Recipe): Promise<void> {
       );
       void closeAll().finally(() => process.exit(128 + number));
     });
-  // Nobody reads on: `make check | head`, or a terminal that is gone, which ends us by SIGHUP as well.
   for (const stream of [process.stdout, process.stderr])
-    stream.on("error", () => void closeAll().finally(() => process.exit(128 + 13)));
+    stream.on("error", (error: NodeJS.ErrnoException) => {
+      // Nobody reads on, as in `make check | head`: no more than SIGPIPE would say is said. Or its disk is full.
+      const isShut = error.code === "EPIPE";
+      if (!isShut && stream === process.stdout) process.stderr.write(`Standard output: ${error.message}\n`);
+      void closeAll().finally(() => process.exit(isShut ? 128 + 13 : 1));
+    });
   try {
     process.exitCode = await main(meta, recipe);
   } catch (error) {

@@ -21,14 +21,15 @@ import { pathToFileURL } from "node:url";
 import { updateEnv } from "../lib/env-file.ts";
 import { temporary as nameIn, noFile, putNew, remove, replaceFile, Unwritten } from "../lib/files.ts";
 import { SettingError } from "../lib/settings.ts";
-import { merge } from "../scripts/kubeconfig.ts";
-import { lacks, programs, ROOT, RUNTIME, temporary } from "./helpers.ts";
+import { accessOf, merge } from "../scripts/kubeconfig.ts";
+import { fixture, lacks, programs, ROOT, RUNTIME, temporary } from "./helpers.ts";
 
 const OLD = `# mine\nA=old\n${"B=".padEnd(4937, "x")}\n`;
 const NEW = OLD.replace("old", "new");
 const KUBECONFIG =
   "apiVersion: v1\nkind: Config\nclusters:\n- cluster:\n    server: https://work\n  name: work\n";
-const ACCESS = { name: "k3s-x", cluster: ["server: https://x:6443"], user: ["username: admin"] };
+const YAML = fixture("k3s-yaml-v1.36.3.yaml");
+const ACCESS = accessOf(YAML, "203.0.113.10", "");
 const COPY = "config.before-k3s-across-clouds";
 
 /** A place that writes: the files as they are before and, whole, after. No text: no file. */
@@ -298,6 +299,16 @@ describe("what is no file", () => {
   });
 });
 
+test("a file that root writes stays its owner's", {
+  skip: process.getuid?.() !== 0 && "needs root",
+}, async () => {
+  const file = join(temporary(), ".env");
+  writeFileSync(file, OLD);
+  fs.chownSync(file, 1234, 1235);
+  await updateEnv(file, { A: "new" });
+  assert.deepEqual([statSync(file).uid, statSync(file).gid], [1234, 1235]);
+});
+
 describe("what a killed process left", () => {
   test("goes with the next write, but for what a living one is at, and what is not ours", async () => {
     const folder = temporary();
@@ -319,7 +330,15 @@ describe("what a killed process left", () => {
 
 /** ssh to a box that is this machine, with its files under $BOX; it stays at the call, or in the file, that $HOLD names. */
 const SSH = `case $1 in -G) echo hostname 203.0.113.10; exit ;; esac
-while [ "$1" != -- ]; do [ "$1" != -O ] || { echo exit >>"$BOX/log"; exit; }; shift; done
+while [ "$1" != -- ]; do
+  case $1 in
+  -O) echo exit >>"$BOX/log"; exit ;;
+  # What ssh would read as something else, has no folder, or is longer than a socket's path may be, with %C filled in.
+  ControlPath=*[!A-Za-z0-9/._%+=-]*) exit 255 ;;
+  ControlPath=*) path=\${1#*=}; [ -d "\${path%/*}" ] && [ \${#path} -le $((104 - 1 - 38 - 17)) ] || exit 255 ;;
+  esac
+  shift
+done
 n=$(($(wc -l <"$BOX/calls") + 1))
 echo $$ >>"$BOX/calls"
 moved() { sed "s,/var/lib/rancher,$BOX/var,g; s,/etc/rancher,$BOX/etc,g; s,/run/k3s-a,$BOX/k3s-a,g"; }
@@ -337,10 +356,7 @@ function cluster() {
   for (const folder of ["tls", "cred", "manifests"]) mkdirSync(join(box, "var/k3s/server", folder));
   for (const file of ["var/k3s/server/db/state.db", "var/k3s/server/token", "etc/node/password"])
     writeFileSync(join(box, file), `${"x".repeat(99)}\n`.repeat(99));
-  writeFileSync(
-    join(box, "etc/k3s/k3s.yaml"),
-    `clusters:\n- cluster:\n    certificate-authority-data: ${CERT}\n    server: https://127.0.0.1:6443\nusers:\n- user:\n    client-certificate-data: ${CERT}\n    client-key-data: ${KEY}\n`,
-  );
+  writeFileSync(join(box, "etc/k3s/k3s.yaml"), YAML);
   writeFileSync(join(box, "calls"), "");
   writeFileSync(join(home, ".env"), "SERVER=root@a1=203.0.113.10\n", { mode: 0o600 });
   mkdirSync(join(home, "tmp"));
@@ -353,10 +369,6 @@ function cluster() {
   };
   return { box, home, env };
 }
-const CERT = Buffer.from("-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n").toString("base64");
-const KEY = Buffer.from("-----BEGIN EC PRIVATE KEY-----\nMHcC\n-----END EC PRIVATE KEY-----\n").toString(
-  "base64",
-);
 
 /** Starts a script; `limit`: the shell's, of what it may write to a file, in 512 or 1024 bytes. */
 function start(args: string[], env: Record<string, string>, limit = "unlimited") {
@@ -583,6 +595,43 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
         assert.deepEqual([lstatSync(path).mode, lstatSync(path).ino], [mode, ino]);
       }
     });
+
+  test("reads no backup, configuration or binary from a pipe, which it would wait for", async () => {
+    const cases = {
+      restore: ["--backup", "PIPE", "--host", "root@b1=203.0.113.11"],
+      server: ["--k3s-config", "PIPE"],
+      up: ["--k3s-bin", "PIPE"],
+    };
+    for (const [script, words] of Object.entries(cases)) {
+      const { box, home, env } = cluster();
+      const pipe = join(home, "odd");
+      spawnSync("mkfifo", [pipe]);
+      const given = words.map((word) => word.replace("PIPE", pipe));
+      const { status, text } = await start([`scripts/${script}.ts`, ...given], env).ended;
+      count("(what is read)", "no file");
+      assert.equal(status, 2, text);
+      assert.match(text, /^(BACKUP|K3S_CONFIG|K3S_BIN) is ".*odd", which is a pipe: expected a file\n$/);
+      assert.equal(readFileSync(join(box, "calls"), "utf8"), "");
+    }
+  });
+
+  test("whose output goes to a full disk says so", async () => {
+    const { env } = cluster();
+    const words = [
+      "-c",
+      'exec "$@" >/dev/full',
+      "-",
+      process.execPath,
+      ...RUNTIME,
+      "scripts/up.ts",
+      "--help",
+    ];
+    const { status, stderr } = spawnSync("sh", words, { cwd: ROOT, env, encoding: "utf8" });
+    assert.deepEqual(
+      [status, stderr.replace(/, write\n/, "")],
+      [1, "Standard output: ENOSPC: no space left on device"],
+    );
+  });
 
   for (const [name, folder] of Object.entries({
     "a blank": "t m p",

@@ -192,3 +192,75 @@ test("a k3s that does not come up shows the lines of its journal that matter, an
   await t.says("make agent HOST=b2", 0, ["nothing to do"]);
   assert.equal(await starts(b2), before);
 });
+
+describe("the operator's own files and connections", () => {
+  const tiny = "/run/tiny";
+  const file = `${tiny}/.env`;
+  const now = async () => (await a1.sh("cat /var/lib/rancher/k3s/server/node-token")).trim();
+
+  before(async () => {
+    // Three pages, of which the file takes two.
+    await t.ok(`mkdir -p ${tiny} && mount -t tmpfs -o size=12k tiny ${tiny} && cp "$ENV_FILE" ${file}`);
+    await t.ok(`{ echo; printf '# %4900s' mine; } >>${file}; chmod 600 ${file}`);
+  });
+  after(() => t.ok(`umount ${tiny}`));
+
+  test("an env file for which its disk has no room is found out first: no token is rotated", async () => {
+    const [before, text] = [await now(), (await t.ok(`sha256sum ${file}`)).out];
+    await t.says(
+      script("token"),
+      2,
+      [/^The env file is to be written by this: .*\.env could not be written.*ENOSPC/],
+      {
+        env: { ENV_FILE: file },
+      },
+    );
+    assert.equal(await now(), before);
+    assert.equal((await t.ok(`sha256sum ${file}; ls -A ${tiny}`)).out, `${text}.env\n`);
+  });
+
+  test("a disk that fills up while it runs leaves the env file whole, and the next run writes what is new", async () => {
+    await t.ok(`mount -o remount,size=20k ${tiny}`);
+    const text = (await t.ok(`sha256sum ${file}`)).out;
+    const fills = `log=$(mktemp); { ${script("token")} >$log 2>&1; echo "ended with $?" >>$log; } &
+until grep -q 'rotate the token' $log; do sleep 0.05; done; dd if=/dev/zero of=${tiny}/full 2>/dev/null; wait; cat $log; rm $log`;
+    const { text: said } = await t.op(fills, { env: { ENV_FILE: file } });
+    assert.match(said, /FAILED after .*\.env could not be written, and is as it was: ENOSPC/);
+    assert.match(said, /ended with 1$/m);
+    assert.doesNotMatch(said, /\.ts:\d/, "no stack trace");
+    assert.equal((await t.ok(`sha256sum ${file}; ls -A ${tiny}`)).out, `${text}.env\nfull\n`);
+    await t.ok(`rm ${tiny}/full`);
+    await t.says(script("token"), 0, ["the env file has the server's present token"], {
+      env: { ENV_FILE: file },
+    });
+    assert.equal(
+      (await t.ok(`grep -c "K3S_TOKEN=$(ssh a1 cat /var/lib/rancher/k3s/server/node-token)" ${file}`)).out,
+      "1\n",
+    );
+    await t.ok(`sed '$d' ${file} >"$ENV_FILE"; make -j up`);
+  });
+
+  test("a TMPDIR with a blank, or too long for a socket's path, is none of ssh's business", async () => {
+    for (const folder of ["/run/t m p", `/run/${"t".repeat(100)}`]) {
+      await t.ok(`mkdir "${folder}"`);
+      await t.ok("make status", { env: { TMPDIR: folder } });
+      await t.ok(`rm -r "${folder}"`);
+    }
+  });
+
+  for (const [signal, status] of [
+    ["TERM", 143],
+    ["HUP", 129],
+  ] as const)
+    test(`SIG${signal} closes every connection, and the next run finishes`, async () => {
+      await b1.sh("systemctl stop k3s-agent; rm /etc/systemd/system/k3s-agent.service");
+      const run = await t.cut("make agent HOST=b1", /start k3s-agent and wait/, signal);
+      assert(run.reached, run.text);
+      assert.equal(run.status, status, run.text);
+      assert.match(run.text, /Interrupted\. .*run the same again to finish\./);
+      const left = "ls -d /run/k3s-* 2>/dev/null; ps -e -o args= | grep '[s]sh: .*mux' || true";
+      assert.equal((await t.op(left)).out, "");
+      await t.ok("make agent HOST=b1");
+      await connected(t.lab.boxes);
+    });
+});

@@ -83,7 +83,7 @@ function over(lab: Lab) {
    * Starts the command as a person at a terminal would, and sends the signal to all of it once its output
    * matches. Answers its status and whether it came so far.
    */
-  async function cut(command: string, pattern: RegExp, signal: "KILL" | "INT") {
+  async function cut(command: string, pattern: RegExp, signal: "KILL" | "INT" | "TERM" | "HUP") {
     // A shell without job control would have its children ignore SIGINT.
     const { text } = await op(
       [
