@@ -3,7 +3,7 @@ import { createHash } from "node:crypto";
 import { existsSync, readFileSync, utimesSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { type Role, unitOf } from "../lib/k3s.ts";
+import { type Role, unitOf, unitPath } from "../lib/k3s.ts";
 import { healthySaying, systemdFirst, withoutEmpty } from "../lib/service.ts";
 import type { Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
@@ -297,6 +297,29 @@ describe("cgroups", () => {
       { K3S_CONFIG: "node-label: fail-cgroupv1=false" },
     ])
       assert.ok(unit(agent, MODERN, V1, over).includes(FLAG), JSON.stringify(over));
+  });
+
+  test("of v1: the release that ends there gets the argument in the one restart that brings it, and one before loses it", () => {
+    const before = wanted({ K3S_VERSION: "v1.34.2+k3s1" });
+    for (const step of [server, agent]) {
+      const files = (want: Settings, version: string) =>
+        filesAfter(step, want, step.plan(want, prepared(version, { cgroup: V1 })));
+      const change = (want: Settings, facts: Facts) => {
+        const plan = step.plan(want, facts);
+        assert.deepEqual(verbs(plan), [
+          `write ${unitPath(step.name as Role)}:`,
+          `restart ${unitOf(step.name as Role)}`,
+        ]);
+        return plan[0]?.detail;
+      };
+      const up = healthy("v1.34.2+k3s1", files(before, "v1.34.2+k3s1"), {
+        cgroup: V1,
+        version: `${MODERN}\n`,
+      });
+      assert.deepEqual(change(wanted(), up), [`+ ${FLAG}`]);
+      const back = healthy(MODERN, files(wanted(), MODERN), { cgroup: V1, version: "v1.34.2+k3s1\n" });
+      assert.deepEqual(change(before, back), [`- ${FLAG}`]);
+    }
   });
 
   const faults: [version: string, cgroup: string, pattern: RegExp | undefined][] = [

@@ -111,8 +111,8 @@ describe("a node of a living cluster", () => {
   const NEXT = "5.19.17-1.el7.elrepo.x86_64";
   /**
    * The box as CentOS 7 with kernel-ml installed, and its old kernel running. Stood in: what rpm and GRUB say, and of
-   * two kernels what tells them apart, which is here that wireguard-go, a box's WireGuard, is out of reach until it starts with the
-   * new one as its default. Real are the node, its draining, the restart, and what comes back.
+   * two kernels what tells them apart, which is here that wireguard-go, a box's WireGuard, is out of reach until it
+   * starts with the new one as its default. Real are the node, its draining, the restart, and what comes back.
    */
   const oldKernel = (box: Box) =>
     box.sh(`mkdir -p /boot/grub2 /etc/systemd/system/ssh.service.d
