@@ -36,6 +36,7 @@ while [ "$1" != -- ]; do shift; done
 [ -e "$BOXES/$2" ] || { echo "connect to host $2 port 22: No route to host" >&2; exit 255; }
 echo 'k3s-across-clouds: begin'
 script=$(cat)
+[ ! -e "$BOXES/$2.slow" ] || sleep 3
 mark=$(printf '%s\\n' "$script" | sed -n 's/^m=\\(k3s-across-clouds-[0-9a-f]*\\)$/\\1/p')
 case $script in
 *'change 0 '*)
@@ -104,11 +105,26 @@ const fresh = (name: string, over: Facts = {}) =>
 
 describe("make up", { concurrency: 2 }, () => {
   test("with nothing to do says so of every box, and that it waits of none", async () => {
-    const { status, stderr } = await run("up", [], ENV + JOINED, { a1: a1(), b1: b1(), b2: b2() });
+    const boxes = { a1: a1(), "a1.slow": {}, b1: b1(), b2: b2() };
+    const { status, stderr } = await run("up", [], ENV + JOINED, boxes);
     assert.equal(status, 0, stderr);
     assert.doesNotMatch(stderr, /waits for/);
     for (const box of ["b1", "b2"]) assert.match(stderr, new RegExp(`^${box} +nothing to do`, "m"));
     assert.match(stderr, /^a1 +nothing to do: the cluster is as wanted$/m);
+  });
+
+  test("says that agents wait for the token of a server that has work", async () => {
+    const boxes = {
+      a1: { ...a1(), enabled: "disabled\n" },
+      "a1.after": a1(),
+      "a1.slow": {},
+      b1: b1(),
+      b2: b2(),
+    };
+    const { status, stderr } = await run("up", [], ENV + JOINED, boxes);
+    assert.equal(status, 0, stderr);
+    for (const box of ["b1", "b2"])
+      assert.match(stderr, new RegExp(`^${box} +waits for the server's token$`, "m"));
   });
 
   test("whose agents failed does not end with a cluster that is as wanted", async () => {
