@@ -62,8 +62,8 @@ export function judge(cluster: Cluster): { wrong: Ill[]; notes: string[]; early:
   );
   add(endpointFindings(sound, cluster.nodes));
   add(tunnelFindings(sound, broken));
-  add(busyFindings(cluster));
   add(kubeletFindings(cluster));
+  add(busyFindings(cluster, broken));
   add(startFindings(cluster));
   add(dnsFindings(cluster));
   add(topFindings(cluster, broken));
@@ -184,14 +184,13 @@ function endpointFindings(boxes: Seen[], nodes: readonly Node[]): Finding[] {
 }
 
 /** What did not answer in time, asked by a box that has more to do than it can: the load is the cause, and said once. */
-function busyFindings({ boxes }: Cluster): Finding[] {
+function busyFindings({ boxes }: Cluster, broken: Set<string>): Finding[] {
   return boxes.flatMap((box) => {
     const load = overload(box.load);
-    const { api, kubelet, why } = box.tried;
-    const slow = [
-      ...[...Object.values(kubelet), api].filter((how) => how === "dropped"),
-      ...Object.values(why).filter((how) => SLOW.test(how)),
-    ];
+    const slow = Object.entries(box.tried.why).filter(([what, how]) => {
+      const name = named(boxes, what.split(" ")[1] ?? "");
+      return SLOW.test(how) && !broken.has(`kubelet ${name}`) && !broken.has(`node ${name}`);
+    });
     if (!load || slow.length === 0) return [];
     return [
       {
@@ -242,7 +241,7 @@ function serviceIll(box: Seen, { boxes, nodes }: Cluster): Line | undefined {
   // A name may lead to any of them.
   if (joins && publicIp(joins) === undefined && server && !servers.some(({ ip }) => ip === joins))
     return [`it joins ${box.url}, not ${server.name} at ${server.ip}`, again];
-  if (box.tried.api === "dropped" && !(well && overload(box.load)))
+  if (box.tried.api === "dropped")
     return [
       "it does not reach the server's 6443/tcp: packets are dropped",
       "open 6443/tcp in the server's security group and firewall for this box's address",
@@ -706,10 +705,7 @@ function kubeletFindings({ boxes, nodes }: Cluster): Finding[] {
             ? `${box ? makeLine(box) : "restart k3s there"}: nothing listens`
             : "open 10250/tcp in its security group and firewall for the nodes' addresses",
         breaks: [`kubelet ${name}`],
-        by: [
-          ...(box === server ? [] : [`node ${name}`]),
-          ...(how === "dropped" ? [`ease ${server.name}`] : []),
-        ],
+        by: box === server ? [] : [`node ${name}`],
       },
     ];
   });

@@ -8,8 +8,10 @@ import { plain } from "../lib/report.ts";
 
 /** Beside what check asks of a server (which defines kc and api). */
 export const MORE = `
+if [ -z "$failed" ]; then
 ${TOP_LOOK}
-fact pods; kc get pods -A --no-headers 2>/dev/null`;
+fact pods; kc get pods -A --no-headers 2>/dev/null
+fi`;
 
 /** A line: what it is about, what is seen, and whether that is as it should be. */
 export type Row = [what: string, text: string, well: boolean];

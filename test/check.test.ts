@@ -795,15 +795,22 @@ describe("on a busy server", () => {
   };
 
   test("what did not answer in time is the load's doing, which is said once, with its figures", () => {
-    const tries = "tunnel b1 1420\ntunnel b2 1420\nkubelet a1 open\nkubelet b1 dropped\nkubelet b2 open";
-    const tried = { tries, top: figures("a1", "b1", "b2"), ...slow };
+    const tried = { ...boxes(MODERN)[0]?.tried, ...slow };
     const [ill, ...more] = illsOf(boxes(MODERN, { a1: { facts: { load: BUSY }, tried } }));
     assert.deepEqual([ill?.box, more], ["a1", []]);
     assert.equal(
       ill?.cause,
-      "the box is overloaded (load 9.81 on 2 cores, memory 98 % in use): 3 questions did not answer in time",
+      "the box is overloaded (load 9.81 on 2 cores, memory 98 % in use): 2 questions did not answer in time",
     );
     assert.doesNotMatch(ill?.remedy ?? "", /open/);
+  });
+
+  test("a port that is closed is a closed port: nothing answers there in eight seconds, at another it does", () => {
+    const tries = "tunnel b1 1420\ntunnel b2 1420\nkubelet a1 open\nkubelet b1 dropped\nkubelet b2 open";
+    const tried = { tries, top: figures("a1", "b1", "b2"), kubelets: "logs b1 no did not answer in 10 s" };
+    const [ill, ...more] = illsOf(boxes(MODERN, { a1: { facts: { load: BUSY }, tried } }));
+    assert.match(ill?.cause ?? "", /its kubelet cannot be reached at 198\.51\.101\.11:10250/);
+    assert.deepEqual(more, []);
   });
 
   test("a load alone is no fault, and shows in the table", () => {
