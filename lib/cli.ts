@@ -8,6 +8,7 @@ import { configArgs, wrongIn } from "./args.ts";
 import { addressOf, closeAll, open, Unreachable } from "./box.ts";
 import { readEnv, updateEnv } from "./env-file.ts";
 import { noFile, Unwritten } from "./files.ts";
+import { firewall } from "./firewall.ts";
 import type { Ill } from "./journal.ts";
 import { noProxy } from "./node.ts";
 import { type Line, plain, report } from "./report.ts";
@@ -90,6 +91,8 @@ export interface Call {
   own: Record<string, Partial<Settings>>;
   /** Public addresses of SERVER and AGENTS, where the boxes have a proxy that must not come between them. */
   addresses: { servers: string[]; agents: string[] };
+  /** With FIREWALL: whom each box lets in, and as -ADDRESS whom no longer. */
+  letIn?: string[];
   envFile: string;
   mode: Mode;
   reboot: boolean;
@@ -158,7 +161,8 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
     reboot: Boolean(flags.reboot),
     flags: new Set(Object.keys(recipe.flags ?? {}).filter((name) => flags[name])),
   };
-  if ([settings, ...Object.values(own)].some((of) => of.HTTPS_PROXY || of.HTTP_PROXY))
+  const declared = settings.FIREWALL && recipe.steps.includes(firewall);
+  if (declared || [settings, ...Object.values(own)].some((of) => of.HTTPS_PROXY || of.HTTP_PROXY))
     call.addresses = {
       servers: settings.SERVER
         ? await addressesOf(call, "SERVER")
@@ -167,6 +171,7 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
           : [],
       agents: await addressesOf(call, "AGENTS"),
     };
+  if (declared) call.letIn = [...call.addresses.servers, ...call.addresses.agents];
   return await (recipe.work ?? fanOut)(call);
 }
 
@@ -441,7 +446,8 @@ export function jobFor(call: Call, target: Target, line: Line): Job {
   // The networks of pods and services are what the server's arguments say, on every other box too.
   const { SERVER_ARGS } = { ...settings, ...(isServer ? {} : call.own[servers[0] as string]) };
   const own = call.own[target.name] ?? call.own[""];
-  const given = { HOST: target.host, PUBLIC_IP: target.ip, allowed: call.flags };
+  const FIREWALL = call.letIn?.join(" ") ?? "";
+  const given = { HOST: target.host, PUBLIC_IP: target.ip, FIREWALL, allowed: call.flags };
   const want = { ...settings, SERVER_ARGS, ...own, ...given };
   if (want.HTTPS_PROXY || want.HTTP_PROXY) {
     const url = /^https:\/\/([\w.-]+)/.exec(want.K3S_URL)?.[1] ?? "";
@@ -470,7 +476,10 @@ async function fanOut(call: Call): Promise<number> {
   let boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
   if (recipe.host && !recipe.everyServer && call.origins.HOST === "default") boxes = boxes.slice(0, 1);
   recipe.examine?.(call, boxes);
-  const ui = await report(boxes.map((box) => box.name));
+  const others = await neighbours(call, boxes);
+  const ui = await report([...boxes, ...others].map((box) => box.name));
+  const asked = await letThem(call, ui, others);
+  if (asked.refused) return 1;
   const one = (box: Target) =>
     attempt(call, call.script, box, ui.line(box.name), async (line) => {
       const job = jobFor(call, box, line);
@@ -485,7 +494,61 @@ async function fanOut(call: Call): Promise<number> {
   const done = [];
   for (const box of first) done.push(await one(box));
   if (worst(done) === 0) done.push(...(await Promise.all(boxes.map(one))));
-  return worst(done);
+  return worst([...done, ...(await asked.done)]);
+}
+
+/** With FIREWALL: the boxes of SERVER and AGENTS beside those of this call, which are let in there. */
+export async function neighbours(call: Call, boxes: readonly Target[]): Promise<Target[]> {
+  if (!call.letIn) return [];
+  const all = { ...call, settings: { ...call.settings, PUBLIC_IP: "" } };
+  const named = await Promise.all(
+    (["SERVER", "AGENTS"] as const).map(async (name) =>
+      call.settings[name] ? await targets(all, name) : [],
+    ),
+  );
+  call.letIn.push(...[...named.flat(), ...boxes].map(({ ip }) => ip));
+  return named.flat().filter(({ host, ip }) => !boxes.some((box) => box.host === host || box.ip === ip));
+}
+
+/**
+ * Has the firewalls of other boxes follow: none is touched where one refuses, and those of servers stand when this
+ * answers, for nobody joins before. `done` has the statuses of all.
+ * @param retry the box of the call that is to be tried again as a whole; without it, the firewall of the one that failed.
+ */
+export async function letThem(
+  call: Call,
+  ui: { line(name: string): Line },
+  boxes: readonly Target[],
+  retry?: Target,
+): Promise<{ refused: boolean; done: Promise<number[]> }> {
+  const steps = [firewall];
+  const looked = await Promise.allSettled(
+    boxes.map(async (box) => {
+      const job = jobFor(call, box, ui.line(box.name));
+      const facts = await look(job, steps);
+      planAll(steps, job.want, facts);
+      return { job, facts };
+    }),
+  );
+  const refused = looked.some((one) => one.status === "rejected" && one.reason instanceof Refusal);
+  const all = boxes.map((box, i) =>
+    attempt(call, retry ? call.script : firewall.name, retry ?? box, ui.line(box.name), async (line) => {
+      const one = looked[i] as (typeof looked)[number];
+      if (one.status === "rejected") {
+        if (one.reason instanceof Refusal) throw one.reason;
+        throw new Failure(
+          `${one.reason.message}. Its firewall is as it was: ${retry ? "who has left is still let in there" : "who joins is not let in there yet"}`,
+        );
+      }
+      const { job, facts } = one.value;
+      if (call.mode !== "apply") return showPlan(call, box, steps, job, facts);
+      if (!refused)
+        line.done((await converge(job, steps, facts)) === facts, "its firewall lets the others in");
+    }),
+  );
+  const servers = boxNames(call.settings.SERVER);
+  await Promise.all(all.filter((_, i) => refused || servers.includes(boxes[i]?.name as string)));
+  return { refused, done: Promise.all(all) };
 }
 
 /** Exit status of several boxes: a failure counts more than a wrong setting, which touched nothing. */

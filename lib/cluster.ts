@@ -4,7 +4,7 @@
  */
 import { type Call, jobFor, type Target, targets } from "./cli.ts";
 import { diagnose } from "./diagnosis.ts";
-import { blocked, firewallLook } from "./firewall.ts";
+import { blocked, firewallLook, remedy } from "./firewall.ts";
 import { type Ill, MEANT } from "./journal.ts";
 import { nodeNameOf, type Role, unitOf } from "./k3s.ts";
 import {
@@ -183,6 +183,8 @@ export interface Seen {
   /** What its firewall drops of the cluster's, a sentence each; and what, by its rules, although it passes now. */
   blocked: string[];
   latent: string[];
+  /** What mends both. */
+  opens: string;
   /** metrics-server is part of the server: k3s's own, or fix-metrics'. */
   metrics: boolean;
   now: number;
@@ -245,7 +247,7 @@ export function clusterOf(members: readonly Member[]): Cluster {
 }
 
 /** A box by itself; what its firewall keeps out shows beside the others. */
-type Alone = Omit<Seen, "blocked" | "latent">;
+type Alone = Omit<Seen, "blocked" | "latent" | "opens">;
 
 /** What has passed is not blocked: by rules that are not understood here, or as part of a connection from before them. */
 function firewallOf(box: Alone, { facts, want }: Member, boxes: readonly Alone[], nodes: readonly Node[]) {
@@ -265,7 +267,11 @@ function firewallOf(box: Alone, { facts, want }: Member, boxes: readonly Alone[]
     blocked(facts, some.map(({ externalIp }) => externalIp as string).sort(), ranges ? rangesOf(want) : []);
   const lost = others.filter((node) => !passes(node));
   const now = said(lost, lost.length > 0 || !pods.every(Boolean));
-  return { blocked: now, latent: now.length ? [] : said(others, true) };
+  const latent = now.length ? [] : said(others, true);
+  const every = others.map(({ externalIp }) => externalIp as string);
+  const opens =
+    now.length + latent.length ? remedy(facts, [...every, box.ip].sort(), rangesOf(want), box.word) : "";
+  return { blocked: now, latent, opens };
 }
 
 function seen({ target, role, want, error, facts, clock, tried, paths }: Member, nodes: Node[]): Alone {

@@ -112,7 +112,7 @@ function boxFindings(cluster: Cluster): Finding[] {
             ),
           ]
         : []),
-      ...(box.blocked.length ? [say(box.blocked.join("; "), `make firewall HOST=${box.word}`)] : []),
+      ...(box.blocked.length ? [say(box.blocked.join("; "), box.opens)] : []),
     ];
   });
   for (const [a, b] of pairs(boxes))
@@ -373,7 +373,7 @@ function notesOf({ boxes, nodes }: Cluster): string[] {
   return boxes.flatMap((box) => [
     ...(box.latent.length
       ? [
-          `${box.name}: by its rules ${box.latent.join("; ")}; it passes now, and may not after a restart: make firewall HOST=${box.word}`,
+          `${box.name}: by its rules ${box.latent.join("; ")}; it passes now, and may not after a restart: ${box.opens}`,
         ]
       : []),
     ...(loops(box) === "young"

@@ -1,12 +1,17 @@
 /** What a box's own firewall lets through, and what has to be in it: for firewalld, ufw, and nft where neither runs. */
+import { isIPv4 } from "node:net";
+import { clusterLook, nodesOf } from "./kube.ts";
+import { rangesOf } from "./node.ts";
+import { type Chain, type End, ends, iptables, nft, type Packet } from "./rules.ts";
+import { type Settings, words } from "./settings.ts";
 import { sh, writeFile } from "./sh.ts";
-import { type Change, type Facts, Refusal } from "./step.ts";
+import { type Change, type Facts, Refusal, type Step } from "./step.ts";
 
 /** What nodes say to each other's hosts: API, kubelet, WireGuard. */
 const BETWEEN = [
-  ["tcp", "6443"],
-  ["tcp", "10250"],
-  ["udp", "51820"],
+  ["tcp", 6443],
+  ["tcp", 10250],
+  ["udp", 51820],
 ] as const;
 /** What pods come by. */
 const INTERFACES = ["cni0", "flannel.1", "flannel-wg"];
@@ -28,28 +33,55 @@ const CLOSED = {
 const SCRIPT = "/usr/local/sbin/k3s-firewall";
 const UNIT = "/etc/systemd/system/k3s-firewall.service";
 export const MARK = "k3s-across-clouds";
+const TABLE = "k3s_across_clouds";
 
-/** Facts about the firewall that runs, whichever it is; of nft only chains that stand at a hook, and ours. */
+/** Of rules, in bytes: more is not read, and so not judged. */
+const LONG = 300_000;
+
+/**
+ * Facts about the firewall that runs, whichever it is, and the kernel's rules: without nat, without kube-proxy's
+ * table, and without chains that are k3s's own, which may be thousands.
+ */
 export const firewallLook = `state=$(firewall-cmd --state 2>/dev/null)
 fact firewalld; echo "$state"
 if [ "$state" = running ]; then
-  card=$(ip -4 route show default | sed -n 's/.* dev \\([^ ]*\\).*/\\1/p' | head -n 1)
-  zone=$(firewall-cmd --get-zone-of-interface="$card" 2>/dev/null) || zone=$(firewall-cmd --get-default-zone)
-  fact zone; echo "$zone"
-  fact target; firewall-cmd --permanent --zone="$zone" --get-target
+  fact firewalld-version; firewall-cmd --version
+  zones=$( (firewall-cmd --get-active-zones | sed -n 's/^\\([^ ]*\\).*/\\1/p'; firewall-cmd --get-default-zone) | grep -vx -e trusted -e '' | sort -u)
+  fact zones; echo "$zones"
   for when in '' --permanent; do
-    fact "ports$when"; firewall-cmd $when --zone="$zone" --list-ports
-    fact "rules$when"; firewall-cmd $when --zone="$zone" --list-rich-rules
+    fact "rules$when"; for zone in $zones; do firewall-cmd $when --zone="$zone" --list-rich-rules | sed "s/^/$zone /"; done
     fact "sources$when"; firewall-cmd $when --zone=trusted --list-sources
   done
 fi
 fact ufw; ufw status verbose 2>/dev/null
 fact added; ufw show added 2>/dev/null
 fact nft; command -v nft
+fact card; ip -4 route show default | sed -n 's/.* dev \\([^ ]*\\).*/\\1/p' | head -n 1
 fact ruleset; nft list ruleset 2>/dev/null | awk '
-  /^table / { print; next } /^\\tchain / { text = ""; here = 1 }
-  here { text = text $0 "\\n" } /hook (input|forward) / { hooked = here }
-  /^\\t}/ { if (hooked) printf "%s", text; here = hooked = 0 }'
+  /^table / { other = $2 !~ /^(ip6?|inet|netdev)$/ || $3 ~ /^(nat|kube-proxy)$/ }
+  /^\\t[a-z]+ [^ ]+ \\{/ { k3s = $2 ~ /^(KUBE|CNI)-/ }
+  !other && !k3s' | head -c ${LONG}
+# Of iptables there are two, and k3s brings its own where the box has none.
+saved() (
+  PATH=$PATH:/var/lib/rancher/k3s/data/current/bin/aux tool=$1-save kind=$2
+  shift 2
+  if command -v "\${tool%-save}-$kind-save" >/dev/null; then tool=\${tool%-save}-$kind-save
+  elif command -v "xtables-$kind-multi" >/dev/null; then set -- "$tool" "$@"; tool=xtables-$kind-multi
+  else
+    case $("\${tool%-save}" --version 2>/dev/null) in *nf_tables*) have=nft ;; ?*) have=legacy ;; *) have= ;; esac
+    [ "$have" = "$kind" ] || return
+  fi
+  "$tool" "$@" 2>/dev/null | awk '/^\\*/ { nat = /nat/ } !nat && !/^(:|-A )(KUBE|CNI)-/' | head -c ${LONG}
+)
+for family in ip ip6; do
+  fact "\${family}tables"; saved \${family}tables nft
+  fact "\${family}tables-legacy"
+  # To look at a table loads it.
+  for table in raw mangle filter security; do
+    ! grep -qsx $table /proc/net/\${family}_tables_names || saved \${family}tables legacy -t $table
+  done
+  fact "\${family}loaded"; grep -sx -e raw -e mangle -e filter -e security /proc/net/\${family}_tables_names
+done
 fact script; cat ${SCRIPT} 2>/dev/null
 fact start; cat ${UNIT} 2>/dev/null
 fact booted; systemctl is-enabled k3s-firewall 2>/dev/null; systemctl is-active k3s-firewall 2>/dev/null
@@ -63,106 +95,223 @@ const kindOf = (facts: Facts): Kind =>
       ? "ufw"
       : "nft";
 
+const split = (text = "") => text.split(/\s+/).filter(Boolean);
 const lines = (text = "") => text.split("\n").filter(Boolean);
-const words = (text = "") => text.split(/\s+/).filter(Boolean);
 
-/** A port of ours in a firewall's words: `10250/tcp`, `10248:10259/tcp` or `10248-10259/tcp`; both where no protocol. */
-function isClosed(port: string): boolean {
-  const [, from, to = from, protocol] = /^(\d+)(?:[:-](\d+))?(?:\/(tcp|udp))?$/.exec(port) ?? [];
-  return (["tcp", "udp"] as const).some(
-    (p) =>
-      (!protocol || protocol === p) &&
-      CLOSED[p].some(([low, high]) => Number(from) >= low && Number(to) <= high),
+/** The rules that the kernel has, as far as they were read. What nft shows of iptables' is better told by iptables. */
+function chainsOf(facts: Facts): Chain[] {
+  const own = (["ip", "ip6"] as const).flatMap((family) =>
+    ["", "-legacy"].flatMap((backend) =>
+      iptables(facts[`${family}tables${backend}`] ?? "", family, `iptables${backend}`),
+    ),
   );
+  const twice = (["ip", "ip6"] as const).flatMap((family) =>
+    [...(facts[`${family}tables`] ?? "").matchAll(/^\*(\w+)/gm)].map(([, table]) => `${family} ${table}`),
+  );
+  return [...own, ...nft(facts.ruleset ?? "", twice)];
 }
 
-/** Is the port open to everybody, in a list such as `22/tcp 10000-11000/tcp`? */
-const open = (ports: readonly string[], protocol: string, port: string) =>
-  ports.some((text) => {
-    const [, from, to = from, p] = /^(\d+)(?:[:-](\d+))?(?:\/(tcp|udp))?$/.exec(text) ?? [];
-    return (!p || p === protocol) && Number(from) <= Number(port) && Number(port) <= Number(to);
-  });
+/** The chains at a hook that are a manager's: what is put in there by others goes at its next start. */
+const isOf = (chain: Chain, kind: Kind): boolean =>
+  (kind === "firewalld" && chain.table === "nft inet firewalld") ||
+  (chain.base !== undefined &&
+    chain.rules.some(({ text }) =>
+      ({ firewalld: / (INPUT|FORWARD(_IN)?)_ZONES$/, ufw: / ufw-before-(input|forward)$/, nft: /$^/ })[
+        kind
+      ].test(text),
+    ));
 
-const rich = (ip: string, protocol: string, port: string) =>
-  `rule family="ipv4" source address="${ip}" port port="${port}" protocol="${protocol}" accept`;
-const RICH =
-  /^rule family="ipv4" source address="([\d.]+)" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$/;
+const inPods = (pods: string, host: number) =>
+  `${(pods.split(",").find((range) => range.includes(".")) ?? "10.42.0.0/16").split(/\.\d+\//)[0]}.${host}`;
 
-/** ufw's rule as `ufw show added` has it, less the comment. */
-const allow = (ip: string, protocol: string, port: string) =>
-  `allow from ${ip} to any port ${port} proto ${protocol}`;
-/** Rules of ufw: those with our comment, and those that open ports of k3s's to everybody. */
-function ufwRules(facts: Facts) {
-  const all = lines(facts.added).flatMap((line) => /^ufw (.*)$/.exec(line)?.[1] ?? []);
-  const ours = all.flatMap(
-    (rule) => new RegExp(`^(allow from [\\w.:/ ]+) comment '${MARK}'$`).exec(rule)?.[1] ?? [],
-  );
-  const others = all
-    .filter((rule) => !rule.endsWith(`'${MARK}'`))
-    .map((rule) => rule.replace(/ comment '.*'$/, ""));
-  const world = others.flatMap((rule) => /^allow (\d\S*)$/.exec(rule)?.[1] ?? []);
-  return { ours, others, world };
+interface Probe {
+  what: string;
+  packet: Packet;
 }
 
-/** Base chains of nft that drop what they do not name, apart from iptables' own and those that we have been in. */
-function dropping(ruleset = ""): { table: string; chain: string; hook: string; text: string }[] {
-  const chains: { table: string; chain: string; hook: string; text: string }[] = [];
-  let table = "";
-  for (const block of ruleset.split(/\n(?=table |\tchain )/)) {
-    table = /^table (\S+ \S+)/m.exec(block)?.[1] ?? table;
-    const [, chain = "", hook = "", policy = ""] =
-      /\tchain (\S+) \{\n\t\ttype filter hook (input|forward) [^;]*;(?: policy (\w+);)?/.exec(block) ?? [];
-    const last = /^\t\t(?:counter packets \d+ bytes \d+ )?(drop|reject.*)$/m.test(block);
-    if (chain && !table.endsWith(` ${TABLE}`) && (policy === "drop" || last))
-      chains.push({ table, chain, hook, text: block });
+/** What has to get through: from the nodes to this box, from pods to it, and between pods. */
+function wanted(facts: Facts, nodes: readonly string[], ranges: readonly string[]): Probe[] {
+  const own = [...(facts.addresses ?? "").matchAll(/^\d+: +(\S+) +inet ([\d.]+)/gm)];
+  const iif = facts.card?.trim() ?? "";
+  const to = own.filter(([, name]) => name === iif).map(([, , ip]) => ip as string);
+  const packet: Packet = {
+    hook: "input",
+    family: "ip",
+    iif,
+    oif: "",
+    from: "",
+    to,
+    protocol: "tcp",
+    port: 0,
+  };
+  const pods = inPods(ranges[0] ?? "", 5);
+  const tunnels = ["cni0", "flannel-wg"];
+  return [
+    ...BETWEEN.flatMap(([protocol, port]) =>
+      nodes.map((from) => ({
+        what: `${port}/${protocol} from ${from}`,
+        packet: { ...packet, from, protocol, port },
+      })),
+    ),
+    ...(ranges.length ? tunnels : []).flatMap((iif) => [
+      ...[6443, 10250].map((port) => ({
+        what: `everything from ${ranges[0]}`,
+        packet: { ...packet, iif, from: pods, port },
+      })),
+      ...(
+        [
+          ["tcp", 80],
+          ["udp", 53],
+        ] as const
+      ).map(([protocol, port]) => ({
+        what: `what is forwarded for ${ranges[0]}`,
+        packet: {
+          ...packet,
+          ...{ hook: "forward" as const, iif, oif: tunnels.find((other) => other !== iif) as string },
+          ...{ from: pods, to: [inPods(ranges[0] ?? "", 6)], protocol, port },
+        },
+      })),
+    ]),
+  ];
+}
+
+interface Cut {
+  end: End;
+  what: string[];
+}
+
+/** What the rules drop of it, or may, by the rule that does. */
+function cuts(chains: readonly Chain[], probes: readonly Probe[]): Cut[] {
+  const found = new Map<string, Cut>();
+  for (const { what, packet } of probes) {
+    const met = ends(chains, packet);
+    const sure = met.find((list) => list.every(({ verdict }) => verdict === "drop"));
+    const end = (sure ?? met.flat()).find(({ verdict }) => verdict !== "accept");
+    if (!end) continue;
+    const key = `${end.chain.table} ${end.chain.name} ${end.why} ${end.sure}`;
+    const cut = found.get(key) ?? { end, what: [] };
+    found.set(key, cut);
+    if (!cut.what.includes(what)) cut.what.push(what);
   }
-  return chains;
+  return [...found.values()];
 }
-const isIptables = ({ chain }: { chain: string }) => chain === "INPUT" || chain === "FORWARD";
-const TABLE = "k3s_across_clouds";
+
+const whose = ({ chain }: End, kind: Kind) => (isOf(chain, kind) ? kind : `${chain.table} ${chain.name}`);
+
+function sentence({ end, what }: Cut, kind: Kind): string {
+  // What is kept from the same addresses is said at once.
+  const ips = new Map<string, string>();
+  const ports = new Map<string, string[]>();
+  for (const one of what) {
+    const [, port = "", ip = one] = /^(\d\S+) from (.*)$/.exec(one) ?? [];
+    if (port) ips.set(port, [...(ips.get(port)?.split(", ") ?? []), ip].join(", "));
+    else ports.set(one, []);
+  }
+  for (const [port, from] of ips) ports.set(`from ${from}`, [...(ports.get(`from ${from}`) ?? []), port]);
+  const all = [...ports].map(([from, list]) => [...(list.length ? [list.join(", ")] : []), from].join(" "));
+  const how = end.sure && end.verdict === "drop" ? "drops" : "may drop";
+  return `${whose(end, kind)} ${how} ${all.sort().join(", and ")} (${end.why})`;
+}
+
+/** Which of the closed ports somebody comes to that no rule names, and by which rule. */
+function opened(chains: readonly Chain[], facts: Facts): string[] {
+  const [first] = wanted(facts, [""], []) as [Probe];
+  const found = new Map<string, number[]>();
+  for (const protocol of ["tcp", "udp"] as const)
+    for (const [low, high] of CLOSED[protocol])
+      for (let port = low as number; port <= high; port++)
+        for (const family of ["ip", "ip6"] as const) {
+          const met = ends(chains, { ...first.packet, family, protocol, port });
+          if (met.some((list) => list.every(({ verdict }) => verdict === "drop"))) continue;
+          const end = met
+            .flat()
+            .findLast(({ verdict, why }) => verdict !== "drop" && !why.startsWith("policy"));
+          const why = `${protocol} by ${end ? `${whose(end, kindOf(facts))}: ${end.why}` : "no rule that drops it"}`;
+          found.set(why, [...(found.get(why) ?? []), port]);
+        }
+  return [...found].map(([why, ports]) => `${[...new Set(ports)].join(", ")}/${why}`);
+}
+
+/** What is not known of the rules: they are too long, or nothing here shows them. */
+function unread(facts: Facts): string[] {
+  const long = ["ruleset", "iptables", "ip6tables", "iptables-legacy", "ip6tables-legacy"].some(
+    (name) => (facts[name]?.length ?? 0) >= LONG - 1,
+  );
+  const hidden = facts.iploaded?.trim() && !facts["iptables-legacy"]?.trim();
+  return [
+    ...(long ? ["the rules here are more than are read"] : []),
+    ...(hidden ? ["iptables-legacy has rules here that nothing shows: install iptables"] : []),
+  ];
+}
 
 /**
- * What the box's firewall keeps from the cluster, a sentence each; none: it lets the cluster work.
+ * What the box's firewall keeps from the cluster, or may keep, a sentence each; none: the rules seen let it work.
  * @param nodes public addresses of nodes that must get through.
  * @param ranges networks of pods and services, where they must. @see k3s docs, "Requirements", "Operating Systems"
  */
 export function blocked(facts: Facts, nodes: readonly string[], ranges: readonly string[]): string[] {
-  const kind = kindOf(facts);
-  const missing = (has: (ip: string, protocol: string, port: string) => boolean) =>
-    BETWEEN.flatMap(([protocol, port]) => {
-      const from = nodes.filter((ip) => !has(ip, protocol, port));
-      return from.length ? [`${port}/${protocol} from ${from.join(", ")}`] : [];
-    });
-  if (kind === "firewalld") {
-    const zone = facts.zone?.trim();
-    if (facts.target?.trim() === "ACCEPT") return [];
-    const sources = words(facts.sources);
-    return [
-      ...missing(
-        (ip, protocol, port) =>
-          open(words(facts.ports), protocol, port) || lines(facts.rules).includes(rich(ip, protocol, port)),
-      ),
-      ...ranges.filter((range) => !sources.includes(range)).map((range) => `everything from ${range}`),
-    ].map((what) => `firewalld (zone ${zone}) drops ${what}`);
-  }
-  if (kind === "ufw") {
-    if (/Default: allow \(incoming\)/.test(facts.ufw ?? "")) return [];
-    const { ours, others, world } = ufwRules(facts);
-    const has = (rule: string) => [...ours, ...others].includes(rule);
-    return [
-      ...missing((ip, protocol, port) => open(world, protocol, port) || has(allow(ip, protocol, port))),
-      ...ranges.filter((range) => !has(`allow from ${range}`)).map((range) => `everything from ${range}`),
-    ].map((what) => `ufw drops ${what}`);
-  }
-  return dropping(facts.ruleset)
-    .filter(({ hook }) => (hook === "input" ? nodes : ranges).length)
-    .filter(({ text }) => !text.includes(MARK) && !/51820|FLANNEL/.test(text))
-    .map(({ table, chain, hook }) =>
-      hook === "input"
-        ? `nft's ${table} ${chain} drops what it does not name, and it does not name 51820/udp`
-        : `nft's ${table} ${chain} drops what it does not name, and it does not name the pods' ${ranges[0]}`,
-    );
+  if (nodes.length + ranges.length === 0) return [];
+  return [
+    ...cuts(chainsOf(facts), wanted(facts, nodes, ranges)).map((cut) => sentence(cut, kindOf(facts))),
+    ...unread(facts),
+  ];
 }
+
+/** What mends it: `make firewall` where that would, else what it would say. */
+export function remedy(
+  facts: Facts,
+  nodes: readonly string[],
+  ranges: readonly [string, string],
+  word: string,
+): string {
+  try {
+    firewallPlan(facts, nodes, ranges);
+    return `make firewall HOST=${word}`;
+  } catch (error) {
+    if (error instanceof Refusal) return error.message;
+    throw error;
+  }
+}
+
+/** The rules as they will be with ours in them. */
+function withOurs(chains: readonly Chain[], facts: Facts, probes: readonly Probe[]): Chain[] {
+  const kind = kindOf(facts);
+  const zones = split(facts.zones);
+  const into = ({ name, base, ...chain }: Chain) =>
+    kind === "ufw" && /^ufw-user-(input|forward)$/.test(name)
+      ? true
+      : kind === "firewalld" &&
+          /^(filter_)?(IN|FWD|(INPUT|FORWARD(_IN)?)(?=_ZONES))_(.*_(pre|allow)|ZONES(_SOURCE)?)$/.test(
+            name,
+          ) &&
+          (/ZONES/.test(name) ||
+            zones.some((zone) => name.endsWith(`_${zone}_${early(facts) ? "pre" : "allow"}`)))
+        ? /ZONES/.test(name)
+          ? "pods"
+          : "nodes"
+        : base && /^(input|forward)$/.test(base.hook) && !isOf({ name, base, ...chain }, kind);
+  return chains.map((chain) => {
+    const which = into(chain);
+    const mine = probes.filter(({ what }) => (which === "pods") === !/^\d/.test(what) || which === true);
+    const test = (p: Packet) =>
+      mine.some(
+        ({ packet }) =>
+          packet.hook === p.hook &&
+          packet.from === p.from &&
+          (packet.hook === "forward" || (packet.port === p.port && packet.protocol === p.protocol)),
+      );
+    return which
+      ? { ...chain, rules: [{ text: MARK, tests: [test], ends: [[undefined, "accept"]] }, ...chain.rules] }
+      : chain;
+  });
+}
+
+/** firewalld before 0.7 has no order among rich rules: what denies comes first. */
+const early = (facts: Facts) => !/^0\.[0-6]\./.test(facts["firewalld-version"] ?? "");
+const rich = (facts: Facts, ip: string, protocol: string, port: number) =>
+  `rule ${early(facts) ? 'priority="-1000" ' : ""}family="ipv4" source address="${ip}" port port="${port}" protocol="${protocol}" accept`;
+const RICH =
+  /^\S+ rule (priority="-1000" )?family="ipv4" source address="[\d.]+" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$/;
 
 /** Changes after which the nodes reach each other's k3s and the world does not. ssh is not touched. @throws {Refusal} */
 export function firewallPlan(
@@ -171,71 +320,119 @@ export function firewallPlan(
   ranges: readonly [string, string],
 ): Change[] {
   const kind = kindOf(facts);
-  const what = `open 6443/tcp, 10250/tcp and 51820/udp to ${nodes.join(", ")}, and close k3s's ports to all others`;
-  const wanted = (rule: (ip: string, protocol: string, port: string) => string) =>
+  const chains = chainsOf(facts);
+  const probes = wanted(facts, nodes, ranges);
+  const refused = (cut: Cut): never => {
+    throw new Refusal(
+      `${sentence(cut, kind)}, and no rule of ours comes before that: take it out, or let 6443/tcp, 10250/tcp and 51820/udp from ${nodes.join(", ")} and everything from ${ranges.join(" and ")} through there`,
+    );
+  };
+  const drops = (list: Cut[]) => list.find(({ end }) => end.sure && end.verdict === "drop");
+  const never = drops(cuts(withOurs(chains, facts, probes), probes));
+  if (never) refused(never);
+  const open = opened(
+    chains.filter(({ table }) => table !== `nft inet ${TABLE}`),
+    facts,
+  );
+  const now = cuts(chains, probes);
+  const foreign = now.some(({ end }) => !isOf(end.chain, kind));
+  const changes = [
+    ...managed(kind, facts, nodes, ranges, now),
+    ...(kind === "nft" || open.length || foreign || facts.script?.trim()
+      ? tabled(facts, nodes, ranges, foreign, open)
+      : []),
+  ];
+  const still = changes.length ? undefined : drops(now);
+  return still ? refused(still) : changes;
+}
+
+const say = (nodes: readonly string[]) =>
+  `open 6443/tcp, 10250/tcp and 51820/udp to ${nodes.join(", ")}, and close k3s's ports to all others`;
+
+/** What firewalld or ufw has to be told. */
+function managed(
+  kind: Kind,
+  facts: Facts,
+  nodes: readonly string[],
+  ranges: readonly [string, string],
+  now: readonly Cut[],
+): Change[] {
+  const each = <T>(rule: (ip: string, protocol: string, port: number) => T) =>
     nodes.flatMap((ip) => BETWEEN.map(([protocol, port]) => rule(ip, protocol, port)));
+  const commands: string[] = [];
   if (kind === "firewalld") {
-    if (facts.target?.trim() === "ACCEPT")
-      throw new Refusal(
-        `firewalld's zone ${facts.zone?.trim()} accepts everything: give the box's card another zone, one that has ssh (firewall-cmd --permanent --zone=public --change-interface=…)`,
+    const rules = split(facts.zones).flatMap((zone) =>
+      each((ip, protocol, port) => `${zone} ${rich(facts, ip, protocol, port)}`),
+    );
+    const inZone = (rule: string, option: string) =>
+      `${sh(`--zone=${rule.split(" ")[0]}`)} --${option}-rich-rule=${sh(rule.replace(/^\S+ /, ""))}`;
+    for (const when of ["", "--permanent"]) {
+      const have = lines(facts[`rules${when}`]);
+      commands.push(
+        ...[
+          ...rules.filter((rule) => !have.includes(rule)).map((rule) => inZone(rule, "add")),
+          ...ranges
+            .filter((range) => !split(facts[`sources${when}`]).includes(range))
+            .map((range) => `--zone=trusted --add-source=${range}`),
+          ...have
+            .filter((rule) => RICH.test(rule) && !rules.includes(rule))
+            .map((rule) => inZone(rule, "remove")),
+        ].map((command) => `firewall-cmd -q ${when} ${command}`.replace(/ +/, " ").replace(/ +/g, " ")),
       );
-    const zone = sh(`--zone=${facts.zone?.trim()}`);
-    const commands = ["", "--permanent"].flatMap((when) => {
-      const rules = lines(facts[`rules${when}`]);
-      const rule = wanted(rich);
-      return [
-        ...rule.filter((r) => !rules.includes(r)).map((r) => `${zone} --add-rich-rule=${sh(r)}`),
-        ...ranges
-          .filter((range) => !words(facts[`sources${when}`]).includes(range))
-          .map((range) => `--zone=trusted --add-source=${range}`),
-        ...rules
-          .filter((r) => RICH.test(r) && !rule.includes(r))
-          .map((r) => `${zone} --remove-rich-rule=${sh(r)}`),
-        ...words(facts[`ports${when}`])
-          .filter(isClosed)
-          .map((port) => `${zone} --remove-port=${sh(port)}`),
-      ].map((command) => `firewall-cmd -q ${when} ${command}`.replace(/ +/g, " "));
-    });
-    return commands.length ? [{ why: `firewalld: ${what}`, sh: commands.join("\n"), seconds: 300 }] : [];
-  }
-  if (kind === "ufw") {
-    if (/Default: allow \(incoming\)/.test(facts.ufw ?? ""))
-      throw new Refusal(
-        "ufw lets everything in by default: allow ssh (ufw allow OpenSSH), then ufw default deny incoming",
-      );
-    const { ours, world } = ufwRules(facts);
-    const rules = [...wanted(allow), ...ranges.map((range) => `allow from ${range}`)];
-    // `allow PORT` twice is one rule; new ones come first, so that nothing is cut off in between.
-    const commands = [
-      ...rules.filter((rule) => !ours.includes(rule)).map((rule) => `ufw ${rule} comment ${sh(MARK)}`),
-      ...ours.filter((rule) => !rules.includes(rule)).map((rule) => `ufw --force delete ${rule}`),
-      ...world.filter(isClosed).map((port) => `ufw --force delete allow ${sh(port)}`),
+    }
+  } else if (kind === "ufw") {
+    const ours = lines(facts.added).flatMap(
+      (line) => new RegExp(`^ufw ((?:route )?allow [\\w.:/ ]+) comment '${MARK}'$`).exec(line)?.[1] ?? [],
+    );
+    const rules = [
+      ...each((ip, protocol, port) => `allow from ${ip} to any port ${port} proto ${protocol}`),
+      ...ranges.map((range) => `allow from ${range}`),
+      ...["from", "to"].map((end) => `route allow ${end} ${ranges[0]}`),
     ];
-    return commands.length ? [{ why: `ufw: ${what}`, sh: commands.join("\n"), seconds: 300 }] : [];
+    const told = (rule: string, how: string) =>
+      rule.startsWith("route ") ? `ufw route ${how}${rule.slice(5)}` : `ufw --force ${how} ${rule}`;
+    // The first rule that matches decides, and ours are no use behind a deny: one that is there is not moved.
+    const late = now.some(({ end }) => isOf(end.chain, kind)) && rules.every((rule) => ours.includes(rule));
+    commands.push(
+      ...ours.filter((rule) => late || !rules.includes(rule)).map((rule) => told(rule, "delete")),
+      // There is no place 1 where there is no rule.
+      ...rules
+        .filter((rule) => late || !ours.includes(rule))
+        .map(
+          (rule) =>
+            `${told(rule, "insert 1").replace("--force ", "")} comment ${MARK} 2>/dev/null || ufw ${rule} comment ${MARK}`,
+        ),
+    );
   }
+  return commands.length ? [{ why: `${kind}: ${say(nodes)}`, sh: commands.join("\n"), seconds: 300 }] : [];
+}
+
+/** A table of our own that closes, and rules in what is nobody's: by a script, at each start of the box. */
+function tabled(
+  facts: Facts,
+  nodes: readonly string[],
+  ranges: readonly [string, string],
+  foreign: boolean,
+  open: readonly string[],
+): Change[] {
   if (!facts.nft?.trim())
     throw new Refusal(
-      "Neither firewalld nor ufw runs here, and nft is missing: install nftables, then try again",
-    );
-  const iptables = dropping(facts.ruleset).filter((c) => isIptables(c) && !/51820|FLANNEL/.test(c.text));
-  if (iptables.length)
-    throw new Refusal(
-      `iptables' own ${iptables.map(({ chain }) => chain).join(" and ")} drops: its rules are nobody's but yours; let through 6443/tcp, 10250/tcp and 51820/udp from ${nodes.join(", ")} and everything from ${ranges.join(" and ")} there`,
+      kindOf(facts) === "nft"
+        ? "Neither firewalld nor ufw runs here, and nft is missing: install nftables, then try again"
+        : `Ports of k3s's are open to everybody: ${open.join("; ")}. Take that out, or install nftables, then try again`,
     );
   const script = scriptText(nodes, ranges[0]);
-  const live = new RegExp(`^table inet ${TABLE} `, "m").test(facts.ruleset ?? "");
-  const cut = dropping(facts.ruleset).some((c) => !isIptables(c) && !c.text.includes(MARK));
   if (
     facts.script?.trimEnd() === script.trimEnd() &&
     facts.start?.trimEnd() === UNIT_TEXT.trimEnd() &&
     facts.booted?.trim() === "enabled\nactive" &&
-    live &&
-    !cut
+    new RegExp(`^table inet ${TABLE} `, "m").test(facts.ruleset ?? "") &&
+    !foreign
   )
     return [];
   return [
     {
-      why: `nft: ${what}`,
+      why: `nft: ${say(nodes)}`,
       sh: `# shellcheck disable=SC2016 # what is written is a script
 {
 ${writeFile(SCRIPT, script, "755")}
@@ -248,7 +445,26 @@ systemctl restart k3s-firewall`,
   ];
 }
 
-const RICH_ERE = `rule family="ipv4" source address="[0-9.]+" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$`;
+/**
+ * The firewall of a box, where FIREWALL asks for it: the nodes reach each other's k3s, the world does not, ssh stays as
+ * it is. By then FIREWALL holds the addresses that are known, and -ADDRESS of a node that goes.
+ */
+export const firewall: Step = {
+  name: "firewall",
+  options: ["PUBLIC_IP", "SERVER_ARGS", "FIREWALL"],
+  look: (want) => (want.FIREWALL ? [clusterLook, firewallLook] : []),
+  plan: (want, facts) => (want.FIREWALL ? firewallPlan(facts, letIn(want, facts), rangesOf(want)) : []),
+};
+
+/** The addresses that are let in: those that are known, and the cluster's own nodes. The rules are IPv4's, as it is. */
+export function letIn(want: Settings, facts: Facts): string[] {
+  const known = words(want.FIREWALL);
+  const joined = nodesOf(facts.nodes).flatMap(({ externalIp: ip = "" }) => (isIPv4(ip) ? ip : []));
+  const all = [...known, ...joined, want.PUBLIC_IP];
+  return [...new Set(all.filter((ip) => ip && !ip.startsWith("-") && !known.includes(`-${ip}`)))].sort();
+}
+
+const RICH_ERE = `rule (priority="-1000" )?family="ipv4" source address="[0-9.]+" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$`;
 
 /** Prints `firewall` where there is something for `closeAgain`. */
 export const closeLook = (
@@ -271,7 +487,10 @@ fi
 if ufw show added 2>/dev/null | grep -q "comment '${MARK}'"; then
   ufw show added | sed -n "s/^ufw \\(.*\\) comment '${MARK}'$/\\1/p" | while read -r rule; do
     # shellcheck disable=SC2086
-    ufw --force delete $rule </dev/null
+    case $rule in
+      'route '*) ufw route delete \${rule#route } </dev/null ;;
+      *) ufw --force delete $rule </dev/null ;;
+    esac
   done
 fi
 if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
@@ -288,10 +507,10 @@ fi`;
 /** Sets up the script's work when the box starts, and again when nftables.service has flushed it. */
 export const UNIT_TEXT = `[Unit]
 Description=Who reaches k3s's ports, by k3s-across-clouds
-# nftables.service begins by flushing everything, and so does its reload.
-After=nftables.service
-PartOf=nftables.service
-ReloadPropagatedFrom=nftables.service
+# These begin by flushing everything, and so does their reload.
+After=nftables.service iptables.service netfilter-persistent.service ufw.service firewalld.service
+PartOf=nftables.service iptables.service netfilter-persistent.service
+ReloadPropagatedFrom=nftables.service iptables.service netfilter-persistent.service
 Before=k3s.service k3s-agent.service
 
 [Install]
@@ -312,16 +531,38 @@ const set = (ranges: readonly (readonly [number, number])[]) =>
 export const scriptText = (nodes: readonly string[], pods: string): string => `#!/bin/sh
 # Written by k3s-across-clouds, make firewall.
 set -eu
-# An accept in one table does not overrule a drop in another: where somebody's chain drops, it gets our rules too.
+# An accept in one table does not overrule a drop in another: where somebody's chain may drop, it gets our rules too.
+# Not in firewalld's, ufw's and kube-proxy's: they write them anew.
+tools=""; managed=""
+for tool in iptables-nft iptables-legacy; do if command -v $tool >/dev/null; then tools="$tools $tool"; fi; done
+if [ -z "$tools" ] && command -v iptables >/dev/null; then tools=iptables; fi
+for tool in $tools; do
+  case $("$tool" --version) in
+    # It refuses a table that has what only nft can.
+    *nf_tables*) if "$tool" -S INPUT >/dev/null 2>&1; then managed=yes; fi ;;
+    # To ask about a legacy table loads it.
+    *) grep -qsx filter /proc/net/ip_tables_names || tools=$(echo "$tools" | sed "s/ *$tool *$//") ;;
+  esac
+done
 ours() {
-  nft -a list ruleset | awk '/^table/ { table = $2 " " $3 } /^\\tchain/ { chain = $2 }
+  nft -a list ruleset 2>/dev/null | awk '/^table/ { table = $2 " " $3 } /^\\tchain/ { chain = $2 }
     /comment "${MARK}"/ && table != "inet ${TABLE}" { print table, chain, $NF }'
 }
-dropping() { # input or forward
-  nft list ruleset | awk -v hook="$1" '/^table/ { table = $2 " " $3 } /^\\tchain/ { chain = $2; base = 0 }
-    $0 ~ "type filter hook " hook " " { base = 1 } table == "inet ${TABLE}" || chain ~ /^(INPUT|FORWARD)$/ { base = 0 }
-    base && (/policy drop;/ || /^\\t\\t(counter packets [0-9]+ bytes [0-9]+ )?(drop|reject.*)$/) { print table, chain; base = 0 }'
+bases() { # input or forward
+  nft list ruleset 2>/dev/null | awk -v hook="$1" -v managed="$managed" '
+    /^table/ { table = $2 " " $3; other = table == "inet ${TABLE}" || $2 !~ /^(ip|inet)$/ || $3 ~ /^(firewalld|kube-proxy)$/ }
+    /^\\tchain/ { chain = $2; base = 0 }
+    $0 ~ "type filter hook " hook " " { base = !other && !(managed && table == "ip filter") }
+    base && /policy drop;|[ \\t](drop|reject|jump|goto|vmap|queue)/ { print table, chain; base = 0 }'
 }
+for tool in $tools; do
+  for chain in INPUT FORWARD; do
+    "$tool" -S "$chain" 2>/dev/null | sed -n 's/^-A \\(.*--comment "*${MARK}"* .*\\)/\\1/p' | tr -d '"' | while read -r rule; do
+      # shellcheck disable=SC2086
+      "$tool" -w -D $rule
+    done
+  done
+done
 ours | while read -r family table chain handle; do nft delete rule "$family" "$table" "$chain" handle "$handle"; done
 nft "table inet ${TABLE}; delete table inet ${TABLE}"
 [ "$1" = start ] || exit 0
@@ -341,14 +582,37 @@ table inet ${TABLE} {
 	}
 }
 NFT
+nodes='${nodes.join(" ")}'
 rule() { nft insert rule "$@" accept comment '"${MARK}"'; }
-dropping input | while read -r family table chain; do
-  rule "$family" "$table" "$chain" iifname '{ ${INTERFACES.join(", ")} }'
-  rule "$family" "$table" "$chain" ip saddr '{ ${nodes.join(", ")} }' tcp dport '{ 6443, 10250 }'
-  rule "$family" "$table" "$chain" ip saddr '{ ${nodes.join(", ")} }' udp dport 51820
+bases input | while read -r family table chain; do
+  for card in ${INTERFACES.join(" ")}; do rule "$family" "$table" "$chain" iifname "$card"; done
+  for ip in $nodes; do
+    for port in ${BETWEEN.map(([protocol, port]) => `"${protocol} dport ${port}"`).join(" ")}; do
+      # shellcheck disable=SC2086
+      rule "$family" "$table" "$chain" ip saddr "$ip" $port
+    done
+  done
 done
-dropping forward | while read -r family table chain; do
-  rule "$family" "$table" "$chain" ip saddr ${pods}
-  rule "$family" "$table" "$chain" ip daddr ${pods}
+bases forward | while read -r family table chain; do
+  for end in saddr daddr; do rule "$family" "$table" "$chain" ip $end ${pods}; done
+done
+for tool in $tools; do
+  may_drop() {
+    "$tool" -S "$1" 2>/dev/null | grep -v -e ' KUBE-' -e ' CNI-' -e ' FLANNEL' | grep -v -- '^-[AP].* ACCEPT$' >/dev/null &&
+      ! "$tool" -S "$1" | grep -q -e ' ufw-before-' -e '_ZONES$'
+  }
+  put() { "$tool" -w -I "$@" -m comment --comment ${MARK} -j ACCEPT; }
+  if may_drop INPUT; then
+    for card in ${INTERFACES.join(" ")}; do put INPUT -i "$card"; done
+    for ip in $nodes; do
+      for port in ${BETWEEN.map(([protocol, port]) => `"-p ${protocol} --dport ${port}"`).join(" ")}; do
+        # shellcheck disable=SC2086
+        put INPUT -s "$ip" $port
+      done
+    done
+  fi
+  if may_drop FORWARD; then
+    for end in -s -d; do put FORWARD $end ${pods}; done
+  fi
 done
 `;

@@ -218,6 +218,13 @@ export const SETTINGS = {
     example: "dedicated=build:NoSchedule",
     check: each(taint),
   },
+  FIREWALL: {
+    value: "",
+    help: "yes: `make up`, server, agent, remove and restore look after the boxes' own firewalls too, as `make firewall` does",
+    example: "yes",
+    shared: true,
+    check: matches(/^yes$/, "yes, or nothing"),
+  },
   AIRGAP: {
     value: "",
     help: "yes: boxes get k3s's images too, from K3S_MIRRORS or from beside K3S_BIN, where they are taken in any case",

@@ -2,6 +2,7 @@
 /** Step 5 of 7: a healthy k3s agent that has joined the server. Brings the box through steps 1 to 3 too. */
 import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
+import { firewall } from "../lib/firewall.ts";
 import { foreignFirst } from "../lib/foreign.ts";
 import { ALLOWED, caLook, identityAs, moving } from "../lib/identity.ts";
 import { envPath, nodeNameIn, nodeNameOf, passwordIn, type Role } from "../lib/k3s.ts";
@@ -138,6 +139,7 @@ export const prepareAs = (role: Role) => [
   systemdFirst,
   identityAs(role),
   foreignFirst(role),
+  firewall,
   downloadK3s,
   upgradeKernel,
   installWireguard,

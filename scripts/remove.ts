@@ -217,12 +217,19 @@ async function remove(call: cli.Call): Promise<number> {
         : `HOST names the server, ${server.name}: "make down" removes a whole cluster`,
     );
   const ui = await report(boxes.map((box) => box.name));
-  const statuses = [];
+  const statuses: number[] = [];
   // One after the other: pods of the first may go to the second.
   for (const box of boxes)
     statuses.push(
       await cli.attempt(call, call.script, box, ui.line(box.name), (line) => one(call, servers, box, line)),
     );
+  const gone = boxes.filter((_, i) => statuses[i] === 0);
+  if (settings.FIREWALL && gone.length) {
+    call.letIn = gone.map(({ ip }) => `-${ip}`);
+    const others = await cli.neighbours(call, gone);
+    const follow = await cli.letThem(call, await report(others.map(({ name }) => name)), others, gone[0]);
+    statuses.push(...(await follow.done));
+  }
   return cli.worst(statuses);
 }
 

@@ -6,7 +6,7 @@ import { promisify } from "node:util";
 import * as cli from "../lib/cli.ts";
 import { ask } from "../lib/cluster.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
-import { closeLook } from "../lib/firewall.ts";
+import { closeLook, firewall } from "../lib/firewall.ts";
 import { ALLOWED, brief, caIn, whoIs } from "../lib/identity.ts";
 import { nodeNameOf } from "../lib/k3s.ts";
 import { address, KUBECTL, VERSION } from "../lib/kube.ts";
@@ -18,7 +18,6 @@ import { type Change, converge, look, lookAndConverge, Refusal, type Step } from
 import { pairs, sha256 } from "../lib/text.ts";
 import { agentSteps, prepareAs } from "./agent.ts";
 import { hashOf } from "./backup.ts";
-import { firewallFor } from "./firewall.ts";
 import { forgotten, PASSWORDS, provenLook } from "./remove.ts";
 import { server } from "./server.ts";
 import { up } from "./up.ts";
@@ -109,15 +108,16 @@ echo passwords >>${BASE}/server/restored`,
   },
 };
 
-/** Where the rules of `make firewall` stand they go with the server: from its address of before to `addresses`. */
-export const letIn = (addresses: readonly string[], before: string): Step => {
-  const firewall = firewallFor(addresses, before);
-  return {
-    ...firewall,
-    look: (want) => [...firewall.look(want), `fact ours\n${closeLook(rangesOf(want))}`],
-    plan: (want, facts) => (facts.ours?.trim() ? firewall.plan(want, facts) : []),
-  };
-};
+/**
+ * Where the rules of `make firewall` stand, and FIREWALL does not look after them, they go with the server.
+ * @param FIREWALL the addresses of all, and -ADDRESS of before.
+ */
+export const letIn = (FIREWALL: string): Step => ({
+  ...firewall,
+  look: (want) => [...firewall.look({ ...want, FIREWALL }), `fact ours\n${closeLook(rangesOf(want))}`],
+  plan: (want, facts) =>
+    facts.ours?.trim() && !want.FIREWALL ? firewall.plan({ ...want, FIREWALL }, facts) : [],
+});
 
 async function restore(call: cli.Call): Promise<number> {
   const { settings, origins } = call;
@@ -149,14 +149,12 @@ async function restore(call: cli.Call): Promise<number> {
       `HOST is ${box.host}, which is one of AGENTS: expected a box that is none (make remove HOST=${box.host}, and take it out of AGENTS)`,
     );
   const ui = await report([box, ...agents].map(({ name }) => name));
-  const firewall = letIn(
-    [box, ...agents].map(({ ip }) => ip),
-    about.ip,
-  );
+  const members = [...[box, ...agents].map(({ ip }) => ip), ...(about.ip === box.ip ? [] : [`-${about.ip}`])];
+  const follows = letIn(members.join(" "));
   const steps = [
     ...prepareAs("server"),
     put(settings.BACKUP, await hashOf(settings.BACKUP)),
-    firewall,
+    follows,
     server,
   ];
   /** As every call will be from now on: this box is the server. */
@@ -164,6 +162,7 @@ async function restore(call: cli.Call): Promise<number> {
     ...call,
     settings: { ...settings, SERVER: box.word, HOST: "", PUBLIC_IP: "", K3S_URL: "", K3S_TOKEN: "" },
     addresses: { ...call.addresses, servers: [box.ip] },
+    ...(settings.FIREWALL ? { letIn: members } : {}),
   };
 
   // A new agent cannot prove that it is the node of its name; one that cannot be reached is said so when it is to
@@ -194,7 +193,7 @@ async function restore(call: cli.Call): Promise<number> {
   const followed = await Promise.all(
     agents.map((agent) =>
       cli.attempt(call, "agent", agent, ui.line(agent.name), async (line) => {
-        await lookAndConverge(cli.jobFor(next, agent, line), firewall, ...agentSteps);
+        await lookAndConverge(cli.jobFor(next, agent, line), follows, ...agentSteps);
       }),
     ),
   );

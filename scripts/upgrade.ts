@@ -8,6 +8,7 @@ import { Unreachable } from "../lib/box.ts";
 import * as cli from "../lib/cli.ts";
 import { drainedOn, uncordonedOn } from "../lib/drain.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
+import { firewall } from "../lib/firewall.ts";
 import { nodeOf, whoIs } from "../lib/identity.ts";
 import {
   binaryLook,
@@ -143,7 +144,8 @@ interface Member {
   version: string;
 }
 
-const stepsOf = (role: Role) => (role === "server" ? serverSteps : agentSteps);
+const stepsOf = (role: Role) =>
+  (role === "server" ? serverSteps : agentSteps).filter((step) => step !== firewall);
 
 async function upgrade(call: cli.Call): Promise<number> {
   const { settings } = call;

@@ -178,7 +178,7 @@ describe("a restore", () => {
   });
 
   test("opens the rules of make firewall to the server's new address, where they stand, and closes the old one", () => {
-    const firewall = letIn(["198.51.100.12", B1.ip], A1.ip);
+    const firewall = letIn(`198.51.100.12 ${B1.ip} -${A1.ip}`);
     const seen = { nodes: nodes(A1, B1, B2), nft: "/usr/sbin/nft\n" };
     const want = wanted({ PUBLIC_IP: B1.ip });
     assert.deepEqual(firewall.plan(want, { ...seen, ours: "\n" }), [], "no rules of ours");

@@ -80,10 +80,13 @@ const again = (many: number) =>
 const FLAG = ["server", "--flannel-backend", "wireguard-native", "--flannel-external-ip"];
 const DROPPED = { tries: "tunnel a1 0\ntunnel b2 0\napi server open" };
 
-const UFW = {
-  ufw: "Status: active\nDefault: deny (incoming), allow (outgoing)\n",
-  added: "ufw allow 22/tcp\n",
-};
+const {
+  ufw = "",
+  added = "",
+  iptables = "",
+  nft = "",
+}: Facts = JSON.parse(fixture("firewall/ufw-fresh.json"));
+const UFW = { ufw, added, iptables, nft };
 
 describe("a healthy cluster", () => {
   for (const version of [OLD, MODERN])
@@ -121,7 +124,7 @@ describe("a healthy cluster", () => {
     assert.deepEqual(illsOf(members), []);
     assert.match(
       reportOf(clusterOf(members), [], {}),
-      /^note {2}b1: by its rules ufw drops 6443\/tcp .*: make firewall HOST=b1$/m,
+      /^note {2}b1: by its rules ufw drops 6443\/tcp, .*: make firewall HOST=b1$/m,
     );
     assert.doesNotMatch(reportOf(clusterOf(boxes(MODERN)), [], {}), /note/);
   });
@@ -208,7 +211,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       }),
       "b1",
       new RegExp(
-        `^ufw drops 6443/tcp from ${IP}, ${B2.ip}; .*; ufw drops 51820/udp from ${IP}, ${B2.ip}; ufw drops everything`,
+        `^ufw drops 6443/tcp, 10250/tcp, 51820/udp from ${IP}, ${B2.ip}, and everything from .*; ufw drops what is forwarded`,
       ),
       /^make firewall HOST=b1$/,
     ],

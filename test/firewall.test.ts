@@ -2,239 +2,421 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import * as firewall from "../lib/firewall.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
-import { look, programs, shell, temporary, wanted } from "./helpers.ts";
+import { fixture, look, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const [A, B] = ["198.51.100.11", "198.51.101.11"];
 const NODES = [A, B];
 const RANGES = ["10.42.0.0/16", "10.43.0.0/16"] as const;
-const blocked = (facts: Facts, nodes: string[]) => firewall.blocked(facts, nodes, RANGES);
-const firewallPlan = (facts: Facts, nodes: string[]) => firewall.firewallPlan(facts, nodes, RANGES);
+const blocked = (facts: Facts, nodes = NODES) => firewall.blocked(facts, nodes, RANGES);
+const firewallPlan = (facts: Facts, nodes = NODES) => firewall.firewallPlan(facts, nodes, RANGES);
 const scriptText = (nodes: string[]) => firewall.scriptText(nodes, RANGES[0]);
 const shOf = (facts: Facts, nodes = NODES) =>
   firewallPlan(facts, nodes)
     .map(({ sh }) => sh)
     .join("\n")
     .split("\n");
+const whys = (facts: Facts) => firewallPlan(facts).map(({ why }) => why.split(":")[0]);
+
+/** What a box printed, as recorded with Debian 12's ufw 0.36.2, firewalld 1.3.3, nft 1.0.6 and iptables 1.8.9. */
+const recorded = (name: string): Facts => JSON.parse(fixture(`firewall/${name}.json`));
+const BOX = {
+  nft: "/usr/sbin/nft\n",
+  card: "eth0\n",
+  addresses: "1: lo    inet 127.0.0.1/8 scope host lo\n2: eth0    inet 192.168.0.12/24 scope global eth0",
+};
+const filter = (input: string, ...rules: string[]) =>
+  `*filter\n:INPUT ${input} [0:0]\n:FORWARD ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n:mine - [0:0]\n${rules.map((rule) => `-A ${rule}\n`).join("")}COMMIT\n`;
+const chain = (name: string, hook: string, policy: string, ...rules: string[]) =>
+  `table inet mine {\n\tset ours {\n\t\ttype ipv4_addr\n\t\tflags interval\n\t\telements = { 198.51.100.0/23,\n\t\t\t     203.0.113.7 }\n\t}\n\n\tchain mine {\n\t\tip saddr @ours accept\n\t\treject\n\t}\n\n\tchain ${name} {\n\t\ttype filter hook ${hook} priority filter; policy ${policy};\n${rules.map((r) => `\t\t${r}\n`).join("")}\t}\n}`;
+
+describe("rules are judged in their order, up to the first that decides", () => {
+  const REJECT = "INPUT -j REJECT --reject-with icmp-host-prohibited";
+  const OPEN = [
+    "INPUT -p tcp -m multiport --dports 6443,10250 -j ACCEPT",
+    "INPUT -p udp -m udp --dport 51820 -j ACCEPT",
+  ];
+  const PODS = "INPUT -s 10.42.0.0/16 -j ACCEPT";
+  type Case = [name: string, facts: Facts, says: RegExp[], mended?: RegExp];
+  const iptables: [name: string, text: string, says: RegExp[], mended?: RegExp][] = [
+    [
+      "Oracle Cloud's REJECT at the end",
+      filter("ACCEPT", "INPUT -p tcp -m state --state NEW -m tcp --dport 22 -j ACCEPT", REJECT),
+      [
+        /^iptables INPUT drops 6443\/tcp, 10250\/tcp, 51820\/udp from .*, and everything from 10\.42\.0\.0\/16 \(-A INPUT -j REJECT/,
+      ],
+    ],
+    [
+      "what is let through after a REJECT",
+      filter("ACCEPT", REJECT, ...OPEN, PODS),
+      [/drops 6443\/tcp, 10250\/tcp, 51820\/udp/],
+    ],
+    ["what is let through before it", filter("ACCEPT", ...OPEN, PODS, REJECT), []],
+    [
+      "a policy that drops, and established connections alone",
+      filter("DROP", "INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"),
+      [/\(policy drop\)/],
+    ],
+    [
+      "a chain that is jumped to and rejects in the end",
+      filter("ACCEPT", "INPUT -j mine", ...OPEN, "mine -p tcp -m tcp --dport 22 -j RETURN", "mine -j REJECT"),
+      [/\(-A mine -j REJECT\)/],
+    ],
+    [
+      "a chain that returns",
+      filter("DROP", "INPUT -j mine", ...OPEN, PODS, "mine -p tcp -j RETURN", "mine -p udp -j RETURN"),
+      [],
+    ],
+    [
+      "a drop of WireGuard's port",
+      filter("ACCEPT", "INPUT -p udp -m udp --dport 51820 -j DROP"),
+      [/drops 51820\/udp from 198\.51\.100\.11, 198\.51\.101\.11 \(-A/],
+    ],
+    [
+      "a drop on another card, and of another address",
+      filter(
+        "ACCEPT",
+        "INPUT -i eth1 -j DROP",
+        "INPUT -s 203.0.113.0/24 -j DROP",
+        "INPUT -d 192.168.0.99/32 -j DROP",
+      ),
+      [],
+    ],
+    [
+      "a drop of whoever is not named",
+      filter("ACCEPT", `INPUT ! -s ${A}/32 -p tcp -m tcp --dport 6443 -j DROP`),
+      [/^iptables INPUT drops 6443\/tcp from 198\.51\.101\.11, and everything from/],
+    ],
+    [
+      "words of a comment",
+      filter("DROP", 'INPUT -m comment --comment "let it -j ACCEPT" -j DROP'),
+      [/-j DROP\)$/],
+    ],
+    [
+      "an accept with a limit is none to rely on",
+      filter("DROP", "INPUT -m limit --limit 9/sec -j ACCEPT"),
+      [/^iptables INPUT may drop /],
+    ],
+    [
+      "a set that is not seen",
+      filter("ACCEPT", "INPUT -m set --match-set crowdsec src -j DROP"),
+      [/^iptables INPUT may drop .*crowdsec/],
+    ],
+    ["fail2ban at ssh", filter("ACCEPT", "INPUT -p tcp -m multiport --dports 22 -j f2b-sshd"), []],
+    [
+      "k3s's own chains",
+      filter("ACCEPT", 'INPUT -m comment --comment "kubernetes" -j KUBE-FIREWALL', "FORWARD -j CNI-X"),
+      [],
+    ],
+    [
+      "a drop before any rule can be",
+      "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p udp -m udp --dport 51820 -j DROP\nCOMMIT\n",
+      [/^iptables raw PREROUTING drops 51820\/udp/],
+      /no rule of ours comes before that/,
+    ],
+  ];
+  const nft: [name: string, ruleset: string, says: RegExp[], mended?: RegExp][] = [
+    ["nothing at all", "", []],
+    [
+      "a policy that drops",
+      chain("in", "input", "drop", "tcp dport 22 accept"),
+      [/^nft inet mine in drops 6443\/tcp, 10250\/tcp, 51820\/udp .*\(policy drop\)$/],
+    ],
+    [
+      "a last rule that rejects and counts",
+      chain("in", "input", "accept", "counter packets 3 bytes 180 reject with icmpx admin-prohibited"),
+      [/\(reject with icmpx admin-prohibited\)$/],
+    ],
+    [
+      "a forward that drops",
+      chain("fwd", "forward", "drop"),
+      [/^nft inet mine fwd drops what is forwarded for 10\.42\.0\.0\/16/],
+    ],
+    ["output that drops", chain("out", "output", "drop"), []],
+    [
+      "a drop of somebody",
+      chain("in", "input", "accept", "ip saddr 192.0.2.1 drop", 'iifname "eth1" drop'),
+      [],
+    ],
+    [
+      "sets, ranges and negations",
+      chain(
+        "in",
+        "input",
+        "drop",
+        "ip saddr @ours tcp dport { 6443, 10000-10250 } accept",
+        "udp dport != 51820 drop",
+        "ip saddr 198.51.100.0-198.51.101.255 accept",
+        'iifname { "cni0", "flannel-wg" } accept',
+      ),
+      [],
+    ],
+    [
+      "verdict maps",
+      chain(
+        "in",
+        "input",
+        "drop",
+        "ct state vmap { established : accept, related : accept, invalid : drop }",
+        "tcp dport vmap { 22 : drop, 6443 : jump mine, 10250 : accept }",
+        'iifname . udp dport { "eth0" . 51820 } accept',
+        'iifname vmap { "cni0" : accept, "flannel-wg" : accept }',
+      ),
+      [/drops everything from 10\.42/],
+    ],
+    [
+      "packets that are new and no SYN",
+      chain("in", "input", "accept", "tcp flags & (fin | syn | rst | ack) != syn ct state new drop"),
+      [],
+    ],
+    [
+      "a match that is not known",
+      chain("in", "input", "accept", 'osf name "Linux" drop'),
+      [/^nft inet mine in may drop/],
+    ],
+    ["a map that is not shown", chain("in", "input", "accept", "tcp dport vmap @gone"), [/may drop 6443/]],
+    ["a chain of another family", chain("in", "input", "drop").replace("inet", "ip6"), []],
+    [
+      "two tables: each must let it through",
+      `${chain("in", "input", "accept", "accept")}\n${chain("in", "input", "drop").replace("inet mine", "ip later")}`,
+      [/^nft ip later in drops/],
+    ],
+    [
+      "ingress of the card",
+      'table netdev n {\n\tchain i {\n\t\ttype filter hook ingress device "eth0" priority 0; policy accept;\n\t\tudp dport 51820 drop\n\t}\n}',
+      [/^nft netdev n i drops 51820\/udp/],
+      /take it out/,
+    ],
+  ];
+  const cases: Case[] = [
+    ...iptables.map(([name, text, ...rest]): Case => [name, { ...BOX, iptables: text }, ...rest]),
+    ...nft.map(([name, ruleset, ...rest]): Case => [name, { ...BOX, ruleset }, ...rest]),
+    [
+      "iptables-legacy, whose rules nft does not show",
+      { ...BOX, "iptables-legacy": filter("ACCEPT", REJECT), iploaded: "filter\n" },
+      [/^iptables-legacy INPUT drops/],
+    ],
+    [
+      "legacy tables that nothing shows",
+      { ...BOX, iploaded: "filter\n" },
+      [/^iptables-legacy has rules here that nothing shows: install iptables$/],
+    ],
+    ["more rules than are read", { ...BOX, ruleset: " ".repeat(300_000) }, [/more than are read/]],
+  ];
+  for (const [name, facts, says, refused] of cases)
+    test(`: ${name}`, () => {
+      const said = blocked(facts);
+      assert.equal(said.length, says.length, said.join("\n"));
+      for (const one of says)
+        assert(
+          said.some((text) => one.test(text)),
+          said.join("\n"),
+        );
+      // What check advises is what make firewall does.
+      const remedy = firewall.remedy(facts, NODES, RANGES, "b1");
+      if (refused) {
+        assert.throws(() => firewallPlan(facts), refused);
+        assert.match(remedy, refused);
+      } else {
+        assert.equal(remedy, "make firewall HOST=b1");
+        assert.deepEqual(whys(facts), ["nft"]);
+      }
+    });
+});
 
 describe("firewalld", () => {
-  const rule = (ip: string, port: string, protocol: string) =>
-    `rule family="ipv4" source address="${ip}" port port="${port}" protocol="${protocol}" accept`;
-  const all = NODES.flatMap((ip) => [
-    rule(ip, "6443", "tcp"),
-    rule(ip, "10250", "tcp"),
-    rule(ip, "51820", "udp"),
-  ]);
-  /** As a box has it, the same at runtime and for good. */
-  const zone = (ports: string, rules: string[], sources: string): Facts => ({
-    firewalld: "running\n",
-    zone: "public\n",
-    target: "default\n",
-    ...Object.fromEntries(
-      ["", "--permanent"].flatMap((when) => [
-        [`ports${when}`, ports],
-        [`rules${when}`, rules.join("\n")],
-        [`sources${when}`, sources],
-      ]),
-    ),
-  });
-  const well = zone("80/tcp", [...all, 'rule service name="dns" accept'], "10.42.0.0/16 10.43.0.0/16");
-
+  const fresh = recorded("firewalld-fresh");
+  const done = recorded("firewalld-fresh-done");
   test("as it comes blocks the nodes and the pods, and says so", () => {
-    const fresh = zone("", [], "");
-    assert.deepEqual(blocked(fresh, NODES), [
-      `firewalld (zone public) drops 6443/tcp from ${A}, ${B}`,
-      `firewalld (zone public) drops 10250/tcp from ${A}, ${B}`,
-      `firewalld (zone public) drops 51820/udp from ${A}, ${B}`,
-      "firewalld (zone public) drops everything from 10.42.0.0/16",
-      "firewalld (zone public) drops everything from 10.43.0.0/16",
-    ]);
+    assert.match(
+      blocked(fresh)[0] ?? "",
+      /^firewalld drops 6443\/tcp, 10250\/tcp, 51820\/udp from .*, and everything from 10\.42\.0\.0\/16 \(reject/,
+    );
     const commands = shOf(fresh);
     assert.equal(commands.length, 2 * (6 + 2));
     for (const command of commands)
       assert.match(
         command,
-        /^firewall-cmd -q (--permanent )?--zone=(public --add-rich-rule|trusted --add-source)=/,
+        /^firewall-cmd -q (--permanent )?--zone=(public --add-rich-rule='rule priority="-1000" family|trusted --add-source)=/,
       );
   });
   test("with all of it is left alone", () => {
-    assert.deepEqual(blocked(well, NODES), []);
-    assert.deepEqual(firewallPlan(well, NODES), []);
+    assert.deepEqual(blocked(done), []);
+    assert.deepEqual(firewallPlan(done), []);
   });
   test("that only forgets at the next start is put right", () => {
-    const commands = shOf({ ...well, "rules--permanent": "" });
+    const commands = shOf({ ...done, "rules--permanent": "" });
     assert.equal(commands.length, 6);
     for (const command of commands)
       assert.match(command, /^firewall-cmd -q --permanent --zone=public --add-rich-rule=/);
   });
-  test("loses a node that has left, and keeps rules that are not ours", () =>
-    assert.deepEqual(
-      shOf(well, [A]),
-      ["", "--permanent "].flatMap((when) =>
-        all.slice(3).map((r) => `firewall-cmd -q ${when}--zone=public --remove-rich-rule='${r}'`),
-      ),
-    ));
-  test("loses k3s's ports that are open to everybody, and keeps the others", () => {
-    const commands = shOf(
-      zone(
-        "22/tcp 10250/tcp 6443/tcp 30000-32767/tcp 10255-10256/tcp 51820/udp 443/udp",
-        all,
-        "10.42.0.0/16 10.43.0.0/16",
-      ),
-    );
-    assert.deepEqual(
-      commands.filter((c) => !c.includes("--permanent")).map((c) => c.split("=").at(-1)),
-      ["10250/tcp", "6443/tcp", "10255-10256/tcp", "51820/udp"],
+  test("loses a node that has left, and keeps rules that are not ours", () => {
+    const commands = shOf({ ...done, rules: `${done.rules}public rule service name="dns" accept\n` }, [A]);
+    assert.equal(commands.length, 6);
+    for (const command of commands) assert.match(command, new RegExp(`--remove-rich-rule='rule .*${B}`));
+  });
+  test("has ours before a rule that denies, and in each zone; who is let in by a service or a range is shut out", () => {
+    const many = recorded("firewalld-many");
+    assert.match(blocked(many).join("\n"), /firewalld drops .*\(meta nfproto ipv4 tcp dport 10250 drop\)/);
+    const commands = shOf(many);
+    assert.ok(commands.some((command) => command.includes("--zone=work --add-rich-rule=")));
+    assert.deepEqual(whys(many), ["firewalld", "nft"]);
+    const after = recorded("firewalld-many-done");
+    assert.deepEqual(blocked(after), []);
+    assert.deepEqual(firewallPlan(after), []);
+    const without = { ...many, nft: "" };
+    assert.throws(
+      () => firewallPlan(without),
+      /open to everybody: .*by firewalld: tcp dport 6443 accept.* install nftables/,
     );
   });
-  test("with a port open to everybody does not block it", () =>
-    assert.deepEqual(
-      blocked(zone("6443/tcp 10250/tcp 51800-51900/udp", [], "10.42.0.0/16 10.43.0.0/16"), NODES),
-      [],
-    ));
-  test("in a zone that accepts everything is refused: nothing there can be closed", () => {
-    assert.throws(() => firewallPlan({ ...well, target: "ACCEPT\n" }, NODES), Refusal);
-    assert.deepEqual(blocked({ ...zone("", [], ""), target: "ACCEPT\n" }, NODES), []);
-  });
+  test("before 0.7 has no order among its rules", () =>
+    assert.match(shOf({ ...fresh, "firewalld-version": "0.6.3\n" })[0] ?? "", /rule='rule family=/));
 });
 
 describe("ufw", () => {
-  const status =
-    "Status: active\nLogging: on (low)\nDefault: deny (incoming), allow (outgoing), disabled (routed)\n";
-  const ours = [
-    ...NODES.flatMap((ip) => [
-      `allow from ${ip} to any port 6443 proto tcp`,
-      `allow from ${ip} to any port 10250 proto tcp`,
-      `allow from ${ip} to any port 51820 proto udp`,
-    ]),
-    "allow from 10.42.0.0/16",
-    "allow from 10.43.0.0/16",
-  ];
-  const added = (rules: string[]) =>
-    `Added user rules (see 'ufw status' for running firewall):\n${rules.map((rule) => `ufw ${rule}\n`).join("")}`;
-  const marked = ours.map((rule) => `${rule} comment 'k3s-across-clouds'`);
-
+  const many = recorded("ufw-many");
+  const rules = (facts: Facts) => shOf(facts).filter((line) => line.includes("ufw"));
   test("as it comes blocks the nodes and the pods, and says so", () => {
-    const facts = { ufw: status, added: added(["allow 22/tcp"]) };
-    assert.equal(blocked(facts, NODES).length, 5);
-    assert.match(blocked(facts, NODES)[2] ?? "", /^ufw drops 51820\/udp from /);
-    assert.deepEqual(
-      shOf(facts),
-      ours.map((rule) => `ufw ${rule} comment k3s-across-clouds`),
+    const fresh = recorded("ufw-fresh");
+    assert.match(
+      blocked(fresh)[0] ?? "",
+      /^ufw drops 6443\/tcp, .*, and everything from 10\.42\.0\.0\/16 \(policy drop\)$/,
     );
+    assert.equal(rules(fresh).length, 6 + 2 + 2);
+    assert.equal(
+      rules(fresh)[0],
+      `ufw insert 1 allow from ${A} to any port 6443 proto tcp comment k3s-across-clouds 2>/dev/null || ufw allow from ${A} to any port 6443 proto tcp comment k3s-across-clouds`,
+    );
+    assert.deepEqual(whys(fresh), ["ufw"]);
   });
   test("with all of it is left alone", () => {
-    const facts = { ufw: status, added: added(["allow 22/tcp", ...marked]) };
-    assert.deepEqual(blocked(facts, NODES), []);
-    assert.deepEqual(firewallPlan(facts, NODES), []);
+    const done = recorded("ufw-fresh-done");
+    assert.deepEqual(blocked(done), []);
+    assert.deepEqual(firewallPlan(done), []);
   });
-  test("loses what is open to everybody and who has left, and keeps the rest", () =>
-    assert.deepEqual(
-      shOf(
-        {
-          ufw: status,
-          added: added([
-            "allow 22/tcp",
-            "allow 10250/tcp",
-            "allow 6443",
-            "allow 80 comment 'web'",
-            ...marked,
-          ]),
-        },
-        [A],
-      ),
-      [
-        ...ours.slice(3, 6).map((rule) => `ufw --force delete ${rule}`),
-        "ufw --force delete allow 10250/tcp",
-        "ufw --force delete allow 6443",
-      ],
-    ));
-  test("that lets everything in is refused", () =>
+  test("in whatever words it lets everybody in, they are shut out, and no rule of the user's goes", () => {
+    assert.deepEqual(whys(many), ["ufw", "nft"]);
+    assert.doesNotMatch(rules(many).join("\n"), /delete/);
+    assert.deepEqual(blocked(recorded("ufw-many-done")), []);
+    assert.deepEqual(firewallPlan(recorded("ufw-many-done")), []);
     assert.throws(
-      () => firewallPlan({ ufw: status.replace("deny (incoming)", "allow (incoming)") }, NODES),
-      /ufw default deny incoming/,
+      () => firewallPlan({ ...many, nft: "" }),
+      (error: Error) => {
+        assert(error instanceof Refusal);
+        assert.match(
+          error.message,
+          /10250\/tcp by ufw: -A ufw-user-input -p tcp -m multiport --dports 6443,10250 -j ACCEPT/,
+        );
+        assert.match(error.message, /10255\/tcp by ufw: /);
+        assert.match(error.message, /51820\/udp by ufw: -A ufw-user-input -i eth0 /);
+        return true;
+      },
+    );
+  });
+  test("with a deny before ours, ours go to the front", () => {
+    const done = recorded("ufw-fresh-done");
+    const facts = {
+      ...done,
+      iptables:
+        done.iptables?.replace(
+          "-A ufw-user-input",
+          "-A ufw-user-input -p tcp -m tcp --dport 6443 -j DROP\n-A ufw-user-input",
+        ) ?? "",
+    };
+    assert.match(blocked(facts)[0] ?? "", /^ufw drops 6443\/tcp/);
+    assert.match(rules(facts).join("\n"), /^ufw --force delete allow from [\s\S]*^ufw insert 1 allow from /m);
+    assert.equal(rules(facts).length, 20);
+  });
+  test("with a drop in its own before.rules is refused: no rule of ours comes before that", () => {
+    const facts = {
+      ...many,
+      iptables:
+        many.iptables?.replace(
+          "-A ufw-before-input -j ufw-user-input",
+          "-A ufw-before-input -p udp -j DROP\n-A ufw-before-input -j ufw-user-input",
+        ) ?? "",
+    };
+    assert.throws(
+      () => firewallPlan(facts),
+      /ufw drops 51820\/udp from .*\(-A ufw-before-input -p udp -j DROP\), and no rule of ours/,
+    );
+  });
+  test("loses who has left", () =>
+    assert.equal(
+      rules(recorded("ufw-fresh-done")).length +
+        shOf(recorded("ufw-fresh-done"), [A]).filter((line) =>
+          line.startsWith(`ufw --force delete allow from ${B}`),
+        ).length,
+      3,
     ));
   test("that is not active is not asked", () =>
-    assert.match(
-      firewallPlan({ ufw: "Status: inactive\n", nft: "/sbin/nft\n" }, NODES)[0]?.why ?? "",
-      /^nft: /,
-    ));
+    assert.deepEqual(whys({ ...BOX, ufw: "Status: inactive\n" }), ["nft"]));
 });
 
 describe("nft", () => {
-  const chain = (name: string, hook: string, policy: string, ...rules: string[]) =>
-    `table inet mine {\n\tchain ${name} {\n\t\ttype filter hook ${hook} priority filter; policy ${policy};\n${rules.map((r) => `\t\t${r}\n`).join("")}\t}\n}`;
-  const OURS = `table inet k3s_across_clouds {\n\tchain input {\n\t\ttype filter hook input priority -5; policy accept;\n\t\ttcp dport 6443 drop\n\t}\n}`;
-  const cases: [name: string, ruleset: string, sentences: number][] = [
-    ["nothing at all", "", 0],
-    ["a chain that accepts", chain("in", "input", "accept", "tcp dport 22 accept"), 0],
-    ["a policy that drops", chain("in", "input", "drop", "tcp dport 22 accept"), 1],
-    ["a last rule that drops", chain("in", "input", "accept", "tcp dport 22 accept", "drop"), 1],
-    [
-      "a last rule that rejects and counts",
-      chain("in", "input", "accept", "counter packets 3 bytes 180 reject with icmpx admin-prohibited"),
-      1,
-    ],
-    ["a drop of something", chain("in", "input", "accept", "ip saddr 192.0.2.1 drop"), 0],
-    ["input and forward that drop", `${chain("in", "input", "drop")}\n${chain("fwd", "forward", "drop")}`, 2],
-    ["output that drops", chain("out", "output", "drop"), 0],
-    ["a chain that names WireGuard's port", chain("in", "input", "drop", "udp dport 51820 accept"), 0],
-    [
-      "a chain that we have been in",
-      chain(
-        "in",
-        "input",
-        "drop",
-        'ip saddr 198.51.100.11 udp dport 51820 accept comment "k3s-across-clouds"',
-      ),
-      0,
-    ],
-    ["our own table", OURS, 0],
-  ];
-  for (const [name, ruleset, sentences] of cases)
-    test(`: ${name} ${sentences ? "blocks" : "blocks nothing"}`, () =>
-      assert.equal(blocked({ ruleset }, NODES).length, sentences, blocked({ ruleset }, NODES).join()));
+  const OURS = `table inet k3s_across_clouds {\n\tset nodes {\n\t\ttype ipv4_addr\n\t\telements = { ${A}, ${B} }\n\t}\n\n\tchain input {\n\t\ttype filter hook input priority -5; policy accept;\n\t\tiifname { "lo", "cni0", "flannel.1", "flannel-wg" } accept\n\t\tip saddr @nodes tcp dport { 6443, 10250 } accept\n\t\tip saddr @nodes udp dport 51820 accept\n\t\ttcp dport { 6443, 10248-10259 } drop\n\t\tudp dport { 8472, 51820-51821 } drop\n\t}\n}`;
 
-  test("is looked at by its chains at a hook: kube-proxy's thousands of rules do not travel", () => {
-    const services = "\tchain KUBE-SVC-X {\n\t\tip daddr 10.43.0.1 jump KUBE-SEP-Y\n\t}";
-    const [mine, other] = [
-      chain("in", "input", "drop", "tcp dport 22 accept"),
-      "table ip nat {\n\tset s {\n\t\ttype ipv4_addr\n\t}\n\n",
-    ];
-    const PATH = programs(temporary(), { nft: `cat <<'X'\n${other}${services}\n}\n${mine}\nX` });
-    const { ruleset } = look([{ look: () => [firewall.firewallLook] }], wanted(), { PATH });
-    assert.equal(ruleset, `table ip nat {\n${mine.replace(/\n}\n*$/, "")}\n`);
-    assert.equal(blocked({ ruleset }, NODES).length, 1);
+  test("is looked at without nat and k3s's own chains: kube-proxy's thousands of rules do not travel", () => {
+    const services = "\tchain KUBE-SVC-X {\n\t\tip daddr 10.43.0.1 jump KUBE-SEP-Y\n\t}\n";
+    const mine = chain("in", "input", "drop", "tcp dport 22 accept");
+    const other = `table ip nat {\n\tchain x {\n\t\tjump KUBE-SERVICES\n\t}\n}\ntable ip filter {\n${services}\tchain INPUT {\n\t\tjump KUBE-SVC-X\n\t}\n}\ntable ip kube-proxy {\n\tchain y {\n\t}\n}\n`;
+    const PATH = programs(temporary(), {
+      nft: `cat <<'X'\n${other}${mine}\nX`,
+      "iptables-nft-save":
+        "printf '*nat\\n:KUBE-SVC-X - [0:0]\\n-A KUBE-SVC-X -j KUBE-SEP-Y\\n*filter\\n:INPUT ACCEPT [0:0]\\n:KUBE-FW - [0:0]\\n-A INPUT -j DROP\\n-A KUBE-FW -j DROP\\n'",
+    });
+    const facts = look([{ look: () => [firewall.firewallLook] }], wanted(), { PATH });
+    assert.equal(
+      facts.ruleset?.trim(),
+      `table ip filter {\n\tchain INPUT {\n\t\tjump KUBE-SVC-X\n\t}\n}\n${mine}`,
+    );
+    assert.equal(facts.iptables?.trim(), "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -j DROP");
+    assert.match(blocked(facts).join(), /^iptables INPUT drops /);
   });
 
   const written = (): Facts => ({
-    nft: "/sbin/nft\n",
+    ...BOX,
     script: scriptText(NODES),
     start: firewall.UNIT_TEXT,
     booted: "enabled\nactive\n",
     ruleset: OURS,
   });
-  test("with the script, its unit and its table is left alone", () =>
-    assert.deepEqual(firewallPlan(written(), NODES), []));
+  test("with the script, its unit and its table is left alone", () => {
+    assert.deepEqual(blocked(written()), []);
+    assert.deepEqual(firewallPlan(written()), []);
+  });
   const changed: [name: string, over: Facts][] = [
     ["the table is gone", { ruleset: "" }],
     ["the unit is not enabled", { booted: "disabled\nactive\n" }],
     ["the script is of other nodes", { script: scriptText([A]) }],
     ["somebody's chain drops", { ruleset: `${OURS}\n${chain("in", "input", "drop")}` }],
+    ["somebody's REJECT came before ours", { iptables: filter("ACCEPT", "INPUT -j REJECT") }],
   ];
   for (const [name, over] of changed)
     test(`is set up again where ${name}`, () =>
-      assert.equal(firewallPlan({ ...written(), ...over }, NODES).length, 1));
+      assert.equal(firewallPlan({ ...written(), ...over }).length, 1));
 
-  test("is refused where iptables' own chain drops, or nft is missing", () => {
-    assert.throws(
-      () =>
-        firewallPlan(
-          { nft: "/sbin/nft\n", ruleset: chain("INPUT", "input", "drop").replace("inet mine", "ip filter") },
-          NODES,
-        ),
-      /iptables' own INPUT drops/,
-    );
-    assert.throws(() => firewallPlan({}, NODES), /install nftables/);
+  test("is refused where nft is missing", () => assert.throws(() => firewallPlan({}), /install nftables/));
+});
+
+describe("a declared firewall", () => {
+  const facts = { nodes: "", ...BOX };
+  test("is nothing without FIREWALL, and then not even looked at", () => {
+    assert.deepEqual(firewall.firewall.look(wanted()), []);
+    assert.deepEqual(firewall.firewall.plan(wanted(), facts), []);
+  });
+  test("lets in whom the settings name, this box and the cluster's nodes, less who goes", () => {
+    const nodes = JSON.stringify({
+      kind: "List",
+      items: [A, "203.0.113.9"].map((address) => ({
+        kind: "Node",
+        metadata: { name: `n${address}`, annotations: {} },
+        status: { addresses: [{ type: "ExternalIP", address }], conditions: [] },
+        spec: {},
+      })),
+    });
+    const want = wanted({ FIREWALL: `${B} -203.0.113.9`, PUBLIC_IP: "192.0.2.5" });
+    assert.deepEqual(firewall.letIn(want, { nodes }), ["192.0.2.5", A, B]);
   });
 });
 
@@ -243,10 +425,11 @@ describe("what is left of it", () => {
     `printf 'public (active)\\n  sources: 192.0.2.0/24\\n  rich rules: \\n\\t${rules}\\n\\ntrusted\\n  sources: ${sources}\\n'`;
   const firewalld = (rules: string, sources = "") =>
     `case $* in *--state) echo running ;; *) ${zones(rules, sources)} ;; esac`;
-  const ours = (port: number) =>
-    `rule family="ipv4" source address="198.51.100.11" port port="${port}" protocol="tcp" accept`;
+  const ours = (port: number, priority = "") =>
+    `rule ${priority}family="ipv4" source address="198.51.100.11" port port="${port}" protocol="tcp" accept`;
   const cases: [name: string, programs: Record<string, string>, left: boolean][] = [
-    ["a rule of firewalld's is seen", { "firewall-cmd": firewalld(ours(6443)) }, true],
+    ["a rule of firewalld's is seen", { "firewall-cmd": firewalld(ours(6443, 'priority="-1000" ')) }, true],
+    ["and one of before", { "firewall-cmd": firewalld(ours(6443)) }, true],
     ["and a source that it trusts", { "firewall-cmd": firewalld("", "192.0.2.7 10.43.0.0/16") }, true],
     ["but nobody else's rules", { "firewall-cmd": firewalld(ours(22), "10.42.0.0/24") }, false],
     [

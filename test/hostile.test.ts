@@ -13,7 +13,7 @@ import { BEGIN, type Box, closeAll, open, Unreachable } from "../lib/box.ts";
 import { clusterOf, type Member, tries } from "../lib/cluster.ts";
 import { diagnose } from "../lib/diagnosis.ts";
 import { drainedOn, uncordonedOn } from "../lib/drain.ts";
-import { closeAgain, closeLook } from "../lib/firewall.ts";
+import { closeAgain, closeLook, firewall } from "../lib/firewall.ts";
 import { releaseOf } from "../lib/k3s.ts";
 import { nodesOf } from "../lib/kube.ts";
 import { rangesOf } from "../lib/node.ts";
@@ -41,7 +41,6 @@ import {
 import { agent, agentSteps } from "../scripts/agent.ts";
 import { reportOf } from "../scripts/check.ts";
 import { downloadAhead, downloadK3s } from "../scripts/download-k3s.ts";
-import { firewallFor } from "../scripts/firewall.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
 import { forgotten, uninstall } from "../scripts/remove.ts";
 import { serverSteps } from "../scripts/server.ts";
@@ -230,8 +229,12 @@ function plans(want: Settings, version: string): { steps: readonly Step[]; facts
   const cluster = { nodes: nodes(A1, B1), peers: "" };
   const fresh = prepared(version, { curl: "", version: "", kubectl: "", tool: "", loaded: "" });
   const el7 = { os: fixture("os-release/centos-7"), kernel: "3.10.0\n", module: "", tool: "" };
-  const firewalld = { firewalld: "running\n", zone: "public\n", target: "default\n", ports: "10250/tcp\n" };
-  const ufw = { ufw: "Status: active\nDefault: deny (incoming)\n", added: "ufw allow 10250/tcp\n" };
+  const firewalld = { firewalld: "running\n", zones: "public\n", nft: "/usr/sbin/nft\n" };
+  const ufw = {
+    ufw: "Status: active\nDefault: deny (incoming)\n",
+    added: "ufw allow 10250/tcp\n",
+    nft: "/usr/sbin/nft\n",
+  };
   const server = [...serverSteps, fixMetrics];
   const roles = [server, agentSteps].flatMap((steps) =>
     [
@@ -242,7 +245,10 @@ function plans(want: Settings, version: string): { steps: readonly Step[]; facts
     ].map((facts) => ({ steps, facts })),
   );
   const rest = [
-    ...[{ nft: "/usr/sbin/nft\n" }, firewalld, ufw].map((facts): [Step, Facts] => [firewallFor([IP]), facts]),
+    ...[{ nft: "/usr/sbin/nft\n" }, firewalld, ufw].map((facts): [Step, Facts] => [
+      { ...firewall, plan: (want, facts) => firewall.plan({ ...want, FIREWALL: IP }, facts) },
+      facts,
+    ]),
     ...[
       uninstall,
       drainedOn({ ip: B1.ip }, true),
@@ -747,8 +753,12 @@ describe("of what was found this way, each by itself:", () => {
 
   test("a rule of ufw's with our comment and a command in it is not deleted by its own words", () => {
     const added = "ufw allow from 203.0.113.9; canary comment 'k3s-across-clouds'\n";
-    const facts = prepared(MODERN, { ufw: "Status: active\nDefault: deny (incoming)\n", added });
-    for (const { sh } of firewallFor([IP]).plan(want, facts)) assert.doesNotMatch(sh, /canary/);
+    const facts = prepared(MODERN, {
+      ufw: "Status: active\nDefault: deny (incoming)\n",
+      added,
+      nft: "/sbin/nft",
+    });
+    for (const { sh } of firewall.plan({ ...want, FIREWALL: IP }, facts)) assert.doesNotMatch(sh, /canary/);
   });
 
   test("an agent's K3S_URL that is no address stops no check", () => {

@@ -134,10 +134,11 @@ describe("shellcheck finds nothing to say", { skip }, () => {
   test("about the firewall: its look, its changes, its script, and what takes it away", () => {
     const ranges = ["10.42.0.0/16", "10.43.0.0/16"] as const;
     const fresh = { nft: "/usr/sbin/nft\n" };
-    const firewalld = { firewalld: "running\n", zone: "public\n", target: "default\n", ports: "10250/tcp\n" };
+    const firewalld = { firewalld: "running\n", zones: "public\n", nft: "/usr/sbin/nft\n" };
     const ufw = {
       ufw: "Status: active\nDefault: deny (incoming), allow (outgoing)\n",
       added: "ufw allow 10250/tcp\n",
+      nft: "/usr/sbin/nft\n",
     };
     check(`#!/bin/sh\nfact() { echo "$1"; }\n${firewallLook}`);
     check(scriptText(["198.51.100.11"], ranges[0]));

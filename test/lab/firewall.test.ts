@@ -3,6 +3,7 @@ import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { closeAgain } from "../../lib/firewall.ts";
 import type { Box } from "./lab.ts";
+import { type Backend, compared, dice, iptablesText, nftText, SET_UP, tried } from "./packets.ts";
 import { type Bench, bench, connected, state } from "./suite.ts";
 
 describe("make firewall", { concurrency: 1 }, () => {
@@ -37,6 +38,18 @@ describe("make firewall", { concurrency: 1 }, () => {
     [a1, b1, b2] = [t.box("a1"), t.box("b1"), t.box("b2")];
     t.settings();
     await t.ok("make -j up");
+  });
+
+  test("what is said of rules is what the kernel does with packets", async () => {
+    await b2.sh(SET_UP);
+    let certain = 0;
+    for (const backend of ["nft", "iptables-nft", "iptables-legacy"] as Backend[])
+      for (let seed = 1; seed <= 8; seed++) {
+        const rules = (backend === "nft" ? nftText : iptablesText)(dice(seed * 7919 + backend.length));
+        certain += compared(rules, await b2.sh(tried(rules, backend)));
+      }
+    assert(certain > 300, `${certain}`);
+    await b2.sh("for n in judged sender pods; do ip netns del $n; done");
   });
 
   test("without a firewall, its own table closes what is open, and comes back with the box", async () => {
@@ -84,10 +97,10 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     assert.deepEqual((await doors()).api, ["closed", "closed", "closed"]);
     // What had passed before the rules goes on for a while: that is a note, not a fault.
     await t.says("make check", 2, [
-      /^a1: nft's inet mine input drops what it does not name/m,
+      /^a1: nft inet mine input drops 6443\/tcp/m,
       "do: make firewall HOST=a1",
-      /^(note {2})?b1: .*ufw drops 51820\/udp from /m,
-      /^(note {2})?b2: .*firewalld \(zone \w+\) drops 51820\/udp from /m,
+      /^(note {2})?b1: .*ufw drops .*51820\/udp from /m,
+      /^(note {2})?b2: .*firewalld drops .*51820\/udp from /m,
     ]);
     await t.says("make firewall", 0, [/^a1 +nft: open /m, /^b1 +ufw: open /m, /^b2 +firewalld: open /m]);
     assert.deepEqual(await doors(), SHUT);
@@ -129,6 +142,43 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     assert.deepEqual((await rules()).map(Number), [0, 0, 0]);
   });
 
+  test("FIREWALL=yes: who leaves is shut out by the others and who joins is let in, in the same run", async () => {
+    const FIREWALL = "yes";
+    t.settings({ ...learned(), FIREWALL });
+    await t.says("make -j up", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m, /^b2 +nothing to do/m]);
+    const knows = async (ip: string) =>
+      (
+        await Promise.all([
+          a1.sh(`grep -c ${ip} /usr/local/sbin/k3s-firewall || true`),
+          b1.sh(`ufw status | grep -c ${ip} || true`),
+        ])
+      ).map((n) => Number(n) > 0);
+    assert.deepEqual(await knows(b2.publicIp), [true, true]);
+    const { out } = await t.ok("make remove HOST=b2 DRY=1");
+    assert.match(out, /^b1: 1 to do\n {2}1\. ufw: open /m);
+    await t.says("make remove HOST=b2", 0, [/^a1 +nft: open/m, /^b1 +ufw: open/m]);
+    assert.deepEqual(await knows(b2.publicIp), [false, false]);
+    t.settings({ ...learned(), FIREWALL }, { agents: "b1" });
+    await t.says("make agent HOST=b2", 0, [/^a1 +nft: open/m, /^b1 +ufw: open/m, /^b2 +firewalld: open/m]);
+    assert.deepEqual(await knows(b2.publicIp), [true, true]);
+    await connected(t.lab.boxes);
+    assert.deepEqual(await doors(), SHUT);
+    // One that cannot be reached does not let it in, and that is said.
+    t.settings({ ...learned(), FIREWALL }, { agents: "b1 b9=198.51.101.13" });
+    await t.says("make agent HOST=b2", 1, [
+      /^b9 .*who joins is not let in there yet/m,
+      "make firewall HOST=b9=198.51.101.13",
+      /^b2 +nothing to do/m,
+    ]);
+    // What no rule of ours comes before is said before anything is changed.
+    await a1.sh(
+      "nft add table ip raw; nft add chain ip raw pre '{ type filter hook prerouting priority -300; }'; nft add rule ip raw pre udp dport 51820 drop",
+    );
+    t.settings({ ...learned(), FIREWALL }, { agents: "b1" });
+    await t.says("make agent HOST=b2", 1, [/^a1 .*nft ip raw pre drops 51820\/udp/m]);
+    await a1.sh("nft delete table ip raw");
+  });
+
   test("all of it can be taken away again, with nothing else", async () => {
     await Promise.all(t.lab.boxes.map(({ sh }) => sh(closeAgain(["10.42.0.0/16", "10.43.0.0/16"]))));
     const [nft, ufw, firewalld] = await Promise.all([
@@ -142,7 +192,7 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     ]);
     assert.deepEqual(
       [nft.trim(), ufw.trim().split("\n").slice(1), firewalld.trim()],
-      ["chain input {", ["ufw allow 22/tcp"], ""],
+      ["chain input {", ["ufw allow 22/tcp", "ufw allow 10250/tcp"], ""],
     );
     assert.deepEqual((await doors()).ssh, SHUT.ssh);
   });
