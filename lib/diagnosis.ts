@@ -12,7 +12,7 @@ const APART = 5;
  * metrics-server's turn, in seconds: it asks every 15 s, v0.3 every 60, and needs two rounds and its own start
  * before it has figures of a node. As long may a node that joins start its k3s anew.
  */
-const TURN = 150;
+export const TURN = 150;
 
 /**
  * What was found: the way that does not work, and the ways that it goes by. Where one of those has been found broken

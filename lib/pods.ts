@@ -3,8 +3,9 @@
  * gone again afterwards. What is sent in their name is sent by the box's own tools in the pod's network.
  */
 import { type Call, jobFor } from "./cli.ts";
-import { ask, type Cluster, few, line, type Member, patience } from "./cluster.ts";
-import { API, CURL, itemsOf, type PodObject, words } from "./kube.ts";
+import { ask, type Cluster, few, line, type Member, patience, type Seen } from "./cluster.ts";
+import { TURN } from "./diagnosis.ts";
+import { API, CURL, itemsOf, type Load, overload, type PodObject, words } from "./kube.ts";
 import { sh } from "./sh.ts";
 import { look } from "./step.ts";
 
@@ -109,6 +110,12 @@ export function unstarted(
     proven: Boolean(last) || status?.phase === "Failed",
   };
 }
+
+/** A box that has run for some time and has little to do gives no other reason for a pod that does not start. */
+export const isFault = (
+  { image, proven }: { image: boolean; proven: boolean },
+  box: Pick<Seen, "unit" | "load"> | undefined,
+): boolean => !image && (proven || ((box?.unit.runs ?? 0) > TURN && !overload(box?.load as Load)));
 
 /** The shell that removes them, and waits until they are gone. */
 const gone = (mark: string) => `${API}
@@ -250,10 +257,16 @@ export async function tryPods(
     const said = there.length ? await trip(server, reasons(there.map((node) => nameOf(mark, node)))) : {};
     await trip(server, gone(mark));
     const why = (node: string) => unstarted(podOf(node), itemsOf(said[`events-${nameOf(mark, node)}`]));
-    const faults = there.filter((node) => why(node).proven && !why(node).image);
+    const boxOf = (node: string) => cluster.boxes.find(({ nodeName }) => nodeName === node);
+    const faults = there.filter((node) => isFault(why(node), boxOf(node)));
     server.paths = {
       ...server.paths,
-      unstarted: faults.map((node) => `unstarted ${node} ${why(node).words}`).join("\n"),
+      unstarted: faults
+        .map(
+          (node) =>
+            `unstarted ${node} ${why(node).words}${why(node).proven ? "" : `, for ${WAIT} s, and no event says why`}`,
+        )
+        .join("\n"),
     };
     const rest = late.filter((node) => !faults.includes(node));
     const [first = ""] = rest;

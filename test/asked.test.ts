@@ -7,7 +7,7 @@ import type { AddressInfo } from "node:net";
 import { after, before, describe, test } from "node:test";
 import { ask, clusterOf, tries } from "../lib/cluster.ts";
 import { nodesLook, nodesOf, type PodObject } from "../lib/kube.ts";
-import { kubelets, made, reasons, unstarted } from "../lib/pods.ts";
+import { isFault, kubelets, made, reasons, unstarted } from "../lib/pods.ts";
 import { type Facts, lookScript, reader, whole } from "../lib/step.ts";
 import { lacks, MODERN, member, node, programs, temporary, wanted } from "./helpers.ts";
 
@@ -270,6 +270,29 @@ describe("what a kubelet does not do", { skip, concurrency: 1 }, () => {
     assert.doesNotMatch(why[0]?.words ?? "", /\p{Cc}/u);
     assert.deepEqual([why[0]?.image, why[0]?.proven], [false, true]);
     assert.deepEqual(why[1], { words: "ImagePullBackOff", image: true, proven: false });
+  });
+
+  test("is a fault without a word of the kubelet's too, on a box that has run for some time and has little to do", () => {
+    const load = { average: 0.1, cores: 1, memory: 20, swap: undefined };
+    const unit = { state: "active", restarts: 0, runs: 900 };
+    const silent = { image: false, proven: false };
+    assert.equal(isFault(silent, { unit, load }), true);
+    assert.equal(isFault(silent, { unit: { ...unit, runs: 30 }, load }), false);
+    assert.equal(isFault(silent, { unit, load: { ...load, average: 5 } }), false);
+    assert.equal(isFault({ ...silent, image: true }, { unit, load }), false);
+    assert.equal(isFault({ ...silent, proven: true }, { unit: { ...unit, runs: 30 }, load }), true);
+    for (const [reason, image] of [
+      [
+        'FailedCreatePodSandBox: failed to get sandbox image "rancher/mirrored-pause:3.6": failed to pull image',
+        true,
+      ],
+      ["FailedMount: MountVolume.SetUp failed", false],
+      ["OutOfpods: Node didn't have enough resource: pods", false],
+    ] as const) {
+      const [word, message] = reason.split(/: (.*)/);
+      const event = { type: "Warning", reason: word as string, message: message as string };
+      assert.equal(unstarted({ metadata: {}, status: { phase: "Pending" } }, [event]).image, image, reason);
+    }
   });
 
   test("is asked of kubectl, one after the other, where curl cannot open such a stream", async () => {
