@@ -5,8 +5,9 @@
 import { type Call, jobFor, type Target, targets } from "./cli.ts";
 import { diagnose } from "./diagnosis.ts";
 import { blocked, firewallLook, remedy } from "./firewall.ts";
+import { nodeNameOf } from "./identity.ts";
 import { type Ill, MEANT } from "./journal.ts";
-import { nodeNameOf, type Role, unitOf } from "./k3s.ts";
+import { type Role, unitOf } from "./k3s.ts";
 import {
   API,
   address as addressIn,
@@ -276,7 +277,8 @@ function firewallOf(box: Alone, { facts, want }: Member, boxes: readonly Alone[]
 
 function seen({ target, role, want, error, facts, clock, tried, paths }: Member, nodes: Node[]): Alone {
   const there = nodes.find(({ externalIp }) => externalIp === target.ip);
-  const name = nameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts) || (there?.name ?? "");
+  // Of a box that does not answer only its address tells.
+  const name = nameOf(role, { ...want, PUBLIC_IP: target.ip }, facts, nodes) || (there?.name ?? "");
   const unit = (facts.units ?? "")
     .split(/\n\n+/)
     .map(pairs)
@@ -335,9 +337,9 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
 
 const numberOf = (text: string | undefined) => (text ? Number(text) : undefined);
 
-function nameOf(args: string, facts: Facts): string {
+function nameOf(role: Role, want: Settings, facts: Facts, nodes: readonly Node[]): string {
   try {
-    return nodeNameOf(args, facts);
+    return nodeNameOf(role, want, facts, nodes);
   } catch {
     return "";
   }

@@ -1,5 +1,5 @@
-import { type Match, nodeOf, RESTARTING, type Who, whoIs } from "./identity.ts";
-import { K3S, nodeNameOf } from "./k3s.ts";
+import { type Match, nodeNameOf, nodeOf, RESTARTING, type Who, whoIs } from "./identity.ts";
+import { K3S } from "./k3s.ts";
 import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./kube.ts";
 import type { Settings } from "./settings.ts";
 import { sh } from "./sh.ts";
@@ -156,8 +156,7 @@ export function drainHere(want: Settings, facts: Facts): Change[] {
   if (known && !(node && drainable(node))) return [];
   const how = { seconds: PATIENCE + 60, alone: true } as const;
   if (isServer) {
-    const name =
-      (known && nodeOf(nodesOf(facts.nodes), box)?.node.name) || nodeNameOf(want.SERVER_ARGS, facts);
+    const name = (known && nodeOf(nodesOf(facts.nodes), box)?.node.name) || nodeNameOf("server", want, facts);
     // A server that cannot see its cluster just now may be a healthy node all the same.
     const asked = `[ "$(kc get node ${sh(name)} --no-headers | awk '{ print $2 }')" = Ready ] || exit 0\n`;
     return [{ ...draining(name, box.boot ?? "", "", known ? "" : asked), ...how }];

@@ -1,6 +1,7 @@
 /** What stands in k3s's way on a box and is not ours: ports that something else has, config files of somebody else. */
 import { configArgs, wrongIn } from "./args.ts";
-import { nodeNameOf, type Role, releaseOf } from "./k3s.ts";
+import { nodeNameOf } from "./identity.ts";
+import { type Role, releaseOf } from "./k3s.ts";
 import { CONFIG, rangesOf } from "./node.ts";
 import { boxNames, check, SettingError, type Settings } from "./settings.ts";
 import { type Facts, Refusal, type Step } from "./step.ts";
@@ -17,7 +18,6 @@ export const foreignFirst = (role: Role): Step => ({
     // What is learned of a server in the end, it has had from the beginning where it is there already.
     const token = role === "server" && facts.token?.replace(/\n+$/, "");
     if (token) check("K3S_TOKEN", token, "this server's own");
-    const args = role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS;
     const wrong = wrongIn(role, configIn("K3S_CONFIG", want.K3S_CONFIG));
     if (wrong)
       throw new SettingError(
@@ -29,7 +29,7 @@ export const foreignFirst = (role: Role): Step => ({
       const own = configIn(`${path} on this box`, text).filter(
         ({ flag, value }) =>
           !/^node-(label|taint)$/.test(flag) &&
-          !(flag === "node-name" && value?.toLowerCase() === nodeNameOf(args, facts)) &&
+          !(flag === "node-name" && value?.toLowerCase() === nodeNameOf(role, want, facts)) &&
           !(role === "server" && /^(token|t)$/.test(flag)),
       );
       const key = wrongIn(role, own);

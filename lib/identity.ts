@@ -1,7 +1,7 @@
 /** Who a box is: the settings' address, its boot id and machine id, and the CA of its cluster, held against each other. */
 import { parseArgs, secretIn } from "./args.ts";
-import { argsOf, type Role, releaseOf, unitOf } from "./k3s.ts";
-import type { Node } from "./kube.ts";
+import { argsOf, MARK, NAME, nodeNameIn, type Role, releaseOf, unitOf } from "./k3s.ts";
+import { type Node, nodesOf } from "./kube.ts";
 import { type Settings, words } from "./settings.ts";
 import { type Facts, Refusal, type Step, type Want } from "./step.ts";
 
@@ -63,6 +63,38 @@ export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }
   throw new Refusal(
     `Node ${node.name}, at ${ip}, is Ready, and is another box than this one: it has the boot id ${node.boot ?? "none"}, this box ${boot}`,
   );
+}
+
+/**
+ * The name under which k3s registers a box: `--node-name` of the settings, or of the box's unit; the name of the node
+ * that it is already, whatever the box is called by now; or the host name in lower case (os.Hostname, kubelet).
+ *
+ * @throws {Refusal} for one that Kubernetes would not take.
+ */
+export function nodeNameOf(
+  role: Role,
+  want: Settings,
+  facts: Facts,
+  nodes: readonly Node[] = nodesOf(facts.nodes),
+): string {
+  const { ip, boot, machine } = whoIs(want.PUBLIC_IP, facts);
+  const own = nodes.filter(
+    (n) =>
+      ip &&
+      (n.externalIp === ip || n.internalIp === ip) &&
+      ((n.boot && n.boot === boot) || (n.machine && n.machine === machine)),
+  );
+  // It may have joined again under another name, before its unit had one.
+  const [node, more] = own.length > 1 ? own.filter(({ ready }) => ready) : own;
+  const [pinned] = /^\S+/.exec(facts.named?.trim() ?? "") ?? [];
+  const name =
+    nodeNameIn(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS) ??
+    pinned ??
+    (more ? undefined : node?.name) ??
+    (facts.hostname?.trim() ?? "").toLowerCase();
+  if (!NAME.test(name))
+    throw new Refusal(`"${name}" cannot be a node's name: give the box another (hostnamectl set-hostname …)`);
+  return name;
 }
 
 /** The CAs by which a box is part of a cluster: of a server's data, and of what an agent has joined or is to join. */
@@ -155,8 +187,6 @@ sed -n "s/^data-dir:[[:space:]]*['\\"]\\{0,1\\}\\([^'\\"[:space:]]*\\).*/data-di
 [ ! -d /var/lib/rancher/k3s/server/db/etcd ] || echo cluster-init
 `;
 
-/** The first line of the units that this project writes. */
-export const MARK = "# Written by k3s-across-clouds.";
 /** Of those that it wrote before it marked them: k3s's own installer has other words, and a - before the file's name. */
 const BEFORE = [
   /^EnvironmentFile=\/etc\/systemd\/system\/k3s(-agent)?\.service\.env$/m,
@@ -285,7 +315,12 @@ export const identityAs = (role: Role): Step => ({
   look: () => [caLook, unitsLook],
   plan(want, facts) {
     const generation = releaseOf(want, facts).generation ?? "modern";
-    mayBecome(role, want, facts, argsOf(role, generation, want, want.PROXY_MODE));
+    mayBecome(
+      role,
+      want,
+      facts,
+      argsOf(role, generation, want, want.PROXY_MODE, nodeNameOf(role, want, facts)),
+    );
     return [];
   },
 });

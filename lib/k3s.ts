@@ -1,7 +1,7 @@
 import { configArgs, lastOf, parseArgs } from "./args.ts";
 import { compare } from "./releases.ts";
 import { type Settings, words } from "./settings.ts";
-import { type Facts, Refusal } from "./step.ts";
+import type { Facts } from "./step.ts";
 
 export const K3S = "/usr/local/bin/k3s";
 
@@ -87,25 +87,23 @@ export const nodeNameIn = (args: string): string | undefined =>
   lastOf(parseArgs(args), "node-name")?.toLowerCase();
 
 /**
- * The name under which k3s registers a box: `--node-name`, or the host name in lower case (os.Hostname, kubelet).
- * @throws {Refusal} for one that Kubernetes would not take.
- */
-export function nodeNameOf(args: string, facts: Facts): string {
-  const name = nodeNameIn(args) ?? (facts.hostname?.trim() ?? "").toLowerCase();
-  if (!NAME.test(name))
-    throw new Refusal(`"${name}" cannot be a node's name: give the box another (hostnamectl set-hostname …)`);
-  return name;
-}
-
-/**
  * The article's `--node-ip <public_ip>` for both generations, with the public address put on `lo` first
  * where no network card has it. It gives every node a unique InternalIP even when two clouds use the same
  * private address, and lets a box reach its own public address without hairpin NAT. Without the address on
  * `lo`, v1.17.6 dies with "host IP unknown" until its node has addresses by luck.
+ *
+ * @param name of the node, which stays when the box gets another host name.
  */
-export function argsOf(role: Role, generation: Generation, want: Settings, proxyMode: string): string[] {
+export function argsOf(
+  role: Role,
+  generation: Generation,
+  want: Settings,
+  proxyMode: string,
+  name: string,
+): string[] {
   const ip = want.PUBLIC_IP;
   const shared = [`--node-ip=${ip}`, `--node-external-ip=${ip}`];
+  if (!nodeNameIn(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS)) shared.push(`--node-name=${name}`);
   // One flag an argument: of the article's `--kube-proxy-arg "a" "b"` k3s drops "b" as a positional.
   if (proxyMode !== "iptables") shared.push(`--kube-proxy-arg=proxy-mode=${proxyMode}`);
   shared.push(...labelArgs(want));
@@ -126,6 +124,9 @@ const labelArgs = (want: Settings): string[] => [
 export const unitOf = (role: Role): string => (role === "server" ? "k3s" : "k3s-agent");
 export const unitPath = (role: Role): string => `/etc/systemd/system/${unitOf(role)}.service`;
 export const envPath = (role: Role): string => `${unitPath(role)}.env`;
+
+/** The first line of the units that this project writes. */
+export const MARK = "# Written by k3s-across-clouds.";
 
 /** The systemd unit of the article's steps 4 and 5, with its limits. */
 export function unitText(
@@ -155,7 +156,8 @@ export function unitText(
   // A modern agent tells systemd when it has joined; the old one never does. Type=exec is unknown to the
   // systemd of CentOS 7, which then takes the unit as Type=simple: as good.
   const type = role === "server" || generation === "modern" ? "notify" : "exec";
-  return `[Unit]
+  return `${MARK}
+[Unit]
 Description=Lightweight Kubernetes
 Documentation=https://k3s.io
 Wants=network-online.target

@@ -1,4 +1,6 @@
 /** k3s as a systemd unit on its box: what has to be done so that it runs as wanted, and is healthy. */
+
+import { nodeNameOf } from "./identity.ts";
 import { HOPELESS } from "./journal.ts";
 import {
   argsOf,
@@ -10,7 +12,6 @@ import {
   type Generation,
   interfaceOf,
   K3S,
-  nodeNameOf,
   type Role,
   releaseOf,
   unitOf,
@@ -82,7 +83,7 @@ const lacksIpvs = (want: Settings, facts: Facts): boolean =>
 
 /** How a healthy node is told of; with what of the settings could not be had. */
 export function healthySaying(role: Role, want: Settings, facts: Facts): string {
-  const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+  const name = nodeNameOf(role, want, facts);
   const proxy = lacksIpvs(want, facts) ? "; its kernel has no ip_vs, so kube-proxy uses iptables" : "";
   return `k3s ${releaseOf(want, facts).version} runs as wanted, node ${name} is Ready${proxy}`;
 }
@@ -137,14 +138,14 @@ export function servicePlan(
   if (want.PROXY_MODE === "nftables" && Number(version.split(".")[1]) < 31)
     throw new Refusal(`PROXY_MODE=nftables needs k3s v1.31 or later, not ${version}`);
 
+  const name = nodeNameOf(role, want, facts);
   const unit = unitOf(role);
   const noIpvs = lacksIpvs(want, facts);
   const args = [
-    ...argsOf(role, generation, want, noIpvs ? "iptables" : want.PROXY_MODE),
+    ...argsOf(role, generation, want, noIpvs ? "iptables" : want.PROXY_MODE, name),
     ...cgroupArgs(role, version, want, facts),
   ];
   const text = unitText(role, generation, args, onCard(want.PUBLIC_IP, facts), want.PUBLIC_IP);
-  const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
   const { changes: files, gone } = filesPlan(generation, version, want, facts);
   const changes: Change[] = [...before, ...labelsPlan(role, name, args, facts), ...files];
   if (facts.envfile?.trim() !== `600\n${sha256(filledEnv(env, want))}`) {

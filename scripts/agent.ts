@@ -4,8 +4,8 @@ import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
 import { firewall } from "../lib/firewall.ts";
 import { foreignFirst } from "../lib/foreign.ts";
-import { ALLOWED, caLook, identityAs, moving } from "../lib/identity.ts";
-import { envPath, nodeNameIn, nodeNameOf, passwordIn, type Role } from "../lib/k3s.ts";
+import { ALLOWED, caLook, identityAs, moving, nodeNameOf } from "../lib/identity.ts";
+import { envPath, nodeNameIn, passwordIn, type Role } from "../lib/k3s.ts";
 import { nodesOf } from "../lib/kube.ts";
 import { NODE_SETTINGS, proxyEnv } from "../lib/node.ts";
 import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/service.ts";
@@ -104,7 +104,7 @@ function examine(want: Settings, facts: Facts): void {
     );
   const [node] = nodesOf(facts.taken);
   if (!node || facts.password?.trim()) return;
-  const name = nodeNameOf(want.AGENT_ARGS, facts);
+  const name = nodeNameOf("agent", want, facts);
   throw new Refusal(
     `The name ${name} is taken by a node of the cluster (${node.externalIp ?? "no public address"}): rename this box (hostnamectl set-hostname …), or add --node-name to AGENT_ARGS; if it is this box from before it was set up anew, "make remove HOST=${want.HOST || "…"}" has the cluster forget it`,
   );

@@ -1,12 +1,12 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 6 of 7: every peer reaches this node at its public address. Old k3s is told by an annotation and a restart. */
 import { run } from "../lib/cli.ts";
+import { nodeNameOf } from "../lib/identity.ts";
 import {
   backendOf,
   binaryLook,
   type Generation,
   interfaceOf,
-  nodeNameOf,
   type Role,
   releaseOf,
   unitOf,
@@ -52,7 +52,7 @@ export const annotateAs = (role?: Role): Step => ({
     );
     if (!generation) return [];
     const started = startedAt(facts, as === "server" ? server : agent);
-    const name = nodeNameOf(as === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+    const name = nodeNameOf(as, want, facts);
     const node = nodesOf(facts.nodes).find((n) => n.name === name);
     if (!role && !node)
       throw new Refusal(

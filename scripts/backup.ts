@@ -5,7 +5,8 @@ import { createReadStream, lstatSync } from "node:fs";
 import { dirname, join } from "node:path";
 import * as cli from "../lib/cli.ts";
 import { putNew, remove, temporary, tryWrite } from "../lib/files.ts";
-import { binaryLook, nodeNameOf } from "../lib/k3s.ts";
+import { nodeNameOf } from "../lib/identity.ts";
+import { binaryLook } from "../lib/k3s.ts";
 import { report } from "../lib/report.ts";
 import { quoted, SettingError } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
@@ -37,7 +38,7 @@ fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`,
       );
     const about = [
       `version=${facts.version?.trim()}`,
-      `node=${nodeNameOf(want.SERVER_ARGS, facts)}`,
+      `node=${nodeNameOf("server", want, facts)}`,
       `ip=${want.PUBLIC_IP}`,
     ];
     return [

@@ -5,8 +5,18 @@ import * as cli from "../lib/cli.ts";
 import { ask } from "../lib/cluster.ts";
 import { drainedOn, onNodeOf } from "../lib/drain.ts";
 import { closeAgain, closeLook } from "../lib/firewall.ts";
-import { caIn, caLook, casOf, mayGo, nodeOf, unitsLook, type Who, whoIs } from "../lib/identity.ts";
-import { nodeNameOf, unitPath } from "../lib/k3s.ts";
+import {
+  caIn,
+  caLook,
+  casOf,
+  mayGo,
+  nodeNameOf,
+  nodeOf,
+  unitsLook,
+  type Who,
+  whoIs,
+} from "../lib/identity.ts";
+import { unitPath } from "../lib/k3s.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../lib/kube.ts";
 import { CLEAR, CLEAR_LOOK } from "../lib/leftovers.ts";
 import { rangesOf } from "../lib/node.ts";
@@ -279,9 +289,8 @@ async function one(
       throw new Failure(`${error.message}; if the box is gone for good, FORCE=1 removes its node alone`);
     line.says(`${error.message}: its node is removed all the same`);
   }
-  const { SERVER_ARGS, AGENT_ARGS } = job.want;
   const role = servers.some((other) => other.host === box.host) ? "server" : "agent";
-  const name = facts && nodeNameOf(role === "server" ? SERVER_ARGS : AGENT_ARGS, facts);
+  const name = facts && nodeNameOf(role, job.want, facts);
   const who = whoIs(box.ip, facts);
   const [drained, forget] = [drainedOn(who, force), forgotten(who, name)];
   const cluster = await look(atServer, [drained, forget, ask(caLook)]);

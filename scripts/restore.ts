@@ -7,8 +7,7 @@ import * as cli from "../lib/cli.ts";
 import { ask } from "../lib/cluster.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
 import { closeLook, firewall } from "../lib/firewall.ts";
-import { ALLOWED, brief, caIn, whoIs } from "../lib/identity.ts";
-import { nodeNameOf } from "../lib/k3s.ts";
+import { ALLOWED, brief, caIn, nodeNameOf, whoIs } from "../lib/identity.ts";
 import { address, KUBECTL, VERSION } from "../lib/kube.ts";
 import { rangesOf } from "../lib/node.ts";
 import { report } from "../lib/report.ts";
@@ -89,7 +88,7 @@ export const unproven: Step = {
   look: () => [...provenLook, `fact restored; cat ${BASE}/server/restored 2>/dev/null`],
   plan(want, facts): Change[] {
     if (!facts.restored || /^passwords$/m.test(facts.restored)) return [];
-    const own = nodeNameOf(want.SERVER_ARGS, facts);
+    const own = nodeNameOf("server", want, facts);
     const others = (facts.secrets ?? "")
       .split("\n")
       .filter((name) => /^[a-z0-9.-]+$/.test(name) && name !== own);

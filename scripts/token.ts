@@ -3,8 +3,8 @@
 import { parseArgs } from "../lib/args.ts";
 import { run } from "../lib/cli.ts";
 import { configsLook, foreignArgs } from "../lib/foreign.ts";
-import { brief, caIn } from "../lib/identity.ts";
-import { binaryLook, generationOf, K3S, NO_USER, nodeNameOf } from "../lib/k3s.ts";
+import { brief, caIn, nodeNameOf } from "../lib/identity.ts";
+import { binaryLook, generationOf, K3S, NO_USER } from "../lib/k3s.ts";
 import { restart } from "../lib/service.ts";
 import { type Change, Refusal, type Step } from "../lib/step.ts";
 import { isFurther, KEEP_PASSWORD, password, passwordLook } from "./server.ts";
@@ -50,7 +50,7 @@ fact door; printf 'user = "node:%s"\n' "$(sed '${NO_USER}; s/["\\\\]/\\\\&/g' ${
     const start = restart(
       "server",
       generationOf(facts.version?.trim() ?? "", facts.flags) ?? "modern",
-      nodeNameOf(want.SERVER_ARGS, facts),
+      nodeNameOf("server", want, facts),
       want,
     );
     const given = password(want, facts);

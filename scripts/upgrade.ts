@@ -9,17 +9,8 @@ import * as cli from "../lib/cli.ts";
 import { drainedOn, uncordonedOn } from "../lib/drain.ts";
 import { readEnv, updateEnv } from "../lib/env-file.ts";
 import { firewall } from "../lib/firewall.ts";
-import { nodeOf, whoIs } from "../lib/identity.ts";
-import {
-  binaryLook,
-  envPath,
-  type Generation,
-  interfaceOf,
-  K3S,
-  nodeNameOf,
-  type Role,
-  unitPath,
-} from "../lib/k3s.ts";
+import { nodeNameOf, nodeOf, whoIs } from "../lib/identity.ts";
+import { binaryLook, envPath, type Generation, interfaceOf, K3S, type Role, unitPath } from "../lib/k3s.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../lib/kube.ts";
 import { CONFIG, REGISTRIES } from "../lib/node.ts";
 import { compare, pathOf, RELEASE } from "../lib/releases.ts";
@@ -101,7 +92,7 @@ done`,
     ),
     putBack: step("put back", (want, facts): Change[] => {
       if (!facts.kept?.trim()) return [];
-      const name = nodeNameOf(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS, facts);
+      const name = nodeNameOf(role, want, facts);
       const old = facts.generation?.trim() === "old";
       const clear = has(facts, old ? "modern" : "old");
       const start = restart(role, old ? "old" : "modern", name, want, { verb: "start", clear });

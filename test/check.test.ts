@@ -288,7 +288,10 @@ describe("a broken cluster is told its cause and what to do:", () => {
     ],
     [
       "a host name that is taken",
-      boxes(MODERN, { b1: { facts: { hostname: "a1", units: units("k3s-agent", "activating", 812) } } }),
+      boxes(MODERN, {
+        a1: { facts: { nodes: nodes(A1, B2) } },
+        b1: { facts: { hostname: "a1", units: units("k3s-agent", "activating", 812) } },
+      }),
       "b1",
       /its host name a1 is taken: that node is the box a1 at 198\.51\.100\.11/,
       /hostnamectl set-hostname/,

@@ -1,5 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
+import { clusterOf } from "../lib/cluster.ts";
+import { diagnose } from "../lib/diagnosis.ts";
 import {
   argumentsIn,
   caIn,
@@ -7,12 +9,13 @@ import {
   casOf,
   identityAs,
   isForeign,
-  MARK,
   mayGo,
+  nodeNameOf,
   nodeOf,
   unitsLook,
   whoIs,
 } from "../lib/identity.ts";
+import { argsOf, MARK } from "../lib/k3s.ts";
 import { nodesOf } from "../lib/kube.ts";
 import { type Facts, planAll, Refusal } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
@@ -26,6 +29,7 @@ import {
   box,
   fixture,
   MODERN,
+  member,
   type NodeSpec,
   nodes,
   prepared,
@@ -127,6 +131,65 @@ describe("the node of a box", () => {
       const match = find();
       assert.equal(match ? `${match.node.name} ${match.is}` : "none", found);
     });
+});
+
+describe("a box is called", () => {
+  type Case = [name: string, facts: Facts, list: NodeSpec[], expected: string, args?: string];
+  const unit = { named: "b1\n" };
+  const renamed = { hostname: "b9\n" };
+  const cases: Case[] = [
+    ["what its host name says, before it has joined", {}, [], "b1"],
+    ["what its unit says, whatever its host name is by now", { ...unit, ...renamed }, [], "b1"],
+    ["what its node is called, by a unit that does not say", renamed, [A1, B1, B2], "b1"],
+    ["also after a restart that renamed it", { ...renamed, boot: REBOOTED }, [A1, B1], "b1"],
+    ["what the settings say in any case", { ...unit, ...renamed }, [A1, B1], "b7", "--node-name=b7"],
+    [
+      "what it has joined as since, where its node of before is left",
+      renamed,
+      [A1, { ...B1, ready: false }, { ...B1, name: "b9" }],
+      "b9",
+    ],
+    [
+      "not as a copy of it is, at another address",
+      { ...renamed, ...{ boot: REBOOTED } },
+      [A1, { ...B2, machine: "33e005557d0340dfb2bcad364d0ec4a1" }],
+      "b9",
+    ],
+    ["not as another is that has its address", { ...renamed, boot: REBOOTED, machine: "" }, [A1, B1], "b9"],
+    ["by its first unit's word, and nothing of a line that is none", { named: "b1\nx\n" }, [], "b1"],
+  ];
+  for (const [name, facts, list, expected, args = ""] of cases)
+    test(name, () => {
+      const want = wanted({ PUBLIC_IP: B1.ip, AGENT_ARGS: args });
+      const seen = prepared(MODERN, { ...box(B1), nodes: list.length ? nodes(...list) : "", ...facts });
+      assert.equal(nodeNameOf("agent", want, seen), expected);
+    });
+
+  test("and its unit says so, but where the settings do", () => {
+    for (const args of ["", "--node-name=b7", "--node-name b7"]) {
+      const want = wanted({ AGENT_ARGS: args, SERVER_ARGS: args });
+      for (const role of ["agent", "server"] as const) {
+        const names = argsOf(role, "modern", want, "iptables", "b1").filter((arg) =>
+          arg.startsWith("--node-name"),
+        );
+        assert.deepEqual(names, [args.split(" ")[0] || "--node-name=b1"]);
+      }
+    }
+  });
+
+  test("check finds a renamed box's node, and has nothing to say of the name", () => {
+    const members = [member(MODERN, A1), member(MODERN, B1, { hostname: "b9" }), member(MODERN, B2)];
+    const cluster = clusterOf(members);
+    assert.deepEqual(
+      cluster.boxes.map(({ nodeName, node }) => [nodeName, node?.name]),
+      [
+        ["a1", "a1"],
+        ["b1", "b1"],
+        ["b2", "b2"],
+      ],
+    );
+    assert.deepEqual(diagnose(cluster), []);
+  });
 });
 
 const [OWN, OTHER] = ["ab".repeat(32), "cd".repeat(32)];

@@ -1,15 +1,9 @@
 import assert from "node:assert/strict";
 import { mkdirSync, writeFileSync } from "node:fs";
 import { describe, test } from "node:test";
-import {
-  argsOf,
-  type Generation,
-  generationOf,
-  nodeNameOf,
-  releaseOf,
-  unitOf,
-  unitText,
-} from "../lib/k3s.ts";
+import { nodeNameOf } from "../lib/identity.ts";
+import { argsOf, type Generation, generationOf, releaseOf, unitOf, unitText } from "../lib/k3s.ts";
+
 import { DRAINED, nodesLook, nodesOf, overload, peersOf, silence } from "../lib/kube.ts";
 import { ailments, onCard } from "../lib/service.ts";
 import type { Settings } from "../lib/settings.ts";
@@ -77,7 +71,7 @@ describe("the arguments of k3s", () => {
       test(`of a ${generation} ${role} are all flags that ${help} knows`, () => {
         const known = new Set(fixture(`k3s-${role}-help-${help}.txt`).match(/--[a-z][a-z-]*/g));
         for (const mode of MODES)
-          for (const arg of argsOf(role, generation, wanted(), mode)) {
+          for (const arg of argsOf(role, generation, wanted(), mode, "a1")) {
             const [, flag = "", value] = /^(--[a-z-]+)(?:=(\S+))?$/.exec(arg) ?? [];
             assert.ok(known.has(flag), `${arg} of a ${generation} ${role}`);
             if (flag !== "--flannel-external-ip")
@@ -86,15 +80,18 @@ describe("the arguments of k3s", () => {
       });
 
   test("leave out what a generation does not have", () => {
-    const old = argsOf("server", "old", wanted(), "iptables").join(" ");
-    const modern = argsOf("server", "modern", wanted(), "iptables").join(" ");
+    const old = argsOf("server", "old", wanted(), "iptables", "a1").join(" ");
+    const modern = argsOf("server", "modern", wanted(), "iptables", "a1").join(" ");
     assert.doesNotMatch(old, /native|flannel-external-ip/);
     assert.doesNotMatch(modern, /no-deploy|backend=wireguard(?!-native)/);
   });
 
   test("of an agent do not repeat what only a server may say", () => {
     for (const { generation } of RELEASES)
-      assert.doesNotMatch(argsOf("agent", generation, wanted(), "ipvs").join(" "), /tls-san|flannel|disable/);
+      assert.doesNotMatch(
+        argsOf("agent", generation, wanted(), "ipvs", "a1").join(" "),
+        /tls-san|flannel|disable/,
+      );
   });
 
   test("end with SERVER_ARGS or AGENT_ARGS, each word by itself", () => {
@@ -102,8 +99,14 @@ describe("the arguments of k3s", () => {
       SERVER_ARGS: " --disable=traefik  --debug",
       AGENT_ARGS: "--node-label=a=b\t--docker",
     });
-    assert.deepEqual(argsOf("server", "old", want, "iptables").slice(-2), ["--disable=traefik", "--debug"]);
-    assert.deepEqual(argsOf("agent", "modern", want, "iptables").slice(-2), ["--node-label=a=b", "--docker"]);
+    assert.deepEqual(argsOf("server", "old", want, "iptables", "a1").slice(-2), [
+      "--disable=traefik",
+      "--debug",
+    ]);
+    assert.deepEqual(argsOf("agent", "modern", want, "iptables", "a1").slice(-2), [
+      "--node-label=a=b",
+      "--docker",
+    ]);
   });
 });
 
@@ -111,7 +114,7 @@ describe("the unit", () => {
   for (const { generation } of RELEASES)
     for (const role of ROLES) {
       const unit = (want: Settings, onCard: boolean, mode = "iptables") =>
-        unitText(role, generation, argsOf(role, generation, want, mode), onCard, IP);
+        unitText(role, generation, argsOf(role, generation, want, mode, "a1"), onCard, IP);
 
       test(`of a ${generation} ${role} is the one on record`, () =>
         assert.equal(unit(wanted(), false, "ipvs"), fixture(`${unitOf(role)}-${generation}.service`)));
@@ -145,7 +148,8 @@ describe("the unit", () => {
     }
 
   test("loads ip_vs for ipvs only", () => {
-    const unit = (mode: string) => unitText("agent", "old", argsOf("agent", "old", wanted(), mode), true, IP);
+    const unit = (mode: string) =>
+      unitText("agent", "old", argsOf("agent", "old", wanted(), mode, "a1"), true, IP);
     assert.match(unit("ipvs"), /modprobe -a ip_vs/);
     assert.doesNotMatch(unit("iptables"), /ip_vs/);
   });
@@ -282,7 +286,7 @@ describe("a node's name", () => {
   ];
   for (const [args, name] of cases)
     test(`with the arguments "${args}" is ${name}`, () =>
-      assert.equal(nodeNameOf(args, { hostname: "B1.Example\n" }), name));
+      assert.equal(nodeNameOf("agent", wanted({ AGENT_ARGS: args }), { hostname: "B1.Example\n" }), name));
 });
 
 describe("a node is healthy", () => {
