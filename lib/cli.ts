@@ -282,8 +282,7 @@ function help(script: string, recipe: Recipe): string {
       .join("");
   const [first, rare] = [true, false].map((is) => names.filter((n) => FIRST.includes(n) === is));
   return `${wrapped(recipe.about, width)}
-Usage: make ${script} ${usage.map((word) => `[${word}]`).join(" ")}
-   or: node --import tsx scripts/${script}.ts [flags]
+${wrapped(`Usage: make ${script} ${usage.map((word) => `[${word}]`).join(" ")}`, width, 7)}   or: node --import tsx scripts/${script}.ts [flags]
    or: deno run -A scripts/${script}.ts [flags]
 
 ${wrapped(`Settings, each a flag, an environment variable or a line of the env file (--${flagOf(names[0] as string)} is ${names[0]}):`, width)}${rows(first ?? [])}
