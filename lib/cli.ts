@@ -126,9 +126,10 @@ export async function run(meta: ImportMeta, recipe: Recipe): Promise<void> {
   try {
     process.exitCode = await main(meta, recipe);
   } catch (error) {
-    if (!(error instanceof SettingError)) throw error;
+    const isSetting = error instanceof SettingError;
+    if (!isSetting && !(error instanceof Unwritten)) throw error;
     process.stderr.write(`${plain(error.message).replaceAll(/[\n\t]/g, " ")}\n`);
-    process.exitCode = 2;
+    process.exitCode = isSetting ? 2 : 1;
   } finally {
     await closeAll();
   }

@@ -29,7 +29,7 @@ const NEW = OLD.replace("old", "new");
 const KUBECONFIG =
   "apiVersion: v1\nkind: Config\nclusters:\n- cluster:\n    server: https://work\n  name: work\n";
 const YAML = fixture("k3s-yaml-v1.36.3.yaml");
-const ACCESS = accessOf(YAML, "203.0.113.10", "");
+const ACCESS = accessOf(YAML, "203.0.113.77", "");
 const COPY = "config.before-k3s-across-clouds";
 
 /** A place that writes: the files as they are before and, whole, after. No text: no file. */
@@ -329,7 +329,7 @@ describe("what a killed process left", () => {
 });
 
 /** ssh to a box that is this machine, with its files under $BOX; it stays at the call, or in the file, that $HOLD names. */
-const SSH = `case $1 in -G) echo hostname 203.0.113.10; exit ;; esac
+const SSH = `case $1 in -G) echo hostname 203.0.113.77; exit ;; esac
 while [ "$1" != -- ]; do
   case $1 in
   -O) echo exit >>"$BOX/log"; exit ;;
@@ -358,7 +358,7 @@ function cluster() {
     writeFileSync(join(box, file), `${"x".repeat(99)}\n`.repeat(99));
   writeFileSync(join(box, "etc/k3s/k3s.yaml"), YAML);
   writeFileSync(join(box, "calls"), "");
-  writeFileSync(join(home, ".env"), "SERVER=root@a1=203.0.113.10\n", { mode: 0o600 });
+  writeFileSync(join(home, ".env"), "SERVER=root@a1=203.0.113.77\n", { mode: 0o600 });
   mkdirSync(join(home, "tmp"));
   const env: Record<string, string> = {
     PATH: programs(join(box, "bin"), { ssh: SSH, id: "echo 0", systemctl: "echo MainPID=0" }),
@@ -453,7 +453,7 @@ describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("fl
           const second = await start(words, env).ended;
           assert.equal(second.status, 0, second.text);
           if (script === "backup") assert.equal(spawnSync("tar", ["-tzf", words.at(-1) as string]).status, 0);
-          else assert.match(readFileSync(config, "utf8"), /name: k3s-203\.0\.113\.10/);
+          else assert.match(readFileSync(config, "utf8"), /name: k3s-203\.0\.113\.77/);
           for (const folder of [home, join(home, "tmp"), join(home, ".kube")])
             assert.deepEqual(
               readdirSync(folder).filter((name) => /^\.?k3s-|\.lock$/.test(name)),
@@ -532,13 +532,19 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
       ["server", "env file, tried"],
       ["up", "env file, tried"],
       ["token", "env file, tried"],
+      ["upgrade", "env file, tried"],
+      ["restore", "env file, tried"],
+      ["down", "env file, tried"],
       ["kubeconfig", "kubeconfig, new"],
       ["backup", "backup"],
     ];
     for (const [script, place] of calls) {
       const { box, home, env } = cluster();
-      if (script === "token")
-        fs.appendFileSync(join(home, ".env"), `K3S_TOKEN=K10${"0".repeat(64)}::server:x\n`);
+      if (script === "token" || script === "down")
+        fs.appendFileSync(
+          join(home, ".env"),
+          `K3S_URL=https://203.0.113.77:6443\nK3S_TOKEN=K10${"0".repeat(64)}::server:x\n`,
+        );
       const before = textsIn2(home);
       const { status, text } = await start([`scripts/${script}.ts`], env, "0").ended;
       count(place, "disk full");
@@ -598,7 +604,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
 
   test("reads no backup, configuration or binary from a pipe, which it would wait for", async () => {
     const cases = {
-      restore: ["--backup", "PIPE", "--host", "root@b1=203.0.113.11"],
+      restore: ["--backup", "PIPE", "--host", "root@b1=203.0.113.78"],
       server: ["--k3s-config", "PIPE"],
       up: ["--k3s-bin", "PIPE"],
     };
