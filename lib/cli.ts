@@ -43,6 +43,7 @@ import {
   type Step,
   unforeseen,
 } from "./step.ts";
+import { hide } from "./text.ts";
 
 /** What a script is: its steps in order, and what to say when there is nothing to do. */
 export interface Recipe {
@@ -155,6 +156,8 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   own[""] = {};
   for (const name of Object.keys(own))
     own[name] = { ...own[name], ...(await filesOf({ ...settings, ...own[name] })) };
+  const secrets = NAMES.filter(isSecret);
+  hide([settings, ...Object.values(own)].flatMap((of) => secrets.flatMap((name) => of[name] ?? [])));
   const mode = flags.print ? "print" : flags["dry-run"] ? "dry-run" : "apply";
   const call: Call = {
     ...{ script, recipe, settings, origins, own, envFile, mode },
@@ -208,6 +211,8 @@ function unnamed(settings: Settings, origins: Origins, envFile: string): string 
   const copy = existsSync(envFile) ? "" : `cp env.example ${shown(envFile)}, and `;
   return `No servers are named yet: ${copy}say which in SERVER and AGENTS; or try make rehearse. On the box itself: PUBLIC_IP=…, its address for other clouds`;
 }
+
+const isSecret = (name: string) => "secret" in SETTINGS[name as SettingName];
 
 /** A path as short as it can be said from here. */
 const shown = (path: string) => {
@@ -651,6 +656,7 @@ export function learned(steps: readonly Step[], job: Job, facts: Facts): Partial
     {},
     ...steps.map((step) => step.learn?.(job.want, facts) ?? {}),
   );
+  hide(Object.entries(values).flatMap(([name, value]) => (isSecret(name) ? [value] : [])));
   for (const [name, value] of Object.entries(values))
     check(name as SettingName, value, `learned from ${job.box.host || "this machine"}`);
   return values;

@@ -1,7 +1,7 @@
 /** What a box sees of its cluster: the nodes by the API, WireGuard's peers by wg. */
 import { isIP } from "node:net";
 import { K3S, NAME } from "./k3s.ts";
-import { PRIVATE_RANGES, publicIp } from "./settings.ts";
+import { KEY, PRIVATE_RANGES, publicIp, WORD } from "./settings.ts";
 import type { Facts } from "./step.ts";
 
 /**
@@ -283,14 +283,19 @@ export const address = (value: unknown): string | undefined => {
   const ip = only(IP, value);
   return ip && isIP(ip) ? ip : undefined;
 };
+const LABEL = new RegExp(`^(?=.{1,317}$)${KEY}$`);
+const VALUE = new RegExp(`^(${WORD})?$`);
+const EFFECT = /^(NoSchedule|PreferNoSchedule|NoExecute)$/;
 const record = (value: unknown): Record<string, string> =>
   Object.fromEntries(
-    typeof value === "object" ? Object.entries(value ?? {}).filter(([, v]) => typeof v === "string") : [],
+    typeof value === "object"
+      ? Object.entries(value ?? {}).filter(([k, v]) => LABEL.test(k) && only(VALUE, v) !== undefined)
+      : [],
   );
 
 /**
- * Nodes out of the JSON of a NodeList or of one Node; none where the text is neither. What is no address is
- * left out: an agent may write into its own node what it likes, and must not reach another box's shell.
+ * Nodes out of the JSON of a NodeList or of one Node; none where the text is neither. What is no address, label or
+ * taint as the API would have it is left out: it reaches other boxes' shells, and commands that people paste.
  */
 export function nodesOf(json = ""): Node[] {
   try {
@@ -323,8 +328,10 @@ export function nodesOf(json = ""): Node[] {
           /^[A-Z][A-Za-z]+Pressure$/.test(type) && status === "True" ? [type] : [],
         ),
         labels: record(metadata.labels),
-        taints: (spec?.taints ?? []).map(
-          ({ key, value, effect }) => `${key}${value ? `=${value}` : ""}:${effect}`,
+        taints: (spec?.taints ?? []).flatMap(({ key, value, effect }) =>
+          only(LABEL, key) && VALUE.test(value ?? "") && only(EFFECT, effect)
+            ? [`${key}${value ? `=${value}` : ""}:${effect}`]
+            : [],
         ),
         backend: only(NAME, metadata.annotations?.["flannel.alpha.coreos.com/backend-type"]),
       };

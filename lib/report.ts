@@ -1,11 +1,13 @@
 import type { Ora } from "ora";
 import type { Ill } from "./journal.ts";
 import type { Change } from "./step.ts";
+import { redacted } from "./text.ts";
 
 /** What is said of one box, on standard error. */
 export interface Line {
   starts(what: string): void;
-  says(text: string): void;
+  /** `box`: these are the box's words, and are shown as such. */
+  says(text: string, box?: true): void;
   waits(what: string): void;
   done(nothing: boolean, why?: string): void;
   failed(
@@ -17,19 +19,12 @@ export interface Line {
   ): void;
 }
 
-/**
- * Tokens, and passwords in addresses, never show, whatever printed them. What is looked for is bounded: a box may
- * send lines on which the time would grow with the square of their length.
- */
-export const redacted = (text: string): string =>
-  text.replace(
-    /(?<=\w:\/\/[^\s:/@]{0,256}:)\S{1,512}(?=@)|K10[0-9a-f]{64}::[\w-]+:\S{1,512}|(?<=::(server|node):)\S{1,512}/g,
-    "********",
-  );
-
 /** What a box said, for a terminal: without secrets, and without what would move its cursor or turn its text round. */
 export const plain = (text: string): string =>
   redacted(text).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) => (c === "\n" || c === "\t" ? c : " "));
+
+/** Of a text, in characters: what it costs to look for secrets grows with it. */
+const MUCH = 100_000;
 
 /** Of a line, in characters: what is longer tells nobody more. */
 const LINE = 2000;
@@ -48,8 +43,11 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
   const alone = names.length === 1 && canSpin(process.stderr, process.env);
   const ora = alone ? (await import("ora")).default : undefined;
   const write = (name: string, text: string) => {
-    for (const row of plain(text).split("\n"))
-      process.stderr.write(`${name.padEnd(width)}  ${row.length > LINE ? `${row.slice(0, LINE)}…` : row}\n`);
+    // A second line is a box's words: it must not look like one of ours.
+    for (const [i, row] of plain(text.slice(0, MUCH)).split("\n").entries())
+      process.stderr.write(
+        `${name.padEnd(width)}  ${i ? "  | " : ""}${row.length > LINE ? `${row.slice(0, LINE)}…` : row}\n`,
+      );
   };
 
   return {
@@ -60,7 +58,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
         if (!ora) return write(name, text);
         last = text;
         spinner ??= ora({ stream: process.stderr }).start();
-        spinner.text = plain(`${name}: ${text}`);
+        spinner.text = plain(`${name}: ${text}`).replaceAll("\n", " ");
       };
       const finish = () => {
         if (spinner && last) spinner.succeed();
@@ -71,9 +69,9 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
           finish();
           show(what);
         },
-        says(text) {
-          if (spinner) spinner.text = plain(`${name}: ${last} (${text})`);
-          else write(name, `  ${text}`);
+        says(text, box) {
+          if (spinner) spinner.text = plain(`${name}: ${last} (${text})`).replaceAll("\n", " ");
+          else write(name, `  ${box ? "| " : ""}${text}`);
         },
         waits: (what) => show(`waits for ${what}`),
         done(nothing, why) {
@@ -84,7 +82,10 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
           spinner?.fail();
           spinner = undefined;
           write(name, `FAILED after ${seconds()}: ${message}`);
-          const rows = (output ?? "").trim().split("\n").filter(Boolean);
+          const rows = redacted(output ?? "")
+            .trim()
+            .split("\n")
+            .filter(Boolean);
           // Of a line that was written over again and again (dpkg's progress) the last text.
           for (const row of rows.slice(-30)) write(name, `  | ${row.trimEnd().split("\r").at(-1)}`);
           if (change) {

@@ -2,7 +2,7 @@ import { hostname } from "node:os";
 import { parseArgs, refusedIn, secretIn } from "./args.ts";
 import { readEnv, withValues } from "./env-file.ts";
 import type { Role } from "./k3s.ts";
-import { jsonOf } from "./text.ts";
+import { jsonOf, redacted } from "./text.ts";
 
 /** A setting is wrong: where it came from, what was found, what would be right. Exit status 2, nothing touched. */
 export class SettingError extends Error {}
@@ -90,8 +90,9 @@ function token(value: string): string | undefined {
   return undefined;
 }
 
-const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
-const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
+/** A label's value and its key, and a taint's, as the API has them. */
+export const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
+export const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
 function label(value: string): string | undefined {
   if (!new RegExp(`^${KEY}=(${WORD})?$`).test(value)) return "labels KEY=VALUE, separated by blanks";
   const owned = /^([^/]*\.)?(kubernetes|k8s)\.io\//.test(value);
@@ -429,7 +430,7 @@ export function check(name: SettingName, value: string, origin: string): void {
 }
 
 /** A value as it was read, cut short. */
-export const quoted = (value: string): string => jsonOf(value.slice(0, 80));
+export const quoted = (value: string): string => jsonOf(redacted(value.slice(0, 5000)).slice(0, 80));
 
 /** A leading `-` would be an option to ssh; a destination is a host, user@host, an alias or ssh://… */
 function destination(value: string): string | undefined {

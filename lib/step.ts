@@ -238,8 +238,8 @@ export function reader(
 export interface Progress {
   /** A change starts. */
   starts(why: string): void;
-  /** How it goes on. */
-  says(text: string): void;
+  /** How it goes on; in the box's own words. */
+  says(text: string, box?: true): void;
 }
 
 /** What the operator's side must remember of a box while it brings it through its steps. */
@@ -269,7 +269,7 @@ async function trip(job: Job, steps: readonly Step[], changes: readonly Change[]
   const stream = reader(mark, {
     // A box may say what it likes, of changes that were never sent too.
     change: (i) => changes[i] && job.progress.starts(changes[i].why),
-    say: (text) => job.progress.says(text),
+    say: (text) => job.progress.says(text, true),
     early: (fact) => job.early?.(fact),
   });
   const apply = changes.length ? applyScript(changes, mark, (name) => sh(job.want[name])) : "";

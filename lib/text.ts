@@ -12,6 +12,76 @@ export const jsonOf = (value: unknown): string =>
       .join(""),
   );
 
+const HIDDEN = "********";
+const NAMES =
+  "token|secret|passw(?:or)?d|passphrase|datastore[-_]endpoint|vpn[-_]auth|joinkey|access[-_]key(?:[-_]id)?|secret[-_]key|private[-_]?key|api[-_]?key|credentials?";
+// Of a shell's own variables nothing is hidden.
+const VALUE = `(?!["']?\\$[({])(?:"[^"\\n]{1,4096}"|'[^'\\n]{1,4096}'|[^\\s"',;&}\\\\]{1,4096})`;
+/** Bounded, since a box may send lines on which the time would grow with the square of their length. */
+const SECRETS: readonly [RegExp, string][] = [
+  [/-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[\sA-Za-z0-9+/=:,-]{0,10000}/g, HIDDEN],
+  [/LS0tLS1CRUdJTi[\w+/]{20,}={0,2}/g, HIDDEN],
+  [/\beyJ[\w-]{10,2000}\.[\w-]{10,4000}\.[\w-]{10,2000}/g, HIDDEN],
+  [/(?<=\w:\/\/[^\s:/@]{0,256}:)\S{1,512}(?=@)/g, HIDDEN],
+  [/(?<=\bhttps?:\/\/)[^\s:/@]{1,256}(?=@)/g, HIDDEN],
+  [/(?<=[\w.-]:)[^\s:@]{1,256}(?=@(?:tcp|unix)\()/g, HIDDEN],
+  [/K10[0-9a-f]{64}::\S{1,512}|(?<=::(?:server|node):)\S{1,512}/g, HIDDEN],
+  [/(?<=\b(?:Basic|Bearer) {1,3})[\w+/=.~-]{12,4096}/gi, HIDDEN],
+  [new RegExp(`((?:${NAMES})["']?\\s{0,3}=\\s{0,3})${VALUE}`, "gi"), `$1${HIDDEN}`],
+  [
+    new RegExp(
+      `(--?(?:[a-z\\d]{1,20}[-_]){0,3}(?:${NAMES})["']?[\\s\\\\]{1,20}["']?)(?!-|(?:is|are|was|out|or|and|in|into|of|to|from|for|as|must|may|value)\\b)${VALUE}`,
+      "gi",
+    ),
+    `$1${HIDDEN}`,
+  ],
+  [
+    new RegExp(
+      `^([ \\t]{0,40}(?:- )?["']?[\\w.-]{0,40}(?:${NAMES}|key-data|auth)["']?:[ \\t]{1,20})${VALUE}[ \\t]{0,9}$`,
+      "gim",
+    ),
+    `$1${HIDDEN}`,
+  ],
+  [new RegExp(`("[\\w.-]{0,40}(?:${NAMES}|key-data|auth)"\\s?:\\s?)"[^"\\n]{1,4096}"`, "gi"), `$1${HIDDEN}`],
+];
+
+/** Values that are known to be secret, the longest first. */
+let known: string[] = [];
+
+/** From now on the secrets in these settings show nowhere, in whatever words: tokens and passwords, in addresses too. */
+export function hide(values: readonly string[]): void {
+  const parts = values.flatMap((value) => [
+    ...(/^\S+$/.test(value) && !value.includes("://")
+      ? [value, value.slice(value.lastIndexOf(":") + 1)]
+      : []),
+    ...[...value.matchAll(/:\/\/[^:@/\s]*:(\S*)@|[?&]password=([^&\s]*)/g)].map((m) => m[1] ?? m[2] ?? ""),
+  ]);
+  const decoded = parts.map((part) => {
+    try {
+      return decodeURIComponent(part);
+    } catch {
+      return part;
+    }
+  });
+  // A short word is a part of many others.
+  const all = new Set([...known, ...parts, ...decoded].filter((part) => part.length >= 6));
+  known = [...all].sort((a, b) => b.length - a.length);
+}
+
+/** A text without what is secret in it, whatever printed it: by its form, its name, or because it is known. */
+export function redacted(text: string): string {
+  const without = known.reduce((rest, value) => rest.replaceAll(value, HIDDEN), text);
+  return SECRETS.reduce((rest, [pattern, hidden]) => rest.replace(pattern, hidden), without);
+}
+
+/** The same for a unit that somebody else has written: what it sets is nobody's business here. */
+const foreign = (unit: string): string =>
+  redacted(
+    unit
+      .replace(/^([ \t]*(?:Environment|SetCredential\w*)=)(?:.*\\\n)*.*$/gm, `$1${HIDDEN}`)
+      .replace(/(^|[\s"'])(-t["']?(?:=|[\s\\]{1,20}["']?))[^\s"'\\-][^\s"'\\]*/gm, `$1$2${HIDDEN}`),
+  );
+
 /** `systemctl show` and other KEY=value lines. */
 export function pairs(text = ""): Record<string, string> {
   return Object.fromEntries(
@@ -67,7 +137,7 @@ export function rewrite(
   // Our own files have some forty lines: what is far longer is another text, and not compared line by line.
   const lines = have.split("\n").length;
   if (lines > 1000) return { why: `write ${path}: it is another text, of ${lines} lines${more}` };
-  const detail = diff(have, text);
+  const detail = diff(foreign(have), text);
   if (detail.length === 0) return { why: `write ${path}: its blanks differ${more}` };
   const rest = detail.length > 6 ? `, and ${detail.length - 6} lines more` : "";
   return {

@@ -8,8 +8,8 @@ import { judge, TOP } from "../lib/diagnosis.ts";
 import type { Ill } from "../lib/journal.ts";
 import { FRESH, overload, peerOf, standing } from "../lib/kube.ts";
 import { tryPods } from "../lib/pods.ts";
-import { plain, redacted } from "../lib/report.ts";
-import { jsonOf } from "../lib/text.ts";
+import { plain } from "../lib/report.ts";
+import { jsonOf, redacted } from "../lib/text.ts";
 
 /** With --watch, seconds between two looks. */
 const PAUSE = 5;

