@@ -234,3 +234,58 @@ describe("make down", { concurrency: 2 }, () => {
     assert.equal((await run("down", ["--yes"], ENV + JOINED, boxes)).env, `${ENV}# learned\n`);
   });
 });
+
+describe("FIREWALL=yes", { concurrency: 2 }, () => {
+  const OPEN = {
+    nft: "/usr/sbin/nft\n",
+    firewalld: "",
+    ufw: "",
+    ruleset: "",
+    iptables: "",
+    added: "",
+    card: "eth0\n",
+  };
+  const env = `SERVER=a1=${A1.ip}\nAGENTS="b1=${B1.ip}"\nFIREWALL=yes\n${JOINED}`;
+  const boxes = (b1Rules: Facts = {}) => ({
+    a1: { ...a1(), ...OPEN },
+    b1: { ...b1(), ...OPEN, ...b1Rules },
+    b2: { ...b2(), ...OPEN },
+  });
+  const whole = `nft: open 6443/tcp, 10250/tcp and 51820/udp to ${[A1.ip, B1.ip, B2.ip].join(", ")}, `;
+  const joins = ["--host", `b2=${B2.ip}`, "--dry-run"];
+
+  test("has the others let in who joins, in the same run", async () => {
+    const { status, stdout, stderr } = await run("agent", joins, env, boxes());
+    assert.equal(status, 0, stderr);
+    for (const name of ["a1", "b1", "b2"])
+      assert(stdout.includes(`${name}: 1 to do\n  1. ${whole}`), `${name}: ${stdout}`);
+  });
+
+  test("names one that cannot be reached, with the line for later, and does the rest", async () => {
+    const { b1: _, ...rest } = boxes();
+    const { status, stdout, stderr } = await run("agent", joins, env, rest);
+    assert.equal(status, 1);
+    assert.match(stderr, /b1 .*No route to host.* who joins is not let in there yet/);
+    assert.match(stderr, new RegExp(`make firewall HOST=b1=${B1.ip}`));
+    assert(stdout.includes(`b2: 1 to do\n  1. ${whole}`), stdout);
+  });
+
+  test("touches nothing where a rule of one of them comes before any of ours", async () => {
+    const rules = boxes({
+      iptables: "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p udp -m udp --dport 51820 -j DROP\nCOMMIT\n",
+    });
+    const { status, stdout, stderr } = await run("agent", ["--host", `b2=${B2.ip}`], env, rules);
+    assert.equal(status, 1);
+    assert.match(stderr, /b1 .*iptables raw PREROUTING drops 51820\/udp/);
+    assert.doesNotMatch(stdout + stderr, /nft: open|b2 /);
+  });
+
+  test("is part of make up, and left out it is nothing", async () => {
+    const args = ["--dry-run"];
+    const declared = await run("up", args, env.replace(B1.ip, `${B1.ip} b2=${B2.ip}`), boxes());
+    for (const name of ["a1", "b1", "b2"])
+      assert(declared.stdout.includes(`${name}: 1 to do\n  1. ${whole}`), declared.stdout + declared.stderr);
+    const without = await run("agent", joins, env.replace("FIREWALL=yes\n", ""), boxes());
+    assert.equal(without.stdout, "b2: nothing to do\n", without.stderr);
+  });
+});
