@@ -464,7 +464,7 @@ function tunnelFindings(boxes: Seen[], broken: Set<string>): Finding[] {
             cause:
               "UDP 51820 is closed by its own firewall: its peers' packets reach its network card, not WireGuard",
             remedy:
-              "make firewall, or allow 51820/udp on it (ufw allow 51820/udp; firewall-cmd --permanent --add-port=51820/udp)",
+              "look there for what drops it, beside the rules that are read here, which do not: eBPF, an agent of the vendor's",
           }
         : b.tried.arrived
           ? {

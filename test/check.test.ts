@@ -224,7 +224,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       }),
       "b1",
       /UDP 51820 is closed by its own firewall/,
-      /make firewall, or allow 51820\/udp on it/,
+      /look there for what drops it/,
     ],
     [
       "UDP 51820 closed by the security group",

@@ -318,7 +318,11 @@ describe("cgroups", () => {
         version: `${MODERN}\n`,
       });
       assert.deepEqual(change(wanted(), up), [`+ ${FLAG}`]);
-      const back = healthy(MODERN, files(wanted(), MODERN), { cgroup: V1, hostname: "a1\n", version: "v1.34.2+k3s1\n" });
+      const back = healthy(MODERN, files(wanted(), MODERN), {
+        cgroup: V1,
+        hostname: "a1\n",
+        version: "v1.34.2+k3s1\n",
+      });
       assert.deepEqual(change(before, back), [`- ${FLAG}`]);
     }
   });

@@ -59,8 +59,8 @@ const COMMON: Fault[] = [
       "iptables -D INPUT -p udp --dport 51820 -j DROP",
     ),
     says: [
-      /^b1: UDP 51820 is closed by its own firewall/m,
-      /^ +do: make firewall, or allow 51820\/udp on it/m,
+      /^b1: iptables INPUT drops 51820\/udp from .*--dport 51820 -j DROP\)/m,
+      /^ +do: make firewall HOST=b1$/m,
     ],
   },
   {
