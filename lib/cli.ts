@@ -436,7 +436,38 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
         `${setting} (${origins[setting]}): expected each box once, but ${twin.host} and ${box.host} are the same`,
       );
   }
+  if (needsIp) await ownAddresses(call, setting, found);
   return found;
+}
+
+/**
+ * Every node has a public address of its own: the lists are held against each other, and an agent against the server.
+ * @throws {SettingError}
+ */
+async function ownAddresses(call: Call, setting: string, found: readonly Target[]): Promise<void> {
+  const { settings, origins, script } = call;
+  // A restored server may have the address of the one that is gone.
+  const lists = script === "restore" ? settings.AGENTS : `${settings.SERVER} ${settings.AGENTS}`;
+  const others = await Promise.all(
+    words(lists).map(async (word) => {
+      const [host = "", own] = word.split("=");
+      // What cannot be resolved is told by whom it concerns.
+      return { name: nameOf(host), ip: own ?? (await addressOf(host).catch(() => "")) };
+    }),
+  );
+  if (setting === "AGENTS" && !settings.SERVER && settings.PUBLIC_IP)
+    others.push({ name: hostname(), ip: settings.PUBLIC_IP });
+  const url = /^https:\/\/([\w.-]+)/.exec(settings.K3S_URL)?.[1];
+  if (script === "agent" && url) others.push({ name: "the server, by K3S_URL,", ip: url });
+  for (const box of found) {
+    const other = others.find(({ name, ip }) => name !== box.name && ip && ip === box.ip);
+    // One box may be named in two ways, unless it is said where it is.
+    const named = setting === "HOST" && !box.word.includes("=") && !other?.name.startsWith("the server");
+    if (other && !named)
+      throw new SettingError(
+        `${setting} (${origins[setting as SettingName]}): every node needs a public address of its own, but ${other.name} and ${box.name} have ${box.ip}`,
+      );
+  }
 }
 
 /** @throws {SettingError} for a box whose address is not known, or not public. */

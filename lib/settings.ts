@@ -382,6 +382,11 @@ export function settle(
     throw new SettingError(
       `SERVER (${origins.SERVER}): expected one of ${servers.join(", ")}, or a K3S_DATASTORE_ENDPOINT that they share: ${ETCD}`,
     );
+  const both = boxNames(settings.AGENTS).find((name) => boxNames(settings.SERVER).includes(name));
+  if (both)
+    throw new SettingError(
+      `AGENTS (${origins.AGENTS}): expected boxes that are not in SERVER, but ${both} is in both: a server is a node too`,
+    );
   const boxes = boxNames(`${settings.SERVER} ${settings.AGENTS} ${settings.HOST}`);
   // A box may have any name.
   const own: Record<string, Partial<Settings>> = Object.create(null);

@@ -115,6 +115,59 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       undefined,
       /^--nonsense \(flag\): expected one of --server, /,
     ],
+    ...(
+      [
+        [
+          "the server itself in AGENTS",
+          "up",
+          [],
+          "SERVER=root@203.0.113.50\nAGENTS=debian@203.0.113.50\n",
+          /^AGENTS \(.*line 2\): expected boxes that are not in SERVER, but 203\.0\.113\.50 is in both/,
+        ],
+        [
+          "AGENTS with the server's address",
+          "up",
+          [],
+          "SERVER=a1=203.0.113.50\nAGENTS=b1=203.0.113.50\n",
+          /^AGENTS \(.*\): every node needs a public address of its own, but a1 and b1 have 203\.0\.113\.50/,
+        ],
+        [
+          "AGENTS with this machine's, the server's",
+          "up",
+          ["--public-ip", "203.0.113.50"],
+          "AGENTS=b1=203.0.113.50\n",
+          /every node .* but b1 and .* have 203\.0\.113\.50/,
+        ],
+        [
+          "HOST with another agent's address",
+          "remove",
+          ["--host", "b1=198.51.100.21"],
+          'SERVER=203.0.113.50\nAGENTS="b1=198.51.100.20 b2=198.51.100.21"\n',
+          /^HOST \(flag --host\): every node .* but b2 and b1 have 198\.51\.100\.21/,
+        ],
+        [
+          "HOST with the server's address",
+          "agent",
+          ["--host", "b1=203.0.113.50"],
+          "SERVER=203.0.113.50\nK3S_URL=https://203.0.113.50:6443\nK3S_TOKEN=TOKEN\n",
+          /^HOST .* but 203\.0\.113\.50 and b1 have/,
+        ],
+        [
+          "HOST with the address of a server that is not named",
+          "agent",
+          ["--host", "203.0.113.50"],
+          "K3S_URL=https://203.0.113.50:6443\nK3S_TOKEN=TOKEN\n",
+          /^HOST .* but the server, by K3S_URL, and 203\.0\.113\.50 have/,
+        ],
+      ] as [string, string, string[], string, RegExp][]
+    ).map(([name, script, args, file, line]): (typeof cases)[number] => [
+      name,
+      script,
+      args,
+      {},
+      file.replace("=TOKEN", `=${TOKEN}`),
+      line,
+    ]),
     ["a flag without its value", "agent", ["--host"], {}, undefined, /^--host \(flag\): expected a value/],
     [
       "a flag given twice",
