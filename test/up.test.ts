@@ -11,6 +11,7 @@ import {
   A1,
   B1,
   B2,
+  box,
   filesAfter,
   fixture,
   healthy,
@@ -278,6 +279,20 @@ describe("FIREWALL=yes", { concurrency: 2 }, () => {
     assert.equal(status, 1);
     assert.match(stderr, /b1 .*iptables raw PREROUTING drops 51820\/udp/);
     assert.doesNotMatch(stdout + stderr, /nft: open|b2 /);
+  });
+
+  test("has the others shut out who is removed, in the same run", async () => {
+    const args = ["--host", `b2=${B2.ip}`, "--dry-run"];
+    const all = env.replace(B1.ip, `${B1.ip} b2=${B2.ip}`);
+    const some = boxes();
+    const b2 = { ...some.b2, ...box(B2), nodes: "" };
+    const { stdout, stderr } = await run("remove", args, all, { ...some, b2 });
+    for (const name of ["a1", "b1"])
+      assert.match(
+        stdout,
+        new RegExp(`^${name}: 1 to do\n {2}1\\. nft: open .* to ${A1.ip}, ${B1.ip}, and close`, "m"),
+        stdout + stderr,
+      );
   });
 
   test("is part of make up, and left out it is nothing", async () => {
