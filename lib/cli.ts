@@ -458,7 +458,8 @@ async function ownAddresses(call: Call, setting: string, found: readonly Target[
   if (setting === "AGENTS" && !settings.SERVER && settings.PUBLIC_IP)
     others.push({ name: hostname(), ip: settings.PUBLIC_IP });
   const url = /^https:\/\/([\w.-]+)/.exec(settings.K3S_URL)?.[1];
-  if (script === "agent" && url) others.push({ name: "the server, by K3S_URL,", ip: url });
+  if (script === "agent" && setting !== "SERVER" && url)
+    others.push({ name: "the server, by K3S_URL,", ip: url });
   for (const box of found) {
     const other = others.find(({ name, ip }) => name !== box.name && ip && ip === box.ip);
     // One box may be named in two ways, unless it is said where it is.
