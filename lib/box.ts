@@ -1,3 +1,4 @@
+/** A box: a machine that takes POSIX sh as root, this one or another over ssh. */
 import { type ChildProcess, spawn } from "node:child_process";
 import { lookup } from "node:dns/promises";
 import { once } from "node:events";

@@ -1,3 +1,4 @@
+/** What every script has in common: its flags and --help, which boxes it is for, and its exit status. */
 import { isUtf8 } from "node:buffer";
 import { createHash } from "node:crypto";
 import { createReadStream, existsSync, readFileSync, realpathSync } from "node:fs";

@@ -1,3 +1,4 @@
+/** Draining the node that a box is, and giving it pods again. */
 import { type Match, nodeNameOf, nodeOf, RESTARTING, type Who, whoIs } from "./identity.ts";
 import { K3S } from "./k3s.ts";
 import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./kube.ts";

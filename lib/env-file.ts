@@ -1,3 +1,4 @@
+/** The env file: how it is read, and how settings are written into it without a change to anything else. */
 import { isUtf8 } from "node:buffer";
 import { readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";

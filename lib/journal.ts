@@ -1,3 +1,5 @@
+/** What k3s's journal and metrics-server's log say, what it means, and what to do about it. */
+
 /** What is wrong, and what to do about it: a line each. */
 export interface Ill {
   /** The box that is to be mended, as the user names it. */

@@ -1,3 +1,4 @@
+/** k3s's releases as they differ for us, its arguments, and its systemd unit. */
 import { configArgs, lastOf, parseArgs } from "./args.ts";
 import { compare } from "./releases.ts";
 import { type Settings, words } from "./settings.ts";

@@ -1,3 +1,5 @@
+/** What a stopped k3s leaves on a box, and how it is cleared. */
+
 /**
  * Shell that clears what a stopped k3s leaves running: shims with their pods, mounts, network namespaces,
  * interfaces, iptables and nft rules, as the killall script of k3s's own installer does (v1.36.3), and what that

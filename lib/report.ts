@@ -1,3 +1,4 @@
+/** What the operator sees of each box while something runs: a line each, or a spinner where there is one box. */
 import type { Ora } from "ora";
 import type { Ill } from "./journal.ts";
 import type { Change } from "./step.ts";

@@ -1,3 +1,4 @@
+/** The settings: the table that declares each once, and where a value comes from (flag, environment, env file). */
 import { hostname } from "node:os";
 import { parseArgs, refusedIn, secretIn } from "./args.ts";
 import { readEnv, withValues } from "./env-file.ts";

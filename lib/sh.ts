@@ -1,3 +1,5 @@
+/** Quoting for POSIX sh, and the shell that writes a file. */
+
 /** What a terminal would go by in a script that is shown; as printf writes it, and between quotes. */
 const octal = (text: string) =>
   `'"$(printf '${[...Buffer.from(text)].map((byte) => `\\${byte.toString(8).padStart(3, "0")}`).join("")}')"'`;

@@ -1,3 +1,4 @@
+/** A step: look at a box, plan the changes, apply them, look again. Here is the one place that changes a box. */
 import { randomBytes } from "node:crypto";
 import type { Box } from "./box.ts";
 import { quoted, type SettingName, type Settings } from "./settings.ts";

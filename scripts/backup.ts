@@ -1,6 +1,6 @@
 #!/usr/bin/env -S node --import tsx
-import { createHash } from "node:crypto";
 /** The server's datastore, token, certificates and manifests, in a file on this machine: all that `restore` needs. */
+import { createHash } from "node:crypto";
 import { createReadStream, lstatSync } from "node:fs";
 import { dirname, join } from "node:path";
 import * as cli from "../lib/cli.ts";
