@@ -141,7 +141,10 @@ describe("make -j up", { concurrency: true }, () => {
 
       test("a changed SERVER_ARGS restarts the server's k3s once, and nothing else", async () => {
         await restartsOnly(t, { a1: 1 }, () => t.ok("make -j up SERVER_ARGS=--disable=traefik"));
-        assert.match(await t.box("a1").sh("cat /etc/systemd/system/k3s.service"), /^ +--disable=traefik( \\)?$/m);
+        assert.match(
+          await t.box("a1").sh("cat /etc/systemd/system/k3s.service"),
+          /^ +--disable=traefik( \\)?$/m,
+        );
         await connected(every());
       });
 
