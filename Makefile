@@ -65,16 +65,27 @@ export CMD
 rehearse-down: $(MODULES) ## its boxes, networks and processes go; built images stay cached
 	@$(TS) test/lab/rehearse.ts down
 
-test: $(DEV) ## unit tests; no root, no network
-	@$(RUN) --test --test-concurrency=4 test/*.test.ts
+# Those of ONLY, or all.
+UNITS := $(patsubst test/%.test.ts,%,$(sort $(wildcard test/*.test.ts)))
+unknown = $(if $(filter-out $(UNITS),$(ONLY)),$(error ONLY is "$(ONLY)": expected some of $(UNITS)))
+test: $(DEV) ## unit tests; no root, no network (ONLY="annotate sh": of these files alone)
+	@$(unknown)$(RUN) --test --test-concurrency=4 $(patsubst %,test/%.test.ts,$(or $(ONLY),$(UNITS)))
 test-lab: $(MODULES) ## the lab's suite (root): real boxes, NAT and WireGuard
 	@$(RUN) --test --test-concurrency=1 test/lab/*.test.ts
 faults: $(MODULES) ## every fault at every change on a box, and 30 boxes (root, an hour; ONLY="agent token": of some)
 	@ALL=1 $(RUN) --test --test-concurrency=1 test/lab/cuts.test.ts $(if $(ONLY),,test/lab/load.test.ts)
 bench: $(MODULES) ## times and costs beside the floor and the article by hand, in slow labs (root); test/bench/bench.ts
 	@$(RUN) test/bench/bench.ts
-lint: $(DEV) ## types, format and lint
+# This project's own scripts; those that boxes get are checked by test/shellcheck.test.ts.
+SHELL_FILES := .ci/run .ci/hooks/pre-push test/lab/inside.sh
+lint: $(DEV) ## types, format, lint, and shellcheck
 	@npm run --silent check
+	@if command -v shellcheck >/dev/null; then shellcheck $(SHELL_FILES); \
+	else echo 'shellcheck is not installed: not checked: $(SHELL_FILES)' >&2; [ "$$CI" != true ]; fi
+format: $(DEV) ## format in place, and what lint can mend
+	@npm run --silent format
+hooks: ## before each git push: make lint test
+	@git config core.hooksPath .ci/hooks
 
 node_modules/.package-lock.json: package-lock.json
 	npm ci --omit=dev --ignore-scripts --no-audit --no-fund --loglevel=error
@@ -83,4 +94,4 @@ $(DEV): package-lock.json
 	npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig firewall download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench lint
+.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig firewall download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench lint format hooks

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { execFileSync, spawnSync } from "node:child_process";
+import { readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { forMake } from "../lib/cli.ts";
@@ -40,9 +41,9 @@ describe("make runs the scripts", () => {
 });
 
 /** What make says, and its exit status, where PATH has these programs and the environment these variables. */
-function make(words: string[], env: Record<string, string> = {}, deno = "") {
+function make(words: string[], env: Record<string, string> = {}, has: Record<string, string> = { deno: "" }) {
   const folder = join(temporary(), "bin");
-  programs(folder, { deno });
+  programs(folder, has);
   const { status, stdout, stderr } = spawnSync(MAKE, words, {
     cwd: ROOT,
     encoding: "utf8",
@@ -69,7 +70,7 @@ describe("a switch", () => {
         assert.equal(make(["-n", target, `${name}=${word}`]).stdout, `${plain} ${flag}`);
       assert.equal(make(["-n", target, `${name}=`]).stdout, plain);
       for (const word of ["no", "0", "false", "off", "n", "true", "Yes", "1 no", "x"]) {
-        const { status, stdout, stderr } = make([target, `${name}=${word}`], {}, "echo ran");
+        const { status, stdout, stderr } = make([target, `${name}=${word}`], {}, { deno: "echo ran" });
         assert.deepEqual([status, stdout], [2, ""], word);
         assert.match(stderr, new RegExp(`${name} is "${word}": expected 1 or yes`));
       }
@@ -124,8 +125,56 @@ test("a value in the line that tries it again comes through shell and make as it
 
 test("a command for the rehearsal goes there as it was typed, from make's command line and from the environment", () => {
   for (const value of HARD) {
-    const says = 'for word; do :; done; printf "[%s]" "$word"';
+    const says = { deno: 'for word; do :; done; printf "[%s]" "$word"' };
     assert.equal(make(["in-rehearsal", `CMD=${value}`], {}, says).stdout, `[${value}]`);
     assert.equal(make(["in-rehearsal"], { CMD: value }, says).stdout, `[${value}]`);
   }
+});
+
+describe("for who works on it", () => {
+  const BUILT = ["-o", "node_modules/fast-check"];
+  const files = readdirSync(join(ROOT, "test")).filter((name) => name.endsWith(".test.ts"));
+
+  test("make test runs every unit test, or those of ONLY", () => {
+    const said = (...words: string[]) => make(["-n", ...BUILT, "test", ...words], {}, { node: "" }).stdout;
+    assert.deepEqual(said().match(/\S+\.test\.ts/g), files.map((name) => `test/${name}`).sort());
+    assert.match(said("ONLY=sh annotate"), /=4 test\/sh\.test\.ts test\/annotate\.test\.ts$/);
+  });
+
+  test("a name in ONLY that no test file has is refused, with those that there are", () => {
+    for (const only of ["anotate", "sh anotate", "%", "*", "sh.test.ts"]) {
+      const { status, stdout, stderr } = make([...BUILT, "test", `ONLY=${only}`], {}, { node: "echo ran" });
+      assert.deepEqual([status, stdout], [2, ""], only);
+      assert.ok(stderr.includes(`ONLY is "${only}": expected some of agent annotate args`), stderr);
+    }
+  });
+
+  test("make lint runs shellcheck, says where there is none, and fails without it in CI", () => {
+    const lint = (env: Record<string, string>, has: Record<string, string>) =>
+      make([...BUILT, "lint"], env, { node: "", npm: "", ...has });
+    const shellcheck = { shellcheck: 'echo "checks $*"' };
+    assert.equal(lint({}, shellcheck).stdout, "checks .ci/run .ci/hooks/pre-push test/lab/inside.sh");
+    assert.equal(lint({}, { shellcheck: "exit 1" }).status, 2);
+    assert.notEqual(lint({}, { ...shellcheck, npm: "exit 1" }).status, 0);
+    for (const CI of ["", "true"]) {
+      const { status, stderr } = lint({ CI }, {});
+      assert.equal(status, CI ? 2 : 0);
+      assert.match(stderr, /^shellcheck is not installed: not checked: \.ci\/run .*\n/);
+    }
+  });
+
+  test("make hooks has git run make lint test before a push", () => {
+    const { stdout } = make(["hooks"], {}, { git: 'echo "$*"' });
+    const [, folder = ""] = /^config core\.hooksPath (.*)$/.exec(stdout) ?? [];
+    const hook = join(ROOT, folder, "pre-push");
+    assert.ok(statSync(hook).mode & 0o100);
+    assert.match(readFileSync(hook, "utf8"), /^exec make lint test$/m);
+  });
+
+  test("an editor indents and wraps as biome does", () => {
+    const { formatter } = JSON.parse(readFileSync(join(ROOT, "biome.json"), "utf8"));
+    const all = readFileSync(join(ROOT, ".editorconfig"), "utf8").split(/^\[/m)[1] ?? "";
+    assert.match(all, new RegExp(`^indent_style = ${formatter.indentStyle}$`, "m"));
+    assert.match(all, new RegExp(`^max_line_length = ${formatter.lineWidth}$`, "m"));
+  });
 });
