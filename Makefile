@@ -18,23 +18,30 @@ MODULES = $(if $(NODE),node_modules/.package-lock.json)
 DEV = node_modules/fast-check
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^## / { printf "\n%s\n", substr($$0, 4) } /^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-up: ## the whole cluster: SERVER and all AGENTS (make -j up does the same)
-server: ## 4  k3s server on SERVER or HOST, with steps 1 to 3 and 6
-agent: ## 5  k3s agent on HOST, with steps 1 to 3 and 6
+## The seven steps, in their order
 download-k3s: ## 1  a verified k3s binary
 upgrade-kernel: ## 2  a kernel with WireGuard, on CentOS 7
 install-wireguard: ## 3  WireGuard, proven
+server: ## 4  k3s server on SERVER or HOST, with steps 1 to 3 and 6
+agent: ## 5  k3s agent on HOST, with steps 1 to 3 and 6
 annotate: ## 6  every peer at its public address
 fix-metrics: ## 7  kubectl top answers for every node
+up: ## all of them, on SERVER and all AGENTS (make -j up does the same)
+
+## The life of a cluster
+check: ## the whole cluster, and what is wrong with it (JSON=1, WATCH=1)
+status: ## the cluster in ten lines, by one trip to the server
+kubeconfig: ## merge the cluster's kubeconfig into yours; USE=1 makes it the current one
 firewall: ## the nodes reach each other's k3s, the world does not (all boxes, or HOST)
 upgrade: ## K3S_VERSION on all boxes, one at a time, drained (STEPS="v1.35.4+k3s1 …": what to pass through)
-remove: ## boxes leave the cluster: HOST, drained and uninstalled (FORCE=1: also one that is gone)
-down: ## k3s goes from SERVER and all AGENTS, after asking (YES=1: at once)
 token: ## a new token; nodes go on running
 backup: ## the server's datastore, token and manifests, to a file here (BACKUP=…)
 restore: ## a server from BACKUP=… on a fresh box, HOST; agents follow
+remove: ## boxes leave the cluster: HOST, drained and uninstalled (FORCE=1: also one that is gone)
+down: ## k3s goes from SERVER and all AGENTS, after asking (YES=1: at once)
+
 download: download-k3s
 kernel: upgrade-kernel
 wireguard: install-wireguard
@@ -46,13 +53,14 @@ down: FLAGS += $(call switch,YES,--yes)
 $(SCRIPTS) $(LIVING) up firewall: $(MODULES)
 	@$(TS) scripts/$@.ts $(FLAGS)
 
-check: $(MODULES) ## the whole cluster, and what is wrong with it (JSON=1, WATCH=1)
+check: $(MODULES)
 	@$(TS) scripts/check.ts $(call switch,JSON,--json) $(call switch,WATCH,--watch)
-status: $(MODULES) ## the cluster in ten lines, by one trip to the server
+status: $(MODULES)
 	@$(TS) scripts/status.ts
-kubeconfig: $(MODULES) ## merge the cluster's kubeconfig into yours; USE=1 makes it the current one
+kubeconfig: $(MODULES)
 	@$(TS) scripts/kubeconfig.ts $(FLAGS) $(call switch,USE,--use)
 
+## Rehearsal
 rehearse: $(MODULES) ## a cluster of two clouds inside this Linux machine (root)
 	@$(TS) test/lab/rehearse.ts up
 rehearse-kernel: $(MODULES) ## a CentOS 7 stand-in gets another kernel, restarts and joins, in QEMU (root)
@@ -65,6 +73,7 @@ export CMD
 rehearse-down: $(MODULES) ## its boxes, networks and processes go; built images stay cached
 	@$(TS) test/lab/rehearse.ts down
 
+## Development
 # Those of ONLY, or all.
 UNITS := $(patsubst test/%.test.ts,%,$(sort $(wildcard test/*.test.ts)))
 unknown = $(if $(filter-out $(UNITS),$(ONLY)),$(error ONLY is "$(ONLY)": expected some of $(UNITS)))
