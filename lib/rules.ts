@@ -229,15 +229,17 @@ const PRIORITIES: Record<string, number> = {
 export function nft(text: string, without: readonly string[] = []): Chain[] {
   const chains: Chain[] = [];
   let table = "";
+  let asleep = false;
   let chain: Chain | undefined;
   let sets: Record<string, string> = {};
   // The elements of a named set go on on lines of their own.
   for (const line of text.replace(/,\n\s+/g, ", ").split("\n")) {
     const [, at] = /^table (\S+ \S+)/.exec(line) ?? [];
     const [, kind, name = ""] = /^\t(chain|set|map) (\S+) \{/.exec(line) ?? [];
-    if (at) [table, sets] = [at, {}];
+    if (at) [table, sets, asleep] = [at, {}, false];
+    if (/^\tflags .*\bdormant\b/.test(line)) asleep = true;
     if (at || kind || /^\t?\}/.test(line)) chain = undefined;
-    if (without.includes(table)) continue;
+    if (asleep || without.includes(table)) continue;
     if (kind === "chain") {
       chain = { table: `nft ${table}`, name, rules: [] };
       chains.push(chain);
@@ -352,11 +354,12 @@ function nftRule(text: string, family: string, sets: Record<string, string>): Ru
       return (p) => all(keys.map((key, i) => KEYS[key]?.(p, (parts[i] ?? "").trim())));
     };
     if (verdicts) {
-      let before: Test[] = [];
+      const named: Test[] = [];
       for (const value of values) {
         const [key = "", verdict = ""] = value.split(" : ");
-        const test = key === "*" ? (p: Packet) => not(any(before.map((b) => b(p)))) : is(key);
-        before = [...before, test];
+        // Whatever the others do not have, wherever it stands among them.
+        const test = key === "*" ? (p: Packet) => not(any(named.map((one) => one(p)))) : is(key);
+        if (key !== "*") named.push(test);
         const [what, to = ""] = verdict.split(" ");
         const end = verdictOf(what as string, to);
         if (end) ends.push([test, end]);
@@ -398,6 +401,8 @@ function nftRule(text: string, family: string, sets: Record<string, string>): Ru
       words.shift();
       const end = verdictOf(head, words[0] ?? "");
       if (end) ends.push([undefined, end]);
+      // `with tcp reset`, `with icmp type …`: these are no matches.
+      if (words[0] === "with") words.splice(0, words[2] === "type" ? 4 : 3);
       rest();
     } else if (!compare()) {
       words.shift();

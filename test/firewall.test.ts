@@ -173,6 +173,19 @@ describe("rules are judged in their order, up to the first that decides", () => 
       chain("in", "input", "accept", 'osf name "Linux" drop'),
       [/^nft inet mine in may drop/],
     ],
+    [
+      "a map with a verdict for all others, wherever it stands",
+      chain("in", "input", "accept", "tcp dport vmap { * : accept, 10250 : drop }"),
+      [/drops 10250\/tcp from .*, and everything from 10\.42/],
+    ],
+    ...["", " with tcp reset", " with icmp host-prohibited", " with icmp type host-prohibited"].map(
+      (how): [string, string, RegExp[]] => [
+        `reject${how}, whatever is answered`,
+        chain("in", "input", "accept", `meta l4proto tcp tcp dport 10250 reject${how}`),
+        [/drops 10250\/tcp from/],
+      ],
+    ),
+    ["a table that is dormant", chain("in", "input", "drop").replace("{\n", "{\n\tflags dormant\n"), []],
     ["a map that is not shown", chain("in", "input", "accept", "tcp dport vmap @gone"), [/may drop 6443/]],
     ["a chain of another family", chain("in", "input", "drop").replace("inet", "ip6"), []],
     [
