@@ -56,7 +56,7 @@ test("make help lists every script once: the seven steps in their order, then th
   const groups = execFileSync(MAKE, ["help"], { cwd: ROOT, encoding: "utf8" }).trim().split("\n\n").slice(1);
   const listed = groups.map((group) => group.split("\n").map((line) => line.trim().split(/ {2,}/)));
   assert.deepEqual(
-    listed.map(([[heading]]) => heading),
+    listed.map(([heading]) => heading?.[0]),
     ["The seven steps, in their order", "The life of a cluster", "Rehearsal", "Development"],
   );
   const [steps, life] = listed.map((group) => group.slice(1).map(([target]) => target));

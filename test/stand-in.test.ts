@@ -108,7 +108,7 @@ describe("flags", () => {
         .split("\n")
         .filter((l) => /^ {3}-/.test(l));
       const names = flagTable(gen, command).flatMap((f) => f.names);
-      for (const line of lines) assert.ok(names.includes(/^ {3}-+([a-z0-9-]+)/.exec(line)![1]), line);
+      for (const line of lines) assert.ok(names.includes(/^ {3}-+([a-z0-9-]+)/.exec(line)![1]!), line);
       assert.ok(lines.length >= least, `${lines.length} flags`);
     });
   }
@@ -505,7 +505,7 @@ describe("nodes", () => {
       newNode("old", VERSION.old, { ...facts, nodeIpMissing: true }, machine).status.addresses,
       [],
     );
-    assert.equal(newNode("old", VERSION.old, facts, machine).status.addresses[0].address, "192.168.0.11");
+    assert.equal(newNode("old", VERSION.old, facts, machine).status.addresses[0]!.address, "192.168.0.11");
   });
   test("pod networks are the lowest free", () => {
     assert.equal(podCidr("10.42.0.0/16", []), "10.42.0.0/24");
@@ -879,7 +879,7 @@ describe("the binary's stand-in", () => {
             }),
           ),
         ]);
-        assert.match(log.split("\n")[0], /k3s stand-in/);
+        assert.match(log.split("\n")[0]!, /k3s stand-in/);
         const path = (name: string): string => join(dir, "server", name),
           mode = (name: string): string => (statSync(name).mode & 0o777).toString(8);
         const token = readFileSync(path("token"), "utf8");

@@ -65,7 +65,7 @@ test("a kernel of the vendor's own is not swapped, though its distro is of CentO
     ["alinux-2", "4.19.91-27.7.al7.x86_64"],
     ["tencentos-2.4", "5.4.119-19-0009.11"],
     ["amazon-2", "4.14.355-275.amzn2.x86_64"],
-  ])
+  ] as const)
     assert.deepEqual(
       plan(el7({ os: fixture(`os-release/${name}`), kernel, managers: "/usr/bin/yum\n" })),
       [],

@@ -415,7 +415,7 @@ function cgroup2(): string[] | undefined {
 export function cgroupFault(version: string, controllers: string[] | undefined): string | undefined {
   const [, minor, patch] = /^v1\.(\d+)\.(\d+)/.exec(version)!.map(Number);
   if (!controllers) return undefined;
-  if (minor < 20 || (minor === 20 && patch < 4)) return words.noMemory;
+  if (minor! < 20 || (minor === 20 && patch! < 4)) return words.noMemory;
   const missing = ["cpu", "cpuset", "memory"].find((name) => !controllers.includes(name));
   return missing && words.noController(missing);
 }

@@ -104,7 +104,7 @@ function identify(c: Cluster, req: IncomingMessage, passwords: boolean): rules.U
   if (basic) {
     const credentials = Buffer.from(basic, "base64").toString();
     const found = c.logins.map((l) => l.split(",")).find((l) => credentials === `${l[1]}:${l[0]}`);
-    if (found) return { name: found[1], groups: [found[3]] };
+    if (found) return { name: found[1]!, groups: [found[3]!] };
   }
   const socket = req.socket as TLSSocket;
   if (!socket.authorized) return basic ? undefined : null;
@@ -273,7 +273,7 @@ function kubernetes(c: Cluster, q: Question): Reply {
     });
     if (no) return status(403, "Forbidden", no);
     if (!c.state.deployment || name !== POD || namespace !== "kube-system")
-      return status(404, "NotFound", `pods ${quote(decodeURIComponent(name))} not found`);
+      return status(404, "NotFound", `pods ${quote(decodeURIComponent(name!))} not found`);
     const tail = Number(q.url.searchParams.get("tailLines") ?? 1e6);
     return text(
       200,
@@ -293,7 +293,7 @@ function kubernetes(c: Cluster, q: Question): Reply {
   const [, group, namespace, resource, name] = other;
   const no = rules.forbidden(gen, user, {
     verb: deletes ? "delete" : name ? "get" : "list",
-    resource,
+    resource: resource!,
     group,
     namespace,
     name,
@@ -396,7 +396,7 @@ function nodes(c: Cluster, q: Question, user: rules.User, name?: string, subreso
   const node = state.nodes[name ?? ""];
   if (name && !node) return nodeStatus(404, "NotFound", `nodes ${quote(name)} not found`, name);
   if (name && verb === "get") return json(200, node);
-  if (name && verb === "patch") return patchNode(c, q, user, node, subresource);
+  if (name && verb === "patch") return patchNode(c, q, user, node!, subresource);
   if (name && verb === "delete") {
     delete state.nodes[name];
     c.share?.(`/registry/minions/${name}`, undefined);
@@ -405,7 +405,7 @@ function nodes(c: Cluster, q: Question, user: rules.User, name?: string, subreso
       c.share?.(`/registry/passwords/${name}`, undefined);
     }
     c.save();
-    const details = { name, kind: "nodes", uid: node.metadata.uid };
+    const details = { name, kind: "nodes", uid: node!.metadata.uid };
     return json(200, { kind: "Status", apiVersion: "v1", metadata: {}, status: "Success", details });
   }
   const message = "the server does not allow this method on the requested resource";

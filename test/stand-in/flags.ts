@@ -51,15 +51,15 @@ export function flagTable(gen: Generation, command: string): Flag[] {
     .split("\n")
     .filter((l) => /^ {3}-/.test(l))
     .map((line): Flag => {
-      const usage = /^ {3}(.*?)( {2}|$)/.exec(line)![1].replace(/ \[.*/, "");
+      const usage = /^ {3}(.*?)( {2}|$)/.exec(line)![1]!.replace(/ \[.*/, "");
       const parts = usage.split(", ");
       return {
-        names: parts.map((p) => p.split(" ")[0].replace(/^-+/, "")),
-        takesValue: parts[0].includes(" "),
+        names: parts.map((p) => p.split(" ")[0]!.replace(/^-+/, "")),
+        takesValue: parts[0]!.includes(" "),
         env: /\[\$(\w+)\]$/.exec(line)?.[1],
       };
     });
-  const hidden = HIDDEN[gen][command].map(
+  const hidden = HIDDEN[gen][command]!.map(
     (n): Flag => ({ names: [n.replace("=", "")], takesValue: n.endsWith("=") }),
   );
   return [...flags, ...hidden, { names: ["help", "h"], takesValue: false }];
@@ -80,7 +80,7 @@ export function reorder(table: Flag[], args: string[]): string[] {
     if (valueMayFollow && !arg.startsWith("-")) {
       valueMayFollow = false;
       first.push(arg);
-    } else if (/^-./.test(arg) && find(table, arg.replace(/^--?/, "").split("=")[0])) {
+    } else if (/^-./.test(arg) && find(table, arg.replace(/^--?/, "").split("=")[0]!)) {
       first.push(arg);
       valueMayFollow = !arg.includes("=");
     } else rest.push(arg);
@@ -103,7 +103,7 @@ export function parseFlags(
   const values: Values = {};
   let i = 0;
   for (; i < args.length; i++) {
-    const arg = args[i];
+    const arg = args[i]!;
     if (!/^-./.test(arg)) break;
     if (arg === "--") {
       i++;
@@ -113,26 +113,27 @@ export function parseFlags(
     if (!name || name.startsWith("-")) return { error: `bad flag syntax: ${arg}` };
     const flag = find(table, name);
     if (!flag) return { error: `flag provided but not defined: -${name}` };
-    if (flag.names[0] === "help") return { values, positional: [], help: true };
+    const canonical = flag.names[0]!;
+    if (canonical === "help") return { values, positional: [], help: true };
     let value = inline;
     if (flag.takesValue) {
       if (value === undefined && ++i >= args.length) return { error: `flag needs an argument: -${name}` };
-      value ??= args[i];
+      value ??= args[i]!;
     } else {
       value ??= "true";
       if (!/^(1|0|t|f|true|false|TRUE|FALSE|True|False|T|F)$/.test(value))
         return { error: `invalid boolean value ${JSON.stringify(value)} for -${name}: parse error` };
       value = /^[1tT]/.test(value) ? "true" : "";
     }
-    values[flag.names[0]] ??= [];
-    values[flag.names[0]].push(value);
+    values[canonical] ??= [];
+    values[canonical].push(value);
   }
   for (const flag of table) {
     const value = flag.env && env[flag.env];
-    if (value && !values[flag.names[0]]) values[flag.names[0]] = [value];
+    if (value) values[flag.names[0]!] ??= [value];
   }
   const positional = args.slice(i);
-  if (gen === "modern" && ["help", "h"].includes(positional[0])) return { values, positional, help: true };
+  if (gen === "modern" && ["help", "h"].includes(positional[0]!)) return { values, positional, help: true };
   return { values, positional };
 }
 

@@ -94,7 +94,7 @@ async function token(args: string[]): Promise<void> {
   process.stdout.write("Token rotated, restart k3s nodes with new token\n");
 }
 
-async function main([version, name, ...args]: string[]): Promise<void> {
+async function main([version, name, ...args]: [string, string, ...string[]]): Promise<void> {
   const gen = generation(version);
   const [command, ...rest] = basename(name) === "kubectl" ? ["kubectl", ...args] : args;
   if (command === "--version" || command === "-v") finish(versionText(version));
@@ -151,7 +151,7 @@ async function main([version, name, ...args]: string[]): Promise<void> {
   return runAgent({ gen, version, values, argv: [command, ...argv], notify });
 }
 
-main(process.argv.slice(2)).catch((error: Error) => {
+main(process.argv.slice(2) as [string, string, ...string[]]).catch((error: Error) => {
   process.stderr.write(logLine("fatal", `stand-in: ${error.stack ?? error}`));
   process.exit(1);
 });

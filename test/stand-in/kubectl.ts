@@ -59,13 +59,14 @@ export function parse(args: string[]): Options {
   const words: string[] = [],
     flags = new Map<string, string>();
   for (let i = 0; i < args.length; i++) {
-    const short = /^-([a-zA-Z])=?([\s\S]*)$/.exec(args[i]),
-      long = /^--([^=]+)(?:=([\s\S]*))?$/.exec(args[i]);
+    const arg = args[i]!,
+      short = /^-([a-zA-Z])=?([\s\S]*)$/.exec(arg),
+      long = /^--([^=]+)(?:=([\s\S]*))?$/.exec(arg);
     if (!short && !long) {
-      words.push(args[i]);
+      words.push(arg);
       continue;
     }
-    const name = long?.[1] ?? short![1];
+    const name = long?.[1] ?? short![1]!;
     if (VALUE_FLAGS.includes(name) || REFUSED.includes(name))
       flags.set(
         { n: "namespace", o: "output", s: "server" }[name] ?? name,
@@ -95,9 +96,9 @@ export function age(ms: number): string {
 }
 
 export function table(rows: string[][]): string {
-  const widths = rows[0]?.map((_, i) => Math.max(...rows.map((r) => r[i].length))) ?? [];
+  const widths = rows[0]?.map((_, i) => Math.max(...rows.map((r) => r[i]!.length))) ?? [];
   return rows
-    .map((r) => `${r.map((c, i) => (i === r.length - 1 ? c : c.padEnd(widths[i] + 3))).join("")}\n`)
+    .map((r) => `${r.map((c, i) => (i === r.length - 1 ? c : c.padEnd(widths[i]! + 3))).join("")}\n`)
     .join("");
 }
 
@@ -129,14 +130,14 @@ export function nodeRow(node: Node, wide: boolean, now = Date.now()): string[] {
     `${ready?.status === "True" ? "Ready" : "NotReady"}${node.spec.unschedulable ? ",SchedulingDisabled" : ""}`,
     roles.join(",") || "<none>",
     age(now - Date.parse(node.metadata.creationTimestamp)),
-    info.kubeletVersion,
+    info.kubeletVersion!,
     ...(wide
       ? [
           at("InternalIP"),
           at("ExternalIP"),
-          info.osImage,
-          modern ? `${info.kernelVersion} (${info.architecture})` : info.kernelVersion,
-          info.containerRuntimeVersion,
+          info.osImage!,
+          modern ? `${info.kernelVersion} (${info.architecture})` : info.kernelVersion!,
+          info.containerRuntimeVersion!,
         ]
       : []),
   ];
@@ -168,7 +169,7 @@ function readConfig(flags: Map<string, string>): Config {
     text = readFileSync(path, "utf8");
   } else if (flags.has("kubeconfig")) return fail(`error: stat ${path}: no such file or directory`);
   const field = (name: string): string | undefined =>
-    new RegExp(`^\\s*${name}:\\s*"?([^"\\n]+)"?\\s*$`, "m").exec(text)?.[1].trim();
+    new RegExp(`^\\s*${name}:\\s*"?([^"\\n]+)"?\\s*$`, "m").exec(text)?.[1]?.trim();
   const data = (name: string): string | undefined => {
     const inline = field(`${name}-data`),
       file = field(name);
@@ -352,7 +353,7 @@ async function run(version: string, args: string[]): Promise<string> {
     const everywhere = flags.has("all-namespaces");
     if (
       path === "/api/v1" &&
-      /^po/.test(kind) &&
+      /^po/.test(kind!) &&
       output !== "json" &&
       (everywhere || ofMetrics) &&
       !names[0]
@@ -367,7 +368,7 @@ async function run(version: string, args: string[]): Promise<string> {
       return table([...(flags.has("no-headers") ? [] : [head]), ...rows]);
     }
     if (path && output === "json") {
-      const plural = path === "/apis/apps/v1" ? "deployments" : /^ev/.test(kind) ? "events" : "pods";
+      const plural = path === "/apis/apps/v1" ? "deployments" : /^ev/.test(kind!) ? "events" : "pods";
       const scope = flags.has("all-namespaces") ? "" : `/namespaces/${flags.get("namespace") ?? "default"}`;
       const answer = await good(`${path}${scope}/${plural}${names[0] ? `/${names[0]}` : ""}`);
       return pretty(names[0] ? answer : { ...answer, kind: "List", apiVersion: "v1" });

@@ -137,23 +137,23 @@ export function readDeployment(text: string): Deployment | undefined {
     const args: string[] = [];
     let image = "";
     for (let i = 0; i < lines.length; i++) {
-      const key = /^(\s*)(- )?(args|command|image):\s*(.*)$/.exec(lines[i]);
+      const key = /^(\s*)(- )?(args|command|image):\s*(.*)$/.exec(lines[i]!);
       if (!key) continue;
-      if (key[3] === "image") image = unquote(key[4]);
-      else if (key[4].startsWith("["))
+      if (key[3] === "image") image = unquote(key[4]!);
+      else if (key[4]!.startsWith("["))
         args.push(
-          ...key[4]
+          ...key[4]!
             .replace(/^\[|\]\s*$/g, "")
             .split(",")
             .map(unquote)
             .filter(Boolean),
         );
       else {
-        const indent = key[1].length + (key[2]?.length ?? 0);
+        const indent = key[1]!.length + (key[2]?.length ?? 0);
         for (; i + 1 < lines.length; i++) {
-          const item = /^(\s*)- (.*)$/.exec(lines[i + 1]);
-          if (!item || item[1].length < indent) break;
-          args.push(unquote(item[2]));
+          const item = /^(\s*)- (.*)$/.exec(lines[i + 1]!);
+          if (!item || item[1]!.length < indent) break;
+          args.push(unquote(item[2]!));
         }
       }
     }
@@ -202,10 +202,10 @@ export function deployPass(
     ) {
       if (readDeployment(readFileSync(file, "utf8"))) result = null;
       rmSync(file);
-      delete addons[name.split(".")[0]];
+      delete addons[name.split(".")[0]!];
     } else if (!skips.has(name)) {
       const text = readFileSync(file, "utf8"),
-        addon = name.split(".")[0],
+        addon = name.split(".")[0]!,
         sum = createHash("sha256").update(text).digest("hex");
       if (!force && addons[addon] === sum) continue;
       addons[addon] = sum;
@@ -250,7 +250,7 @@ export function settings(deployment: Deployment): Settings {
   const flags = new Map(
     deployment.args
       .filter((a) => a.startsWith("-"))
-      .map((a) => [a.replace(/^--?/, "").split("=")[0], a.split("=").slice(1).join("=")] as const),
+      .map((a) => [a.replace(/^--?/, "").split("=")[0]!, a.split("=").slice(1).join("=")] as const),
   );
   const unknown = [...flags.keys()].find((f) => !(v03 ? V03 : V04).includes(f));
   const types = flags.get("kubelet-preferred-address-types")?.split(",") ?? [
