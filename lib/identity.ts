@@ -185,6 +185,7 @@ cat $d/k3s.service.env $d/k3s-agent.service.env /etc/default/k3s /etc/sysconfig/
   sed -n "s/^K3S_DATA_DIR=['\\"]\\{0,1\\}\\([^'\\"]*\\).*/data-dir \\1/p; s/^K3S_DATASTORE_ENDPOINT=..*/datastore-endpoint/p; s/^K3S_CLUSTER_INIT=..*/cluster-init/p"
 sed -n "s/^data-dir:[[:space:]]*['\\"]\\{0,1\\}\\([^'\\"[:space:]]*\\).*/data-dir \\1/p; s/^\\(datastore-endpoint\\|cluster-init\\):.*/\\1/p" /etc/rancher/k3s/config.yaml 2>/dev/null
 [ ! -d /var/lib/rancher/k3s/server/db/etcd ] || echo cluster-init
+[ -e /var/lib/rancher/k3s/server/db/state.db ] || echo no-database
 `;
 
 /** Of those that it wrote before it marked them: k3s's own installer has other words, and a - before the file's name. */
@@ -197,10 +198,14 @@ const BEFORE = [
 export const isForeign = (unit = ""): boolean =>
   unit.trim() !== "" && !unit.split("\n").includes(MARK) && !BEFORE.every((line) => line.test(unit));
 
+/** As systemd reads it: a line that goes on, comments within it, and blanks before a name and around its =. */
+const plainly = (unit: string) =>
+  unit.replace(/\\\r?\n(?:[ \t]*[#;].*\n)*/g, " ").replace(/^[ \t]*(\w+)[ \t]*=[ \t]*/gm, "$1=");
+
 /** The words of a unit's last ExecStart, without the program and what systemd's quotes are for. */
 export function argumentsIn(unit: string): string[] {
   const [, line = ""] =
-    [...unit.replace(/\\\n/g, " ").matchAll(/^ExecStart=[-@:+!]*\S*([^\n]*)$/gm)].findLast(
+    [...plainly(unit).matchAll(/^ExecStart=[-@:+!]*\S*([^\n]*)$/gm)].findLast(
       ([whole]) => !/^ExecStart=\s*$/.test(whole),
     ) ?? [];
   return words(line.replace(/['"]/g, ""));
@@ -211,8 +216,12 @@ const DATA = "/var/lib/rancher/k3s";
 /** Where a unit's k3s keeps its cluster, if that is not where this project's does. */
 function elsewhere(unit: string, told = ""): string | undefined {
   const foreign = isForeign(unit);
+  const set = [...plainly(unit).matchAll(/^Environment=(.*)$/gm)].map(([, line]) => line).join(" ");
   const args = [
     ...parseArgs(argumentsIn(unit).join(" ")),
+    ...[...set.matchAll(/\bK3S_(DATA_DIR|DATASTORE_ENDPOINT|CLUSTER_INIT)=([^\s"']+)/g)].map(
+      ([, name = "", value]) => ({ flag: name.toLowerCase().replaceAll("_", "-"), value }),
+    ),
     ...told.split("\n").map((row) => ({ flag: row.split(" ")[0], value: row.split(" ")[1] })),
   ];
   for (const { flag, value = "" } of args) {
@@ -244,7 +253,11 @@ const unitFact = (facts: Facts, role: Role) => facts[`unit-${unitOf(role)}`] ?? 
  */
 function notForeign(role: Role, want: Want, facts: Facts, goes: readonly string[]): void {
   const unit = unitFact(facts, role);
-  const where = elsewhere(unit, facts.told);
+  // By another config file, a script or a variable: what is not here is elsewhere, or has never been.
+  const missing = role === "server" && isForeign(unit) && /^no-database$/m.test(facts.told ?? "");
+  const where =
+    elsewhere(unit, facts.told) ??
+    (missing ? `elsewhere: there is no ${DATA}/server/db/state.db` : undefined);
   if (where)
     throw new Refusal(
       `k3s is on this box already (${unitOf(role)}), and has its data ${where}: here it would begin a new, empty ${role === "server" ? "cluster" : "node"}. It is left as it is; k3s-uninstall.sh of its installer removes it`,

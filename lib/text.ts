@@ -78,7 +78,7 @@ export function redacted(text: string): string {
 const foreign = (unit: string): string =>
   redacted(
     unit
-      .replace(/^([ \t]*(?:Environment|SetCredential\w*)=)(?:.*\\\n)*.*$/gm, `$1${HIDDEN}`)
+      .replace(/^([ \t]*(?:Environment|SetCredential\w*)[ \t]*=)(?:.*\\\n)*.*$/gm, `$1${HIDDEN}`)
       .replace(/(^|[\s"'])(-t["']?(?:=|[\s\\]{1,20}["']?))[^\s"'\\-][^\s"'\\]*/gm, `$1$2${HIDDEN}`),
   );
 

@@ -357,6 +357,13 @@ describe("a unit", () => {
     ]);
     const dropIn = `${official("server")}# /etc/systemd/system/k3s.service.d/x.conf\n[Service]\nExecStart=\nExecStart=/usr/bin/k3s server -d "/srv/k3s"\n`;
     assert.deepEqual(argumentsIn(dropIn), ["server", "-d", "/srv/k3s"]);
+    for (const start of [
+      "ExecStart = /usr/bin/k3s server -d /srv/k3s",
+      "  ExecStart=/usr/bin/k3s server -d /srv/k3s",
+      "ExecStart= /usr/bin/k3s server -d /srv/k3s",
+      "ExecStart=/usr/bin/k3s \\\n# not -d /x\n  ; nor this\n  server \\\n  -d /srv/k3s",
+    ])
+      assert.deepEqual(argumentsIn(`[Service]\n${start}\n`), ["server", "-d", "/srv/k3s"], start);
     assert.deepEqual(argumentsIn(""), []);
   });
 
@@ -374,7 +381,7 @@ fact() { echo "fact $1"; }
 ${text}`);
     assert.equal(
       stdout,
-      "fact unit-k3s\nfact unit-k3s-agent\nfact told\ndata-dir /data/k3s\ndatastore-endpoint\ndata-dir /srv/k3s\ncluster-init\n",
+      "fact unit-k3s\nfact unit-k3s-agent\nfact told\ndata-dir /data/k3s\ndatastore-endpoint\ndata-dir /srv/k3s\ncluster-init\nno-database\n",
     );
   });
 });
@@ -493,6 +500,23 @@ describe("before a box gets a role", () => {
       /in a datastore of its own/,
     ],
     [
+      "K3S_DATA_DIR in the unit",
+      {
+        "unit-k3s": official("server").replace(
+          "User=root",
+          'Environment = "A=b" "K3S_DATA_DIR=/data/k3s" K3S_TOKEN=hunter2',
+        ),
+      },
+      /in \/data\/k3s/,
+    ],
+    [
+      "K3S_DATASTORE_ENDPOINT in a drop-in",
+      {
+        "unit-k3s": `${official("server")}[Service]\nEnvironment=K3S_DATASTORE_ENDPOINT=mysql://a:hunter2@db\n`,
+      },
+      /in a datastore/,
+    ],
+    [
       "K3S_DATASTORE_ENDPOINT",
       { "unit-k3s": official("server"), told: "datastore-endpoint\n" },
       /in a datastore/,
@@ -500,6 +524,13 @@ describe("before a box gets a role", () => {
     ["--cluster-init", { "unit-k3s": official("server", "--cluster-init") }, /in embedded etcd/],
     ["etcd's folder", { "unit-k3s": official("server"), told: "cluster-init\n" }, /in embedded etcd/],
   ];
+  cases.push([
+    "a cluster that is elsewhere is not begun anew, however its k3s is told where",
+    "server",
+    want,
+    { "unit-k3s": official("server", "--config=/root/k3s.yaml"), told: "no-database\n" },
+    /has its data elsewhere: there is no \/var\/lib\/rancher\/k3s\/server\/db\/state\.db/,
+  ]);
   for (const [name, facts, words] of away) {
     const refusal = new RegExp(`has its data ${words.source}`);
     cases.push([`a cluster that is elsewhere is not begun anew: ${name}`, "server", want, facts, refusal]);
