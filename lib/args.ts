@@ -18,7 +18,9 @@ export function parseArgs(args: string): Arg[] {
     const [, flag, value] = /^-+([^=]*)(?:=(.*))?$/s.exec(word) ?? [];
     if (!flag) return [];
     const next = list[i + 1];
-    return [{ flag, value: value ?? (next?.startsWith("-") ? undefined : next) }];
+    // What is for another program may begin with a dash as well.
+    const none = next?.startsWith("-") && !flag.endsWith("-arg");
+    return [{ flag, value: value ?? (none ? undefined : next) }];
   });
 }
 

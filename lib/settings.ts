@@ -52,6 +52,10 @@ function args(role: Role, value: string): string | undefined {
   if (refused) return `no --${refused[0]}: ${refused[1]}`;
   // To k3s they are the end of its flags: the rest is dropped without a word.
   if (words(value).some((word) => /^-+$/.test(word))) return "arguments, not a lone dash or two";
+  // Likewise a word that no argument can take for its value.
+  const stray = words(value).find((word, i, all) => word[0] !== "-" && !/^-[^=]*$/.test(all[i - 1] ?? ""));
+  if (stray)
+    return `arguments that begin with --, as "${stray.slice(0, 40)}" does not: k3s drops all that follow it`;
   for (const { flag, value: word = "" } of list) {
     const right = Object.hasOwn(ARGUMENTS, flag) && ARGUMENTS[flag]?.(word);
     if (right) return `${right} after --${flag}`;

@@ -30,6 +30,14 @@ describe("arguments", () => {
         ["c", undefined],
       ],
     ],
+    [
+      "--kubelet-arg --a=1 --b",
+      [
+        ["kubelet-arg", "--a=1"],
+        ["a", "1"],
+        ["b", undefined],
+      ],
+    ],
     ["--a=b=c,d=e", [["a", "b=c,d=e"]]],
     ["stray --a x stray", [["a", "x"]]],
   ];

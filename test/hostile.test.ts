@@ -781,7 +781,8 @@ ExecStart=/usr/local/bin/k3s \\
     -t hunter2 \\
     --datastore-endpoint=postgres://db/k3s?password=hunter2 \\
     --vpn-auth=name=tailscale,joinKey=hunter2
-SetCredential = x:hunter2
+SetCredential=x:hunter2
+  Environment = OTHER=hunter2
 `;
     const { why, detail = [] } = rewrite("/x.service", unit, "[Service]\n");
     assert.doesNotMatch([why, ...detail].join("\n"), /hunter2/);

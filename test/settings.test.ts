@@ -105,6 +105,12 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "--a --server=https://203.0.113.1:6443",
     "-s https://203.0.113.1:6443",
     "--cluster-reset-restore-path=/x",
+    // k3s's flags would end there.
+    "server --disable=traefik",
+    "--disable=traefik x --tls-san=a",
+    "--node-label a=b c=d",
+    "--kube-apiserver-arg --secure-port=7443",
+    "--kube-proxy-arg --proxy-mode=ipvs",
   ],
   AGENT_ARGS: ["it's", "a\nb"],
   NODE_LABELS: [
