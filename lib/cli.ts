@@ -659,6 +659,9 @@ function again(call: Call, script: string, box: Target): string {
     whole ? "" : box.host ? `HOST=${sh(box.word)}` : local,
     ...given.map((n) => `${n}=${forMake(call.settings[n])}`),
     ...(script === call.script ? [...call.flags] : []).map((flag) => `${switchOf(flag)}=1`),
+    // What only looked is not done in earnest by a line that was pasted.
+    call.mode === "dry-run" ? "DRY=1" : call.mode === "print" ? "PRINT=1" : "",
+    call.reboot ? "REBOOT=1" : "",
   ];
   // What the env file cannot say.
   const files = ["ENV_FILE", ...(script === "kubeconfig" ? ["KUBECONFIG"] : [])]
