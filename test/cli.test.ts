@@ -621,14 +621,14 @@ test("a box that cannot be reached is a failure, with its reason and the line th
 
 test("the line that tries a dry run or a printed plan again is no line that does it", async () => {
   const again = async (script: string, ...flags: string[]) => {
-    const args = ["--agents", "b1=198.51.101.11", "--server", "a1=203.0.113.10", ...flags];
+    const args = ["--agents", "b1=198.51.101.11", "--server", "a1=203.0.113.11", ...flags];
     const { stderr } = await call(script, args);
     return [...stderr.matchAll(/again: (make .*) ENV_FILE=/g)].map(([, line]) => line);
   };
   const [down] = await again("down", "--dry-run", "--force");
   assert.match(down as string, /^make down .*FORCE=1 DRY=1$/);
-  const [upgrade] = await again("upgrade", "--print");
-  assert.match(upgrade as string, / PRINT=1$/);
+  const [server] = await again("server", "--print");
+  assert.match(server as string, / PRINT=1$/);
   const [install] = await again("install-wireguard", "--host", "b1=198.51.101.11", "--reboot");
   assert.match(install as string, / REBOOT=1$/);
 });
