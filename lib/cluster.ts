@@ -68,7 +68,8 @@ fact wg; for i in flannel.1 flannel-wg; do
   [ ! -d /sys/class/net/$i ] || echo "$i $(cat /sys/class/net/$i/mtu) $(wg show $i public-key 2>/dev/null)"
 done
 ${peersLook}
-fact cni; cat /sys/class/net/cni0/mtu 2>/dev/null
+# A bridge without a port has the kernel's 1500 whatever it was made with (v1.36.3, seen).
+fact cni; cat /sys/class/net/cni0/brif/*/../mtu 2>/dev/null | sort -n | tail -n 1
 fact disk; df -Pk /var/lib/rancher 2>/dev/null || df -Pk /
 ${loadLook}
 # systemd's own lines: of 219 "holdoff time over, scheduling restart", later "Scheduled restart job".
@@ -165,7 +166,7 @@ export interface Seen {
   silence: string | undefined;
   /** The interface of flannel's WireGuard, its own address, MTU and public key. */
   wireguard: { name: string; mtu: number; key: string; address: string | undefined } | undefined;
-  /** MTU of the pods' bridge; there is none before the first pod. */
+  /** The largest MTU of the pods' ports at their bridge; there is none without a pod. */
   cniMtu: number | undefined;
   peers: Peer[];
   addresses: string[];

@@ -345,8 +345,8 @@ function smallIlls(box: Seen): Line[] {
   // v1.17 gives its pods 1500 over 1420 as a matter of course, and they get by.
   if (wireguard?.name === "flannel-wg" && cniMtu > wireguard.mtu)
     lines.push([
-      `its pods' bridge cni0 has an MTU of ${cniMtu}, larger than the ${wireguard.mtu} of flannel-wg: large packets of its pods are lost`,
-      `restart the box, which makes cni0 anew (or: ip link delete cni0, then systemctl restart ${unitOf(box.role)} and its pods)`,
+      `its pods at cni0 have an MTU of ${cniMtu}, larger than the ${wireguard.mtu} of flannel-wg: large packets of its pods are lost`,
+      `restart the box, which starts its pods anew (or: systemctl restart ${unitOf(box.role)}, and delete its pods)`,
       "cni",
     ]);
   if (loops(box) === "wrong")

@@ -910,7 +910,7 @@ describe("the pods' bridge", () => {
     const [ill, ...more] = illsOf(boxes(MODERN, { b1: { facts: { cni: "1500" } } }));
     assert.match(
       ill?.cause ?? "",
-      /^its pods' bridge cni0 has an MTU of 1500, larger than the 1420 of flannel-wg/,
+      /^its pods at cni0 have an MTU of 1500, larger than the 1420 of flannel-wg/,
     );
     assert.deepEqual([ill?.box, more], ["b1", []]);
   });

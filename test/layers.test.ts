@@ -39,7 +39,7 @@ const MISPLACED = `args cluster diagnosis drain firewall foreign identity journa
 const NAMING = [
   "lib/cli.ts: 29 lines",
   "lib/files.ts: 2 lines",
-  "lib/settings.ts: 13 lines",
+  "lib/settings.ts: 14 lines",
   "lib/step.ts: 1 lines",
 ];
 
