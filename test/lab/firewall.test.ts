@@ -155,7 +155,7 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
       ).map((n) => Number(n) > 0);
     assert.deepEqual(await knows(b2.publicIp), [true, true]);
     const { out } = await t.ok("make remove HOST=b2 DRY=1");
-    assert.match(out, /^b1: 1 to do\n {2}1\. ufw: open /m);
+    assert.match(out, /^b1: 2 to do\n {2}1\. ufw: open .*\n {2}2\. nft: open /m);
     await t.says("make remove HOST=b2", 0, [/^a1 +nft: open/m, /^b1 +ufw: open/m]);
     assert.deepEqual(await knows(b2.publicIp), [false, false]);
     t.settings({ ...learned(), FIREWALL }, { agents: "b1" });
