@@ -16,7 +16,7 @@ import { CONFIG, REGISTRIES } from "../lib/node.ts";
 import { compare, pathOf, RELEASE } from "../lib/releases.ts";
 import { type Line, report } from "../lib/report.ts";
 import { restart } from "../lib/service.ts";
-import { givenNow, SettingError, words } from "../lib/settings.ts";
+import { givenNow, quoted, SettingError, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import {
   type Change,
@@ -152,6 +152,10 @@ async function upgrade(call: cli.Call): Promise<number> {
     );
   if (everywhere.some((of) => of.K3S_BIN) && call.origins.K3S_VERSION === "default")
     throw new SettingError("K3S_VERSION is not set: expected the release that K3S_BIN is");
+  if (settings.HOST && givenNow(call.origins, "HOST"))
+    throw new SettingError(
+      `HOST is ${quoted(settings.HOST)} (${call.origins.HOST}): expected none, for this upgrades all boxes, one at a time`,
+    );
   const servers = await cli.targets(call, "SERVER");
   const [server] = servers as [cli.Target];
   const agents = settings.AGENTS ? await cli.targets(call, "AGENTS") : [];

@@ -455,6 +455,22 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^SERVER is not set: expected the box that is to lose its cluster, or SERVER= \(empty\) for this machine/,
     ],
     [
+      "down of one box, which would take all",
+      "down",
+      ["--yes"],
+      { HOST: "b1" },
+      "SERVER=a1=203.0.113.11\nAGENTS=b1=198.51.101.11\n",
+      /^HOST is "b1" \(variable HOST\): expected none, .*; make remove HOST=… removes a box\n$/,
+    ],
+    [
+      "an upgrade of one box, which would go to all",
+      "upgrade",
+      ["--host", "b1"],
+      {},
+      "SERVER=a1=203.0.113.11\nAGENTS=b1=198.51.101.11\n",
+      /^HOST is "b1" \(flag --host\): expected none, for this upgrades all boxes/,
+    ],
+    [
       "a switch that is told no",
       "down",
       ["--yes=no"],
