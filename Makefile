@@ -6,6 +6,12 @@ LIVING := upgrade remove down token backup restore
 # DRY and PRINT hold back, and count from there too.
 given = $(if $(filter command,$(origin $1))$(filter DRY PRINT,$1),$($1))
 switch = $(if $(call given,$1),$(if $(filter-out 1 yes,$(call given,$1)),$(error $1 is "$($1)": expected 1 or yes),$2))
+# A name that is none (DRYRUN=1, SERVR=b1) would be nothing, and what it was to hold back would be done.
+SETTINGS := $(shell command -v sed >/dev/null && sed -n 's/^\(\# \)\{0,1\}\([A-Z][A-Z0-9_]*\)=.*/\2/p' env.example 2>/dev/null)
+KNOWN := $(SETTINGS) DRY PRINT REBOOT FORCE TAKE_OVER YES USE JSON WATCH ENV_FILE KUBECONFIG CMD ONLY NO_COLOR TMPDIR CI NODE TS \
+	RUN SHELL MAKE% K3S_LAB_%
+$(foreach name,$(if $(SETTINGS),$(filter-out $(KNOWN),$(.VARIABLES))),$(if $(filter command,$(origin $(name))),$(error \
+	$(name) (make's command line): expected a setting of env.example, or DRY, PRINT, REBOOT, FORCE, TAKE_OVER, YES, USE, JSON, WATCH)))
 FLAGS = $(call switch,DRY,--dry-run) $(call switch,PRINT,--print) $(call switch,REBOOT,--reboot)
 
 # A node that strips types by itself, else node with tsx, else Deno.

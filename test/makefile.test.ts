@@ -4,6 +4,7 @@ import { readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { forMake } from "../lib/cli.ts";
+import { NAMES } from "../lib/settings.ts";
 import { programs, ROOT, temporary } from "./helpers.ts";
 
 const MAKE = execFileSync("sh", ["-c", "command -v make"], { encoding: "utf8" }).trim();
@@ -64,6 +65,28 @@ test("make help lists every script once: the seven steps in their order, then th
   assert.deepEqual(steps, SEVEN.split(" "));
   const scripts = readdirSync(join(ROOT, "scripts")).map((file) => file.replace(/\.ts$/, ""));
   assert.deepEqual([...steps, ...(life ?? [])].sort(), scripts.sort());
+});
+
+const USUAL = { PATH: process.env.PATH as string };
+
+describe("a name on make's command line", () => {
+  for (const word of ["DRYRUN=1", "DRY_RUN=1", "dry=1", "SERVR=b1", "FORCED=yes"])
+    test(`that is none is refused, whatever else stands there: ${word}`, () => {
+      const { status, stdout, stderr } = make(["-n", "down", "YES=1", word], USUAL);
+      assert.deepEqual([status, stdout], [2, ""]);
+      assert.match(stderr, new RegExp(`${word.split("=")[0]} \\(make's command line\\): expected a setting`));
+    });
+
+  test("may be any setting", () => {
+    for (const name of NAMES) {
+      const { status, stderr } = make(["-n", "agent", `${name}=x`], USUAL);
+      assert.deepEqual([status, stderr], [0, ""], name);
+    }
+  });
+
+  test("of another program does no harm in the environment", () => {
+    assert.equal(make(["-n", "down"], { ...USUAL, DRYRUN: "1", SERVR: "b1" }).status, 0);
+  });
 });
 
 describe("a switch", () => {
