@@ -59,6 +59,7 @@ fact nft; command -v nft
 fact card; ip -4 route show default | sed -n 's/.* dev \\([^ ]*\\).*/\\1/p' | head -n 1
 fact ruleset; nft list ruleset 2>/dev/null | awk '
   /^table / { other = $2 !~ /^(ip6?|inet|netdev)$/ || $3 ~ /^(nat|kube-proxy)$/ }
+  /^[^\\t]/ { k3s = 0 }
   /^\\t[a-z]+ [^ ]+ \\{/ { k3s = $2 ~ /^(KUBE|CNI)-/ }
   !other && !k3s' | head -c ${LONG}
 # Of iptables there are two, and k3s brings its own where the box has none.

@@ -372,7 +372,7 @@ describe("nft", () => {
   test("is looked at without nat and k3s's own chains: kube-proxy's thousands of rules do not travel", () => {
     const services = "\tchain KUBE-SVC-X {\n\t\tip daddr 10.43.0.1 jump KUBE-SEP-Y\n\t}\n";
     const mine = chain("in", "input", "drop", "tcp dport 22 accept");
-    const other = `table ip nat {\n\tchain x {\n\t\tjump KUBE-SERVICES\n\t}\n}\ntable ip filter {\n${services}\tchain INPUT {\n\t\tjump KUBE-SVC-X\n\t}\n}\ntable ip kube-proxy {\n\tchain y {\n\t}\n}\n`;
+    const other = `table ip nat {\n\tchain x {\n\t\tjump KUBE-SERVICES\n\t}\n}\ntable ip filter {\n${services}\tchain INPUT {\n\t\tjump KUBE-SVC-X\n\t}\n${services}}\ntable ip kube-proxy {\n\tchain y {\n\t}\n}\n`;
     const PATH = programs(temporary(), {
       nft: `cat <<'X'\n${other}${mine}\nX`,
       "iptables-nft-save":

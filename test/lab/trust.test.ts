@@ -255,7 +255,7 @@ test("of two operators at once on one box the second is told of the first, waits
   const [one, two] = await Promise.all([first, second]);
   assert.deepEqual([one.status, two.status], [0, 0], one.text + two.text);
   assert.doesNotMatch(one.text, /waits for an earlier run/);
-  assert.match(two.text, /b1 +waits for an earlier run, process \d+ here/);
+  assert.match(two.text, /b1 +\| waits for an earlier run, process \d+ here/);
   assert.match(await b1.sh("cat /etc/systemd/system/k3s-agent.service"), /operator=two/);
   await t.says(labelled("two"), 0, ["nothing to do"]);
 });
