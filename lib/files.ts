@@ -163,9 +163,9 @@ export function putNew(half: string, file: string): void {
   syncFolder(file);
 }
 
-/** What the system says of a file, as what it means for that. */
+/** What the system says of a file, as what it means for that. Deno has no code for some of it, such as EFBIG. */
 export const unwritten = (file: string, error: unknown): unknown =>
-  (error as NodeJS.ErrnoException).code
+  (error as NodeJS.ErrnoException).code || / \(os error \d+\)$/.test((error as Error).message)
     ? new Unwritten(`${file} could not be written, and is as it was: ${reasonOf(error)}`)
     : error;
 
