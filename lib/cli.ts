@@ -111,8 +111,13 @@ const SIGNALS = { SIGHUP: 1, SIGINT: 2, SIGQUIT: 3, SIGTERM: 15 };
 export async function run(meta: ImportMeta, recipe: Recipe): Promise<void> {
   // import.meta.main is missing in Node 20.
   if (!process.argv[1] || realpathSync(process.argv[1]) !== realpathSync(meta.filename)) return;
+  let ends = false;
   for (const [signal, number] of Object.entries(SIGNALS))
-    process.once(signal, () => {
+    process.on(signal, () => {
+      // make hands a SIGTERM on to a script that has had it with its process group; a second Ctrl-C does not wait.
+      if (ends && signal !== "SIGINT") return;
+      if (ends) process.exit(128 + number);
+      ends = true;
       process.stderr.write(
         "\nInterrupted. A change that was begun ends on its box; run the same again to finish.\n",
       );
