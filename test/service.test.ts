@@ -466,8 +466,8 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
 
   test("has whatever password the cluster has, byte for byte", () => {
     const odd = { ...want, K3S_TOKEN: TOKEN.replace(password, () => ODD) };
-    for (const of of [{ ...odd, K3S_URL: other.K3S_URL }, odd])
-      assert.equal((files(of, fresh).password ?? "").trim(), hash(ODD));
+    for (const settings of [{ ...odd, K3S_URL: other.K3S_URL }, odd])
+      assert.equal((files(settings, fresh).password ?? "").trim(), hash(ODD));
     const joins = wanted({ K3S_VERSION: MODERN, K3S_TOKEN: odd.K3S_TOKEN });
     const plan = agent.plan(joins, fresh);
     const again = agent.plan(joins, healthy(MODERN, filesAfter(agent, joins, plan)));

@@ -307,7 +307,9 @@ run() {
 		status=0
 		(
 			shift 5
-			SYSTEMD_NSPAWN_API_VFS_WRITABLE=network exec systemd-nspawn -q --boot -D "$dir/boxes/$box/root" -M "$box" \
+			# A box that starts has been up for no time, as a machine would; its clocks begin with it.
+			since=$(cut -d. -f1 /proc/uptime)
+			SYSTEMD_NSPAWN_API_VFS_WRITABLE=network exec unshare --time --boottime "-$since" --monotonic "-$since" systemd-nspawn -q --boot -D "$dir/boxes/$box/root" -M "$box" \
 				--register=no --keep-unit --network-namespace-path="/run/netns/$box" --capability=all \
 				--system-call-filter=@known --bind=/dev/net/tun --bind=/dev/kmsg --resolv-conf=off \
 				--link-journal=no --console=pipe "$@"
@@ -336,7 +338,7 @@ leader() {
 # inside.sh enter LAB DIR BOX SCRIPT: as root in the box, without ssh.
 enter() {
 	pid=$(leader "$1")
-	exec nsenter -t "$pid" -m -u -i -n -p -r -w -- env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+	exec nsenter -t "$pid" -m -u -i -n -p -T -r -w -- env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
 		HOME=/root LANG=C.UTF-8 sh -euc "$2"
 }
 

@@ -83,7 +83,7 @@ test("it joins the server in the other cloud on cgroup v1, over kernel WireGuard
   const running = "tr '\\0' ' ' </proc/$(systemctl show k3s-agent -p MainPID --value)/cmdline; k3s --version";
   assert.match(
     await b3.sh(running),
-    /v1\.36\.2\+k3s1.*--kubelet-arg=fail-cgroupv1=false.*\nk3s version v1\.36\.2/,
+    /v1\.36\.2\+k3s1.*--kubelet-arg=fail-cgroupv1=false.*k3s version v1\.36\.2/,
   );
   assert.match(await b3.sh("ip -o -d link show type wireguard"), /flannel-wg: .* wireguard /);
   assert.equal(await b3.sh("pgrep wireguard-go || true"), "");
