@@ -9,7 +9,9 @@ import { flagOf, NAMES, settle } from "../lib/settings.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { program, programs, ROOT, TOKEN, temporary } from "./helpers.ts";
 
-const SCRIPTS = readdirSync(join(ROOT, "scripts")).map((file) => file.replace(/\.ts$/, ""));
+const SCRIPTS = readdirSync(join(ROOT, "scripts"))
+  .filter((file) => file.endsWith(".ts"))
+  .map((file) => file.replace(/\.ts$/, ""));
 
 /** Runs a script where ssh, sudo and every look would leave a trace. */
 async function call(

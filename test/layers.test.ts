@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { join, normalize } from "node:path";
 import { test } from "node:test";
 import { ROOT } from "./helpers.ts";
@@ -125,13 +125,4 @@ test("every file of lib and scripts opens with a comment that says what it is", 
   const opening = /^(#![^\n]*\n)?\/\*\*\s(?:(?!\*\/).)*[.:]\s*\*\/\n(\n|import )/s;
   const without = each((_, text) => opening.test(text)).filter(([, has]) => !has);
   assert.deepEqual(without, []);
-});
-
-test("every file that a document names is there", () => {
-  const documents = readdirSync(ROOT).filter((name) => name.endsWith(".md"));
-  for (const document of documents)
-    for (const [path] of readFileSync(join(ROOT, document), "utf8").matchAll(
-      /(?<![\w/.-])(lib|scripts|test|\.ci)\/[\w./-]*\w/g,
-    ))
-      assert.ok(existsSync(join(ROOT, path)), `${document} names ${path}`);
 });

@@ -63,7 +63,9 @@ test("make help lists every script once: the seven steps in their order, then th
   const [steps, life] = listed.map((group) => group.slice(1).map(([target]) => target));
   const SEVEN = "download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics up";
   assert.deepEqual(steps, SEVEN.split(" "));
-  const scripts = readdirSync(join(ROOT, "scripts")).map((file) => file.replace(/\.ts$/, ""));
+  const scripts = readdirSync(join(ROOT, "scripts"))
+    .filter((file) => file.endsWith(".ts"))
+    .map((file) => file.replace(/\.ts$/, ""));
   assert.deepEqual([...steps, ...(life ?? [])].sort(), scripts.sort());
 });
 
