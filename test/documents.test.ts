@@ -46,3 +46,18 @@ test("every make command of a document is a target of the Makefile", () => {
     ))
       assert.ok(targets.includes(target), `${document} has "make ${target}"`);
 });
+
+test("every message that the manual quotes is one that the scripts have, between its dots", () => {
+  const code = ["lib", "scripts"].flatMap((folder) =>
+    (readdirSync(join(ROOT, folder), { recursive: true }) as string[])
+      .filter((name) => name.endsWith(".ts"))
+      .map((name) => text(join(folder, name))),
+  );
+  for (const document of ["scripts/cluster/README.md", "scripts/cluster/README.zh.md"])
+    for (const [, quoted = ""] of text(document).matchAll(/(?<!\*)\*([^*\s][^*]*)\*(?!\*)/g))
+      for (const part of quoted.split("…").map((part) => part.trim().replace(/\.$/, "").replace(/\s+/g, " ")))
+        assert.ok(
+          code.some((file) => file.includes(part)),
+          `${document} quotes "${part}"`,
+        );
+});
