@@ -1,7 +1,7 @@
 # Works with make 3.81. Settings come from .env (ENV_FILE=… picks another), or as `make agent HOST=b1`.
 # Not STEPS: that is a setting of `make upgrade`, given on make's command line.
 SCRIPTS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
-LIVING := upgrade remove down token backup restore
+LIVING := upgrade remove down token backup restore firewall
 # A switch is NAME=1 or NAME=yes, on make's command line: one that was exported by accident must destroy nothing.
 # DRY and PRINT hold back, and count from there too.
 given = $(if $(filter command,$(origin $1))$(filter DRY PRINT,$1),$($1))
@@ -56,15 +56,17 @@ metrics: fix-metrics
 server agent up upgrade remove down restore: FLAGS += $(call switch,FORCE,--force)
 server agent up: FLAGS += $(call switch,TAKE_OVER,--take-over)
 down: FLAGS += $(call switch,YES,--yes)
-$(SCRIPTS) $(LIVING) up firewall: $(MODULES)
+$(SCRIPTS) up: $(MODULES)
 	@$(TS) scripts/$@.ts $(FLAGS)
+$(LIVING): $(MODULES)
+	@$(TS) scripts/cluster/$@.ts $(FLAGS)
 
 check: $(MODULES)
-	@$(TS) scripts/check.ts $(call switch,JSON,--json) $(call switch,WATCH,--watch)
+	@$(TS) scripts/cluster/check.ts $(call switch,JSON,--json) $(call switch,WATCH,--watch)
 status: $(MODULES)
-	@$(TS) scripts/status.ts
+	@$(TS) scripts/cluster/status.ts
 kubeconfig: $(MODULES)
-	@$(TS) scripts/kubeconfig.ts $(FLAGS) $(call switch,USE,--use)
+	@$(TS) scripts/cluster/kubeconfig.ts $(FLAGS) $(call switch,USE,--use)
 
 ## Rehearsal
 rehearse: $(MODULES) ## a cluster of two clouds inside this Linux machine (root)
@@ -109,4 +111,4 @@ $(DEV): package-lock.json
 	npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig firewall download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench lint format hooks
+.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench lint format hooks

@@ -5,13 +5,12 @@ import { createReadStream, existsSync, readFileSync, realpathSync } from "node:f
 import { hostname } from "node:os";
 import { dirname, join, relative } from "node:path";
 import minimist from "minimist";
-import { configArgs, wrongIn } from "./args.ts";
-import { addressOf, closeAll, open, Unreachable } from "./box.ts";
 import { readEnv, updateEnv } from "./env-file.ts";
 import { noFile, Unwritten } from "./files.ts";
-import { firewall } from "./firewall.ts";
-import type { Ill } from "./journal.ts";
-import { noProxy } from "./node.ts";
+import { configArgs, wrongIn } from "./k3s/args.ts";
+import { noProxy } from "./k3s/config.ts";
+import { firewall } from "./k3s/firewall.ts";
+import type { Ill } from "./k3s/journal.ts";
 import { type Line, plain, report } from "./report.ts";
 import {
   boxNames,
@@ -31,6 +30,7 @@ import {
   words,
 } from "./settings.ts";
 import { sh } from "./sh.ts";
+import { addressOf, closeAll, open, Unreachable } from "./shell.ts";
 import {
   type Change,
   converge,
@@ -102,6 +102,8 @@ export interface Call {
   flags: ReadonlySet<string>;
 }
 
+const PROJECT = join(import.meta.dirname, "..");
+
 const SIGNALS = { SIGHUP: 1, SIGINT: 2, SIGQUIT: 3, SIGTERM: 15 };
 
 /**
@@ -146,10 +148,10 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   const script = /([\w-]+)\.ts$/.exec(meta.filename)?.[1] as string;
   const flags = flagsOf(process.argv.slice(2), switchesOf(recipe));
   if (flags.help) {
-    process.stdout.write(help(script, recipe));
+    process.stdout.write(help(script, relative(PROJECT, meta.filename), recipe));
     return 0;
   }
-  const envFile = envFileBy(process.env.ENV_FILE ?? "", join(dirname(meta.filename), ".."));
+  const envFile = envFileBy(process.env.ENV_FILE ?? "");
   // csh and its like export HOST as this machine's own name.
   const env = { ...process.env, HOST: process.env.HOST === hostname() ? undefined : process.env.HOST };
   const { settings, origins, own } = settle(flags, env, shown(envFile));
@@ -186,12 +188,12 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
 }
 
 /** @throws {SettingError} for a file that was named and is not there, and for what is no file. */
-function envFileBy(named: string, project: string): string {
-  const path = named || join(project, ".env");
+function envFileBy(named: string): string {
+  const path = named || join(PROJECT, ".env");
   const wrong = noFile(path) ?? (named && !existsSync(path) && "not there");
   if (!wrong) return path;
   throw new SettingError(
-    `ENV_FILE is ${quoted(shown(path))}, which is ${wrong}: expected a file with the settings of a cluster${wrong === "not there" ? `; a new one is made by cp ${sh(shown(join(project, "env.example")))} ${sh(shown(path))}` : ""}`,
+    `ENV_FILE is ${quoted(shown(path))}, which is ${wrong}: expected a file with the settings of a cluster${wrong === "not there" ? `; a new one is made by cp ${sh(shown(join(PROJECT, "env.example")))} ${sh(shown(path))}` : ""}`,
   );
 }
 
@@ -270,7 +272,7 @@ function flagsOf(argv: string[], switches: Record<string, string>): Record<strin
 /** A switch as make has it. */
 const switchOf = (flag: string) => flag.toUpperCase().replaceAll("-", "_");
 
-function help(script: string, recipe: Recipe): string {
+function help(script: string, file: string, recipe: Recipe): string {
   const boxes = recipe.work ? (recipe.host ?? "AGENTS") : "HOST";
   const names = NAMES.filter(
     (n) => n === boxes || n === "HOST_KEY" || recipe.steps.some((step) => step.options.includes(n)),
@@ -294,8 +296,8 @@ function help(script: string, recipe: Recipe): string {
       .join("");
   const [first, rare] = [true, false].map((is) => names.filter((n) => FIRST.includes(n) === is));
   return `${wrapped(recipe.about, width)}
-${wrapped(`Usage: make ${script} ${usage.map((word) => `[${word}]`).join(" ")}`, width, 7)}   or: node --import tsx scripts/${script}.ts [flags]
-   or: deno run -A scripts/${script}.ts [flags]
+${wrapped(`Usage: make ${script} ${usage.map((word) => `[${word}]`).join(" ")}`, width, 7)}   or: node --import tsx ${file} [flags]
+   or: deno run -A ${file} [flags]
 
 ${wrapped(`Settings, each a flag, an environment variable or a line of the env file (--${flagOf(names[0] as string)} is ${names[0]}):`, width)}${rows(first ?? [])}
 ${rare?.length ? `Rarely needed:\n${rows(rare)}\n` : ""}Flags:
@@ -639,7 +641,10 @@ async function causes(
 ): Promise<Ill[]> {
   line.says("looks for the cause");
   // Late, for it is rare; and it asks this file for the boxes.
-  const [{ explain }, { meaningOf }] = await Promise.all([import("./cluster.ts"), import("./journal.ts")]);
+  const [{ explain }, { meaningOf }] = await Promise.all([
+    import("./check/survey.ts"),
+    import("./k3s/journal.ts"),
+  ]);
   const role = script === "agent" || script === "annotate" ? "agent" : "server";
   // An upgrade that failed has put back what ran before: only what it said still tells.
   const ills = script === "upgrade" ? [] : await explain(call, box, role, script);

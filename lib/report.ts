@@ -1,6 +1,6 @@
 /** What the operator sees of each box while something runs: a line each, or a spinner where there is one box. */
 import type { Ora } from "ora";
-import type { Ill } from "./journal.ts";
+import type { Ill } from "./k3s/journal.ts";
 import type { Change } from "./step.ts";
 import { redacted } from "./text.ts";
 

@@ -1,8 +1,8 @@
 /** The settings: the table that declares each once, and where a value comes from (flag, environment, env file). */
 import { hostname } from "node:os";
-import { parseArgs, refusedIn, secretIn } from "./args.ts";
 import { readEnv, withValues } from "./env-file.ts";
-import type { Role } from "./k3s.ts";
+import { parseArgs, refusedIn, secretIn } from "./k3s/args.ts";
+import type { Role } from "./k3s/unit.ts";
 import { jsonOf, redacted } from "./text.ts";
 
 /** A setting is wrong: where it came from, what was found, what would be right. Exit status 2, nothing touched. */

@@ -1,8 +1,8 @@
 /** A step: look at a box, plan the changes, apply them, look again. Here is the one place that changes a box. */
 import { randomBytes } from "node:crypto";
-import type { Box } from "./box.ts";
 import { quoted, type SettingName, type Settings } from "./settings.ts";
 import { sh } from "./sh.ts";
+import type { Box } from "./shell.ts";
 
 /** What a box printed about itself: a fact's name and its text. */
 export type Facts = Record<string, string>;

@@ -2,13 +2,13 @@
 /** Step 5 of 7: a healthy k3s agent that has joined the server. Brings the box through steps 1 to 3 too. */
 import { createHash, X509Certificate } from "node:crypto";
 import { run } from "../lib/cli.ts";
-import { firewall } from "../lib/firewall.ts";
-import { foreignFirst } from "../lib/foreign.ts";
-import { ALLOWED, caLook, identityAs, moving, nodeNameOf } from "../lib/identity.ts";
-import { envPath, nodeNameIn, passwordIn, type Role } from "../lib/k3s.ts";
-import { nodesOf } from "../lib/kube.ts";
-import { NODE_SETTINGS, proxyEnv } from "../lib/node.ts";
-import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/service.ts";
+import { NODE_SETTINGS, proxyEnv } from "../lib/k3s/config.ts";
+import { firewall } from "../lib/k3s/firewall.ts";
+import { foreignFirst } from "../lib/k3s/foreign.ts";
+import { ALLOWED, caLook, identityAs, moving, nodeNameOf } from "../lib/k3s/identity.ts";
+import { nodesOf } from "../lib/k3s/nodes.ts";
+import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/k3s/service.ts";
+import { envPath, nodeNameIn, passwordIn, type Role } from "../lib/k3s/unit.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";

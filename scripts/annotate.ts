@@ -1,16 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 6 of 7: every peer reaches this node at its public address. Old k3s is told by an annotation and a restart. */
 import { run } from "../lib/cli.ts";
-import { nodeNameOf } from "../lib/identity.ts";
-import {
-  backendOf,
-  binaryLook,
-  type Generation,
-  interfaceOf,
-  type Role,
-  releaseOf,
-  unitOf,
-} from "../lib/k3s.ts";
+import { nodeNameOf } from "../lib/k3s/identity.ts";
 import {
   addressesOf,
   clusterLook,
@@ -22,8 +13,17 @@ import {
   STANDS,
   silence,
   standing,
-} from "../lib/kube.ts";
-import { oldest, oldestSh, restart, startedAt } from "../lib/service.ts";
+} from "../lib/k3s/nodes.ts";
+import { oldest, oldestSh, restart, startedAt } from "../lib/k3s/service.ts";
+import {
+  backendOf,
+  binaryLook,
+  type Generation,
+  interfaceOf,
+  type Role,
+  releaseOf,
+  unitOf,
+} from "../lib/k3s/unit.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 

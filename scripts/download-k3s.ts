@@ -1,9 +1,9 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 1 of 7: a verified k3s binary at /usr/local/bin/k3s, and kubectl beside it. */
 import { run } from "../lib/cli.ts";
-import { binaryLook, K3S, releaseOf } from "../lib/k3s.ts";
-import { byProxy, IMAGES, PROXY_SETTINGS } from "../lib/node.ts";
-import { foldersLook, install, managersLook, osOf, writable } from "../lib/os.ts";
+import { byProxy, IMAGES, PROXY_SETTINGS } from "../lib/k3s/config.ts";
+import { foldersLook, install, managersLook, osOf, writable } from "../lib/k3s/packages.ts";
+import { binaryLook, K3S, releaseOf } from "../lib/k3s/unit.ts";
 import { type Settings, words } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";

@@ -1,8 +1,8 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 7 of 7: `kubectl top` answers for every node. Runs on the server. */
 import { run } from "../lib/cli.ts";
-import { binaryLook, generationOf } from "../lib/k3s.ts";
-import { clusterLook, KUBECTL, nodesOf } from "../lib/kube.ts";
+import { clusterLook, KUBECTL, nodesOf } from "../lib/k3s/nodes.ts";
+import { binaryLook, generationOf } from "../lib/k3s/unit.ts";
 import { sh, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 

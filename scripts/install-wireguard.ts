@@ -1,9 +1,9 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 3 of 7: WireGuard's tools, its module where the kernel has none, and proof that an interface can be made. */
 import { run } from "../lib/cli.ts";
-import { type Generation, releaseOf } from "../lib/k3s.ts";
-import { byProxy, PROXY_SETTINGS } from "../lib/node.ts";
-import { DEAD, install, isEl7, managersLook, type Os, osOf } from "../lib/os.ts";
+import { byProxy, PROXY_SETTINGS } from "../lib/k3s/config.ts";
+import { DEAD, install, isEl7, managersLook, type Os, osOf } from "../lib/k3s/packages.ts";
+import { type Generation, releaseOf } from "../lib/k3s/unit.ts";
 import { SETTINGS, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";

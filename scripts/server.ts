@@ -1,10 +1,10 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { type Call, run, type Target } from "../lib/cli.ts";
-import { ALLOWED, brief, caIn } from "../lib/identity.ts";
-import { envPath, NO_USER, passwordIn } from "../lib/k3s.ts";
-import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/node.ts";
-import { healthySaying, serviceLook, servicePlan } from "../lib/service.ts";
+import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/k3s/config.ts";
+import { ALLOWED, brief, caIn } from "../lib/k3s/identity.ts";
+import { healthySaying, serviceLook, servicePlan } from "../lib/k3s/service.ts";
+import { envPath, NO_USER, passwordIn } from "../lib/k3s/unit.ts";
 import { boxNames, nameOf, SettingError, type Settings } from "../lib/settings.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
 import { sha256 } from "../lib/text.ts";

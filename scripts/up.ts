@@ -1,7 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** All seven steps on SERVER and all AGENTS, side by side in one process. */
 import * as cli from "../lib/cli.ts";
-import { ALLOWED, casOf } from "../lib/identity.ts";
+import { ALLOWED, casOf } from "../lib/k3s/identity.ts";
 import { report } from "../lib/report.ts";
 import type { Settings } from "../lib/settings.ts";
 import { converge, type Facts, Failure, type Job, look, planAll, type Step } from "../lib/step.ts";

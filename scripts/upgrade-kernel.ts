@@ -1,10 +1,10 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 2 of 7: a kernel that has WireGuard, where the distro's own has none. The only step that restarts a box. */
 import { run } from "../lib/cli.ts";
-import { drainHere, drainLook, uncordonHere } from "../lib/drain.ts";
-import { binaryLook, releaseOf } from "../lib/k3s.ts";
-import { byProxy, PROXY_SETTINGS } from "../lib/node.ts";
-import { isEl7, osOf } from "../lib/os.ts";
+import { byProxy, PROXY_SETTINGS } from "../lib/k3s/config.ts";
+import { drainHere, drainLook, uncordonHere } from "../lib/k3s/drain.ts";
+import { isEl7, osOf } from "../lib/k3s/packages.ts";
+import { binaryLook, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { sh, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";

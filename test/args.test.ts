@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { configArgs, lastOf, parseArgs, refusedIn, secretIn } from "../lib/args.ts";
+import { configArgs, lastOf, parseArgs, refusedIn, secretIn } from "../lib/k3s/args.ts";
 import { fixture } from "./helpers.ts";
 
 describe("arguments", () => {

@@ -5,9 +5,9 @@ import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { createServer, type IncomingMessage } from "node:http";
 import type { AddressInfo } from "node:net";
 import { after, before, describe, test } from "node:test";
-import { ask, clusterOf, tries } from "../lib/cluster.ts";
-import { nodesLook, nodesOf, type PodObject } from "../lib/kube.ts";
-import { isFault, kubelets, made, reasons, unstarted } from "../lib/pods.ts";
+import { isFault, kubelets, made, reasons, unstarted } from "../lib/check/pods.ts";
+import { ask, clusterOf, tries } from "../lib/check/survey.ts";
+import { nodesLook, nodesOf, type PodObject } from "../lib/k3s/nodes.ts";
 import { type Facts, lookScript, reader, whole } from "../lib/step.ts";
 import { lacks, MODERN, member, node, programs, temporary, wanted } from "./helpers.ts";
 

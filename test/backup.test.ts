@@ -3,8 +3,8 @@ import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { Refusal } from "../lib/step.ts";
-import { copied } from "../scripts/backup.ts";
-import { letIn, put, unproven } from "../scripts/restore.ts";
+import { copied } from "../scripts/cluster/backup.ts";
+import { letIn, put, unproven } from "../scripts/cluster/restore.ts";
 import { A1, B1, B2, MODERN, nodes, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const facts = prepared(MODERN, { database: "/var/lib/rancher/k3s/server/db/state.db\n" });

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
-import { addressOf, closeAll, open, reasonOf, Unreachable } from "../lib/box.ts";
+import { addressOf, closeAll, open, reasonOf, Unreachable } from "../lib/shell.ts";
 import { lacks, programs, shell, TOKEN, temporary } from "./helpers.ts";
 
 /** ssh that runs the command here, and writes down its arguments; sudo and id say what a test wants. */

@@ -1,12 +1,12 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { causesOf, clusterOf, type Member, tries } from "../lib/cluster.ts";
-import { diagnose, judge } from "../lib/diagnosis.ts";
-import { MEANT, meaningOf } from "../lib/journal.ts";
+import { diagnose, judge } from "../lib/check/diagnose.ts";
+import { causesOf, clusterOf, type Member, tries } from "../lib/check/survey.ts";
+import { MEANT, meaningOf } from "../lib/k3s/journal.ts";
 import type { Settings } from "../lib/settings.ts";
 import type { Facts } from "../lib/step.ts";
 import { jsonOf } from "../lib/text.ts";
-import { merged, reportOf, verdict } from "../scripts/check.ts";
+import { merged, reportOf, verdict } from "../scripts/cluster/check.ts";
 import {
   A1,
   B1,

@@ -2,16 +2,12 @@ import assert from "node:assert/strict";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
+import { line } from "../lib/check/survey.ts";
 import { type Call, jobFor } from "../lib/cli.ts";
-import { line } from "../lib/cluster.ts";
-import { rangesOf } from "../lib/node.ts";
+import { rangesOf } from "../lib/k3s/config.ts";
 import { flagOf, NAMES, settle } from "../lib/settings.ts";
 import { agentSteps } from "../scripts/agent.ts";
-import { program, programs, ROOT, TOKEN, temporary } from "./helpers.ts";
-
-const SCRIPTS = readdirSync(join(ROOT, "scripts"))
-  .filter((file) => file.endsWith(".ts"))
-  .map((file) => file.replace(/\.ts$/, ""));
+import { fileOf, program, programs, ROOT, SCRIPT_FILES, TOKEN, temporary } from "./helpers.ts";
 
 /** Runs a script where ssh, sudo and every look would leave a trace. */
 async function call(
@@ -28,7 +24,7 @@ async function call(
   const PATH = programs(join(folder, "bin"), { ssh, sudo: spy, id: spy, curl: spy });
   const ENV_FILE = join(folder, ".env");
   writeFileSync(ENV_FILE, envFile ?? "");
-  const ended = await program([`scripts/${script}.ts`, ...args], { PATH, ENV_FILE, ...env });
+  const ended = await program([fileOf(script), ...args], { PATH, ENV_FILE, ...env });
   return {
     ...ended,
     touched: existsSync(trace) ? readFileSync(trace, "utf8") : "",
@@ -52,7 +48,7 @@ describe("--help", { concurrency: 4 }, () => {
   };
   const READ_ONLY = ["check", "kubeconfig", "status"];
   const WHOLE = [...READ_ONLY, "up", "down", "upgrade", "backup"];
-  for (const script of SCRIPTS) {
+  for (const script of Object.keys(SCRIPT_FILES)) {
     const switches = [
       ...(READ_ONLY.includes(script) ? [] : ["dry-run", "print", "reboot"]),
       ...(OWN[script] ?? []),
@@ -83,15 +79,12 @@ describe("--help", { concurrency: 4 }, () => {
   test("is there for each of the seven steps, for all of them, and for living with the cluster", () => {
     const others = ["check", "firewall", "kubeconfig", "status", "up"];
     others.push("upgrade", "remove", "down", "token", "backup", "restore");
-    assert.deepEqual(SCRIPTS.filter((s) => !others.includes(s)).sort(), [
-      "agent",
-      "annotate",
-      "download-k3s",
-      "fix-metrics",
-      "install-wireguard",
-      "server",
-      "upgrade-kernel",
-    ]);
+    assert.deepEqual(
+      Object.keys(SCRIPT_FILES)
+        .filter((s) => !others.includes(s))
+        .sort(),
+      ["agent", "annotate", "download-k3s", "fix-metrics", "install-wireguard", "server", "upgrade-kernel"],
+    );
   });
 });
 

@@ -3,7 +3,7 @@ import { createHash } from "node:crypto";
 import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { foldersLook } from "../lib/os.ts";
+import { foldersLook } from "../lib/k3s/packages.ts";
 import { type Facts, Refusal, type Step } from "../lib/step.ts";
 import { downloadAhead, downloadK3s, hostOf } from "../scripts/download-k3s.ts";
 import { MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { drain, drainHere, uncordon, uncordonHere } from "../lib/drain.ts";
-import { DRAINED, type Node, nodesOf } from "../lib/kube.ts";
+import { drain, drainHere, uncordon, uncordonHere } from "../lib/k3s/drain.ts";
+import { DRAINED, type Node, nodesOf } from "../lib/k3s/nodes.ts";
 import { type Change, type Facts, Refusal } from "../lib/step.ts";
 import {
   A1,

@@ -21,8 +21,8 @@ import { pathToFileURL } from "node:url";
 import { updateEnv } from "../lib/env-file.ts";
 import { temporary as nameIn, noFile, putNew, remove, replaceFile, Unwritten } from "../lib/files.ts";
 import { SettingError } from "../lib/settings.ts";
-import { accessOf, merge } from "../scripts/kubeconfig.ts";
-import { fixture, lacks, programs, ROOT, RUNTIME, temporary } from "./helpers.ts";
+import { accessOf, merge } from "../scripts/cluster/kubeconfig.ts";
+import { fileOf, fixture, lacks, programs, ROOT, RUNTIME, temporary } from "./helpers.ts";
 
 const OLD = `# mine\nA=old\n${"B=".padEnd(4937, "x")}\n`;
 const NEW = OLD.replace("old", "new");
@@ -428,7 +428,7 @@ describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("fl
           const config = join(home, ".kube/config");
           writeFileSync(config, KUBECONFIG);
           const file = join(home, "backup.tar.gz");
-          const words = [`scripts/${script}.ts`, ...(script === "backup" ? ["--backup", file] : [])];
+          const words = [fileOf(script), ...(script === "backup" ? ["--backup", file] : [])];
           const { child, ended } = start(words, { ...env, HOLD: hold });
           await until(() => existsSync(join(box, "held")));
           const ssh = Number(readFileSync(join(box, "calls"), "utf8").trim().split("\n").at(-1));
@@ -504,12 +504,12 @@ await run(import.meta, { about: "", steps: [], work: async (call) => {
 
   test("by a reader that has read enough says nothing of it, and closes its connections", async () => {
     const { box, home, env } = cluster();
-    const { child, ended } = start(["scripts/kubeconfig.ts", "--help"], env);
+    const { child, ended } = start(["scripts/cluster/kubeconfig.ts", "--help"], env);
     child.stdout.destroy();
     const { status, text } = await ended;
     assert.ok(status === 141 || status === 0, `${status}: ${text}`);
     assert.equal(text, "");
-    const run = start(["scripts/backup.ts"], { ...env, HOLD: "4" });
+    const run = start(["scripts/cluster/backup.ts"], { ...env, HOLD: "4" });
     await until(() => existsSync(join(box, "held")));
     run.child.stdout.destroy();
     run.child.stderr.destroy();
@@ -556,7 +556,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
           `K3S_URL=https://203.0.113.77:6443\nK3S_TOKEN=K10${"0".repeat(64)}::server:x\n`,
         );
       const before = textsIn2(home);
-      const { status, text } = await start([`scripts/${script}.ts`], env, "0").ended;
+      const { status, text } = await start([fileOf(script)], env, "0").ended;
       count(place, "disk full");
       assert.equal(status, 2, `${script}: ${text}`);
       assert.match(text, new RegExp(`: ${TOO_LARGE}\n$`), script);
@@ -571,7 +571,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
     const config = join(home, ".kube/config");
     const text = `${KUBECONFIG}${"# mine\n".repeat(1000)}`;
     writeFileSync(config, text);
-    const merging = await start(["scripts/kubeconfig.ts"], env, "4").ended;
+    const merging = await start(["scripts/cluster/kubeconfig.ts"], env, "4").ended;
     count("kubeconfig and its copy", "disk full");
     assert.equal(merging.status, 1, merging.text);
     assert.match(
@@ -579,8 +579,11 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
       new RegExp(`FAILED after .*/\\.kube/config\\S* could not be written, and is as it was: ${TOO_LARGE}\n`),
     );
     assert.deepEqual(textsIn(join(home, ".kube")), { config: text });
-    const backup = await start(["scripts/backup.ts", "--backup", join(home, "b.tar.gz")], { ...env }, "1")
-      .ended;
+    const backup = await start(
+      ["scripts/cluster/backup.ts", "--backup", join(home, "b.tar.gz")],
+      { ...env },
+      "1",
+    ).ended;
     count("backup", "disk full");
     assert.notEqual(backup.status, 0, backup.text);
     assert.ok(!readdirSync(home).some((name) => name === "b.tar.gz" || name.startsWith(".k3s-")));
@@ -603,7 +606,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
         const path = join(home, "odd");
         make(path);
         const { mode, ino } = lstatSync(path);
-        const { status, text } = await start([`scripts/${script}.ts`], { ...env, ...given(path) }).ended;
+        const { status, text } = await start([fileOf(script)], { ...env, ...given(path) }).ended;
         count(place, "no file");
         assert.equal(status, 2, text);
         assert.match(text, place === "backup" ? /that is there already/ : new RegExp(` is ${says}`));
@@ -623,7 +626,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
       const pipe = join(home, "odd");
       spawnSync("mkfifo", [pipe]);
       const given = words.map((word) => word.replace("PIPE", pipe));
-      const { status, text } = await start([`scripts/${script}.ts`, ...given], env).ended;
+      const { status, text } = await start([fileOf(script), ...given], env).ended;
       count("(what is read)", "no file");
       assert.equal(status, 2, text);
       assert.match(text, /^(BACKUP|K3S_CONFIG|K3S_BIN) is ".*odd", which is a pipe: expected a file\n$/);
@@ -662,7 +665,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
       const { home, env } = cluster();
       const path = join(home, folder);
       if (!folder.includes("/")) mkdirSync(path);
-      const { status, text } = await start(["scripts/kubeconfig.ts"], { ...env, TMPDIR: path }).ended;
+      const { status, text } = await start(["scripts/cluster/kubeconfig.ts"], { ...env, TMPDIR: path }).ended;
       assert.equal(status, 0, text);
       assert.doesNotMatch(text, /FAILED/);
     });

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import * as firewall from "../lib/firewall.ts";
+import * as firewall from "../lib/k3s/firewall.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
 import { fixture, look, programs, shell, temporary, wanted } from "./helpers.ts";
 
@@ -207,6 +207,17 @@ describe("rules are judged in their order, up to the first that decides", () => 
       "iptables-legacy, whose rules nft does not show",
       { ...BOX, "iptables-legacy": filter("ACCEPT", REJECT), iploaded: "filter\n" },
       [/^iptables-legacy INPUT drops/],
+    ],
+    [
+      "a chain that nft has added to a table of iptables', which leaves it out (iptables 1.8.9)",
+      {
+        ...BOX,
+        iptables: "*raw\n:PREROUTING ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\nCOMMIT\n",
+        ruleset:
+          "table ip raw {\n\tchain pre {\n\t\ttype filter hook prerouting priority raw; policy accept;\n\t\tudp dport 51820 drop\n\t}\n}",
+      },
+      [/^nft ip raw pre drops 51820\/udp/],
+      /no rule of ours comes before that/,
     ],
     [
       "legacy tables that nothing shows",

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { existsSync, mkdirSync, writeFileSync } from "node:fs";
 import { dirname } from "node:path";
 import { describe, test } from "node:test";
-import { meaningOf } from "../lib/journal.ts";
+import { meaningOf } from "../lib/k3s/journal.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
 import { fixMetrics, withArguments } from "../scripts/fix-metrics.ts";
 import {

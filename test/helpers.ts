@@ -1,16 +1,26 @@
 import { spawn, spawnSync } from "node:child_process";
-import { chmodSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { chmodSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import type { Member } from "../lib/cluster.ts";
-import { interfaceOf, type Role, unitOf, unitPath } from "../lib/k3s.ts";
+import type { Member } from "../lib/check/survey.ts";
+import { interfaceOf, type Role, unitOf, unitPath } from "../lib/k3s/unit.ts";
 import { SETTINGS, SettingError, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, lookScript, Refusal, reader, type Step, whole } from "../lib/step.ts";
 
 export const ROOT = join(import.meta.dirname, "..");
+
+/** Each script's file by its name. */
+export const SCRIPT_FILES: Record<string, string> = Object.fromEntries(
+  ["scripts", "scripts/cluster"].flatMap((folder) =>
+    readdirSync(join(ROOT, folder))
+      .filter((name) => name.endsWith(".ts"))
+      .map((name) => [name.replace(/\.ts$/, ""), `${folder}/${name}`]),
+  ),
+);
+export const fileOf = (script: string): string => SCRIPT_FILES[script] as string;
 export const OLD = "v1.17.6+k3s1";
 export const MODERN = "v1.36.2+k3s1";
 export const TOKEN = `K10${"ab".repeat(32)}::server:${"0123456789abcdef".repeat(2)}`;

@@ -9,14 +9,13 @@ import { chmodSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import fc from "fast-check";
-import { BEGIN, type Box, closeAll, open, Unreachable } from "../lib/box.ts";
-import { clusterOf, type Member, tries } from "../lib/cluster.ts";
-import { diagnose } from "../lib/diagnosis.ts";
-import { drainedOn, uncordonedOn } from "../lib/drain.ts";
-import { closeAgain, closeLook, firewall } from "../lib/firewall.ts";
-import { releaseOf } from "../lib/k3s.ts";
-import { nodesOf } from "../lib/kube.ts";
-import { rangesOf } from "../lib/node.ts";
+import { diagnose } from "../lib/check/diagnose.ts";
+import { clusterOf, type Member, tries } from "../lib/check/survey.ts";
+import { rangesOf } from "../lib/k3s/config.ts";
+import { drainedOn, uncordonedOn } from "../lib/k3s/drain.ts";
+import { closeAgain, closeLook, firewall } from "../lib/k3s/firewall.ts";
+import { nodesOf } from "../lib/k3s/nodes.ts";
+import { releaseOf } from "../lib/k3s/unit.ts";
 import { plain } from "../lib/report.ts";
 import {
   flagOf,
@@ -28,6 +27,7 @@ import {
   settle,
 } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
+import { BEGIN, type Box, closeAll, open, Unreachable } from "../lib/shell.ts";
 import {
   type Change,
   type Facts,
@@ -40,13 +40,13 @@ import {
 } from "../lib/step.ts";
 import { rewrite } from "../lib/text.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
-import { reportOf } from "../scripts/check.ts";
+import { reportOf } from "../scripts/cluster/check.ts";
+import { forgotten, uninstall } from "../scripts/cluster/remove.ts";
+import { statusOf } from "../scripts/cluster/status.ts";
+import { token } from "../scripts/cluster/token.ts";
 import { downloadAhead, downloadK3s } from "../scripts/download-k3s.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
-import { forgotten, uninstall } from "../scripts/remove.ts";
 import { serverSteps } from "../scripts/server.ts";
-import { statusOf } from "../scripts/status.ts";
-import { token } from "../scripts/token.ts";
 import {
   A1,
   B1,

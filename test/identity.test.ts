@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { clusterOf } from "../lib/cluster.ts";
-import { diagnose } from "../lib/diagnosis.ts";
+import { diagnose } from "../lib/check/diagnose.ts";
+import { clusterOf } from "../lib/check/survey.ts";
 import {
   argumentsIn,
   caIn,
@@ -14,14 +14,14 @@ import {
   nodeOf,
   unitsLook,
   whoIs,
-} from "../lib/identity.ts";
-import { argsOf, MARK } from "../lib/k3s.ts";
-import { nodesOf } from "../lib/kube.ts";
+} from "../lib/k3s/identity.ts";
+import { nodesOf } from "../lib/k3s/nodes.ts";
+import { argsOf, MARK } from "../lib/k3s/unit.ts";
 import { type Facts, planAll, Refusal } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
-import { examine } from "../scripts/remove.ts";
+import { examine } from "../scripts/cluster/remove.ts";
+import { token } from "../scripts/cluster/token.ts";
 import { server, serverSteps } from "../scripts/server.ts";
-import { token } from "../scripts/token.ts";
 import {
   A1,
   B1,

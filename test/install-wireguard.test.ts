@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { readdirSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { install, type Manager, osOf } from "../lib/os.ts";
+import { install, type Manager, osOf } from "../lib/k3s/packages.ts";
 import { sh } from "../lib/sh.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
 import { installWireguard } from "../scripts/install-wireguard.ts";

@@ -1,11 +1,10 @@
 import assert from "node:assert/strict";
 import { mkdirSync, writeFileSync } from "node:fs";
 import { describe, test } from "node:test";
-import { nodeNameOf } from "../lib/identity.ts";
-import { argsOf, type Generation, generationOf, releaseOf, unitOf, unitText } from "../lib/k3s.ts";
-
-import { DRAINED, nodesLook, nodesOf, overload, peersOf, silence } from "../lib/kube.ts";
-import { ailments, onCard } from "../lib/service.ts";
+import { nodeNameOf } from "../lib/k3s/identity.ts";
+import { DRAINED, nodesLook, nodesOf, overload, peersOf, silence } from "../lib/k3s/nodes.ts";
+import { ailments, onCard } from "../lib/k3s/service.ts";
+import { argsOf, type Generation, generationOf, releaseOf, unitOf, unitText } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { diff } from "../lib/text.ts";
 import { annotate } from "../scripts/annotate.ts";

@@ -2,8 +2,8 @@ import assert from "node:assert/strict";
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { K3S } from "../lib/k3s.ts";
-import { KUBECTL } from "../lib/kube.ts";
+import { KUBECTL } from "../lib/k3s/nodes.ts";
+import { K3S } from "../lib/k3s/unit.ts";
 import { programs, shell, temporary } from "./helpers.ts";
 
 describe("a box asks the cluster", () => {

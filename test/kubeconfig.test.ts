@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { SettingError } from "../lib/settings.ts";
 import { Failure } from "../lib/step.ts";
-import { accessOf, merge, withAccess } from "../scripts/kubeconfig.ts";
+import { accessOf, merge, withAccess } from "../scripts/cluster/kubeconfig.ts";
 import { fixture, IP, temporary } from "./helpers.ts";
 
 /** /etc/rancher/k3s/k3s.yaml in the form of k3s v1.36.3, with keys made for this. */

@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { forMake } from "../lib/cli.ts";
 import { NAMES } from "../lib/settings.ts";
-import { programs, ROOT, temporary } from "./helpers.ts";
+import { fileOf, programs, ROOT, SCRIPT_FILES, temporary } from "./helpers.ts";
 
 const MAKE = execFileSync("sh", ["-c", "command -v make"], { encoding: "utf8" }).trim();
 
@@ -21,12 +21,12 @@ describe("make runs the scripts", () => {
   test("by a node that strips types", () => {
     assert.equal(
       runs({ node: "echo strip", deno: "" }, "status"),
-      "node --disable-warning=ExperimentalWarning scripts/status.ts",
+      "node --disable-warning=ExperimentalWarning scripts/cluster/status.ts",
     );
   });
 
   test("by an older node with tsx", () => {
-    assert.equal(runs({ node: "echo", deno: "" }, "status"), "node --import tsx scripts/status.ts");
+    assert.equal(runs({ node: "echo", deno: "" }, "status"), "node --import tsx scripts/cluster/status.ts");
   });
 
   test("by Deno where there is no node, and then asks npm for nothing", () => {
@@ -36,7 +36,7 @@ describe("make runs the scripts", () => {
   test("with the flags that its variables stand for", () => {
     assert.equal(
       runs({ deno: "" }, "remove", "HOST=b1", "DRY=1", "FORCE=1"),
-      "deno run -A scripts/remove.ts --dry-run --force",
+      "deno run -A scripts/cluster/remove.ts --dry-run --force",
     );
   });
 });
@@ -63,10 +63,7 @@ test("make help lists every script once: the seven steps in their order, then th
   const [steps, life] = listed.map((group) => group.slice(1).map(([target]) => target));
   const SEVEN = "download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics up";
   assert.deepEqual(steps, SEVEN.split(" "));
-  const scripts = readdirSync(join(ROOT, "scripts"))
-    .filter((file) => file.endsWith(".ts"))
-    .map((file) => file.replace(/\.ts$/, ""));
-  assert.deepEqual([...steps, ...(life ?? [])].sort(), scripts.sort());
+  assert.deepEqual([...steps, ...(life ?? [])].sort(), Object.keys(SCRIPT_FILES).sort());
 });
 
 const USUAL = { PATH: process.env.PATH as string };
@@ -103,7 +100,7 @@ describe("a switch", () => {
     USE: ["kubeconfig", "--use"],
   };
   for (const [name, [target, flag]] of Object.entries(SWITCHES)) {
-    const plain = `deno run -A scripts/${target}.ts`;
+    const plain = `deno run -A ${fileOf(target)}`;
     test(`${name} is 1 or yes; every other word is refused, and nothing runs`, () => {
       for (const word of ["1", "yes"])
         assert.equal(make(["-n", target, `${name}=${word}`]).stdout, `${plain} ${flag}`);
@@ -127,7 +124,10 @@ describe("a switch", () => {
   }
 
   test("is not asked for a dry run of what has none: kubeconfig says so", () =>
-    assert.equal(make(["-n", "kubeconfig", "DRY=1"]).stdout, "deno run -A scripts/kubeconfig.ts --dry-run"));
+    assert.equal(
+      make(["-n", "kubeconfig", "DRY=1"]).stdout,
+      "deno run -A scripts/cluster/kubeconfig.ts --dry-run",
+    ));
 });
 
 const HARD = [

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { labelsPlan, noProxy } from "../lib/node.ts";
+import { labelsPlan, noProxy } from "../lib/k3s/config.ts";
 import type { Settings } from "../lib/settings.ts";
 import type { Facts, Step } from "../lib/step.ts";
 import { agent } from "../scripts/agent.ts";

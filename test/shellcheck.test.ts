@@ -1,21 +1,21 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { ask, clusterOf, LOOKS, tries } from "../lib/cluster.ts";
-import { drainedOn } from "../lib/drain.ts";
-import { closeAgain, firewallLook, firewallPlan, scriptText } from "../lib/firewall.ts";
-import { DRAINED } from "../lib/kube.ts";
-import { kubelets, made, type Pod, paths } from "../lib/pods.ts";
+import { kubelets, made, type Pod, paths } from "../lib/check/pods.ts";
+import { ask, clusterOf, LOOKS, tries } from "../lib/check/survey.ts";
+import { drainedOn } from "../lib/k3s/drain.ts";
+import { closeAgain, firewallLook, firewallPlan, scriptText } from "../lib/k3s/firewall.ts";
+import { DRAINED } from "../lib/k3s/nodes.ts";
 import { applyScript, type Facts, lookScript, printed, type Step, whole } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
-import { cleared, copied } from "../scripts/backup.ts";
+import { cleared, copied } from "../scripts/cluster/backup.ts";
+import { forgotten, uninstall } from "../scripts/cluster/remove.ts";
+import { put, unproven } from "../scripts/cluster/restore.ts";
+import { MORE } from "../scripts/cluster/status.ts";
+import { token } from "../scripts/cluster/token.ts";
+import { stepsFor } from "../scripts/cluster/upgrade.ts";
 import { downloadAhead } from "../scripts/download-k3s.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
-import { forgotten, uninstall } from "../scripts/remove.ts";
-import { put, unproven } from "../scripts/restore.ts";
 import { serverSteps } from "../scripts/server.ts";
-import { MORE } from "../scripts/status.ts";
-import { token } from "../scripts/token.ts";
-import { stepsFor } from "../scripts/upgrade.ts";
 import {
   A1,
   B1,

@@ -15,7 +15,7 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { API } from "../lib/kube.ts";
+import { API } from "../lib/k3s/nodes.ts";
 import { lacks, shell } from "./helpers.ts";
 import { cgroupFault, kubeletFault, parseToken } from "./stand-in/agent.ts";
 import {

@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { clusterOf } from "../lib/cluster.ts";
+import { clusterOf } from "../lib/check/survey.ts";
 import type { Facts } from "../lib/step.ts";
-import { statusOf } from "../scripts/status.ts";
+import { statusOf } from "../scripts/cluster/status.ts";
 import { A1, B1, B2, figures, MODERN, member, type NodeSpec, nodes } from "./helpers.ts";
 
 const PODS = `kube-system   coredns-1   1/1   Running     0             5d

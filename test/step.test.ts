@@ -2,8 +2,8 @@ import assert from "node:assert/strict";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { type Box, Unreachable } from "../lib/box.ts";
 import { sh } from "../lib/sh.ts";
+import { type Box, Unreachable } from "../lib/shell.ts";
 import {
   applyScript,
   type Change,

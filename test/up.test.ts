@@ -12,6 +12,7 @@ import {
   B1,
   B2,
   box,
+  fileOf,
   filesAfter,
   fixture,
   healthy,
@@ -63,7 +64,7 @@ async function run(script: string, args: string[], envFile: string, boxes: Recor
   for (const [name, facts] of Object.entries(boxes)) writeFileSync(join(folder, name), file(facts));
   const ENV_FILE = join(folder, ".env");
   writeFileSync(ENV_FILE, envFile);
-  const ended = await program([`scripts/${script}.ts`, ...args], { PATH, ENV_FILE, BOXES: folder });
+  const ended = await program([fileOf(script), ...args], { PATH, ENV_FILE, BOXES: folder });
   return { ...ended, env: readFileSync(ENV_FILE, "utf8") };
 }
 

@@ -9,7 +9,7 @@ import { cpus } from "node:os";
 import { join } from "node:path";
 import { type Lab, up } from "../lab/lab.ts";
 
-const CHECK = "node --import tsx scripts/check.ts --json";
+const CHECK = "node --import tsx scripts/cluster/check.ts --json";
 const FEW = ["a1", "b1", "b2"];
 const MANY = ["a", "b"].flatMap((cloud) => Array.from({ length: 10 }, (_, i) => `${cloud}${i + 1}`));
 const ROUNDS = 3;

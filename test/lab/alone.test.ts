@@ -4,6 +4,7 @@
  */
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
+import { fileOf } from "../helpers.ts";
 import {
   type Bench,
   bench,
@@ -92,7 +93,7 @@ describe("each script alone", { concurrency: true }, () => {
         for (const name of ON_B1)
           await step("b1", name, (flags) => {
             const own = /agent|annotate|kernel/.test(name) ? `--public-ip ${ip}` : "";
-            return onBox("b1", `scripts/${name}.ts ${own} ${flags}`);
+            return onBox("b1", `${fileOf(name)} ${own} ${flags}`);
           });
         await connected([t.box("a1"), t.box("b1")]);
       });
@@ -103,7 +104,7 @@ describe("each script alone", { concurrency: true }, () => {
         const before = await state(t.box("a1"));
         for (const name of ON_A1) {
           const own = /server|annotate|kernel/.test(name) ? "--public-ip 198.51.100.11" : "";
-          await t.says(onBox("a1", `scripts/${name}.ts ${own}`), 0, [NOTHING[name] as string]);
+          await t.says(onBox("a1", `${fileOf(name)} ${own}`), 0, [NOTHING[name] as string]);
         }
         // server has learned what it always learns, and has put it into the box's own env file.
         const lines = (text: string) => text.split("\n").filter((line) => !/k3s-across-clouds/.test(line));

@@ -12,6 +12,7 @@ import { after, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parse } from "dotenv";
 import { sh } from "../../lib/sh.ts";
+import { fileOf } from "../helpers.ts";
 import type { Box, Light } from "./lab.ts";
 import { bench, connected, hangUp, MODERN, nodes, OLD, release } from "./suite.ts";
 
@@ -237,7 +238,7 @@ const operator = (pair: Pair) => ({
 });
 /** By the lab's node, which strips types itself: hundreds of runs wait for it. */
 const script = (name: string, box?: Box) =>
-  `${t.lab.dir}/stand-in/node --no-warnings scripts/${name}.ts${box ? ` --host ${box.name}` : ""}`;
+  `${t.lab.dir}/stand-in/node --no-warnings ${fileOf(name)}${box ? ` --host ${box.name}` : ""}`;
 const commandOf = (group: Group, { b }: Pair) => script(group.script, group.whole ? undefined : b);
 
 /** For all that uses the network and settles in some seconds. */

@@ -1,7 +1,7 @@
 /** make firewall on boxes with firewalld, with ufw and with nft rules that drop: the nodes pass, the world does not, ssh stays. */
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
-import { closeAgain } from "../../lib/firewall.ts";
+import { closeAgain } from "../../lib/k3s/firewall.ts";
 import type { Box } from "./lab.ts";
 import { type Backend, compared, dice, iptablesText, nftText, SET_UP, tried } from "./packets.ts";
 import { type Bench, bench, connected, state } from "./suite.ts";

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { nodesOf } from "../../lib/kube.ts";
+import { nodesOf } from "../../lib/k3s/nodes.ts";
 import { fixture } from "../helpers.ts";
 import type { Box } from "./lab.ts";
 import { bench, connected, script } from "./suite.ts";

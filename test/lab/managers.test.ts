@@ -7,7 +7,7 @@ import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { before, describe, test } from "node:test";
 import { $ as zx } from "zx";
-import { osOf } from "../../lib/os.ts";
+import { osOf } from "../../lib/k3s/packages.ts";
 import { packages } from "../../scripts/install-wireguard.ts";
 import { fixture, programs, shell, temporary, wanted } from "../helpers.ts";
 

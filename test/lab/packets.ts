@@ -1,7 +1,7 @@
-/** Rules in the kernel of a network namespace, and packets sent at them: what lib/rules.ts says of them must be so. */
+/** Rules in the kernel of a network namespace, and packets sent at them: what lib/k3s/rules.ts says of them must be so. */
 import assert from "node:assert/strict";
-import { firewallLook } from "../../lib/firewall.ts";
-import { ends, iptables, nft, type Packet } from "../../lib/rules.ts";
+import { firewallLook } from "../../lib/k3s/firewall.ts";
+import { ends, iptables, nft, type Packet } from "../../lib/k3s/rules.ts";
 
 export type Backend = "nft" | "iptables-nft" | "iptables-legacy";
 

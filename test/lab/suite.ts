@@ -6,6 +6,7 @@ import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { parse } from "dotenv";
 import { sh } from "../../lib/sh.ts";
+import { fileOf } from "../helpers.ts";
 import { standIn } from "../stand-in/pack.ts";
 import { type Box, type Cloud, down, type Lab, type LabSpec, type Run, up } from "./lab.ts";
 
@@ -148,7 +149,7 @@ cat "$log"`,
 }
 
 /** The script as a program, for its exit status: make answers 2 whatever went wrong. */
-export const script = (name: string, flags = "") => `node --import tsx scripts/${name}.ts ${flags}`;
+export const script = (name: string, flags = "") => `node --import tsx ${fileOf(name)} ${flags}`;
 
 /** Remote commands and logins that the boxes' sshd saw while `part` ran, by box. */
 export async function trips(boxes: Box[], part: () => Promise<unknown>) {

@@ -1,10 +1,11 @@
 /** Who learns what: secrets in files, in lists of processes and in output; ports that answer; host keys; two operators at once. */
 import assert from "node:assert/strict";
-import { readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { sh } from "../../lib/sh.ts";
+import { SCRIPT_FILES } from "../helpers.ts";
 import type { Box } from "./lab.ts";
 import { bench, hangUp, holdRestarts, MODERN, OLD, routerRule, script } from "./suite.ts";
 
@@ -100,11 +101,10 @@ const answering = async (box: Box, ports: string[] = []) => {
   return out.trim().split("\n").filter(Boolean).sort();
 };
 
-/** SECURITY.md's table: ports of a box's role in a release, and those among them that are for more than the nodes. */
+/** The README's table: ports of a box's role in a release, and those among them that are for more than the nodes. */
 function promised(role: "servers" | "agents", version: string) {
   const [, table = ""] =
-    /^\| port \| on \| from \| why \|\n\|[-|]+\n((?:\|.*\n)+)/m.exec(readFileSync("SECURITY.md", "utf8")) ??
-    [];
+    /^\| port \| on \| from \| why \|\n\|[-|]+\n((?:\|.*\n)+)/m.exec(readFileSync("README.md", "utf8")) ?? [];
   const rows = table
     .trim()
     .split("\n")
@@ -166,7 +166,7 @@ for (const version of [OLD, MODERN])
       for (const file of [".env", ".kube/config"]) assert(out.includes(`600 ${file}\n`), out);
     });
 
-    test("answers at the ports of the table in SECURITY.md, and after make firewall to the world at ssh alone", async () => {
+    test("answers at the ports of the README's table, and after make firewall to the world at ssh alone", async () => {
       await open(async () => {
         const before = await Promise.all([a1, b1].map((box) => answering(box)));
         const [server, agent] = [promised("servers", version), promised("agents", version)];
@@ -197,9 +197,7 @@ test("no script shows a secret in any of its modes, nor when it fails", async ()
     "up",
     "upgrade",
   ];
-  const names = readdirSync("scripts")
-    .filter((file) => file.endsWith(".ts"))
-    .map((file) => file.replace(/\.ts$/, ""));
+  const names = Object.keys(SCRIPT_FILES);
   settings(MODERN, {
     AGENT_ARGS: "--node-label=mode=yes",
     HTTPS_PROXY: "http://k3s:hunter2-other@203.0.113.82:3128",

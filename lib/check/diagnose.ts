@@ -1,9 +1,10 @@
 /** From what the boxes of a cluster said to what is wrong and what to do: pure. */
-import type { Cluster, Seen } from "./cluster.ts";
-import { type Ill, meaningOf } from "./journal.ts";
-import { generationOf, unitOf } from "./k3s.ts";
-import { FRESH, type Node, overload, peerOf, standing } from "./kube.ts";
-import { publicIp } from "./settings.ts";
+
+import { type Ill, meaningOf } from "../k3s/journal.ts";
+import { FRESH, type Node, overload, peerOf, standing } from "../k3s/nodes.ts";
+import { generationOf, unitOf } from "../k3s/unit.ts";
+import { publicIp } from "../settings.ts";
+import type { Cluster, Seen } from "./survey.ts";
 
 /** Clocks may differ so much, in seconds: NTP keeps them within one. */
 const APART = 5;

@@ -2,12 +2,12 @@
  * Pods to try the data path with: one a node, of the image that every node has for its pods' sandboxes, and
  * gone again afterwards. What is sent in their name is sent by the box's own tools in the pod's network.
  */
-import { type Call, jobFor } from "./cli.ts";
-import { ask, type Cluster, few, line, type Member, patience, type Seen } from "./cluster.ts";
-import { TURN } from "./diagnosis.ts";
-import { API, CURL, itemsOf, type Load, overload, type PodObject, words } from "./kube.ts";
-import { sh } from "./sh.ts";
-import { look } from "./step.ts";
+import { type Call, jobFor } from "../cli.ts";
+import { API, CURL, itemsOf, type Load, overload, type PodObject, words } from "../k3s/nodes.ts";
+import { sh } from "../sh.ts";
+import { look } from "../step.ts";
+import { TURN } from "./diagnose.ts";
+import { ask, type Cluster, few, line, type Member, patience, type Seen } from "./survey.ts";
 
 const LABEL = "k3s-across-clouds-check";
 /** How long pods may take until they run, in seconds: an image may have to be fetched. */

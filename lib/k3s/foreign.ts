@@ -1,10 +1,11 @@
 /** What stands in k3s's way on a box and is not ours: ports that something else has, config files of somebody else. */
+
+import { boxNames, check, SettingError, type Settings } from "../settings.ts";
+import { type Facts, Refusal, type Step } from "../step.ts";
 import { configArgs, wrongIn } from "./args.ts";
+import { CONFIG, rangesOf } from "./config.ts";
 import { nodeNameOf } from "./identity.ts";
-import { type Role, releaseOf } from "./k3s.ts";
-import { CONFIG, rangesOf } from "./node.ts";
-import { boxNames, check, SettingError, type Settings } from "./settings.ts";
-import { type Facts, Refusal, type Step } from "./step.ts";
+import { type Role, releaseOf } from "./unit.ts";
 
 const FOLDER = "/etc/rancher/k3s";
 

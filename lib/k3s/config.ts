@@ -1,11 +1,12 @@
 /** What settings make of a node beside its unit: its labels and taints, and files of /etc/rancher/k3s. */
+
+import { type Settings, words } from "../settings.ts";
+import { sh, writeFile } from "../sh.ts";
+import { type Change, type Facts, Refusal } from "../step.ts";
+import { rewrite, sha256 } from "../text.ts";
 import { lastOf, parseArgs } from "./args.ts";
-import type { Generation, Role } from "./k3s.ts";
-import { KUBECTL, nodesOf } from "./kube.ts";
-import { type Settings, words } from "./settings.ts";
-import { sh, writeFile } from "./sh.ts";
-import { type Change, type Facts, Refusal } from "./step.ts";
-import { rewrite, sha256 } from "./text.ts";
+import { KUBECTL, nodesOf } from "./nodes.ts";
+import type { Generation, Role } from "./unit.ts";
 
 export const PROXY_SETTINGS = ["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"] as const;
 export const NODE_SETTINGS = [

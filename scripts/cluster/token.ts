@@ -1,13 +1,13 @@
 #!/usr/bin/env -S node --import tsx
 /** Rotates the cluster's token: whoever knew the old one can join no more; nodes that have joined go on running. */
-import { parseArgs } from "../lib/args.ts";
-import { run } from "../lib/cli.ts";
-import { configsLook, foreignArgs } from "../lib/foreign.ts";
-import { brief, caIn, nodeNameOf } from "../lib/identity.ts";
-import { binaryLook, generationOf, K3S, NO_USER } from "../lib/k3s.ts";
-import { restart } from "../lib/service.ts";
-import { type Change, Refusal, type Step } from "../lib/step.ts";
-import { isFurther, KEEP_PASSWORD, password, passwordLook } from "./server.ts";
+import { run } from "../../lib/cli.ts";
+import { parseArgs } from "../../lib/k3s/args.ts";
+import { configsLook, foreignArgs } from "../../lib/k3s/foreign.ts";
+import { brief, caIn, nodeNameOf } from "../../lib/k3s/identity.ts";
+import { restart } from "../../lib/k3s/service.ts";
+import { binaryLook, generationOf, K3S, NO_USER } from "../../lib/k3s/unit.ts";
+import { type Change, Refusal, type Step } from "../../lib/step.ts";
+import { isFurther, KEEP_PASSWORD, password, passwordLook } from "../server.ts";
 
 const SERVER = "/var/lib/rancher/k3s/server";
 

@@ -2,14 +2,14 @@
 /** The whole cluster in one look, and what is wrong with it. Changes nothing. */
 import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
-import * as cli from "../lib/cli.ts";
-import { ask, type Cluster, clusterOf, examine, listed, type Seen } from "../lib/cluster.ts";
-import { judge, TOP } from "../lib/diagnosis.ts";
-import type { Ill } from "../lib/journal.ts";
-import { FRESH, overload, peerOf, standing } from "../lib/kube.ts";
-import { tryPods } from "../lib/pods.ts";
-import { plain } from "../lib/report.ts";
-import { jsonOf, redacted } from "../lib/text.ts";
+import { judge, TOP } from "../../lib/check/diagnose.ts";
+import { tryPods } from "../../lib/check/pods.ts";
+import { ask, type Cluster, clusterOf, examine, listed, type Seen } from "../../lib/check/survey.ts";
+import * as cli from "../../lib/cli.ts";
+import type { Ill } from "../../lib/k3s/journal.ts";
+import { FRESH, overload, peerOf, standing } from "../../lib/k3s/nodes.ts";
+import { plain } from "../../lib/report.ts";
+import { jsonOf, redacted } from "../../lib/text.ts";
 
 /** With --watch, seconds between two looks. */
 const PAUSE = 5;

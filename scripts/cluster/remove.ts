@@ -1,10 +1,11 @@
 #!/usr/bin/env -S node --import tsx
 /** Takes boxes out of the cluster: pods go elsewhere, k3s goes from the box, and the cluster forgets its node. */
-import { Unreachable } from "../lib/box.ts";
-import * as cli from "../lib/cli.ts";
-import { ask } from "../lib/cluster.ts";
-import { drainedOn, onNodeOf } from "../lib/drain.ts";
-import { closeAgain, closeLook } from "../lib/firewall.ts";
+import { ask } from "../../lib/check/survey.ts";
+import * as cli from "../../lib/cli.ts";
+import { CLEAR, CLEAR_LOOK } from "../../lib/k3s/cleanup.ts";
+import { rangesOf } from "../../lib/k3s/config.ts";
+import { drainedOn, onNodeOf } from "../../lib/k3s/drain.ts";
+import { closeAgain, closeLook } from "../../lib/k3s/firewall.ts";
 import {
   caIn,
   caLook,
@@ -15,14 +16,13 @@ import {
   unitsLook,
   type Who,
   whoIs,
-} from "../lib/identity.ts";
-import { unitPath } from "../lib/k3s.ts";
-import { clusterLook, KUBECTL, nodesOf } from "../lib/kube.ts";
-import { CLEAR, CLEAR_LOOK } from "../lib/leftovers.ts";
-import { rangesOf } from "../lib/node.ts";
-import { report } from "../lib/report.ts";
-import { SettingError } from "../lib/settings.ts";
-import { sh } from "../lib/sh.ts";
+} from "../../lib/k3s/identity.ts";
+import { clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
+import { unitPath } from "../../lib/k3s/unit.ts";
+import { report } from "../../lib/report.ts";
+import { SettingError } from "../../lib/settings.ts";
+import { sh } from "../../lib/sh.ts";
+import { Unreachable } from "../../lib/shell.ts";
 import {
   type Change,
   converge,
@@ -32,7 +32,7 @@ import {
   look,
   Refusal,
   type Step,
-} from "../lib/step.ts";
+} from "../../lib/step.ts";
 
 const UNITS = [unitPath("server"), unitPath("agent")];
 const FILES = [

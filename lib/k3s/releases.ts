@@ -1,6 +1,6 @@
 /** Releases of k3s in their order, and the way from one to another. */
-import { SettingError } from "./settings.ts";
-import { Refusal } from "./step.ts";
+import { SettingError } from "../settings.ts";
+import { Refusal } from "../step.ts";
 
 /** A release of each minor version that one may have to pass through (docs.k3s.io/release-notes, 2026-05). */
 const RELEASES = [

@@ -1,10 +1,10 @@
 #!/usr/bin/env -S node --import tsx
 /** The firewall of each box: the nodes reach each other's k3s, the world does not, ssh stays as it is. */
-import * as cli from "../lib/cli.ts";
-import { blocked, firewall, letIn } from "../lib/firewall.ts";
-import { rangesOf } from "../lib/node.ts";
-import { report } from "../lib/report.ts";
-import { converge, look } from "../lib/step.ts";
+import * as cli from "../../lib/cli.ts";
+import { rangesOf } from "../../lib/k3s/config.ts";
+import { blocked, firewall, letIn } from "../../lib/k3s/firewall.ts";
+import { report } from "../../lib/report.ts";
+import { converge, look } from "../../lib/step.ts";
 
 async function everywhere(call: cli.Call): Promise<number> {
   const named = async (setting: "SERVER" | "AGENTS") =>

@@ -1,12 +1,12 @@
 #!/usr/bin/env -S node --import tsx
 /** Removes the whole cluster from SERVER and all AGENTS, after asking. */
 import { createInterface } from "node:readline/promises";
-import * as cli from "../lib/cli.ts";
-import { readEnv, updateEnv } from "../lib/env-file.ts";
-import { caIn, casOf, mayGo } from "../lib/identity.ts";
-import { report } from "../lib/report.ts";
-import { givenNow, quoted, SettingError } from "../lib/settings.ts";
-import { converge, type Facts, type Job, look, planAll } from "../lib/step.ts";
+import * as cli from "../../lib/cli.ts";
+import { readEnv, updateEnv } from "../../lib/env-file.ts";
+import { caIn, casOf, mayGo } from "../../lib/k3s/identity.ts";
+import { report } from "../../lib/report.ts";
+import { givenNow, quoted, SettingError } from "../../lib/settings.ts";
+import { converge, type Facts, type Job, look, planAll } from "../../lib/step.ts";
 import { uninstall } from "./remove.ts";
 
 async function down(call: cli.Call): Promise<number> {

@@ -1,7 +1,7 @@
 /** What a box has for installing packages, and where it lets nothing be written. */
-import { sh } from "./sh.ts";
-import { type Facts, Refusal } from "./step.ts";
-import { pairs } from "./text.ts";
+import { sh } from "../sh.ts";
+import { type Facts, Refusal } from "../step.ts";
+import { pairs } from "../text.ts";
 
 export type Manager = "apt" | "yum" | "dnf" | "zypper" | "apk" | "pacman";
 

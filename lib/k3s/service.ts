@@ -1,7 +1,15 @@
 /** k3s as a systemd unit on its box: what has to be done so that it runs as wanted, and is healthy. */
 
+import { quoted, type SettingName, type Settings } from "../settings.ts";
+import { sh, writeFile } from "../sh.ts";
+import { type Change, type Facts, Refusal, type Step } from "../step.ts";
+import { filledEnv, pairs, rewrite, SECRET, sha256 } from "../text.ts";
+import { CLEAR } from "./cleanup.ts";
+import { filesLook, filesPlan, labelsPlan } from "./config.ts";
 import { nodeNameOf } from "./identity.ts";
 import { HOPELESS } from "./journal.ts";
+import { clusterLook, FRESH, KUBECTL, nodesOf, silence } from "./nodes.ts";
+import { foldersLook, writable } from "./packages.ts";
 import {
   argsOf,
   binaryLook,
@@ -17,15 +25,7 @@ import {
   unitOf,
   unitPath,
   unitText,
-} from "./k3s.ts";
-import { clusterLook, FRESH, KUBECTL, nodesOf, silence } from "./kube.ts";
-import { CLEAR } from "./leftovers.ts";
-import { filesLook, filesPlan, labelsPlan } from "./node.ts";
-import { foldersLook, writable } from "./os.ts";
-import { quoted, type SettingName, type Settings } from "./settings.ts";
-import { sh, writeFile } from "./sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "./step.ts";
-import { filledEnv, pairs, rewrite, SECRET, sha256 } from "./text.ts";
+} from "./unit.ts";
 
 /** Before anything else is done to a box that is to run k3s: neither Alpine's OpenRC nor every cgroup will do. */
 export const systemdFirst: Step = {

@@ -4,20 +4,28 @@
  * binary and unit, is restarted, and takes pods again once it is seen to run the new version. The first that fails
  * ends it, and gets its old binary and unit back.
  */
-import { Unreachable } from "../lib/box.ts";
-import * as cli from "../lib/cli.ts";
-import { drainedOn, uncordonedOn } from "../lib/drain.ts";
-import { readEnv, updateEnv } from "../lib/env-file.ts";
-import { firewall } from "../lib/firewall.ts";
-import { nodeNameOf, nodeOf, whoIs } from "../lib/identity.ts";
-import { binaryLook, envPath, type Generation, interfaceOf, K3S, type Role, unitPath } from "../lib/k3s.ts";
-import { clusterLook, KUBECTL, nodesOf } from "../lib/kube.ts";
-import { CONFIG, REGISTRIES } from "../lib/node.ts";
-import { compare, pathOf, RELEASE } from "../lib/releases.ts";
-import { type Line, report } from "../lib/report.ts";
-import { restart } from "../lib/service.ts";
-import { givenNow, quoted, SettingError, words } from "../lib/settings.ts";
-import { sh } from "../lib/sh.ts";
+import * as cli from "../../lib/cli.ts";
+import { readEnv, updateEnv } from "../../lib/env-file.ts";
+import { CONFIG, REGISTRIES } from "../../lib/k3s/config.ts";
+import { drainedOn, uncordonedOn } from "../../lib/k3s/drain.ts";
+import { firewall } from "../../lib/k3s/firewall.ts";
+import { nodeNameOf, nodeOf, whoIs } from "../../lib/k3s/identity.ts";
+import { clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
+import { compare, pathOf, RELEASE } from "../../lib/k3s/releases.ts";
+import { restart } from "../../lib/k3s/service.ts";
+import {
+  binaryLook,
+  envPath,
+  type Generation,
+  interfaceOf,
+  K3S,
+  type Role,
+  unitPath,
+} from "../../lib/k3s/unit.ts";
+import { type Line, report } from "../../lib/report.ts";
+import { givenNow, quoted, SettingError, words } from "../../lib/settings.ts";
+import { sh } from "../../lib/sh.ts";
+import { Unreachable } from "../../lib/shell.ts";
 import {
   type Change,
   converge,
@@ -29,11 +37,11 @@ import {
   planAll,
   Refusal,
   type Step,
-} from "../lib/step.ts";
-import { agentSteps, prepareAs } from "./agent.ts";
-import { downloadAhead } from "./download-k3s.ts";
-import { server as serverStep, serverSteps } from "./server.ts";
-import { up } from "./up.ts";
+} from "../../lib/step.ts";
+import { agentSteps, prepareAs } from "../agent.ts";
+import { downloadAhead } from "../download-k3s.ts";
+import { server as serverStep, serverSteps } from "../server.ts";
+import { up } from "../up.ts";
 
 /** What a node ran before, kept until it is seen to run the new version: its binary, version, and files of settings. */
 const KEPT = "/var/lib/rancher/k3s/before";

@@ -1,8 +1,9 @@
 /** k3s's releases as they differ for us, its arguments, and its systemd unit. */
+
+import { type Settings, words } from "../settings.ts";
+import type { Facts } from "../step.ts";
 import { configArgs, lastOf, parseArgs } from "./args.ts";
 import { compare } from "./releases.ts";
-import { type Settings, words } from "./settings.ts";
-import type { Facts } from "./step.ts";
 
 export const K3S = "/usr/local/bin/k3s";
 

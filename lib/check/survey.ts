@@ -2,12 +2,11 @@
  * The whole cluster as its boxes see it, all at once: what each says of itself in one trip, then what
  * passes between them in a second. Nothing is changed on any box.
  */
-import { type Call, jobFor, type Target, targets } from "./cli.ts";
-import { diagnose } from "./diagnosis.ts";
-import { blocked, firewallLook, remedy } from "./firewall.ts";
-import { nodeNameOf } from "./identity.ts";
-import { type Ill, MEANT } from "./journal.ts";
-import { type Role, unitOf } from "./k3s.ts";
+import { type Call, jobFor, type Target, targets } from "../cli.ts";
+import { rangesOf } from "../k3s/config.ts";
+import { blocked, firewallLook, remedy } from "../k3s/firewall.ts";
+import { nodeNameOf } from "../k3s/identity.ts";
+import { type Ill, MEANT } from "../k3s/journal.ts";
 import {
   API,
   address as addressIn,
@@ -28,13 +27,14 @@ import {
   systemLook,
   systemOf,
   words as wordsOf,
-} from "./kube.ts";
-import { rangesOf } from "./node.ts";
-import type { Line } from "./report.ts";
-import { publicIp, type Settings, words } from "./settings.ts";
-import { sh } from "./sh.ts";
-import { type Facts, look, type Step } from "./step.ts";
-import { pairs } from "./text.ts";
+} from "../k3s/nodes.ts";
+import { type Role, unitOf } from "../k3s/unit.ts";
+import type { Line } from "../report.ts";
+import { publicIp, type Settings, words } from "../settings.ts";
+import { sh } from "../sh.ts";
+import { type Facts, look, type Step } from "../step.ts";
+import { pairs } from "../text.ts";
+import { diagnose } from "./diagnose.ts";
 
 /** A box of the cluster and what it says. */
 export interface Member {

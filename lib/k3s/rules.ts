@@ -225,7 +225,7 @@ const PRIORITIES: Record<string, number> = {
   ...{ raw: -300, mangle: -150, dstnat: -100, filter: 0, security: 50, srcnat: 100 },
 };
 
-/** What `nft list ruleset` prints, less the tables of `without`. */
+/** What `nft list ruleset` prints, less the chains of `without` ("ip filter INPUT"). */
 export function nft(text: string, without: readonly string[] = []): Chain[] {
   const chains: Chain[] = [];
   let table = "";
@@ -239,11 +239,11 @@ export function nft(text: string, without: readonly string[] = []): Chain[] {
     if (at) [table, sets, asleep] = [at, {}, false];
     if (/^\tflags .*\bdormant\b/.test(line)) asleep = true;
     if (at || kind || /^\t?\}/.test(line)) chain = undefined;
-    if (asleep || without.includes(table)) continue;
-    if (kind === "chain") {
+    if (asleep) continue;
+    if (kind === "chain" && !without.includes(`${table} ${name}`)) {
       chain = { table: `nft ${table}`, name, rules: [] };
       chains.push(chain);
-    } else if (kind) sets[name] = "";
+    } else if (kind && kind !== "chain") sets[name] = "";
     const [, elements] = /^\t\telements = \{(.*)\}/.exec(line) ?? [];
     const last = Object.keys(sets).at(-1);
     if (elements !== undefined && last) sets[last] = elements;

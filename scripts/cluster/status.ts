@@ -1,10 +1,10 @@
 #!/usr/bin/env -S node --import tsx
 /** The cluster in ten lines, from one round trip to the server. Changes nothing. */
-import * as cli from "../lib/cli.ts";
-import { ask, type Cluster, clusterOf, type Seen, survey, TOP_LOOK } from "../lib/cluster.ts";
-import { judge, TOP } from "../lib/diagnosis.ts";
-import { FRESH, type Node, peerOf } from "../lib/kube.ts";
-import { plain } from "../lib/report.ts";
+import { judge, TOP } from "../../lib/check/diagnose.ts";
+import { ask, type Cluster, clusterOf, type Seen, survey, TOP_LOOK } from "../../lib/check/survey.ts";
+import * as cli from "../../lib/cli.ts";
+import { FRESH, type Node, peerOf } from "../../lib/k3s/nodes.ts";
+import { plain } from "../../lib/report.ts";
 
 /** Beside what check asks of a server (which defines kc and api). */
 export const MORE = `

@@ -1,9 +1,10 @@
 /** Who a box is: the settings' address, its boot id and machine id, and the CA of its cluster, held against each other. */
+
+import { type Settings, words } from "../settings.ts";
+import { type Facts, Refusal, type Step, type Want } from "../step.ts";
 import { parseArgs, secretIn } from "./args.ts";
-import { argsOf, MARK, NAME, nodeNameIn, type Role, releaseOf, unitOf } from "./k3s.ts";
-import { type Node, nodesOf } from "./kube.ts";
-import { type Settings, words } from "./settings.ts";
-import { type Facts, Refusal, type Step, type Want } from "./step.ts";
+import { type Node, nodesOf } from "./nodes.ts";
+import { argsOf, MARK, NAME, nodeNameIn, type Role, releaseOf, unitOf } from "./unit.ts";
 
 /** A box by the settings' address, and by what it says of itself; one that is gone says nothing. */
 export interface Who {

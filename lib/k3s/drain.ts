@@ -1,10 +1,11 @@
 /** Draining the node that a box is, and giving it pods again. */
+
+import type { Settings } from "../settings.ts";
+import { sh } from "../sh.ts";
+import { type Change, type Facts, Refusal, type Step } from "../step.ts";
 import { type Match, nodeNameOf, nodeOf, RESTARTING, type Who, whoIs } from "./identity.ts";
-import { K3S } from "./k3s.ts";
-import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./kube.ts";
-import type { Settings } from "./settings.ts";
-import { sh } from "./sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "./step.ts";
+import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./nodes.ts";
+import { K3S } from "./unit.ts";
 
 /** Facts about the node that this box is, if it is one; also while k3s is still starting. */
 export const drainLook: string[] = [

@@ -1,8 +1,8 @@
 /** What a box sees of its cluster: the nodes by the API, WireGuard's peers by wg. */
 import { isIP } from "node:net";
-import { K3S, NAME } from "./k3s.ts";
-import { KEY, PRIVATE_RANGES, publicIp, WORD } from "./settings.ts";
-import type { Facts } from "./step.ts";
+import { KEY, PRIVATE_RANGES, publicIp, WORD } from "../settings.ts";
+import type { Facts } from "../step.ts";
+import { K3S, NAME } from "./unit.ts";
 
 /**
  * The shell function `kc`: kubectl with what this box may read the nodes with: the admin's where a server runs; on an

@@ -1,11 +1,11 @@
 /** What a box's own firewall lets through, and what has to be in it: for firewalld, ufw, and nft where neither runs. */
 import { isIPv4 } from "node:net";
-import { clusterLook, nodesOf } from "./kube.ts";
-import { rangesOf } from "./node.ts";
+import { type Settings, words } from "../settings.ts";
+import { sh, writeFile } from "../sh.ts";
+import { type Change, type Facts, Refusal, type Step } from "../step.ts";
+import { rangesOf } from "./config.ts";
+import { clusterLook, nodesOf } from "./nodes.ts";
 import { type Chain, type End, ends, iptables, nft, type Packet } from "./rules.ts";
-import { type Settings, words } from "./settings.ts";
-import { sh, writeFile } from "./sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "./step.ts";
 
 /** What nodes say to each other's hosts: API, kubelet, WireGuard. */
 const BETWEEN = [
@@ -106,8 +106,12 @@ function chainsOf(facts: Facts): Chain[] {
       iptables(facts[`${family}tables${backend}`] ?? "", family, `iptables${backend}`),
     ),
   );
+  // By the chain: iptables leaves out what nft has added to the same table.
   const twice = (["ip", "ip6"] as const).flatMap((family) =>
-    [...(facts[`${family}tables`] ?? "").matchAll(/^\*(\w+)/gm)].map(([, table]) => `${family} ${table}`),
+    (facts[`${family}tables`] ?? "").split(/^\*/m).flatMap((table) => {
+      const [name = ""] = /^\w+/.exec(table) ?? [];
+      return [...table.matchAll(/^:(\S+)/gm)].map(([, chain]) => `${family} ${name} ${chain}`);
+    }),
   );
   return [...own, ...nft(facts.ruleset ?? "", twice)];
 }

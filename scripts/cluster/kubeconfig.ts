@@ -4,12 +4,12 @@ import { createHash, createPrivateKey, X509Certificate } from "node:crypto";
 import { existsSync, mkdirSync, readFileSync, statSync } from "node:fs";
 import { homedir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
-import * as cli from "../lib/cli.ts";
-import { ask } from "../lib/cluster.ts";
-import { noFile, realPath, replaceFile, take, unwritten } from "../lib/files.ts";
-import { report } from "../lib/report.ts";
-import { SettingError } from "../lib/settings.ts";
-import { Failure, look } from "../lib/step.ts";
+import { ask } from "../../lib/check/survey.ts";
+import * as cli from "../../lib/cli.ts";
+import { noFile, realPath, replaceFile, take, unwritten } from "../../lib/files.ts";
+import { report } from "../../lib/report.ts";
+import { SettingError } from "../../lib/settings.ts";
+import { Failure, look } from "../../lib/step.ts";
 
 /** What a kubeconfig has of one cluster: lines of YAML as kubectl writes them, without indentation. */
 export interface Access {

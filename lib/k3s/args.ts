@@ -1,6 +1,6 @@
 /** k3s's arguments, and its config file as the arguments that it makes of it (pkg/configfilearg). */
 import { YAML } from "zx";
-import type { Role } from "./k3s.ts";
+import type { Role } from "./unit.ts";
 
 /** A flag by its name without dashes; its value, unless the next word is a flag or there is none. */
 export interface Arg {
