@@ -229,32 +229,46 @@ function fetch({ file, arch, part, sha256 = "" }: File, want: Settings, put: str
   });
   return `${TELL}part=${part}
 mkdir -p ${part.replace(/\/[^/]*$/, "")}
-get() { # BASE FILE CURL-OPTION…
+get() { # BASE FILE CURL-OPTION…; its last line is the address that answered
   base=$1 name=$2; shift 2
   for release in ${version.replace("+", "%2B")} ${version.replace("+", "-")}; do
     status=0
-    curl -fsSL --connect-timeout 10 --speed-limit 20480 --speed-time 15 "$@" "$base/$release/$name" || status=$?
+    curl -fsSL --connect-timeout 10 --speed-limit 20480 --speed-time 15 -w '\\n%{url_effective}\\n' "$@" "$base/$release/$name" || status=$?
     [ "$status" = 22 ] || return "$status"
   done
   return 22
 }
-try() { # BASE, then the bases of other hosts, whose word is taken for the checksum
-  from=$1; shift
-  sum=${sha256}
+host() { sed -n '$ { s,^[^/]*//,,; s,[/?#].*,,; s,.*@,,; s,:[0-9]*$,,; s,[.]$,,; p; }' | tr '[:upper:]' '[:lower:]'; }
+word() { # BASE: its checksum, and the host that gave it
+  said=$(get "$1" sha256sum-${arch}.txt --max-time 60 2>/dev/null) || return 0
+  echo "$(echo "$said" | awk '$2 == "${file}" { print $1 }') $(echo "$said" | host)"
+}
+vouch() { # HOST that does not count, BASE…: whose word is taken for the checksum
+  not=$1; shift
   for other in "$@"; do
-    [ -z "$sum" ] || break
-    sum=$(get "$other" sha256sum-${arch}.txt --max-time 60 2>/dev/null | awk '$2 == "${file}" { print $1 }')
+    theirs=$(word "$other")
+    sum=\${theirs%% *} by=\${theirs#* }
+    [ -z "$sum" ] || [ "$by" = "$not" ] || return 0
   done
-  [ -n "$sum" ] || { tell "$from: no other host gave its checksum (has it ${version}?): add a mirror, or set K3S_SHA256"; return 1; }
+  return 1
+}
+try() { # BASE, then the bases of other hosts
+  from=$1; shift
+  sum='${sha256}' by=''
+  [ -n "$sum" ] || vouch "" "$@" || { tell "$from: no other host gave its checksum (has it ${version}?): add a mirror, or set K3S_SHA256"; return 1; }
   say "$from"
-  if [ -s "$part" ]; then
+  # What is here may have come from who gave the checksum: this host has to say the same.
+  own=''; [ -z "$by" ] || [ ! -s "$part" ] || own=$(word "$from")
+  if [ -s "$part" ] && { [ -z "$by" ] || { [ "\${own%% *}" = "$sum" ] && [ "\${own#* }" != "$by" ]; }; }; then
     status=0
-    get "$from" ${file} -C - -o "$part" || status=$?
+    get "$from" ${file} -C - -o "$part" >/dev/null || status=$?
     # 22: the server has nothing beyond what is here. Either way the hash decides, and what is wrong, maybe
     # by an earlier mirror's fault, is asked for as a whole. 33: it cannot go on from where a file was cut.
     case $status in 0 | 22) (${VERIFY}) && return ;; 33) ;; *) stopped; return 1 ;; esac
   fi
-  get "$from" ${file} -o "$part" || { stopped; return 1; }
+  at=$(get "$from" ${file} -o "$part") || { stopped; return 1; }
+  at=$(echo "$at" | host)
+  [ -z "$by" ] || [ "$at" != "$by" ] || vouch "$at" "$@" || { rm -f "$part"; tell "$from leads to $at, and no other host gave its checksum: add a mirror, or set K3S_SHA256"; return 1; }
   (${VERIFY})
 }
 watch() {

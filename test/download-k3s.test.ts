@@ -76,7 +76,7 @@ describe("k3s", () => {
         downloadK3s.plan(wanted(), prepared(MODERN, { version: "", arch: `${arch}\n` }))[0]?.sh ?? "";
       const [file, sums] = names.split(" ");
       assert.match(sh, new RegExp(`get "\\$from" ${file} `));
-      assert.match(sh, new RegExp(`get "\\$other" ${sums} `));
+      assert.match(sh, new RegExp(`get "\\$1" ${sums} `));
     });
 
   test("for no other architecture is there; a K3S_BIN may be", () => {
@@ -89,18 +89,25 @@ describe("k3s", () => {
   });
 });
 
-/** A curl that serves files of a folder by host and path, with -C -, and statuses as curl's. */
-const CURL = `out=; from=0
+/**
+ * A curl that serves files of a folder by host and path, with -C -, and statuses as curl's. A host with a file
+ * `leads` sends on to the address in it.
+ */
+const CURL = `out=; from=0; end=
 for word; do
-  case $last in -o) out=$word ;; esac
+  case $last in -o) out=$word ;; -w) end=$word ;; esac
   case $word in -C) from=1 ;; http*) url=$word ;; esac
   last=$word
 done
 echo "$url" >>"$WWW/log"
-file=$WWW/\${url#*://}
+host=\${url#*://}; path=/\${host#*/}; host=\${host%%/*}
+[ ! -f "$WWW/$host/leads" ] || url=$(cat "$WWW/$host/leads")$path
+file=$(echo "\${url#*://}" | sed 's,^[^/]*@,,; s,:[0-9]*/,/,; s,[.]/,/,' | tr A-Z a-z)
+file=$WWW/$(echo "$file" | sed 's,%2b,%2B,')
+[ -z "$end" ] || trap 'printf "\\n%s\\n" "$url"' EXIT
 [ -d "\${file%%/releases*}" ] || exit 7
 [ -f "$file" ] || exit 22
-[ -n "$out" ] || exec cat "$file"
+[ -n "$out" ] || { cat "$file"; exit; }
 [ "$from" = 0 ] || [ ! -f "$file.whole" ] || exit 33
 if [ "$from" = 1 ]; then tail -c +$(($(wc -c <"$out") + 1)) "$file" >>"$out"; else cat "$file" >"$out"; fi
 [ ! -f "$file.cut" ] || exit 18`;
@@ -186,6 +193,7 @@ describe("the download", () => {
   const hash = (text: string) => createHash("sha256").update(text).digest("hex");
   const A = "https://a.example/releases";
   const B = "https://b.example/releases";
+  const C = "https://c.example/releases";
   const release = "v1.17.6%2Bk3s1";
 
   /** Runs the change with hosts that serve these files, in place of an older binary. */
@@ -197,8 +205,9 @@ describe("the download", () => {
     for (const [host, files] of Object.entries(hosts)) {
       mkdirSync(join(root, "www", host), { recursive: true });
       for (const [path, text] of Object.entries(files)) {
-        mkdirSync(join(root, "www", host, "releases", path, ".."), { recursive: true });
-        writeFileSync(join(root, "www", host, "releases", path), text);
+        const file = join(root, "www", host, path === "leads" ? "" : "releases", path);
+        mkdirSync(join(file, ".."), { recursive: true });
+        writeFileSync(file, text);
       }
     }
     mkdirSync(join(root, "bin"));
@@ -223,6 +232,7 @@ describe("the download", () => {
     };
   }
   const good = { [`${release}/k3s`]: GOOD, [`${release}/sha256sum-amd64.txt`]: `${hash(GOOD)}  k3s\n` };
+  const leads = (to: string) => ({ leads: to });
   const sums = { [`${release}/sha256sum-amd64.txt`]: good[`${release}/sha256sum-amd64.txt`] as string };
 
   test("takes the binary from the first mirror and its checksum from another", () => {
@@ -304,6 +314,20 @@ describe("the download", () => {
       "goes on to the next mirror where one sends rubbish",
       { "a.example": { ...good, [`${release}/k3s`]: "<html>" }, "b.example": good },
     ],
+    [
+      "takes the word of a third host for a mirror that leads to the second",
+      { "a.example": leads("https://b.example"), "b.example": good, "c.example": sums },
+      { mirrors: `${A} ${B} ${C}` },
+    ],
+    [
+      "lets two mirrors that lead to two hosts vouch for each other",
+      {
+        "a.example": leads("https://c.example"),
+        "b.example": leads("https://d.example"),
+        "c.example": good,
+        "d.example": good,
+      },
+    ],
   ];
   for (const [name, hosts, options] of passed)
     test(name, () => {
@@ -323,6 +347,27 @@ describe("the download", () => {
       { "a.example": good },
       { mirrors: `${A} ${A}/more` },
       /no other host gave its checksum.*K3S_SHA256/,
+    ],
+    ...["https://c.example", "https://C.example.:8443", "http://u@c.example:1"].map(
+      (to): (typeof failed)[number] => [
+        `two mirrors lead to one host, ${to}`,
+        { "a.example": leads("https://c.example"), "b.example": leads(to), "c.example": good },
+        {},
+        /a\.example\/releases leads to c\.example, and no other host gave its checksum.*K3S_SHA256/,
+      ],
+    ),
+    [
+      "a mirror that stops before the end would vouch for its own part",
+      {
+        "a.example": {
+          [`${release}/k3s`]: FORGED.slice(0, -1),
+          [`${release}/k3s.cut`]: "",
+          [`${release}/sha256sum-amd64.txt`]: `${hash(FORGED)}  k3s\n`,
+        },
+        "b.example": { ...sums, [`${release}/k3s`]: `${GOOD}${"\n".repeat(FORGED.length - GOOD.length)}` },
+      },
+      {},
+      /b\.example.*: sha256 is/,
     ],
     [
       "the binary is corrupt",
