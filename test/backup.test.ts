@@ -140,6 +140,16 @@ describe("a restore", () => {
       /it has agent\//,
     ],
     ["more than there is room for", `truncate -s 8T db/x; tar -cSzf A ${names}`, /there is less room here/],
+    ...["x 1", "x 0 0", "0/0 0", "x -9 9"].map((owner): (typeof bad)[number] => [
+      `more than there is room for, by an owner "${owner}"`,
+      `truncate -s 8T db/x; tar --owner="${owner}:0" -cSzf A ${names}`,
+      /there is less room here/,
+    ]),
+    [
+      "more than there is room for, by a group in a pax header",
+      `truncate -s 8T db/x; tar -H posix --owner="x 1:0" --group="y 2:0" -cSzf A ${names}`,
+      /there is less room here/,
+    ],
     ["no archive at all", "echo x >A", /cannot be read/],
     [
       "an end that is missing",
