@@ -15,8 +15,12 @@ export const jsonOf = (value: unknown): string =>
 const HIDDEN = "********";
 const NAMES =
   "token|secret|passw(?:or)?d|passphrase|datastore[-_]endpoint|vpn[-_]auth|joinkey|access[-_]key(?:[-_]id)?|secret[-_]key|private[-_]?key|api[-_]?key|credentials?";
+/** What speaks of a secret goes on like that. */
+const WORDS = "(?:is|are|was|out|or|and|in|into|of|to|from|for|as|must|may|value)\\b";
+// What stands in quotes up to the end of them, or of a line that was cut.
+const QUOTED = "(?:(?!\\k<quote>)(?:\\\\.|[^\\n\\\\])){1,4096}";
 // Of a shell's own variables nothing is hidden.
-const VALUE = `(?!["']?\\$[({])(?:"[^"\\n]{1,4096}"|'[^'\\n]{1,4096}'|[^\\s"',;&}\\\\]{1,4096})`;
+const VALUE = `(?!["']?\\$[({])(?:(?<quote>\\\\?["'])${QUOTED}(?:\\k<quote>|(?!.))|(?:\\\\(?:x[\\da-f]{2}|[ \\t](?=\\S))|[^\\s"',;&}\\\\]){1,4096})`;
 /** Bounded, since a box may send lines on which the time would grow with the square of their length. */
 const SECRETS: readonly [RegExp, string][] = [
   [/-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[\sA-Za-z0-9+/=:,-]{0,10000}/g, HIDDEN],
@@ -24,20 +28,23 @@ const SECRETS: readonly [RegExp, string][] = [
   [/\beyJ[\w-]{10,2000}\.[\w-]{10,4000}\.[\w-]{10,2000}/g, HIDDEN],
   [/(?<=\w:\/\/[^\s:/@]{0,256}:)\S{1,512}(?=@)/g, HIDDEN],
   [/(?<=\bhttps?:\/\/)[^\s:/@]{1,256}(?=@)/g, HIDDEN],
-  [/(?<=[\w.-]:)[^\s:@]{1,256}(?=@(?:tcp|unix)\()/g, HIDDEN],
+  [/(?<=[\w.-]:)[^\n:@]{1,256}(?=@(?:tcp|unix)\()/g, HIDDEN],
   [/K10[0-9a-f]{64}::\S{1,512}|(?<=::(?:server|node):)\S{1,512}/g, HIDDEN],
   [/(?<=\b(?:Basic|Bearer) {1,3})[\w+/=.~-]{12,4096}/gi, HIDDEN],
+  // The quotes may be around the name too, and in a file of variables there may be none.
+  [new RegExp(`((?<quote>\\\\?["'])[\\w.-]{0,40}(?:${NAMES})=)(?!\\$[({])${QUOTED}`, "gi"), `$1${HIDDEN}`],
+  [new RegExp(`^([+-]? ?(?:export )?\\w{0,40}(?:${NAMES})=)(?!["']?\\$[({]).+`, "gim"), `$1${HIDDEN}`],
   [new RegExp(`((?:${NAMES})["']?\\s{0,3}=\\s{0,3})${VALUE}`, "gi"), `$1${HIDDEN}`],
   [
     new RegExp(
-      `(--?(?:[a-z\\d]{1,20}[-_]){0,3}(?:${NAMES})["']?[\\s\\\\]{1,20}["']?)(?!-|(?:is|are|was|out|or|and|in|into|of|to|from|for|as|must|may|value)\\b)${VALUE}`,
+      `(--?(?:[a-z\\d]{1,20}[-_]){0,3}(?:${NAMES})["']?[\\s\\\\]{1,20})(?!["']?(?:-|${WORDS}))${VALUE}`,
       "gi",
     ),
     `$1${HIDDEN}`,
   ],
   [
     new RegExp(
-      `^([ \\t]{0,40}(?:- )?["']?[\\w.-]{0,40}(?:${NAMES}|key-data|auth)["']?:[ \\t]{1,20})${VALUE}[ \\t]{0,9}$`,
+      `^([ \\t]{0,40}(?:- )?["']?[\\w.-]{0,40}(?:${NAMES}|key-data|auth)["']?:[ \\t]{1,20})(?!${WORDS})(?!["']?\\$[({])\\S.*`,
       "gim",
     ),
     `$1${HIDDEN}`,
@@ -51,10 +58,8 @@ let known: string[] = [];
 /** From now on the secrets in these settings show nowhere, in whatever words: tokens and passwords, in addresses too. */
 export function hide(values: readonly string[]): void {
   const parts = values.flatMap((value) => [
-    ...(/^\S+$/.test(value) && !value.includes("://")
-      ? [value, value.slice(value.lastIndexOf(":") + 1)]
-      : []),
-    ...[...value.matchAll(/:\/\/[^:@/\s]*:(\S*)@|[?&]password=([^&\s]*)/g)].map((m) => m[1] ?? m[2] ?? ""),
+    ...(value.includes("://") ? [] : [value, value.slice(value.lastIndexOf(":") + 1)]),
+    ...[...value.matchAll(/:\/\/[^:@/\s]*:(.*)@|[?&]password=([^&]*)/g)].map((m) => m[1] ?? m[2] ?? ""),
   ]);
   const decoded = parts.map((part) => {
     try {
@@ -79,7 +84,11 @@ const foreign = (unit: string): string =>
   redacted(
     unit
       .replace(/^([ \t]*(?:Environment|SetCredential\w*)[ \t]*=)(?:.*\\\n)*.*$/gm, `$1${HIDDEN}`)
-      .replace(/(^|[\s"'])(-t["']?(?:=|[\s\\]{1,20}["']?))[^\s"'\\-][^\s"'\\]*/gm, `$1$2${HIDDEN}`),
+      .replace(new RegExp(`((?<quote>["'])-t=)${QUOTED}`, "g"), `$1${HIDDEN}`)
+      .replace(
+        new RegExp(`(^|[\\s"'])(-t["']?(?:=|[\\s\\\\]{1,20}))(?!["']?-)${VALUE}`, "gm"),
+        `$1$2${HIDDEN}`,
+      ),
   );
 
 /** `systemctl show` and other KEY=value lines. */

@@ -779,6 +779,9 @@ ExecStart=/usr/local/bin/k3s \\
 \t'--token' \\
 \t'hunter2' \\
     -t hunter2 \\
+    -t 'x hunter2' \\
+    "-t=x hunter2" \\
+    "-t" "x hunter2 hunter2" \\
     --datastore-endpoint=postgres://db/k3s?password=hunter2 \\
     --vpn-auth=name=tailscale,joinKey=hunter2
 SetCredential=x:hunter2

@@ -53,6 +53,23 @@ describe("a token in whatever is printed", () => {
     ["PrivateKey = hunter2="],
     [`-----BEGIN EC PRIVATE KEY-----\nhunter2\n-----END EC PRIVATE KEY-----`],
     ["AWS_SECRET_ACCESS_KEY='hunter2 hunter2'"],
+    // With blanks.
+    ['Environment="K3S_TOKEN=x hunter2 hunter2" B=c'],
+    ["Environment='K3S_TOKEN=x hunter2' B=c"],
+    ["Environment=K3S_TOKEN=x\\x20hunter2"],
+    ["systemd-run --setenv K3S_TOKEN=x\\ hunter2"],
+    ["K3S_TOKEN=x hunter2 hunter2"],
+    ["- export K3S_AGENT_TOKEN=x hunter2"],
+    ['K3S_TOKEN="x \\"hunter2\\" hunter2"'],
+    ['K3S_TOKEN="x hunter2 hunt'],
+    ['msg="set K3S_TOKEN=\\"x hunter2\\" there"'],
+    ['msg="set \\"K3S_TOKEN=x hunter2\\" there"'],
+    ["ExecStart=k3s server '--token=x hunter2'"],
+    ['"--agent-token" \\\n  "x hunter2 hunter2"'],
+    ["token: x hunter2 hunter2"],
+    ['  agent-token: "x hunter2"  # of the agents'],
+    ["k3s:x hunter2@tcp(db:3306)/k3s"],
+    ["mysql://k3s:x hunter2@tcp(db:3306)/k3s"],
   ];
   for (const [text] of other)
     test(`nor is it here: ${JSON.stringify(text.slice(0, 40))}`, () => {
@@ -67,6 +84,9 @@ describe("a token in whatever is printed", () => {
       "a ******** b ******** c ********",
     );
     assert.equal(redacted("mysql"), "mysql");
+    hide([`K10${"d".repeat(64)}::server:wrong horse`, "two blank words", "mysql://k3s:bat tery@tcp(db)/k3s"]);
+    assert.equal(redacted("a wrong horse two blank words bat tery"), "a ******** ******** ********");
+    assert.equal(redacted("two words"), "two words");
   });
 
   test("and what only speaks of secrets stays as it is", () => {
@@ -76,6 +96,8 @@ describe("a token in whatever is printed", () => {
       "failed to validate token: token is not valid: 401",
       "--kubelet-arg=anonymous-auth=false --kube-apiserver-arg=enable-bootstrap-token-auth=true",
       "--token-file=/root/token --secrets-encryption --disable=traefik",
+      "K3S_TOKEN=$(cat /root/token) k3s server",
+      "token: is there one?",
       "token=$(cat /var/lib/rancher/k3s/server/node-token)",
       "sudo: a password is required",
       "invalid token format",
