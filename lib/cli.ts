@@ -125,13 +125,23 @@ export async function run(meta: ImportMeta, recipe: Recipe): Promise<void> {
       );
       void closeAll().finally(() => process.exit(128 + number));
     });
-  for (const stream of [process.stdout, process.stderr])
+  for (const stream of [process.stdout, process.stderr]) {
+    const write = stream.write.bind(stream) as (...given: unknown[]) => boolean;
+    // Deno throws where it writes.
+    stream.write = (...given: unknown[]) => {
+      try {
+        return write(...given);
+      } catch (error) {
+        return !stream.emit("error", error);
+      }
+    };
     stream.on("error", (error: NodeJS.ErrnoException) => {
       // Nobody reads on, as in `make check | head`: no more than SIGPIPE would say is said. Or its disk is full.
       const isShut = error.code === "EPIPE";
       if (!isShut && stream === process.stdout) process.stderr.write(`Standard output: ${error.message}\n`);
       void closeAll().finally(() => process.exit(isShut ? 128 + 13 : 1));
     });
+  }
   try {
     process.exitCode = await main(meta, recipe);
   } catch (error) {

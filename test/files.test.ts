@@ -634,10 +634,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
     }
   });
 
-  // Deno throws where it writes, and ends with a trace that says so.
-  test("whose output goes to a full disk says so", {
-    skip: "Deno" in globalThis && "needs node",
-  }, async () => {
+  test("whose output goes to a full disk says so", async () => {
     const { env } = cluster();
     const words = [
       "-c",
@@ -649,10 +646,8 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
       "--help",
     ];
     const { status, stderr } = spawnSync("sh", words, { cwd: ROOT, env, encoding: "utf8" });
-    assert.deepEqual(
-      [status, stderr.replace(/, write\n/, "")],
-      [1, "Standard output: ENOSPC: no space left on device"],
-    );
+    assert.equal(status, 1);
+    assert.match(stderr, /^Standard output: (ENOSPC: no|No) space left on device.*\n$/);
   });
 
   for (const [name, folder] of Object.entries({
