@@ -246,7 +246,7 @@ describe("remove takes k3s from", () => {
       b1(`server ${OWN}\nagent ${OWN}\n`),
       cluster(B2),
       {},
-      /a server's data, with the same CA.*FORCE=1/,
+      /a server's data, with the same CA.*\? make remove HOST=old FORCE=1 removes it/,
     ],
     [
       "no server of another cluster",
@@ -295,7 +295,8 @@ describe("remove takes k3s from", () => {
   for (const [name, facts, at, { role = "agent", force = false, ip = B1.ip }, refusal] of cases)
     test(name, () => {
       const token = at.cas ? TOKEN : "";
-      const decide = () => examine(facts, at, whoIs(ip, facts), token, role, force);
+      const decide = () =>
+        examine(facts, at, whoIs(ip, facts), token, role, force, "make remove HOST=old FORCE=1");
       if (refusal) assert.throws(decide, refused(refusal));
       else decide();
     });

@@ -136,6 +136,7 @@ const share = (some: readonly string[], others: readonly string[]) => some.some(
  * @param role what the box is by the settings.
  * @param known the cluster has a node of this box.
  * @param force it was told so: a server that the cluster does not know, and what no CA proves.
+ * @param allowing what would tell so.
  * @throws {Refusal} for another cluster's box.
  */
 export function mayGo(
@@ -144,6 +145,7 @@ export function mayGo(
   role: "server" | "agent",
   known: boolean,
   force: boolean,
+  allowing = "FORCE=1",
 ): void {
   for (const role of ["server", "agent"] as const) {
     const unit = unitFact(facts, role);
@@ -173,7 +175,7 @@ export function mayGo(
     );
   if (server.length && role === "agent" && !known && !force)
     throw new Refusal(
-      "This box has a server's data, with the same CA, and the cluster does not know it: is it the server that was, or one in use? FORCE=1 removes it with its datastore",
+      `This box has a server's data, with the same CA, and the cluster does not know it: is it the server that was, or one in use? ${allowing} removes it with its datastore`,
     );
 }
 

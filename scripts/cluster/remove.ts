@@ -254,6 +254,7 @@ export function examine(
   token: string,
   role: "server" | "agent",
   force: boolean,
+  allowing?: string,
 ): void {
   const ca = casOf(cluster).server;
   const found = nodeOf(nodesOf(cluster.nodes), who);
@@ -263,6 +264,7 @@ export function examine(
     role,
     Boolean(found && found.is !== "anew"),
     force,
+    allowing,
   );
   if (found?.is === "anew" && casOf(facts).agent.length + casOf(facts).server.length > 0)
     throw new Refusal(
@@ -294,7 +296,8 @@ async function one(
   const who = whoIs(box.ip, facts);
   const [drained, forget] = [drainedOn(who, force), forgotten(who, name)];
   const cluster = await look(atServer, [drained, forget, ask(caLook)]);
-  if (facts) examine(facts, cluster, who, atServer.want.K3S_TOKEN, role, force);
+  const allowing = `make remove HOST=${sh(box.word)} FORCE=1`;
+  if (facts) examine(facts, cluster, who, atServer.want.K3S_TOKEN, role, force, allowing);
   const parts: [cli.Target, Job, Step, Facts][] = [[server, atServer, drained, cluster]];
   if (facts) parts.push([box, job, uninstall, facts]);
   parts.push([server, atServer, forget, cluster]);
