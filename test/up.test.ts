@@ -25,6 +25,7 @@ import {
   program,
   programs,
   service,
+  shell,
   TOKEN,
   temporary,
   unitsOf,
@@ -294,6 +295,27 @@ describe("FIREWALL=yes", { concurrency: 2 }, () => {
         new RegExp(`^${name}: 1 to do\n {2}1\\. nft: open .* to ${A1.ip}, ${B1.ip}, and close`, "m"),
         stdout + stderr,
       );
+  });
+
+  test("is part of a restore: on the new server, and on the agents as they follow", async () => {
+    const [from, ip] = [temporary(), "198.51.100.30"];
+    const about = `version=${MODERN}\nnode=a1\nip=${A1.ip}\n`;
+    for (const [name, text] of Object.entries({ about, token: `${TOKEN}\n`, "node-password": "x\n" }))
+      writeFileSync(join(from, name), text);
+    shell(
+      `cd ${from}; mkdir tls cred manifests db; tar -czf backup.tar.gz about token node-password tls cred manifests db`,
+    );
+    const args = ["--backup", join(from, "backup.tar.gz"), "--host", `c1=${ip}`, "--dry-run"];
+    const fresh = prepared(MODERN, { hostname: "c1\n", boot: "c1", nodes: "", ...OPEN });
+    const { status, stdout, stderr } = await run("restore", args, env, { ...boxes(), c1: fresh });
+    assert.equal(status, 0, stderr);
+    assert.match(
+      stdout,
+      new RegExp(`^c1: .*^ {2}\\d\\. nft: open .* to ${ip}, ${B1.ip}, and close`, "ms"),
+      stdout,
+    );
+    assert.doesNotMatch(stdout, new RegExp(`nft: open .*${A1.ip}`));
+    assert(agentSteps.some(({ name }) => name === "firewall"));
   });
 
   test("is part of make up, and left out it is nothing", async () => {
