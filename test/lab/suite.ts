@@ -59,7 +59,7 @@ function over(lab: Lab) {
 
   async function op(command: string | string[], options: Run = {}): Promise<Said> {
     const began = Date.now();
-    const { exitCode: status, stdout: out, stderr } = await lab.op(command, { timeout: 300, ...options });
+    const { exitCode: status, stdout: out, stderr } = await lab.op(command, { timeout: 900, ...options });
     const text = `${out}${stderr}`;
     for (const token of [env().K3S_TOKEN, options.env?.K3S_TOKEN])
       if (token) secrets.add(token).add(token.split(":").at(-1) as string);

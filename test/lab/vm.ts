@@ -21,7 +21,7 @@ export const REPOSITORIES = { ELREPO_URL, ELREPO_KERNEL_URL, EPEL_URL };
 
 const MEMORY = 768;
 /** Software emulation on a busy machine: seconds from power to ssh, at most. */
-const BOOT = 300;
+const BOOT = 600;
 
 /** Machines that are added side by side are furnished in turn: the operator's files name them all. */
 let turn: Promise<unknown> = Promise.resolve();
