@@ -56,6 +56,8 @@ export interface Recipe {
   host?: "SERVER";
   /** With `host`: it is for all servers, and the first one goes before the others. */
   everyServer?: true;
+  /** It goes to all boxes, whatever HOST says: what there is for one of them. A HOST of the call is refused. */
+  everyBox?: string;
   /** With `host`: how the boxes must be together. @throws {SettingError} */
   examine?(call: Call, boxes: readonly Target[]): void;
   nothing?(want: Settings, facts: Facts): string;
@@ -165,6 +167,11 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   // csh and its like export HOST as this machine's own name.
   const env = { ...process.env, HOST: process.env.HOST === hostname() ? undefined : process.env.HOST };
   const { settings, origins, own } = settle(flags, env, shown(envFile));
+  // In an env file it may be there for other scripts.
+  if (recipe.everyBox && settings.HOST && givenNow(origins, "HOST"))
+    throw new SettingError(
+      `HOST is ${quoted(settings.HOST)} (${origins.HOST}): expected none, for make ${script} goes to all boxes; ${recipe.everyBox}`,
+    );
   const needs = Object.entries(recipe.needs ?? {}).find(([name]) => !settings[name as SettingName]);
   const none = recipe.work || needs ? unnamed(settings, origins, envFile) : undefined;
   if (none) throw new SettingError(none);

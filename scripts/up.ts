@@ -116,5 +116,6 @@ await cli.run(import.meta, {
   steps: [...allSteps, ...agentSteps],
   writes: (_want, known) => !known.K3S_URL || !known.K3S_TOKEN,
   flags: ALLOWED,
+  everyBox: "make agent HOST=… brings up one",
   work: up,
 });

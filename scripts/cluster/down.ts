@@ -5,7 +5,7 @@ import * as cli from "../../lib/cli.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { caIn, casOf, mayGo } from "../../lib/k3s/identity.ts";
 import { report } from "../../lib/report.ts";
-import { givenNow, quoted, SettingError } from "../../lib/settings.ts";
+import { SettingError } from "../../lib/settings.ts";
 import { converge, type Facts, type Job, look, planAll } from "../../lib/step.ts";
 import { uninstall } from "./remove.ts";
 
@@ -13,10 +13,6 @@ async function down(call: cli.Call): Promise<number> {
   if (call.origins.SERVER === "default")
     throw new SettingError(
       "SERVER is not set: expected the box that is to lose its cluster, or SERVER= (empty) for this machine",
-    );
-  if (call.settings.HOST && givenNow(call.origins, "HOST"))
-    throw new SettingError(
-      `HOST is ${quoted(call.settings.HOST)} (${call.origins.HOST}): expected none, for this removes the whole cluster; make remove HOST=… removes a box`,
     );
   const servers = await cli.targets(call, "SERVER");
   const agents = call.settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
@@ -97,5 +93,6 @@ await cli.run(import.meta, {
   steps: [{ ...uninstall, options: ["SERVER", "PUBLIC_IP", "SERVER_ARGS"] }],
   flags: { yes: "do not ask", force: "also a box of another cluster, and k3s that somebody else has set up" },
   writes: (want, known) => Boolean(known.K3S_URL) && !want.K3S_DATASTORE_ENDPOINT,
+  everyBox: "make remove HOST=… removes one",
   work: down,
 });

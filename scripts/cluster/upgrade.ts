@@ -23,7 +23,7 @@ import {
   unitPath,
 } from "../../lib/k3s/unit.ts";
 import { type Line, report } from "../../lib/report.ts";
-import { givenNow, quoted, SettingError, words } from "../../lib/settings.ts";
+import { givenNow, SettingError, words } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
 import {
@@ -160,10 +160,6 @@ async function upgrade(call: cli.Call): Promise<number> {
     );
   if (everywhere.some((of) => of.K3S_BIN) && call.origins.K3S_VERSION === "default")
     throw new SettingError("K3S_VERSION is not set: expected the release that K3S_BIN is");
-  if (settings.HOST && givenNow(call.origins, "HOST"))
-    throw new SettingError(
-      `HOST is ${quoted(settings.HOST)} (${call.origins.HOST}): expected none, for this upgrades all boxes, one at a time`,
-    );
   const servers = await cli.targets(call, "SERVER");
   const [server] = servers as [cli.Target];
   const agents = settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
@@ -333,5 +329,6 @@ await cli.run(import.meta, {
   ],
   flags: { force: "go back, or leave minor versions out; delete pods that no controller starts anew" },
   writes: (want, known) => want.K3S_VERSION !== known.K3S_VERSION,
+  everyBox: "one at a time, and those that run K3S_VERSION stay as they are",
   work: upgrade,
 });
