@@ -39,8 +39,8 @@ export const agent: Step = {
 /**
  * What the server says to this box before it has joined: /cacerts, the date, and whether the token opens the
  * door. With it k3s hands out k3s-controller's certificate (to any agent, both generations), which may read
- * one node: so a taken name shows without registering anything. Not asked again once the box has joined with
- * these very credentials.
+ * one node, and of modern k3s all: so a taken name or address shows without registering anything. Not asked again
+ * once the box has joined with these very credentials.
  */
 function serverLook(want: Settings): string {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
@@ -66,6 +66,7 @@ if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined
     fact shut; cat "$dir/error"
     fact taken; node=${name ? sh(name) : '"$(uname -n | tr "[:upper:]" "[:lower:]")"'}
     ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node"
+    fact registered; ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes"
   fi
   fact password; test -s /etc/rancher/node/password && echo yes
 ) fi`;

@@ -22,6 +22,11 @@ export async function up(call: cli.Call): Promise<number> {
   let facts: Facts = {};
   let changed = false;
   let learned: Partial<Settings> | undefined;
+  let seen = () => {};
+  /** The server has been looked at: it knows the nodes that the others must not be. */
+  const looked = new Promise<void>((done) => {
+    seen = done;
+  });
   let tell = (_: Facts) => {};
   /** The server lets agents in, though its own node may not be Ready yet. */
   const opened = new Promise<Facts>((done) => {
@@ -38,6 +43,7 @@ export async function up(call: cli.Call): Promise<number> {
     job = cli.jobFor(call, server, line);
     job.early = tell;
     facts = await look(job, allSteps);
+    seen();
     if (call.mode !== "apply")
       return cli.showPlan(call, server, facts.nodes ? allSteps : serverSteps, job, facts);
     if (planAll(serverSteps, job.want, facts).length) begin();
@@ -52,6 +58,8 @@ export async function up(call: cli.Call): Promise<number> {
     cli.attempt(call, script, box, ui.line(box.name), async (line) => {
       const job = cli.jobFor(call, box, line);
       const first = await look(job, steps);
+      await Promise.race([looked, serverUp]);
+      if (facts.nodes) first.registered = facts.nodes;
       if (call.mode !== "apply") {
         await serverUp;
         // A server that has none yet makes a new one, unless a datastore has it.

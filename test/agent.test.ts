@@ -156,17 +156,18 @@ describe("the server is asked from the box", () => {
   function asked(settings = known) {
     const folder = temporary();
     const curl = `printf '%s\\n' "$*" >>${folder}/args
-case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n' ;; */nodes/*) echo "{}" ;; esac`;
+case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n' ;; */nodes/*) echo "{}" ;; */nodes) echo "all" ;; esac`;
     const facts = look([agent], settings, { PATH: programs(folder, { curl }) });
     const read = (name: string) =>
       look([{ look: () => [`fact x; cat ${folder}/${name} 2>/dev/null`] }], want).x ?? "";
     return { facts, args: read("args"), stdin: read("stdin") };
   }
 
-  test("for its CA, for the token's word, and for a node of this name, in bounded time", () => {
+  test("for its CA, for the token's word, for a node of this name, and for all, in bounded time", () => {
     const { facts, args, stdin } = asked();
     assert.deepEqual([facts.cacerts, facts.door], ["pem\n", "200"]);
-    assert.equal(args.trim().split("\n").length, 3);
+    assert.equal(facts.registered, "all\n");
+    assert.equal(args.trim().split("\n").length, 4);
     for (const line of args.trim().split("\n")) assert.match(line, /--connect-timeout \d+ --max-time \d+/);
     assert.match(args, /\/v1-k3s\/client-k3s-controller\.crt/);
     assert.equal(stdin, `user = "node:${"0".repeat(32)}"\n`);

@@ -26,8 +26,11 @@ import {
   A1,
   B1,
   B2,
+  BOOT,
   box,
   fixture,
+  IP,
+  MACHINE,
   MODERN,
   member,
   type NodeSpec,
@@ -403,6 +406,31 @@ describe("before a box gets a role", () => {
     ["a fresh one may be an agent", "agent", known, {}],
     ["the cluster's server goes on", "server", known, { cas: `server ${OWN}\n` }],
     ["an agent of the cluster goes on", "agent", known, { cas: `agent ${OWN}\n` }],
+    ...(["nodes", "registered"] as const).flatMap((fact): Case[] => {
+      const at = (spec: Partial<NodeSpec>) => ({ [fact]: nodes({ ...B1, ...spec }) });
+      const taken = /^Node b1, at \S+, is Ready, and is another box than this one/;
+      return [
+        [`one does not join at another's address (${fact})`, "agent", known, at({ ip: IP }), taken],
+        [`nor where that is inside (${fact})`, "agent", known, at({ ip: IP, external: B1.ip }), taken],
+        [`nor where it is outside alone (${fact})`, "agent", known, at({ external: IP }), taken],
+        ["one that was set up anew joins at its own address", "agent", known, at({ ip: IP, ready: false })],
+        ["one that has restarted goes on", "agent", known, at({ ip: IP, machine: MACHINE })],
+        ["so does a container, which has its host's boot id", "agent", known, at({ ip: IP, boot: BOOT })],
+        ["so does one that gets another address", "agent", known, at({ boot: BOOT, machine: MACHINE })],
+      ];
+    }),
+    [
+      "one that was renamed goes on at its address",
+      "agent",
+      known,
+      { registered: nodes({ ...B1, ip: IP }, { ...B2, ip: IP, machine: MACHINE }) },
+    ],
+    [
+      "the server is not held against what its restored datastore has",
+      "server",
+      want,
+      { nodes: nodes({ ...B1, ip: IP }) },
+    ],
     [
       "an agent whose move was cut goes on: its environment names this cluster already",
       "agent",

@@ -72,7 +72,7 @@ async function run(script: string, args: string[], envFile: string, boxes: Recor
 /** The facts of a healthy member of a1, b1 and b2, and that there is nothing to do on it. */
 function member(spec: NodeSpec, steps: readonly Step[], own: Step, over: Facts = {}): Facts {
   const want = wanted({ PUBLIC_IP: spec.ip, K3S_VERSION: MODERN, SERVER: `a1=${A1.ip}` });
-  const of = prepared(MODERN, { hostname: `${spec.name}\n` });
+  const of = prepared(MODERN, box(spec));
   const running = service(NOW - 1800);
   const peers = [A1, B1, B2].filter((other) => other.name !== spec.name);
   const { unit = "", envfile = "" } = filesAfter(own, want, own.plan(want, of));
@@ -80,7 +80,7 @@ function member(spec: NodeSpec, steps: readonly Step[], own: Step, over: Facts =
     MODERN,
     { unit, envfile },
     {
-      hostname: `${spec.name}\n`,
+      ...box(spec),
       peers: peers.map((other) => peer(MODERN, other, other.ip, 30)).join("\n"),
       units: own === server ? unitsOf(running) : unitsOf(undefined, running),
       ...over,
@@ -136,6 +136,15 @@ describe("make up", { concurrency: 2 }, () => {
     assert.match(stderr, /^b2 +FAILED after .*No route to host/m);
     assert.doesNotMatch(stderr, /the cluster is as wanted/);
     assert.match(stderr.trimEnd().split("\n").at(-1) ?? "", /^a1 +nothing to do: as wanted, but for b2/);
+  });
+
+  test("changes nothing on a box whose address is that of another node, by the server's word", async () => {
+    const boxes = { a1: a1(), b1: b1(), b9: fresh("b9") };
+    const envFile = `SERVER=a1=${A1.ip}\nAGENTS="b1=${B1.ip} b9=${B2.ip}"\n`;
+    const { status, stderr } = await run("up", [], envFile + JOINED, boxes);
+    assert.equal(status, 1);
+    assert.match(stderr, /^b9 +FAILED after .*: Node b2, at 198\.51\.101\.12, is Ready, and is another box/m);
+    assert.doesNotMatch(stderr, /^b9 +(download|fetch|get|install|write)/m);
   });
 
   test("waits for an API that does not answer yet, within bounds, and then goes on", async () => {

@@ -67,6 +67,16 @@ export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }
 }
 
 /**
+ * May a box join at its address? A node of it that is not Ready may be this box's, from before it was set up anew.
+ * @throws {Refusal} where it is another box's.
+ */
+function addressFree(nodes: readonly Node[], who: Who): void {
+  const at = nodes.filter((n) => n.externalIp === who.ip || n.internalIp === who.ip);
+  const other = at.find(({ ready }) => ready);
+  if (other && !at.some((n) => n.machine === who.machine)) nodeOf([other], who);
+}
+
+/**
  * The name under which k3s registers a box: `--node-name` of the settings, or of the box's unit; the name of the node
  * that it is already, whatever the box is called by now; or the host name in lower case (os.Hostname, kubelet).
  *
@@ -331,6 +341,8 @@ export const identityAs = (role: Role): Step => ({
   look: () => [caLook, unitsLook],
   plan(want, facts) {
     const generation = releaseOf(want, facts).generation ?? "modern";
+    if (role === "agent")
+      addressFree([facts.nodes, facts.registered].flatMap(nodesOf), whoIs(want.PUBLIC_IP, facts));
     mayBecome(
       role,
       want,
