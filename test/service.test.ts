@@ -299,6 +299,15 @@ describe("cgroups", () => {
       assert.ok(unit(agent, MODERN, V1, over).includes(FLAG), JSON.stringify(over));
   });
 
+  test("stand before the user's arguments, which are the unit's last", () => {
+    const last = "--kubelet-arg=max-pods=50";
+    for (const step of [server, agent])
+      assert.match(
+        unit(step, MODERN, V1, { SERVER_ARGS: last, AGENT_ARGS: last }),
+        new RegExp(`${FLAG} [^]*\\n +${last}\\n`),
+      );
+  });
+
   test("of v1: the release that ends there gets the argument in the one restart that brings it, and one before loses it", () => {
     const before = wanted({ K3S_VERSION: "v1.34.2+k3s1" });
     for (const step of [server, agent]) {

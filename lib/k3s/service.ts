@@ -141,10 +141,8 @@ export function servicePlan(
   const name = nodeNameOf(role, want, facts);
   const unit = unitOf(role);
   const noIpvs = lacksIpvs(want, facts);
-  const args = [
-    ...argsOf(role, generation, want, noIpvs ? "iptables" : want.PROXY_MODE, name),
-    ...cgroupArgs(role, version, want, facts),
-  ];
+  const mode = noIpvs ? "iptables" : want.PROXY_MODE;
+  const args = argsOf(role, generation, want, mode, name, cgroupArgs(role, version, want, facts));
   const text = unitText(role, generation, args, onCard(want.PUBLIC_IP, facts), want.PUBLIC_IP);
   const { changes: files, gone } = filesPlan(generation, version, want, facts);
   const changes: Change[] = [...before, ...labelsPlan(role, name, args, facts), ...files];

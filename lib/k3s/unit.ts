@@ -95,6 +95,7 @@ export const nodeNameIn = (args: string): string | undefined =>
  * `lo`, v1.17.6 dies with "host IP unknown" until its node has addresses by luck.
  *
  * @param name of the node, which stays when the box gets another host name.
+ * @param more what its box needs; the user's own come last.
  */
 export function argsOf(
   role: Role,
@@ -102,13 +103,14 @@ export function argsOf(
   want: Settings,
   proxyMode: string,
   name: string,
+  more: readonly string[] = [],
 ): string[] {
   const ip = want.PUBLIC_IP;
   const shared = [`--node-ip=${ip}`, `--node-external-ip=${ip}`];
   if (!nodeNameIn(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS)) shared.push(`--node-name=${name}`);
   // One flag an argument: of the article's `--kube-proxy-arg "a" "b"` k3s drops "b" as a positional.
   if (proxyMode !== "iptables") shared.push(`--kube-proxy-arg=proxy-mode=${proxyMode}`);
-  shared.push(...labelArgs(want));
+  shared.push(...labelArgs(want), ...more);
   if (role === "agent") return [...shared, ...words(want.AGENT_ARGS)];
   const flannel =
     generation === "old"
