@@ -58,6 +58,8 @@ export interface Recipe {
   everyServer?: true;
   /** It goes to all boxes, whatever HOST says: what there is for one of them. A HOST of the call is refused. */
   everyBox?: string;
+  /** A box's address may be unknown: a step asks for PUBLIC_IP where it needs it. */
+  asksLate?: true;
   /** With `host`: how the boxes must be together. @throws {SettingError} */
   examine?(call: Call, boxes: readonly Target[]): void;
   nothing?(want: Settings, facts: Facts): string;
@@ -436,6 +438,8 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
         ((setting !== "AGENTS" && settings.PUBLIC_IP) ||
           known.find(([h, ip]) => h === host && host && ip)?.[1]);
       if (given || !needsIp) return { host, ip: given ?? "", word, name };
+      const late = call.recipe.asksLate && { host, ip: "", word, name };
+      if (!host && late) return late;
       if (!host)
         throw new SettingError(
           unnamed(settings, origins, call.envFile) ??
@@ -445,6 +449,7 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
         throw new SettingError(`${setting} names ${host} (${origins[setting]}): ${error.message}`);
       });
       const right = publicIp(ip);
+      if (right && late) return late;
       if (right)
         throw new SettingError(
           `${host} (${origins[setting]}) resolves to ${ip}: expected ${right}; write ${host}=PUBLIC_IP`,

@@ -182,6 +182,7 @@ say "default: $entry"`,
 await run(import.meta, {
   about: "Gives CentOS 7 a kernel with WireGuard, as the article's nine steps do, and restarts into it.",
   steps: [upgradeKernel],
+  asksLate: true,
   nothing: (want, facts) =>
     wireguardIn(want, facts) ?? `${osOf(facts).name} gets WireGuard as a package: see install-wireguard`,
 });

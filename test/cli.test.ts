@@ -646,6 +646,12 @@ test("a box that cannot be reached is a failure, with its reason and the line th
   assert.doesNotMatch(stderr, /K10|0123456789abcdef/);
 });
 
+test("a box that is no node yet need not have a public address for its kernel", async () => {
+  const { status, stderr } = await call("upgrade-kernel", ["--host", "root@192.168.0.5"]);
+  assert.equal(status, 1, stderr);
+  assert.match(stderr, /Could not reach root@192\.168\.0\.5/);
+});
+
 test("the line that tries a dry run or a printed plan again is no line that does it", async () => {
   const again = async (script: string, ...flags: string[]) => {
     const args = ["--agents", "b1=198.51.101.11", "--server", "a1=203.0.113.11", ...flags];

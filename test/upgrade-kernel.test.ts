@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { mkdirSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
+import { SettingError } from "../lib/settings.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
 import { upgradeKernel } from "../scripts/upgrade-kernel.ts";
 import { fixture, look, MODERN, NOW, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
@@ -98,6 +99,16 @@ describe("CentOS 7", () => {
       [[`restart into kernel ${ML}: ${OWN} has no WireGuard`, true]],
     );
     assert.ok((changes[0]?.seconds ?? 0) >= 300, "with time for a slow machine");
+  });
+
+  test("is asked for its address only where a node is to be drained, or was", () => {
+    const none = { PUBLIC_IP: "" };
+    assert.deepEqual(whys(installed(), none), whys(installed()));
+    for (const over of [{}, { kernel: `${ML}\n`, module: "yes\n" }] as Facts[])
+      assert.throws(
+        () => plan(installed({ ...over, roles: "k3s-agent\n" }), none),
+        (e: Error) => e instanceof SettingError && /^PUBLIC_IP is not set, and this box is/.test(e.message),
+      );
   });
 
   const others: [name: string, over: Facts][] = [

@@ -1,6 +1,6 @@
 /** Draining the node that a box is, and giving it pods again. */
 
-import type { Settings } from "../settings.ts";
+import { SettingError, type Settings } from "../settings.ts";
 import { sh } from "../sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../step.ts";
 import { type Match, nodeNameOf, nodeOf, RESTARTING, type Who, whoIs } from "./identity.ts";
@@ -135,8 +135,15 @@ ${givenBack(name)}`,
   seconds: PATIENCE + 60,
 });
 
-/** This box's own node as the box itself sees its cluster, on a server, and whether that is one. */
+/**
+ * This box's own node as the box itself sees its cluster, on a server, and whether that is one.
+ * @throws {SettingError} where nothing says at which address that is.
+ */
 function here(want: Settings, facts: Facts) {
+  if (!want.PUBLIC_IP)
+    throw new SettingError(
+      "PUBLIC_IP is not set, and this box is set up as a node: expected the address at which other clouds reach it, by which the node to drain is found",
+    );
   const nodes = nodesOf(facts.nodes);
   return {
     isServer: facts.roles?.split("\n")[0] === "k3s",

@@ -92,7 +92,7 @@ describe("each script alone", { concurrency: true }, () => {
         const ip = t.box("b1").publicIp;
         for (const name of ON_B1)
           await step("b1", name, (flags) => {
-            const own = /agent|annotate|kernel/.test(name) ? `--public-ip ${ip}` : "";
+            const own = /agent|annotate/.test(name) ? `--public-ip ${ip}` : "";
             return onBox("b1", `${fileOf(name)} ${own} ${flags}`);
           });
         await connected([t.box("a1"), t.box("b1")]);
@@ -103,7 +103,7 @@ describe("each script alone", { concurrency: true }, () => {
         await envOnBox(t, "a1", { K3S_VERSION: version, K3S_MIRRORS: t.mirrors });
         const before = await state(t.box("a1"));
         for (const name of ON_A1) {
-          const own = /server|annotate|kernel/.test(name) ? "--public-ip 198.51.100.11" : "";
+          const own = /server|annotate/.test(name) ? "--public-ip 198.51.100.11" : "";
           await t.says(onBox("a1", `${fileOf(name)} ${own}`), 0, [NOTHING[name] as string]);
         }
         // server has learned what it always learns, and has put it into the box's own env file.
