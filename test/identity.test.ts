@@ -380,12 +380,23 @@ echo "K3S_DATA_DIR='/data/k3s'
 K3S_DATASTORE_ENDPOINT=postgres://k3s:hunter2@db" >${root}/etc/systemd/system/k3s.service.env
 echo 'data-dir: "/srv/k3s"
 token: hunter2' >${root}/etc/rancher/k3s/config.yaml
+mkdir ${root}/etc/rancher/k3s/config.yaml.d
+echo 'data-dir: /d' >${root}/etc/rancher/k3s/config.yaml.d/x.yaml
+for file in a b c; do echo "data-dir: /$file" >${root}/$file.yaml; done
+cat >${root}/etc/systemd/system/k3s.service <<'EOF'
+ExecStart=/usr/local/bin/k3s server -c ${root}/a.yaml
+EOF
+cat >${root}/etc/systemd/system/k3s-agent.service <<'EOF'
+ExecStart=/usr/local/bin/k3s \\
+\t'--config=${root}/b.yaml' \\
+    --config "${root}/c.yaml" --debug
+EOF
 systemctl() { return 1; }
 fact() { echo "fact $1"; }
 ${text}`);
     assert.equal(
-      stdout,
-      "fact unit-k3s\nfact unit-k3s-agent\nfact told\ndata-dir /data/k3s\ndatastore-endpoint\ndata-dir /srv/k3s\ncluster-init\nno-database\n",
+      stdout.split("fact told\n")[1],
+      "data-dir /data/k3s\ndatastore-endpoint\ndata-dir /srv/k3s\ndata-dir /d\ndata-dir /a\ndata-dir /b\ndata-dir /c\ncluster-init\nno-database\nno-agent\n",
     );
   });
 });
@@ -560,6 +571,15 @@ describe("before a box gets a role", () => {
     { "unit-k3s": official("server", "--config=/root/k3s.yaml"), told: "no-database\n" },
     /has its data elsewhere: there is no \/var\/lib\/rancher\/k3s\/server\/db\/state\.db/,
   ]);
+  const agents: [name: string, told: string, words: RegExp][] = [
+    ["a config file says", "data-dir /data/k3s\n", /in \/data\/k3s \(--data-dir\)/],
+    ["nothing here tells of it", "no-agent\n", /elsewhere: there is no \S+\/agent\/server-ca\.crt/],
+  ];
+  for (const [name, told, words] of agents) {
+    const facts = { "unit-k3s-agent": official("agent"), told };
+    const refusal = new RegExp(`has its data ${words.source}: here it would begin a new, empty node`);
+    cases.push([`nor is an agent whose data are where ${name}`, "agent", known, facts, refusal]);
+  }
   for (const [name, facts, words] of away) {
     const refusal = new RegExp(`has its data ${words.source}`);
     cases.push([`a cluster that is elsewhere is not begun anew: ${name}`, "server", want, facts, refusal]);

@@ -196,9 +196,15 @@ done
 fact told; d=/etc/systemd/system
 cat $d/k3s.service.env $d/k3s-agent.service.env /etc/default/k3s /etc/sysconfig/k3s 2>/dev/null |
   sed -n "s/^K3S_DATA_DIR=['\\"]\\{0,1\\}\\([^'\\"]*\\).*/data-dir \\1/p; s/^K3S_DATASTORE_ENDPOINT=..*/datastore-endpoint/p; s/^K3S_CLUSTER_INIT=..*/cluster-init/p"
-sed -n "s/^data-dir:[[:space:]]*['\\"]\\{0,1\\}\\([^'\\"[:space:]]*\\).*/data-dir \\1/p; s/^\\(datastore-endpoint\\|cluster-init\\):.*/\\1/p" /etc/rancher/k3s/config.yaml 2>/dev/null
+{
+  printf '%s\\n' /etc/rancher/k3s/config.yaml /etc/rancher/k3s/config.yaml.d/*
+  cat $d/k3s.service $d/k3s-agent.service 2>/dev/null | sed -n "s/.*-c\\(onfig\\)\\{0,1\\}[=[:space:]]['\\"]\\{0,1\\}\\([^'\\"[:space:]]*\\).*/\\2/p"
+} | while read -r file; do
+  [ ! -f "$file" ] || sed -n "s/^data-dir:[[:space:]]*['\\"]\\{0,1\\}\\([^'\\"[:space:]]*\\).*/data-dir \\1/p; s/^\\(datastore-endpoint\\|cluster-init\\):.*/\\1/p" "$file"
+done
 [ ! -d /var/lib/rancher/k3s/server/db/etcd ] || echo cluster-init
 [ -e /var/lib/rancher/k3s/server/db/state.db ] || echo no-database
+[ -e /var/lib/rancher/k3s/agent/server-ca.crt ] || echo no-agent
 `;
 
 /** Of those that it wrote before it marked them: k3s's own installer has other words, and a - before the file's name. */
@@ -267,10 +273,11 @@ const unitFact = (facts: Facts, role: Role) => facts[`unit-${unitOf(role)}`] ?? 
 function notForeign(role: Role, want: Want, facts: Facts, goes: readonly string[]): void {
   const unit = unitFact(facts, role);
   // By another config file, a script or a variable: what is not here is elsewhere, or has never been.
-  const missing = role === "server" && isForeign(unit) && /^no-database$/m.test(facts.told ?? "");
+  const [lack, file] =
+    role === "server" ? ["no-database", "server/db/state.db"] : ["no-agent", "agent/server-ca.crt"];
+  const missing = isForeign(unit) && facts.told?.split("\n").includes(lack);
   const where =
-    elsewhere(unit, facts.told) ??
-    (missing ? `elsewhere: there is no ${DATA}/server/db/state.db` : undefined);
+    elsewhere(unit, facts.told) ?? (missing ? `elsewhere: there is no ${DATA}/${file}` : undefined);
   if (where)
     throw new Refusal(
       `k3s is on this box already (${unitOf(role)}), and has its data ${where}: here it would begin a new, empty ${role === "server" ? "cluster" : "node"}. It is left as it is; k3s-uninstall.sh of its installer removes it`,
