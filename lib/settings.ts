@@ -1,7 +1,8 @@
 /** The settings: the table that declares each once, and where a value comes from (flag, environment, env file). */
+import { BlockList, isIP } from "node:net";
 import { hostname } from "node:os";
 import { readEnv, withValues } from "./env-file.ts";
-import { parseArgs, refusedIn, secretIn } from "./k3s/args.ts";
+import { lastOf, parseArgs, refusedIn, secretIn } from "./k3s/args.ts";
 import type { Role } from "./k3s/unit.ts";
 import { jsonOf, redacted } from "./text.ts";
 
@@ -60,17 +61,45 @@ function args(role: Role, value: string): string | undefined {
     const right = Object.hasOwn(ARGUMENTS, flag) && ARGUMENTS[flag]?.(word);
     if (right) return `${right} after --${flag}`;
   }
-  return undefined;
+  return role === "server" ? overlapIn(list) : undefined;
 }
 
 /** Arguments that go further than to k3s: into the cluster's names, and into rules of the boxes' firewalls. */
-const RANGES = matches(/^[\da-f.:]+\/\d+(,[\da-f.:]+\/\d+)*$/, "networks such as 10.42.0.0/16");
+const RANGES = (value: string) =>
+  value.split(",").every((one) => networkIn(one)) ? undefined : "networks such as 10.42.0.0/16";
 const ARGUMENTS: Record<string, Setting["check"]> = {
   "cluster-cidr": RANGES,
   "service-cidr": RANGES,
   "cluster-domain": matches(/^[\w.-]+$/, "a domain such as cluster.local"),
   "node-name": matches(/^[A-Za-z\d]([A-Za-z\d.-]{0,251}[A-Za-z\d])?$/, "a name of letters, digits, - and ."),
 };
+
+/** A network as node knows it; nothing for what is none. */
+function networkIn(text: string): BlockList | undefined {
+  const [, ip = "", bits] = /^([\da-f.:]+)\/(\d{1,3})$/.exec(text) ?? [];
+  const size = { 0: 0, 4: 32, 6: 128 }[isIP(ip)] ?? 0;
+  if (!size || Number(bits) < 1 || Number(bits) > size) return undefined;
+  const network = new BlockList();
+  network.addSubnet(ip, Number(bits), size === 32 ? "ipv4" : "ipv6");
+  return network;
+}
+
+/** What would be right where networks of pods and of services, given or by default, have addresses in common. */
+function overlapIn(list: ReturnType<typeof parseArgs>): string | undefined {
+  const [pods, services] = [
+    ["cluster-cidr", "10.42.0.0/16"],
+    ["service-cidr", "10.43.0.0/16"],
+  ].map(([flag = "", own = ""]) => (lastOf(list, flag) || own).split(",")) as [string[], string[]];
+  const within = (one: string, other: string) => {
+    const ip = one.replace(/\/.*/, "");
+    return networkIn(other)?.check(ip, isIP(ip) === 4 ? "ipv4" : "ipv6");
+  };
+  for (const one of pods)
+    for (const other of services)
+      if (within(one, other) || within(other, one))
+        return `networks of their own for pods and services, --cluster-cidr and --service-cidr: ${one} and ${other} overlap`;
+  return undefined;
+}
 
 const ETCD =
   "embedded etcd needs its members' private addresses and a few milliseconds between them, which clouds do not give";
@@ -435,16 +464,20 @@ export function check(name: SettingName, value: string, origin: string): void {
   const setting: Setting = SETTINGS[name];
   const right = value.length > 4096 ? "at most 4096 characters" : setting.check(value);
   if (right === undefined) return;
-  const shown = setting.secret || secretIn(parseArgs(value)) ? "" : ` is ${quoted(value)}`;
+  const shown =
+    setting.secret || secretIn(parseArgs(value)) || PASSWORD.test(value) ? "" : ` is ${quoted(value)}`;
   throw new SettingError(`${name}${shown} (${origin}): expected ${right}`);
 }
 
 /** A value as it was read, cut short. */
 export const quoted = (value: string): string => jsonOf(redacted(value.slice(0, 5000)).slice(0, 80));
 
+const PASSWORD = /(^|\s)(ssh:\/\/)?[^\s/@]*:(?!\/\/)\S*@/;
+
 /** A leading `-` would be an option to ssh; a destination is a host, user@host, an alias or ssh://… */
 function destination(value: string): string | undefined {
   const [host = "", ip, more] = value.split("=");
+  if (PASSWORD.test(value)) return "no password in it: ssh goes by keys here";
   if (more === undefined && /^[A-Za-z0-9_[:][\w.@:/%[\]-]*$/.test(host) && !/[@/]-/.test(host))
     return ip === undefined ? undefined : publicIp(ip);
   return "an ssh destination such as root@203.0.113.10 or an alias of ~/.ssh/config, with =PUBLIC_IP if needed";
@@ -455,6 +488,7 @@ const PRIVATE: readonly [RegExp, string][] = [
   [/^(10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.)/, "is private"],
   [/^100\.(6[4-9]|[7-9]\d|1[01]\d|12[0-7])\./, "is the provider's own (RFC 6598)"],
   [/^169\.254\./, "is link-local"],
+  [/^(192\.(0\.[02]|88\.99)|198\.1[89])\./, "is for tests, documents or protocols alone (RFC 6890)"],
   [/^(22[4-9]|2[3-5]\d)\./, "is no host's"],
 ];
 

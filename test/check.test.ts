@@ -230,7 +230,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       "UDP 51820 closed by the security group",
       boxes(MODERN, {
         a1: ways("a1", { b1: 0 }, passed({ b1: 148, b2: 300 })),
-        b1: { tried: { ...DROPPED, ...passed({ a1: 0, b2: 0 }, "192.0.2.1") } },
+        b1: { tried: { ...DROPPED, ...passed({ a1: 0, b2: 0 }, "203.0.113.77") } },
         b2: ways("b2", { b1: 0 }, passed({ b1: 148, a1: 300 })),
       }),
       "b1",
@@ -320,9 +320,9 @@ describe("a broken cluster is told its cause and what to do:", () => {
     ],
     [
       "an agent of another server",
-      boxes(MODERN, { b2: { facts: { joins: `https://192.0.2.9:6443\n${"c1".repeat(32)}` } } }),
+      boxes(MODERN, { b2: { facts: { joins: `https://203.0.113.79:6443\n${"c1".repeat(32)}` } } }),
       "b2",
-      /it joins https:\/\/192\.0\.2\.9:6443, not a1/,
+      /it joins https:\/\/203\.0\.113\.79:6443, not a1/,
       /make agent HOST=b2/,
     ],
     [
@@ -558,7 +558,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
     b1: {
       tried: {
         ...DROPPED,
-        ...passed({ a1: 0, b2: 0 }, "192.0.2.1"),
+        ...passed({ a1: 0, b2: 0 }, "203.0.113.77"),
         paths: `pod a1 no\npod b2 no\n${services("DNS no", "kubernetes yes")}`,
       },
     },

@@ -57,6 +57,7 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "ssh://-x",
     "a=1.2.3",
     "a=b=c",
+    "root:pw@203.0.113.10",
   ],
   AGENTS: ["ok -oProxyCommand=id", "ok a\nb", "ok $(id)", "ok,b", "a=192.168.1.1", "=203.0.113.1"],
   HOST: ["-v", "--", "a\rb", "${HOME}", "a&b", "a|b", "a>b", "\u0000", "a\tb=x", "汉字"],
@@ -99,6 +100,16 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "--cluster-cidr=$(id)",
     "--a -service-cidr 10.43.0.0/16;id",
     "--cluster-domain=a/b",
+    "--cluster-cidr=999.1.1.1/16",
+    "--cluster-cidr=10.42.0.0/33",
+    "--service-cidr 10.42.0/16",
+    "--cluster-cidr=10.42.0.0/16,fd42::/129",
+    "--cluster-cidr=0.0.0.0/0",
+    "--cluster-cidr=10.43.0.0/16",
+    "--service-cidr=10.42.128.0/20",
+    "--cluster-cidr=10.0.0.0/8",
+    "--cluster-cidr=10.9.0.0/16 --service-cidr=10.9.0.0/16",
+    "--cluster-cidr=10.42.0.0/16,fd42::/56 --service-cidr=10.43.0.0/16,fd42::1:0/112",
     "--node-name=../x",
     "--cluster-init",
     "-cluster-init=true",
@@ -216,6 +227,11 @@ const UNREACHABLE: [address: string, reason: RegExp][] = [
   ["100.64.0.1", /provider's own/],
   ["100.127.255.255", /provider's own/],
   ["169.254.169.254", /link-local/],
+  ["192.0.0.8", /protocols alone/],
+  ["192.0.2.1", /documents/],
+  ["192.88.99.1", /protocols alone/],
+  ["198.18.0.1", /for tests/],
+  ["198.19.255.255", /for tests/],
   ["224.0.0.1", /no host's/],
   ["255.255.255.255", /no host's/],
 ];
@@ -228,6 +244,13 @@ const REACHABLE = [
   "100.128.0.1",
   "172.15.0.1",
   "172.32.0.1",
+  "192.0.1.1",
+  "192.0.3.1",
+  "192.88.98.1",
+  "198.17.255.255",
+  "198.20.0.1",
+  "198.51.100.11",
+  "198.51.101.11",
   "192.167.1.1",
   "192.169.1.1",
   "223.255.255.255",
@@ -287,6 +310,34 @@ describe("a wrong value", () => {
         assert.ok(!refusal(name, value).includes("hunter2"));
       }
     assert.equal(refusal("SERVER_ARGS", "--token-file=/root/token --tls-san=x"), "");
+  });
+
+  test("of networks that overlap is told from what may stand", () => {
+    for (const right of [
+      "--cluster-cidr=10.1.0.0/16 --service-cidr=10.2.0.0/16",
+      "--cluster-cidr=10.42.0.0/16,fd42::/56 --service-cidr=10.43.0.0/16,fd43::/112",
+      "--cluster-cidr=10.43.0.0/16 --service-cidr=10.42.0.0/16",
+    ])
+      assert.equal(refusal("SERVER_ARGS", right), "", right);
+    assert.match(
+      refusal("SERVER_ARGS", "--cluster-cidr=10.43.0.0/16"),
+      /expected networks of their own .*: 10\.43\.0\.0\/16 and 10\.43\.0\.0\/16 overlap$/,
+    );
+  });
+
+  test("of a destination that holds a password is not repeated", () => {
+    for (const value of [
+      "root:hunter2@b1",
+      "b2 root:hunt/=er2@b1",
+      "ssh://root:hunter2@b1:22",
+      "a:hunter2@x@b1=1.2.3.4",
+    ])
+      for (const name of ["SERVER", "AGENTS", "HOST"] as const) {
+        assert.match(refusal(name, value), /^\w+ \(variable X\): expected no password in it/, value);
+        assert.ok(!refusal(name, value).includes("er2"));
+      }
+    for (const value of ["ssh://root@b1:2222", "user@dom.example@b1", "root@[2001:db8::1]", "[2001:db8::1]"])
+      assert.equal(refusal("HOST", value), "", value);
   });
 
   test("of arguments that this project gives itself, or that only servers know, is refused with its name", () => {
