@@ -421,7 +421,7 @@ describe("of what a box says without end, no more is kept than its size allows:"
     writeFileSync(
       script,
       `import { readFileSync, statSync } from "node:fs";
-import { closeAll, open } from ${JSON.stringify(join(ROOT, "lib", "box.ts"))};
+import { closeAll, open } from ${JSON.stringify(join(ROOT, "lib", "shell.ts"))};
 import { look } from ${JSON.stringify(join(ROOT, "lib", "step.ts"))};
 const box = open("b1");
 const path = ${JSON.stringify(join(folder, "file"))};
