@@ -19,6 +19,8 @@ NODE := $(shell command -v node;)
 STRIPS := $(if $(NODE),$(shell node -p 'process.features.typescript || ""'))
 RUN = node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx)
 TS = $(if $(NODE),$(RUN),deno run -A)
+# What Node 22 and later have compiled: a script starts in a third of the time.
+export NODE_COMPILE_CACHE ?= $(CURDIR)/node_modules/.compiled
 MODULES = $(if $(NODE),node_modules/.package-lock.json)
 # With those that only who works on the project needs.
 DEV = node_modules/fast-check

@@ -10,8 +10,8 @@ import { $ } from "zx";
 import { attach } from "./lab.ts";
 
 const cwd = join(import.meta.dirname, "../..");
-/** As its users run it: not from within the make that runs these tests, where make says which folder it is in. */
-const { MAKELEVEL: _, MAKEFLAGS: __, ...env } = process.env;
+/** As its users run it: with their Node, and not from within the make that runs these tests, which says its folder. */
+const { MAKELEVEL: _, MAKEFLAGS: __, K3S_LAB_NODE: ___, ...env } = process.env;
 const run = $({
   quiet: true,
   nothrow: true,

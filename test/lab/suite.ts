@@ -149,7 +149,8 @@ cat "$log"`,
 }
 
 /** The script as a program, for its exit status: make answers 2 whatever went wrong. */
-export const script = (name: string, flags = "") => `node --import tsx ${fileOf(name)} ${flags}`;
+export const script = (name: string, flags = "") =>
+  `node ${process.env.K3S_LAB_NODE ? "--no-warnings" : "--import tsx"} ${fileOf(name)} ${flags}`;
 
 /** Remote commands and logins that the boxes' sshd saw while `part` ran, by box. */
 export async function trips(boxes: Box[], part: () => Promise<unknown>) {
