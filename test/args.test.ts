@@ -204,9 +204,6 @@ describe("flags that this project gives itself, or goes by", () => {
     ["--kube-proxy-arg cluster-cidr=10.9.0.0/16", /--cluster-cidr/],
     ["--lb-server-port=6443", /its own is 6444/],
     ["--lb-server-port 10250", /its own is 6444/],
-    ["--kubelet-arg=config=/root/kubelet.yaml", /give each of it as an argument/],
-    ["--kubelet-arg --config=/root/kubelet.yaml", /give each of it/],
-    ["--kubelet-arg=config-dir=/root", /give each of it/],
     ["--kube-proxy-arg=config=/root/proxy.yaml", /give each of it/],
   ];
   for (const [args, why] of refused)
@@ -221,7 +218,7 @@ describe("flags that this project gives itself, or goes by", () => {
 
   test("leave all others to the user", () => {
     const server =
-      "--disable=traefik --tls-san=x --node-name=a --cluster-cidr=10.1.0.0/16 --service-cidr=10.2.0.0/16 --cluster-domain=k.local --kubelet-arg=max-pods=50 --kubelet-arg=fail-cgroupv1=false --kube-proxy-arg=metrics-bind-address=0.0.0.0 --write-kubeconfig-mode=640 --snapshotter=native --egress-selector-mode=pod --disable-network-policy --flannel-iface=eth1 --selinux --debug -v=4 --prefer-bundled-bin --resolv-conf=/x --secrets-encryption --token-file=/root/token --node-label=a=b --alsologtostderr --vmodule=a=1 --service-node-port-range=30000-32767 --service-node-port-range=51822+100 --lb-server-port=6444 --kube-scheduler-arg=config=/x";
+      "--disable=traefik --tls-san=x --node-name=a --cluster-cidr=10.1.0.0/16 --service-cidr=10.2.0.0/16 --cluster-domain=k.local --kubelet-arg=max-pods=50 --kubelet-arg=fail-cgroupv1=false --kube-proxy-arg=metrics-bind-address=0.0.0.0 --write-kubeconfig-mode=640 --snapshotter=native --egress-selector-mode=pod --disable-network-policy --flannel-iface=eth1 --selinux --debug -v=4 --prefer-bundled-bin --resolv-conf=/x --secrets-encryption --token-file=/root/token --node-label=a=b --alsologtostderr --vmodule=a=1 --service-node-port-range=30000-32767 --service-node-port-range=51822+100 --lb-server-port=6444 --kube-scheduler-arg=config=/x --kubelet-arg=config=/root/kubelet.yaml --kubelet-arg=config-dir=/root";
     assert.equal(refusedIn("server", parseArgs(server)), undefined);
     const agent =
       "--node-name=a --kubelet-arg=max-pods=50 --snapshotter=native --selinux --debug --lb-server-port=6446";

@@ -69,7 +69,6 @@ const WHOLE = "every server is a whole one here, and a node";
 const WIREGUARD = "flannel's backend is WireGuard here, between the nodes' public addresses";
 const ADDRESS = "PUBLIC_IP, or HOST=PUBLIC_IP in SERVER and AGENTS, is the node's address";
 const PORTS = "k3s is asked, and let through firewalls, at its own ports of every address";
-const UNSEEN = "what such a file says is not seen here: give each of it as an argument, NAME=VALUE";
 const OWN_PORTS = [6443, 10250, 51820, 51821];
 /** Ports as Kubernetes reads them: A-B, A+SIZE or one. What is none it refuses itself. */
 const holdsOurs = {
@@ -91,7 +90,7 @@ const OURS: readonly [flag: RegExp, why: string, value?: Pick<RegExp, "test">][]
   [/^lb-server-port$/, "k3s has that port for something else; its own is 6444", /^(6443|10250)$/],
   [/^kube-apiserver-arg$/, "--service-node-port-range has it", /^-*service-node-port-range=/],
   [/^kube-.*-arg$/, "--cluster-cidr and --service-cidr have it", /^-*(cluster-cidr|service-cluster-ip-range)=/],
-  [/^kube(let|-proxy)-arg$/, UNSEEN, /^-*config(-dir)?=/],
+  [/^kube-proxy-arg$/, "with a file kube-proxy ignores all flags: give each of it as an argument", /^-*config=/],
   [/^(flannel-(backend|external-ip|conf)|no-flannel|vpn-auth(-file)?)$/, WIREGUARD],
   [/^(data-dir|d)$/, "k3s's data are looked for in /var/lib/rancher/k3s, which may be a link or a mount"],
   [/^kubelet-arg$/, "the kubelet's data are looked for in /var/lib/kubelet, which may be a link or a mount", /^-*root-dir=/],
