@@ -247,6 +247,19 @@ describe("rules are judged in their order, up to the first that decides", () => 
     });
 });
 
+test("networks of both families are each let in by themselves, wherever that is", () => {
+  const ranges = ["10.42.0.0/16,fd42::/56", "10.43.0.0/16,fd43::/112"] as const;
+  for (const facts of [recorded("firewalld-fresh"), recorded("ufw-fresh"), { ...BOX, ruleset: "" }]) {
+    const plan = firewall
+      .firewallPlan(facts, NODES, ranges)
+      .map(({ sh }) => sh)
+      .join("\n");
+    assert.ok(plan.includes("10.42.0.0/16"));
+    assert.doesNotMatch(plan, /0\/16,fd4/);
+  }
+  assert.doesNotMatch(firewall.closeLook(ranges) + firewall.closeAgain(ranges), /0\/16,fd4/);
+});
+
 describe("firewalld", () => {
   const fresh = recorded("firewalld-fresh");
   const done = recorded("firewalld-fresh-done");

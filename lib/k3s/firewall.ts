@@ -126,8 +126,10 @@ const isOf = (chain: Chain, kind: Kind): boolean =>
       ].test(text),
     ));
 
-const inPods = (pods: string, host: number) =>
-  `${(pods.split(",").find((range) => range.includes(".")) ?? "10.42.0.0/16").split(/\.\d+\//)[0]}.${host}`;
+/** Networks of pods, and of services, may be of both families. */
+const eachOf = (ranges: readonly string[]) => ranges.flatMap((range) => range.split(","));
+const ipv4Of = (pods: string) => eachOf([pods]).find((range) => range.includes(".")) ?? "10.42.0.0/16";
+const inPods = (pods: string, host: number) => `${ipv4Of(pods).split(/\.\d+\//)[0]}.${host}`;
 
 interface Probe {
   what: string;
@@ -376,7 +378,7 @@ function managed(
       commands.push(
         ...[
           ...rules.filter((rule) => !have.includes(rule)).map((rule) => inZone(rule, "add")),
-          ...ranges
+          ...eachOf(ranges)
             .filter((range) => !split(facts[`sources${when}`]).includes(range))
             .map((range) => `--zone=trusted --add-source=${range}`),
           ...have
@@ -391,8 +393,8 @@ function managed(
     );
     const rules = [
       ...each((ip, protocol, port) => `allow from ${ip} to any port ${port} proto ${protocol}`),
-      ...ranges.map((range) => `allow from ${range}`),
-      ...["from", "to"].map((end) => `route allow ${end} ${ranges[0]}`),
+      ...eachOf(ranges).map((range) => `allow from ${range}`),
+      ...["from", "to"].flatMap((end) => eachOf([ranges[0]]).map((pods) => `route allow ${end} ${pods}`)),
     ];
     const told = (rule: string, how: string) =>
       rule.startsWith("route ") ? `ufw route ${how}${rule.slice(5)}` : `ufw --force ${how} ${rule}`;
@@ -426,7 +428,7 @@ function tabled(
         ? "Neither firewalld nor ufw runs here, and nft is missing: install nftables, then try again"
         : `Ports of k3s's are open to everybody: ${open.join("; ")}. Take that out, or install nftables, then try again`,
     );
-  const script = scriptText(nodes, ranges[0]);
+  const script = scriptText(nodes, ipv4Of(ranges[0]));
   if (
     facts.script?.trimEnd() === script.trimEnd() &&
     facts.start?.trimEnd() === UNIT_TEXT.trimEnd() &&
@@ -477,7 +479,7 @@ export const closeLook = (
 ): string => `if [ -e ${UNIT} ] || [ -e ${SCRIPT} ] || ufw show added 2>/dev/null | grep -q "comment '${MARK}'"; then echo firewall; fi
 if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
   for when in '' --permanent; do
-    firewall-cmd $when --list-all-zones 2>/dev/null | grep -qE '^[[:blank:]]+${RICH_ERE}|^ +sources:.* (${ranges.join("|").replaceAll(".", "\\.")})( |$)' && echo firewall
+    firewall-cmd $when --list-all-zones 2>/dev/null | grep -qE '^[[:blank:]]+${RICH_ERE}|^ +sources:.* (${eachOf(ranges).join("|").replaceAll(".", "\\.")})( |$)' && echo firewall
   done
 fi`;
 
@@ -505,7 +507,7 @@ if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
         grep -E '^${RICH_ERE}' |
         while read -r rule; do firewall-cmd -q $when --zone="$zone" --remove-rich-rule="$rule" </dev/null; done
     done
-    for range in ${ranges.join(" ")}; do firewall-cmd -q $when --zone=trusted --remove-source=$range 2>/dev/null || :; done
+    for range in ${eachOf(ranges).join(" ")}; do firewall-cmd -q $when --zone=trusted --remove-source=$range 2>/dev/null || :; done
   done
 fi`;
 
