@@ -17,6 +17,18 @@ export function readEnv(path: string): { values: Record<string, string>; lines: 
   return { values: parse(text), lines };
 }
 
+/** The first line of which dotenv would drop something without a word: its number, and what would be right. */
+export function slipIn(path: string): [line: number, right: string] | undefined {
+  const text = textOf(path);
+  const lineAt = (at: number) => text.slice(0, at).split("\n").length;
+  for (const { 0: all, 3: value = "", index } of text.matchAll(LINE))
+    if (text[index + all.length] === "#" && /[^\s"'`]$/.test(value))
+      return [lineAt(index), "a blank before the # of a comment, or quotes around the value that has it"];
+  const rest = text.replace(LINE, (all) => all.replace(/[^\n]/g, "")).split("\n");
+  const at = rest.findIndex((line) => /^\s*[^#\s]/.test(line));
+  return at < 0 ? undefined : [at + 1, "KEY=VALUE on one line, or a # before a comment"];
+}
+
 /**
  * The text of an env file after some keys are set, or gone where they are undefined: comments, order and every other
  * line stay as they are.

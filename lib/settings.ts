@@ -1,7 +1,7 @@
 /** The settings: the table that declares each once, and where a value comes from (flag, environment, env file). */
 import { BlockList, isIP } from "node:net";
 import { hostname } from "node:os";
-import { readEnv, withValues } from "./env-file.ts";
+import { readEnv, slipIn, withValues } from "./env-file.ts";
 import { lastOf, parseArgs, refusedIn, secretIn } from "./k3s/args.ts";
 import type { Role } from "./k3s/unit.ts";
 import { jsonOf, redacted } from "./text.ts";
@@ -54,13 +54,20 @@ function args(role: Role, value: string): string | undefined {
   // To k3s they are the end of its flags: the rest is dropped without a word.
   if (words(value).some((word) => /^-+$/.test(word))) return "arguments, not a lone dash or two";
   // Likewise a word that no argument can take for its value.
-  const stray = words(value).find((word, i, all) => word[0] !== "-" && !/^-[^=]*$/.test(all[i - 1] ?? ""));
+  const stray = words(value).find(
+    (word, i, all) => word[0] !== "-" && (/^(true|false)$/.test(word) || !/^-[^=]*$/.test(all[i - 1] ?? "")),
+  );
   if (stray)
     return `arguments that begin with --, as "${stray.slice(0, 40)}" does not: k3s drops all that follow it`;
   for (const { flag, value: word = "" } of list) {
     const right = Object.hasOwn(ARGUMENTS, flag) && ARGUMENTS[flag]?.(word);
     if (right) return `${right} after --${flag}`;
   }
+  // Old releases take the last of them, later ones all.
+  const twice = ["cluster-cidr", "service-cidr"].find(
+    (name) => list.filter(({ flag }) => flag === name).length > 1,
+  );
+  if (twice) return `one --${twice}, with its networks separated by commas`;
   return role === "server" ? overlapIn(list) : undefined;
 }
 
@@ -71,8 +78,18 @@ const ARGUMENTS: Record<string, Setting["check"]> = {
   "cluster-cidr": RANGES,
   "service-cidr": RANGES,
   "cluster-domain": matches(/^[\w.-]+$/, "a domain such as cluster.local"),
+  // The kubelet ends at one that it does not take.
+  "node-label": (value) => byCommas(label, value),
+  "node-taint": (value) => byCommas(taint, value),
   "node-name": matches(/^[A-Za-z\d]([A-Za-z\d.-]{0,251}[A-Za-z\d])?$/, "a name of letters, digits, - and ."),
 };
+
+const byCommas = (check: Setting["check"], value: string) =>
+  value
+    .split(",")
+    .map(check)
+    .find((wrong) => wrong !== undefined)
+    ?.replace("separated by blanks", "separated by commas");
 
 /** A network as node knows it; nothing for what is none. */
 function networkIn(text: string): BlockList | undefined {
@@ -130,7 +147,9 @@ export const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
 function label(value: string): string | undefined {
   if (!new RegExp(`^${KEY}=(${WORD})?$`).test(value)) return "labels KEY=VALUE, separated by blanks";
   const owned = /^([^/]*\.)?(kubernetes|k8s)\.io\//.test(value);
-  return owned && !/^(kubelet|node|topology)\.kubernetes\.io\//.test(value)
+  const own =
+    /^([^/]*\.)?(kubelet|node)\.kubernetes\.io\/|^(topology|failure-domain\.beta)\.kubernetes\.io\/(zone|region)=/;
+  return owned && !own.test(value)
     ? `labels that a node may give itself, and ${value.split("=")[0]} is none (NodeRestriction)`
     : undefined;
 }
@@ -390,6 +409,8 @@ export function settle(
   path: string,
 ): { settings: Settings; origins: Origins; own: Record<string, Partial<Settings>> } {
   const { values, lines } = fileAt(path);
+  const [line, right] = slipIn(path) ?? [];
+  if (line) throw new SettingError(`${path} line ${line}: expected ${right}`);
   const settings = {} as Settings;
   const origins = {} as Origins;
   const isAmbient = (name: SettingName) => (SETTINGS[name] as Setting).ambient;

@@ -153,6 +153,9 @@ describe("k3s's config file", () => {
 
 describe("flags that this project gives itself, or goes by", () => {
   const refused: [args: string, why: RegExp][] = [
+    ["--flannel-external-ip=false", /WireGuard/],
+    ["--data-dir=false", /\/var\/lib\/rancher\/k3s/],
+    ["--node-ip=false", /PUBLIC_IP/],
     ["--data-dir=/data", /looked for in \/var\/lib\/rancher\/k3s, which may be a link or a mount/],
     ["-d /data", /\/var\/lib\/rancher\/k3s/],
     ["--https-listen-port=443", /at its own ports/],

@@ -120,6 +120,12 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "server --disable=traefik",
     "--disable=traefik x --tls-san=a",
     "--node-label a=b c=d",
+    "--secrets-encryption true --tls-san=a",
+    "--cluster-cidr=10.42.0.0/16 --cluster-cidr=fd42::/56",
+    // The kubelet ends at them.
+    "--node-label=node-role.kubernetes.io/worker=true",
+    "--node-label a=b,c",
+    "--node-taint=a=b:Never",
     "--kube-apiserver-arg --secure-port=7443",
     "--kube-proxy-arg --proxy-mode=ipvs",
   ],
@@ -133,6 +139,7 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "a=$(id)",
     "node-role.kubernetes.io/worker=true",
     "x.k8s.io/a=b",
+    "topology.kubernetes.io/rack=r1",
   ],
   NODE_TAINTS: [
     "a=b",
@@ -487,6 +494,41 @@ test("several servers are refused without a datastore that they share, with the 
   );
   const url = "mysql://k3s:x@tcp(db.example.org:3306)/k3s";
   assert.equal(settle({}, { K3S_DATASTORE_ENDPOINT: url }, path).settings.SERVER, "a1 b1");
+});
+
+describe("a line of the env file of which something would be lost", () => {
+  const AGENTS = "AGENTS=a=203.0.114.11";
+  const cases: [text: string, line: number][] = [
+    [`${AGENTS}\n  b=203.0.114.12 c=203.0.114.13\n  root@d`, 3],
+    ["SERVER root@a1", 1],
+    ["SERVER:root@a1", 1],
+    ["SERVER := root@a1", 1],
+    ["SERVER+=b", 1],
+    [`# one\n\n- ${AGENTS}`, 3],
+    ["set SERVER=a1", 1],
+    ["K3S_TOKEN='a\nb'\nAGENTS", 3],
+    ["K3S_DATASTORE_ENDPOINT=postgres://k3s:hunter2#hunter2@db/k3s", 1],
+    ["SERVER=a1#b1 # c", 1],
+  ];
+  for (const [text, line] of cases)
+    test(`is refused with its number, and not repeated: ${JSON.stringify(text)}`, () => {
+      const path = join(temporary(), ".env");
+      writeFileSync(path, `${text}\n`);
+      assert.throws(
+        () => settle({}, {}, path),
+        ({ message }: Error) =>
+          message.startsWith(`${path} line ${line}: expected `) && !/hunter|root/.test(message),
+      );
+    });
+
+  test("is told from what any env file may have", () => {
+    const path = join(temporary(), ".env");
+    const text =
+      "\ufeff# c\r\n\r\n export SERVER = a1 # first\r\nAGENTS='b1 b2'#c\r\nHOST=# none\r\n\t# d\r\nAIRGAP: yes\r\nK3S_BIN=\"./a #b\"\r\n";
+    writeFileSync(path, text);
+    const { SERVER, AGENTS, HOST, AIRGAP, K3S_BIN } = settle({}, {}, path).settings;
+    assert.deepEqual([SERVER, AGENTS, HOST, AIRGAP, K3S_BIN], ["a1", "b1 b2", "", "yes", "./a #b"]);
+  });
 });
 
 describe("a line of the env file for one box", () => {

@@ -106,6 +106,9 @@ const OURS: readonly [flag: RegExp, why: string, value?: Pick<RegExp, "test">][]
   [/^agent-token(-file)?$/, "nodes join by one token, K3S_TOKEN"],
 ]; // biome-ignore format: a table
 
+/** Of those what may say no: it is so in any case. */
+const SWITCHES = /^(with-node-id|no-flannel|docker|rootless|disable-.*)$/;
+
 /** What `k3s agent` does not know, in any release: it ends at such a flag, of its config file too (pkg/configfilearg). */
 const OF_SERVERS =
   /^(advertise-|agent-token|cluster-(cidr|dns|domain|init|reset)|datastore-|default-local-storage-path|disable$|disable-(agent|apiserver$|controller-manager|etcd|scheduler|cloud-controller|kube-proxy|network-policy|helm-controller)|egress-selector-mode|embedded-registry|etcd-|flannel-(backend|external-ip|ipv6-masq)|helm-|https-listen-port|kine-|kube-(apiserver|cloud-controller|controller|scheduler)|no-deploy|o$|secrets-encryption|service|supervisor-|system-default-registry|tls-san|write-kubeconfig)/;
@@ -117,7 +120,7 @@ export function refusedIn(
 ): [flag: string, why: string] | undefined {
   for (const { flag, value = "" } of args) {
     const rule = OURS.find(([name, , of]) => name.test(flag) && (!of || of.test(value)));
-    if (rule && value !== "false") return [flag, rule[1]];
+    if (rule && !(value === "false" && SWITCHES.test(flag))) return [flag, rule[1]];
     if (role !== "agent") continue;
     if (/^(server|s)$/.test(flag)) return [flag, "K3S_URL has it"];
     if (flag === "token-file") return [flag, "K3S_TOKEN has the token"];
