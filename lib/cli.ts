@@ -436,7 +436,7 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
       const given =
         own ??
         ((setting !== "AGENTS" && settings.PUBLIC_IP) ||
-          known.find(([h, ip]) => h === host && host && ip)?.[1]);
+          known.find(([h = "", ip]) => nameOf(h) === name && host && ip)?.[1]);
       if (given || !needsIp) return { host, ip: given ?? "", word, name };
       const late = call.recipe.asksLate && { host, ip: "", word, name };
       if (!host && late) return late;
@@ -494,6 +494,8 @@ async function ownAddresses(call: Call, setting: string, found: readonly Target[
     const other = others.find(({ name, ip }) => name !== box.name && ip && ip === box.ip);
     // One box may be named in two ways, unless it is said where it is.
     const named = setting === "HOST" && !box.word.includes("=") && !other?.name.startsWith("the server");
+    // By the name that the lists have for it, the env file has settings of its own for it.
+    if (other && named && box.host) box.name = other.name;
     if (other && !named)
       throw new SettingError(
         `${setting} (${origins[setting as SettingName]}): every node needs a public address of its own, but ${other.name} and ${box.name} have ${box.ip}`,

@@ -630,6 +630,15 @@ describe("what a box is told", () => {
   });
 });
 
+test("a box that HOST names by its name or its address alone is the one of the lists, with settings of its own", async () => {
+  const file = `SERVER=a1=203.0.113.50\nAGENTS=debian@cloud-b=198.51.100.21\nK3S_URL=https://203.0.113.50:6443\nK3S_TOKEN=${TOKEN}\n`;
+  for (const host of ["cloud-b", "root@cloud-b", "198.51.100.21"]) {
+    const { status, stderr } = await call("agent", ["--host", host], {}, file);
+    assert.equal(status, 1, stderr);
+    assert.match(stderr, /^cloud-b +FAILED/m, host);
+  }
+});
+
 test("a box that cannot be reached is a failure, with its reason and the line that tries it again", async () => {
   const env = { K3S_URL: "https://203.0.113.10:6443", K3S_TOKEN: TOKEN, PROXY_MODE: "ipvs" };
   const { status, stdout, stderr } = await call(

@@ -291,7 +291,7 @@ async function one(
       throw new Failure(`${error.message}; if the box is gone for good, FORCE=1 removes its node alone`);
     line.says(`${error.message}: its node is removed all the same`);
   }
-  const role = servers.some((other) => other.host === box.host) ? "server" : "agent";
+  const role = servers.some((other) => other.host === box.host || other.ip === box.ip) ? "server" : "agent";
   const name = facts && nodeNameOf(role, job.want, facts);
   const who = whoIs(box.ip, facts);
   const [drained, forget] = [drainedOn(who, force), forgotten(who, name)];
