@@ -425,7 +425,13 @@ describe("before a box gets a role", () => {
         [`nor where that is inside (${fact})`, "agent", known, at({ ip: IP, external: B1.ip }), taken],
         [`nor where it is outside alone (${fact})`, "agent", known, at({ external: IP }), taken],
         ["one that was set up anew joins at its own address", "agent", known, at({ ip: IP, ready: false })],
-        ["one that has restarted goes on", "agent", known, at({ ip: IP, machine: MACHINE })],
+        [`nor as a copy of its image (${fact})`, "agent", known, at({ ip: IP, machine: MACHINE }), taken],
+        [
+          "one that has restarted goes on",
+          "agent",
+          known,
+          { ...at({ ip: IP, machine: MACHINE }), uptime: "20" },
+        ],
         ["so does a container, which has its host's boot id", "agent", known, at({ ip: IP, boot: BOOT })],
         ["so does one that gets another address", "agent", known, at({ boot: BOOT, machine: MACHINE })],
       ];
@@ -434,7 +440,7 @@ describe("before a box gets a role", () => {
       "one that was renamed goes on at its address",
       "agent",
       known,
-      { registered: nodes({ ...B1, ip: IP }, { ...B2, ip: IP, machine: MACHINE }) },
+      { registered: nodes({ ...B1, ip: IP }, { ...B2, ip: IP, boot: BOOT, machine: MACHINE }) },
     ],
     [
       "the server is not held against what its restored datastore has",

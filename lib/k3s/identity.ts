@@ -67,13 +67,15 @@ export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }
 }
 
 /**
- * May a box join at its address? A node of it that is not Ready may be this box's, from before it was set up anew.
+ * May a box join at its address? A node of it that is not Ready may be this box's, from before it was set up anew; the
+ * machine id of one that is proves nothing, but that of two names it is the one of this box.
  * @throws {Refusal} where it is another box's.
  */
 function addressFree(nodes: readonly Node[], who: Who): void {
   const at = nodes.filter((n) => n.externalIp === who.ip || n.internalIp === who.ip);
-  const other = at.find(({ ready }) => ready);
-  if (other && !at.some((n) => n.machine === who.machine)) nodeOf([other], who);
+  const own = at.filter((n) => n.machine === who.machine);
+  const node = (own.length ? own : at).find(({ ready }) => ready);
+  if (node) nodeOf([node], who);
 }
 
 /**
