@@ -199,6 +199,12 @@ describe("a kubeconfig", () => {
     assert.match(withAccess(without, ACCESS, true), new RegExp(`^current-context: ${NAME}$`, "m"));
   });
 
+  test("may have comments behind its names", () => {
+    const own = OWN.replace("  name: work\n", "  name: work # my own\n");
+    assert.notEqual(own, OWN);
+    assert.ok(withAccess(own, ACCESS, false).includes("  name: work # my own\n"));
+  });
+
   test("is the same after a second time", () => {
     for (const own of ["", OWN, MODERN_YAML, OLD_YAML]) {
       const once = withAccess(own, ACCESS, true);

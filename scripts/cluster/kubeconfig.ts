@@ -176,7 +176,7 @@ function readItems(lines: string[], key: string, section: Section): void {
     const own = dash ? inner + line.slice(dash[0].length) : line;
     const name =
       own.startsWith(`${inner}name:`) &&
-      /^name: +("[^"\\]*"|'[^']*'|[^"'\s#|>][^#]*?)\s*$/.exec(own.slice(inner.length))?.[1];
+      /^name: +("[^"\\]*"|'[^']*'|[^"'\s#|>][^#]*?)(?:\s+#.*|\s*)$/.exec(own.slice(inner.length))?.[1];
     if (name) names.push(name.replace(/^(["'])(.*)\1$/, "$2"));
     else if (own.startsWith(`${inner}name:`)) no(`a name in ${key} is not a plain word`, i);
   }
