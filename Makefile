@@ -95,6 +95,8 @@ faults: $(MODULES) ## every fault at every change on a box, and 30 boxes (root, 
 	@ALL=1 $(RUN) --test --test-concurrency=1 test/lab/cuts.test.ts $(if $(ONLY),,test/lab/load.test.ts)
 bench: $(MODULES) ## times and costs beside the floor and the article by hand, in slow labs (root); test/bench/bench.ts
 	@$(RUN) test/bench/bench.ts
+pictures: $(MODULES) ## README's pictures, from a real run of make -j up and make check in a lab (root)
+	@$(RUN) test/pictures.ts
 # This project's own scripts; those that boxes get are checked by test/shellcheck.test.ts.
 SHELL_FILES := .ci/run .ci/hooks/pre-push test/lab/inside.sh
 lint: $(DEV) ## types, format, lint, and shellcheck
@@ -113,4 +115,4 @@ $(DEV): package-lock.json
 	npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench lint format hooks
+.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench pictures lint format hooks
