@@ -493,7 +493,8 @@ async function ownAddresses(call: Call, setting: string, found: readonly Target[
   for (const box of found) {
     const other = others.find(({ name, ip }) => name !== box.name && ip && ip === box.ip);
     // One box may be named in two ways, unless it is said where it is.
-    const named = setting === "HOST" && !box.word.includes("=") && !other?.name.startsWith("the server");
+    const said = box.word.includes("=") || (box.host && settings.PUBLIC_IP);
+    const named = setting === "HOST" && !said && !other?.name.startsWith("the server");
     // By the name that the lists have for it, the env file has settings of its own for it.
     if (other && named && box.host) box.name = other.name;
     if (other && !named)

@@ -148,6 +148,13 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
           /^HOST .* but 203\.0\.113\.50 and b1 have/,
         ],
         [
+          "HOST with a PUBLIC_IP of the env file, the server's",
+          "agent",
+          ["--host", "root@b1"],
+          "PUBLIC_IP=203.0.113.50\nSERVER=a1=203.0.113.50\nK3S_URL=https://203.0.113.50:6443\nK3S_TOKEN=TOKEN\n",
+          /^HOST .* but a1 and b1 have 203\.0\.113\.50/,
+        ],
+        [
           "HOST with the address of a server that is not named",
           "agent",
           ["--host", "203.0.113.50"],
