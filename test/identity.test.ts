@@ -530,6 +530,20 @@ describe("before a box gets a role", () => {
       /k3s-agent\.service on this box is not this project's\. TAKE_OVER=1/,
       "take-over",
     ],
+    [
+      "what this project's own unit has for cgroup v1 is not said to go",
+      "agent",
+      known,
+      {
+        "unit-k3s-agent": official("agent", "--kubelet-arg=fail-cgroupv1=false", "--kubelet-arg=max-pods=50"),
+        binary: "k3s version v1.36.3+k3s1",
+        version: "v1.36.3+k3s1",
+        cgroup: "tmpfs\n",
+        cas: `agent ${OWN}\n`,
+      },
+      /these arguments go: --kubelet-arg=max-pods=50$/,
+      "take-over",
+    ],
   ];
   const away: [string, Facts, RegExp][] = [
     ["--data-dir", { "unit-k3s": official("server", "--data-dir=/data/k3s") }, /in \/data\/k3s/],

@@ -4,7 +4,7 @@ import { type Settings, words } from "../settings.ts";
 import { type Facts, Refusal, type Step, type Want } from "../step.ts";
 import { parseArgs, secretIn } from "./args.ts";
 import { type Node, nodesOf } from "./nodes.ts";
-import { argsOf, MARK, NAME, nodeNameIn, type Role, releaseOf, unitOf } from "./unit.ts";
+import { argsOf, cgroupArgs, MARK, NAME, nodeNameIn, type Role, releaseOf, unitOf } from "./unit.ts";
 
 /** A box by the settings' address, and by what it says of itself; one that is gone says nothing. */
 export interface Who {
@@ -349,15 +349,14 @@ export const identityAs = (role: Role): Step => ({
   options: [],
   look: () => [caLook, unitsLook],
   plan(want, facts) {
-    const generation = releaseOf(want, facts).generation ?? "modern";
+    const { version, generation = "modern" } = releaseOf(want, facts);
     if (role === "agent")
       addressFree([facts.nodes, facts.registered].flatMap(nodesOf), whoIs(want.PUBLIC_IP, facts));
-    mayBecome(
-      role,
-      want,
-      facts,
-      argsOf(role, generation, want, want.PROXY_MODE, nodeNameOf(role, want, facts)),
-    );
+    mayBecome(role, want, facts, [
+      ...argsOf(role, generation, want, want.PROXY_MODE, nodeNameOf(role, want, facts)),
+      // What K3S_CONFIG says of it stays as well, and is read later.
+      ...cgroupArgs(role, version, { ...want, K3S_CONFIG: "" }, facts),
+    ]);
     return [];
   },
 });
