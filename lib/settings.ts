@@ -158,6 +158,13 @@ const taint = matches(
   "taints KEY=VALUE:EFFECT or KEY:EFFECT, separated by blanks, with NoSchedule, PreferNoSchedule or NoExecute",
 );
 
+/** The API takes no node that has a key and effect twice. */
+const twiceIn = (taints: string) => {
+  const places = words(taints).map((one) => one.replace(/=[^:]*/, ""));
+  const twice = places.find((place, i) => places.indexOf(place) < i);
+  return twice && `one value of ${twice}`;
+};
+
 const mirror = (value: string) => {
   const [, registry, address = ""] = /^([^=]*)=(.*)$/.exec(value) ?? [];
   return /^([\w.-]+(:\d+)?|\*)$/.test(registry ?? "") && !url(address)
@@ -270,7 +277,7 @@ export const SETTINGS = {
     value: "",
     help: "taints of the node, KEY=VALUE:EFFECT, separated by blanks",
     example: "dedicated=build:NoSchedule",
-    check: each(taint),
+    check: (value) => each(taint)(value) ?? twiceIn(value),
   },
   FIREWALL: {
     value: "",

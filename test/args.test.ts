@@ -154,6 +154,9 @@ describe("k3s's config file", () => {
 describe("flags that this project gives itself, or goes by", () => {
   const refused: [args: string, why: RegExp][] = [
     ["--flannel-external-ip=false", /WireGuard/],
+    ["--help", /print that, and end/],
+    ["-h", /print that/],
+    ["--version", /print that/],
     ["--data-dir=false", /\/var\/lib\/rancher\/k3s/],
     ["--node-ip=false", /PUBLIC_IP/],
     ["--data-dir=/data", /looked for in \/var\/lib\/rancher\/k3s, which may be a link or a mount/],

@@ -148,6 +148,7 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "a=b:NoSchedule,c=d:NoSchedule",
     ":NoSchedule",
     "a='b':NoExecute",
+    "a=b:NoSchedule x:NoExecute a=c:NoSchedule",
   ],
   K3S_CONFIG: ["a\nb"],
   AIRGAP: ["no", "YES", "true"],

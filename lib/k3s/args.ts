@@ -101,6 +101,7 @@ const OURS: readonly [flag: RegExp, why: string, value?: Pick<RegExp, "test">][]
   [/^(write-kubeconfig|o)$/, "the kubeconfig is looked for in /etc/rancher/k3s/k3s.yaml, and `make kubeconfig` brings it here"],
   [/^private-registry$/, "REGISTRY_MIRRORS has it, or a registries.yaml of yours in /etc/rancher/k3s"],
   [/^(docker|container-runtime-endpoint|rootless)$/, "pods are looked for in k3s's own containerd, run by root"],
+  [/^(help|h|version)$/, "k3s would print that, and end"],
   [/^(log|l)$/, "the cause of a failure is looked for in the journal"],
   [/^disable-(agent|apiserver|controller-manager|etcd|scheduler|cloud-controller|kube-proxy)$/, WHOLE],
   [/^agent-token(-file)?$/, "nodes join by one token, K3S_TOKEN"],
