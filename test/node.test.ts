@@ -56,6 +56,13 @@ describe("labels and taints", () => {
       { labels: { a: "b" } },
       ["label node a1: a-"],
     ],
+    [
+      "labels and taints in words of their own, or with one dash, are the same",
+      ["--node-label", "a=b,c=d", "-node-label=e=f"],
+      ["-node-label", "c=d", "--node-taint", "x=y:NoSchedule"],
+      { labels: { a: "b", c: "d", e: "f" } },
+      ["label node a1: a- e-", "taint node a1: x=y:NoSchedule"],
+    ],
     ["a label that is gone already is left so", ["--node-label=a=b"], [], {}, []],
     [
       "another's label stays",

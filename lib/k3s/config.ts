@@ -133,7 +133,7 @@ export function labelsPlan(role: Role, name: string, args: readonly string[], fa
   const node = nodesOf(facts.nodes).find((n) => n.name === name);
   if (!node) return [];
   const values = (flag: string, list: readonly string[]) =>
-    list.flatMap((arg) => (arg.startsWith(`--${flag}=`) ? arg.slice(flag.length + 3).split(",") : []));
+    parseArgs(list.join(" ")).flatMap((arg) => (arg.flag === flag ? (arg.value?.split(",") ?? []) : []));
   const old = (facts.unit ?? "").split("\n").map((line) => line.trim().replace(/ \\$/, ""));
 
   const key = (label: string) => label.split("=")[0] as string;
