@@ -1,4 +1,5 @@
 /** What every script has in common: its flags and --help, which boxes it is for, and its exit status. */
+
 import { isUtf8 } from "node:buffer";
 import { createHash } from "node:crypto";
 import { createReadStream, existsSync, readFileSync, realpathSync } from "node:fs";
@@ -13,21 +14,14 @@ import { firewall } from "./k3s/firewall.ts";
 import type { Ill } from "./k3s/journal.ts";
 import { type Line, plain, report } from "./report.ts";
 import {
-  boxNames,
   check,
   flagOf,
   givenNow,
   NAMES,
-  nameOf,
   type Origins,
-  publicIp,
-  quoted,
-  SETTINGS,
   SettingError,
-  type SettingName,
   type Settings,
   settle,
-  words,
 } from "./settings.ts";
 import { sh } from "./sh.ts";
 import { addressOf, closeAll, open, Unreachable } from "./shell.ts";
@@ -44,7 +38,8 @@ import {
   type Step,
   unforeseen,
 } from "./step.ts";
-import { hide } from "./text.ts";
+import { publicIp, SETTINGS, type SettingName } from "./table.ts";
+import { boxNames, hide, nameOf, quoted, splitWords } from "./text.ts";
 
 /** What a script is: its steps in order, and what to say when there is nothing to do. */
 export interface Recipe {
@@ -198,7 +193,7 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
       servers: settings.SERVER
         ? await addressesOf(call, "SERVER")
         : recipe.work
-          ? words(settings.PUBLIC_IP)
+          ? splitWords(settings.PUBLIC_IP)
           : [],
       agents: await addressesOf(call, "AGENTS"),
     };
@@ -418,12 +413,12 @@ async function imagesBeside({ K3S_BIN, AIRGAP }: Settings): Promise<string> {
 /** Boxes of a setting, each with the address at which other clouds reach it. @throws {SettingError} */
 export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promise<Target[]> {
   const { settings, origins } = call;
-  const list = words(settings[setting]);
+  const list = splitWords(settings[setting]);
   if (setting !== "HOST" && list.some(isExample))
     throw new SettingError(
       `${setting} is "${settings[setting]}" (${origins[setting]}): that is env.example's, and nobody's box; edit SERVER and AGENTS first`,
     );
-  const known = words(`${settings.SERVER} ${settings.AGENTS}`).map((word) => word.split("="));
+  const known = splitWords(`${settings.SERVER} ${settings.AGENTS}`).map((word) => word.split("="));
   const needsIp = call.recipe.steps.some((step) => step.options.includes("PUBLIC_IP"));
   if (settings.PUBLIC_IP && setting !== "AGENTS" && list.length > 1)
     throw new SettingError(
@@ -479,7 +474,7 @@ async function ownAddresses(call: Call, setting: string, found: readonly Target[
   // A restored server may have the address of the one that is gone.
   const lists = script === "restore" ? settings.AGENTS : `${settings.SERVER} ${settings.AGENTS}`;
   const others = await Promise.all(
-    words(lists).map(async (word) => {
+    splitWords(lists).map(async (word) => {
       const [host = "", own] = word.split("=");
       // What cannot be resolved is told by whom it concerns.
       return { name: nameOf(host), ip: own ?? (await addressOf(host).catch(() => "")) };
@@ -525,7 +520,7 @@ export function jobFor(call: Call, target: Target, line: Line): Job {
     const nodes = [...addresses.servers, ...(isServer ? addresses.agents : []), url, target.ip];
     want.NO_PROXY = noProxy(want, nodes);
   }
-  const server = (words(want.SERVER)[0] ?? "").split("=")[0] as string;
+  const server = (splitWords(want.SERVER)[0] ?? "").split("=")[0] as string;
   return {
     box: open(target.host, want.HOST_KEY),
     server: open(server, call.own[nameOf(server)]?.HOST_KEY ?? call.settings.HOST_KEY),
@@ -538,7 +533,7 @@ export function jobFor(call: Call, target: Target, line: Line): Job {
 /** One recipe on every box of the call, side by side: one that fails stops none of the others. */
 async function fanOut(call: Call): Promise<number> {
   const { recipe, settings } = call;
-  const known = words(`${settings.SERVER} ${settings.AGENTS}`);
+  const known = splitWords(`${settings.SERVER} ${settings.AGENTS}`);
   if (call.origins.HOST === "default" && recipe.host !== "SERVER" && known.length)
     throw new SettingError(
       `HOST is not set: expected some of ${known.join(", ")}, or HOST= (empty) for this machine`,

@@ -1,4 +1,5 @@
 /** A box: a machine that takes POSIX sh as root, this one or another over ssh. */
+
 import { type ChildProcess, spawn } from "node:child_process";
 import { lookup } from "node:dns/promises";
 import { once } from "node:events";
@@ -12,8 +13,9 @@ import { StringDecoder } from "node:string_decoder";
 import { createGzip } from "node:zlib";
 import { $, kill } from "zx";
 import { remove, temporary } from "./files.ts";
-import { nameOf, SettingError } from "./settings.ts";
+import { SettingError } from "./settings.ts";
 import { sh } from "./sh.ts";
+import { nameOf } from "./text.ts";
 
 /** The box could not be reached, or would not let us in: nothing was run on it. */
 export class Unreachable extends Error {}

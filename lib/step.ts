@@ -1,8 +1,11 @@
 /** A step: look at a box, plan the changes, apply them, look again. Here is the one place that changes a box. */
+
 import { randomBytes } from "node:crypto";
-import { quoted, type SettingName, type Settings } from "./settings.ts";
+import type { Settings } from "./settings.ts";
 import { sh } from "./sh.ts";
 import type { Box } from "./shell.ts";
+import type { SettingName } from "./table.ts";
+import { quoted } from "./text.ts";
 
 /** What a box printed about itself: a fact's name and its text. */
 export type Facts = Record<string, string>;

@@ -1,7 +1,6 @@
-/** Texts that are read from a box or written there. */
+/** Texts that are read from a box, written there, or shown: words, secrets, differences. */
 import { createHash } from "node:crypto";
-import type { SettingName, Settings } from "./settings.ts";
-import type { Change } from "./step.ts";
+import { hostname } from "node:os";
 
 /** JSON for a terminal: what that would not show, or would go by, is written out; C1, bidi and other marks too. */
 export const jsonOf = (value: unknown): string =>
@@ -91,6 +90,19 @@ const foreign = (unit: string): string =>
       ),
   );
 
+/** A value as it was read, cut short. */
+export const quoted = (value: string): string => jsonOf(redacted(value.slice(0, 5000)).slice(0, 80));
+
+/** Words between blanks. */
+export const splitWords = (value: string): string[] => value.split(/[ \t]+/).filter(Boolean);
+
+/** A box as the user reads it: its ssh destination without the user, or this machine's name. */
+export const nameOf = (host: string): string => host.replace(/^(ssh:\/\/)?([^@]*@)?/, "") || hostname();
+
+/** Names of the boxes of a list such as SERVER's: HOST or HOST=PUBLIC_IP each. */
+export const boxNames = (list: string): string[] =>
+  splitWords(list).map((word) => nameOf(word.split("=")[0] as string));
+
 /** `systemctl show` and other KEY=value lines. */
 export function pairs(text = ""): Record<string, string> {
   return Object.fromEntries(
@@ -105,8 +117,8 @@ export function pairs(text = ""): Record<string, string> {
 export const SECRET = /@([A-Z0-9_]+)@/g;
 
 /** systemd's EnvironmentFile with its secrets in their places; a backslash in it stands for the character behind it. */
-export const filledEnv = (text: string, want: Settings): string =>
-  text.replace(SECRET, (_, name) => want[name as SettingName].replaceAll("\\", "\\\\"));
+export const filledEnv = (text: string, want: Readonly<Record<string, string>>): string =>
+  text.replace(SECRET, (_, name) => (want[name] as string).replaceAll("\\", "\\\\"));
 
 /** In hex. */
 export const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");
@@ -140,7 +152,7 @@ export function rewrite(
   have: string | undefined,
   text: string,
   note = "",
-): Pick<Change, "why" | "detail"> {
+): { why: string; detail?: string[] } {
   const more = note && `; ${note}`;
   if (!have) return { why: `write ${path}: it is not there${more}` };
   // Our own files have some forty lines: what is far longer is another text, and not compared line by line.

@@ -4,9 +4,10 @@ import { run } from "../lib/cli.ts";
 import { byProxy, IMAGES, PROXY_SETTINGS } from "../lib/k3s/config.ts";
 import { foldersLook, install, managersLook, osOf, writable } from "../lib/k3s/packages.ts";
 import { binaryLook, K3S, releaseOf } from "../lib/k3s/unit.ts";
-import { type Settings, words } from "../lib/settings.ts";
+import type { Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { splitWords } from "../lib/text.ts";
 
 /** A release's file for what `uname -m` says, and the architecture by which its checksums and images go. */
 const RELEASES: Record<string, [file: string, arch: string]> = {
@@ -222,7 +223,7 @@ export function hostOf(base: string): string {
  */
 function fetch({ file, arch, part, sha256 = "" }: File, want: Settings, put: string): string {
   const { K3S_VERSION: version } = want;
-  const bases = words(want.K3S_MIRRORS);
+  const bases = splitWords(want.K3S_MIRRORS);
   const tries = bases.map((base) => {
     const others = bases.filter((other) => hostOf(other) !== hostOf(base));
     return `if try ${[base, ...others].map(sh).join(" ")}; then put; exit 0; fi`;

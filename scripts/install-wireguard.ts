@@ -4,9 +4,10 @@ import { run } from "../lib/cli.ts";
 import { byProxy, PROXY_SETTINGS } from "../lib/k3s/config.ts";
 import { DEAD, install, isEl7, managersLook, type Os, osOf } from "../lib/k3s/packages.ts";
 import { type Generation, releaseOf } from "../lib/k3s/unit.ts";
-import { SETTINGS, type Settings } from "../lib/settings.ts";
+import type { Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { SETTINGS } from "../lib/table.ts";
 import { moduleLook, wireguardIn } from "./upgrade-kernel.ts";
 
 export const installWireguard: Step = {

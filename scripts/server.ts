@@ -5,9 +5,9 @@ import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/k3s/config.ts";
 import { ALLOWED, brief, caIn } from "../lib/k3s/identity.ts";
 import { healthySaying, serviceLook, servicePlan } from "../lib/k3s/service.ts";
 import { envPath, NO_USER, passwordIn } from "../lib/k3s/unit.ts";
-import { boxNames, nameOf, SettingError, type Settings } from "../lib/settings.ts";
+import { SettingError, type Settings } from "../lib/settings.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
-import { sha256 } from "../lib/text.ts";
+import { boxNames, nameOf, sha256 } from "../lib/text.ts";
 import { prepareAs } from "./agent.ts";
 import { annotateAs } from "./annotate.ts";
 

@@ -1,6 +1,8 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { configArgs, lastOf, parseArgs, refusedIn, secretIn } from "../lib/k3s/args.ts";
+import { lastOf, parseArgs, secretIn } from "../lib/args.ts";
+import { configArgs } from "../lib/k3s/args.ts";
+import { refusedIn } from "../lib/table.ts";
 import { fixture } from "./helpers.ts";
 
 describe("arguments", () => {

@@ -2,6 +2,7 @@
  * Hostile input, made up by fast-check: values that a person, a file or a variable could hold, and answers that a box
  * could give. SEED=n makes up others than every run does; a failure prints what reproduces it.
  */
+
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
@@ -17,15 +18,7 @@ import { closeAgain, closeLook, firewall } from "../lib/k3s/firewall.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
 import { releaseOf } from "../lib/k3s/unit.ts";
 import { plain } from "../lib/report.ts";
-import {
-  flagOf,
-  NAMES,
-  SETTINGS,
-  SettingError,
-  type SettingName,
-  type Settings,
-  settle,
-} from "../lib/settings.ts";
+import { flagOf, NAMES, SettingError, type Settings, settle } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { BEGIN, type Box, closeAll, open, Unreachable } from "../lib/shell.ts";
 import {
@@ -38,6 +31,7 @@ import {
   Refusal,
   type Step,
 } from "../lib/step.ts";
+import { SETTINGS, type SettingName } from "../lib/table.ts";
 import { rewrite } from "../lib/text.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
 import { reportOf } from "../scripts/cluster/check.ts";

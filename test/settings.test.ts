@@ -3,16 +3,8 @@ import { readFileSync, writeFileSync } from "node:fs";
 import { hostname } from "node:os";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import {
-  check,
-  flagOf,
-  NAMES,
-  publicIp,
-  SETTINGS,
-  SettingError,
-  type SettingName,
-  settle,
-} from "../lib/settings.ts";
+import { check, flagOf, NAMES, SettingError, settle } from "../lib/settings.ts";
+import { publicIp, SETTINGS, type SettingName } from "../lib/table.ts";
 import { ROOT, TOKEN, temporary } from "./helpers.ts";
 
 const refusal = (name: SettingName, value: string, origin = "variable X"): string => {

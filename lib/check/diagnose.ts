@@ -3,7 +3,7 @@
 import { type Ill, meaningOf } from "../k3s/journal.ts";
 import { FRESH, type Node, overload, peerOf, standing } from "../k3s/nodes.ts";
 import { generationOf, unitOf } from "../k3s/unit.ts";
-import { publicIp } from "../settings.ts";
+import { publicIp } from "../table.ts";
 import type { Cluster, Seen } from "./survey.ts";
 
 /** Clocks may differ so much, in seconds: NTP keeps them within one. */

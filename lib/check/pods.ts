@@ -3,7 +3,7 @@
  * gone again afterwards. What is sent in their name is sent by the box's own tools in the pod's network.
  */
 import { type Call, jobFor } from "../cli.ts";
-import { API, CURL, itemsOf, type Load, overload, type PodObject, words } from "../k3s/nodes.ts";
+import { API, apiMessage, CURL, itemsOf, type Load, overload, type PodObject } from "../k3s/nodes.ts";
 import { sh } from "../sh.ts";
 import { look } from "../step.ts";
 import { TURN } from "./diagnose.ts";
@@ -102,7 +102,7 @@ export function unstarted(
       : waiting
         ? [waiting.reason, waiting.message]
         : [status?.reason ?? status?.phase ?? "it is not there", status?.message];
-  const said = words(found.filter((word) => typeof word === "string" && word).join(": "));
+  const said = apiMessage(found.filter((word) => typeof word === "string" && word).join(": "));
   const pulls = events.some(({ reason }) => reason === "Pulling") && !last;
   return {
     words: said,
@@ -271,7 +271,7 @@ export async function tryPods(
     const rest = late.filter((node) => !faults.includes(node));
     const [first = ""] = rest;
     return rest.length
-      ? `pods of ${image} do not run on ${rest.join(", ")} after ${WAIT} s (${podOf(first) ? why(first).words : words(up.refused?.trim() || "the API did not make them")})`
+      ? `pods of ${image} do not run on ${rest.join(", ")} after ${WAIT} s (${podOf(first) ? why(first).words : apiMessage(up.refused?.trim() || "the API did not make them")})`
       : undefined;
   } catch (error) {
     await trip(server, gone(mark)).catch(() => {});

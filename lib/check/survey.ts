@@ -2,6 +2,7 @@
  * The whole cluster as its boxes see it, all at once: what each says of itself in one trip, then what
  * passes between them in a second. Nothing is changed on any box.
  */
+
 import { type Call, jobFor, type Target, targets } from "../cli.ts";
 import { rangesOf } from "../k3s/config.ts";
 import { blocked, firewallLook, remedy } from "../k3s/firewall.ts";
@@ -10,6 +11,7 @@ import { type Ill, MEANT } from "../k3s/journal.ts";
 import {
   API,
   address as addressIn,
+  apiMessage,
   FRESH,
   itemsOf,
   type Load,
@@ -26,14 +28,14 @@ import {
   silence,
   systemLook,
   systemOf,
-  words as wordsOf,
 } from "../k3s/nodes.ts";
 import { type Role, unitOf } from "../k3s/unit.ts";
 import type { Line } from "../report.ts";
-import { publicIp, type Settings, words } from "../settings.ts";
+import type { Settings } from "../settings.ts";
 import { sh } from "../sh.ts";
 import { type Facts, look, type Step } from "../step.ts";
-import { pairs } from "../text.ts";
+import { publicIp } from "../table.ts";
+import { pairs, splitWords } from "../text.ts";
 import { diagnose } from "./diagnose.ts";
 
 /** A box of the cluster and what it says. */
@@ -325,7 +327,7 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
     addresses: addresses.flatMap(([, , , address]) => address?.split("/")[0] ?? []),
     proxyMode: want.PROXY_MODE,
     ipvs: Boolean(facts.ipvs?.trim()),
-    resolvers: words((facts.resolvers ?? "").replaceAll("\n", " ")),
+    resolvers: splitWords((facts.resolvers ?? "").replaceAll("\n", " ")),
     ca:
       role === "server" ? facts.ca?.split(" ")[0]?.trim() : joins.find((word) => /^[0-9a-f]{64}$/.test(word)),
     url: joins.find((word) => word.startsWith("http") && URL.canParse(word)),
@@ -353,7 +355,7 @@ function triedOf(facts: Facts): Tried {
     api: undefined,
     service: undefined,
     top: itemsOf<{ metadata?: { name?: string } }>(facts.top).flatMap(({ metadata }) => metadata?.name ?? []),
-    topless: facts.topless?.trim() ? wordsOf(facts.topless.trim()) : undefined,
+    topless: facts.topless?.trim() ? apiMessage(facts.topless.trim()) : undefined,
     resolvers: {},
     passed: {},
     arrived: undefined,
@@ -380,7 +382,7 @@ function triedOf(facts: Facts): Tried {
     else if (what === "unstarted") tried.unstarted[name] = how;
     else if (what === "logs" || what === "exec") {
       tried[what][name] = how === "yes";
-      if (how !== "yes") tried.why[`${what} ${name}`] = wordsOf(how.replace(/^no ?/, ""));
+      if (how !== "yes") tried.why[`${what} ${name}`] = apiMessage(how.replace(/^no ?/, ""));
     } else if (what === "without") tried.missing.push(name);
   }
   const bytes = (text = "") =>

@@ -1,10 +1,10 @@
 /** What settings make of a node beside its unit: its labels and taints, and files of /etc/rancher/k3s. */
 
-import { type Settings, words } from "../settings.ts";
+import { lastOf, parseArgs } from "../args.ts";
+import type { Settings } from "../settings.ts";
 import { sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, Refusal } from "../step.ts";
-import { rewrite, sha256 } from "../text.ts";
-import { lastOf, parseArgs } from "./args.ts";
+import { rewrite, sha256, splitWords } from "../text.ts";
 import { KUBECTL, nodesOf } from "./nodes.ts";
 import type { Generation, Role } from "./unit.ts";
 
@@ -37,7 +37,7 @@ fact read; for f in ${CONFIG} ${REGISTRIES} ${PASSWORD} ${IMAGES}/k3s-airgap-ima
 /** registries.yaml with the mirrors of each registry in their order. @see k3s docs, "Private Registry Configuration" */
 export function registriesText(mirrors: string): string {
   const endpoints = new Map<string, string[]>();
-  for (const word of words(mirrors)) {
+  for (const word of splitWords(mirrors)) {
     const at = word.indexOf("=");
     const [registry, url] = [word.slice(0, at), word.slice(at + 1)];
     endpoints.set(registry, [...(endpoints.get(registry) ?? []), url]);

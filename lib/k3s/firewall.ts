@@ -1,8 +1,10 @@
 /** What a box's own firewall lets through, and what has to be in it: for firewalld, ufw, and nft where neither runs. */
+
 import { isIPv4 } from "node:net";
-import { type Settings, words } from "../settings.ts";
+import type { Settings } from "../settings.ts";
 import { sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../step.ts";
+import { splitWords } from "../text.ts";
 import { rangesOf } from "./config.ts";
 import { clusterLook, nodesOf } from "./nodes.ts";
 import { type Chain, type End, ends, iptables, nft, type Packet } from "./rules.ts";
@@ -465,7 +467,7 @@ export const firewall: Step = {
 
 /** The addresses that are let in: those that are known, and the cluster's own nodes. The rules are IPv4's, as it is. */
 export function letIn(want: Settings, facts: Facts): string[] {
-  const known = words(want.FIREWALL);
+  const known = splitWords(want.FIREWALL);
   const joined = nodesOf(facts.nodes).flatMap(({ externalIp: ip = "" }) => (isIPv4(ip) ? ip : []));
   const all = [...known, ...joined, want.PUBLIC_IP];
   return [...new Set(all.filter((ip) => ip && !ip.startsWith("-") && !known.includes(`-${ip}`)))].sort();

@@ -1,7 +1,8 @@
 /** What stands in k3s's way on a box and is not ours: ports that something else has, config files of somebody else. */
 
-import { boxNames, check, SettingError, type Settings } from "../settings.ts";
+import { check, SettingError, type Settings } from "../settings.ts";
 import { type Facts, Refusal, type Step } from "../step.ts";
+import { boxNames } from "../text.ts";
 import { configArgs, wrongIn } from "./args.ts";
 import { CONFIG, rangesOf } from "./config.ts";
 import { nodeNameOf } from "./identity.ts";

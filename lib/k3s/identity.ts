@@ -1,8 +1,9 @@
 /** Who a box is: the settings' address, its boot id and machine id, and the CA of its cluster, held against each other. */
 
-import { type Settings, words } from "../settings.ts";
+import { parseArgs, secretIn } from "../args.ts";
+import type { Settings } from "../settings.ts";
 import { type Facts, Refusal, type Step, type Want } from "../step.ts";
-import { parseArgs, secretIn } from "./args.ts";
+import { splitWords } from "../text.ts";
 import { type Node, nodesOf } from "./nodes.ts";
 import { argsOf, cgroupArgs, MARK, NAME, nodeNameIn, type Role, releaseOf, unitOf } from "./unit.ts";
 
@@ -229,7 +230,7 @@ export function argumentsIn(unit: string): string[] {
     [...plainly(unit).matchAll(/^ExecStart=[-@:+!]*\S*([^\n]*)$/gm)].findLast(
       ([whole]) => !/^ExecStart=\s*$/.test(whole),
     ) ?? [];
-  return words(line.replace(/['"]/g, ""));
+  return splitWords(line.replace(/['"]/g, ""));
 }
 
 const DATA = "/var/lib/rancher/k3s";

@@ -1,7 +1,8 @@
 /** What a box sees of its cluster: the nodes by the API, WireGuard's peers by wg. */
+
 import { isIP } from "node:net";
-import { KEY, PRIVATE_RANGES, publicIp, WORD } from "../settings.ts";
 import type { Facts } from "../step.ts";
+import { KEY, PRIVATE_RANGES, publicIp, WORD } from "../table.ts";
 import { K3S, NAME } from "./unit.ts";
 
 /**
@@ -191,7 +192,7 @@ export function overload({ average, cores = 1, memory = 0, swap = 0 }: Load): st
 }
 
 /** What the API, or a kubelet behind it, answered in place of what was asked for: its words, in short. */
-export const words = (said: string): string =>
+export const apiMessage = (said: string): string =>
   (/"message": ?"((?:[^"\\]|\\.)*)/.exec(said)?.[1] ?? said)
     .replaceAll('\\"', '"')
     .replace(/[\s\p{C}\p{Zl}\p{Zp}]+/gu, " ")
@@ -206,7 +207,7 @@ export function silence(facts: Facts): string | undefined {
     ? `the API did not answer in ${seconds} s`
     : /refuse/.test(said)
       ? "the API refuses connections: k3s is not up"
-      : `the API does not answer: ${words(said)}`;
+      : `the API does not answer: ${apiMessage(said)}`;
   const load = overload(loadOf(facts));
   return load ? `${how}; ${load}` : how;
 }

@@ -1,9 +1,10 @@
 /** k3s as a systemd unit on its box: what has to be done so that it runs as wanted, and is healthy. */
 
-import { quoted, type SettingName, type Settings } from "../settings.ts";
+import type { Settings } from "../settings.ts";
 import { sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../step.ts";
-import { filledEnv, pairs, rewrite, SECRET, sha256 } from "../text.ts";
+import type { SettingName } from "../table.ts";
+import { filledEnv, pairs, quoted, rewrite, SECRET, sha256 } from "../text.ts";
 import { CLEAR } from "./cleanup.ts";
 import { filesLook, filesPlan, labelsPlan } from "./config.ts";
 import { nodeNameOf } from "./identity.ts";

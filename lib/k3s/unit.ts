@@ -1,8 +1,10 @@
 /** k3s's releases as they differ for us, its arguments, and its systemd unit. */
 
-import { type Settings, words } from "../settings.ts";
+import { lastOf, parseArgs } from "../args.ts";
+import type { Settings } from "../settings.ts";
 import type { Facts } from "../step.ts";
-import { configArgs, lastOf, parseArgs } from "./args.ts";
+import { splitWords } from "../text.ts";
+import { configArgs } from "./args.ts";
 import { compare } from "./releases.ts";
 
 export const K3S = "/usr/local/bin/k3s";
@@ -56,7 +58,7 @@ export const cgroupLook = `fact cgroup; stat -fc %T /sys/fs/cgroup 2>/dev/null; 
 function cgroupOf(facts: Facts): { version: 1 | 2; controllers: string[] } | undefined {
   const [type = "", controllers = ""] = facts.cgroup?.trim().split("\n") ?? [];
   if (!type) return undefined;
-  return { version: /^cgroup2fs$|63677270/.test(type) ? 2 : 1, controllers: words(controllers) };
+  return { version: /^cgroup2fs$|63677270/.test(type) ? 2 : 1, controllers: splitWords(controllers) };
 }
 
 /** Why a release of k3s cannot run on a box with these cgroups, and what would be right. */
@@ -111,18 +113,18 @@ export function argsOf(
   // One flag an argument: of the article's `--kube-proxy-arg "a" "b"` k3s drops "b" as a positional.
   if (proxyMode !== "iptables") shared.push(`--kube-proxy-arg=proxy-mode=${proxyMode}`);
   shared.push(...labelArgs(want), ...more);
-  if (role === "agent") return [...shared, ...words(want.AGENT_ARGS)];
+  if (role === "agent") return [...shared, ...splitWords(want.AGENT_ARGS)];
   const flannel =
     generation === "old"
       ? ["--flannel-backend=wireguard"]
       : // Without --flannel-external-ip a modern k3s deletes public-ip-overwrite at every start.
         ["--flannel-backend=wireguard-native", "--flannel-external-ip"];
-  return [`--tls-san=${ip}`, ...shared, "--disable=servicelb", ...flannel, ...words(want.SERVER_ARGS)];
+  return [`--tls-san=${ip}`, ...shared, "--disable=servicelb", ...flannel, ...splitWords(want.SERVER_ARGS)];
 }
 
 const labelArgs = (want: Settings): string[] => [
-  ...words(want.NODE_LABELS).map((label) => `--node-label=${label}`),
-  ...words(want.NODE_TAINTS).map((taint) => `--node-taint=${taint}`),
+  ...splitWords(want.NODE_LABELS).map((label) => `--node-label=${label}`),
+  ...splitWords(want.NODE_TAINTS).map((taint) => `--node-taint=${taint}`),
 ];
 
 export const unitOf = (role: Role): string => (role === "server" ? "k3s" : "k3s-agent");

@@ -8,9 +8,10 @@ import { putNew, remove, temporary, tryWrite } from "../../lib/files.ts";
 import { nodeNameOf } from "../../lib/k3s/identity.ts";
 import { binaryLook } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
-import { quoted, SettingError } from "../../lib/settings.ts";
+import { SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { type Change, converge, Failure, look, lookAndConverge, Refusal, type Step } from "../../lib/step.ts";
+import { quoted } from "../../lib/text.ts";
 
 const SERVER = "/var/lib/rancher/k3s/server";
 const FOLDER = "/var/lib/rancher/k3s/backup";

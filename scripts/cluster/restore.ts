@@ -11,10 +11,10 @@ import { closeLook, firewall } from "../../lib/k3s/firewall.ts";
 import { ALLOWED, brief, caIn, nodeNameOf, whoIs } from "../../lib/k3s/identity.ts";
 import { address, KUBECTL, VERSION } from "../../lib/k3s/nodes.ts";
 import { report } from "../../lib/report.ts";
-import { SettingError, words } from "../../lib/settings.ts";
+import { SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { type Change, converge, look, lookAndConverge, Refusal, type Step } from "../../lib/step.ts";
-import { pairs, sha256 } from "../../lib/text.ts";
+import { pairs, sha256, splitWords } from "../../lib/text.ts";
 import { agentSteps, prepareAs } from "../agent.ts";
 import { server } from "../server.ts";
 import { up } from "../up.ts";
@@ -208,7 +208,7 @@ async function aboutOf(file: string): Promise<{ version: string; node: string; i
   const { version = "", node, ip } = pairs(stdout);
   if (VERSION.test(version) && node && address(ip)) return { version, node, ip: ip as string };
   throw new SettingError(
-    `BACKUP is "${file}": ${words(stderr.replaceAll("\n", " ")).join(" ").slice(0, 300) || "it is no backup of make backup's"}`,
+    `BACKUP is "${file}": ${splitWords(stderr.replaceAll("\n", " ")).join(" ").slice(0, 300) || "it is no backup of make backup's"}`,
   );
 }
 

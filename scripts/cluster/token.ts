@@ -1,7 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Rotates the cluster's token: whoever knew the old one can join no more; nodes that have joined go on running. */
+import { parseArgs } from "../../lib/args.ts";
 import { run } from "../../lib/cli.ts";
-import { parseArgs } from "../../lib/k3s/args.ts";
 import { configsLook, foreignArgs } from "../../lib/k3s/foreign.ts";
 import { brief, caIn, nodeNameOf } from "../../lib/k3s/identity.ts";
 import { restart } from "../../lib/k3s/service.ts";

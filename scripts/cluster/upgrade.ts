@@ -23,7 +23,7 @@ import {
   unitPath,
 } from "../../lib/k3s/unit.ts";
 import { type Line, report } from "../../lib/report.ts";
-import { givenNow, SettingError, words } from "../../lib/settings.ts";
+import { givenNow, SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
 import {
@@ -38,6 +38,7 @@ import {
   Refusal,
   type Step,
 } from "../../lib/step.ts";
+import { splitWords } from "../../lib/text.ts";
 import { agentSteps, prepareAs } from "../agent.ts";
 import { downloadAhead } from "../download-k3s.ts";
 import { server as serverStep, serverSteps } from "../server.ts";
@@ -150,7 +151,7 @@ async function upgrade(call: cli.Call): Promise<number> {
   const { settings } = call;
   const to = settings.K3S_VERSION;
   const force = call.flags.has("force");
-  const steps = words(settings.STEPS);
+  const steps = splitWords(settings.STEPS);
   const everywhere = [settings, ...Object.values(call.own)];
   if (steps.length && everywhere.some((of) => of.K3S_BIN || of.K3S_SHA256))
     throw new SettingError("STEPS needs a binary of each release: K3S_BIN and K3S_SHA256 name one");

@@ -1,0 +1,476 @@
+/** The table of the settings: what each is for, and what it may hold. Of lib/*.ts this file alone knows k3s. */
+import { BlockList, isIP } from "node:net";
+import { type Arg, lastOf, parseArgs, secretIn } from "./args.ts";
+import { withValues } from "./env-file.ts";
+import { splitWords } from "./text.ts";
+
+export interface Setting {
+  value: string;
+  help: string;
+  /** A value as one would write it: env.example shows it, and the tests hold `check` against it. */
+  example: string;
+  secret?: true;
+  /** One for all boxes: it says which they are, or is the cluster's own. */
+  shared?: true;
+  /** Programs of this machine go by it too: from the environment it counts only where make was given it. */
+  ambient?: true;
+  /** What would be right, when the (non-empty) value is wrong. */
+  check(value: string): string | undefined;
+}
+
+const matches = (pattern: RegExp, right: string) => (value: string) =>
+  pattern.test(value) ? undefined : right;
+const url = (value: string) =>
+  /^https?:\/\/[\w.:[\]-]+(\/[\w.,:/%+~@-]*)?$/.test(value) && URL.canParse(value)
+    ? undefined
+    : "an http:// or https:// address without blanks or quotes";
+const each = (check: Setting["check"]) => (value: string) =>
+  splitWords(value)
+    .map(check)
+    .find((wrong) => wrong !== undefined);
+const release = matches(
+  /^v1\.(1[7-9]|[2-9]\d)\.\d+(-rc\d+)?\+k3s\d+$/,
+  "a release of v1.17 or later, such as v1.36.2+k3s1",
+);
+const file = matches(/^\P{Cc}+$/u, "the path of a file, without control characters");
+
+function args(role: "server" | "agent", value: string): string | undefined {
+  if (!/^([^\p{Cc}'"`\\]|\t)*$/u.test(value))
+    return "arguments separated by blanks, on one line, without quotes, backslashes or control characters";
+  const list = parseArgs(value);
+  const secret = secretIn(list);
+  if (secret)
+    return `no secret among arguments, which every user of the box can read (--${secret.slice(0, 40)}): K3S_TOKEN, K3S_DATASTORE_ENDPOINT or the file of K3S_CONFIG has it`;
+  // The unit has an argument a line, and a line that begins so is a comment, a lone ; the end of a command.
+  if (/(^|\s)[#;]/.test(value))
+    return "arguments that do not begin with # or ;, which systemd would not pass on";
+  const refused = refusedIn(role, list);
+  if (refused) return `no --${refused[0]}: ${refused[1]}`;
+  // To k3s they are the end of its flags: the rest is dropped without a word.
+  if (splitWords(value).some((word) => /^-+$/.test(word))) return "arguments, not a lone dash or two";
+  // Likewise a word that no argument can take for its value.
+  const stray = splitWords(value).find(
+    (word, i, all) => word[0] !== "-" && (/^(true|false)$/.test(word) || !/^-[^=]*$/.test(all[i - 1] ?? "")),
+  );
+  if (stray)
+    return `arguments that begin with --, as "${stray.slice(0, 40)}" does not: k3s drops all that follow it`;
+  for (const { flag, value: word = "" } of list) {
+    const right = Object.hasOwn(ARGUMENTS, flag) && ARGUMENTS[flag]?.(word);
+    if (right) return `${right} after --${flag}`;
+  }
+  // Old releases take the last of them, later ones all.
+  const twice = ["cluster-cidr", "service-cidr"].find(
+    (name) => list.filter(({ flag }) => flag === name).length > 1,
+  );
+  if (twice) return `one --${twice}, with its networks separated by commas`;
+  return role === "server" ? overlapIn(list) : undefined;
+}
+
+/** Arguments that go further than to k3s: into the cluster's names, and into rules of the boxes' firewalls. */
+const RANGES = (value: string) =>
+  value.split(",").every((one) => networkIn(one)) ? undefined : "networks such as 10.42.0.0/16";
+const ARGUMENTS: Record<string, Setting["check"]> = {
+  "cluster-cidr": RANGES,
+  "service-cidr": RANGES,
+  "cluster-domain": matches(/^[\w.-]+$/, "a domain such as cluster.local"),
+  // The kubelet ends at one that it does not take.
+  "node-label": (value) => byCommas(label, value),
+  "node-taint": (value) => byCommas(taint, value),
+  "node-name": matches(/^[A-Za-z\d]([A-Za-z\d.-]{0,251}[A-Za-z\d])?$/, "a name of letters, digits, - and ."),
+};
+
+const byCommas = (check: Setting["check"], value: string) =>
+  value
+    .split(",")
+    .map(check)
+    .find((wrong) => wrong !== undefined)
+    ?.replace("separated by blanks", "separated by commas");
+
+/** A network as node knows it; nothing for what is none. */
+function networkIn(text: string): BlockList | undefined {
+  const [, ip = "", bits] = /^([\da-f.:]+)\/(\d{1,3})$/.exec(text) ?? [];
+  const size = { 0: 0, 4: 32, 6: 128 }[isIP(ip)] ?? 0;
+  if (!size || Number(bits) < 1 || Number(bits) > size) return undefined;
+  const network = new BlockList();
+  network.addSubnet(ip, Number(bits), size === 32 ? "ipv4" : "ipv6");
+  return network;
+}
+
+/** What would be right where networks of pods and of services, given or by default, have addresses in common. */
+function overlapIn(list: ReturnType<typeof parseArgs>): string | undefined {
+  const [pods, services] = [
+    ["cluster-cidr", "10.42.0.0/16"],
+    ["service-cidr", "10.43.0.0/16"],
+  ].map(([flag = "", own = ""]) => (lastOf(list, flag) || own).split(",")) as [string[], string[]];
+  const within = (one: string, other: string) => {
+    const ip = one.replace(/\/.*/, "");
+    return networkIn(other)?.check(ip, isIP(ip) === 4 ? "ipv4" : "ipv6");
+  };
+  for (const one of pods)
+    for (const other of services)
+      if (within(one, other) || within(other, one))
+        return `networks of their own for pods and services, --cluster-cidr and --service-cidr: ${one} and ${other} overlap`;
+  return undefined;
+}
+
+export const ETCD =
+  "embedded etcd needs its members' private addresses and a few milliseconds between them, which clouds do not give";
+/**
+ * k3s's own way to several servers has etcd's members at private addresses, and its clock ticks in milliseconds:
+ * upstream does not support it across clouds (k3s docs, "Distributed hybrid or multicloud cluster").
+ */
+const serverArgs = (value: string) =>
+  parseArgs(value).some(({ flag }) => /^(cluster-init|cluster-reset.*|server|s)$/.test(flag))
+    ? `no argument for several servers: they go by K3S_DATASTORE_ENDPOINT (${ETCD})`
+    : args("server", value);
+
+/** The password is what k3s takes, in pkg/clientaccess: all that follows, colons too. */
+function token(value: string): string | undefined {
+  if (!/^K10[0-9a-f]{64}::[\w-]+:[^\p{Cc}]*[^\p{Cc}\s]$/u.test(value))
+    return "K10, the hash of the cluster's CA, ::server: and a password, as server/node-token has it";
+  try {
+    withValues("", { K3S_TOKEN: value });
+  } catch {
+    return "a password that an env file can hold: not # and all three kinds of quotes";
+  }
+  return undefined;
+}
+
+/** A label's value and its key, and a taint's, as the API has them. */
+export const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
+export const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
+function label(value: string): string | undefined {
+  if (!new RegExp(`^${KEY}=(${WORD})?$`).test(value)) return "labels KEY=VALUE, separated by blanks";
+  const owned = /^([^/]*\.)?(kubernetes|k8s)\.io\//.test(value);
+  const own =
+    /^([^/]*\.)?(kubelet|node)\.kubernetes\.io\/|^(topology|failure-domain\.beta)\.kubernetes\.io\/(zone|region)=/;
+  return owned && !own.test(value)
+    ? `labels that a node may give itself, and ${value.split("=")[0]} is none (NodeRestriction)`
+    : undefined;
+}
+const taint = matches(
+  new RegExp(`^${KEY}(=(${WORD})?)?:(NoSchedule|PreferNoSchedule|NoExecute)$`),
+  "taints KEY=VALUE:EFFECT or KEY:EFFECT, separated by blanks, with NoSchedule, PreferNoSchedule or NoExecute",
+);
+
+/** The API takes no node that has a key and effect twice. */
+const twiceIn = (taints: string) => {
+  const places = splitWords(taints).map((one) => one.replace(/=[^:]*/, ""));
+  const twice = places.find((place, i) => places.indexOf(place) < i);
+  return twice && `one value of ${twice}`;
+};
+
+const mirror = (value: string) => {
+  const [, registry, address = ""] = /^([^=]*)=(.*)$/.exec(value) ?? [];
+  return /^([\w.-]+(:\d+)?|\*)$/.test(registry ?? "") && !url(address)
+    ? undefined
+    : "mirrors REGISTRY=URL, separated by blanks, such as docker.io=https://mirror.example.org";
+};
+const proxy = matches(
+  /^(https?|socks5):\/\/([\w.~%!*+,;=:-]+@)?[\w.-]+(:\d+)?\/?$/,
+  "a proxy such as http://proxy.example.org:3128, or http://USER:PASSWORD@…",
+);
+
+const WHOLE = "every server is a whole one here, and a node";
+const WIREGUARD = "flannel's backend is WireGuard here, between the nodes' public addresses";
+const ADDRESS = "PUBLIC_IP, or HOST=PUBLIC_IP in SERVER and AGENTS, is the node's address";
+const PORTS = "k3s is asked, and let through firewalls, at its own ports of every address";
+const OWN_PORTS = [6443, 10250, 51820, 51821];
+/** Ports as Kubernetes reads them: A-B, A+SIZE or one. What is none it refuses itself. */
+const holdsOurs = {
+  test(value: string): boolean {
+    const [, first, sign, more = "0"] = /(?:^|=)(\d+)(?:([-+])(\d+))?$/.exec(value) ?? [];
+    const last = sign === "-" ? Number(more) : Number(first) + Number(more);
+    return first !== undefined && OWN_PORTS.some((port) => port >= Number(first) && port <= last);
+  },
+};
+
+/** What this project gives k3s itself, or goes by: with another value nothing works after the change. */
+const OURS: readonly [flag: RegExp, why: string, value?: Pick<RegExp, "test">][] = [
+  [/^(node-ip|i|node-external-ip|advertise-address)$/, ADDRESS],
+  [/^kubelet-arg$/, ADDRESS, /^-*node-ip=/],
+  [/^(bind-address|https-listen-port|advertise-port|(supervisor|apiserver)-port|apiserver-bind-address)$/, PORTS],
+  [/^kubelet-arg$/, PORTS, /^-*(address|port)=/],
+  [/^kube-apiserver-arg$/, PORTS, /^-*(secure-port|bind-address|advertise-address)=/],
+  [/^service-node-port-range$/, `k3s's own ports are not for services: ${OWN_PORTS.join(", ")}`, holdsOurs],
+  [/^lb-server-port$/, "k3s has that port for something else; its own is 6444", /^(6443|10250)$/],
+  [/^kube-apiserver-arg$/, "--service-node-port-range has it", /^-*service-node-port-range=/],
+  [/^kube-.*-arg$/, "--cluster-cidr and --service-cidr have it", /^-*(cluster-cidr|service-cluster-ip-range)=/],
+  [/^kube-proxy-arg$/, "with a file kube-proxy ignores all flags: give each of it as an argument", /^-*config=/],
+  [/^(flannel-(backend|external-ip|conf)|no-flannel|vpn-auth(-file)?)$/, WIREGUARD],
+  [/^(data-dir|d)$/, "k3s's data are looked for in /var/lib/rancher/k3s, which may be a link or a mount"],
+  [/^kubelet-arg$/, "the kubelet's data are looked for in /var/lib/kubelet, which may be a link or a mount", /^-*root-dir=/],
+  [/^(with-node-id|hostname-override)$/, "--node-name is what a node is called"],
+  [/^kube(let|-proxy)-arg$/, "--node-name is what a node is called", /^-*hostname-override=/],
+  [/^kube-proxy-arg$/, "PROXY_MODE has it", /^-*proxy-mode=/],
+  [/^(config|c)$/, "K3S_CONFIG has the name of such a file"],
+  [/^(write-kubeconfig|o)$/, "the kubeconfig is looked for in /etc/rancher/k3s/k3s.yaml, and `make kubeconfig` brings it here"],
+  [/^private-registry$/, "REGISTRY_MIRRORS has it, or a registries.yaml of yours in /etc/rancher/k3s"],
+  [/^(docker|container-runtime-endpoint|rootless)$/, "pods are looked for in k3s's own containerd, run by root"],
+  [/^(help|h|version)$/, "k3s would print that, and end"],
+  [/^(log|l)$/, "the cause of a failure is looked for in the journal"],
+  [/^disable-(agent|apiserver|controller-manager|etcd|scheduler|cloud-controller|kube-proxy)$/, WHOLE],
+  [/^agent-token(-file)?$/, "nodes join by one token, K3S_TOKEN"],
+]; // biome-ignore format: a table
+
+/** Of those what may say no: it is so in any case. */
+const SWITCHES = /^(with-node-id|no-flannel|docker|rootless|disable-.*)$/;
+
+/** What `k3s agent` does not know, in any release: it ends at such a flag, of its config file too (pkg/configfilearg). */
+const OF_SERVERS =
+  /^(advertise-|agent-token|cluster-(cidr|dns|domain|init|reset)|datastore-|default-local-storage-path|disable$|disable-(agent|apiserver$|controller-manager|etcd|scheduler|cloud-controller|kube-proxy|network-policy|helm-controller)|egress-selector-mode|embedded-registry|etcd-|flannel-(backend|external-ip|ipv6-masq)|helm-|https-listen-port|kine-|kube-(apiserver|cloud-controller|controller|scheduler)|no-deploy|o$|secrets-encryption|service|supervisor-|system-default-registry|tls-san|write-kubeconfig)/;
+
+/** The first flag that a role's k3s must not be given here, by arguments or its config file; and why. */
+export function refusedIn(
+  role: "server" | "agent" | undefined,
+  args: readonly Arg[],
+): [flag: string, why: string] | undefined {
+  for (const { flag, value = "" } of args) {
+    const rule = OURS.find(([name, , of]) => name.test(flag) && (!of || of.test(value)));
+    if (rule && !(value === "false" && SWITCHES.test(flag))) return [flag, rule[1]];
+    if (role !== "agent") continue;
+    if (/^(server|s)$/.test(flag)) return [flag, "K3S_URL has it"];
+    if (flag === "token-file") return [flag, "K3S_TOKEN has the token"];
+    if (OF_SERVERS.test(flag)) return [flag, "only servers know it, and an agent ends at it"];
+  }
+  return undefined;
+}
+
+/** An ssh destination with a password in it. */
+export const WITH_PASSWORD = /(^|\s)(ssh:\/\/)?[^\s/@]*:(?!\/\/)\S*@/;
+
+/** A leading `-` would be an option to ssh; a destination is a host, user@host, an alias or ssh://… */
+function destination(value: string): string | undefined {
+  const [host = "", ip, more] = value.split("=");
+  if (WITH_PASSWORD.test(value)) return "no password in it: ssh goes by keys here";
+  if (more === undefined && /^[A-Za-z0-9_[:][\w.@:/%[\]-]*$/.test(host) && !/[@/]-/.test(host))
+    return ip === undefined ? undefined : publicIp(ip);
+  return "an ssh destination such as root@203.0.113.10 or an alias of ~/.ssh/config, with =PUBLIC_IP if needed";
+}
+
+const PRIVATE: readonly [RegExp, string][] = [
+  [/^(0|127)\./, "means the box itself"],
+  [/^(10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.)/, "is private"],
+  [/^100\.(6[4-9]|[7-9]\d|1[01]\d|12[0-7])\./, "is the provider's own (RFC 6598)"],
+  [/^169\.254\./, "is link-local"],
+  [/^(192\.(0\.[02]|88\.99)|198\.1[89])\./, "is for tests, documents or protocols alone (RFC 6890)"],
+  [/^(22[4-9]|2[3-5]\d)\./, "is no host's"],
+];
+
+/** Those ranges as one expression, for awk too. */
+export const PRIVATE_RANGES = PRIVATE.map(([range]) => range.source.replaceAll("\\d", "[0-9]")).join("|");
+
+/** What would be right, unless `value` is an IPv4 address that other clouds can reach. */
+export function publicIp(value: string): string | undefined {
+  const octet = "(25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)";
+  if (!new RegExp(`^${octet}(\\.${octet}){3}$`).test(value)) return "an IPv4 address such as 203.0.113.10";
+  const reason = PRIVATE.find(([range]) => range.test(value))?.[1];
+  return reason && `an address that other clouds can reach; ${value} ${reason}`;
+}
+
+/** Every setting, declared once: flags, the env file's keys, `--help` and env.example come from here. */
+export const SETTINGS = {
+  SERVER: {
+    value: "",
+    help: "ssh destination of the control plane, HOST or HOST=PUBLIC_IP; empty: this machine; several by K3S_DATASTORE_ENDPOINT, the first first",
+    example: "root@203.0.113.10",
+    shared: true,
+    check: each(destination),
+  },
+  AGENTS: {
+    value: "",
+    help: "ssh destinations of the agents, HOST or HOST=PUBLIC_IP, separated by blanks",
+    example: "root@198.51.100.20 debian@cloud-b=198.51.100.21",
+    shared: true,
+    check: each(destination),
+  },
+  HOST: {
+    value: "",
+    help: "the box or boxes of this call, HOST or HOST=PUBLIC_IP; empty: this machine",
+    example: "root@198.51.100.20",
+    shared: true,
+    check: each(destination),
+  },
+  HOST_KEY: {
+    value: "",
+    help: "fingerprints of the box's ssh host keys, in place of known_hosts; of one box by HOST_KEY__BOX",
+    example: "SHA256:8LQwEQFwHa95Gb8MALXFryk7xa71/wmGZDe+++EwR+I",
+    check: each(
+      matches(
+        /^SHA256:[A-Za-z0-9+/]{43}$/,
+        'fingerprints SHA256:…, as "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub" says on the box',
+      ),
+    ),
+  },
+  PUBLIC_IP: {
+    value: "",
+    help: "address at which other clouds reach this call's box; default: what ssh resolves HOST to",
+    example: "198.51.100.20",
+    shared: true,
+    check: publicIp,
+  },
+  K3S_VERSION: {
+    value: "v1.36.2+k3s1",
+    help: "k3s release, v1.17 or later",
+    example: "v1.17.6+k3s1",
+    shared: true,
+    check: release,
+  },
+  STEPS: {
+    value: "",
+    help: "releases that `upgrade` passes through, one of each minor version in between",
+    example: "v1.34.2+k3s1 v1.35.4+k3s1",
+    shared: true,
+    check: each(release),
+  },
+  K3S_MIRRORS: {
+    value: "https://github.com/k3s-io/k3s/releases/download https://rancher-mirror.rancher.cn/k3s",
+    help: "download bases in order; a checksum is taken from another host than the file it checks",
+    example: "https://rancher-mirror.rancher.cn/k3s https://github.com/k3s-io/k3s/releases/download",
+    check: each(url),
+  },
+  K3S_SHA256: {
+    value: "",
+    help: "sha256 of the k3s binary, in place of a second host's word",
+    example: "a".repeat(64),
+    check: matches(/^[0-9a-f]{64}$/, "64 lower-case hex digits"),
+  },
+  K3S_BIN: {
+    value: "",
+    help: "a k3s binary at hand, pushed to the box instead of downloaded",
+    example: "./k3s",
+    check: file,
+  },
+  PROXY_MODE: {
+    value: "iptables",
+    help: "kube-proxy's mode: iptables, ipvs or nftables (v1.31 and later)",
+    example: "ipvs",
+    check: matches(/^(iptables|ipvs|nftables)$/, "iptables, ipvs or nftables"),
+  },
+  SERVER_ARGS: {
+    value: "",
+    help: "more arguments of k3s server",
+    example: "--disable=traefik",
+    check: serverArgs,
+  },
+  AGENT_ARGS: {
+    value: "",
+    help: "more arguments of k3s agent",
+    example: "--node-label=cloud=b",
+    check: (value) => args("agent", value),
+  },
+  NODE_LABELS: {
+    value: "",
+    help: "labels of the node, KEY=VALUE, separated by blanks; one that goes here goes from the node",
+    example: "disk=ssd region=b",
+    check: each(label),
+  },
+  NODE_TAINTS: {
+    value: "",
+    help: "taints of the node, KEY=VALUE:EFFECT, separated by blanks",
+    example: "dedicated=build:NoSchedule",
+    check: (value) => each(taint)(value) ?? twiceIn(value),
+  },
+  FIREWALL: {
+    value: "",
+    help: "yes: `make up`, server, agent, remove and restore look after the boxes' own firewalls too, as `make firewall` does",
+    example: "yes",
+    shared: true,
+    check: matches(/^yes$/, "yes, or nothing"),
+  },
+  AIRGAP: {
+    value: "",
+    help: "yes: boxes get k3s's images too, from K3S_MIRRORS or from beside K3S_BIN, where they are taken in any case",
+    example: "yes",
+    check: matches(/^yes$/, "yes, or nothing"),
+  },
+  REGISTRY_MIRRORS: {
+    value: "",
+    help: "registries to ask in place of others, REGISTRY=URL, in order, for /etc/rancher/k3s/registries.yaml",
+    example: "docker.io=https://mirror.example.org registry.k8s.io=https://mirror.example.org:5000",
+    check: each(mirror),
+  },
+  HTTPS_PROXY: {
+    value: "",
+    help: "proxy of k3s and its downloads on the box (not this machine's: not from the environment)",
+    example: "http://proxy.example.org:3128",
+    secret: true,
+    ambient: true,
+    check: proxy,
+  },
+  HTTP_PROXY: {
+    value: "",
+    help: "the same for addresses that begin with http://",
+    example: "http://proxy.example.org:3128",
+    secret: true,
+    ambient: true,
+    check: proxy,
+  },
+  NO_PROXY: {
+    value: "",
+    help: "what goes by no proxy, separated by commas; the cluster's ranges and nodes are added",
+    example: "registry.example.org,192.0.2.0/24",
+    ambient: true,
+    check: matches(/^[\w.,:/*-]+$/, "names, addresses and ranges, separated by commas"),
+  },
+  K3S_CONFIG: {
+    value: "",
+    help: "a YAML file at hand with more settings of k3s, for /etc/rancher/k3s/config.yaml.d (modern k3s)",
+    example: "./k3s-config.yaml",
+    check: file,
+  },
+  BACKUP: {
+    value: "",
+    help: "the new file that `backup` writes, by default a new one beside the env file, and `restore` reads",
+    example: "./k3s-backup.tar.gz",
+    shared: true,
+    check: file,
+  },
+  ELREPO_URL: {
+    value: "https://www.elrepo.org",
+    help: "ELRepo: its key and release packages, for kernels and WireGuard modules",
+    example: "https://mirrors.example.org/elrepo",
+    check: url,
+  },
+  ELREPO_KERNEL_URL: {
+    value: "",
+    help: "yum repository with kernel-ml for el7; empty: what ELRepo's release package says",
+    example: "https://mirrors.example.org/elrepo-archive/kernel/el7/x86_64",
+    check: url,
+  },
+  EPEL_URL: {
+    value: "https://dl.fedoraproject.org/pub/epel",
+    help: "EPEL, which has wireguard-tools for el7 and el8",
+    example: "https://mirrors.example.org/epel",
+    check: url,
+  },
+  K3S_DATASTORE_ENDPOINT: {
+    value: "",
+    help: "a database that several servers share, in place of the server's own SQLite",
+    example: "postgres://k3s:PASSWORD@db.example.org:5432/k3s?sslmode=verify-full",
+    secret: true,
+    shared: true,
+    // As an EnvironmentFile of systemd reads it: without quotes nothing in it means anything.
+    check: matches(
+      /^(postgres|postgresql|mysql|nats|https?):\/\/[^\s\p{Cc}'"\\`]+$/u,
+      "postgres://…, mysql://… or https://… (etcd), without blanks, quotes, backslashes or control characters",
+    ),
+  },
+  K3S_URL: {
+    value: "",
+    help: "the cluster's API; written by `server`, read by `agent`",
+    example: "https://203.0.113.10:6443",
+    shared: true,
+    check: matches(/^https:\/\/[\w.-]+(:\d+)?$/, "an address such as https://203.0.113.10:6443"),
+  },
+  K3S_TOKEN: {
+    value: "",
+    help: "what joins a box to the cluster; written by `server`, read by `agent`",
+    example: `K10${"0".repeat(64)}::server:${"0".repeat(32)}`,
+    secret: true,
+    shared: true,
+    check: token,
+  },
+} satisfies Record<string, Setting>;
+
+export type SettingName = keyof typeof SETTINGS;
