@@ -1,18 +1,12 @@
 /** What every script has in common: its flags and --help, which boxes it is for, and its exit status. */
 
-import { isUtf8 } from "node:buffer";
-import { createHash } from "node:crypto";
-import { createReadStream, existsSync, readFileSync, realpathSync } from "node:fs";
+import { existsSync, realpathSync } from "node:fs";
 import { hostname } from "node:os";
-import { dirname, join, relative } from "node:path";
+import { join, relative } from "node:path";
 import minimist from "minimist";
 import { readEnv, updateEnv } from "./env-file.ts";
 import { noFile, Unwritten } from "./files.ts";
-import { configArgs, wrongIn } from "./k3s/args.ts";
-import { noProxy } from "./k3s/config.ts";
-import { firewall } from "./k3s/firewall.ts";
-import type { Ill } from "./k3s/journal.ts";
-import { type Line, plain, report } from "./report.ts";
+import { type Ill, type Line, plain, report } from "./report.ts";
 import {
   check,
   flagOf,
@@ -37,9 +31,10 @@ import {
   Refusal,
   type Step,
   unforeseen,
+  type Want,
 } from "./step.ts";
 import { publicIp, SETTINGS, type SettingName } from "./table.ts";
-import { boxNames, hide, nameOf, quoted, splitWords } from "./text.ts";
+import { hide, nameOf, quoted, splitWords } from "./text.ts";
 
 /** What a script is: its steps in order, and what to say when there is nothing to do. */
 export interface Recipe {
@@ -66,6 +61,23 @@ export interface Recipe {
   writes?(want: Settings, known: Record<string, string>): boolean;
   /** It changes nothing on a box: it has no --dry-run, --print and --reboot. */
   readOnly?: true;
+  /** Boxes beside those of the call that have to follow before anything is done, and how they do. */
+  others?: {
+    boxes(call: Call, boxes: readonly Target[]): Promise<Target[]>;
+    follow(
+      call: Call,
+      ui: { line(name: string): Line },
+      others: readonly Target[],
+    ): Promise<{ refused: boolean; done: Promise<number[]> }>;
+  };
+  /** Why a change failed, as far as the cause is elsewhere than where it shows; `output` is what it said. */
+  causes?(call: Call, script: string, box: Target, line: Line, output: string, retry: string): Promise<Ill[]>;
+  /** What the files that settings name hold, in their settings' places. @throws {SettingError} */
+  filesOf?(want: Settings): Promise<Partial<Settings>>;
+  /** What has to be known of all boxes before anything is done. @throws {SettingError} */
+  prepare?(call: Call): Promise<void>;
+  /** A box's settings as its steps read them, where they depend on other boxes too. */
+  wantOnBox?(call: Call, box: Target, want: Want): Want;
 }
 
 /** A box of this call. */
@@ -109,7 +121,7 @@ const SIGNALS = { SIGHUP: 1, SIGINT: 2, SIGQUIT: 3, SIGTERM: 15 };
  * Runs a script when it is the program itself, not an import. Exit status: 0 done or nothing to do, 1 failed,
  * 2 a setting is wrong (nothing was touched), 128 and a signal's number: interrupted.
  */
-export async function run(meta: ImportMeta, recipe: Recipe): Promise<void> {
+export async function runScript(meta: ImportMeta, recipe: Recipe): Promise<void> {
   // import.meta.main is missing in Node 20.
   if (!process.argv[1] || realpathSync(process.argv[1]) !== realpathSync(meta.filename)) return;
   let ends = false;
@@ -177,7 +189,7 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
     await tryEnv(envFile);
   own[""] = {};
   for (const name of Object.keys(own))
-    own[name] = { ...own[name], ...(await filesOf({ ...settings, ...own[name] })) };
+    own[name] = { ...own[name], ...(await recipe.filesOf?.({ ...settings, ...own[name] })) };
   const secrets = NAMES.filter(isSecret);
   hide([settings, ...Object.values(own)].flatMap((of) => secrets.flatMap((name) => of[name] ?? [])));
   const mode = flags.print ? "print" : flags["dry-run"] ? "dry-run" : "apply";
@@ -187,17 +199,7 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
     reboot: Boolean(flags.reboot),
     flags: new Set(Object.keys(recipe.flags ?? {}).filter((name) => flags[name])),
   };
-  const declared = settings.FIREWALL && recipe.steps.includes(firewall);
-  if (declared || [settings, ...Object.values(own)].some((of) => of.HTTPS_PROXY || of.HTTP_PROXY))
-    call.addresses = {
-      servers: settings.SERVER
-        ? await addressesOf(call, "SERVER")
-        : recipe.work
-          ? splitWords(settings.PUBLIC_IP)
-          : [],
-      agents: await addressesOf(call, "AGENTS"),
-    };
-  if (declared) call.letIn = [...call.addresses.servers, ...call.addresses.agents];
+  await recipe.prepare?.(call);
   return await (recipe.work ?? fanOut)(call);
 }
 
@@ -336,80 +338,6 @@ function wrapped(text: string, width: number, indent = 0): string {
   return `${lines.join("\n")}\n`;
 }
 
-/** What the files that settings name hold: K3S_BIN's hash, and K3S_CONFIG's text. @throws {SettingError} */
-async function filesOf(want: Settings): Promise<Partial<Settings>> {
-  return {
-    ...(want.K3S_BIN ? { K3S_SHA256: await hashOf(want), AIRGAP: await imagesBeside(want) } : {}),
-    ...(want.K3S_CONFIG ? { K3S_CONFIG: configIn(want) } : {}),
-  };
-}
-
-/** @throws {SettingError} for what is no file: a device has no end, and a pipe waits for ever. */
-export function aFile(name: SettingName, path: string): void {
-  const wrong = noFile(path);
-  if (wrong) throw new SettingError(`${name} is ${quoted(path)}, which is ${wrong}: expected a file`);
-}
-
-/** @throws {SettingError} when the file cannot be read, is not as k3s reads it, or holds what belongs into a setting. */
-function configIn({ K3S_CONFIG }: Settings): string {
-  aFile("K3S_CONFIG", K3S_CONFIG);
-  try {
-    const bytes = readFileSync(K3S_CONFIG);
-    if (!isUtf8(bytes) || bytes.includes(0)) throw new Error("expected text in UTF-8");
-    const text = bytes.toString().trimEnd();
-    const wrong = wrongIn(undefined, configArgs(text));
-    if (wrong) throw new Error(`it has ${wrong}`);
-    return text;
-  } catch (error) {
-    throw new SettingError(`K3S_CONFIG is "${K3S_CONFIG}": ${(error as Error).message}`);
-  }
-}
-
-/** @throws {SettingError} when the file cannot be read or is not the one K3S_SHA256 names. */
-async function hashOf({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
-  aFile("K3S_BIN", K3S_BIN);
-  const have = await sha256Of(K3S_BIN).catch((error) => {
-    throw new SettingError(`K3S_BIN is "${K3S_BIN}": ${error.message}`);
-  });
-  if (K3S_SHA256 && K3S_SHA256 !== have)
-    throw new SettingError(`K3S_SHA256 is ${K3S_SHA256}, but "${K3S_BIN}" (K3S_BIN) has ${have}`);
-  return have;
-}
-
-const hashes = new Map<string, Promise<string>>();
-/** Several boxes may name one file, and it may be large. */
-function sha256Of(path: string): Promise<string> {
-  const read = async () => {
-    const hash = createHash("sha256");
-    for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
-    return hash.digest("hex");
-  };
-  const known = hashes.get(path) ?? read();
-  hashes.set(path, known);
-  return known;
-}
-
-/**
- * AIRGAP, and below it the airgap images beside K3S_BIN, a line each: sha256 and path; the smallest file of each
- * architecture.
- * @throws {SettingError} where there are none and AIRGAP asks for them.
- */
-async function imagesBeside({ K3S_BIN, AIRGAP }: Settings): Promise<string> {
-  const folder = dirname(K3S_BIN);
-  const found = ["amd64", "arm64", "arm"].flatMap(
-    (arch) =>
-      ["tar.zst", "tar.gz", "tar"]
-        .map((ext) => join(folder, `k3s-airgap-images-${arch}.${ext}`))
-        .find((path) => existsSync(path)) ?? [],
-  );
-  if (AIRGAP && found.length === 0)
-    throw new SettingError(
-      `AIRGAP is yes: expected k3s-airgap-images-ARCH.tar.zst beside K3S_BIN, in ${folder}`,
-    );
-  const lines = await Promise.all(found.map(async (path) => `${await sha256Of(path)} ${path}`));
-  return lines.length ? [AIRGAP, ...lines].join("\n") : "";
-}
-
 /** Boxes of a setting, each with the address at which other clouds reach it. @throws {SettingError} */
 export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promise<Target[]> {
   const { settings, origins } = call;
@@ -499,32 +427,16 @@ async function ownAddresses(call: Call, setting: string, found: readonly Target[
   }
 }
 
-/** @throws {SettingError} for a box whose address is not known, or not public. */
-async function addressesOf(call: Call, setting: "SERVER" | "AGENTS"): Promise<string[]> {
-  return call.settings[setting] ? (await targets(call, setting)).map(({ ip }) => ip).sort() : [];
-}
-
+/** What is needed to bring a box of this call through its steps. */
 export function jobFor(call: Call, target: Target, line: Line): Job {
-  const { recipe, settings, addresses } = call;
-  const servers = boxNames(settings.SERVER);
-  const isServer = recipe.host === "SERVER" || servers.includes(target.name);
-  // The networks of pods and services are what the server's arguments say, on every other box too.
-  const { SERVER_ARGS } = { ...settings, ...(isServer ? {} : call.own[servers[0] as string]) };
-  const own = call.own[target.name] ?? call.own[""];
-  const FIREWALL = call.letIn?.join(" ") ?? "";
-  const given = { HOST: target.host, PUBLIC_IP: target.ip, FIREWALL, allowed: call.flags };
-  const want = { ...settings, SERVER_ARGS, ...own, ...given };
-  if (want.HTTPS_PROXY || want.HTTP_PROXY) {
-    const url = /^https:\/\/([\w.-]+)/.exec(want.K3S_URL)?.[1] ?? "";
-    // An agent has to do with no other agent but through WireGuard.
-    const nodes = [...addresses.servers, ...(isServer ? addresses.agents : []), url, target.ip];
-    want.NO_PROXY = noProxy(want, nodes);
-  }
+  const { recipe, settings, own } = call;
+  const given = { HOST: target.host, PUBLIC_IP: target.ip, allowed: call.flags };
+  const want = { ...settings, ...(own[target.name] ?? own[""]), ...given };
   const server = (splitWords(want.SERVER)[0] ?? "").split("=")[0] as string;
   return {
     box: open(target.host, want.HOST_KEY),
-    server: open(server, call.own[nameOf(server)]?.HOST_KEY ?? call.settings.HOST_KEY),
-    want,
+    server: open(server, own[nameOf(server)]?.HOST_KEY ?? settings.HOST_KEY),
+    want: recipe.wantOnBox?.(call, target, want) ?? want,
     progress: line,
     mayReboot: Boolean(target.host) || call.reboot,
   };
@@ -541,10 +453,10 @@ async function fanOut(call: Call): Promise<number> {
   let boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
   if (recipe.host && !recipe.everyServer && call.origins.HOST === "default") boxes = boxes.slice(0, 1);
   recipe.examine?.(call, boxes);
-  const others = await neighbours(call, boxes);
+  const others = (await recipe.others?.boxes(call, boxes)) ?? [];
   const ui = await report([...boxes, ...others].map((box) => box.name));
-  const asked = await letThem(call, ui, others);
-  if (asked.refused) return 1;
+  const following = await recipe.others?.follow(call, ui, others);
+  if (following?.refused) return 1;
   const one = (box: Target) =>
     attempt(call, call.script, box, ui.line(box.name), async (line) => {
       const job = jobFor(call, box, line);
@@ -559,61 +471,7 @@ async function fanOut(call: Call): Promise<number> {
   const done = [];
   for (const box of first) done.push(await one(box));
   if (worst(done) === 0) done.push(...(await Promise.all(boxes.map(one))));
-  return worst([...done, ...(await asked.done)]);
-}
-
-/** With FIREWALL: the boxes of SERVER and AGENTS beside those of this call, which are let in there. */
-export async function neighbours(call: Call, boxes: readonly Target[]): Promise<Target[]> {
-  if (!call.letIn) return [];
-  const all = { ...call, settings: { ...call.settings, PUBLIC_IP: "" } };
-  const named = await Promise.all(
-    (["SERVER", "AGENTS"] as const).map(async (name) =>
-      call.settings[name] ? await targets(all, name) : [],
-    ),
-  );
-  call.letIn.push(...[...named.flat(), ...boxes].map(({ ip }) => ip));
-  return named.flat().filter(({ host, ip }) => !boxes.some((box) => box.host === host || box.ip === ip));
-}
-
-/**
- * Has the firewalls of other boxes follow: none is touched where one refuses, and those of servers stand when this
- * answers, for nobody joins before. `done` has the statuses of all.
- * @param retry the box of the call that is to be tried again as a whole; without it, the firewall of the one that failed.
- */
-export async function letThem(
-  call: Call,
-  ui: { line(name: string): Line },
-  boxes: readonly Target[],
-  retry?: Target,
-): Promise<{ refused: boolean; done: Promise<number[]> }> {
-  const steps = [firewall];
-  const looked = await Promise.allSettled(
-    boxes.map(async (box) => {
-      const job = jobFor(call, box, ui.line(box.name));
-      const facts = await look(job, steps);
-      planAll(steps, job.want, facts);
-      return { job, facts };
-    }),
-  );
-  const refused = looked.some((one) => one.status === "rejected" && one.reason instanceof Refusal);
-  const all = boxes.map((box, i) =>
-    attempt(call, retry ? call.script : firewall.name, retry ?? box, ui.line(box.name), async (line) => {
-      const one = looked[i] as (typeof looked)[number];
-      if (one.status === "rejected") {
-        if (one.reason instanceof Refusal) throw one.reason;
-        throw new Failure(
-          `${one.reason.message}. Its firewall is as it was: ${retry ? "who has left is still let in there" : "who joins is not let in there yet"}`,
-        );
-      }
-      const { job, facts } = one.value;
-      if (call.mode !== "apply") return showPlan(call, box, steps, job, facts);
-      if (!refused)
-        line.done((await converge(job, steps, facts)) === facts, "its firewall lets the others in");
-    }),
-  );
-  const servers = boxNames(call.settings.SERVER);
-  await Promise.all(all.filter((_, i) => refused || servers.includes(boxes[i]?.name as string)));
-  return { refused, done: Promise.all(all) };
+  return worst([...done, ...((await following?.done) ?? [])]);
 }
 
 /** Exit status of several boxes: a failure counts more than a wrong setting, which touched nothing. */
@@ -639,39 +497,12 @@ export async function attempt(
     const retry = again(call, script, box);
     // What failed has to be a change: who only waited for another box has no cause of its own.
     const ills =
-      error instanceof Failure && change && ASKED.includes(script)
-        ? await causes(call, script, box, line, output, retry)
+      error instanceof Failure && change
+        ? ((await call.recipe.causes?.(call, script, box, line, output, retry)) ?? [])
         : [];
     line.failed(message, change, known ? output : (error as Error).stack, retry, ills);
     return error instanceof SettingError ? 2 : 1;
   }
-}
-
-/** Scripts whose failure may have its cause elsewhere than where it shows. */
-const ASKED = ["server", "agent", "annotate", "fix-metrics", "token", "restore", "upgrade"];
-
-/** What check would say of the box; else what its journal means, as far as the failure has lines of it. */
-async function causes(
-  call: Call,
-  script: string,
-  box: Target,
-  line: Line,
-  output: string,
-  retry: string,
-): Promise<Ill[]> {
-  line.says("looks for the cause");
-  // Late, for it is rare; and it asks this file for the boxes.
-  const [{ explain }, { meaningOf }] = await Promise.all([
-    import("./check/survey.ts"),
-    import("./k3s/journal.ts"),
-  ]);
-  const role = script === "agent" || script === "annotate" ? "agent" : "server";
-  // An upgrade that failed has put back what ran before: only what it said still tells.
-  const ills = script === "upgrade" ? [] : await explain(call, box, role, script);
-  const meaning = meaningOf(output, retry);
-  return ills.length || !meaning || meaning.remedy.startsWith(`"${retry}"`)
-    ? ills
-    : [{ box: box.name, ...meaning }];
 }
 
 const takesHost = (step: Step) => step.options.includes("HOST");

@@ -1,8 +1,15 @@
 /** What the operator sees of each box while something runs: a line each, or a spinner where there is one box. */
 import type { Ora } from "ora";
-import type { Ill } from "./k3s/journal.ts";
 import type { Change } from "./step.ts";
 import { redacted } from "./text.ts";
+
+/** What is wrong, and what to do about it: a line each. */
+export interface Ill {
+  /** The box that is to be mended, as the user names it. */
+  box: string;
+  cause: string;
+  remedy: string;
+}
 
 /** What is said of one box, on standard error. */
 export interface Line {

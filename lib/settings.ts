@@ -2,6 +2,7 @@
 import { hostname } from "node:os";
 import { parseArgs, secretIn } from "./args.ts";
 import { readEnv, slipIn } from "./env-file.ts";
+import { noFile } from "./files.ts";
 import { ETCD, SETTINGS, type Setting, type SettingName, WITH_PASSWORD } from "./table.ts";
 import { boxNames, quoted, splitWords } from "./text.ts";
 
@@ -102,6 +103,12 @@ function fileAt(path: string): ReturnType<typeof readEnv> {
   } catch (error) {
     throw new SettingError(`The env file cannot be read: ${(error as Error).message}`);
   }
+}
+
+/** @throws {SettingError} for what is no file: a device has no end, and a pipe waits for ever. */
+export function aFile(name: SettingName, path: string): void {
+  const wrong = noFile(path);
+  if (wrong) throw new SettingError(`${name} is ${quoted(path)}, which is ${wrong}: expected a file`);
 }
 
 /** @throws {SettingError} when the value is not one this setting can have. Secrets are not repeated. */

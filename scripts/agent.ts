@@ -1,12 +1,14 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 5 of 7: a healthy k3s agent that has joined the server. Brings the box through steps 1 to 3 too. */
 import { createHash, X509Certificate } from "node:crypto";
-import { run } from "../lib/cli.ts";
+import { causes } from "../lib/check/causes.ts";
 import { NODE_SETTINGS, proxyEnv } from "../lib/k3s/config.ts";
 import { firewall } from "../lib/k3s/firewall.ts";
 import { foreignFirst } from "../lib/k3s/foreign.ts";
 import { ALLOWED, caLook, identityAs, moving, nodeNameOf } from "../lib/k3s/identity.ts";
+import { neighbours } from "../lib/k3s/neighbours.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
+import { run } from "../lib/k3s/script.ts";
 import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/k3s/service.ts";
 import { envPath, nodeNameIn, passwordIn, type Role } from "../lib/k3s/unit.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
@@ -157,4 +159,6 @@ await run(import.meta, {
   flags: ALLOWED,
   needs: { K3S_URL: FROM_SERVER, K3S_TOKEN: FROM_SERVER },
   nothing: (want, facts) => healthySaying("agent", want, facts),
+  others: neighbours,
+  causes,
 });

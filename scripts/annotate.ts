@@ -1,6 +1,6 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 6 of 7: every peer reaches this node at its public address. Old k3s is told by an annotation and a restart. */
-import { run } from "../lib/cli.ts";
+import { causes } from "../lib/check/causes.ts";
 import { nodeNameOf } from "../lib/k3s/identity.ts";
 import {
   addressesOf,
@@ -14,6 +14,7 @@ import {
   silence,
   standing,
 } from "../lib/k3s/nodes.ts";
+import { run } from "../lib/k3s/script.ts";
 import { oldest, oldestSh, restart, startedAt } from "../lib/k3s/service.ts";
 import {
   backendOf,
@@ -191,4 +192,5 @@ await run(import.meta, {
     );
     return `every handshake is fresh, at public addresses (${fresh.map((p) => p.endpoint).join(", ") || "no peers yet"})${notes.join("")}`;
   },
+  causes,
 });

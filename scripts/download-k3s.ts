@@ -1,8 +1,8 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 1 of 7: a verified k3s binary at /usr/local/bin/k3s, and kubectl beside it. */
-import { run } from "../lib/cli.ts";
 import { byProxy, IMAGES, PROXY_SETTINGS } from "../lib/k3s/config.ts";
 import { foldersLook, install, managersLook, osOf, writable } from "../lib/k3s/packages.ts";
+import { run } from "../lib/k3s/script.ts";
 import { binaryLook, K3S, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";

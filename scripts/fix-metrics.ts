@@ -1,7 +1,8 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 7 of 7: `kubectl top` answers for every node. Runs on the server. */
-import { run } from "../lib/cli.ts";
+import { causes } from "../lib/check/causes.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../lib/k3s/nodes.ts";
+import { run } from "../lib/k3s/script.ts";
 import { binaryLook, generationOf } from "../lib/k3s/unit.ts";
 import { sh, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
@@ -182,4 +183,5 @@ await run(import.meta, {
   steps: [fixMetrics],
   host: "SERVER",
   nothing: (_want, facts) => absent(facts) ?? "`kubectl top nodes` answers for every node",
+  causes,
 });

@@ -1,8 +1,8 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 3 of 7: WireGuard's tools, its module where the kernel has none, and proof that an interface can be made. */
-import { run } from "../lib/cli.ts";
 import { byProxy, PROXY_SETTINGS } from "../lib/k3s/config.ts";
 import { DEAD, install, isEl7, managersLook, type Os, osOf } from "../lib/k3s/packages.ts";
+import { run } from "../lib/k3s/script.ts";
 import { type Generation, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";

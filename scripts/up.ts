@@ -1,7 +1,9 @@
 #!/usr/bin/env -S node --import tsx
 /** All seven steps on SERVER and all AGENTS, side by side in one process. */
+import { causes } from "../lib/check/causes.ts";
 import * as cli from "../lib/cli.ts";
 import { ALLOWED, casOf } from "../lib/k3s/identity.ts";
+import { run } from "../lib/k3s/script.ts";
 import { report } from "../lib/report.ts";
 import type { Settings } from "../lib/settings.ts";
 import { converge, type Facts, Failure, type Job, look, planAll, type Step } from "../lib/step.ts";
@@ -118,7 +120,7 @@ export async function up(call: cli.Call): Promise<number> {
   return cli.worst(statuses);
 }
 
-await cli.run(import.meta, {
+await run(import.meta, {
   about:
     "Brings up the whole cluster. Agents are prepared while the server starts, and wait only for its token.",
   steps: [...allSteps, ...agentSteps],
@@ -126,4 +128,5 @@ await cli.run(import.meta, {
   flags: ALLOWED,
   everyBox: "make agent HOST=… brings up one",
   work: up,
+  causes,
 });

@@ -1,9 +1,9 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 2 of 7: a kernel that has WireGuard, where the distro's own has none. The only step that restarts a box. */
-import { run } from "../lib/cli.ts";
 import { byProxy, PROXY_SETTINGS } from "../lib/k3s/config.ts";
 import { drainHere, drainLook, uncordonHere } from "../lib/k3s/drain.ts";
 import { isEl7, osOf } from "../lib/k3s/packages.ts";
+import { run } from "../lib/k3s/script.ts";
 import { binaryLook, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { sh, writeFile } from "../lib/sh.ts";

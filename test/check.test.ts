@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
+import { causesOf } from "../lib/check/causes.ts";
 import { diagnose, judge } from "../lib/check/diagnose.ts";
-import { causesOf, clusterOf, type Member, tries } from "../lib/check/survey.ts";
+import { clusterOf, type Member, tries } from "../lib/check/survey.ts";
 import { MEANT, meaningOf } from "../lib/k3s/journal.ts";
 import type { Settings } from "../lib/settings.ts";
 import type { Facts } from "../lib/step.ts";

@@ -5,6 +5,7 @@ import { describe, test } from "node:test";
 import { line } from "../lib/check/survey.ts";
 import { type Call, jobFor } from "../lib/cli.ts";
 import { rangesOf } from "../lib/k3s/config.ts";
+import { wantOnBox } from "../lib/k3s/script.ts";
 import { flagOf, NAMES, settle } from "../lib/settings.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { fileOf, program, programs, ROOT, SCRIPT_FILES, TOKEN, temporary } from "./helpers.ts";
@@ -606,7 +607,7 @@ describe("what a box is told", () => {
     writeFileSync(path, `SERVER=root@a1=${A1}\nAGENTS="b1 b2"\n${file}`);
     const call: Call = {
       ...settle({}, {}, path),
-      ...{ script: "up", recipe: { about: "", steps: agentSteps }, envFile: path, mode: "apply" },
+      ...{ script: "up", recipe: { about: "", steps: agentSteps, wantOnBox }, envFile: path, mode: "apply" },
       addresses: { servers: [A1], agents: [B1, "198.51.101.12"] },
       reboot: false,
       flags: new Set(),

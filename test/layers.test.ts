@@ -6,26 +6,11 @@ import { ROOT } from "./helpers.ts";
 
 // What does not hold yet. These lists may only shrink, and have to: an exception that is not needed fails too.
 
-/** Imports that are part of a circle: the file, and what it imports. */
-const CIRCLES = `
-lib/cli.ts -> lib/check/survey.ts
-lib/check/survey.ts -> lib/cli.ts
-lib/check/survey.ts -> lib/check/diagnose.ts
-lib/check/diagnose.ts -> lib/check/survey.ts`;
-/** Imports of a layer above. */
-const UPWARD = `
-lib/cli.ts -> lib/k3s/args.ts
-lib/cli.ts -> lib/k3s/config.ts
-lib/cli.ts -> lib/k3s/firewall.ts
-lib/cli.ts -> lib/k3s/journal.ts
-lib/cli.ts -> lib/check/survey.ts
-lib/report.ts -> lib/k3s/journal.ts`;
 const TWICE = ["MARK", "attempt", "examine", "letIn"];
 /** How many lines of these name k3s, flannel or WireGuard all the same. */
 const NAMING = [
-  "lib/cli.ts: 34 lines",
+  "lib/cli.ts: 7 lines",
   "lib/files.ts: 2 lines",
-  "lib/report.ts: 1 lines",
   "lib/settings.ts: 2 lines",
   "lib/step.ts: 1 lines",
 ];
@@ -65,7 +50,7 @@ test("lib is layered: lib/*.ts, then lib/k3s, then lib/check, then scripts; none
       .filter((target) => !(layer(target) <= layer(file)))
       .map((target) => `${file} -> ${target}`);
   });
-  only([...new Set(upward)], UPWARD.trim().split("\n"), "These import a layer above");
+  only([...new Set(upward)], [], "These import a layer above");
 });
 
 test("no import is part of a circle, be it of a type or at run time", () => {
@@ -76,7 +61,7 @@ test("no import is part of a circle, be it of a type or at run time", () => {
   const found = [...imports].flatMap(([file, targets]) =>
     targets.filter((target) => reached(target).has(file)).map((target) => `${file} -> ${target}`),
   );
-  only([...new Set(found)], CIRCLES.trim().split("\n"), "These imports close a circle");
+  only([...new Set(found)], [], "These imports close a circle");
 });
 
 test("no two files of lib and scripts export the same name", () => {

@@ -1,8 +1,9 @@
 /** From what the boxes of a cluster said to what is wrong and what to do: pure. */
 
-import { type Ill, meaningOf } from "../k3s/journal.ts";
+import { meaningOf } from "../k3s/journal.ts";
 import { FRESH, type Node, overload, peerOf, standing } from "../k3s/nodes.ts";
 import { generationOf, unitOf } from "../k3s/unit.ts";
+import type { Ill } from "../report.ts";
 import { publicIp } from "../table.ts";
 import type { Cluster, Seen } from "./survey.ts";
 

@@ -7,7 +7,7 @@ import { type Call, jobFor, type Target, targets } from "../cli.ts";
 import { rangesOf } from "../k3s/config.ts";
 import { blocked, firewallLook, remedy } from "../k3s/firewall.ts";
 import { nodeNameOf } from "../k3s/identity.ts";
-import { type Ill, MEANT } from "../k3s/journal.ts";
+import { MEANT } from "../k3s/journal.ts";
 import {
   API,
   address as addressIn,
@@ -36,7 +36,6 @@ import { sh } from "../sh.ts";
 import { type Facts, look, type Step } from "../step.ts";
 import { publicIp } from "../table.ts";
 import { pairs, splitWords } from "../text.ts";
-import { diagnose } from "./diagnose.ts";
 
 /** A box of the cluster and what it says. */
 export interface Member {
@@ -412,38 +411,6 @@ export async function examine(call: Call, boxes: Listed) {
   const members = await survey(call, boxes, `\n${firewallLook}`);
   await attempt(call, members, clusterOf(members));
   return members;
-}
-
-/** One that is under way serves all who ask meanwhile: of several boxes that fail, one look is enough. */
-let underWay: Promise<Member[]> | undefined;
-
-/**
- * What explains that a script failed on a box: what is wrong with it, else with any other. Not that what the script
- * was to do is still to be done.
- */
-export function causesOf(ills: readonly Ill[], name: string | undefined, script: string): Ill[] {
-  const own = ills.filter(({ box }) => box === name);
-  const itself = new RegExp(`^make ${script}(?![\\w-])`);
-  return (own.length ? own : ills).filter(({ box, remedy }) => box !== name || !itself.test(remedy));
-}
-
-/** Why a script failed on a box, as check would say it. Nothing where that cannot be found out. */
-export async function explain(call: Call, failed: Target, role: Role, script: string): Promise<Ill[]> {
-  try {
-    // Without SERVER the script runs on the failed box itself, and knows no other.
-    const boxes = call.settings.SERVER ? await listed(call) : [];
-    const known = boxes.some(({ target }) => target.host === failed.host);
-    if (!known) boxes.push({ target: failed, role });
-    const look = (known && underWay) || examine(call, boxes);
-    if (known) underWay = look;
-    const members = await look.finally(() => {
-      if (underWay === look) underWay = undefined;
-    });
-    const name = members.find(({ target }) => target.host === failed.host)?.target.name;
-    return causesOf(diagnose(clusterOf(members)), name, script);
-  } catch {
-    return [];
-  }
 }
 
 /** The second trip, all boxes side by side: packets through every tunnel, kubelets, the API, resolvers. */

@@ -1,13 +1,5 @@
 /** What k3s's journal and metrics-server's log say, what it means, and what to do about it. */
 
-/** What is wrong, and what to do about it: a line each. */
-export interface Ill {
-  /** The box that is to be mended, as the user names it. */
-  box: string;
-  cause: string;
-  remedy: string;
-}
-
 interface Word {
   /** An extended regular expression, for grep on the box and for RegExp here. */
   said: string;

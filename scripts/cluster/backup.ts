@@ -6,6 +6,7 @@ import { dirname, join } from "node:path";
 import * as cli from "../../lib/cli.ts";
 import { putNew, remove, temporary, tryWrite } from "../../lib/files.ts";
 import { nodeNameOf } from "../../lib/k3s/identity.ts";
+import { run } from "../../lib/k3s/script.ts";
 import { binaryLook } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
 import { SettingError } from "../../lib/settings.ts";
@@ -150,7 +151,7 @@ export async function hashOf(path: string): Promise<string> {
   return hash.digest("hex");
 }
 
-await cli.run(import.meta, {
+await run(import.meta, {
   about: "Copies the server's SQLite datastore, token, certificates and manifests to a file on this machine.",
   steps: [copied("")],
   host: "SERVER",

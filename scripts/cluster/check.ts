@@ -5,10 +5,10 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { judge, TOP } from "../../lib/check/diagnose.ts";
 import { tryPods } from "../../lib/check/pods.ts";
 import { ask, type Cluster, clusterOf, examine, listed, type Seen } from "../../lib/check/survey.ts";
-import * as cli from "../../lib/cli.ts";
-import type { Ill } from "../../lib/k3s/journal.ts";
+import type * as cli from "../../lib/cli.ts";
 import { FRESH, overload, peerOf, standing } from "../../lib/k3s/nodes.ts";
-import { plain } from "../../lib/report.ts";
+import { run } from "../../lib/k3s/script.ts";
+import { type Ill, plain } from "../../lib/report.ts";
 import { jsonOf, redacted } from "../../lib/text.ts";
 
 /** With --watch, seconds between two looks. */
@@ -319,7 +319,7 @@ function size(bytes: number): string {
   return `${unit && value < 9.95 ? value.toFixed(1) : Math.round(value)}${unit}`;
 }
 
-await cli.run(import.meta, {
+await run(import.meta, {
   about:
     "Shows the whole cluster, tries what passes between its boxes, and says what is wrong. Changes nothing.",
   steps: [ask("", ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", "AGENT_ARGS"])],

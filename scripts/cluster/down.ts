@@ -4,6 +4,7 @@ import { createInterface } from "node:readline/promises";
 import * as cli from "../../lib/cli.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { caIn, casOf, mayGo } from "../../lib/k3s/identity.ts";
+import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { converge, type Facts, type Job, look, planAll } from "../../lib/step.ts";
@@ -88,7 +89,7 @@ async function agreed(names: string[]): Promise<boolean> {
   return false;
 }
 
-await cli.run(import.meta, {
+await run(import.meta, {
   about: "Removes k3s and all its data from SERVER and all AGENTS, after asking.",
   steps: [{ ...uninstall, options: ["SERVER", "PUBLIC_IP", "SERVER_ARGS"] }],
   flags: { yes: "do not ask", force: "also a box of another cluster, and k3s that somebody else has set up" },

@@ -3,6 +3,7 @@
 import * as cli from "../../lib/cli.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { blocked, firewall, letIn } from "../../lib/k3s/firewall.ts";
+import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
 import { converge, look } from "../../lib/step.ts";
 
@@ -32,7 +33,7 @@ async function everywhere(call: cli.Call): Promise<number> {
   return cli.worst(done);
 }
 
-await cli.run(import.meta, {
+await run(import.meta, {
   about:
     "Opens what nodes need of each other in each box's firewall (firewalld, ufw, iptables or nft), and closes the rest.",
   steps: [{ ...firewall, options: ["SERVER", "AGENTS", "HOST", "PUBLIC_IP", "SERVER_ARGS"] }],

@@ -7,6 +7,7 @@ import { delimiter, dirname, join } from "node:path";
 import { ask } from "../../lib/check/survey.ts";
 import * as cli from "../../lib/cli.ts";
 import { noFile, realPath, replaceFile, take, unwritten } from "../../lib/files.ts";
+import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { Failure, look } from "../../lib/step.ts";
@@ -323,7 +324,7 @@ async function kubeconfig(call: cli.Call): Promise<number> {
   });
 }
 
-await cli.run(import.meta, {
+await run(import.meta, {
   about:
     "Merges the cluster's kubeconfig into yours (KUBECONFIG or ~/.kube/config), under a name of its own.",
   steps: [ask("", ["SERVER", "PUBLIC_IP"])],

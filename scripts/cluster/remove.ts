@@ -17,7 +17,9 @@ import {
   type Who,
   whoIs,
 } from "../../lib/k3s/identity.ts";
+import { neighbours } from "../../lib/k3s/neighbours.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
+import { run } from "../../lib/k3s/script.ts";
 import { unitPath } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
 import { SettingError } from "../../lib/settings.ts";
@@ -236,8 +238,13 @@ async function remove(call: cli.Call): Promise<number> {
   const gone = boxes.filter((_, i) => statuses[i] === 0);
   if (settings.FIREWALL && gone.length) {
     call.letIn = gone.map(({ ip }) => `-${ip}`);
-    const others = await cli.neighbours(call, gone);
-    const follow = await cli.letThem(call, await report(others.map(({ name }) => name)), others, gone[0]);
+    const others = await neighbours.boxes(call, gone);
+    const follow = await neighbours.follow(
+      call,
+      await report(others.map(({ name }) => name)),
+      others,
+      gone[0],
+    );
     statuses.push(...(await follow.done));
   }
   return cli.worst(statuses);
@@ -310,7 +317,7 @@ async function one(
     line.done(nothing, nothing ? "the box has no k3s, the cluster no such node" : "");
 }
 
-await cli.run(import.meta, {
+await run(import.meta, {
   about:
     "Removes boxes from the cluster: drains, uninstalls, and has the cluster forget them. HOST says which.",
   steps: [uninstall],

@@ -3,6 +3,7 @@
 import { execFile } from "node:child_process";
 import { resolve } from "node:path";
 import { promisify } from "node:util";
+import { causes } from "../../lib/check/causes.ts";
 import { ask } from "../../lib/check/survey.ts";
 import * as cli from "../../lib/cli.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
@@ -10,8 +11,9 @@ import { rangesOf } from "../../lib/k3s/config.ts";
 import { closeLook, firewall } from "../../lib/k3s/firewall.ts";
 import { ALLOWED, brief, caIn, nodeNameOf, whoIs } from "../../lib/k3s/identity.ts";
 import { address, KUBECTL, VERSION } from "../../lib/k3s/nodes.ts";
+import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
-import { SettingError } from "../../lib/settings.ts";
+import { aFile, SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { type Change, converge, look, lookAndConverge, Refusal, type Step } from "../../lib/step.ts";
 import { pairs, sha256, splitWords } from "../../lib/text.ts";
@@ -203,7 +205,7 @@ async function restore(call: cli.Call): Promise<number> {
 
 /** What a backup says of itself. @throws {SettingError} where it is none, or is damaged. */
 async function aboutOf(file: string): Promise<{ version: string; node: string; ip: string }> {
-  cli.aFile("BACKUP", file);
+  aFile("BACKUP", file);
   const { stdout, stderr } = await member(file, "about");
   const { version = "", node, ip } = pairs(stdout);
   if (VERSION.test(version) && node && address(ip)) return { version, node, ip: ip as string };
@@ -223,11 +225,12 @@ const member = async (file: string, name: string) =>
 const caOf = async (file: string): Promise<string> =>
   caIn((await member(file, "token")).stdout) ?? sha256((await member(file, "tls/server-ca.crt")).stdout);
 
-await cli.run(import.meta, {
+await run(import.meta, {
   about:
     "Makes HOST, a fresh box, the server that BACKUP is of. SERVER in the env file changes, and the agents follow.",
   steps: [...prepareAs("server"), put("", ""), server, ...agentSteps],
   writes: () => true,
   flags: { force: ALLOWED.force },
   work: restore,
+  causes,
 });

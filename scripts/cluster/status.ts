@@ -4,6 +4,7 @@ import { judge, TOP } from "../../lib/check/diagnose.ts";
 import { ask, type Cluster, clusterOf, type Seen, survey, TOP_LOOK } from "../../lib/check/survey.ts";
 import * as cli from "../../lib/cli.ts";
 import { FRESH, type Node, peerOf } from "../../lib/k3s/nodes.ts";
+import { run } from "../../lib/k3s/script.ts";
 import { plain } from "../../lib/report.ts";
 
 /** Beside what check asks of a server (which defines kc and api). */
@@ -124,7 +125,7 @@ async function status(call: cli.Call): Promise<number> {
   return rows.every(([, , well]) => well) ? 0 : 1;
 }
 
-await cli.run(import.meta, {
+await run(import.meta, {
   about: "The cluster in ten lines, from one round trip to the server. Changes nothing.",
   steps: [ask("", ["SERVER", "PUBLIC_IP", "SERVER_ARGS"])],
   host: "SERVER",

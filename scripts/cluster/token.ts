@@ -1,9 +1,10 @@
 #!/usr/bin/env -S node --import tsx
 /** Rotates the cluster's token: whoever knew the old one can join no more; nodes that have joined go on running. */
 import { parseArgs } from "../../lib/args.ts";
-import { run } from "../../lib/cli.ts";
+import { causes } from "../../lib/check/causes.ts";
 import { configsLook, foreignArgs } from "../../lib/k3s/foreign.ts";
 import { brief, caIn, nodeNameOf } from "../../lib/k3s/identity.ts";
+import { run } from "../../lib/k3s/script.ts";
 import { restart } from "../../lib/k3s/service.ts";
 import { binaryLook, generationOf, K3S, NO_USER } from "../../lib/k3s/unit.ts";
 import { type Change, Refusal, type Step } from "../../lib/step.ts";
@@ -89,4 +90,5 @@ await run(import.meta, {
   writes: () => true,
   needs: { K3S_TOKEN: 'what "make server" writes to' },
   nothing: () => "the env file has the server's present token, which the next make up gives to the agents",
+  causes,
 });

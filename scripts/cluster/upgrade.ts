@@ -4,6 +4,7 @@
  * binary and unit, is restarted, and takes pods again once it is seen to run the new version. The first that fails
  * ends it, and gets its old binary and unit back.
  */
+import { causes } from "../../lib/check/causes.ts";
 import * as cli from "../../lib/cli.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { CONFIG, REGISTRIES } from "../../lib/k3s/config.ts";
@@ -12,6 +13,7 @@ import { firewall } from "../../lib/k3s/firewall.ts";
 import { nodeNameOf, nodeOf, whoIs } from "../../lib/k3s/identity.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
 import { compare, pathOf, RELEASE } from "../../lib/k3s/releases.ts";
+import { run } from "../../lib/k3s/script.ts";
 import { restart } from "../../lib/k3s/service.ts";
 import {
   binaryLook,
@@ -320,7 +322,7 @@ async function one(member: Member, first: Member, force: boolean): Promise<void>
   }
 }
 
-await cli.run(import.meta, {
+await run(import.meta, {
   about:
     "Upgrades the cluster to K3S_VERSION: servers, then agents, one at a time, each drained and seen to run it.",
   steps: [
@@ -332,4 +334,5 @@ await cli.run(import.meta, {
   writes: (want, known) => want.K3S_VERSION !== known.K3S_VERSION,
   everyBox: "one at a time, and those that run K3S_VERSION stay as they are",
   work: upgrade,
+  causes,
 });

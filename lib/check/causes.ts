@@ -1,0 +1,58 @@
+/** Why a script failed on a box: what check would say of it, else what its journal means. */
+import type { Call, Target } from "../cli.ts";
+import { meaningOf } from "../k3s/journal.ts";
+import type { Role } from "../k3s/unit.ts";
+import type { Ill, Line } from "../report.ts";
+import { diagnose } from "./diagnose.ts";
+import { clusterOf, examine, listed, type Member } from "./survey.ts";
+
+/** For scripts whose failure may have its cause elsewhere than where it shows. */
+export async function causes(
+  call: Call,
+  script: string,
+  box: Target,
+  line: Line,
+  output: string,
+  retry: string,
+): Promise<Ill[]> {
+  line.says("looks for the cause");
+  const role = script === "agent" || script === "annotate" ? "agent" : "server";
+  // An upgrade that failed has put back what ran before: only what it said still tells.
+  const ills = script === "upgrade" ? [] : await explain(call, box, role, script);
+  const meaning = meaningOf(output, retry);
+  return ills.length || !meaning || meaning.remedy.startsWith(`"${retry}"`)
+    ? ills
+    : [{ box: box.name, ...meaning }];
+}
+
+/** One that is under way serves all who ask meanwhile: of several boxes that fail, one look is enough. */
+let underWay: Promise<Member[]> | undefined;
+
+/**
+ * What explains that a script failed on a box: what is wrong with it, else with any other. Not that what the script
+ * was to do is still to be done.
+ */
+export function causesOf(ills: readonly Ill[], name: string | undefined, script: string): Ill[] {
+  const own = ills.filter(({ box }) => box === name);
+  const itself = new RegExp(`^make ${script}(?![\\w-])`);
+  return (own.length ? own : ills).filter(({ box, remedy }) => box !== name || !itself.test(remedy));
+}
+
+/** Why a script failed on a box, as check would say it. Nothing where that cannot be found out. */
+async function explain(call: Call, failed: Target, role: Role, script: string): Promise<Ill[]> {
+  try {
+    // Without SERVER the script runs on the failed box itself, and knows no other.
+    const boxes = call.settings.SERVER ? await listed(call) : [];
+    const known = boxes.some(({ target }) => target.host === failed.host);
+    if (!known) boxes.push({ target: failed, role });
+    const look = (known && underWay) || examine(call, boxes);
+    if (known) underWay = look;
+    const members = await look.finally(() => {
+      if (underWay === look) underWay = undefined;
+    });
+    const name = members.find(({ target }) => target.host === failed.host)?.target.name;
+    return causesOf(diagnose(clusterOf(members)), name, script);
+  } catch {
+    return [];
+  }
+}

@@ -1,0 +1,65 @@
+/** With FIREWALL: boxes beside those of a call, whose firewalls let them in, or those that have left no longer. */
+import { attempt, type Call, jobFor, showPlan, type Target, targets } from "../cli.ts";
+import type { Line } from "../report.ts";
+import { converge, Failure, look, planAll, Refusal } from "../step.ts";
+import { boxNames } from "../text.ts";
+import { firewall } from "./firewall.ts";
+
+/** With FIREWALL: the boxes of SERVER and AGENTS beside those of this call, which are let in there. */
+async function boxesBeside(call: Call, boxes: readonly Target[]): Promise<Target[]> {
+  if (!call.letIn) return [];
+  const all = { ...call, settings: { ...call.settings, PUBLIC_IP: "" } };
+  const named = await Promise.all(
+    (["SERVER", "AGENTS"] as const).map(async (name) =>
+      call.settings[name] ? await targets(all, name) : [],
+    ),
+  );
+  call.letIn.push(...[...named.flat(), ...boxes].map(({ ip }) => ip));
+  return named.flat().filter(({ host, ip }) => !boxes.some((box) => box.host === host || box.ip === ip));
+}
+
+/**
+ * Has the firewalls of other boxes follow: none is touched where one refuses, and those of servers stand when this
+ * answers, for nobody joins before. `done` has the statuses of all.
+ * @param retry the box of the call that is to be tried again as a whole; without it, the firewall of the one that failed.
+ */
+async function follow(
+  call: Call,
+  ui: { line(name: string): Line },
+  boxes: readonly Target[],
+  retry?: Target,
+): Promise<{ refused: boolean; done: Promise<number[]> }> {
+  const steps = [firewall];
+  // That a firewall could not be changed has no cause elsewhere.
+  const plain: Call = { ...call, recipe: { ...call.recipe, causes: undefined } };
+  const looked = await Promise.allSettled(
+    boxes.map(async (box) => {
+      const job = jobFor(call, box, ui.line(box.name));
+      const facts = await look(job, steps);
+      planAll(steps, job.want, facts);
+      return { job, facts };
+    }),
+  );
+  const refused = looked.some((one) => one.status === "rejected" && one.reason instanceof Refusal);
+  const all = boxes.map((box, i) =>
+    attempt(plain, retry ? call.script : firewall.name, retry ?? box, ui.line(box.name), async (line) => {
+      const one = looked[i] as (typeof looked)[number];
+      if (one.status === "rejected") {
+        if (one.reason instanceof Refusal) throw one.reason;
+        throw new Failure(
+          `${one.reason.message}. Its firewall is as it was: ${retry ? "who has left is still let in there" : "who joins is not let in there yet"}`,
+        );
+      }
+      const { job, facts } = one.value;
+      if (call.mode !== "apply") return showPlan(call, box, steps, job, facts);
+      if (!refused)
+        line.done((await converge(job, steps, facts)) === facts, "its firewall lets the others in");
+    }),
+  );
+  const servers = boxNames(call.settings.SERVER);
+  await Promise.all(all.filter((_, i) => refused || servers.includes(boxes[i]?.name as string)));
+  return { refused, done: Promise.all(all) };
+}
+
+/** How they follow, for a script to declare. */
+export const neighbours = { boxes: boxesBeside, follow };

@@ -1,0 +1,127 @@
+/** What every script tells the engine of k3s: the files that its settings name, and how boxes depend on each other. */
+import { isUtf8 } from "node:buffer";
+import { createHash } from "node:crypto";
+import { createReadStream, existsSync, readFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { type Call, type Recipe, runScript, type Target, targets } from "../cli.ts";
+import { aFile, SettingError, type Settings } from "../settings.ts";
+import type { Want } from "../step.ts";
+import { boxNames, splitWords } from "../text.ts";
+import { configArgs, wrongIn } from "./args.ts";
+import { noProxy } from "./config.ts";
+import { firewall } from "./firewall.ts";
+
+/** Runs a script when it is the program itself, not an import. */
+export const run = (meta: ImportMeta, recipe: Recipe): Promise<void> =>
+  runScript(meta, { ...recipe, filesOf, prepare, wantOnBox });
+
+/** Whom boxes let in, and what must not go by their proxy: the addresses of all. */
+async function prepare(call: Call): Promise<void> {
+  const { recipe, settings, own } = call;
+  const declared = settings.FIREWALL && recipe.steps.includes(firewall);
+  if (declared || [settings, ...Object.values(own)].some((of) => of.HTTPS_PROXY || of.HTTP_PROXY))
+    call.addresses = {
+      servers: settings.SERVER
+        ? await addressesOf(call, "SERVER")
+        : recipe.work
+          ? splitWords(settings.PUBLIC_IP)
+          : [],
+      agents: await addressesOf(call, "AGENTS"),
+    };
+  if (declared) call.letIn = [...call.addresses.servers, ...call.addresses.agents];
+}
+
+/** @throws {SettingError} for a box whose address is not known, or not public. */
+async function addressesOf(call: Call, setting: "SERVER" | "AGENTS"): Promise<string[]> {
+  return call.settings[setting] ? (await targets(call, setting)).map(({ ip }) => ip).sort() : [];
+}
+
+/** A box's settings, by what it is to the others. */
+export function wantOnBox(call: Call, box: Target, want: Want): Want {
+  const { settings, addresses } = call;
+  const servers = boxNames(settings.SERVER);
+  const isServer = call.recipe.host === "SERVER" || servers.includes(box.name);
+  const own = call.own[box.name] ?? call.own[""];
+  // The networks of pods and services are what the server's arguments say, on every other box too.
+  const theirs = isServer ? undefined : call.own[servers[0] as string]?.SERVER_ARGS;
+  const result = {
+    ...want,
+    SERVER_ARGS: own?.SERVER_ARGS ?? theirs ?? settings.SERVER_ARGS,
+    FIREWALL: call.letIn?.join(" ") ?? "",
+  };
+  if (want.HTTPS_PROXY || want.HTTP_PROXY) {
+    const url = /^https:\/\/([\w.-]+)/.exec(want.K3S_URL)?.[1] ?? "";
+    // An agent has to do with no other agent but through WireGuard.
+    const nodes = [...addresses.servers, ...(isServer ? addresses.agents : []), url, box.ip];
+    result.NO_PROXY = noProxy(result, nodes);
+  }
+  return result;
+}
+
+/** What the files that settings name hold: K3S_BIN's hash, and K3S_CONFIG's text. @throws {SettingError} */
+async function filesOf(want: Settings): Promise<Partial<Settings>> {
+  return {
+    ...(want.K3S_BIN ? { K3S_SHA256: await hashOf(want), AIRGAP: await imagesBeside(want) } : {}),
+    ...(want.K3S_CONFIG ? { K3S_CONFIG: configIn(want) } : {}),
+  };
+}
+
+/** @throws {SettingError} when the file cannot be read, is not as k3s reads it, or holds what belongs into a setting. */
+function configIn({ K3S_CONFIG }: Settings): string {
+  aFile("K3S_CONFIG", K3S_CONFIG);
+  try {
+    const bytes = readFileSync(K3S_CONFIG);
+    if (!isUtf8(bytes) || bytes.includes(0)) throw new Error("expected text in UTF-8");
+    const text = bytes.toString().trimEnd();
+    const wrong = wrongIn(undefined, configArgs(text));
+    if (wrong) throw new Error(`it has ${wrong}`);
+    return text;
+  } catch (error) {
+    throw new SettingError(`K3S_CONFIG is "${K3S_CONFIG}": ${(error as Error).message}`);
+  }
+}
+
+/** @throws {SettingError} when the file cannot be read or is not the one K3S_SHA256 names. */
+async function hashOf({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
+  aFile("K3S_BIN", K3S_BIN);
+  const have = await sha256Of(K3S_BIN).catch((error) => {
+    throw new SettingError(`K3S_BIN is "${K3S_BIN}": ${error.message}`);
+  });
+  if (K3S_SHA256 && K3S_SHA256 !== have)
+    throw new SettingError(`K3S_SHA256 is ${K3S_SHA256}, but "${K3S_BIN}" (K3S_BIN) has ${have}`);
+  return have;
+}
+
+const hashes = new Map<string, Promise<string>>();
+/** Several boxes may name one file, and it may be large. */
+function sha256Of(path: string): Promise<string> {
+  const read = async () => {
+    const hash = createHash("sha256");
+    for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
+    return hash.digest("hex");
+  };
+  const known = hashes.get(path) ?? read();
+  hashes.set(path, known);
+  return known;
+}
+
+/**
+ * AIRGAP, and below it the airgap images beside K3S_BIN, a line each: sha256 and path; the smallest file of each
+ * architecture.
+ * @throws {SettingError} where there are none and AIRGAP asks for them.
+ */
+async function imagesBeside({ K3S_BIN, AIRGAP }: Settings): Promise<string> {
+  const folder = dirname(K3S_BIN);
+  const found = ["amd64", "arm64", "arm"].flatMap(
+    (arch) =>
+      ["tar.zst", "tar.gz", "tar"]
+        .map((ext) => join(folder, `k3s-airgap-images-${arch}.${ext}`))
+        .find((path) => existsSync(path)) ?? [],
+  );
+  if (AIRGAP && found.length === 0)
+    throw new SettingError(
+      `AIRGAP is yes: expected k3s-airgap-images-ARCH.tar.zst beside K3S_BIN, in ${folder}`,
+    );
+  const lines = await Promise.all(found.map(async (path) => `${await sha256Of(path)} ${path}`));
+  return lines.length ? [AIRGAP, ...lines].join("\n") : "";
+}
