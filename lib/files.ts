@@ -21,7 +21,7 @@ import {
   writeSync,
 } from "node:fs";
 import { hostname } from "node:os";
-import { dirname, join } from "node:path";
+import { dirname, join, relative } from "node:path";
 import { sha256 } from "./text.ts";
 
 /** A file of this machine could not be written: it is as it was. */
@@ -49,6 +49,12 @@ export function realPath(path: string): string {
     return path;
   }
 }
+
+/** A path as short as it can be said from here. */
+export const shown = (path: string) => {
+  const near = relative(process.cwd(), path);
+  return near.startsWith("..") ? path : near;
+};
 
 /** What this process has made and not yet put in its place, or taken away. */
 const own = new Set<string>();

@@ -21,6 +21,9 @@ export const givenNow = (origins: Origins, name: SettingName): boolean =>
 
 export const flagOf = (name: string): string => name.toLowerCase().replaceAll("_", "-");
 
+/** Is its value to be shown nowhere? */
+export const isSecret = (name: string) => "secret" in SETTINGS[name as SettingName];
+
 /**
  * Settings by precedence: flag, environment, env file, default. A value that is set but empty counts. What the
  * env file says for one box, NAME__BOX, counts before its NAME, on that box: `own` has it by the box's name.

@@ -1,13 +1,13 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { causes } from "../lib/check/causes.ts";
-import type { Call, Target } from "../lib/cli.ts";
 import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/k3s/config.ts";
 import { ALLOWED, brief, caIn } from "../lib/k3s/identity.ts";
 import { neighbours } from "../lib/k3s/neighbours.ts";
 import { run } from "../lib/k3s/script.ts";
 import { healthySaying, serviceLook, servicePlan } from "../lib/k3s/service.ts";
 import { envPath, NO_USER, passwordIn } from "../lib/k3s/unit.ts";
+import type { Call, Target } from "../lib/script.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
 import { boxNames, nameOf, sha256 } from "../lib/text.ts";

@@ -1,10 +1,12 @@
 #!/usr/bin/env -S node --import tsx
 /** All seven steps on SERVER and all AGENTS, side by side in one process. */
+import { jobFor, targets } from "../lib/boxes.ts";
 import { causes } from "../lib/check/causes.ts";
-import * as cli from "../lib/cli.ts";
+import { attempt, learn, learnedFrom, showPlan, worst } from "../lib/fleet.ts";
 import { ALLOWED, casOf } from "../lib/k3s/identity.ts";
 import { run } from "../lib/k3s/script.ts";
 import { report } from "../lib/report.ts";
+import type { Call, Target } from "../lib/script.ts";
 import type { Settings } from "../lib/settings.ts";
 import { converge, type Facts, Failure, type Job, look, planAll, type Step } from "../lib/step.ts";
 import { agentSteps, prepareAs } from "./agent.ts";
@@ -15,9 +17,9 @@ import { server as serverStep, serverSteps } from "./server.ts";
 const allSteps = [...serverSteps, fixMetrics];
 
 /** Agents and further servers are prepared while the first server starts; they wait only for its token. */
-export async function up(call: cli.Call): Promise<number> {
-  const [server, ...further] = (await cli.targets(call, "SERVER")) as [cli.Target, ...cli.Target[]];
-  const agents = call.settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
+export async function up(call: Call): Promise<number> {
+  const [server, ...further] = (await targets(call, "SERVER")) as [Target, ...Target[]];
+  const agents = call.settings.AGENTS ? await targets(call, "AGENTS") : [];
   const ui = await report([server, ...further, ...agents].map((box) => box.name));
 
   let job: Job | undefined;
@@ -34,31 +36,31 @@ export async function up(call: cli.Call): Promise<number> {
   const opened = new Promise<Facts>((done) => {
     tell = done;
   }).then((fact) => {
-    learned = cli.learned([serverStep], job as Job, fact);
+    learned = learnedFrom([serverStep], job as Job, fact);
   });
   let begin = () => {};
   /** The server has something to do, for which the others then wait. */
   const begun = new Promise<void>((done) => {
     begin = done;
   });
-  const serverUp = cli.attempt(call, "server", server, ui.line(server.name), async (line) => {
-    job = cli.jobFor(call, server, line);
+  const serverUp = attempt(call, "server", server, ui.line(server.name), async (line) => {
+    job = jobFor(call, server, line);
     job.early = tell;
     facts = await look(job, allSteps);
     seen();
     if (call.mode !== "apply")
-      return cli.showPlan(call, server, facts.nodes ? allSteps : serverSteps, job, facts);
+      return showPlan(call, server, facts.nodes ? allSteps : serverSteps, job, facts);
     if (planAll(serverSteps, job.want, facts).length) begin();
     const after = await converge(job, serverSteps, facts, allSteps);
-    learned = await cli.learn(call, serverSteps, job, after);
+    learned = await learn(call, serverSteps, job, after);
     changed ||= after !== facts;
     if (after !== facts && agents.length + further.length) line.waits("the others: the server is up");
     facts = after;
   });
 
-  const join = (box: cli.Target, script: string, steps: readonly Step[]) =>
-    cli.attempt(call, script, box, ui.line(box.name), async (line) => {
-      const job = cli.jobFor(call, box, line);
+  const join = (box: Target, script: string, steps: readonly Step[]) =>
+    attempt(call, script, box, ui.line(box.name), async (line) => {
+      const job = jobFor(call, box, line);
       const first = await look(job, steps);
       await Promise.race([looked, serverUp]);
       if (facts.nodes) first.registered = facts.nodes;
@@ -71,7 +73,7 @@ export async function up(call: cli.Call): Promise<number> {
         job.want = { ...job.want, K3S_URL: `https://${server.ip}:6443`, K3S_TOKEN: token };
         // What it was told by another server, or of another token, counts for nothing.
         const { cacerts, ...rest } = first;
-        return cli.showPlan(call, box, steps, job, token === K3S_TOKEN ? first : rest);
+        return showPlan(call, box, steps, job, token === K3S_TOKEN ? first : rest);
       }
       // Nothing is done to a box of some cluster before it is known which one it is to be in.
       const waits = !job.want.K3S_TOKEN && casOf(first).agent.length > 0;
@@ -110,14 +112,14 @@ export async function up(call: cli.Call): Promise<number> {
     : "the cluster is as wanted";
   if (statuses[0] === 0 && call.mode === "apply")
     statuses.push(
-      await cli.attempt(call, fixMetrics.name, server, ui.line(server.name), async (line) => {
-        const last = cli.jobFor(call, server, line);
+      await attempt(call, fixMetrics.name, server, ui.line(server.name), async (line) => {
+        const last = jobFor(call, server, line);
         if (changed) facts = await look(last, allSteps);
         const after = await converge(last, allSteps, facts);
         line.done(!changed && after === facts, state);
       }),
     );
-  return cli.worst(statuses);
+  return worst(statuses);
 }
 
 await run(import.meta, {

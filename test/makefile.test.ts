@@ -3,7 +3,7 @@ import { execFileSync, spawnSync } from "node:child_process";
 import { readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { forMake } from "../lib/cli.ts";
+import { forMake } from "../lib/fleet.ts";
 import { NAMES } from "../lib/settings.ts";
 import { fileOf, programs, ROOT, SCRIPT_FILES, temporary } from "./helpers.ts";
 

@@ -1,8 +1,8 @@
 /** Why a script failed on a box: what check would say of it, else what its journal means. */
-import type { Call, Target } from "../cli.ts";
 import { meaningOf } from "../k3s/journal.ts";
 import type { Role } from "../k3s/unit.ts";
 import type { Ill, Line } from "../report.ts";
+import type { Call, Target } from "../script.ts";
 import { diagnose } from "./diagnose.ts";
 import { clusterOf, examine, listed, type Member } from "./survey.ts";
 

@@ -2,8 +2,10 @@
  * Pods to try the data path with: one a node, of the image that every node has for its pods' sandboxes, and
  * gone again afterwards. What is sent in their name is sent by the box's own tools in the pod's network.
  */
-import { type Call, jobFor } from "../cli.ts";
+
+import { jobFor } from "../boxes.ts";
 import { API, apiMessage, CURL, itemsOf, type Load, overload, type PodObject } from "../k3s/nodes.ts";
+import type { Call } from "../script.ts";
 import { sh } from "../sh.ts";
 import { look } from "../step.ts";
 import { TURN } from "./diagnose.ts";

@@ -3,7 +3,7 @@
  * passes between them in a second. Nothing is changed on any box.
  */
 
-import { type Call, jobFor, type Target, targets } from "../cli.ts";
+import { jobFor, targets } from "../boxes.ts";
 import { rangesOf } from "../k3s/config.ts";
 import { blocked, firewallLook, remedy } from "../k3s/firewall.ts";
 import { nodeNameOf } from "../k3s/identity.ts";
@@ -31,6 +31,7 @@ import {
 } from "../k3s/nodes.ts";
 import { type Role, unitOf } from "../k3s/unit.ts";
 import type { Line } from "../report.ts";
+import type { Call, Target } from "../script.ts";
 import type { Settings } from "../settings.ts";
 import { sh } from "../sh.ts";
 import { type Facts, look, type Step } from "../step.ts";

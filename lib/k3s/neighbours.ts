@@ -1,6 +1,9 @@
 /** With FIREWALL: boxes beside those of a call, whose firewalls let them in, or those that have left no longer. */
-import { attempt, type Call, jobFor, showPlan, type Target, targets } from "../cli.ts";
+
+import { jobFor, targets } from "../boxes.ts";
+import { attempt, showPlan } from "../fleet.ts";
 import type { Line } from "../report.ts";
+import type { Call, Target } from "../script.ts";
 import { converge, Failure, look, planAll, Refusal } from "../step.ts";
 import { boxNames } from "../text.ts";
 import { firewall } from "./firewall.ts";

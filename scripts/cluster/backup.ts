@@ -3,12 +3,14 @@
 import { createHash } from "node:crypto";
 import { createReadStream, lstatSync } from "node:fs";
 import { dirname, join } from "node:path";
-import * as cli from "../../lib/cli.ts";
+import { jobFor, targets } from "../../lib/boxes.ts";
 import { putNew, remove, temporary, tryWrite } from "../../lib/files.ts";
+import { attempt, showPlan } from "../../lib/fleet.ts";
 import { nodeNameOf } from "../../lib/k3s/identity.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { binaryLook } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
+import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { type Change, converge, Failure, look, lookAndConverge, Refusal, type Step } from "../../lib/step.ts";
@@ -99,18 +101,18 @@ export const cleared: Step = {
     facts.folder?.trim() ? [{ why: "remove the copy from the server", sh: `rm -rf ${FOLDER}` }] : [],
 };
 
-async function backup(call: cli.Call): Promise<number> {
-  const [server] = (await cli.targets(call, "SERVER")) as [cli.Target];
+async function backup(call: Call): Promise<number> {
+  const [server] = (await targets(call, "SERVER")) as [Target];
   const id = new Date().toISOString().replace(/[-:]|\.\d+/g, "");
   const file = call.settings.BACKUP || join(dirname(call.envFile), `k3s-${server.name}-${id}.tar.gz`);
   freeName(file, call.settings.BACKUP ? call.origins.BACKUP : "default");
   const ui = await report([server.name]);
   const line = ui.line(server.name);
-  return await cli.attempt(call, call.script, server, line, async () => {
+  return await attempt(call, call.script, server, line, async () => {
     const steps = [copied(id)];
-    const job = cli.jobFor(call, server, line);
+    const job = jobFor(call, server, line);
     const facts = await look(job, steps);
-    if (call.mode !== "apply") return cli.showPlan(call, server, steps, job, facts);
+    if (call.mode !== "apply") return showPlan(call, server, steps, job, facts);
     const made = (await converge(job, steps, facts)).made?.trim();
     line.says(`copies it to ${file}`);
     const part = temporary(dirname(file));

@@ -5,16 +5,16 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { judge, TOP } from "../../lib/check/diagnose.ts";
 import { tryPods } from "../../lib/check/pods.ts";
 import { ask, type Cluster, clusterOf, examine, listed, type Seen } from "../../lib/check/survey.ts";
-import type * as cli from "../../lib/cli.ts";
 import { FRESH, overload, peerOf, standing } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { type Ill, plain } from "../../lib/report.ts";
+import type { Call } from "../../lib/script.ts";
 import { jsonOf, redacted } from "../../lib/text.ts";
 
 /** With --watch, seconds between two looks. */
 const PAUSE = 5;
 
-async function check(call: cli.Call): Promise<number> {
+async function check(call: Call): Promise<number> {
   const boxes = await listed(call);
   const watch = call.flags.has("watch");
   for (;;) {

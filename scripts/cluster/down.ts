@@ -1,33 +1,35 @@
 #!/usr/bin/env -S node --import tsx
 /** Removes the whole cluster from SERVER and all AGENTS, after asking. */
 import { createInterface } from "node:readline/promises";
-import * as cli from "../../lib/cli.ts";
+import { jobFor, targets } from "../../lib/boxes.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
+import { attempt, showPlan, worst } from "../../lib/fleet.ts";
 import { caIn, casOf, mayGo } from "../../lib/k3s/identity.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
+import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { converge, type Facts, type Job, look, planAll } from "../../lib/step.ts";
 import { uninstall } from "./remove.ts";
 
-async function down(call: cli.Call): Promise<number> {
+async function down(call: Call): Promise<number> {
   if (call.origins.SERVER === "default")
     throw new SettingError(
       "SERVER is not set: expected the box that is to lose its cluster, or SERVER= (empty) for this machine",
     );
-  const servers = await cli.targets(call, "SERVER");
-  const agents = call.settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
+  const servers = await targets(call, "SERVER");
+  const agents = call.settings.AGENTS ? await targets(call, "AGENTS") : [];
   if (call.mode === "apply" && !call.flags.has("yes") && !process.stdin.isTTY)
     throw new SettingError(
       "This removes a whole cluster, and asks first: run it on a terminal, or add YES=1",
     );
   const boxes = [...servers, ...agents];
   const ui = await report(boxes.map((box) => box.name));
-  const found = new Map<cli.Target, { job: Job; facts: Facts }>();
+  const found = new Map<Target, { job: Job; facts: Facts }>();
   const looked = await Promise.all(
     boxes.map((box) =>
-      cli.attempt(call, call.script, box, ui.line(box.name), async (line) => {
-        const job = cli.jobFor(call, box, line);
+      attempt(call, call.script, box, ui.line(box.name), async (line) => {
+        const job = jobFor(call, box, line);
         found.set(box, { job, facts: await look(job, [uninstall]) });
       }),
     ),
@@ -39,19 +41,19 @@ async function down(call: cli.Call): Promise<number> {
   const cluster = force ? [] : asked ? [asked] : ca;
   const examined = await Promise.all(
     [...found].map(([box, { job, facts }]) =>
-      cli.attempt(call, call.script, box, ui.line(box.name), async () => {
+      attempt(call, call.script, box, ui.line(box.name), async () => {
         mayGo(facts, cluster, servers.includes(box) ? "server" : "agent", false, force);
-        if (call.mode !== "apply") cli.showPlan(call, box, [uninstall], job, facts);
+        if (call.mode !== "apply") showPlan(call, box, [uninstall], job, facts);
       }),
     ),
   );
-  if (call.mode !== "apply" || cli.worst(examined) !== 0) return cli.worst([...looked, ...examined]);
+  if (call.mode !== "apply" || worst(examined) !== 0) return worst([...looked, ...examined]);
   const full = [...found].filter(([, { job, facts }]) => planAll([uninstall], job.want, facts).length);
   if (full.length && !call.flags.has("yes") && !(await agreed(full.map(([box]) => box.name)))) return 1;
-  const gone = new Set<cli.Target>();
+  const gone = new Set<Target>();
   const removed = await Promise.all(
     [...found].map(([box, { job, facts }]) =>
-      cli.attempt(call, call.script, box, ui.line(box.name), async (line) => {
+      attempt(call, call.script, box, ui.line(box.name), async (line) => {
         job.progress = line;
         line.done((await converge(job, [uninstall], facts)) === facts, "no k3s on this box");
         gone.add(box);
@@ -60,11 +62,11 @@ async function down(call: cli.Call): Promise<number> {
   );
   // A box that could not be reached is known by them when its turn comes.
   if (boxes.every((box) => gone.has(box))) await forget(call, servers);
-  return cli.worst([...looked, ...removed]);
+  return worst([...looked, ...removed]);
 }
 
 /** What joins boxes to a cluster that is no more goes from the env file. In a shared datastore it goes on living. */
-async function forget(call: cli.Call, servers: readonly cli.Target[]): Promise<void> {
+async function forget(call: Call, servers: readonly Target[]): Promise<void> {
   const { K3S_URL, K3S_TOKEN } = readEnv(call.envFile).values;
   const own = servers.some(({ ip }) => K3S_URL?.trim() === `https://${ip}:6443`);
   if (!own || call.settings.K3S_DATASTORE_ENDPOINT) return;

@@ -1,26 +1,28 @@
 #!/usr/bin/env -S node --import tsx
 /** The firewall of each box: the nodes reach each other's k3s, the world does not, ssh stays as it is. */
-import * as cli from "../../lib/cli.ts";
+import { jobFor, targets } from "../../lib/boxes.ts";
+import { attempt, showPlan, worst } from "../../lib/fleet.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { blocked, firewall, letIn } from "../../lib/k3s/firewall.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
+import type { Call } from "../../lib/script.ts";
 import { converge, look } from "../../lib/step.ts";
 
-async function everywhere(call: cli.Call): Promise<number> {
+async function everywhere(call: Call): Promise<number> {
   const named = async (setting: "SERVER" | "AGENTS") =>
-    call.settings[setting] ? await cli.targets(call, setting) : [];
+    call.settings[setting] ? await targets(call, setting) : [];
   const cluster = [...(await named("SERVER")), ...(await named("AGENTS"))];
-  const boxes = call.origins.HOST === "default" && cluster.length ? cluster : await cli.targets(call, "HOST");
+  const boxes = call.origins.HOST === "default" && cluster.length ? cluster : await targets(call, "HOST");
   call.letIn = [...cluster, ...boxes].map(({ ip }) => ip);
   const steps = [firewall];
   const ui = await report(boxes.map((box) => box.name));
   const done = await Promise.all(
     boxes.map((box) =>
-      cli.attempt(call, call.script, box, ui.line(box.name), async (line) => {
-        const job = cli.jobFor(call, box, line);
+      attempt(call, call.script, box, ui.line(box.name), async (line) => {
+        const job = jobFor(call, box, line);
         const facts = await look(job, steps);
-        if (call.mode !== "apply") return cli.showPlan(call, box, steps, job, facts);
+        if (call.mode !== "apply") return showPlan(call, box, steps, job, facts);
         const after = await converge(job, steps, facts);
         const doubts = blocked(after, letIn(job.want, after), rangesOf(job.want));
         line.done(
@@ -30,7 +32,7 @@ async function everywhere(call: cli.Call): Promise<number> {
       }),
     ),
   );
-  return cli.worst(done);
+  return worst(done);
 }
 
 await run(import.meta, {

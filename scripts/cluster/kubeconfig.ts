@@ -4,11 +4,13 @@ import { createHash, createPrivateKey, X509Certificate } from "node:crypto";
 import { existsSync, mkdirSync, readFileSync, statSync } from "node:fs";
 import { homedir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
+import { jobFor, targets } from "../../lib/boxes.ts";
 import { ask } from "../../lib/check/survey.ts";
-import * as cli from "../../lib/cli.ts";
 import { noFile, realPath, replaceFile, take, unwritten } from "../../lib/files.ts";
+import { attempt } from "../../lib/fleet.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
+import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { Failure, look } from "../../lib/step.ts";
 
@@ -304,14 +306,14 @@ function lock(path: string): () => void {
   throw new SettingError(`${path} is locked: expected no ${file}; remove it if no kubectl is at work`);
 }
 
-async function kubeconfig(call: cli.Call): Promise<number> {
-  const [server] = (await cli.targets(call, "SERVER")) as [cli.Target];
+async function kubeconfig(call: Call): Promise<number> {
+  const [server] = (await targets(call, "SERVER")) as [Target];
   const path = pathOf();
   // Before the box is asked.
   lock(realPath(path))();
   const ui = await report([server.name]);
-  return await cli.attempt(call, call.script, server, ui.line(server.name), async (line) => {
-    const job = cli.jobFor(call, server, line);
+  return await attempt(call, call.script, server, ui.line(server.name), async (line) => {
+    const job = jobFor(call, server, line);
     const facts = await look(job, [ask("fact config; cat /etc/rancher/k3s/k3s.yaml 2>/dev/null")]);
     if (!facts.config?.trim())
       throw new Failure("It has no /etc/rancher/k3s/k3s.yaml: k3s is no server there, or not up yet");

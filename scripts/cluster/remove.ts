@@ -1,7 +1,8 @@
 #!/usr/bin/env -S node --import tsx
 /** Takes boxes out of the cluster: pods go elsewhere, k3s goes from the box, and the cluster forgets its node. */
+import { jobFor, targets } from "../../lib/boxes.ts";
 import { ask } from "../../lib/check/survey.ts";
-import * as cli from "../../lib/cli.ts";
+import { attempt, showPlan, worst } from "../../lib/fleet.ts";
 import { CLEAR, CLEAR_LOOK } from "../../lib/k3s/cleanup.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { drainedOn, onNodeOf } from "../../lib/k3s/drain.ts";
@@ -22,6 +23,7 @@ import { clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { unitPath } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
+import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
@@ -215,13 +217,13 @@ mv -f ${PASSWORDS}.new ${PASSWORDS}`,
   look: () => provenLook,
 });
 
-async function remove(call: cli.Call): Promise<number> {
+async function remove(call: Call): Promise<number> {
   const { settings, origins } = call;
   if (origins.HOST === "default")
     throw new SettingError(`HOST is not set: expected the box to remove, some of ${settings.AGENTS}`);
-  const boxes = await cli.targets(call, "HOST");
-  const servers = await cli.targets({ ...call, settings: { ...settings, PUBLIC_IP: "" } }, "SERVER");
-  const [server] = servers as [cli.Target];
+  const boxes = await targets(call, "HOST");
+  const servers = await targets({ ...call, settings: { ...settings, PUBLIC_IP: "" } }, "SERVER");
+  const [server] = servers as [Target];
   if (boxes.some((box) => box.host === server.host || box.ip === server.ip))
     throw new SettingError(
       servers.length > 1
@@ -233,7 +235,7 @@ async function remove(call: cli.Call): Promise<number> {
   // One after the other: pods of the first may go to the second.
   for (const box of boxes)
     statuses.push(
-      await cli.attempt(call, call.script, box, ui.line(box.name), (line) => one(call, servers, box, line)),
+      await attempt(call, call.script, box, ui.line(box.name), (line) => one(call, servers, box, line)),
     );
   const gone = boxes.filter((_, i) => statuses[i] === 0);
   if (settings.FIREWALL && gone.length) {
@@ -247,7 +249,7 @@ async function remove(call: cli.Call): Promise<number> {
     );
     statuses.push(...(await follow.done));
   }
-  return cli.worst(statuses);
+  return worst(statuses);
 }
 
 /**
@@ -279,15 +281,10 @@ export function examine(
     );
 }
 
-async function one(
-  call: cli.Call,
-  servers: readonly cli.Target[],
-  box: cli.Target,
-  line: Parameters<typeof cli.jobFor>[2],
-) {
-  const [server] = servers as [cli.Target];
-  const job = cli.jobFor(call, box, line);
-  const atServer = cli.jobFor(call, server, line);
+async function one(call: Call, servers: readonly Target[], box: Target, line: Parameters<typeof jobFor>[2]) {
+  const [server] = servers as [Target];
+  const job = jobFor(call, box, line);
+  const atServer = jobFor(call, server, line);
   const force = call.flags.has("force");
   let facts: Facts | undefined;
   try {
@@ -305,12 +302,12 @@ async function one(
   const cluster = await look(atServer, [drained, forget, ask(caLook)]);
   const allowing = `make remove HOST=${sh(box.word)} FORCE=1`;
   if (facts) examine(facts, cluster, who, atServer.want.K3S_TOKEN, role, force, allowing);
-  const parts: [cli.Target, Job, Step, Facts][] = [[server, atServer, drained, cluster]];
+  const parts: [Target, Job, Step, Facts][] = [[server, atServer, drained, cluster]];
   if (facts) parts.push([box, job, uninstall, facts]);
   parts.push([server, atServer, forget, cluster]);
   let nothing = true;
   for (const [target, job, step, facts] of parts) {
-    if (call.mode !== "apply") cli.showPlan(call, target, [step], job, facts);
+    if (call.mode !== "apply") showPlan(call, target, [step], job, facts);
     else nothing = (await converge(job, [step], facts)) === facts && nothing;
   }
   if (call.mode === "apply")

@@ -3,16 +3,18 @@
 import { execFile } from "node:child_process";
 import { resolve } from "node:path";
 import { promisify } from "node:util";
+import { jobFor, targets } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
 import { ask } from "../../lib/check/survey.ts";
-import * as cli from "../../lib/cli.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
+import { attempt, learn, showPlan, worst } from "../../lib/fleet.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { closeLook, firewall } from "../../lib/k3s/firewall.ts";
 import { ALLOWED, brief, caIn, nodeNameOf, whoIs } from "../../lib/k3s/identity.ts";
 import { address, KUBECTL, VERSION } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
+import type { Call, Target } from "../../lib/script.ts";
 import { aFile, SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { type Change, converge, look, lookAndConverge, Refusal, type Step } from "../../lib/step.ts";
@@ -121,7 +123,7 @@ export const letIn = (FIREWALL: string): Step => ({
     facts.ours?.trim() && !want.FIREWALL ? firewall.plan({ ...want, FIREWALL }, facts) : [],
 });
 
-async function restore(call: cli.Call): Promise<number> {
+async function restore(call: Call): Promise<number> {
   const { settings, origins } = call;
   if (!settings.BACKUP)
     throw new SettingError("BACKUP is not set: expected the file that make backup has written");
@@ -142,10 +144,10 @@ async function restore(call: cli.Call): Promise<number> {
     throw new SettingError(
       `K3S_TOKEN (${origins.K3S_TOKEN}) is of the CA ${brief(asked)}, the backup of ${brief(ca)}, another cluster, whose token would take its place: expected an env file of its own, or FORCE=1`,
     );
-  const boxes = await cli.targets(call, "HOST");
-  const [box] = boxes as [cli.Target];
+  const boxes = await targets(call, "HOST");
+  const [box] = boxes as [Target];
   if (boxes.length > 1) throw new SettingError(`HOST names ${boxes.length} boxes: expected one`);
-  const agents = settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
+  const agents = settings.AGENTS ? await targets(call, "AGENTS") : [];
   if (agents.some((agent) => agent.host === box.host || agent.ip === box.ip))
     throw new SettingError(
       `HOST is ${box.host}, which is one of AGENTS: expected a box that is none (make remove HOST=${box.host}, and take it out of AGENTS)`,
@@ -160,7 +162,7 @@ async function restore(call: cli.Call): Promise<number> {
     server,
   ];
   /** As every call will be from now on: this box is the server. */
-  const next: cli.Call = {
+  const next: Call = {
     ...call,
     settings: { ...settings, SERVER: box.word, HOST: "", PUBLIC_IP: "", K3S_URL: "", K3S_TOKEN: "" },
     addresses: { ...call.addresses, servers: [box.ip] },
@@ -173,18 +175,18 @@ async function restore(call: cli.Call): Promise<number> {
   const proof = ask("fact proof; test -s /etc/rancher/node/password && echo yes");
   await Promise.all(
     agents.map(async (agent) => {
-      const job = cli.jobFor(next, agent, ui.line(agent.name));
+      const job = jobFor(next, agent, ui.line(agent.name));
       const facts = await look(job, [proof]).catch(() => undefined);
       if (facts && !facts.proof?.trim()) gone.push(agent.ip);
     }),
   );
-  const status = await cli.attempt(call, call.script, box, ui.line(box.name), async (line) => {
-    const job = cli.jobFor(next, box, line);
+  const status = await attempt(call, call.script, box, ui.line(box.name), async (line) => {
+    const job = jobFor(next, box, line);
     const facts = await look(job, steps);
-    if (call.mode !== "apply") return cli.showPlan(call, box, steps, job, facts);
+    if (call.mode !== "apply") return showPlan(call, box, steps, job, facts);
     const after = await converge(job, steps, facts);
     await lookAndConverge(job, ...gone.map((ip) => forgotten(whoIs(ip), undefined)), unproven);
-    Object.assign(next.settings, await cli.learn(call, steps, job, after));
+    Object.assign(next.settings, await learn(call, steps, job, after));
     const values = { SERVER: box.word, K3S_VERSION: about.version };
     const have = readEnv(call.envFile).values;
     for (const [name, value] of Object.entries(values))
@@ -194,13 +196,13 @@ async function restore(call: cli.Call): Promise<number> {
   // All at once: each waits for the others that the datastore still takes for Ready.
   const followed = await Promise.all(
     agents.map((agent) =>
-      cli.attempt(call, "agent", agent, ui.line(agent.name), async (line) => {
-        await lookAndConverge(cli.jobFor(next, agent, line), follows, ...agentSteps);
+      attempt(call, "agent", agent, ui.line(agent.name), async (line) => {
+        await lookAndConverge(jobFor(next, agent, line), follows, ...agentSteps);
       }),
     ),
   );
   const rest = await up(next);
-  return cli.worst([...followed, rest]);
+  return worst([...followed, rest]);
 }
 
 /** What a backup says of itself. @throws {SettingError} where it is none, or is damaged. */

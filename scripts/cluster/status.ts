@@ -1,11 +1,12 @@
 #!/usr/bin/env -S node --import tsx
 /** The cluster in ten lines, from one round trip to the server. Changes nothing. */
+import { targets } from "../../lib/boxes.ts";
 import { judge, TOP } from "../../lib/check/diagnose.ts";
 import { ask, type Cluster, clusterOf, type Seen, survey, TOP_LOOK } from "../../lib/check/survey.ts";
-import * as cli from "../../lib/cli.ts";
 import { FRESH, type Node, peerOf } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { plain } from "../../lib/report.ts";
+import type { Call, Target } from "../../lib/script.ts";
 
 /** Beside what check asks of a server (which defines kc and api). */
 export const MORE = `
@@ -109,8 +110,8 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
   ];
 }
 
-async function status(call: cli.Call): Promise<number> {
-  const [target] = (await cli.targets(call, "SERVER")) as [cli.Target];
+async function status(call: Call): Promise<number> {
+  const [target] = (await targets(call, "SERVER")) as [Target];
   const [server] = await survey(call, [{ target, role: "server" }], MORE);
   if (!server || server.error !== undefined) {
     process.stderr.write(`${target.name}: ${plain(server?.error ?? "")}\n`);

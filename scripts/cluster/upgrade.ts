@@ -4,9 +4,10 @@
  * binary and unit, is restarted, and takes pods again once it is seen to run the new version. The first that fails
  * ends it, and gets its old binary and unit back.
  */
+import { jobFor, targets } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
-import * as cli from "../../lib/cli.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
+import { attempt, showPlan, worst } from "../../lib/fleet.ts";
 import { CONFIG, REGISTRIES } from "../../lib/k3s/config.ts";
 import { drainedOn, uncordonedOn } from "../../lib/k3s/drain.ts";
 import { firewall } from "../../lib/k3s/firewall.ts";
@@ -25,6 +26,7 @@ import {
   unitPath,
 } from "../../lib/k3s/unit.ts";
 import { type Line, report } from "../../lib/report.ts";
+import type { Call, Target } from "../../lib/script.ts";
 import { givenNow, SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
@@ -137,7 +139,7 @@ rm -rf ${KEPT}`,
 }
 
 interface Member {
-  target: cli.Target;
+  target: Target;
   role: Role;
   job: Job;
   facts: Facts;
@@ -149,7 +151,7 @@ interface Member {
 const stepsOf = (role: Role) =>
   (role === "server" ? serverSteps : agentSteps).filter((step) => step !== firewall);
 
-async function upgrade(call: cli.Call): Promise<number> {
+async function upgrade(call: Call): Promise<number> {
   const { settings } = call;
   const to = settings.K3S_VERSION;
   const force = call.flags.has("force");
@@ -163,27 +165,27 @@ async function upgrade(call: cli.Call): Promise<number> {
     );
   if (everywhere.some((of) => of.K3S_BIN) && call.origins.K3S_VERSION === "default")
     throw new SettingError("K3S_VERSION is not set: expected the release that K3S_BIN is");
-  const servers = await cli.targets(call, "SERVER");
-  const [server] = servers as [cli.Target];
-  const agents = settings.AGENTS ? await cli.targets(call, "AGENTS") : [];
+  const servers = await targets(call, "SERVER");
+  const [server] = servers as [Target];
+  const agents = settings.AGENTS ? await targets(call, "AGENTS") : [];
   const ui = await report([...servers, ...agents].map((box) => box.name));
 
   const members: Member[] = [];
   const looked = await Promise.all(
     [...servers, ...agents].map((target, i) =>
-      cli.attempt(call, call.script, target, ui.line(target.name), async (line) => {
+      attempt(call, call.script, target, ui.line(target.name), async (line) => {
         const role = i < servers.length ? "server" : "agent";
-        const job = cli.jobFor(call, target, line);
+        const job = jobFor(call, target, line);
         const facts = await look(job, [...stepsOf(role), stepsFor(role, "", target.ip).keep]);
         members[i] = { target, role, job, facts, line, version: "" };
       }),
     ),
   );
-  if (looked.some((status) => status !== 0)) return cli.worst(looked);
+  if (looked.some((status) => status !== 0)) return worst(looked);
   const [first] = members as [Member];
   let path: string[] = [];
   // As `up` does: the others join by what the first server says, whatever the env file has.
-  const checked = await cli.attempt(call, call.script, server, first.line, async () => {
+  const checked = await attempt(call, call.script, server, first.line, async () => {
     const nodes = nodesOf(first.facts.nodes);
     if (nodes.length === 0) throw new Refusal("The server's API does not answer: make server mends it");
     const learned = serverStep.learn?.(first.job.want, first.facts);
@@ -229,7 +231,7 @@ export function examine(
 }
 
 /** One release on every box that has not got it. */
-async function hop(call: cli.Call, members: Member[], release: string, force: boolean): Promise<number> {
+async function hop(call: Call, members: Member[], release: string, force: boolean): Promise<number> {
   const due = members.filter(
     (m) => (force && call.settings.K3S_VERSION === release) || compare(m.version, release) <= 0,
   );
@@ -241,14 +243,14 @@ async function hop(call: cli.Call, members: Member[], release: string, force: bo
   }
   const ahead = await Promise.all(
     due.map((member) =>
-      cli.attempt(call, call.script, member.target, member.line, async () => {
+      attempt(call, call.script, member.target, member.line, async () => {
         await lookAndConverge(member.job, downloadAhead);
       }),
     ),
   );
-  if (ahead.some((status) => status !== 0)) return cli.worst(ahead);
+  if (ahead.some((status) => status !== 0)) return worst(ahead);
   for (const member of due) {
-    const status = await cli.attempt(call, call.script, member.target, member.line, () =>
+    const status = await attempt(call, call.script, member.target, member.line, () =>
       one(member, first, force),
     );
     if (status !== 0) return status;
@@ -260,16 +262,11 @@ async function hop(call: cli.Call, members: Member[], release: string, force: bo
   return 0;
 }
 
-async function preview(
-  call: cli.Call,
-  { target, role, job, version }: Member,
-  first: Member,
-  force: boolean,
-) {
+async function preview(call: Call, { target, role, job, version }: Member, first: Member, force: boolean) {
   const facts = await look(job, [...stepsOf(role), stepsFor(role, version, target.ip).keep]);
   if (version !== job.want.K3S_VERSION)
-    cli.showPlan(call, first.target, [drainedOn(whoIs(target.ip, facts), force)], first.job, first.facts);
-  cli.showPlan(call, target, stepsOf(role), job, facts);
+    showPlan(call, first.target, [drainedOn(whoIs(target.ip, facts), force)], first.job, first.facts);
+  showPlan(call, target, stepsOf(role), job, facts);
 }
 
 async function one(member: Member, first: Member, force: boolean): Promise<void> {

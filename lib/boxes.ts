@@ -1,0 +1,129 @@
+/** From settings to the boxes of a call: who they are, their addresses, and what each is to be. */
+
+import { existsSync } from "node:fs";
+import { hostname } from "node:os";
+import { shown } from "./files.ts";
+import type { Line } from "./report.ts";
+import type { Call, Target } from "./script.ts";
+import { type Origins, SettingError, type Settings } from "./settings.ts";
+import { addressOf, open } from "./shell.ts";
+import type { Job } from "./step.ts";
+import { publicIp, SETTINGS, type SettingName } from "./table.ts";
+import { nameOf, splitWords } from "./text.ts";
+
+const addressesIn = (text: string): string[] => text.match(/\d+(\.\d+){3}/g) ?? [];
+const EXAMPLES = addressesIn(`${SETTINGS.SERVER.example} ${SETTINGS.AGENTS.example}`);
+/** Does a box have an address of env.example? It would be timed out on. The ranges themselves are those of the lab too. */
+const isExample = (word: string) => addressesIn(word).some((address) => EXAMPLES.includes(address));
+
+/** For who has not begun yet: nothing says what the boxes are. */
+export function unnamed(settings: Settings, origins: Origins, envFile: string): string | undefined {
+  const { SERVER, AGENTS, PUBLIC_IP, K3S_URL } = settings;
+  if (SERVER || AGENTS || PUBLIC_IP || K3S_URL || origins.HOST !== "default") return undefined;
+  const copy = existsSync(envFile) ? "" : `cp env.example ${shown(envFile)}, and `;
+  return `No servers are named yet: ${copy}say which in SERVER and AGENTS; or try make rehearse. On the box itself: PUBLIC_IP=…, its address for other clouds`;
+}
+
+/** Boxes of a setting, each with the address at which other clouds reach it. @throws {SettingError} */
+export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promise<Target[]> {
+  const { settings, origins } = call;
+  const list = splitWords(settings[setting]);
+  if (setting !== "HOST" && list.some(isExample))
+    throw new SettingError(
+      `${setting} is "${settings[setting]}" (${origins[setting]}): that is env.example's, and nobody's box; edit SERVER and AGENTS first`,
+    );
+  const known = splitWords(`${settings.SERVER} ${settings.AGENTS}`).map((word) => word.split("="));
+  const needsIp = call.recipe.steps.some((step) => step.options.includes("PUBLIC_IP"));
+  if (settings.PUBLIC_IP && setting !== "AGENTS" && list.length > 1)
+    throw new SettingError(
+      `PUBLIC_IP (${origins.PUBLIC_IP}): expected one box, not ${list.join(", ")}; write HOST=PUBLIC_IP for each`,
+    );
+  const found = await Promise.all(
+    (list.length ? list : [""]).map(async (word) => {
+      const [host = "", own] = word.split("=");
+      const name = nameOf(host);
+      const given =
+        own ??
+        ((setting !== "AGENTS" && settings.PUBLIC_IP) ||
+          known.find(([h = "", ip]) => nameOf(h) === name && host && ip)?.[1]);
+      if (given || !needsIp) return { host, ip: given ?? "", word, name };
+      const late = call.recipe.asksLate && { host, ip: "", word, name };
+      if (!host && late) return late;
+      if (!host)
+        throw new SettingError(
+          unnamed(settings, origins, call.envFile) ??
+            "PUBLIC_IP is not set: expected the address at which other clouds reach this machine",
+        );
+      const ip = await addressOf(host).catch((error) => {
+        throw new SettingError(`${setting} names ${host} (${origins[setting]}): ${error.message}`);
+      });
+      const right = publicIp(ip);
+      if (right && late) return late;
+      if (right)
+        throw new SettingError(
+          `${host} (${origins[setting]}) resolves to ${ip}: expected ${right}; write ${host}=PUBLIC_IP`,
+        );
+      return { host, ip, word, name };
+    }),
+  );
+  for (const [i, box] of found.entries()) {
+    const twin = found
+      .slice(0, i)
+      .find((other) => other.host === box.host || (box.ip && other.ip === box.ip));
+    if (twin)
+      throw new SettingError(
+        `${setting} (${origins[setting]}): expected each box once, but ${twin.host} and ${box.host} are the same`,
+      );
+  }
+  if (needsIp) await ownAddresses(call, setting, found);
+  return found;
+}
+
+/**
+ * Every node has a public address of its own: the lists are held against each other, and an agent against the server.
+ * @throws {SettingError}
+ */
+async function ownAddresses(call: Call, setting: string, found: readonly Target[]): Promise<void> {
+  const { settings, origins, script } = call;
+  // A restored server may have the address of the one that is gone.
+  const lists = script === "restore" ? settings.AGENTS : `${settings.SERVER} ${settings.AGENTS}`;
+  const others = await Promise.all(
+    splitWords(lists).map(async (word) => {
+      const [host = "", own] = word.split("=");
+      // What cannot be resolved is told by whom it concerns.
+      return { name: nameOf(host), ip: own ?? (await addressOf(host).catch(() => "")) };
+    }),
+  );
+  if (setting === "AGENTS" && !settings.SERVER && settings.PUBLIC_IP)
+    others.push({ name: hostname(), ip: settings.PUBLIC_IP });
+  const url = /^https:\/\/([\w.-]+)/.exec(settings.K3S_URL)?.[1];
+  if (script === "agent" && setting !== "SERVER" && url)
+    others.push({ name: "the server, by K3S_URL,", ip: url });
+  for (const box of found) {
+    const other = others.find(({ name, ip }) => name !== box.name && ip && ip === box.ip);
+    // One box may be named in two ways, unless it is said where it is.
+    const said = box.word.includes("=") || (box.host && settings.PUBLIC_IP);
+    const named = setting === "HOST" && !said && !other?.name.startsWith("the server");
+    // By the name that the lists have for it, the env file has settings of its own for it.
+    if (other && named && box.host) box.name = other.name;
+    if (other && !named)
+      throw new SettingError(
+        `${setting} (${origins[setting as SettingName]}): every node needs a public address of its own, but ${other.name} and ${box.name} have ${box.ip}`,
+      );
+  }
+}
+
+/** What is needed to bring a box of this call through its steps. */
+export function jobFor(call: Call, target: Target, line: Line): Job {
+  const { recipe, settings, own } = call;
+  const given = { HOST: target.host, PUBLIC_IP: target.ip, allowed: call.flags };
+  const want = { ...settings, ...(own[target.name] ?? own[""]), ...given };
+  const server = (splitWords(want.SERVER)[0] ?? "").split("=")[0] as string;
+  return {
+    box: open(target.host, want.HOST_KEY),
+    server: open(server, own[nameOf(server)]?.HOST_KEY ?? settings.HOST_KEY),
+    want: recipe.wantOnBox?.(call, target, want) ?? want,
+    progress: line,
+    mayReboot: Boolean(target.host) || call.reboot,
+  };
+}

@@ -1,0 +1,85 @@
+/** What a script declares, and one call of it. */
+import type { Ill, Line } from "./report.ts";
+import type { Origins, Settings } from "./settings.ts";
+import type { Facts, Step, Want } from "./step.ts";
+import type { SettingName } from "./table.ts";
+
+/** What a script is: its steps in order, and what to say when there is nothing to do. */
+export interface Recipe {
+  about: string;
+  steps: readonly Step[];
+  /** Settings that must not be empty, and where they come from. */
+  needs?: Partial<Record<SettingName, string>>;
+  /** The setting that names the box when HOST does not. */
+  host?: "SERVER";
+  /** With `host`: it is for all servers, and the first one goes before the others. */
+  everyServer?: true;
+  /** It goes to all boxes, whatever HOST says: what there is for one of them. A HOST of the call is refused. */
+  everyBox?: string;
+  /** A box's address may be unknown: a step asks for PUBLIC_IP where it needs it. */
+  asksLate?: true;
+  /** With `host`: how the boxes must be together. @throws {SettingError} */
+  examine?(call: Call, boxes: readonly Target[]): void;
+  nothing?(want: Settings, facts: Facts): string;
+  /** Where more is to be done than these steps on each box. Answers the exit status. */
+  work?(call: Call): Promise<number>;
+  /** Switches of its own and their help. */
+  flags?: Record<string, string>;
+  /** Will it have to write the env file, as far as that can be known before? */
+  writes?(want: Settings, known: Record<string, string>): boolean;
+  /** It changes nothing on a box: it has no --dry-run, --print and --reboot. */
+  readOnly?: true;
+  /** Boxes beside those of the call that have to follow before anything is done, and how they do. */
+  others?: {
+    boxes(call: Call, boxes: readonly Target[]): Promise<Target[]>;
+    follow(
+      call: Call,
+      ui: { line(name: string): Line },
+      others: readonly Target[],
+    ): Promise<{ refused: boolean; done: Promise<number[]> }>;
+  };
+  /** Why a change failed, as far as the cause is elsewhere than where it shows; `output` is what it said. */
+  causes?(call: Call, script: string, box: Target, line: Line, output: string, retry: string): Promise<Ill[]>;
+  /** What the files that settings name hold, in their settings' places. @throws {SettingError} */
+  filesOf?(want: Settings): Promise<Partial<Settings>>;
+  /** What has to be known of all boxes before anything is done. @throws {SettingError} */
+  prepare?(call: Call): Promise<void>;
+  /** A box's settings as its steps read them, where they depend on other boxes too. */
+  wantOnBox?(call: Call, box: Target, want: Want): Want;
+}
+
+/** A box of this call. */
+export interface Target {
+  host: string;
+  ip: string;
+  /** The word that names it in its setting: HOST or HOST=PUBLIC_IP. */
+  word: string;
+  /** As the user reads it: the host without its user, or this machine's name. */
+  name: string;
+}
+
+type Mode = "apply" | "dry-run" | "print";
+
+export interface Call {
+  script: string;
+  recipe: Recipe;
+  settings: Settings;
+  origins: Origins;
+  /**
+   * By a box's name ("" for one that has none here) what it has in place of those: its own lines of the env file,
+   * and what is in the files that are named.
+   */
+  own: Record<string, Partial<Settings>>;
+  /** Public addresses of SERVER and AGENTS, where the boxes have a proxy that must not come between them. */
+  addresses: { servers: string[]; agents: string[] };
+  /** With FIREWALL: whom each box lets in, and as -ADDRESS whom no longer. */
+  letIn?: string[];
+  envFile: string;
+  mode: Mode;
+  reboot: boolean;
+  /** The recipe's own switches that were given. */
+  flags: ReadonlySet<string>;
+}
+
+/** A switch as make has it. */
+export const switchOf = (flag: string) => flag.toUpperCase().replaceAll("-", "_");
