@@ -2,12 +2,12 @@
 
 import { existsSync } from "node:fs";
 import { hostname } from "node:os";
+import type { Job } from "./converge.ts";
 import { shown } from "./files.ts";
 import type { Line } from "./report.ts";
 import type { Call, Target } from "./script.ts";
 import { type Origins, SettingError, type Settings } from "./settings.ts";
 import { addressOf, open } from "./shell.ts";
-import type { Job } from "./step.ts";
 import { publicIp, SETTINGS, type SettingName } from "./table.ts";
 import { nameOf, splitWords } from "./text.ts";
 

@@ -1,25 +1,15 @@
 /** Boxes side by side: one that fails is said with the line that tries it again, and stops none of the others. */
 import { jobFor, targets } from "./boxes.ts";
+import { converge, type Job, look } from "./converge.ts";
 import { updateEnv } from "./env-file.ts";
 import { Unwritten } from "./files.ts";
+import { printed } from "./protocol.ts";
 import { type Line, plain, report } from "./report.ts";
 import { type Call, switchOf, type Target } from "./script.ts";
 import { check, givenNow, isSecret, NAMES, SettingError, type Settings } from "./settings.ts";
 import { sh } from "./sh.ts";
 import { Unreachable } from "./shell.ts";
-import {
-  type Change,
-  converge,
-  type Facts,
-  Failure,
-  type Job,
-  look,
-  planAll,
-  printed,
-  Refusal,
-  type Step,
-  unforeseen,
-} from "./step.ts";
+import { type Change, type Facts, Failure, planAll, Refusal, type Step, unforeseen } from "./step.ts";
 import { SETTINGS, type SettingName } from "./table.ts";
 import { hide, splitWords } from "./text.ts";
 

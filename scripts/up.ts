@@ -2,13 +2,14 @@
 /** All seven steps on SERVER and all AGENTS, side by side in one process. */
 import { jobFor, targets } from "../lib/boxes.ts";
 import { causes } from "../lib/check/causes.ts";
+import { converge, type Job, look } from "../lib/converge.ts";
 import { attempt, learn, learnedFrom, showPlan, worst } from "../lib/fleet.ts";
 import { ALLOWED, casOf } from "../lib/k3s/identity.ts";
 import { run } from "../lib/k3s/script.ts";
 import { report } from "../lib/report.ts";
 import type { Call, Target } from "../lib/script.ts";
 import type { Settings } from "../lib/settings.ts";
-import { converge, type Facts, Failure, type Job, look, planAll, type Step } from "../lib/step.ts";
+import { type Facts, Failure, planAll, type Step } from "../lib/step.ts";
 import { agentSteps, prepareAs } from "./agent.ts";
 import { fixMetrics } from "./fix-metrics.ts";
 import { server as serverStep, serverSteps } from "./server.ts";

@@ -8,7 +8,8 @@ import { after, before, describe, test } from "node:test";
 import { isFault, kubelets, made, reasons, unstarted } from "../lib/check/pods.ts";
 import { ask, clusterOf, tries } from "../lib/check/survey.ts";
 import { nodesLook, nodesOf, type PodObject } from "../lib/k3s/nodes.ts";
-import { type Facts, lookScript, reader, whole } from "../lib/step.ts";
+import { lookScript, reader, whole } from "../lib/protocol.ts";
+import type { Facts } from "../lib/step.ts";
 import { lacks, MODERN, member, node, programs, temporary, wanted } from "./helpers.ts";
 
 const MANY = 100;

@@ -6,9 +6,10 @@ import { after } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Member } from "../lib/check/survey.ts";
 import { interfaceOf, type Role, unitOf, unitPath } from "../lib/k3s/unit.ts";
+import { lookScript, reader, whole } from "../lib/protocol.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
-import { type Change, type Facts, lookScript, Refusal, reader, type Step, whole } from "../lib/step.ts";
+import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { SETTINGS } from "../lib/table.ts";
 
 export const ROOT = join(import.meta.dirname, "..");

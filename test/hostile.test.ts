@@ -12,25 +12,18 @@ import { describe, test } from "node:test";
 import fc from "fast-check";
 import { diagnose } from "../lib/check/diagnose.ts";
 import { clusterOf, type Member, tries } from "../lib/check/survey.ts";
+import { type Job, look } from "../lib/converge.ts";
 import { rangesOf } from "../lib/k3s/config.ts";
 import { drainedOn, uncordonedOn } from "../lib/k3s/drain.ts";
 import { closeAgain, closeLook, firewall } from "../lib/k3s/firewall.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
 import { releaseOf } from "../lib/k3s/unit.ts";
+import { lookScript } from "../lib/protocol.ts";
 import { plain } from "../lib/report.ts";
 import { flagOf, NAMES, SettingError, type Settings, settle } from "../lib/settings.ts";
 import { sh } from "../lib/sh.ts";
 import { BEGIN, type Box, closeAll, open, Unreachable } from "../lib/shell.ts";
-import {
-  type Change,
-  type Facts,
-  Failure,
-  type Job,
-  look,
-  lookScript,
-  Refusal,
-  type Step,
-} from "../lib/step.ts";
+import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
 import { SETTINGS, type SettingName } from "../lib/table.ts";
 import { rewrite } from "../lib/text.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
@@ -416,7 +409,7 @@ describe("of what a box says without end, no more is kept than its size allows:"
       script,
       `import { readFileSync, statSync } from "node:fs";
 import { closeAll, open } from ${JSON.stringify(join(ROOT, "lib", "shell.ts"))};
-import { look } from ${JSON.stringify(join(ROOT, "lib", "step.ts"))};
+import { look } from ${JSON.stringify(join(ROOT, "lib", "converge.ts"))};
 const box = open("b1");
 const path = ${JSON.stringify(join(folder, "file"))};
 const progress = { starts() {}, says() {} };

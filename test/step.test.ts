@@ -2,23 +2,11 @@ import assert from "node:assert/strict";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
+import { converge, type Job, look as lookAt } from "../lib/converge.ts";
+import { applyScript, printed, reader, whole } from "../lib/protocol.ts";
 import { sh } from "../lib/sh.ts";
 import { type Box, Unreachable } from "../lib/shell.ts";
-import {
-  applyScript,
-  type Change,
-  converge,
-  type Facts,
-  Failure,
-  type Job,
-  look as lookAt,
-  planAll,
-  printed,
-  Refusal,
-  reader,
-  type Step,
-  whole,
-} from "../lib/step.ts";
+import { type Change, type Facts, Failure, planAll, Refusal, type Step } from "../lib/step.ts";
 import { has, lacks, look, shell, TOKEN, temporary, wanted } from "./helpers.ts";
 
 const SHELLS = [["sh"], ["dash"], ["bash"], ["busybox", "sh"]].filter(([name]) => has(name as string));

@@ -2,9 +2,10 @@ import assert from "node:assert/strict";
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { dirname } from "node:path";
 import { describe, test } from "node:test";
+import type { Job } from "../lib/converge.ts";
 import { compare, pathOf } from "../lib/k3s/releases.ts";
 import { SettingError } from "../lib/settings.ts";
-import { type Facts, type Job, Refusal } from "../lib/step.ts";
+import { type Facts, Refusal } from "../lib/step.ts";
 import { examine, stepsFor } from "../scripts/cluster/upgrade.ts";
 import { B1, healthy, MODERN, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 

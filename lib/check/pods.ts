@@ -4,10 +4,10 @@
  */
 
 import { jobFor } from "../boxes.ts";
+import { look } from "../converge.ts";
 import { API, apiMessage, CURL, itemsOf, type Load, overload, type PodObject } from "../k3s/nodes.ts";
 import type { Call } from "../script.ts";
 import { sh } from "../sh.ts";
-import { look } from "../step.ts";
 import { TURN } from "./diagnose.ts";
 import { ask, type Cluster, few, line, type Member, patience, type Seen } from "./survey.ts";
 

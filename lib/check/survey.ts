@@ -4,6 +4,7 @@
  */
 
 import { jobFor, targets } from "../boxes.ts";
+import { look } from "../converge.ts";
 import { rangesOf } from "../k3s/config.ts";
 import { blocked, firewallLook, remedy } from "../k3s/firewall.ts";
 import { nodeNameOf } from "../k3s/identity.ts";
@@ -34,7 +35,7 @@ import type { Line } from "../report.ts";
 import type { Call, Target } from "../script.ts";
 import type { Settings } from "../settings.ts";
 import { sh } from "../sh.ts";
-import { type Facts, look, type Step } from "../step.ts";
+import type { Facts, Step } from "../step.ts";
 import { publicIp } from "../table.ts";
 import { pairs, splitWords } from "../text.ts";
 

@@ -1,10 +1,11 @@
 /** With FIREWALL: boxes beside those of a call, whose firewalls let them in, or those that have left no longer. */
 
 import { jobFor, targets } from "../boxes.ts";
+import { converge, look } from "../converge.ts";
 import { attempt, showPlan } from "../fleet.ts";
 import type { Line } from "../report.ts";
 import type { Call, Target } from "../script.ts";
-import { converge, Failure, look, planAll, Refusal } from "../step.ts";
+import { Failure, planAll, Refusal } from "../step.ts";
 import { boxNames } from "../text.ts";
 import { firewall } from "./firewall.ts";
 

@@ -4,6 +4,7 @@ import { createHash } from "node:crypto";
 import { createReadStream, lstatSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { jobFor, targets } from "../../lib/boxes.ts";
+import { converge, look, lookAndConverge } from "../../lib/converge.ts";
 import { putNew, remove, temporary, tryWrite } from "../../lib/files.ts";
 import { attempt, showPlan } from "../../lib/fleet.ts";
 import { nodeNameOf } from "../../lib/k3s/identity.ts";
@@ -13,7 +14,7 @@ import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
-import { type Change, converge, Failure, look, lookAndConverge, Refusal, type Step } from "../../lib/step.ts";
+import { type Change, Failure, Refusal, type Step } from "../../lib/step.ts";
 import { quoted } from "../../lib/text.ts";
 
 const SERVER = "/var/lib/rancher/k3s/server";

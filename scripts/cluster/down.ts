@@ -2,6 +2,7 @@
 /** Removes the whole cluster from SERVER and all AGENTS, after asking. */
 import { createInterface } from "node:readline/promises";
 import { jobFor, targets } from "../../lib/boxes.ts";
+import { converge, type Job, look } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { attempt, showPlan, worst } from "../../lib/fleet.ts";
 import { caIn, casOf, mayGo } from "../../lib/k3s/identity.ts";
@@ -9,7 +10,7 @@ import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
-import { converge, type Facts, type Job, look, planAll } from "../../lib/step.ts";
+import { type Facts, planAll } from "../../lib/step.ts";
 import { uninstall } from "./remove.ts";
 
 async function down(call: Call): Promise<number> {

@@ -1,13 +1,13 @@
 #!/usr/bin/env -S node --import tsx
 /** The firewall of each box: the nodes reach each other's k3s, the world does not, ssh stays as it is. */
 import { jobFor, targets } from "../../lib/boxes.ts";
+import { converge, look } from "../../lib/converge.ts";
 import { attempt, showPlan, worst } from "../../lib/fleet.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { blocked, firewall, letIn } from "../../lib/k3s/firewall.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
 import type { Call } from "../../lib/script.ts";
-import { converge, look } from "../../lib/step.ts";
 
 async function everywhere(call: Call): Promise<number> {
   const named = async (setting: "SERVER" | "AGENTS") =>

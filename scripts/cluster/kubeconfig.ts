@@ -6,13 +6,14 @@ import { homedir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
 import { jobFor, targets } from "../../lib/boxes.ts";
 import { ask } from "../../lib/check/survey.ts";
+import { look } from "../../lib/converge.ts";
 import { noFile, realPath, replaceFile, take, unwritten } from "../../lib/files.ts";
 import { attempt } from "../../lib/fleet.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
-import { Failure, look } from "../../lib/step.ts";
+import { Failure } from "../../lib/step.ts";
 
 /** What a kubeconfig has of one cluster: lines of YAML as kubectl writes them, without indentation. */
 export interface Access {

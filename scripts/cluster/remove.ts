@@ -2,6 +2,7 @@
 /** Takes boxes out of the cluster: pods go elsewhere, k3s goes from the box, and the cluster forgets its node. */
 import { jobFor, targets } from "../../lib/boxes.ts";
 import { ask } from "../../lib/check/survey.ts";
+import { converge, type Job, look } from "../../lib/converge.ts";
 import { attempt, showPlan, worst } from "../../lib/fleet.ts";
 import { CLEAR, CLEAR_LOOK } from "../../lib/k3s/cleanup.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
@@ -27,16 +28,7 @@ import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
-import {
-  type Change,
-  converge,
-  type Facts,
-  Failure,
-  type Job,
-  look,
-  Refusal,
-  type Step,
-} from "../../lib/step.ts";
+import { type Change, type Facts, Failure, Refusal, type Step } from "../../lib/step.ts";
 
 const UNITS = [unitPath("server"), unitPath("agent")];
 const FILES = [

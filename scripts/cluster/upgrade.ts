@@ -6,6 +6,7 @@
  */
 import { jobFor, targets } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
+import { converge, type Job, look, lookAndConverge } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { attempt, showPlan, worst } from "../../lib/fleet.ts";
 import { CONFIG, REGISTRIES } from "../../lib/k3s/config.ts";
@@ -30,18 +31,7 @@ import type { Call, Target } from "../../lib/script.ts";
 import { givenNow, SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
-import {
-  type Change,
-  converge,
-  type Facts,
-  Failure,
-  type Job,
-  look,
-  lookAndConverge,
-  planAll,
-  Refusal,
-  type Step,
-} from "../../lib/step.ts";
+import { type Change, type Facts, Failure, planAll, Refusal, type Step } from "../../lib/step.ts";
 import { splitWords } from "../../lib/text.ts";
 import { agentSteps, prepareAs } from "../agent.ts";
 import { downloadAhead } from "../download-k3s.ts";

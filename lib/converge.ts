@@ -1,0 +1,196 @@
+/** Look at a box, plan, apply, look again. Here is the one place that changes a box. */
+import { applyScript, EARLIER_RUN, lookScript, newMark, reader, whole } from "./protocol.ts";
+import { sh } from "./sh.ts";
+import type { Box } from "./shell.ts";
+import { type Change, type Facts, Failure, planAll, Refusal, type Step, type Want } from "./step.ts";
+import { quoted } from "./text.ts";
+
+export interface Progress {
+  /** A change starts. */
+  starts(why: string): void;
+  /** How it goes on; in the box's own words. */
+  says(text: string, box?: true): void;
+}
+
+/** What the operator's side must remember of a box while it brings it through its steps. */
+export interface Job {
+  box: Box;
+  /** The box of the cluster's server. */
+  server: Box;
+  want: Want;
+  progress: Progress;
+  /** A fact that a change reports before it has ended. */
+  early?(fact: Facts): void;
+  /** Restart a box where a change needs it (over ssh: yes; on this machine: only with --reboot). */
+  mayReboot: boolean;
+}
+
+/** What a look may take beside its changes, in seconds: a box that hangs must not hang the rest. */
+const LOOK = 120;
+
+/** One trip: facts, and nothing else. @throws {Failure} when the box did not answer to the end. */
+export async function look(job: Job, steps: readonly Step[], seconds = LOOK): Promise<Facts> {
+  return (await trip(job, steps, [], seconds)).facts;
+}
+
+/** One trip: the changes, then the facts that confirm them. @throws {Failure} naming the change that failed. */
+async function trip(
+  job: Job,
+  steps: readonly Step[],
+  changes: readonly Change[],
+  extra = LOOK + EARLIER_RUN,
+) {
+  const mark = newMark();
+  const stream = reader(mark, {
+    // A box may say what it likes, of changes that were never sent too.
+    change: (i) => changes[i] && job.progress.starts(changes[i].why),
+    say: (text) => job.progress.says(text, true),
+    early: (fact) => job.early?.(fact),
+  });
+  const apply = changes.length ? applyScript(changes, mark, (name) => sh(job.want[name])) : "";
+  const script = whole(`${apply}\n${lookScript(steps, job.want, mark)}`);
+  const seconds = changes.reduce((sum, change) => sum + (change.seconds ?? 60), extra);
+  const { status, stderr } = await job.box.run(script, seconds, stream.line);
+  const { seen } = stream;
+  if (seen.failed) {
+    const change = changes[seen.failed.i];
+    const how =
+      seen.failed.status === 124
+        ? `no end after ${change?.seconds ?? 60} s`
+        : `exit status ${seen.failed.status}`;
+    throw new Failure(`${change?.why ?? "A change that was not asked for"} (${how})`, change, seen.output);
+  }
+  if (seen.busy !== undefined)
+    throw new Failure(
+      `An earlier run is still at work on this box after ${EARLIER_RUN} s: wait, or end it there (kill ${seen.busy})`,
+    );
+  if (!seen.ended)
+    throw new Failure(`The connection was lost (exit status ${status})`, undefined, seen.output + stderr);
+  sane(seen.facts);
+  return seen;
+}
+
+/** What every plan goes by. What a box has not is not printed; what is printed has a form. */
+const FORMS: Record<string, RegExp> = {
+  uptime: /^\d+(\.\d+)?$/,
+  now: /^\d{9,11}\D?/,
+  boot: /^[\w-]{1,64}$/,
+  machine: /^\w{1,64}$/,
+  hostname: /^[^\s\p{Cc}]{1,64}$/u,
+  arch: /^\w{1,20}$/,
+  kernel: /^\d[\w.+~-]{0,100}$/,
+  addresses: /^(\d+: +\S+ +inet \d[^\n]*(\n|$))+$/,
+};
+
+/** @throws {Failure} for a box whose answers are none: nothing is planned on them. */
+function sane(facts: Facts): void {
+  for (const [name, form] of Object.entries(FORMS)) {
+    const text = facts[name]?.trim();
+    if (text && !form.test(text))
+      throw new Failure(`The box's answer makes no sense: its ${name} is ${quoted(text)}`);
+  }
+}
+
+/** Nodes leave their cluster in turn. */
+let turn: Promise<unknown> = Promise.resolve();
+
+/**
+ * Applies the plan of `steps` and looks again until nothing is left to do. `all` is what each look takes in.
+ *
+ * @throws {Failure} when a change fails, or when the same plan is left over after it was applied.
+ */
+export async function converge(
+  job: Job,
+  steps: readonly Step[],
+  facts: Facts,
+  all = steps,
+  myTurn = false,
+): Promise<Facts> {
+  let now = facts;
+  for (let before = "", round = 1; ; round++) {
+    const changes = planAll(steps, job.want, now);
+    if (changes.length === 0) return now;
+    if (!myTurn && changes.some((change) => change.alone)) {
+      const others = turn.catch(() => {
+        throw new Refusal("Not restarted: another node of this call has failed before it");
+      });
+      const mine = others.then(async () => converge(job, steps, await look(job, all), all, true));
+      turn = mine;
+      return await mine;
+    }
+    // How long it took not to answer differs from time to time.
+    const same = JSON.stringify(changes.map(({ unknown: _, ...change }) => change));
+    if (same === before || round > 6) {
+      const unknown = changes.find((change) => change.unknown)?.unknown;
+      throw new Failure(
+        unknown
+          ? `It was done, but it cannot be seen whether all is as wanted: ${unknown}`
+          : `Still to be done after it was done: ${changes.map((c) => c.why).join("; ")}`,
+        changes[0],
+      );
+    }
+    const { facts: after, waited } = await apply(job, all, changes, now);
+    before = waited ? "" : same;
+    now = after;
+  }
+}
+
+/** A look at the box, and what these steps then find to do. */
+export const lookAndConverge = async (job: Job, ...steps: Step[]): Promise<Facts> =>
+  await converge(job, steps, await look(job, steps));
+
+async function apply(job: Job, all: readonly Step[], changes: Change[], facts: Facts) {
+  /** What comes before a push, a restart or the server's part; it is not worth a look, unless it had to wait. */
+  const waits = async (some: readonly Change[]) => some.length > 0 && (await trip(job, [], some)).waited;
+  const anew = async (waited = true) => ({ facts: await look(job, all), waited });
+  const last = changes.at(-1) as Change;
+  if (last.reboot && !job.mayReboot) {
+    if (await waits(changes.filter((change) => change !== last && !change.alone))) return await anew();
+    throw new Refusal(`${last.why}: restart this machine (or add --reboot), then run the same again`);
+  }
+  let from = 0;
+  for (const [i, change] of changes.entries()) {
+    if (!change.push && !change.onServer) continue;
+    if (await waits(changes.slice(from, i))) return await anew();
+    from = i;
+    if (change.push) {
+      job.progress.says(`copies ${change.push.file} to the box`);
+      await job.box.push(change.push.file, change.push.path);
+    } else {
+      await lookAndConverge({ ...job, box: job.server }, change.onServer as Step);
+      from = i + 1;
+    }
+  }
+  const rest = changes.slice(from);
+  if (!rest.length) return await anew(false);
+  if (!last.reboot) return await trip(job, all, rest);
+  if (await waits(rest)) return await anew();
+  return { facts: await rebooted(job, all, facts, last.seconds ?? 600), waited: false };
+}
+
+/** Waits until the box answers with another boot id. @throws {Failure} after `seconds`, with what was last seen of it. */
+async function rebooted(job: Job, all: readonly Step[], facts: Facts, seconds: number): Promise<Facts> {
+  const began = Date.now();
+  const since = (time: number) => `${Math.round((time - began) / 1000)} s after the order`;
+  let seen = began;
+  let silence = "";
+  await job.box.close();
+  while (Date.now() < began + seconds * 1000) {
+    await new Promise((done) => setTimeout(done, 3000));
+    try {
+      const now = await look(job, all);
+      if (now.boot && now.boot !== facts.boot) return now;
+      seen = Date.now();
+      silence = "";
+    } catch (error) {
+      silence = (error as Error).message;
+      await job.box.close();
+    }
+  }
+  const kernel = `kernel ${facts.kernel?.trim()}, boot ${facts.boot?.trim()}`;
+  throw new Failure(
+    silence
+      ? `The box did not come back within ${seconds} s of its restart. Last seen ${since(seen)}, still with ${kernel}; since then: ${silence}. Look at its console at the vendor's: if the new kernel does not start there, choose the old one in the boot menu`
+      : `The box did not restart within ${seconds} s: ${since(seen)} it still answered with ${kernel}. "systemctl list-jobs" there says what it waits for`,
+  );
+}

@@ -1,0 +1,172 @@
+/** The sh that a box is sent, and how what it prints is read. */
+import { randomBytes } from "node:crypto";
+import type { Settings } from "./settings.ts";
+import { type Change, type Facts, Failure, type Step } from "./step.ts";
+import type { SettingName } from "./table.ts";
+
+/** Facts that every step may use. uptime before now: so their difference errs to one side only. */
+const BASE = `
+fact uptime; cut -d' ' -f1 /proc/uptime
+fact now; date +%s.%N
+fact boot; cat /proc/sys/kernel/random/boot_id
+fact machine; cat /etc/machine-id 2>/dev/null
+fact named; sed -n 's/.*[[:space:]]--node-name=\\([a-z0-9.-]*\\).*/\\1/p' /etc/systemd/system/k3s.service /etc/systemd/system/k3s-agent.service 2>/dev/null
+fact hostname; uname -n
+fact arch; uname -m
+fact kernel; uname -r
+fact os; cat /etc/os-release 2>/dev/null
+fact systemd; test -d /run/systemd/system && echo yes
+fact addresses; ip -o -4 addr show 2>/dev/null
+`;
+
+/** Two boxes' worth of markers cannot be mixed up with a file's text: the mark is random. */
+export const newMark = () => `k3s-across-clouds-${randomBytes(8).toString("hex")}`;
+
+/** The script that looks: facts of all steps, in one trip. It never fails: what is not there is not printed. */
+export function lookScript(steps: readonly Step[], want: Settings, mark: string): string {
+  return `m=${mark}
+fact() { printf '\\n%s fact %s\\n' "$m" "$1"; }
+${BASE}${[...new Set(steps.flatMap((step) => step.look(want)))].join("\n")}
+printf '\\n%s end\\n' "$m"`;
+}
+
+/** For a comment, which may quote what a box said: on one line, and for a terminal too. */
+const oneLine = (text: string) => text.replace(/[\s\p{C}\p{Zl}\p{Zp}]+/gu, " ");
+
+/** How long an earlier run may go on on a box whose operator it has lost, in seconds. */
+export const EARLIER_RUN = 900;
+
+/**
+ * The script that applies: each change is a shell of its own under \`timeout\`, with the output of both
+ * streams in order; the first that fails ends it. A lock keeps out a second operator, and what an earlier
+ * run that lost its connection may have left running: after waiting for that one the plan is out of date,
+ * and nothing of it is done.
+ */
+export function applyScript(
+  changes: readonly Change[],
+  mark: string,
+  secrets: (name: SettingName) => string,
+  reader: "program" | "person" = "program",
+): string {
+  // A fact may be a secret: it is for the program that asked.
+  const asides =
+    reader === "person"
+      ? "early() { :; }\nbeat() { :; }"
+      : `early() { printf '%s early %s %s\\n' ${mark} "$1" "$2"; }\nbeat() { printf '%s beat\\n' ${mark}; }`;
+  const body = changes.map((change, i) => {
+    const given = (change.secrets ?? []).map((name) => `${name}=${secrets(name)}\n`).join("");
+    return `# ${oneLine(change.why)}
+change ${i} ${change.seconds ?? 60} <<'${mark}'
+main() {
+set -eu
+say() { printf '%s say %s\\n' ${mark} "$*"; }
+${asides}
+${given}${change.sh}
+}
+main </dev/null
+${mark}`;
+  });
+  return `lock=/run/k3s-across-clouds.lock; waited=
+exec 9>>$lock
+flock -n 9 || {
+  waited=yes
+  printf '\\n%s say waits for an earlier run, process %s here\\n' ${mark} "$(cat $lock)"
+  flock -w ${EARLIER_RUN} 9 || { printf '\\n%s busy %s\\n' ${mark} "$(cat $lock)"; exit 1; }
+  printf '\\n%s waited\\n' ${mark}
+}
+echo $$ >$lock
+# A package manager must not die of a connection that was cut: its output is still read then. A wait's is not.
+relay() (
+  trap '' PIPE
+  while IFS= read -r line || [ -n "$line" ]; do
+    printf '%s\\n' "$line" 2>/dev/null || [ "$line" != '${mark} beat' ] || exit
+    line=
+  done
+)
+change() {
+  [ -z "$waited" ] || return 0
+  printf '\\n%s change %s\\n' ${mark} "$1"
+  { status=$({ { timeout -k 5 "$2" sh -s 2>&1 3>&- 4>&- 9>&-; echo $? >&3; } | relay >&4; } 3>&1); } 4>&1
+  [ "$status" != 0 ] || return 0
+  printf '\\n%s failed %s %s\\n' ${mark} "$1" "$status"
+  exit 1
+}
+${body.join("\n")}
+exec 9>&-`;
+}
+
+/** sudo on the family of RHEL leaves /usr/local/bin out of PATH, a plain ssh the folders of root's programs. */
+const PATH = 'PATH="$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"';
+
+/** Runs only when it has arrived whole: a connection that is cut half-way runs nothing. */
+export const whole = (script: string): string =>
+  `main() {\nexport LC_ALL=C ${PATH}\n${script}\n}\nmain </dev/null\n`;
+
+/** A plan as one sh script that a person could paste on the box; secrets are to be given in the environment. */
+export function printed(changes: readonly Change[]): string {
+  const names = [...new Set(changes.flatMap((change) => change.secrets ?? []))];
+  const needs = names.map(
+    (name) => `: "\${${name}:?is a secret: set it before you run this}"; export ${name}`,
+  );
+  const pushes = changes.flatMap(({ push }) =>
+    push ? [`# first copy ${oneLine(push.file)} to ${push.path}`] : [],
+  );
+  const elsewhere = changes.flatMap(({ onServer, why }) =>
+    onServer ? [`# first, on the server: ${oneLine(why)}`] : [],
+  );
+  const here = changes.filter((change) => !change.onServer);
+  const late = `[ -z "$waited" ] || { echo 'An earlier run has just ended here: make this plan anew'; exit 1; }`;
+  const apply = applyScript(here, newMark(), (name) => `"$${name}"`, "person");
+  return `#!/bin/sh\n${whole([...needs, ...pushes, ...elsewhere, apply, late].join("\n"))}`;
+}
+
+/** How often a box may use the mark on one trip: a step that takes two hours reports every ten seconds. */
+const WORDS = 5000;
+
+/** Cuts what a box printed into markers; text between them goes to the last one. */
+export function reader(
+  mark: string,
+  on: { change?(i: number): void; say?(text: string): void; early?(fact: Facts): void },
+) {
+  const facts: Facts = {};
+  const seen = {
+    facts,
+    ended: false,
+    /** Nothing was done, since an earlier run was still at work. */
+    waited: false,
+    /** The process of an earlier run that did not end. */
+    busy: undefined as string | undefined,
+    failed: undefined as { i: number; status: number } | undefined,
+    output: "",
+  };
+  let fact: string | undefined;
+  let words = 0;
+  return {
+    seen,
+    /** @throws {Failure} for a box whose words of its own are without an end. */
+    line(line: string) {
+      if (line.startsWith(`${mark} `) && line !== `${mark} beat` && ++words > WORDS)
+        throw new Failure(`The box said more than ${WORDS} words of ours: it has no end`);
+      if (!line.startsWith(`${mark} `)) {
+        if (fact === undefined) seen.output += `${line}\n`;
+        else facts[fact] = facts[fact] === undefined ? line : `${facts[fact]}\n${line}`;
+        return;
+      }
+      const [kind, ...rest] = line.slice(mark.length + 1).split(" ");
+      if (kind === "fact") {
+        fact = rest[0] as string;
+        delete facts[fact];
+      } else if (kind === "say") on.say?.(rest.join(" "));
+      else if (kind === "early") on.early?.({ [rest[0] as string]: rest.slice(1).join(" ") });
+      else if (kind === "beat") return;
+      else if (kind === "end") seen.ended = true;
+      else if (kind === "waited") seen.waited = true;
+      else if (kind === "busy") seen.busy = rest[0] ?? "";
+      else if (kind === "failed") seen.failed = { i: Number(rest[0]), status: Number(rest[1]) };
+      else if (kind === "change") {
+        seen.output = "";
+        on.change?.(Number(rest[0]));
+      }
+    },
+  };
+}
