@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { Refusal } from "../lib/step.ts";
 import { copied } from "../scripts/cluster/backup.ts";
-import { letIn, put, unproven } from "../scripts/cluster/restore.ts";
+import { moveFirewall, put, unproven } from "../scripts/cluster/restore.ts";
 import { A1, B1, B2, MODERN, nodes, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const facts = prepared(MODERN, { database: "/var/lib/rancher/k3s/server/db/state.db\n" });
@@ -188,7 +188,7 @@ describe("a restore", () => {
   });
 
   test("opens the rules of make firewall to the server's new address, where they stand, and closes the old one", () => {
-    const firewall = letIn(`198.51.100.12 ${B1.ip} -${A1.ip}`);
+    const firewall = moveFirewall(`198.51.100.12 ${B1.ip} -${A1.ip}`);
     const seen = { nodes: nodes(A1, B1, B2), nft: "/usr/sbin/nft\n" };
     const want = wanted({ PUBLIC_IP: B1.ip });
     assert.deepEqual(firewall.plan(want, { ...seen, ours: "\n" }), [], "no rules of ours");

@@ -453,7 +453,7 @@ describe("a declared firewall", () => {
       })),
     });
     const want = wanted({ FIREWALL: `${B} -203.0.113.9`, PUBLIC_IP: "192.0.2.5" });
-    assert.deepEqual(firewall.letIn(want, { nodes }), ["192.0.2.5", A, B]);
+    assert.deepEqual(firewall.admitted(want, { nodes }), ["192.0.2.5", A, B]);
   });
 });
 

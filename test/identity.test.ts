@@ -16,10 +16,10 @@ import {
   whoIs,
 } from "../lib/k3s/identity.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
-import { argsOf, MARK } from "../lib/k3s/unit.ts";
+import { argsOf, WRITTEN_BY } from "../lib/k3s/unit.ts";
 import { type Facts, planAll, Refusal } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
-import { examine } from "../scripts/cluster/remove.ts";
+import { mayRemove } from "../scripts/cluster/remove.ts";
 import { token } from "../scripts/cluster/token.ts";
 import { server, serverSteps } from "../scripts/server.ts";
 import {
@@ -299,7 +299,7 @@ describe("remove takes k3s from", () => {
     test(name, () => {
       const token = at.cas ? TOKEN : "";
       const decide = () =>
-        examine(facts, at, whoIs(ip, facts), token, role, force, "make remove HOST=old FORCE=1");
+        mayRemove(facts, at, whoIs(ip, facts), token, role, force, "make remove HOST=old FORCE=1");
       if (refusal) assert.throws(decide, refused(refusal));
       else decide();
     });
@@ -340,13 +340,13 @@ describe("a unit", () => {
     for (const name of ["k3s-old", "k3s-modern", "k3s-agent-old", "k3s-agent-modern"]) {
       const text = fixture(`${name}.service`);
       assert.equal(isForeign(`# /etc/systemd/system/k3s.service\n${text}`), false, name);
-      assert.equal(isForeign(text.replace(`${MARK}\n`, "")), false, name);
+      assert.equal(isForeign(text.replace(`${WRITTEN_BY}\n`, "")), false, name);
     }
     assert.equal(isForeign(""), false);
     assert.equal(isForeign(official("server")), true);
     assert.equal(
       isForeign(
-        fixture("k3s-old.service").replace("EnvironmentFile=", "EnvironmentFile=-").replace(MARK, ""),
+        fixture("k3s-old.service").replace("EnvironmentFile=", "EnvironmentFile=-").replace(WRITTEN_BY, ""),
       ),
       true,
     );

@@ -6,7 +6,7 @@ import type { Job } from "../lib/converge.ts";
 import { compare, pathOf } from "../lib/k3s/releases.ts";
 import { SettingError } from "../lib/settings.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
-import { examine, stepsFor } from "../scripts/cluster/upgrade.ts";
+import { mayUpgrade, stepsFor } from "../scripts/cluster/upgrade.ts";
 import { B1, healthy, MODERN, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const OLD = "v1.17.6+k3s1";
@@ -51,11 +51,11 @@ describe("before anything is downloaded or drained an upgrade", () => {
   for (const [name, facts, path, pattern] of cases)
     test(`${name} is refused, with the box`, () =>
       assert.throws(
-        () => examine([fine, member(facts)], path),
+        () => mayUpgrade([fine, member(facts)], path),
         (e: Error) => e instanceof Refusal && pattern.test(e.message),
       ));
   test("goes on where every box can run every release of its way", () =>
-    examine([fine, member({ cgroup: "tmpfs\n" })], ["v1.18.20+k3s1", "v1.34.2+k3s1", MODERN]));
+    mayUpgrade([fine, member({ cgroup: "tmpfs\n" })], ["v1.18.20+k3s1", "v1.34.2+k3s1", MODERN]));
 });
 
 describe("the way of an upgrade", () => {

@@ -4,7 +4,7 @@ import type { Role } from "../k3s/unit.ts";
 import type { Ill, Line } from "../report.ts";
 import type { Call, Target } from "../script.ts";
 import { diagnose } from "./diagnose.ts";
-import { clusterOf, examine, listed, type Member } from "./survey.ts";
+import { clusterOf, listed, type Member, surveyAndTry } from "./survey.ts";
 
 /** For scripts whose failure may have its cause elsewhere than where it shows. */
 export async function causes(
@@ -45,7 +45,7 @@ async function explain(call: Call, failed: Target, role: Role, script: string): 
     const boxes = call.settings.SERVER ? await listed(call) : [];
     const known = boxes.some(({ target }) => target.host === failed.host);
     if (!known) boxes.push({ target: failed, role });
-    const look = (known && underWay) || examine(call, boxes);
+    const look = (known && underWay) || surveyAndTry(call, boxes);
     if (known) underWay = look;
     const members = await look.finally(() => {
       if (underWay === look) underWay = undefined;

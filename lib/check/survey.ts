@@ -409,14 +409,14 @@ export async function listed(call: Call): Promise<Listed> {
 }
 
 /** All boxes, a trip each for what they are and one for what passes between them. */
-export async function examine(call: Call, boxes: Listed) {
+export async function surveyAndTry(call: Call, boxes: Listed) {
   const members = await survey(call, boxes, `\n${firewallLook}`);
-  await attempt(call, members, clusterOf(members));
+  await tryPaths(call, members, clusterOf(members));
   return members;
 }
 
 /** The second trip, all boxes side by side: packets through every tunnel, kubelets, the API, resolvers. */
-export async function attempt(call: Call, members: readonly Member[], cluster: Cluster): Promise<void> {
+export async function tryPaths(call: Call, members: readonly Member[], cluster: Cluster): Promise<void> {
   await Promise.all(
     members.map(async (member) => {
       const box = cluster.boxes.find(({ name }) => name === member.target.name) as Seen;

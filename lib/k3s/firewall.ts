@@ -34,7 +34,7 @@ const CLOSED = {
 
 const SCRIPT = "/usr/local/sbin/k3s-firewall";
 const UNIT = "/etc/systemd/system/k3s-firewall.service";
-export const MARK = "k3s-across-clouds";
+export const RULE_COMMENT = "k3s-across-clouds";
 const TABLE = "k3s_across_clouds";
 
 /** Of rules, in bytes: more is not read, and so not judged. */
@@ -310,7 +310,10 @@ function withOurs(chains: readonly Chain[], facts: Facts, probes: readonly Probe
           (packet.hook === "forward" || (packet.port === p.port && packet.protocol === p.protocol)),
       );
     return which
-      ? { ...chain, rules: [{ text: MARK, tests: [test], ends: [[undefined, "accept"]] }, ...chain.rules] }
+      ? {
+          ...chain,
+          rules: [{ text: RULE_COMMENT, tests: [test], ends: [[undefined, "accept"]] }, ...chain.rules],
+        }
       : chain;
   });
 }
@@ -391,7 +394,8 @@ function managed(
     }
   } else if (kind === "ufw") {
     const ours = lines(facts.added).flatMap(
-      (line) => new RegExp(`^ufw ((?:route )?allow [\\w.:/ ]+) comment '${MARK}'$`).exec(line)?.[1] ?? [],
+      (line) =>
+        new RegExp(`^ufw ((?:route )?allow [\\w.:/ ]+) comment '${RULE_COMMENT}'$`).exec(line)?.[1] ?? [],
     );
     const rules = [
       ...each((ip, protocol, port) => `allow from ${ip} to any port ${port} proto ${protocol}`),
@@ -409,7 +413,7 @@ function managed(
         .filter((rule) => late || !ours.includes(rule))
         .map(
           (rule) =>
-            `${told(rule, "insert 1").replace("--force ", "")} comment ${MARK} 2>/dev/null || ufw ${rule} comment ${MARK}`,
+            `${told(rule, "insert 1").replace("--force ", "")} comment ${RULE_COMMENT} 2>/dev/null || ufw ${rule} comment ${RULE_COMMENT}`,
         ),
     );
   }
@@ -462,11 +466,11 @@ export const firewall: Step = {
   name: "firewall",
   options: ["PUBLIC_IP", "SERVER_ARGS", "FIREWALL"],
   look: (want) => (want.FIREWALL ? [clusterLook, firewallLook] : []),
-  plan: (want, facts) => (want.FIREWALL ? firewallPlan(facts, letIn(want, facts), rangesOf(want)) : []),
+  plan: (want, facts) => (want.FIREWALL ? firewallPlan(facts, admitted(want, facts), rangesOf(want)) : []),
 };
 
 /** The addresses that are let in: those that are known, and the cluster's own nodes. The rules are IPv4's, as it is. */
-export function letIn(want: Settings, facts: Facts): string[] {
+export function admitted(want: Settings, facts: Facts): string[] {
   const known = splitWords(want.FIREWALL);
   const joined = nodesOf(facts.nodes).flatMap(({ externalIp: ip = "" }) => (isIPv4(ip) ? ip : []));
   const all = [...known, ...joined, want.PUBLIC_IP];
@@ -478,7 +482,7 @@ const RICH_ERE = `rule (priority="-1000" )?family="ipv4" source address="[0-9.]+
 /** Prints `firewall` where there is something for `closeAgain`. */
 export const closeLook = (
   ranges: readonly [string, string],
-): string => `if [ -e ${UNIT} ] || [ -e ${SCRIPT} ] || ufw show added 2>/dev/null | grep -q "comment '${MARK}'"; then echo firewall; fi
+): string => `if [ -e ${UNIT} ] || [ -e ${SCRIPT} ] || ufw show added 2>/dev/null | grep -q "comment '${RULE_COMMENT}'"; then echo firewall; fi
 if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
   for when in '' --permanent; do
     firewall-cmd $when --list-all-zones 2>/dev/null | grep -qE '^[[:blank:]]+${RICH_ERE}|^ +sources:.* (${eachOf(ranges).join("|").replaceAll(".", "\\.")})( |$)' && echo firewall
@@ -493,8 +497,8 @@ export const closeAgain = (
   rm -f ${UNIT} ${SCRIPT}
   systemctl daemon-reload
 fi
-if ufw show added 2>/dev/null | grep -q "comment '${MARK}'"; then
-  ufw show added | sed -n "s/^ufw \\(.*\\) comment '${MARK}'$/\\1/p" | while read -r rule; do
+if ufw show added 2>/dev/null | grep -q "comment '${RULE_COMMENT}'"; then
+  ufw show added | sed -n "s/^ufw \\(.*\\) comment '${RULE_COMMENT}'$/\\1/p" | while read -r rule; do
     # shellcheck disable=SC2086
     case $rule in
       'route '*) ufw route delete \${rule#route } </dev/null ;;
@@ -555,7 +559,7 @@ for tool in $tools; do
 done
 ours() {
   nft -a list ruleset 2>/dev/null | awk '/^table/ { table = $2 " " $3 } /^\\tchain/ { chain = $2 }
-    /comment "${MARK}"/ && table != "inet ${TABLE}" { print table, chain, $NF }'
+    /comment "${RULE_COMMENT}"/ && table != "inet ${TABLE}" { print table, chain, $NF }'
 }
 bases() { # input or forward
   nft list ruleset 2>/dev/null | awk -v hook="$1" -v managed="$managed" '
@@ -566,7 +570,7 @@ bases() { # input or forward
 }
 for tool in $tools; do
   for chain in INPUT FORWARD; do
-    "$tool" -S "$chain" 2>/dev/null | sed -n 's/^-A \\(.*--comment "*${MARK}"* .*\\)/\\1/p' | tr -d '"' | while read -r rule; do
+    "$tool" -S "$chain" 2>/dev/null | sed -n 's/^-A \\(.*--comment "*${RULE_COMMENT}"* .*\\)/\\1/p' | tr -d '"' | while read -r rule; do
       # shellcheck disable=SC2086
       "$tool" -w -D $rule
     done
@@ -592,7 +596,7 @@ table inet ${TABLE} {
 }
 NFT
 nodes='${nodes.join(" ")}'
-rule() { nft insert rule "$@" accept comment '"${MARK}"'; }
+rule() { nft insert rule "$@" accept comment '"${RULE_COMMENT}"'; }
 bases input | while read -r family table chain; do
   for card in ${INTERFACES.join(" ")}; do rule "$family" "$table" "$chain" iifname "$card"; done
   for ip in $nodes; do
@@ -610,7 +614,7 @@ for tool in $tools; do
     "$tool" -S "$1" 2>/dev/null | grep -v -e ' KUBE-' -e ' CNI-' -e ' FLANNEL' | grep -v -- '^-[AP].* ACCEPT$' >/dev/null &&
       ! "$tool" -S "$1" | grep -q -e ' ufw-before-' -e '_ZONES$'
   }
-  put() { "$tool" -w -I "$@" -m comment --comment ${MARK} -j ACCEPT; }
+  put() { "$tool" -w -I "$@" -m comment --comment ${RULE_COMMENT} -j ACCEPT; }
   if may_drop INPUT; then
     for card in ${INTERFACES.join(" ")}; do put INPUT -i "$card"; done
     for ip in $nodes; do

@@ -5,7 +5,7 @@ import type { Settings } from "../settings.ts";
 import { type Facts, Refusal, type Step, type Want } from "../step.ts";
 import { splitWords } from "../text.ts";
 import { type Node, nodesOf } from "./nodes.ts";
-import { argsOf, cgroupArgs, MARK, NAME, nodeNameIn, type Role, releaseOf, unitOf } from "./unit.ts";
+import { argsOf, cgroupArgs, NAME, nodeNameIn, type Role, releaseOf, unitOf, WRITTEN_BY } from "./unit.ts";
 
 /** A box by the settings' address, and by what it says of itself; one that is gone says nothing. */
 export interface Who {
@@ -218,7 +218,7 @@ const BEFORE = [
 
 /** A unit that is there, and that this project has not written. */
 export const isForeign = (unit = ""): boolean =>
-  unit.trim() !== "" && !unit.split("\n").includes(MARK) && !BEFORE.every((line) => line.test(unit));
+  unit.trim() !== "" && !unit.split("\n").includes(WRITTEN_BY) && !BEFORE.every((line) => line.test(unit));
 
 /** As systemd reads it: a line that goes on, comments within it, and blanks before a name and around its =. */
 const plainly = (unit: string) =>

@@ -132,7 +132,7 @@ export const unitPath = (role: Role): string => `/etc/systemd/system/${unitOf(ro
 export const envPath = (role: Role): string => `${unitPath(role)}.env`;
 
 /** The first line of the units that this project writes. */
-export const MARK = "# Written by k3s-across-clouds.";
+export const WRITTEN_BY = "# Written by k3s-across-clouds.";
 
 /** The systemd unit of the article's steps 4 and 5, with its limits. */
 export function unitText(
@@ -162,7 +162,7 @@ export function unitText(
   // A modern agent tells systemd when it has joined; the old one never does. Type=exec is unknown to the
   // systemd of CentOS 7, which then takes the unit as Type=simple: as good.
   const type = role === "server" || generation === "modern" ? "notify" : "exec";
-  return `${MARK}
+  return `${WRITTEN_BY}
 [Unit]
 Description=Lightweight Kubernetes
 Documentation=https://k3s.io

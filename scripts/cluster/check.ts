@@ -4,7 +4,7 @@ import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
 import { judge, TOP } from "../../lib/check/diagnose.ts";
 import { tryPods } from "../../lib/check/pods.ts";
-import { ask, type Cluster, clusterOf, examine, listed, type Seen } from "../../lib/check/survey.ts";
+import { ask, type Cluster, clusterOf, listed, type Seen, surveyAndTry } from "../../lib/check/survey.ts";
 import { FRESH, overload, peerOf, standing } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { type Ill, plain } from "../../lib/report.ts";
@@ -18,7 +18,7 @@ async function check(call: Call): Promise<number> {
   const boxes = await listed(call);
   const watch = call.flags.has("watch");
   for (;;) {
-    const members = await examine(call, boxes);
+    const members = await surveyAndTry(call, boxes);
     let cluster = clusterOf(members);
     // Pods come and go in seconds: not every few of them.
     const mark = randomBytes(3).toString("hex");

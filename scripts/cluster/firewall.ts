@@ -4,7 +4,7 @@ import { jobFor, targets } from "../../lib/boxes.ts";
 import { converge, look } from "../../lib/converge.ts";
 import { attempt, showPlan, worst } from "../../lib/fleet.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
-import { blocked, firewall, letIn } from "../../lib/k3s/firewall.ts";
+import { admitted, blocked, firewall } from "../../lib/k3s/firewall.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
 import type { Call } from "../../lib/script.ts";
@@ -24,7 +24,7 @@ async function everywhere(call: Call): Promise<number> {
         const facts = await look(job, steps);
         if (call.mode !== "apply") return showPlan(call, box, steps, job, facts);
         const after = await converge(job, steps, facts);
-        const doubts = blocked(after, letIn(job.want, after), rangesOf(job.want));
+        const doubts = blocked(after, admitted(job.want, after), rangesOf(job.want));
         line.done(
           facts === after,
           `the rules seen here let the nodes reach k3s, and nobody else${doubts.length ? `; but ${doubts.join("; ")}` : ""}`,

@@ -248,7 +248,7 @@ async function remove(call: Call): Promise<number> {
  * Whatever goes from a box that answers is this cluster's, and no other box's node is deleted for it.
  * @throws {Refusal}
  */
-export function examine(
+export function mayRemove(
   facts: Facts,
   cluster: Facts,
   who: Who,
@@ -293,7 +293,7 @@ async function one(call: Call, servers: readonly Target[], box: Target, line: Pa
   const [drained, forget] = [drainedOn(who, force), forgotten(who, name)];
   const cluster = await look(atServer, [drained, forget, ask(caLook)]);
   const allowing = `make remove HOST=${sh(box.word)} FORCE=1`;
-  if (facts) examine(facts, cluster, who, atServer.want.K3S_TOKEN, role, force, allowing);
+  if (facts) mayRemove(facts, cluster, who, atServer.want.K3S_TOKEN, role, force, allowing);
   const parts: [Target, Job, Step, Facts][] = [[server, atServer, drained, cluster]];
   if (facts) parts.push([box, job, uninstall, facts]);
   parts.push([server, atServer, forget, cluster]);

@@ -117,7 +117,7 @@ echo passwords >>${BASE}/server/restored`,
  * Where the rules of `make firewall` stand, and FIREWALL does not look after them, they go with the server.
  * @param FIREWALL the addresses of all, and -ADDRESS of before.
  */
-export const letIn = (FIREWALL: string): Step => ({
+export const moveFirewall = (FIREWALL: string): Step => ({
   ...firewall,
   look: (want) => [...firewall.look({ ...want, FIREWALL }), `fact ours\n${closeLook(rangesOf(want))}`],
   plan: (want, facts) =>
@@ -155,7 +155,7 @@ async function restore(call: Call): Promise<number> {
     );
   const ui = await report([box, ...agents].map(({ name }) => name));
   const members = [...[box, ...agents].map(({ ip }) => ip), ...(about.ip === box.ip ? [] : [`-${about.ip}`])];
-  const follows = letIn(members.join(" "));
+  const follows = moveFirewall(members.join(" "));
   const steps = [
     ...prepareAs("server"),
     put(settings.BACKUP, await hashOf(settings.BACKUP)),

@@ -193,7 +193,7 @@ async function upgrade(call: Call): Promise<number> {
     }
     const running = members.map(({ version }) => version);
     path = pathOf(running, to, steps, force);
-    examine(members, path);
+    mayUpgrade(members, path);
   });
   if (checked !== 0) return checked;
   if (path.length > 1) first.line.says(`by way of ${path.join(", ")}`);
@@ -207,7 +207,7 @@ async function upgrade(call: Call): Promise<number> {
 }
 
 /** @throws {Refusal} before anything is downloaded or drained, where a box cannot run a release: its cgroups, its kernel. */
-export function examine(
+export function mayUpgrade(
   members: readonly Pick<Member, "target" | "role" | "job" | "facts">[],
   path: readonly string[],
 ): void {
