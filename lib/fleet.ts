@@ -67,11 +67,11 @@ export async function attempt(
     );
     const retry = again(call, script, box);
     // What failed has to be a change: who only waited for another box has no cause of its own.
-    const ills =
+    const problems =
       error instanceof Failure && change
         ? ((await call.recipe.causes?.(call, script, box, line, output, retry)) ?? [])
         : [];
-    line.failed(message, change, known ? output : (error as Error).stack, retry, ills);
+    line.failed(message, change, known ? output : (error as Error).stack, retry, problems);
     return error instanceof SettingError ? 2 : 1;
   }
 }

@@ -4,7 +4,7 @@ import type { Change } from "./step.ts";
 import { redacted } from "./text.ts";
 
 /** What is wrong, and what to do about it: a line each. */
-export interface Ill {
+export interface Problem {
   /** The box that is to be mended, as the user names it. */
   box: string;
   cause: string;
@@ -23,7 +23,7 @@ export interface Line {
     change: Change | undefined,
     output: string | undefined,
     again: string,
-    ills?: readonly Ill[],
+    problems?: readonly Problem[],
   ): void;
 }
 
@@ -86,7 +86,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
           finish();
           write(name, `${nothing ? "nothing to do" : `done in ${seconds()}`}${why ? `: ${why}` : ""}`);
         },
-        failed(message, change, output, again, ills = []) {
+        failed(message, change, output, again, problems = []) {
           spinner?.fail();
           spinner = undefined;
           write(name, `FAILED after ${seconds()}: ${message}`);
@@ -103,7 +103,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
             if (command.length > 8)
               write(name, `  $ … (${command.length - 8} lines more: PRINT=1 shows them)`);
           }
-          for (const { box, cause, remedy } of ills) {
+          for (const { box, cause, remedy } of problems) {
             write(name, `  cause: ${box}: ${cause}`);
             write(name, `     do: ${remedy}`);
           }

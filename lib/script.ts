@@ -1,5 +1,5 @@
 /** What a script declares, and one call of it. */
-import type { Ill, Line } from "./report.ts";
+import type { Line, Problem } from "./report.ts";
 import type { Origins, Settings } from "./settings.ts";
 import type { Facts, Step, Want } from "./step.ts";
 import type { SettingName } from "./table.ts";
@@ -39,7 +39,14 @@ export interface Recipe {
     ): Promise<{ refused: boolean; done: Promise<number[]> }>;
   };
   /** Why a change failed, as far as the cause is elsewhere than where it shows; `output` is what it said. */
-  causes?(call: Call, script: string, box: Target, line: Line, output: string, retry: string): Promise<Ill[]>;
+  causes?(
+    call: Call,
+    script: string,
+    box: Target,
+    line: Line,
+    output: string,
+    retry: string,
+  ): Promise<Problem[]>;
   /** What the files that settings name hold, in their settings' places. @throws {SettingError} */
   filesOf?(want: Settings): Promise<Partial<Settings>>;
   /** What has to be known of all boxes before anything is done. @throws {SettingError} */

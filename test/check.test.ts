@@ -37,7 +37,7 @@ function boxes(version: string, over: Record<string, Over> = {}): Member[] {
   });
 }
 
-const illsOf = (members: Member[], want: Partial<Settings> = {}) => {
+const problemsOf = (members: Member[], want: Partial<Settings> = {}) => {
   const settings = wanted(want);
   return diagnose(clusterOf(members.map((one) => ({ ...one, want: settings }))));
 };
@@ -91,11 +91,11 @@ const UFW = { ufw, added, iptables, nft };
 
 describe("a healthy cluster", () => {
   for (const version of [OLD, MODERN])
-    test(`of ${version} has nothing wrong`, () => assert.deepEqual(illsOf(boxes(version)), []));
+    test(`of ${version} has nothing wrong`, () => assert.deepEqual(problemsOf(boxes(version)), []));
 
   test("without metrics-server has nothing wrong either", () => {
     const a1 = { facts: { metrics: "" }, tried: { tries: "tunnel b1 1420\ntunnel b2 1420" } };
-    assert.deepEqual(illsOf(boxes(MODERN, { a1 })), []);
+    assert.deepEqual(problemsOf(boxes(MODERN, { a1 })), []);
   });
 
   test("of two servers has nothing wrong, whichever the agents join, and its nodes are known by the one that answers", () => {
@@ -114,7 +114,7 @@ describe("a healthy cluster", () => {
       tried: { tries: ["a1", "b2"].map((name) => `tunnel ${name} 1420`).join("\n") },
     };
     const joins = `https://${B1.ip}:6443\n${"c1".repeat(32)}`;
-    assert.deepEqual(illsOf([a1, second, { ...b2, facts: { ...b2.facts, joins } }]), []);
+    assert.deepEqual(problemsOf([a1, second, { ...b2, facts: { ...b2.facts, joins } }]), []);
     const { nodes: _, ...silent } = facts;
     assert.equal(clusterOf([{ ...a1, facts: silent }, second, b2]).nodes.length, 3);
   });
@@ -122,7 +122,7 @@ describe("a healthy cluster", () => {
   test("behind a firewall that should block it and does not has nothing wrong, and a note", () => {
     const pods = "pod a1 yes\npod b2 yes\nservice kubernetes yes\nservice DNS yes";
     const members = boxes(MODERN, { b1: { facts: UFW, ...ways("b1", {}, { paths: pods }) } });
-    assert.deepEqual(illsOf(members), []);
+    assert.deepEqual(problemsOf(members), []);
     assert.match(
       reportOf(clusterOf(members), [], {}),
       /^note {2}b1: by its rules ufw drops 6443\/tcp, .*: make firewall HOST=b1$/m,
@@ -137,12 +137,12 @@ describe("a healthy cluster", () => {
       { nodes: nodes(A1), peers: "" },
       { tries: "kubelet a1 open", top: figures("a1") },
     );
-    assert.deepEqual(illsOf([alone]), []);
+    assert.deepEqual(problemsOf([alone]), []);
   });
 
   test("may have clocks that are a second apart, a flannel.1 under pods of 1500, and a proxy that was ipvs where it can be", () => {
     const over = { b1: { clock: 1, facts: { cni: "1500", ipvs: "yes" } } };
-    assert.deepEqual(illsOf(boxes(OLD, over)), []);
+    assert.deepEqual(problemsOf(boxes(OLD, over)), []);
   });
 });
 
@@ -440,23 +440,23 @@ describe("a broken cluster is told its cause and what to do:", () => {
   ];
   for (const [name, members, box, cause, remedy, want] of cases)
     test(name, () => {
-      const ills = illsOf(members, want);
+      const problems = problemsOf(members, want);
       assert.deepEqual(
-        ills.map((ill) => ill.box),
+        problems.map((problem) => problem.box),
         [box],
-        JSON.stringify(ills),
+        JSON.stringify(problems),
       );
-      assert.match(ills[0]?.cause ?? "", cause);
-      assert.match(ills[0]?.remedy ?? "", remedy);
-      assert.doesNotMatch(JSON.stringify(ills), /undefined|NaN|\\n/);
+      assert.match(problems[0]?.cause ?? "", cause);
+      assert.match(problems[0]?.remedy ?? "", remedy);
+      assert.doesNotMatch(JSON.stringify(problems), /undefined|NaN|\\n/);
     });
 
   test("a disk that is full", () => {
     const full = JSON.parse(nodes(A1, B1, B2));
     full.items[1].status.conditions.push({ type: "DiskPressure", status: "True", lastHeartbeatTime: "" });
-    const [ill] = illsOf(boxes(MODERN, { a1: { facts: { nodes: JSON.stringify(full) } } }));
+    const [problem] = problemsOf(boxes(MODERN, { a1: { facts: { nodes: JSON.stringify(full) } } }));
     assert.deepEqual(
-      [ill?.box, ill?.cause],
+      [problem?.box, problem?.cause],
       ["b1", "the kubelet reports DiskPressure (disk 40 %, memory 25 % in use)"],
     );
   });
@@ -471,11 +471,11 @@ test("what did not pass for a reason that shows on no box is wrong too", () => {
   }) as [Member, Member, Member];
   a1.facts.metrics = "";
   const {
-    ills: [ill, ...more],
+    problems: [problem, ...more],
   } = verdict(clusterOf([a1, b1, b2]), undefined);
-  assert.match(ill?.cause ?? "", /^full-size packets through the tunnels: 6 of 7, for a reason/);
+  assert.match(problem?.cause ?? "", /^full-size packets through the tunnels: 6 of 7, for a reason/);
   assert.deepEqual(more, []);
-  assert.deepEqual(verdict(clusterOf(boxes(MODERN)), "no image"), { ills: [], notes: [] });
+  assert.deepEqual(verdict(clusterOf(boxes(MODERN)), "no image"), { problems: [], notes: [] });
 });
 
 test("a box without ping is told of by its handshakes", () => {
@@ -483,11 +483,11 @@ test("a box without ping is told of by its handshakes", () => {
     const [, b1] = boxes(MODERN) as [Member, Member];
     return (name === "b1" ? b1.facts.peers : "")?.replaceAll(`\t${NOW - 30}\t`, `\t${NOW - 999}\t`) ?? "";
   };
-  const ills = illsOf(
+  const problems = problemsOf(
     boxes(MODERN, { b1: { facts: { peers: old("b1") }, tried: { tries: "without ping\napi server open" } } }),
   );
   assert.deepEqual(
-    ills.map(({ box }) => box),
+    problems.map(({ box }) => box),
     ["b1", "b2"],
   );
 });
@@ -505,17 +505,20 @@ describe("what check's own pods found", () => {
   for (const [rows, box, cause] of cases)
     test(`is said: ${rows}`, () => {
       const [, b1, b2] = pods(rows) as [Member, Member, Member];
-      const [ill, ...more] = illsOf([boxes(MODERN)[0] as Member, b1, b2]);
-      assert.equal(ill?.box, box);
-      assert.match(ill?.cause ?? "", cause);
+      const [problem, ...more] = problemsOf([boxes(MODERN)[0] as Member, b1, b2]);
+      assert.equal(problem?.box, box);
+      assert.match(problem?.cause ?? "", cause);
       assert.deepEqual(more, []);
     });
 
   for (const what of ["logs", "exec"])
     test(`is said: no ${what}`, () => {
       const [a1] = pods(`${what} b2 no\n${what} a1 yes`) as [Member];
-      const [ill, ...more] = illsOf([a1, ...boxes(MODERN).slice(1)]);
-      assert.deepEqual([ill?.box, ill?.cause, more], ["b2", `kubectl ${what} does not work on it`, []]);
+      const [problem, ...more] = problemsOf([a1, ...boxes(MODERN).slice(1)]);
+      assert.deepEqual(
+        [problem?.box, problem?.cause, more],
+        ["b2", `kubectl ${what} does not work on it`, []],
+      );
     });
 
   test("is shown as what passed, and without pods as what could not be tested", () => {
@@ -680,13 +683,13 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
   ];
   for (const [name, members, causes] of cases)
     test(name, () => {
-      const ills = illsOf(members);
+      const problems = problemsOf(members);
       assert.deepEqual(
-        ills.map(({ box }) => box),
+        problems.map(({ box }) => box),
         causes.map(([box]) => box),
-        JSON.stringify(ills),
+        JSON.stringify(problems),
       );
-      for (const [i, [, cause]] of causes.entries()) assert.match(ills[i]?.cause ?? "", cause);
+      for (const [i, [, cause]] of causes.entries()) assert.match(problems[i]?.cause ?? "", cause);
     });
 });
 
@@ -774,14 +777,14 @@ describe("asked at once after a join or a restart, check", () => {
   for (const [name, members, said, fault] of cases)
     test(`${name}${fault ? "" : ", as a note"}`, () => {
       const cluster = clusterOf(members);
-      const { ills, notes } = verdict(cluster, undefined);
-      const lines = fault ? ills.map(({ cause }) => cause) : notes;
-      assert.equal(lines.length, 1, JSON.stringify({ ills, notes }));
+      const { problems, notes } = verdict(cluster, undefined);
+      const lines = fault ? problems.map(({ cause }) => cause) : notes;
+      assert.equal(lines.length, 1, JSON.stringify({ problems, notes }));
       assert.match(lines[0] ?? "", said);
-      assert.equal(ills.length, fault ? 1 : 0, JSON.stringify(ills));
+      assert.equal(problems.length, fault ? 1 : 0, JSON.stringify(problems));
       if (!fault)
         assert.match(
-          reportOf(cluster, ills, {}, undefined, notes),
+          reportOf(cluster, problems, {}, undefined, notes),
           /^note {2}\S+: .*\n\nNothing is wrong\.$/m,
         );
     });
@@ -789,7 +792,7 @@ describe("asked at once after a join or a restart, check", () => {
   test("of a unit with old restarts and none of late has nothing to say", () => {
     const facts = { units: runs("k3s-agent", 5).replace("NRestarts=0", "NRestarts=40") };
     assert.deepEqual(verdict(clusterOf(boxes(MODERN, { b1: { facts } })), undefined), {
-      ills: [],
+      problems: [],
       notes: [],
     });
   });
@@ -803,46 +806,46 @@ describe("on a busy server", () => {
 
   test("what did not answer in time is the load's doing, which is said once, with its figures", () => {
     const tried = { ...boxes(MODERN)[0]?.tried, ...slow };
-    const [ill, ...more] = illsOf(boxes(MODERN, { a1: { facts: { load: BUSY }, tried } }));
-    assert.deepEqual([ill?.box, more], ["a1", []]);
+    const [problem, ...more] = problemsOf(boxes(MODERN, { a1: { facts: { load: BUSY }, tried } }));
+    assert.deepEqual([problem?.box, more], ["a1", []]);
     assert.equal(
-      ill?.cause,
+      problem?.cause,
       "the box is overloaded (load 9.81 on 2 cores, memory 98 % in use): 2 questions did not answer in time",
     );
-    assert.doesNotMatch(ill?.remedy ?? "", /open/);
+    assert.doesNotMatch(problem?.remedy ?? "", /open/);
   });
 
   test("a port that is closed is a closed port: nothing answers there in eight seconds, at another it does", () => {
     const tries = "tunnel b1 1420\ntunnel b2 1420\nkubelet a1 open\nkubelet b1 dropped\nkubelet b2 open";
     const tried = { tries, top: figures("a1", "b1", "b2"), kubelets: "logs b1 no did not answer in 10 s" };
-    const [ill, ...more] = illsOf(boxes(MODERN, { a1: { facts: { load: BUSY }, tried } }));
-    assert.match(ill?.cause ?? "", /its kubelet cannot be reached at 198\.51\.101\.11:10250/);
+    const [problem, ...more] = problemsOf(boxes(MODERN, { a1: { facts: { load: BUSY }, tried } }));
+    assert.match(problem?.cause ?? "", /its kubelet cannot be reached at 198\.51\.101\.11:10250/);
     assert.deepEqual(more, []);
   });
 
   test("a load alone is no fault, and shows in the table", () => {
     const members = boxes(MODERN, { a1: { facts: { load: BUSY } } });
-    assert.deepEqual(illsOf(members), []);
+    assert.deepEqual(problemsOf(members), []);
     assert.match(reportOf(clusterOf(members), [], {}), /^a1 .* 98% +9\.81\/2$/m);
   });
 
   test("that is not busy, slow is not closed either", () => {
-    const ills = illsOf(boxes(MODERN, { a1: { tried: { ...boxes(MODERN)[0]?.tried, ...slow } } }));
+    const problems = problemsOf(boxes(MODERN, { a1: { tried: { ...boxes(MODERN)[0]?.tried, ...slow } } }));
     assert.deepEqual(
-      ills.map(({ box, cause }) => [box, cause]),
+      problems.map(({ box, cause }) => [box, cause]),
       [
         ["b1", "kubectl logs of it: did not answer in 10 s"],
         ["b2", "kubectl exec of it: did not answer in 10 s"],
       ],
     );
-    for (const { remedy } of ills) assert.match(remedy, /^make check again/);
+    for (const { remedy } of problems) assert.match(remedy, /^make check again/);
   });
 
   test("the API's own words are said of what it refuses", () => {
     const kubelets =
       'logs b1 no 502 {"kind":"Status","message":"proxy error from 127.0.0.1:6443: \\"EOF\\""}';
-    const [ill] = illsOf(boxes(MODERN, { a1: { tried: { ...boxes(MODERN)[0]?.tried, kubelets } } }));
-    assert.equal(ill?.cause, 'kubectl logs does not work on it: proxy error from 127.0.0.1:6443: "EOF"');
+    const [problem] = problemsOf(boxes(MODERN, { a1: { tried: { ...boxes(MODERN)[0]?.tried, kubelets } } }));
+    assert.equal(problem?.cause, 'kubectl logs does not work on it: proxy error from 127.0.0.1:6443: "EOF"');
   });
 
   for (const [what, load, cause] of [
@@ -855,12 +858,12 @@ describe("on a busy server", () => {
   ] as const)
     test(`an API that ${what} is no API without nodes`, () => {
       const facts = { nodes: "", api: "20 did not answer in 20 s", load };
-      const ills = illsOf(boxes(MODERN, { a1: { facts, tried: { tries: "" } } }));
+      const problems = problemsOf(boxes(MODERN, { a1: { facts, tried: { tries: "" } } }));
       assert.deepEqual(
-        ills.map((ill) => [ill.box, ill.cause]),
+        problems.map((problem) => [problem.box, problem.cause]),
         [["a1", cause]],
       );
-      assert.equal(/^end what loads it/.test(ills[0]?.remedy ?? ""), load === BUSY);
+      assert.equal(/^end what loads it/.test(problems[0]?.remedy ?? ""), load === BUSY);
     });
 
   test("of two, the one that does not answer is named, and the nodes are known by the other", () => {
@@ -873,7 +876,7 @@ describe("on a busy server", () => {
       tried: { tries: "" },
     };
     assert.deepEqual(
-      illsOf([a1, second, b2]).map(({ box, cause }) => [box, cause]),
+      problemsOf([a1, second, b2]).map(({ box, cause }) => [box, cause]),
       [["b1", "the API did not answer in 20 s"]],
     );
   });
@@ -888,7 +891,7 @@ describe("a peer that speaks from elsewhere", () => {
 
   test("with a fresh handshake is worth a note, and not red in the table", () => {
     const members = at("b1", "203.0.113.77:51820");
-    assert.deepEqual(illsOf(members), []);
+    assert.deepEqual(problemsOf(members), []);
     assert.deepEqual(judge(clusterOf(members)).notes, [
       "a1: b1 speaks to it from 203.0.113.77:51820, not from 198.51.101.11; the handshake is fresh",
     ]);
@@ -901,24 +904,24 @@ describe("a peer that speaks from elsewhere", () => {
   ] as const)
     test(`is wrong at ${endpoint}`, () =>
       assert.deepEqual(
-        illsOf(at("b1", endpoint)).map((ill) => [ill.box, ill.cause]),
+        problemsOf(at("b1", endpoint)).map((problem) => [problem.box, problem.cause]),
         [["a1", cause]],
       ));
 });
 
 describe("the pods' bridge", () => {
   test("of modern k3s with an MTU larger than its tunnel's is named", () => {
-    const [ill, ...more] = illsOf(boxes(MODERN, { b1: { facts: { cni: "1500" } } }));
+    const [problem, ...more] = problemsOf(boxes(MODERN, { b1: { facts: { cni: "1500" } } }));
     assert.match(
-      ill?.cause ?? "",
+      problem?.cause ?? "",
       /^its pods at cni0 have an MTU of 1500, larger than the 1420 of flannel-wg/,
     );
-    assert.deepEqual([ill?.box, more], ["b1", []]);
+    assert.deepEqual([problem?.box, more], ["b1", []]);
   });
 
   test("with the tunnel's or less is as it should be", () => {
     for (const cni of ["1420", "1340", ""])
-      assert.deepEqual(illsOf(boxes(MODERN, { b1: { facts: { cni } } })), []);
+      assert.deepEqual(problemsOf(boxes(MODERN, { b1: { facts: { cni } } })), []);
   });
 });
 
@@ -926,12 +929,12 @@ test("a node on which no pod starts is a fault, in the kubelet's words and witho
   const words = 'FailedCreatePodSandBox: plugin type="flannel" failed (add): \u001b[2Jno subnet.env';
   const tried = { ...boxes(MODERN)[0]?.tried, unstarted: `unstarted b1 ${words}` };
   const cluster = clusterOf(boxes(MODERN, { a1: { tried } }));
-  const { ills } = verdict(cluster, undefined);
+  const { problems } = verdict(cluster, undefined);
   assert.deepEqual(
-    ills.map(({ box }) => box),
+    problems.map(({ box }) => box),
     ["b1"],
   );
-  const text = reportOf(cluster, ills, {});
+  const text = reportOf(cluster, problems, {});
   assert.match(
     text,
     /^b1: no pod starts on it: FailedCreatePodSandBox: plugin type="flannel" failed \(add\): {2}?.*no subnet\.env$/m,
@@ -957,9 +960,9 @@ describe("what k3s says in its journal", () => {
   test("is said of a node that is not well, and of no other", () => {
     const said = `level=info msg="Waiting to retrieve agent configuration; server is not ready: failed to retrieve configuration from server: not authorized"`;
     const over = { facts: { said, units: units("k3s-agent", "activating", 812) } };
-    assert.deepEqual(illsOf(boxes(MODERN, { b1: over })), []);
-    const [ill] = illsOf(boxes(MODERN, { ...list(A1, { ...B1, ready: false }, B2), b1: over }));
-    assert.match(ill?.cause ?? "", /the password in its K3S_TOKEN is wrong/);
+    assert.deepEqual(problemsOf(boxes(MODERN, { b1: over })), []);
+    const [problem] = problemsOf(boxes(MODERN, { ...list(A1, { ...B1, ready: false }, B2), b1: over }));
+    assert.match(problem?.cause ?? "", /the password in its K3S_TOKEN is wrong/);
   });
 
   test("of a minute ago counts less than what it said last", () => {
@@ -1090,7 +1093,7 @@ test("what explains a failure is never that the command which failed is still to
   const clock = { box: "b1", cause: "its clock is behind", remedy: "timedatectl set-ntp true on it" };
   const shown = { ...setUp, remedy: "make agent HOST=b1 waits for it and shows the journal" };
   const taken = { ...setUp, remedy: "hostnamectl set-hostname another name on it, then make agent HOST=b1" };
-  for (const [ills, script, told] of [
+  for (const [problems, script, told] of [
     [[setUp, other], "agent", []],
     [[setUp, down], "agent", []],
     [[shown], "agent", []],
@@ -1107,7 +1110,7 @@ test("what explains a failure is never that the command which failed is still to
       [{ ...down, box: "b1", remedy: "make server-x" }],
     ],
   ] as const)
-    assert.deepEqual(causesOf(ills, "b1", script), told, `${script}: ${JSON.stringify(ills)}`);
+    assert.deepEqual(causesOf(problems, "b1", script), told, `${script}: ${JSON.stringify(problems)}`);
 });
 
 test("what a box tries are the ways to the others, and what it is told of them cannot become its shell", () => {

@@ -1,7 +1,7 @@
 /** Why a script failed on a box: what check would say of it, else what its journal means. */
 import { meaningOf } from "../k3s/journal.ts";
 import type { Role } from "../k3s/unit.ts";
-import type { Ill, Line } from "../report.ts";
+import type { Line, Problem } from "../report.ts";
 import type { Call, Target } from "../script.ts";
 import { diagnose } from "./diagnose.ts";
 import { clusterOf, listed, type Member, surveyAndTry } from "./survey.ts";
@@ -14,14 +14,14 @@ export async function causes(
   line: Line,
   output: string,
   retry: string,
-): Promise<Ill[]> {
+): Promise<Problem[]> {
   line.says("looks for the cause");
   const role = script === "agent" || script === "annotate" ? "agent" : "server";
   // An upgrade that failed has put back what ran before: only what it said still tells.
-  const ills = script === "upgrade" ? [] : await explain(call, box, role, script);
+  const problems = script === "upgrade" ? [] : await explain(call, box, role, script);
   const meaning = meaningOf(output, retry);
-  return ills.length || !meaning || meaning.remedy.startsWith(`"${retry}"`)
-    ? ills
+  return problems.length || !meaning || meaning.remedy.startsWith(`"${retry}"`)
+    ? problems
     : [{ box: box.name, ...meaning }];
 }
 
@@ -32,14 +32,14 @@ let underWay: Promise<Member[]> | undefined;
  * What explains that a script failed on a box: what is wrong with it, else with any other. Not that what the script
  * was to do is still to be done.
  */
-export function causesOf(ills: readonly Ill[], name: string | undefined, script: string): Ill[] {
-  const own = ills.filter(({ box }) => box === name);
+export function causesOf(problems: readonly Problem[], name: string | undefined, script: string): Problem[] {
+  const own = problems.filter(({ box }) => box === name);
   const itself = new RegExp(`^make ${script}(?![\\w-])`);
-  return (own.length ? own : ills).filter(({ box, remedy }) => box !== name || !itself.test(remedy));
+  return (own.length ? own : problems).filter(({ box, remedy }) => box !== name || !itself.test(remedy));
 }
 
 /** Why a script failed on a box, as check would say it. Nothing where that cannot be found out. */
-async function explain(call: Call, failed: Target, role: Role, script: string): Promise<Ill[]> {
+async function explain(call: Call, failed: Target, role: Role, script: string): Promise<Problem[]> {
   try {
     // Without SERVER the script runs on the failed box itself, and knows no other.
     const boxes = call.settings.SERVER ? await listed(call) : [];

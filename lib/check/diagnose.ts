@@ -3,9 +3,9 @@
 import { meaningOf } from "../k3s/journal.ts";
 import { FRESH, type Node, overload, peerOf, standing } from "../k3s/nodes.ts";
 import { generationOf, unitOf } from "../k3s/unit.ts";
-import type { Ill } from "../report.ts";
+import type { Problem } from "../report.ts";
 import { publicIp } from "../table.ts";
-import type { Cluster, Seen } from "./survey.ts";
+import type { BoxReport, Cluster } from "./survey.ts";
 
 /** Clocks may differ so much, in seconds: NTP keeps them within one. */
 const APART = 5;
@@ -20,7 +20,7 @@ export const TURN = 150;
  * What was found: the way that does not work, and the ways that it goes by. Where one of those has been found broken
  * before, it is a consequence, and is not reported as a cause of its own.
  */
-interface Finding extends Ill {
+interface Finding extends Problem {
   /** Not yet a fault: only a note, and of this proof what has not passed is no fault either. */
   note?: string;
   /** `node b1`, `tunnel a1 b1`, `kubelet b1`: whatever others may go by. */
@@ -37,23 +37,23 @@ const between = (a: string, b: string) =>
 const betweenPods = (a: string, b: string) => [...between(a, b), full(a, b), pods(a, b)];
 
 /** What is wrong, the ground before what follows from it; nothing for a healthy cluster. */
-export const diagnose = (cluster: Cluster): Ill[] => judge(cluster).wrong;
+export const diagnose = (cluster: Cluster): Problem[] => judge(cluster).wrong;
 
 /** What is wrong; what is only worth a note, a line each; and the proofs that cannot be had yet. */
-export function judge(cluster: Cluster): { wrong: Ill[]; notes: string[]; early: string[] } {
+export function judge(cluster: Cluster): { wrong: Problem[]; notes: string[]; early: string[] } {
   const { boxes } = cluster;
   const broken = new Set<string>();
-  const wrong: Ill[] = [];
+  const wrong: Problem[] = [];
   const notes = notesOf(cluster);
   const early: string[] = [];
   const add = (findings: Finding[]) => {
-    for (const { breaks, by, note, ...ill } of findings) {
+    for (const { breaks, by, note, ...problem } of findings) {
       const followed = by.some((way) => broken.has(way));
       // A consequence breaks what goes by it too.
       for (const way of breaks) broken.add(way);
       if (note) early.push(note);
-      if (!followed && note) notes.push(`${ill.box}: ${ill.cause}`);
-      else if (!followed) wrong.push(ill);
+      if (!followed && note) notes.push(`${problem.box}: ${problem.cause}`);
+      else if (!followed) wrong.push(problem);
     }
   };
   add(boxFindings(cluster));
@@ -89,7 +89,7 @@ function boxFindings(cluster: Cluster): Finding[] {
     });
     if (box.error !== undefined) return [say(box.error, `see that "ssh ${box.host}" works from here`)];
     const ahead = Math.round((box.clock ?? clock) - clock);
-    const ill = serviceIll(box, cluster);
+    const problem = serviceProblem(box, cluster);
     return [
       ...(boxes.length > 1 && Math.abs(ahead) > APART
         ? [
@@ -100,15 +100,15 @@ function boxFindings(cluster: Cluster): Finding[] {
             ),
           ]
         : []),
-      ...(ill
+      ...(problem
         ? [
             say(
-              ill[0],
-              ill[1],
+              problem[0],
+              problem[1],
               [node],
-              ill[2] === "clock"
+              problem[2] === "clock"
                 ? [`clock ${box.name}`]
-                : ill[2] === "server" && server && server !== box
+                : problem[2] === "server" && server && server !== box
                   ? [`node ${server.name}`]
                   : [],
             ),
@@ -132,9 +132,9 @@ function boxFindings(cluster: Cluster): Finding[] {
 function addressFindings(cluster: Cluster, broken: Set<string>): Finding[] {
   return cluster.boxes.flatMap((box) => {
     if (broken.has(`node ${box.name}`) || !box.node) return [];
-    const ill = addressIll(box, box.node, cluster);
-    return ill
-      ? [{ box: box.name, cause: ill[0], remedy: ill[1], breaks: [`node ${box.name}`], by: [] }]
+    const problem = addressProblem(box, box.node, cluster);
+    return problem
+      ? [{ box: box.name, cause: problem[0], remedy: problem[1], breaks: [`node ${box.name}`], by: [] }]
       : [];
   });
 }
@@ -143,7 +143,7 @@ function smallFindings({ boxes, nodes }: Cluster): Finding[] {
   const servers = boxes.filter(({ role }) => role === "server").map(({ name }) => `node ${name}`);
   return [
     ...boxes.flatMap((box) =>
-      smallIlls(box).map(([cause, remedy, way = ""]) => ({
+      smallProblems(box).map(([cause, remedy, way = ""]) => ({
         box: box.name,
         cause,
         remedy,
@@ -165,7 +165,7 @@ function smallFindings({ boxes, nodes }: Cluster): Finding[] {
 }
 
 /** Peers with a fresh handshake where they can be no longer than a moment. */
-function endpointFindings(boxes: Seen[], nodes: readonly Node[]): Finding[] {
+function endpointFindings(boxes: BoxReport[], nodes: readonly Node[]): Finding[] {
   return boxes.flatMap((a) =>
     boxes.flatMap((b) => {
       if (a === b || !b.node) return [];
@@ -210,14 +210,14 @@ function busyFindings({ boxes }: Cluster, broken: Set<string>): Finding[] {
 const SLOW = /did not answer|time(d )?out|deadline exceeded/i;
 
 /** The line that brings a box to what it should be. */
-export const makeLine = (box: Pick<Seen, "role" | "word">): string =>
+export const makeLine = (box: Pick<BoxReport, "role" | "word">): string =>
   box.role === "server" ? "make server" : `make agent HOST=${box.word}`;
 
 /** @param by what it may follow from. */
 type Line = [cause: string, remedy: string, by?: string];
 
 /** Why k3s does not run on the box as a node of this cluster. */
-function serviceIll(box: Seen, { boxes, nodes }: Cluster): Line | undefined {
+function serviceProblem(box: BoxReport, { boxes, nodes }: Cluster): Line | undefined {
   const server = boxes.find(({ role }) => role === "server");
   const unit = unitOf(box.role);
   const again = makeLine(box);
@@ -293,7 +293,7 @@ function serviceIll(box: Seen, { boxes, nodes }: Cluster): Line | undefined {
 }
 
 /** Why its peers do not send to the box's public address. */
-function addressIll(box: Seen, node: Node, { boxes }: Cluster): Line | undefined {
+function addressProblem(box: BoxReport, node: Node, { boxes }: Cluster): Line | undefined {
   const again = makeLine(box);
   if (node.externalIp !== box.ip)
     return [`its ExternalIP is ${node.externalIp ?? "not set"}, not ${box.ip}`, again];
@@ -316,7 +316,7 @@ function addressIll(box: Seen, node: Node, { boxes }: Cluster): Line | undefined
 }
 
 /** What a box has beside its place in the cluster. */
-function smallIlls(box: Seen): Line[] {
+function smallProblems(box: BoxReport): Line[] {
   if (box.error !== undefined) return [];
   const lines: Line[] = [];
   const ipvs = box.proxyMode === "ipvs" || box.node?.args.some((arg) => arg.endsWith("proxy-mode=ipvs"));
@@ -364,7 +364,7 @@ function smallIlls(box: Seen): Line[] {
  * Does systemd start k3s again and again? While a node joins it may, for some time; and one that has run longer than
  * it did before has left that behind.
  */
-function loops({ starts, unit: { runs } }: Seen): "wrong" | "young" | undefined {
+function loops({ starts, unit: { runs } }: BoxReport): "wrong" | "young" | undefined {
   if (runs === undefined || runs >= 60 || starts.length < 3) return undefined;
   const longest = Math.max(...starts.slice(1).map((ago, i) => (starts[i] as number) - ago));
   return Math.max(...starts) < TURN || runs > longest ? "young" : "wrong";
@@ -392,13 +392,13 @@ function notesOf({ boxes, nodes }: Cluster): string[] {
 }
 
 /** Tunnels of boxes that have nothing else: too large packets, closed ports, stale peers. */
-function tunnelFindings(boxes: Seen[], broken: Set<string>): Finding[] {
-  const ills: Finding[] = [];
-  const peerAt = (a: Seen, b: Seen) => peerOf(a.peers, b.node?.podCidr);
+function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Finding[] {
+  const problems: Finding[] = [];
+  const peerAt = (a: BoxReport, b: BoxReport) => peerOf(a.peers, b.node?.podCidr);
   /** Where nothing could be sent for want of ping, the handshake tells. */
-  const reach = (a: Seen, b: Seen) =>
+  const reach = (a: BoxReport, b: BoxReport) =>
     a.tried.tunnel[b.nodeName] ?? (a.now - (peerAt(a, b)?.handshake ?? 0) > FRESH ? 0 : undefined);
-  const lost: [Seen, Seen][] = [];
+  const lost: [BoxReport, BoxReport][] = [];
 
   const small = pairs(boxes).flatMap(([a, b]) => {
     const sizes = [reach(a, b), reach(b, a)].filter((size) => size !== undefined && size > 0) as number[];
@@ -414,7 +414,7 @@ function tunnelFindings(boxes: Seen[], broken: Set<string>): Finding[] {
   if (first?.wireguard) {
     const { name, mtu } = first.wireguard;
     const where = at ? "it and its peers" : ends.map((box) => box.name).join(", ");
-    ills.push({
+    problems.push({
       box: (at ?? ends.at(-1) ?? first).name,
       cause: `the MTU ${mtu} of ${name} is too large between ${where}: larger packets than ${fits} are lost`,
       // flannel's wireguard-native takes the card's MTU less 80 (v0.28.4); the old backend's script sets none.
@@ -433,7 +433,7 @@ function tunnelFindings(boxes: Seen[], broken: Set<string>): Finding[] {
       const [there, back] = [peerAt(a, b), peerAt(b, a)];
       if (!there || (b.wireguard?.key && there.key !== b.wireguard.key)) {
         if (reach(a, b) === 0 || !there)
-          ills.push({
+          problems.push({
             box: a.name,
             cause: there ? `it has an old WireGuard key of ${b.name}` : `its WireGuard has no peer ${b.name}`,
             remedy: `systemctl restart ${there ? `${unitOf(b.role)} on ${b.name}` : `${unitOf(a.role)} on it`}`,
@@ -445,9 +445,9 @@ function tunnelFindings(boxes: Seen[], broken: Set<string>): Finding[] {
     }
 
   /** Did packets that a sent arrive at b's WireGuard in the seconds that both were watched? */
-  const arrives = (a: Seen, b: Seen) => (b.tried.passed[a.wireguard?.key ?? ""]?.received ?? 0) > 0;
+  const arrives = (a: BoxReport, b: BoxReport) => (b.tried.passed[a.wireguard?.key ?? ""]?.received ?? 0) > 0;
   const dropped = lost.filter(([a, b]) => !arrives(a, b));
-  const explained = new Set<Seen>();
+  const explained = new Set<BoxReport>();
   for (const b of boxes) {
     const senders = dropped.filter(([, to]) => to === b).map(([from]) => from);
     const others = boxes.filter((a) => a !== b && arrives(a, b));
@@ -457,7 +457,7 @@ function tunnelFindings(boxes: Seen[], broken: Set<string>): Finding[] {
     // With one sender only, its own outgoing packets may be what is dropped.
     const elsewhere = senders.length === 1 ? ` (or the one of ${senders[0]?.name} drops what goes out)` : "";
     explained.add(b);
-    ills.push({
+    problems.push({
       box: b.name,
       breaks: senders.map((a) => tunnel(a.name, b.name)),
       by: [],
@@ -484,7 +484,7 @@ function tunnelFindings(boxes: Seen[], broken: Set<string>): Finding[] {
     const ways = lost.filter(([x, y]) => (x === a && y === b) || (x === b && y === a));
     if (ways.length === 0) continue;
     const deaf = ways.every(([x, y]) => arrives(x, y));
-    ills.push({
+    problems.push({
       box: b.name,
       breaks: [tunnel(a.name, b.name)],
       by: [],
@@ -500,7 +500,7 @@ function tunnelFindings(boxes: Seen[], broken: Set<string>): Finding[] {
           }),
     });
   }
-  return ills;
+  return problems;
 }
 
 /** Nodes on which no pod starts, in the kubelet's words. */
@@ -544,9 +544,9 @@ function dnsFindings({ boxes, nodes, system }: Cluster): Finding[] {
 type Event = [what: string, seconds: number];
 
 /** What has happened to a node last, of what others have to follow. */
-function latest(boxes: Seen[], server: Seen, node: Node | undefined, more: Event[]): Event {
+function latest(boxes: BoxReport[], server: BoxReport, node: Node | undefined, more: Event[]): Event {
   const box = node && boxOf(boxes, node);
-  const runs = ({ unit }: Seen) => unit.runs ?? Number.POSITIVE_INFINITY;
+  const runs = ({ unit }: BoxReport) => unit.runs ?? Number.POSITIVE_INFINITY;
   const events: Event[] = [
     [`k3s of ${server.name} was started`, runs(server)],
     ...(box ? [[`k3s of ${box.name} was started`, runs(box)] as Event] : []),
@@ -615,7 +615,7 @@ export const TOP = "nodes in kubectl top";
 
 /** What pods do not reach, where the boxes themselves do: each kind once, with the boxes it concerns. */
 function podFindings({ boxes, system }: Cluster): Finding[] {
-  const failed = (of: (box: Seen) => Record<string, boolean>) =>
+  const failed = (of: (box: BoxReport) => Record<string, boolean>) =>
     boxes.flatMap((box) =>
       Object.entries(box.error === undefined ? of(box) : {}).flatMap(([to, fine]) =>
         fine ? [] : [{ box, to }],
@@ -713,11 +713,11 @@ function kubeletFindings({ boxes, nodes }: Cluster): Finding[] {
   });
 }
 
-const named = (boxes: Seen[], nodeName: string): string =>
+const named = (boxes: BoxReport[], nodeName: string): string =>
   boxes.find((box) => nodeName && box.nodeName === nodeName)?.name ?? nodeName;
 
 /** The box on which a node runs: of its address, for a host name may be another's. */
-const boxOf = (boxes: Seen[], node: Node) =>
+const boxOf = (boxes: BoxReport[], node: Node) =>
   boxes.find(({ ip }) => ip === node.externalIp) ?? boxes.find(({ nodeName }) => nodeName === node.name);
 
 function pairs<T>(list: T[]): [T, T][] {

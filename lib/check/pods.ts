@@ -9,7 +9,7 @@ import { API, apiMessage, CURL, itemsOf, type Load, overload, type PodObject } f
 import type { Call } from "../script.ts";
 import { sh } from "../sh.ts";
 import { TURN } from "./diagnose.ts";
-import { ask, type Cluster, few, line, type Member, patience, type Seen } from "./survey.ts";
+import { ask, type BoxReport, type Cluster, few, line, type Member, patience } from "./survey.ts";
 
 const LABEL = "k3s-across-clouds-check";
 /** How long pods may take until they run, in seconds: an image may have to be fetched. */
@@ -116,7 +116,7 @@ export function unstarted(
 /** A box that has run for some time and has little to do gives no other reason for a pod that does not start. */
 export const isFault = (
   { image, proven }: { image: boolean; proven: boolean },
-  box: Pick<Seen, "unit" | "load"> | undefined,
+  box: Pick<BoxReport, "unit" | "load"> | undefined,
 ): boolean => !image && (proven || ((box?.unit.runs ?? 0) > TURN && !overload(box?.load as Load)));
 
 /** The shell that removes them, and waits until they are gone. */

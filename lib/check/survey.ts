@@ -145,7 +145,7 @@ export const line = (says: Line["says"] = () => {}): Line => ({
 });
 
 /** A box as it is shown and judged; what it did not say is undefined. */
-export interface Seen {
+export interface BoxReport {
   name: string;
   host: string;
   word: string;
@@ -231,7 +231,7 @@ export interface Tried {
 
 /** The cluster: the boxes of the settings, and all nodes that the API knows. */
 export interface Cluster {
-  boxes: Seen[];
+  boxes: BoxReport[];
   nodes: Node[];
   /** CoreDNS and metrics-server, where the API said. */
   system?: SystemPod[] | undefined;
@@ -252,7 +252,7 @@ export function clusterOf(members: readonly Member[]): Cluster {
 }
 
 /** A box by itself; what its firewall keeps out shows beside the others. */
-type Alone = Omit<Seen, "blocked" | "latent" | "opens">;
+type Alone = Omit<BoxReport, "blocked" | "latent" | "opens">;
 
 /** What has passed is not blocked: by rules that are not understood here, or as part of a connection from before them. */
 function firewallOf(box: Alone, { facts, want }: Member, boxes: readonly Alone[], nodes: readonly Node[]) {
@@ -419,7 +419,7 @@ export async function surveyAndTry(call: Call, boxes: Listed) {
 export async function tryPaths(call: Call, members: readonly Member[], cluster: Cluster): Promise<void> {
   await Promise.all(
     members.map(async (member) => {
-      const box = cluster.boxes.find(({ name }) => name === member.target.name) as Seen;
+      const box = cluster.boxes.find(({ name }) => name === member.target.name) as BoxReport;
       if (member.error) return;
       try {
         member.tried = await look(
@@ -435,7 +435,7 @@ export async function tryPaths(call: Call, members: readonly Member[], cluster: 
 }
 
 /** The other nodes by the address of their end of the tunnel: flannel gives it the first of the pods' network. */
-function tunnels(box: Seen, { boxes, nodes }: Cluster): [string, string][] {
+function tunnels(box: BoxReport, { boxes, nodes }: Cluster): [string, string][] {
   const names = new Map<string, string>();
   for (const { name, podCidr } of nodes)
     if (name !== box.nodeName && podCidr) names.set(name, podCidr.replace(/\/.*/, ""));
@@ -450,7 +450,7 @@ const SIZES = [1412, 1400, 1392, 1380, 1372, 1360, 1340, 1320, 1300, 1280, 1240,
 const WATCH = 7;
 
 /** The shell that tries a box's ways to the others. It sends packets, and leaves nothing behind. */
-export function tries(box: Seen, cluster: Cluster): string {
+export function tries(box: BoxReport, cluster: Cluster): string {
   const wg = box.wireguard;
   const to = wg ? tunnels(box, cluster) : [];
   const kubelets = box.role === "server" ? cluster.nodes.filter((n) => n.externalIp) : [];

@@ -4,10 +4,17 @@ import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
 import { judge, TOP } from "../../lib/check/diagnose.ts";
 import { tryPods } from "../../lib/check/pods.ts";
-import { ask, type Cluster, clusterOf, listed, type Seen, surveyAndTry } from "../../lib/check/survey.ts";
+import {
+  ask,
+  type BoxReport,
+  type Cluster,
+  clusterOf,
+  listed,
+  surveyAndTry,
+} from "../../lib/check/survey.ts";
 import { FRESH, overload, peerOf, standing } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
-import { type Ill, plain } from "../../lib/report.ts";
+import { type Problem, plain } from "../../lib/report.ts";
 import type { Call } from "../../lib/script.ts";
 import { jsonOf, redacted } from "../../lib/text.ts";
 
@@ -24,30 +31,33 @@ async function check(call: Call): Promise<number> {
     const mark = randomBytes(3).toString("hex");
     const podless = watch ? "not with --watch" : await tryPods(call, members, cluster, mark);
     cluster = clusterOf(members);
-    const { ills, notes } = verdict(cluster, podless);
+    const { problems, notes } = verdict(cluster, podless);
     const { stdout } = process;
-    if (call.flags.has("json")) stdout.write(`${jsonOf(asJson(cluster, ills, notes, podless))}\n`);
+    if (call.flags.has("json")) stdout.write(`${jsonOf(asJson(cluster, problems, notes, podless))}\n`);
     else
       stdout.write(
-        `${watch ? `${stdout.isTTY ? "\x1b[H\x1b[J" : "\n"}${new Date().toISOString()}\n\n` : ""}${reportOf(cluster, ills, stdout.isTTY ? stdout : {}, podless, notes)}`,
+        `${watch ? `${stdout.isTTY ? "\x1b[H\x1b[J" : "\n"}${new Date().toISOString()}\n\n` : ""}${reportOf(cluster, problems, stdout.isTTY ? stdout : {}, podless, notes)}`,
       );
-    if (!watch) return ills.length ? 1 : 0;
+    if (!watch) return problems.length ? 1 : 0;
     await sleep(PAUSE * 1000);
   }
 }
 
 /** What is wrong; also what did not pass for a reason that is not known here. */
-export function verdict(cluster: Cluster, podless: string | undefined): { ills: Ill[]; notes: string[] } {
+export function verdict(
+  cluster: Cluster,
+  podless: string | undefined,
+): { problems: Problem[]; notes: string[] } {
   const { wrong, notes, early } = judge(cluster);
-  if (wrong.length) return { ills: wrong, notes };
-  const ills = proofsOf(cluster, podless)
+  if (wrong.length) return { problems: wrong, notes };
+  const problems = proofsOf(cluster, podless)
     .filter(({ what, passed, of }) => passed < of && !early.includes(what))
     .map(({ what, passed, of }) => ({
       box: cluster.boxes[0]?.name ?? "",
       cause: `${what}: ${passed} of ${of}, for a reason that shows on no box of SERVER and AGENTS`,
       remedy: "add every node to AGENTS, and check again",
     }));
-  return { ills, notes };
+  return { problems, notes };
 }
 
 /** A line of the report on what was tried: what passed, and what could not be tried and why. */
@@ -70,11 +80,11 @@ export function proofsOf({ boxes, nodes }: Cluster, podless: string | undefined)
   };
   const services = heard.flatMap(({ tried }) => tried.service ?? []);
   const kubelets = Object.values(server?.tried.kubelet ?? {});
-  const byPods = (what: string, of: (tried: Seen["tried"]) => Record<string, boolean>) => {
+  const byPods = (what: string, of: (tried: BoxReport["tried"]) => Record<string, boolean>) => {
     const all = heard.flatMap(({ tried }) => Object.values(of(tried)));
     return { what, passed: all.filter(Boolean).length, of: all.length, untested: [] };
   };
-  const one = (name: string) => (tried: Seen["tried"]) =>
+  const one = (name: string) => (tried: BoxReport["tried"]) =>
     tried.services[name] === undefined ? {} : { [name]: tried.services[name] as boolean };
   return [
     {
@@ -113,10 +123,15 @@ export function proofsOf({ boxes, nodes }: Cluster, podless: string | undefined)
 }
 
 /** What programs read. */
-function asJson({ boxes, nodes }: Cluster, ills: Ill[], notes: string[], podless: string | undefined) {
+function asJson(
+  { boxes, nodes }: Cluster,
+  problems: Problem[],
+  notes: string[],
+  podless: string | undefined,
+) {
   return {
-    ok: ills.length === 0,
-    wrong: ills,
+    ok: problems.length === 0,
+    wrong: problems,
     notes,
     proofs: proofsOf({ boxes, nodes }, podless).filter(({ of, untested }) => of || untested.length),
     boxes: boxes.map(({ word: _, said, node, ...box }) => ({
@@ -143,7 +158,7 @@ interface Page {
 /** The report as text: tables, what was proved, and what is wrong. */
 export function reportOf(
   cluster: Cluster,
-  ills: readonly Ill[],
+  problems: readonly Problem[],
   page: Page,
   podless?: string,
   notes = judge(cluster).notes,
@@ -161,7 +176,7 @@ export function reportOf(
     ...(of ? [`${passed === of ? green("ok   ") : red("wrong")} ${what}: ${passed} of ${of}`] : []),
     ...untested.map((why) => `could not test ${what}: ${shown(why)}`),
   ]);
-  const wrong = merged(ills).flatMap(({ box, cause, remedy }) => [
+  const wrong = merged(problems).flatMap(({ box, cause, remedy }) => [
     red(`${box}: ${shown(cause)}`),
     `    do: ${shown(remedy)}`,
   ]);
@@ -173,9 +188,9 @@ export function reportOf(
 const shown = (text: string) => plain(text).replaceAll(/[\n\t]/g, " ");
 
 /** What is wrong in the same way with several boxes, said once. */
-export function merged(ills: readonly Ill[]): Ill[] {
-  const one = new Map<string, Ill>();
-  for (const { box, cause, remedy } of ills) {
+export function merged(problems: readonly Problem[]): Problem[] {
+  const one = new Map<string, Problem>();
+  for (const { box, cause, remedy } of problems) {
     const before = one.get(`${cause}\n${remedy}`);
     one.set(`${cause}\n${remedy}`, { box: before ? `${before.box}, ${box}` : box, cause, remedy });
   }
@@ -267,7 +282,7 @@ function boxTable({ boxes }: Cluster): Row[] {
 /** From each node (a row) to each other: seconds since the last handshake, received and sent, and the endpoint. */
 function wireguardTable({ boxes, nodes }: Cluster, width: number): Row[] {
   const shown = boxes.filter(({ error, wireguard }) => error === undefined && wireguard);
-  const cell = (from: Seen, to: (typeof nodes)[number], short: boolean): Cell | string => {
+  const cell = (from: BoxReport, to: (typeof nodes)[number], short: boolean): Cell | string => {
     if (to.name === from.nodeName) return short ? "·" : "-";
     const peer = peerOf(from.peers, to.podCidr);
     if (!peer) return { text: short ? "x" : "no peer", wrong: true };

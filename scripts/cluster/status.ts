@@ -2,7 +2,7 @@
 /** The cluster in ten lines, from one round trip to the server. Changes nothing. */
 import { targets } from "../../lib/boxes.ts";
 import { judge, TOP } from "../../lib/check/diagnose.ts";
-import { ask, type Cluster, clusterOf, type Seen, survey, TOP_LOOK } from "../../lib/check/survey.ts";
+import { ask, type BoxReport, type Cluster, clusterOf, survey, TOP_LOOK } from "../../lib/check/survey.ts";
 import { FRESH, type Node, peerOf } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { plain } from "../../lib/report.ts";
@@ -21,7 +21,7 @@ export type Row = [what: string, text: string, well: boolean];
 /** Ten lines. */
 export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
   const { boxes, nodes } = cluster;
-  const server = boxes[0] as Seen;
+  const server = boxes[0] as BoxReport;
   const names = (list: Node[]) => list.map(({ name }) => name).join(", ");
   const versions = [...new Set(nodes.map(({ version }) => version))];
   const down = nodes.filter(({ ready }) => !ready);
@@ -34,7 +34,7 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
     .split("\n")
     .filter(Boolean)
     .map((row) => row.split(/\s+/));
-  const ill = rows.filter(
+  const problem = rows.filter(
     ([, , ready = "", state]) => state !== "Completed" && (state !== "Running" || !/^(\d+)\/\1$/.test(ready)),
   );
   const { top } = server.tried;
@@ -68,11 +68,11 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
     ],
     [
       "pods",
-      ill.length
-        ? `${ill.length} of ${rows.length} not well: ${ill
+      problem.length
+        ? `${problem.length} of ${rows.length} not well: ${problem
             .slice(0, 3)
             .map(([, name, , state]) => `${name} ${state}`)
-            .join(", ")}${ill.length > 3 ? ", …" : ""}`
+            .join(", ")}${problem.length > 3 ? ", …" : ""}`
         : `${rows.length}, all well`,
       // A pod that does not start is its owner's affair, not yet the cluster's.
       true,
