@@ -31,7 +31,7 @@ help: ## this list
 ## The seven steps, in their order
 download-k3s: ## 1  a verified k3s binary
 upgrade-kernel: ## 2  a kernel with WireGuard, on CentOS 7
-install-wireguard: ## 3  WireGuard, proven
+install-wireguard: ## 3  WireGuard's tools, tested
 server: ## 4  k3s server on SERVER or HOST, with steps 1 to 3 and 6
 agent: ## 5  k3s agent on HOST, with steps 1 to 3 and 6
 annotate: ## 6  every peer at its public address
@@ -42,13 +42,13 @@ up: ## all of them, on SERVER and all AGENTS (make -j up does the same)
 check: ## the whole cluster, and what is wrong with it (JSON=1, WATCH=1)
 status: ## the cluster in ten lines, by one trip to the server
 kubeconfig: ## merge the cluster's kubeconfig into yours; USE=1 makes it the current one
-firewall: ## the nodes reach each other's k3s, the world does not (all boxes, or HOST)
+firewall: ## open k3s's ports to the nodes only (all boxes, or HOST)
 upgrade: ## K3S_VERSION on all boxes, one at a time, drained (STEPS="v1.35.4+k3s1 …": what to pass through)
-token: ## a new token; nodes go on running
+token: ## replace the join token; nodes keep running
 backup: ## the server's datastore, token and manifests, to a file here (BACKUP=…)
 restore: ## a server from BACKUP=… on a fresh box, HOST; agents follow
 remove: ## boxes leave the cluster: HOST, drained and uninstalled (FORCE=1: also one that is gone)
-down: ## k3s goes from SERVER and all AGENTS, after asking (YES=1: at once)
+down: ## remove k3s from SERVER and all AGENTS, after asking (YES=1: at once)
 
 download: download-k3s
 kernel: upgrade-kernel

@@ -30,7 +30,7 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
   const list = splitWords(settings[setting]);
   if (setting !== "HOST" && list.some(isExample))
     throw new SettingError(
-      `${setting} is "${settings[setting]}" (${origins[setting]}): that is env.example's, and nobody's box; edit SERVER and AGENTS first`,
+      `${setting} is "${settings[setting]}" (${origins[setting]}): that is the example from env.example; edit SERVER and AGENTS first`,
     );
   const known = splitWords(`${settings.SERVER} ${settings.AGENTS}`).map((word) => word.split("="));
   const needsIp = call.recipe.steps.some((step) => step.options.includes("PUBLIC_IP"));

@@ -56,7 +56,7 @@ async function trip(
     const change = changes[seen.failed.i];
     const how =
       seen.failed.status === 124
-        ? `no end after ${change?.seconds ?? 60} s`
+        ? `timed out after ${change?.seconds ?? 60} s`
         : `exit status ${seen.failed.status}`;
     throw new Failure(`${change?.why ?? "A change that was not asked for"} (${how})`, change, seen.output);
   }
@@ -87,7 +87,7 @@ function sane(facts: Facts): void {
   for (const [name, form] of Object.entries(FORMS)) {
     const text = facts[name]?.trim();
     if (text && !form.test(text))
-      throw new Failure(`The box's answer makes no sense: its ${name} is ${quoted(text)}`);
+      throw new Failure(`Unexpected answer from the box: its ${name} is ${quoted(text)}`);
   }
 }
 
@@ -124,8 +124,8 @@ export async function converge(
       const unknown = changes.find((change) => change.unknown)?.unknown;
       throw new Failure(
         unknown
-          ? `It was done, but it cannot be seen whether all is as wanted: ${unknown}`
-          : `Still to be done after it was done: ${changes.map((c) => c.why).join("; ")}`,
+          ? `Applied, but the result could not be verified: ${unknown}`
+          : `Applied, but still needed: ${changes.map((c) => c.why).join("; ")}`,
         changes[0],
       );
     }

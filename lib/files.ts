@@ -36,7 +36,7 @@ export function noFile(path: string): string | undefined {
     const stat = statSync(path, { throwIfNoEntry: false });
     if (!stat) return lstatSync(path, { throwIfNoEntry: false }) && "a link that leads nowhere";
     if (stat.isFile()) return undefined;
-    return stat.isDirectory() ? "a folder" : stat.isFIFO() ? "a pipe" : "no file but a device or socket";
+    return stat.isDirectory() ? "a folder" : stat.isFIFO() ? "a pipe" : "a device or a socket";
   } catch (error) {
     return (error as NodeJS.ErrnoException).code === "ELOOP" ? "a link that leads to itself" : undefined;
   }
@@ -161,7 +161,7 @@ export function putNew(half: string, file: string): void {
     const handle = openSync(half, "r+");
     fsyncSync(handle);
     closeSync(handle);
-    if (lstatSync(file, { throwIfNoEntry: false })) throw new Unwritten(`${file} is there by now`);
+    if (lstatSync(file, { throwIfNoEntry: false })) throw new Unwritten(`${file} already exists`);
     renameSync(half, file);
   } catch (error) {
     throw unwritten(file, error);
@@ -172,7 +172,7 @@ export function putNew(half: string, file: string): void {
 /** What the system says of a file, as what it means for that. Deno has no code for some of it, such as EFBIG. */
 export const unwritten = (file: string, error: unknown): unknown =>
   (error as NodeJS.ErrnoException).code || / \(os error \d+\)$/.test((error as Error).message)
-    ? new Unwritten(`${file} could not be written, and is as it was: ${reasonOf(error)}`)
+    ? new Unwritten(`${file} could not be written, and is unchanged: ${reasonOf(error)}`)
     : error;
 
 function syncFolder(file: string): void {

@@ -115,7 +115,7 @@ export function printed(changes: readonly Change[]): string {
     onServer ? [`# first, on the server: ${oneLine(why)}`] : [],
   );
   const here = changes.filter((change) => !change.onServer);
-  const late = `[ -z "$waited" ] || { echo 'An earlier run has just ended here: make this plan anew'; exit 1; }`;
+  const late = `[ -z "$waited" ] || { echo 'Another run has just ended on this box: run the same again'; exit 1; }`;
   const apply = applyScript(here, newMark(), (name) => `"$${name}"`, "person");
   return `#!/bin/sh\n${whole([...needs, ...pushes, ...elsewhere, apply, late].join("\n"))}`;
 }
@@ -146,7 +146,7 @@ export function reader(
     /** @throws {Failure} for a box whose words of its own are without an end. */
     line(line: string) {
       if (line.startsWith(`${mark} `) && line !== `${mark} beat` && ++words > WORDS)
-        throw new Failure(`The box said more than ${WORDS} words of ours: it has no end`);
+        throw new Failure(`The box sent more than ${WORDS} protocol lines`);
       if (!line.startsWith(`${mark} `)) {
         if (fact === undefined) seen.output += `${line}\n`;
         else facts[fact] = facts[fact] === undefined ? line : `${facts[fact]}\n${line}`;

@@ -190,7 +190,7 @@ export function open(host: string, keys = ""): Box {
       for await (const chunk of stream) {
         said += chunk.length;
         if (said > most)
-          throw new Unreachable(`The box said more than ${most / 1e6} MB: what it has to say takes far less`);
+          throw new Unreachable(`The box sent more than ${most / 1e6} MB, far more than expected`);
         await take(chunk);
       }
     };
@@ -204,7 +204,7 @@ export function open(host: string, keys = ""): Box {
     ]);
     let timer: NodeJS.Timeout | undefined;
     const late = new Promise<never>((_, reject) => {
-      const why = `No end after ${seconds} s: the box hangs, or a command on it does`;
+      const why = `Timed out after ${seconds} s: the box, or a command on it, hangs`;
       timer = setTimeout(() => reject(new Unreachable(why)), seconds * 1000);
     });
     try {
@@ -242,7 +242,7 @@ export function open(host: string, keys = ""): Box {
           const lines = text.includes("\n") ? (rest + text).split("\n") : [rest + text];
           rest = lines.pop() as string;
           count += lines.length;
-          if (count > LINES) throw new Unreachable(`The box said more than ${LINES} lines`);
+          if (count > LINES) throw new Unreachable(`The box sent more than ${LINES} lines`);
           for (const line of lines) {
             if (begun) onLine(line);
             else if (line.endsWith(BEGIN)) begun = true;
@@ -346,7 +346,7 @@ export function reasonOf(host: string, stderr: string, status: number | null, st
   // 255 is ssh's own; any other status is the box's, which has let us in.
   if (status === 255 || status === null) return `Could not reach ${host}: ${said}`;
   const words = lastOf(stdout) || lastOf(stderr);
-  return `${nameOf(host)} ${words ? `says: ${words}: it ` : ""}lets this user in, but runs no command for it (exit status ${status})`;
+  return `${nameOf(host)} ${words ? `says: ${words}: it ` : ""}accepts the login, but runs no command (exit status ${status})`;
 }
 
 const lastOf = (text: string) =>

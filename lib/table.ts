@@ -23,7 +23,7 @@ const matches = (pattern: RegExp, right: string) => (value: string) =>
 const url = (value: string) =>
   /^https?:\/\/[\w.:[\]-]+(\/[\w.,:/%+~@-]*)?$/.test(value) && URL.canParse(value)
     ? undefined
-    : "an http:// or https:// address without blanks or quotes";
+    : "an http:// or https:// address without spaces or quotes";
 const each = (check: Setting["check"]) => (value: string) =>
   splitWords(value)
     .map(check)
@@ -36,7 +36,7 @@ const file = matches(/^\P{Cc}+$/u, "the path of a file, without control characte
 
 function args(role: "server" | "agent", value: string): string | undefined {
   if (!/^([^\p{Cc}'"`\\]|\t)*$/u.test(value))
-    return "arguments separated by blanks, on one line, without quotes, backslashes or control characters";
+    return "arguments separated by spaces, on one line, without quotes, backslashes or control characters";
   const list = parseArgs(value);
   const secret = secretIn(list);
   if (secret)
@@ -84,7 +84,7 @@ const byCommas = (check: Setting["check"], value: string) =>
     .split(",")
     .map(check)
     .find((wrong) => wrong !== undefined)
-    ?.replace("separated by blanks", "separated by commas");
+    ?.replace("separated by spaces", "separated by commas");
 
 /** A network as node knows it; nothing for what is none. */
 function networkIn(text: string): BlockList | undefined {
@@ -140,7 +140,7 @@ function token(value: string): string | undefined {
 export const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
 export const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
 function label(value: string): string | undefined {
-  if (!new RegExp(`^${KEY}=(${WORD})?$`).test(value)) return "labels KEY=VALUE, separated by blanks";
+  if (!new RegExp(`^${KEY}=(${WORD})?$`).test(value)) return "labels KEY=VALUE, separated by spaces";
   const owned = /^([^/]*\.)?(kubernetes|k8s)\.io\//.test(value);
   const own =
     /^([^/]*\.)?(kubelet|node)\.kubernetes\.io\/|^(topology|failure-domain\.beta)\.kubernetes\.io\/(zone|region)=/;
@@ -150,7 +150,7 @@ function label(value: string): string | undefined {
 }
 const taint = matches(
   new RegExp(`^${KEY}(=(${WORD})?)?:(NoSchedule|PreferNoSchedule|NoExecute)$`),
-  "taints KEY=VALUE:EFFECT or KEY:EFFECT, separated by blanks, with NoSchedule, PreferNoSchedule or NoExecute",
+  "taints KEY=VALUE:EFFECT or KEY:EFFECT, separated by spaces, with NoSchedule, PreferNoSchedule or NoExecute",
 );
 
 /** The API takes no node that has a key and effect twice. */
@@ -164,7 +164,7 @@ const mirror = (value: string) => {
   const [, registry, address = ""] = /^([^=]*)=(.*)$/.exec(value) ?? [];
   return /^([\w.-]+(:\d+)?|\*)$/.test(registry ?? "") && !url(address)
     ? undefined
-    : "mirrors REGISTRY=URL, separated by blanks, such as docker.io=https://mirror.example.org";
+    : "mirrors REGISTRY=URL, separated by spaces, such as docker.io=https://mirror.example.org";
 };
 const proxy = matches(
   /^(https?|socks5):\/\/([\w.~%!*+,;=:-]+@)?[\w.-]+(:\d+)?\/?$/,
@@ -254,7 +254,7 @@ const PRIVATE: readonly [RegExp, string][] = [
   [/^100\.(6[4-9]|[7-9]\d|1[01]\d|12[0-7])\./, "is the provider's own (RFC 6598)"],
   [/^169\.254\./, "is link-local"],
   [/^(192\.(0\.[02]|88\.99)|198\.1[89])\./, "is for tests, documents or protocols alone (RFC 6890)"],
-  [/^(22[4-9]|2[3-5]\d)\./, "is no host's"],
+  [/^(22[4-9]|2[3-5]\d)\./, "is not a host's address"],
 ];
 
 /** Those ranges as one expression, for awk too. */
@@ -272,14 +272,14 @@ export function publicIp(value: string): string | undefined {
 export const SETTINGS = {
   SERVER: {
     value: "",
-    help: "ssh destination of the control plane, HOST or HOST=PUBLIC_IP; empty: this machine; several by K3S_DATASTORE_ENDPOINT, the first first",
+    help: "ssh destination of the control plane, HOST or HOST=PUBLIC_IP; empty: this machine; several by K3S_DATASTORE_ENDPOINT, the first one first",
     example: "root@203.0.113.10",
     shared: true,
     check: each(destination),
   },
   AGENTS: {
     value: "",
-    help: "ssh destinations of the agents, HOST or HOST=PUBLIC_IP, separated by blanks",
+    help: "ssh destinations of the agents, HOST or HOST=PUBLIC_IP, separated by spaces",
     example: "root@198.51.100.20 debian@cloud-b=198.51.100.21",
     shared: true,
     check: each(destination),
@@ -331,13 +331,13 @@ export const SETTINGS = {
   },
   K3S_SHA256: {
     value: "",
-    help: "sha256 of the k3s binary, in place of a second host's word",
+    help: "sha256 of the k3s binary, instead of a checksum from a second host",
     example: "a".repeat(64),
     check: matches(/^[0-9a-f]{64}$/, "64 lower-case hex digits"),
   },
   K3S_BIN: {
     value: "",
-    help: "a k3s binary at hand, pushed to the box instead of downloaded",
+    help: "a k3s binary on this machine, pushed to the box instead of downloaded",
     example: "./k3s",
     check: file,
   },
@@ -361,19 +361,19 @@ export const SETTINGS = {
   },
   NODE_LABELS: {
     value: "",
-    help: "labels of the node, KEY=VALUE, separated by blanks; one that goes here goes from the node",
+    help: "labels of the node, KEY=VALUE, separated by spaces; a label removed here is removed from the node",
     example: "disk=ssd region=b",
     check: each(label),
   },
   NODE_TAINTS: {
     value: "",
-    help: "taints of the node, KEY=VALUE:EFFECT, separated by blanks",
+    help: "taints of the node, KEY=VALUE:EFFECT, separated by spaces",
     example: "dedicated=build:NoSchedule",
     check: (value) => each(taint)(value) ?? twiceIn(value),
   },
   FIREWALL: {
     value: "",
-    help: "yes: `make up`, server, agent, remove and restore look after the boxes' own firewalls too, as `make firewall` does",
+    help: "yes: `make up`, server, agent, remove and restore also update the boxes' firewalls, as `make firewall` does",
     example: "yes",
     shared: true,
     check: matches(/^yes$/, "yes, or nothing"),
@@ -415,7 +415,7 @@ export const SETTINGS = {
   },
   K3S_CONFIG: {
     value: "",
-    help: "a YAML file at hand with more settings of k3s, for /etc/rancher/k3s/config.yaml.d (modern k3s)",
+    help: "a YAML file on this machine with more settings of k3s, for /etc/rancher/k3s/config.yaml.d (modern k3s)",
     example: "./k3s-config.yaml",
     check: file,
   },
@@ -453,7 +453,7 @@ export const SETTINGS = {
     // As an EnvironmentFile of systemd reads it: without quotes nothing in it means anything.
     check: matches(
       /^(postgres|postgresql|mysql|nats|https?):\/\/[^\s\p{Cc}'"\\`]+$/u,
-      "postgres://…, mysql://… or https://… (etcd), without blanks, quotes, backslashes or control characters",
+      "postgres://…, mysql://… or https://… (etcd), without spaces, quotes, backslashes or control characters",
     ),
   },
   K3S_URL: {

@@ -157,9 +157,10 @@ export function rewrite(
   if (!have) return { why: `write ${path}: it is not there${more}` };
   // Our own files have some forty lines: what is far longer is another text, and not compared line by line.
   const lines = have.split("\n").length;
-  if (lines > 1000) return { why: `write ${path}: it is another text, of ${lines} lines${more}` };
+  if (lines > 1000)
+    return { why: `write ${path}: the present file is a different one, of ${lines} lines${more}` };
   const detail = diff(foreign(have), text);
-  if (detail.length === 0) return { why: `write ${path}: its blanks differ${more}` };
+  if (detail.length === 0) return { why: `write ${path}: only whitespace differs${more}` };
   const rest = detail.length > 6 ? `, and ${detail.length - 6} lines more` : "";
   return {
     why: `write ${path}: ${detail.slice(0, 6).join(", ")}${rest}${more}`,

@@ -85,7 +85,7 @@ function examine(want: Settings, facts: Facts): void {
   const hash = createHash("sha256").update(ca).digest("hex");
   if (want.K3S_TOKEN.slice(3, 67) !== hash)
     throw new SettingError(
-      `K3S_TOKEN is of another cluster: it names the CA ${want.K3S_TOKEN.slice(3, 15)}…, ${url} has ${hash.slice(0, 12)}…; was the server set up anew? "make server" writes the present one`,
+      `K3S_TOKEN belongs to another cluster: it names the CA ${want.K3S_TOKEN.slice(3, 15)}…, ${url} has ${hash.slice(0, 12)}…; was the server set up anew? "make server" writes the present one`,
     );
   // The CA's beginning is when the server was set up: TLS fails on a clock that is earlier. What it signs ends
   // after a year.
@@ -109,7 +109,7 @@ function examine(want: Settings, facts: Facts): void {
   if (!node || facts.password?.trim()) return;
   const name = nodeNameOf("agent", want, facts);
   throw new Refusal(
-    `The name ${name} is taken by a node of the cluster (${node.externalIp ?? "no public address"}): rename this box (hostnamectl set-hostname …), or add --node-name to AGENT_ARGS; if it is this box from before it was set up anew, "make remove HOST=${want.HOST || "…"}" has the cluster forget it`,
+    `The name ${name} is taken by a node of the cluster (${node.externalIp ?? "no public address"}): rename this box (hostnamectl set-hostname …), or add --node-name to AGENT_ARGS; if it is this box from before it was reinstalled, "make remove HOST=${want.HOST || "…"}" has the cluster forget it`,
   );
 }
 

@@ -69,13 +69,13 @@ function environment(want: Settings, facts: Facts): string {
   if (want.K3S_DATASTORE_ENDPOINT) {
     if (facts.sqlite?.trim() && !facts.external?.trim())
       throw new Refusal(
-        "This server's cluster is in its own SQLite: with K3S_DATASTORE_ENDPOINT it would begin an empty one. Take it down first, or leave the setting out",
+        "This server's cluster is in its own SQLite: with K3S_DATASTORE_ENDPOINT it would start a new, empty one. Take it down first, or leave the setting out",
       );
     return `${base}K3S_DATASTORE_ENDPOINT=@K3S_DATASTORE_ENDPOINT@\nK3S_TOKEN_FILE=${PASSWORD}\n`;
   }
   if (facts.external?.trim())
     throw new Refusal(
-      "This server's cluster is in an external datastore, and K3S_DATASTORE_ENDPOINT is not set: it would begin an empty one",
+      "This server's cluster is in an external datastore, and K3S_DATASTORE_ENDPOINT is not set: it would start a new, empty one",
     );
   return base;
 }

@@ -109,8 +109,8 @@ export async function up(call: Call): Promise<number> {
   const statuses = await Promise.all([serverUp, ...othersUp]);
   const failed = [...further, ...agents].filter((_, i) => statuses[i + 1] !== 0).map((box) => box.name);
   const state = failed.length
-    ? `as wanted, but for ${failed.join(", ")} (see above)`
-    : "the cluster is as wanted";
+    ? `up to date, except ${failed.join(", ")} (see above)`
+    : "the cluster is up to date";
   if (statuses[0] === 0 && call.mode === "apply")
     statuses.push(
       await attempt(call, fixMetrics.name, server, ui.line(server.name), async (line) => {

@@ -88,7 +88,7 @@ describe("an agent is not set up, and nothing is touched", () => {
       "where the token is of another CA",
       SettingError,
       { cacerts: CA.replace("MIIB", "MIIC") },
-      /K3S_TOKEN is of another cluster: it names the CA ecf69351c0d9…, .* has [0-9a-f]{12}…/,
+      /K3S_TOKEN belongs to another cluster: it names the CA ecf69351c0d9…, .* has [0-9a-f]{12}…/,
     ],
     [
       "where the clock is before the CA's beginning",

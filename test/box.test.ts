@@ -93,7 +93,7 @@ for (const [name, host] of [
       const began = Date.now();
       await assert.rejects(
         open(host).run("sleep 30", 1, () => {}),
-        /No end after 1 s/,
+        /Timed out after 1 s/,
       );
       assert.ok(Date.now() - began < 10_000);
     });
@@ -287,7 +287,7 @@ describe("a box over ssh", () => {
 
   test("that says more than it can have to say is left, and so is one whose line never ends", async () => {
     for (const command of [`yes ${"y".repeat(9999)}`, "tr '\\0' x </dev/zero"])
-      await assert.rejects(run("b1", command), /The box said more than 32 MB/);
+      await assert.rejects(run("b1", command), /The box sent more than 32 MB/);
   });
 
   test("has the address that ssh's own settings name", async () => {
@@ -359,7 +359,7 @@ describe("the reason that is said", () => {
         142,
         AWS.replace("ubuntu", user),
         "",
-        `b2 says: ${AWS.replace("ubuntu", user)}: it lets this user in, but runs no command for it (exit status 142)`,
+        `b2 says: ${AWS.replace("ubuntu", user)}: it accepts the login, but runs no command (exit status 142)`,
       ],
     ),
     [
@@ -381,9 +381,9 @@ describe("the reason that is said", () => {
       128,
       "Hi git!\n",
       "fatal: no such command",
-      "b2 says: Hi git!: it lets this user in, but runs no command for it (exit status 128)",
+      "b2 says: Hi git!: it accepts the login, but runs no command (exit status 128)",
     ],
-    ["b2", 1, "", "", "b2 lets this user in, but runs no command for it (exit status 1)"],
+    ["b2", 1, "", "", "b2 accepts the login, but runs no command (exit status 1)"],
     [
       "debian@b2",
       127,

@@ -316,7 +316,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       "a token of another cluster",
       boxes(MODERN, { b2: { facts: { joins: `https://${IP}:6443\n${"0".repeat(64)}` } } }),
       "b2",
-      /K3S_TOKEN is of another cluster: it names the CA 000000000000…, the server has c1c1c1c1c1c1…/,
+      /K3S_TOKEN belongs to another cluster: it names the CA 000000000000…, the server has c1c1c1c1c1c1…/,
       /^make server, then make agent HOST=b2$/,
     ],
     [
@@ -473,7 +473,10 @@ test("what did not pass for a reason that shows on no box is wrong too", () => {
   const {
     problems: [problem, ...more],
   } = verdict(clusterOf([a1, b1, b2]), undefined);
-  assert.match(problem?.cause ?? "", /^full-size packets through the tunnels: 6 of 7, for a reason/);
+  assert.match(
+    problem?.cause ?? "",
+    /^full-size packets through the tunnels: 6 of 7, and no cause was found/,
+  );
   assert.deepEqual(more, []);
   assert.deepEqual(verdict(clusterOf(boxes(MODERN)), "no image"), { problems: [], notes: [] });
 });
@@ -893,7 +896,7 @@ describe("a peer that speaks from elsewhere", () => {
     const members = at("b1", "203.0.113.77:51820");
     assert.deepEqual(problemsOf(members), []);
     assert.deepEqual(judge(clusterOf(members)).notes, [
-      "a1: b1 speaks to it from 203.0.113.77:51820, not from 198.51.101.11; the handshake is fresh",
+      "a1: b1 sends from 203.0.113.77:51820, not from 198.51.101.11; the handshake is fresh",
     ]);
     assert.doesNotMatch(reportOf(clusterOf(members), [], { isTTY: true, columns: 200 }), /\[31m/);
   });

@@ -440,7 +440,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
     ...(
       [
         ["not there", "/no/cluster.env"],
-        ["no file but a device or socket", "/dev/null"],
+        ["a device or a socket", "/dev/null"],
       ] as const
     ).map(([what, path]): (typeof cases)[number] => [
       `an env file that was named and is ${what}, for whatever the environment has of this machine`,
@@ -528,7 +528,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       ["--k3s-config", "/dev/zero"],
       {},
       undefined,
-      /^K3S_CONFIG is "\/dev\/zero", which is no file but a device or socket: expected a file/,
+      /^K3S_CONFIG is "\/dev\/zero", which is a device or a socket: expected a file/,
     ],
     [
       "a backup into what is there",

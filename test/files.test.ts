@@ -244,7 +244,7 @@ describe("a write", { skip: "Deno" in globalThis && "needs node:fs to be changea
 const ODD: Record<string, [make: (path: string) => unknown, says: string]> = {
   "a folder": [(path) => mkdirSync(path), "a folder"],
   "a pipe": [(path) => spawnSync("mkfifo", [path]), "a pipe"],
-  "a link to a device": [(path) => symlinkSync("/dev/null", path), "no file but a device or socket"],
+  "a link to a device": [(path) => symlinkSync("/dev/null", path), "a device or a socket"],
   "a link that leads nowhere": [(path) => symlinkSync("nowhere", path), "a link that leads nowhere"],
   "a link that leads to itself": [(path) => symlinkSync(path, path), "a link that leads to itself"],
 };
@@ -576,7 +576,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
     assert.equal(merging.status, 1, merging.text);
     assert.match(
       merging.text,
-      new RegExp(`FAILED after .*/\\.kube/config\\S* could not be written, and is as it was: ${TOO_LARGE}\n`),
+      new RegExp(`FAILED after .*/\\.kube/config\\S* could not be written, and is unchanged: ${TOO_LARGE}\n`),
     );
     assert.deepEqual(textsIn(join(home, ".kube")), { config: text });
     const backup = await start(

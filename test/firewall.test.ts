@@ -111,7 +111,7 @@ describe("rules are judged in their order, up to the first that decides", () => 
       "a drop before any rule can be",
       "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p udp -m udp --dport 51820 -j DROP\nCOMMIT\n",
       [/^iptables raw PREROUTING drops 51820\/udp/],
-      /no rule of ours comes before that/,
+      /no rule can be placed before that one/,
     ],
   ];
   const nft: [name: string, ruleset: string, says: RegExp[], mended?: RegExp][] = [
@@ -197,7 +197,7 @@ describe("rules are judged in their order, up to the first that decides", () => 
       "ingress of the card",
       'table netdev n {\n\tchain i {\n\t\ttype filter hook ingress device "eth0" priority 0; policy accept;\n\t\tudp dport 51820 drop\n\t}\n}',
       [/^nft netdev n i drops 51820\/udp/],
-      /take it out/,
+      /remove it/,
     ],
   ];
   const cases: Case[] = [
@@ -217,14 +217,14 @@ describe("rules are judged in their order, up to the first that decides", () => 
           "table ip raw {\n\tchain pre {\n\t\ttype filter hook prerouting priority raw; policy accept;\n\t\tudp dport 51820 drop\n\t}\n}",
       },
       [/^nft ip raw pre drops 51820\/udp/],
-      /no rule of ours comes before that/,
+      /no rule can be placed before that one/,
     ],
     [
       "legacy tables that nothing shows",
       { ...BOX, iploaded: "filter\n" },
       [/^iptables-legacy has rules here that nothing shows: install iptables$/],
     ],
-    ["more rules than are read", { ...BOX, ruleset: " ".repeat(300_000) }, [/more than are read/]],
+    ["more rules than are read", { ...BOX, ruleset: " ".repeat(300_000) }, [/more rules here than are read/]],
   ];
   for (const [name, facts, says, refused] of cases)
     test(`: ${name}`, () => {
@@ -364,7 +364,7 @@ describe("ufw", () => {
     assert.match(rules(facts).join("\n"), /^ufw --force delete allow from [\s\S]*^ufw insert 1 allow from /m);
     assert.equal(rules(facts).length, 20);
   });
-  test("with a drop in its own before.rules is refused: no rule of ours comes before that", () => {
+  test("with a drop in its own before.rules is refused: no rule can be placed before that one", () => {
     const facts = {
       ...many,
       iptables:
@@ -375,7 +375,7 @@ describe("ufw", () => {
     };
     assert.throws(
       () => firewallPlan(facts),
-      /ufw drops 51820\/udp from .*\(-A ufw-before-input -p udp -j DROP\), and no rule of ours/,
+      /ufw drops 51820\/udp from .*\(-A ufw-before-input -p udp -j DROP\), and no rule can be placed/,
     );
   });
   test("loses who has left", () =>

@@ -828,7 +828,7 @@ SetCredential=x:hunter2
     refused(
       agent,
       healthy(MODERN, {}, { service: "Failed to connect to bus" }),
-      /systemd does not say how k3s-agent does/,
+      /Unexpected output of "systemctl show k3s-agent"/,
     ));
 
   test("a server's certificate that has the token's hash and cannot be read", () => {

@@ -76,7 +76,7 @@ describe("the node of a box", () => {
       /Node b1, at .* is Ready, and is another box/,
     ],
     [
-      "is what is left of it where the box was set up anew",
+      "is what is left of it where the box was reinstalled",
       B1.ip,
       { boot: REBOOTED, machine: "c".repeat(32) },
       [A1, { ...B1, ready: false }],
@@ -238,7 +238,7 @@ describe("remove takes k3s from", () => {
       { role: "server" },
     ],
     [
-      "a box that was set up anew, and whose node is left",
+      "a box that was reinstalled, and whose node is left",
       b1("", { boot: REBOOTED, machine: machineB2 }),
       cluster({ ...B1, ready: false }),
       {},
@@ -292,7 +292,7 @@ describe("remove takes k3s from", () => {
       b1(`agent ${OTHER}\n`),
       { nodes: nodes(A1) },
       {},
-      /Nothing tells of which cluster this box is/,
+      /It is not known which cluster this box belongs to/,
     ],
   ];
   for (const [name, facts, at, { role = "agent", force = false, ip = B1.ip }, refusal] of cases)
@@ -424,7 +424,7 @@ describe("before a box gets a role", () => {
         [`one does not join at another's address (${fact})`, "agent", known, at({ ip: IP }), taken],
         [`nor where that is inside (${fact})`, "agent", known, at({ ip: IP, external: B1.ip }), taken],
         [`nor where it is outside alone (${fact})`, "agent", known, at({ external: IP }), taken],
-        ["one that was set up anew joins at its own address", "agent", known, at({ ip: IP, ready: false })],
+        ["one that was reinstalled joins at its own address", "agent", known, at({ ip: IP, ready: false })],
         [`nor as a copy of its image (${fact})`, "agent", known, at({ ip: IP, machine: MACHINE }), taken],
         [
           "one that has restarted goes on",
@@ -459,7 +459,7 @@ describe("before a box gets a role", () => {
       "server",
       known,
       {},
-      /K3S_TOKEN is of a cluster \(CA abababababab…\), and this box has no server's data.*FORCE=1 begins a new cluster/,
+      /K3S_TOKEN belongs to a cluster \(CA abababababab…\), and this box has no server's data.*FORCE=1 begins a new cluster/,
       "force",
     ],
     [
@@ -519,7 +519,7 @@ describe("before a box gets a role", () => {
           "--token=hunter2",
         ),
       },
-      /not this project's\. TAKE_OVER=1 .*these arguments go: --disable=traefik --node-taint=a=b:NoSchedule --token=\*{8}$/,
+      /not written by this project\. TAKE_OVER=1 .*drops these arguments: --disable=traefik --node-taint=a=b:NoSchedule --token=\*{8}$/,
       "take-over",
     ],
     [
@@ -527,7 +527,7 @@ describe("before a box gets a role", () => {
       "agent",
       known,
       { "unit-k3s-agent": official("agent"), cas: `agent ${OWN}\n` },
-      /k3s-agent\.service on this box is not this project's\. TAKE_OVER=1/,
+      /k3s-agent\.service on this box was not written by this project\. TAKE_OVER=1/,
       "take-over",
     ],
     [
@@ -541,7 +541,7 @@ describe("before a box gets a role", () => {
         cgroup: "tmpfs\n",
         cas: `agent ${OWN}\n`,
       },
-      /these arguments go: --kubelet-arg=max-pods=50$/,
+      /drops these arguments: --kubelet-arg=max-pods=50$/,
       "take-over",
     ],
   ];
@@ -597,7 +597,7 @@ describe("before a box gets a role", () => {
   ];
   for (const [name, told, words] of agents) {
     const facts = { "unit-k3s-agent": official("agent"), told };
-    const refusal = new RegExp(`has its data ${words.source}: here it would begin a new, empty node`);
+    const refusal = new RegExp(`has its data ${words.source}: here it would start a new, empty node`);
     cases.push([`nor is an agent whose data are where ${name}`, "agent", known, facts, refusal]);
   }
   for (const [name, facts, words] of away) {

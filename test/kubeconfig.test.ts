@@ -212,7 +212,7 @@ describe("a kubeconfig", () => {
     }
   });
 
-  test("gets new credentials in their place when the server was set up anew, and no second entry", () => {
+  test("gets new credentials in their place when the server was reinstalled, and no second entry", () => {
     const once = withAccess(OWN, ACCESS, false);
     const anew = { ...ACCESS, user: ["client-certificate-data: TkVX", "client-key-data: TkVX"] };
     assert.equal(withAccess(once, anew, false), once.replace(CERT, "TkVX").replace(KEY, "TkVX"));

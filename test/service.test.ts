@@ -544,7 +544,7 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
   test("is refused where the cluster would be left behind: in SQLite, or in the datastore", () => {
     assert.match(
       refusal(server, want, { ...fresh, sqlite: "yes\n" }).message,
-      /own SQLite.*begin an empty one/,
+      /own SQLite.*start a new, empty one/,
     );
     assert.deepEqual(server.plan(want, up({ ...first, password: hash(password) }, { sqlite: "yes\n" })), []);
     assert.match(refusal(server, wanted(), { ...fresh, external: "yes\n" }).message, /external datastore/);

@@ -232,8 +232,8 @@ const UNREACHABLE: [address: string, reason: RegExp][] = [
   ["192.88.99.1", /protocols alone/],
   ["198.18.0.1", /for tests/],
   ["198.19.255.255", /for tests/],
-  ["224.0.0.1", /no host's/],
-  ["255.255.255.255", /no host's/],
+  ["224.0.0.1", /not a host's address/],
+  ["255.255.255.255", /not a host's address/],
 ];
 const REACHABLE = [
   "203.0.113.10",

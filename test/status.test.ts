@@ -24,7 +24,7 @@ describe("status", () => {
     const texts = Object.fromEntries(rows);
     assert.equal(texts.nodes, "3, all Ready");
     assert.equal(texts.WireGuard, "2 of 2 peers of a1 are fresh, the oldest handshake 31 s ago");
-    assert.equal(texts.pods, "3, all well");
+    assert.equal(texts.pods, "3, all healthy");
     assert.equal(texts.server, "k3s active, up 0 h 30 min, 0 restarts");
     assert.match(texts.verdict ?? "", /nothing is wrong as the server sees it/);
   });
@@ -77,8 +77,8 @@ describe("status", () => {
 
   test("names pods that are not well, which is not yet the cluster's fault", () => {
     for (const [pod, text] of [
-      ["web   w-1   0/1   ImagePullBackOff   0   1d", "1 of 4 not well: w-1 ImagePullBackOff"],
-      ["web   w-1   1/2   Running   0   1d", "1 of 4 not well: w-1 Running"],
+      ["web   w-1   0/1   ImagePullBackOff   0   1d", "1 of 4 not healthy: w-1 ImagePullBackOff"],
+      ["web   w-1   1/2   Running   0   1d", "1 of 4 not healthy: w-1 Running"],
     ]) {
       const rows = status({}, `${PODS}\n${pod}`);
       assert.deepEqual(

@@ -301,7 +301,7 @@ describe("a box is brought to what is wanted", { skip }, () => {
     const folder = temporary();
     const { job } = fakeBox(folder);
     const steps = [{ ...wants(`${folder}/a`, "1"), plan: () => [change(":", { why: "do nothing" })] }];
-    await assert.rejects(converge(job(), steps, {}), /Still to be done after it was done: do nothing/);
+    await assert.rejects(converge(job(), steps, {}), /Applied, but still needed: do nothing/);
   });
 
   test("or says that it cannot be seen, of an API that does not answer: unknown is not left over", async () => {
@@ -310,7 +310,7 @@ describe("a box is brought to what is wanted", { skip }, () => {
     const plan = () => [change(":", { unknown: `the API did not answer in ${took++} s` })];
     await assert.rejects(
       converge(job(), [{ ...wants("/x", ""), plan }], {}),
-      /^Error: It was done, but it cannot be seen whether all is as wanted: the API did not answer in 21 s$/,
+      /^Error: Applied, but the result could not be verified: the API did not answer in 21 s$/,
     );
   });
 
@@ -327,7 +327,7 @@ describe("a box is brought to what is wanted", { skip }, () => {
       assert.equal(error.change?.why, "break it");
       return true;
     });
-    await assert.rejects(converge(job(), [step("sleep 9", 1)], {}), /break it \(no end after 1 s\)/);
+    await assert.rejects(converge(job(), [step("sleep 9", 1)], {}), /break it \(timed out after 1 s\)/);
   });
 
   test("or says that the connection was lost, where a look does not end", async () => {

@@ -235,7 +235,7 @@ function serviceProblem(box: BoxReport, { boxes, nodes }: Cluster): Line | undef
     ];
   if (box.role === "agent" && box.ca && server?.ca && box.ca !== server.ca)
     return [
-      `its K3S_TOKEN is of another cluster: it names the CA ${box.ca.slice(0, 12)}…, the server has ${server.ca.slice(0, 12)}…`,
+      `its K3S_TOKEN belongs to another cluster: it names the CA ${box.ca.slice(0, 12)}…, the server has ${server.ca.slice(0, 12)}…`,
       `make server, then ${again}`,
     ];
   const servers = boxes.filter(({ role }) => role === "server");
@@ -386,7 +386,7 @@ function notesOf({ boxes, nodes }: Cluster): string[] {
     ...(box.error === undefined ? nodes : []).flatMap((node) => {
       if (node.name === box.nodeName) return [];
       const { note } = standing(peerOf(box.peers, node.podCidr), node, nodes, box.now - FRESH);
-      return note ? [`${box.name}: ${node.name} speaks to it from ${note}`] : [];
+      return note ? [`${box.name}: ${node.name} sends from ${note}`] : [];
     }),
   ]);
 }

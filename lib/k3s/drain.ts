@@ -64,7 +64,7 @@ export function uncordon({ name, drained }: Node): Change[] {
 
 function nodesAt(facts: Facts): Node[] {
   const nodes = nodesOf(facts.nodes);
-  if (nodes.length === 0) throw new Refusal("The server's API does not answer: make server mends it");
+  if (nodes.length === 0) throw new Refusal("The server's API does not answer: run make server");
   return nodes;
 }
 

@@ -248,7 +248,7 @@ function unread(facts: Facts): string[] {
   );
   const hidden = facts.iploaded?.trim() && !facts["iptables-legacy"]?.trim();
   return [
-    ...(long ? ["the rules here are more than are read"] : []),
+    ...(long ? ["there are more rules here than are read"] : []),
     ...(hidden ? ["iptables-legacy has rules here that nothing shows: install iptables"] : []),
   ];
 }
@@ -336,7 +336,7 @@ export function firewallPlan(
   const probes = wanted(facts, nodes, ranges);
   const refused = (cut: Cut): never => {
     throw new Refusal(
-      `${sentence(cut, kind)}, and no rule of ours comes before that: take it out, or let 6443/tcp, 10250/tcp and 51820/udp from ${nodes.join(", ")} and everything from ${ranges.join(" and ")} through there`,
+      `${sentence(cut, kind)}, and no rule can be placed before that one: remove it, or let 6443/tcp, 10250/tcp and 51820/udp from ${nodes.join(", ")} and everything from ${ranges.join(" and ")} through there`,
     );
   };
   const drops = (list: Cut[]) => list.find(({ end }) => end.sure && end.verdict === "drop");

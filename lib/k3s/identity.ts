@@ -30,7 +30,7 @@ export interface Match {
   node: Node;
   /**
    * `restarted`: the same machine in another boot, of which k3s has not told the cluster yet. `anew`: nothing of it is
-   * the node's, which is not Ready: the box was set up anew, or the node's own is off.
+   * the node's, which is not Ready: the box was reinstalled, or the node's own is off.
    */
   is: "same" | "restarted" | "anew";
 }
@@ -68,7 +68,7 @@ export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }
 }
 
 /**
- * May a box join at its address? A node of it that is not Ready may be this box's, from before it was set up anew; the
+ * May a box join at its address? A node of it that is not Ready may be this box's, from before it was reinstalled; the
  * machine id of one that is proves nothing, but that of two names it is the one of this box.
  * @throws {Refusal} where it is another box's.
  */
@@ -169,7 +169,7 @@ export function mayGo(
       );
     if (isForeign(unit) && !known && !force)
       throw new Refusal(
-        `${unitOf(role)}.service on this box is not this project's: FORCE=1 removes it all the same, with k3s's data`,
+        `${unitOf(role)}.service on this box was not written by this project: FORCE=1 removes it anyway, with k3s's data`,
       );
   }
   const { server, agent } = casOf(facts);
@@ -184,7 +184,7 @@ export function mayGo(
     if (agent.length && !share(agent, [...cluster, ...server])) anothers("an agent", agent);
   } else if (server.length + agent.length && role === "agent" && !force)
     throw new Refusal(
-      `Nothing tells of which cluster this box is (CA ${brief([...server, ...agent][0])}): the server has no CA, and K3S_TOKEN names none. FORCE=1 removes k3s all the same`,
+      `It is not known which cluster this box belongs to (CA ${brief([...server, ...agent][0])}): the server has no CA, and K3S_TOKEN names none. FORCE=1 removes k3s anyway`,
     );
   if (server.length && role === "agent" && !known && !force)
     throw new Refusal(
@@ -283,7 +283,7 @@ function notForeign(role: Role, want: Want, facts: Facts, goes: readonly string[
     elsewhere(unit, facts.told) ?? (missing ? `elsewhere: there is no ${DATA}/${file}` : undefined);
   if (where)
     throw new Refusal(
-      `k3s is on this box already (${unitOf(role)}), and has its data ${where}: here it would begin a new, empty ${role === "server" ? "cluster" : "node"}. It is left as it is; k3s-uninstall.sh of its installer removes it`,
+      `k3s is on this box already (${unitOf(role)}), and has its data ${where}: here it would start a new, empty ${role === "server" ? "cluster" : "node"}. It is left as it is; k3s-uninstall.sh of its installer removes it`,
     );
   if (!isForeign(unit) || want.allowed?.has("take-over")) return;
   const gone: string[] = [];
@@ -296,7 +296,7 @@ function notForeign(role: Role, want: Want, facts: Facts, goes: readonly string[
     if (!goes.includes(word)) gone.push(word);
   }
   throw new Refusal(
-    `${unitOf(role)}.service on this box is not this project's. TAKE_OVER=1 writes its own in its place${gone.length ? `, and these arguments go: ${shown(gone)}` : ""}`,
+    `${unitOf(role)}.service on this box was not written by this project. TAKE_OVER=1 writes its own in its place${gone.length ? `, and drops these arguments: ${shown(gone)}` : ""}`,
   );
 }
 
@@ -326,7 +326,7 @@ export function mayBecome(role: Role, want: Want, facts: Facts, goes: readonly s
   // A further server gets the cluster's CA from the datastore.
   if (!want.K3S_DATASTORE_ENDPOINT)
     throw new Refusal(
-      `K3S_TOKEN is of a cluster (CA ${brief(asked)}), and this box has no server's data: a new, empty cluster would begin, and its token take the place of K3S_TOKEN. Is SERVER right? make restore brings a backup here; FORCE=1 begins a new cluster`,
+      `K3S_TOKEN belongs to a cluster (CA ${brief(asked)}), and this box has no server's data: this would start a new, empty cluster and replace K3S_TOKEN. Is SERVER right? make restore brings a backup here; FORCE=1 begins a new cluster`,
     );
 }
 

@@ -38,12 +38,12 @@ const WORDS: readonly Word[] = [
     said: "Node password rejected",
     cause: "another node has this box's name, or had it before this box was reinstalled",
     remedy:
-      "hostnamectl set-hostname another name there; if the node is this box's own of before: kubectl delete node (v1.17.6: and its line in server/cred/node-passwd); then AGAIN",
+      "hostnamectl set-hostname another name there; if that node is this box before it was reinstalled: kubectl delete node (v1.17.6: and its line in server/cred/node-passwd); then AGAIN",
     forever: true,
   },
   {
     said: "token (CA hash )?does not match",
-    cause: "its K3S_TOKEN is of another cluster, or the server was set up anew",
+    cause: "its K3S_TOKEN belongs to another cluster, or the server was reinstalled",
     remedy: '"make server" writes the present token, then AGAIN',
     forever: true,
   },
@@ -72,7 +72,7 @@ const WORDS: readonly Word[] = [
   },
   {
     said: "x509: certificate signed by unknown authority|is not trusted",
-    cause: "the server at its K3S_URL is another one, or was set up anew",
+    cause: "the server at its K3S_URL is another one, or was reinstalled",
     remedy: '"make server" writes the present token, then AGAIN',
   },
   {
@@ -126,7 +126,7 @@ const WORDS: readonly Word[] = [
   {
     said: "flannel exited",
     cause: "flannel does not start",
-    remedy: "journalctl -u k3s -u k3s-agent there has its words",
+    remedy: "journalctl -u k3s -u k3s-agent there shows the reason",
     forever: true,
   },
   {

@@ -51,7 +51,7 @@ async function follow(
       if (one.status === "rejected") {
         if (one.reason instanceof Refusal) throw one.reason;
         throw new Failure(
-          `${one.reason.message}. Its firewall is as it was: ${retry ? "who has left is still let in there" : "who joins is not let in there yet"}`,
+          `${one.reason.message}. Its firewall is as it was: ${retry ? "the removed node is still allowed there" : "the new node is not allowed there yet"}`,
         );
       }
       const { job, facts } = one.value;

@@ -86,7 +86,7 @@ const lacksIpvs = (want: Settings, facts: Facts): boolean =>
 export function healthySaying(role: Role, want: Settings, facts: Facts): string {
   const name = nodeNameOf(role, want, facts);
   const proxy = lacksIpvs(want, facts) ? "; its kernel has no ip_vs, so kube-proxy uses iptables" : "";
-  return `k3s ${releaseOf(want, facts).version} runs as wanted, node ${name} is Ready${proxy}`;
+  return `k3s ${releaseOf(want, facts).version} is up to date, node ${name} is Ready${proxy}`;
 }
 
 /** Why the node is not healthy yet; systemd's word is not asked: a looping k3s is "active" too. */
@@ -135,7 +135,9 @@ export function servicePlan(
   } = pairs(facts.service);
   const told = /^\d+$/.test(MainPID) && (MainPID === "0" || /^\d+$/.test(since));
   if (facts.service?.trim() && !told)
-    throw new Refusal(`systemd does not say how ${unitOf(role)} does: ${quoted(facts.service.trim())}`);
+    throw new Refusal(
+      `Unexpected output of "systemctl show ${unitOf(role)}": ${quoted(facts.service.trim())}`,
+    );
   if (want.PROXY_MODE === "nftables" && Number(version.split(".")[1]) < 31)
     throw new Refusal(`PROXY_MODE=nftables needs k3s v1.31 or later, not ${version}`);
 

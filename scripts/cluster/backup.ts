@@ -48,7 +48,7 @@ fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`,
     ];
     return [
       {
-        why: "copy the datastore, token, certificates and manifests; k3s stands still for a moment",
+        why: "copy the datastore, token, certificates and manifests; k3s is paused meanwhile",
         sh: `rm -rf ${FOLDER}
 mkdir -m 700 ${FOLDER} ${FOLDER}/${id} ${FOLDER}/${id}/db
 cd ${FOLDER}/${id}
@@ -73,7 +73,7 @@ if [ "$pid" != 0 ]; then
   tries=0
   while grep -h '^State:' /proc/"$pid"/task/*/status | grep -qv 'T (stopped)'; do
     tries=$((tries + 1))
-    [ "$tries" -lt 100 ] || { echo 'k3s does not stand still'; exit 1; }
+    [ "$tries" -lt 100 ] || { echo 'k3s could not be paused'; exit 1; }
     sleep 0.05
   done
 fi

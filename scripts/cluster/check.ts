@@ -54,7 +54,7 @@ export function verdict(
     .filter(({ what, passed, of }) => passed < of && !early.includes(what))
     .map(({ what, passed, of }) => ({
       box: cluster.boxes[0]?.name ?? "",
-      cause: `${what}: ${passed} of ${of}, for a reason that shows on no box of SERVER and AGENTS`,
+      cause: `${what}: ${passed} of ${of}, and no cause was found on any box of SERVER and AGENTS`,
       remedy: "add every node to AGENTS, and check again",
     }));
   return { problems, notes };
@@ -173,7 +173,7 @@ export function reportOf(
     .filter((rows) => rows.length > 1)
     .map((rows) => lay(rows, width, red, bold));
   const proofs = proofsOf(cluster, podless).flatMap(({ what, passed, of, untested }) => [
-    ...(of ? [`${passed === of ? green("ok   ") : red("wrong")} ${what}: ${passed} of ${of}`] : []),
+    ...(of ? [`${passed === of ? green("ok   ") : red("FAIL ")} ${what}: ${passed} of ${of}`] : []),
     ...untested.map((why) => `could not test ${what}: ${shown(why)}`),
   ]);
   const wrong = merged(problems).flatMap(({ box, cause, remedy }) => [

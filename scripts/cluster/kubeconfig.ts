@@ -67,7 +67,7 @@ export function accessOf(text: string, ip: string, token: string): Access {
   const hash = createHash("sha256").update(bytes("certificate-authority-data")).digest("hex");
   if (token && !token.startsWith(`K10${hash}::`))
     throw new Failure(
-      "The CA in /etc/rancher/k3s/k3s.yaml is not the one that K3S_TOKEN names: the box's k3s is of another cluster",
+      "The CA in /etc/rancher/k3s/k3s.yaml is not the one that K3S_TOKEN names: the box's k3s belongs to another cluster",
     );
   const access = (user: string[]): Access => ({
     name: `k3s-${ip}`,

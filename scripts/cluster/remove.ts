@@ -285,7 +285,7 @@ async function one(call: Call, servers: readonly Target[], box: Target, line: Pa
     if (!(error instanceof Unreachable)) throw error;
     if (!force)
       throw new Failure(`${error.message}; if the box is gone for good, FORCE=1 removes its node alone`);
-    line.says(`${error.message}: its node is removed all the same`);
+    line.says(`${error.message}: its node is removed anyway`);
   }
   const role = servers.some((other) => other.host === box.host || other.ip === box.ip) ? "server" : "agent";
   const name = facts && nodeNameOf(role, job.want, facts);

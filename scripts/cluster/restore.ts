@@ -100,7 +100,7 @@ export const unproven: Step = {
       .filter((name) => /^[a-z0-9.-]+$/.test(name) && name !== own);
     return [
       {
-        why: "forget the nodes' passwords: those that have joined anew since the backup have others",
+        why: "forget the nodes' passwords: nodes that joined again after the backup have new ones",
         sh: `${KUBECTL}
 ${others.map((name) => `kc -n kube-system delete secret ${sh(`${name}.node-password.k3s`)} --ignore-not-found`).join("\n")}
 if [ -e ${PASSWORDS} ]; then
@@ -213,7 +213,7 @@ async function aboutOf(file: string): Promise<{ version: string; node: string; i
   const { version = "", node, ip } = pairs(stdout);
   if (VERSION.test(version) && node && address(ip)) return { version, node, ip: ip as string };
   throw new SettingError(
-    `BACKUP is "${file}": ${splitWords(stderr.replaceAll("\n", " ")).join(" ").slice(0, 300) || "it is no backup of make backup's"}`,
+    `BACKUP is "${file}": ${splitWords(stderr.replaceAll("\n", " ")).join(" ").slice(0, 300) || "it is not a file written by make backup"}`,
   );
 }
 

@@ -69,18 +69,18 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
     [
       "pods",
       problem.length
-        ? `${problem.length} of ${rows.length} not well: ${problem
+        ? `${problem.length} of ${rows.length} not healthy: ${problem
             .slice(0, 3)
             .map(([, name, , state]) => `${name} ${state}`)
             .join(", ")}${problem.length > 3 ? ", …" : ""}`
-        : `${rows.length}, all well`,
+        : `${rows.length}, all healthy`,
       // A pod that does not start is its owner's affair, not yet the cluster's.
       true,
     ],
     [
       "metrics",
       server.metrics
-        ? `kubectl top has ${top.length} of ${nodes.length} nodes${early ? ": metrics-server has not had its turn yet" : ""}`
+        ? `kubectl top has ${top.length} of ${nodes.length} nodes${early ? ": metrics-server has not collected metrics yet" : ""}`
         : "metrics-server is disabled",
       !server.metrics || early || top.length === nodes.length,
     ],

@@ -177,7 +177,7 @@ async function upgrade(call: Call): Promise<number> {
   // As `up` does: the others join by what the first server says, whatever the env file has.
   const checked = await attempt(call, call.script, server, first.line, async () => {
     const nodes = nodesOf(first.facts.nodes);
-    if (nodes.length === 0) throw new Refusal("The server's API does not answer: make server mends it");
+    if (nodes.length === 0) throw new Refusal("The server's API does not answer: run make server");
     const learned = serverStep.learn?.(first.job.want, first.facts);
     for (const member of members) {
       if (member !== first) member.job.want = { ...member.job.want, ...learned };

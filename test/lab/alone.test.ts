@@ -28,8 +28,8 @@ const NOTHING: Record<string, string | RegExp> = {
   "upgrade-kernel":
     /nothing to do: (wireguard-go is here, WireGuard outside the kernel|WireGuard is in kernel \S+)/,
   "install-wireguard": "nothing to do",
-  server: /nothing to do: k3s v1\.\S+ runs as wanted, node a1 is Ready/,
-  agent: /nothing to do: k3s v1\.\S+ runs as wanted, node b\d is Ready/,
+  server: /nothing to do: k3s v1\.\S+ is up to date, node a1 is Ready/,
+  agent: /nothing to do: k3s v1\.\S+ is up to date, node b\d is Ready/,
   annotate: /nothing to do: every handshake is fresh, at public addresses/,
   "fix-metrics": "nothing to do: `kubectl top nodes` answers for every node",
 };

@@ -111,7 +111,7 @@ const COMMON: Fault[] = [
     name: "a token of another cluster",
     make: mendedBy("b2", `sed -i 's/K10......../K1000000000/' ${ENV}; ${RESTART}`, "make agent HOST=b2"),
     says: [
-      /^b2: its K3S_TOKEN is of another cluster: it names the CA 00000000\S+, the server has/m,
+      /^b2: its K3S_TOKEN belongs to another cluster: it names the CA 00000000\S+, the server has/m,
       /^ +do: make server, then make agent HOST=b2$/m,
     ],
   },

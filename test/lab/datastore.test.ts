@@ -106,7 +106,9 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
       test("a server does not leave its datastore for an empty one", async () => {
         const { K3S_URL = "", K3S_TOKEN = "" } = t.env();
         env({ K3S_URL, K3S_TOKEN }, "a1");
-        await t.says("make server", 2, ["K3S_DATASTORE_ENDPOINT is not set: it would begin an empty one"]);
+        await t.says("make server", 2, [
+          "K3S_DATASTORE_ENDPOINT is not set: it would start a new, empty one",
+        ]);
       });
 
       test("where another one is put first agents follow it; the one that was can be removed, and joins again", async () => {

@@ -43,7 +43,7 @@ describe("a box that cannot join is told why, and is not touched", () => {
     }));
 
   test("a token of another cluster", () =>
-    refused(agent, 2, ["K3S_TOKEN is of another cluster", '"make server" writes the present one'], {
+    refused(agent, 2, ["K3S_TOKEN belongs to another cluster", '"make server" writes the present one'], {
       env: { K3S_TOKEN: `K10${"0".repeat(64)}::server:${"0".repeat(32)}` },
     }));
 
@@ -225,7 +225,7 @@ describe("the operator's own files and connections", () => {
     const fills = `log=$(mktemp); { ${script("token")} >$log 2>&1; echo "ended with $?" >>$log; } &
 until grep -q 'rotate the token' $log; do sleep 0.05; done; dd if=/dev/zero of=${tiny}/full 2>/dev/null; wait; cat $log; rm $log`;
     const { text: said } = await t.op(fills, { env: { ENV_FILE: file } });
-    assert.match(said, /FAILED after .*\.env(\.lock)? could not be written, and is as it was: ENOSPC/);
+    assert.match(said, /FAILED after .*\.env(\.lock)? could not be written, and is unchanged: ENOSPC/);
     assert.match(said, /ended with 1$/m);
     assert.doesNotMatch(said, /\.ts:\d/, "no stack trace");
     assert.equal((await t.ok(`sha256sum ${file}; ls -A ${tiny}`)).out, `${text}.env\nfull\n`);

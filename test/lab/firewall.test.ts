@@ -166,7 +166,7 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     // One that cannot be reached does not let it in, and that is said.
     t.settings({ ...learned(), FIREWALL }, { agents: "b1 b9=198.51.101.13" });
     await t.says("make agent HOST=b2", 2, [
-      /^b9 .*who joins is not let in there yet/m,
+      /^b9 .*the new node is not allowed there yet/m,
       "make firewall HOST=b9=198.51.101.13",
       /^b2 +done in /m,
     ]);

@@ -146,7 +146,7 @@ describe("remove", () => {
     await connected([a1, b1, b2]);
   });
 
-  test("has the cluster forget a box that was set up anew, which then joins under its old name", async () => {
+  test("has the cluster forget a box that was reinstalled, which then joins under its old name", async () => {
     await b2.sh(
       `systemctl disable --now k3s-agent; rm -rf /etc/systemd/system/k3s-agent.service* /etc/rancher`,
     );

@@ -31,7 +31,7 @@ test("of many boxes three that are ill are named with their causes, and hold up 
   const { text, seconds } = await t.says("make -j up", 2, [
     /^b1 +FAILED after [\d.]+ s: Could not reach b1: /m,
     /^a2 +FAILED after [\d.]+ s: a2 refused the login \(.*Permission denied.*\): check the user and the key$/m,
-    /^b2 +FAILED after [\d.]+ s: write .* \(no end after 60 s\)$/m,
+    /^b2 +FAILED after [\d.]+ s: write .* \(timed out after 60 s\)$/m,
     /up\] Error 1$/m,
     ...ill.map((name) => new RegExp(`^${name} +again: make agent HOST=${name}( |$)`, "m")),
   ]);
