@@ -56,8 +56,7 @@ async function follow(
       }
       const { job, facts } = one.value;
       if (call.mode !== "apply") return showPlan(call, box, steps, job, facts);
-      if (!refused)
-        line.done((await converge(job, steps, facts)) === facts, "its firewall lets the others in");
+      if (!refused) line.done((await converge(job, steps, facts)) === facts, "its firewall is up to date");
     }),
   );
   const servers = boxNames(call.settings.SERVER);

@@ -101,10 +101,11 @@ const answering = async (box: Box, ports: string[] = []) => {
   return out.trim().split("\n").filter(Boolean).sort();
 };
 
-/** The README's table: ports of a box's role in a release, and those among them that are for more than the nodes. */
+/** SECURITY.md's table: ports of a box's role in a release, and those among them that are for more than the nodes. */
 function promised(role: "servers" | "agents", version: string) {
   const [, table = ""] =
-    /^\| port \| on \| from \| why \|\n\|[-|]+\n((?:\|.*\n)+)/m.exec(readFileSync("README.md", "utf8")) ?? [];
+    /^\| port \| on \| from \| why \|\n\|[-|]+\n((?:\|.*\n)+)/m.exec(readFileSync("SECURITY.md", "utf8")) ??
+    [];
   const rows = table
     .trim()
     .split("\n")
@@ -166,7 +167,7 @@ for (const version of [OLD, MODERN])
       for (const file of [".env", ".kube/config"]) assert(out.includes(`600 ${file}\n`), out);
     });
 
-    test("answers at the ports of the README's table, and after make firewall to the world at ssh alone", async () => {
+    test("answers at the ports of the table in SECURITY.md, and after make firewall to the world at ssh alone", async () => {
       await open(async () => {
         const before = await Promise.all([a1, b1].map((box) => answering(box)));
         const [server, agent] = [promised("servers", version), promised("agents", version)];
