@@ -290,7 +290,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
         [],
         {},
         readFileSync(join(ROOT, "env.example")),
-        /^SERVER is "root@203\.0\.113\.10" \(\S+ line \d+\): that is env\.example's, .*; edit SERVER and AGENTS first$/m,
+        /^SERVER is "root@203\.0\.113\.10" \(\S+ line \d+\): that is the example from env\.example; edit SERVER and AGENTS first$/m,
       ],
     ),
     [
@@ -299,7 +299,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       [],
       {},
       readFileSync(join(ROOT, "env.example"), "utf8").replace("root@203.0.113.10", "root@a1=198.51.100.11"),
-      /^AGENTS is ".*" \(\S+ line \d+\): that is env\.example's, /,
+      /^AGENTS is ".*" \(\S+ line \d+\): that is the example from env\.example; /,
     ],
     [
       "an example's address under another user",
@@ -307,7 +307,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       [],
       { SERVER: "ubuntu@a=203.0.113.10" },
       undefined,
-      /^SERVER is "ubuntu@a=203\.0\.113\.10" \(variable SERVER\): that is env\.example's, /,
+      /^SERVER is "ubuntu@a=203\.0\.113\.10" \(variable SERVER\): that is the example from env\.example; /,
     ],
     [
       "one PUBLIC_IP for two boxes",
