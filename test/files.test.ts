@@ -477,7 +477,7 @@ describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("fl
       const lib = (name: string) => JSON.stringify(pathToFileURL(join(ROOT, "lib", name)).href);
       writeFileSync(
         driver,
-        `const { run } = await import(${lib("cli.ts")});
+        `const { run } = await import(${lib("k3s/script.ts")});
 const { updateEnv } = await import(${lib("env-file.ts")});
 await run(import.meta, { about: "", steps: [], work: async (call) => {
   console.log("begins");

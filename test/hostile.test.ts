@@ -440,14 +440,14 @@ console.log(JSON.stringify({ said, peak }));
     ["a line without an end", trip, `${begun}; tr '\\0' x </dev/zero`, /more than 32 MB/],
     ["a greeting without an end", trip, "yes welcome", /more than (32 MB|1000000 lines)/],
     ["errors without an end", trip, `${begun}; yes >&2`, /more than 32 MB/],
-    ["facts without an end", looks, `${marked}; yes "$mark fact x"`, /more than \d+ words/],
+    ["facts without an end", looks, `${marked}; yes "$mark fact x"`, /more than \d+ protocol lines/],
     [
       "facts of ever other names",
       looks,
       `${marked}; seq 1000000 | sed "s/^/$mark fact x/"`,
-      /more than \d+ words/,
+      /more than \d+ protocol lines/,
     ],
-    ["reports without an end", looks, `${marked}; yes "$mark say x"`, /more than \d+ words/],
+    ["reports without an end", looks, `${marked}; yes "$mark say x"`, /more than \d+ protocol lines/],
     ["a fact without an end", looks, `${marked}; echo "$mark fact x"; yes`, /more than 1000000 lines/],
     [
       "600 MB in answer to how much of a file it has",
@@ -845,7 +845,7 @@ SetCredential=x:hunter2
         .plan(want, healthy(MODERN, { unit }))
         .map(({ why }) => why)
         .join(),
-      /another text, of 100001 lines/,
+      /a different one, of 100001 lines/,
     );
   });
 
@@ -858,7 +858,7 @@ SetCredential=x:hunter2
     }))
       await assert.rejects(
         seen({ ...prepared(MODERN), [name]: text }),
-        new RegExp(`makes no sense: its ${name} is "`),
+        new RegExp(`Unexpected answer from the box: its ${name} is "`),
       );
   });
 });
