@@ -107,14 +107,18 @@ describe("cut at each step", { concurrency: 2 }, () => {
   });
 
   test("by a loss of power, the machine still boots, and the next run goes on", async (test) => {
-    for (const [step, wait] of [
+    const steps = [
       ["key", 0],
       ["repository", 0.2],
       ["kernel", 8],
       ["tools", 3],
       ["entry", 0],
       ["restart", 1],
-    ] as const) {
+    ] as const;
+    // Each costs a start in software emulation: `make faults` has them all, CI those that leave a half-made system.
+    for (const [step, wait] of steps.filter(
+      ([step]) => process.env.ALL || /kernel|tools|restart/.test(step),
+    )) {
       await cut(b4, step, off, wait);
       await b4.on();
       const left =
