@@ -90,7 +90,7 @@ unknown = $(if $(filter-out $(UNITS),$(ONLY)),$(error ONLY is "$(ONLY)": expecte
 test: $(DEV) ## unit tests; no root, no network (ONLY="annotate sh": of these files alone)
 	@$(unknown)$(RUN) --test --test-concurrency=4 $(patsubst %,test/%.test.ts,$(or $(ONLY),$(UNITS)))
 test-lab: $(MODULES) ## the lab's suite (root): real boxes, NAT and WireGuard
-	@$(RUN) --test --test-concurrency=2 test/lab/*.test.ts
+	@$(RUN) --test --test-concurrency=1 test/lab/*.test.ts
 faults: $(MODULES) ## every fault at every change on a box, and 30 boxes (root, an hour; ONLY="agent token": of some)
 	@ALL=1 $(RUN) --test --test-concurrency=1 test/lab/cuts.test.ts $(if $(ONLY),,test/lab/kernel-cuts.test.ts test/lab/load.test.ts)
 bench: $(MODULES) ## times and costs beside the floor and the article by hand, in slow labs (root); test/bench/bench.ts
