@@ -17,6 +17,15 @@ import { server as serverStep, serverSteps } from "./server.ts";
 /** What the server's box is looked at for: fix-metrics comes last, when all nodes are there. */
 const allSteps = [...serverSteps, fixMetrics];
 
+/** What others wait for: it is passed once, by whom they wait for. */
+function gate<T>() {
+  let pass = (_: T) => {};
+  const passed = new Promise<T>((done) => {
+    pass = done;
+  });
+  return { passed, pass };
+}
+
 /** Agents and further servers are prepared while the first server starts; they wait only for its token. */
 export async function up(call: Call): Promise<number> {
   const [server, ...further] = (await targets(call, "SERVER")) as [Target, ...Target[]];
@@ -27,31 +36,23 @@ export async function up(call: Call): Promise<number> {
   let facts: Facts = {};
   let changed = false;
   let learned: Partial<Settings> | undefined;
-  let seen = () => {};
   /** The server has been looked at: it knows the nodes that the others must not be. */
-  const looked = new Promise<void>((done) => {
-    seen = done;
-  });
-  let tell = (_: Facts) => {};
-  /** The server lets agents in, though its own node may not be Ready yet. */
-  const opened = new Promise<Facts>((done) => {
-    tell = done;
-  }).then((fact) => {
-    learned = learnedFrom([serverStep], job as Job, fact);
-  });
-  let begin = () => {};
+  const looked = gate<void>();
   /** The server has something to do, for which the others then wait. */
-  const begun = new Promise<void>((done) => {
-    begin = done;
+  const begun = gate<void>();
+  const told = gate<Facts>();
+  /** The server lets agents in, though its own node may not be Ready yet. */
+  const opened = told.passed.then((fact) => {
+    learned = learnedFrom([serverStep], job as Job, fact);
   });
   const serverUp = attempt(call, "server", server, ui.line(server.name), async (line) => {
     job = jobFor(call, server, line);
-    job.early = tell;
+    job.early = told.pass;
     facts = await look(job, allSteps);
-    seen();
+    looked.pass();
     if (call.mode !== "apply")
       return showPlan(call, server, facts.nodes ? allSteps : serverSteps, job, facts);
-    if (planAll(serverSteps, job.want, facts).length) begin();
+    if (planAll(serverSteps, job.want, facts).length) begun.pass();
     const after = await converge(job, serverSteps, facts, allSteps);
     learned = await learn(call, serverSteps, job, after);
     changed ||= after !== facts;
@@ -63,7 +64,7 @@ export async function up(call: Call): Promise<number> {
     attempt(call, script, box, ui.line(box.name), async (line) => {
       const job = jobFor(call, box, line);
       const first = await look(job, steps);
-      await Promise.race([looked, serverUp]);
+      await Promise.race([looked.passed, serverUp]);
       if (facts.nodes) first.registered = facts.nodes;
       if (call.mode !== "apply") {
         await serverUp;
@@ -80,7 +81,7 @@ export async function up(call: Call): Promise<number> {
       const waits = !job.want.K3S_TOKEN && casOf(first).agent.length > 0;
       const role = steps === serverSteps ? "server" : "agent";
       let own = waits ? first : await converge(job, prepareAs(role), first, steps);
-      await Promise.race([opened, begun, serverUp]);
+      await Promise.race([opened, begun.passed, serverUp]);
       if (!learned) line.waits("the server's token");
       await Promise.race([opened, serverUp]);
       if (!learned) throw new Failure("Not joined: the server is not up");

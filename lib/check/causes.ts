@@ -1,20 +1,15 @@
 /** Why a script failed on a box: what check would say of it, else what its journal means. */
 import { meaningOf } from "../k3s/journal.ts";
 import type { Role } from "../k3s/unit.ts";
-import type { Line, Problem } from "../report.ts";
-import type { Call, Target } from "../script.ts";
+import type { Problem } from "../report.ts";
+import type { Call, Recipe, Target } from "../script.ts";
 import { diagnose } from "./diagnose.ts";
 import { clusterOf, listed, type Member, surveyAndTry } from "./survey.ts";
 
 /** For scripts whose failure may have its cause elsewhere than where it shows. */
-export async function causes(
-  call: Call,
-  script: string,
-  box: Target,
-  line: Line,
-  output: string,
-  retry: string,
-): Promise<Problem[]> {
+export const causes: Required<Recipe>["causes"] = async (call, script, box, line, output, retry) => {
+  // That a firewall could not be changed has no cause elsewhere.
+  if (script === "firewall") return [];
   line.says("looks for the cause");
   const role = script === "agent" || script === "annotate" ? "agent" : "server";
   // An upgrade that failed has put back what ran before: only what it said still tells.
@@ -23,7 +18,7 @@ export async function causes(
   return problems.length || !meaning || meaning.remedy.startsWith(`"${retry}"`)
     ? problems
     : [{ box: box.name, ...meaning }];
-}
+};
 
 /** One that is under way serves all who ask meanwhile: of several boxes that fail, one look is enough. */
 let underWay: Promise<Member[]> | undefined;

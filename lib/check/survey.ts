@@ -416,7 +416,7 @@ export async function surveyAndTry(call: Call, boxes: Listed) {
 }
 
 /** The second trip, all boxes side by side: packets through every tunnel, kubelets, the API, resolvers. */
-export async function tryPaths(call: Call, members: readonly Member[], cluster: Cluster): Promise<void> {
+async function tryPaths(call: Call, members: readonly Member[], cluster: Cluster): Promise<void> {
   await Promise.all(
     members.map(async (member) => {
       const box = cluster.boxes.find(({ name }) => name === member.target.name) as BoxReport;

@@ -34,7 +34,7 @@ const CLOSED = {
 
 const SCRIPT = "/usr/local/sbin/k3s-firewall";
 const UNIT = "/etc/systemd/system/k3s-firewall.service";
-export const RULE_COMMENT = "k3s-across-clouds";
+const RULE_COMMENT = "k3s-across-clouds";
 const TABLE = "k3s_across_clouds";
 
 /** Of rules, in bytes: more is not read, and so not judged. */

@@ -34,8 +34,6 @@ async function follow(
   retry?: Target,
 ): Promise<{ refused: boolean; done: Promise<number[]> }> {
   const steps = [firewall];
-  // That a firewall could not be changed has no cause elsewhere.
-  const plain: Call = { ...call, recipe: { ...call.recipe, causes: undefined } };
   const looked = await Promise.allSettled(
     boxes.map(async (box) => {
       const job = jobFor(call, box, ui.line(box.name));
@@ -46,7 +44,7 @@ async function follow(
   );
   const refused = looked.some((one) => one.status === "rejected" && one.reason instanceof Refusal);
   const all = boxes.map((box, i) =>
-    attempt(plain, retry ? call.script : firewall.name, retry ?? box, ui.line(box.name), async (line) => {
+    attempt(call, retry ? call.script : firewall.name, retry ?? box, ui.line(box.name), async (line) => {
       const one = looked[i] as (typeof looked)[number];
       if (one.status === "rejected") {
         if (one.reason instanceof Refusal) throw one.reason;

@@ -234,7 +234,6 @@ const operator = (pair: Pair) => ({
   ENV_FILE: pair.envFile,
   // Of a killed ssh a socket stays behind: in the lab, not on this machine.
   TMPDIR: "/run",
-  NODE_COMPILE_CACHE: "/run/compiled",
 });
 /** By the lab's node, which strips types itself: hundreds of runs wait for it. */
 const script = (name: string, box?: Box) =>
