@@ -26,6 +26,22 @@ export async function fanOut(call: Call): Promise<number> {
   recipe.examine?.(call, boxes);
   const others = (await recipe.others?.boxes(call, boxes)) ?? [];
   const ui = await report([...boxes, ...others].map((box) => box.name));
+  // Who cannot be set up is let in nowhere. Whether it can join shows only when it is let in.
+  const before = recipe.steps.slice(
+    0,
+    recipe.steps.findIndex(({ name }) => name === call.script),
+  );
+  const tried = await Promise.all(
+    (others.length ? boxes : []).map((box) =>
+      attempt(call, call.script, box, ui.line(box.name), async (line) => {
+        const job = jobFor(call, box, line);
+        planAll(before, job.want, await look(job, before));
+      }),
+    ),
+  );
+  const [lost, fit] = [boxes.filter((_, i) => tried[i]), boxes.filter((_, i) => !tried[i])];
+  if (!fit.length || (lost.length && recipe.everyServer)) return worst(tried);
+  call.letIn = call.letIn?.filter((ip) => !lost.some((box) => box.ip === ip));
   const following = await recipe.others?.follow(call, ui, others);
   if (following?.refused) return 1;
   const one = (box: Target) =>
@@ -38,10 +54,10 @@ export async function fanOut(call: Call): Promise<number> {
       line.done(facts === after, recipe.nothing?.(job.want, after));
     });
   // Further servers join by what the first one teaches.
-  const first = recipe.everyServer ? boxes.splice(0, 1) : [];
-  const done = [];
+  const first = recipe.everyServer ? fit.splice(0, 1) : [];
+  const done = [...tried];
   for (const box of first) done.push(await one(box));
-  if (worst(done) === 0) done.push(...(await Promise.all(boxes.map(one))));
+  if (worst(done) === 0 || !first.length) done.push(...(await Promise.all(fit.map(one))));
   return worst([...done, ...((await following?.done) ?? [])]);
 }
 

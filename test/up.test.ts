@@ -273,6 +273,26 @@ describe("FIREWALL=yes", { concurrency: 2 }, () => {
       assert(stdout.includes(`${name}: 1 to do\n  1. ${whole}`), `${name}: ${stdout}`);
   });
 
+  test("has nobody let in a box that is refused, or cannot be reached, and the rest joins", async () => {
+    const b3 = fresh("b3", OPEN);
+    for (const [b2, args, why] of [
+      [{ ...boxes().b2, systemd: "" }, [], /^b2 .*not by systemd/m],
+      [undefined, ["--dry-run"], /^b2 .*No route to host/m],
+    ] as const) {
+      const { b2: _, ...rest } = boxes();
+      const seen = { ...rest, b3, ...(b2 ? { b2 } : {}) };
+      const one = await run("agent", ["--host", `b2=${B2.ip}`, ...args], env, seen);
+      assert.equal(one.status, 1);
+      assert.match(one.stderr, why);
+      assert.doesNotMatch(one.stdout + one.stderr, /nft: open/);
+      const two = await run("agent", ["--host", `b2=${B2.ip} b3=198.51.100.30`, "--dry-run"], env, seen);
+      assert.equal(two.status, 1);
+      assert.match(two.stderr, why);
+      for (const name of ["a1", "b1", "b3"])
+        assert.match(two.stdout, new RegExp(`^${name}: .*\n.*nft: open .* 198\\.51\\.100\\.30`, "m"));
+    }
+  });
+
   test("names one that cannot be reached, with the line for later, and does the rest", async () => {
     const { b1: _, ...rest } = boxes();
     const { status, stdout, stderr } = await run("agent", joins, env, rest);
