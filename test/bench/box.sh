@@ -13,6 +13,8 @@ download() { # BASE VERSION
 unit() { # NAME ADDRESS ARGUMENT…
 	local name=$1 address=$2
 	shift 2
+	# From v1.35 on the kubelet refuses cgroup v1 otherwise, which this machine may have.
+	set -- "$@" --kubelet-arg=fail-cgroupv1=false
 	echo "cat >/etc/systemd/system/$name.service <<'UNIT'
 [Unit]
 Description=Lightweight Kubernetes

@@ -13,7 +13,7 @@ if ! [ -e "$copy" ]; then
 	grep -rl 'https://get.k3s.io/' "$copy/roles" | xargs sed -i "s#https://get.k3s.io/#http://${mirror%%/*}/install.sh#"
 fi
 host() { # NAME IP
-	echo "        $1: { ansible_host: $2, extra_args: '--node-ip=$2 --node-external-ip=$2' }"
+	echo "        $1: { ansible_host: $2, extra_args: '--node-ip=$2 --node-external-ip=$2 --kubelet-arg=fail-cgroupv1=false' }"
 }
 {
 	printf 'k3s_cluster:\n  children:\n    server:\n      hosts:\n'

@@ -5,9 +5,11 @@
 set -eu
 at_once=$1 version=$3 server_ip=${4#*=}
 shift 4
+# As in box.sh.
+v1=--kubelet-arg=fail-cgroupv1=false
 common="--user root --ssh-key $HOME/.ssh/id_ed25519 --k3s-version $version"
 # shellcheck disable=SC2086
 "$K3SUP" install $common --ip "$server_ip" --local-path /run/kubeconfig --k3s-extra-args \
-	"--node-ip=$server_ip --node-external-ip=$server_ip --disable=servicelb --flannel-backend=wireguard-native --flannel-external-ip"
+	"--node-ip=$server_ip --node-external-ip=$server_ip --disable=servicelb --flannel-backend=wireguard-native --flannel-external-ip $v1"
 for agent; do echo "${agent#*=}"; done | xargs -P "$at_once" -I IP sh -c \
-	"exec '$K3SUP' join $common --ip IP --server-ip $server_ip --k3s-extra-args '--node-ip=IP --node-external-ip=IP'"
+	"exec '$K3SUP' join $common --ip IP --server-ip $server_ip --k3s-extra-args '--node-ip=IP --node-external-ip=IP $v1'"
