@@ -3,18 +3,24 @@
 import { existsSync } from "node:fs";
 import { hostname } from "node:os";
 import type { Job } from "./converge.ts";
+import { readExample } from "./env-file.ts";
 import { shown } from "./files.ts";
 import type { Line } from "./report.ts";
 import type { Call, Target } from "./script.ts";
 import { type Origins, SettingError, type Settings } from "./settings.ts";
 import { addressOf, open } from "./shell.ts";
-import { publicIp, SETTINGS, type SettingName } from "./table.ts";
+import { publicIp, type SettingName } from "./table.ts";
 import { nameOf, splitWords } from "./text.ts";
 
 const addressesIn = (text: string): string[] => text.match(/\d+(\.\d+){3}/g) ?? [];
-const EXAMPLES = addressesIn(`${SETTINGS.SERVER.example} ${SETTINGS.AGENTS.example}`);
-/** Does a box have an address of env.example? It would be timed out on. The ranges themselves are those of the lab too. */
-const isExample = (word: string) => addressesIn(word).some((address) => EXAMPLES.includes(address));
+/** Does a box have an address of env.example? It would be timed out on. Who edited that file has others in it. */
+const isExample = (word: string): boolean => {
+  const { SERVER, AGENTS } = readExample();
+  const given = addressesIn(`${SERVER?.example} ${AGENTS?.example}`).filter((ip) =>
+    /^(198\.51\.100|203\.0\.113)\./.test(ip),
+  );
+  return addressesIn(word).some((address) => given.includes(address));
+};
 
 /** For who has not begun yet: nothing says what the boxes are. */
 export function unnamed(settings: Settings, origins: Origins, envFile: string): string | undefined {

@@ -5,7 +5,7 @@ import { hostname } from "node:os";
 import { join, relative } from "node:path";
 import minimist from "minimist";
 import { unnamed } from "./boxes.ts";
-import { readEnv, updateEnv } from "./env-file.ts";
+import { readEnv, readExample, updateEnv } from "./env-file.ts";
 import { noFile, shown, Unwritten } from "./files.ts";
 import { fanOut } from "./fleet.ts";
 import { plain } from "./report.ts";
@@ -13,7 +13,7 @@ import { type Call, type Recipe, switchOf } from "./script.ts";
 import { flagOf, givenNow, isSecret, NAMES, SettingError, settle } from "./settings.ts";
 import { sh } from "./sh.ts";
 import { closeAll } from "./shell.ts";
-import { SETTINGS, type SettingName } from "./table.ts";
+import type { SettingName } from "./table.ts";
 import { hide, quoted } from "./text.ts";
 
 const PROJECT = join(import.meta.dirname, "..");
@@ -180,15 +180,9 @@ function help(script: string, file: string, recipe: Recipe): string {
   ].filter(Boolean);
   const width = Math.max(60, process.stdout.columns || 80);
   const row = (left: string, right: string) => wrapped(`  ${left.padEnd(26)} ${right}`, width, 29);
+  const words = readExample();
   const rows = (some: SettingName[]) =>
-    some
-      .map((n) =>
-        row(
-          `--${flagOf(n)} …`,
-          `${SETTINGS[n].help}${SETTINGS[n].value && `; default: ${SETTINGS[n].value}`}`,
-        ),
-      )
-      .join("");
+    some.map((n) => row(`--${flagOf(n)} …`, words[n]?.help ?? "")).join("");
   const [first, rare] = [true, false].map((is) => names.filter((n) => FIRST.includes(n) === is));
   return `${wrapped(recipe.about, width)}
 ${wrapped(`Usage: make ${script} ${usage.map((word) => `[${word}]`).join(" ")}`, width, 7)}   or: node --import tsx ${file} [flags]

@@ -1,6 +1,7 @@
 /** The env file: how it is read, and how settings are written into it without a change to anything else. */
 import { isUtf8 } from "node:buffer";
 import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parse } from "dotenv";
 import { ownerOf, realPath, replaceFile, take, tryWrite, Unwritten, unwritten } from "./files.ts";
@@ -9,12 +10,29 @@ import { ownerOf, realPath, replaceFile, take, tryWrite, Unwritten, unwritten } 
 const LINE =
   /^(\uFEFF?[ \t]*(?:export[ \t]+)?([\w.-]+)(?:[ \t]*=[ \t]*?|:[ \t]+?))([ \t]*'(?:\\'|[^'])*'|[ \t]*"(?:\\"|[^"])*"|[ \t]*`(?:\\`|[^`])*`|[^#\r\n]*)(?=[ \t]*(?:#[^\r\n]*)?\r?$)/gm;
 
+/** Lines of a comment, and below them a setting, which may be one more comment. */
+const EXAMPLE = /((?:^# .*\n)*)^(?:# )?(([A-Z][A-Z0-9_]*)=.*)$/gm;
+
 /** What an env file says, and on which line each key stands (1-based). A missing file is an empty one. */
 export function readEnv(path: string): { values: Record<string, string>; lines: Record<string, number> } {
   const text = textOf(path);
   const lines: Record<string, number> = {};
   for (const m of text.matchAll(LINE)) lines[m[2] as string] = text.slice(0, m.index).split("\n").length;
   return { values: parse(text), lines };
+}
+
+/**
+ * What env.example says of each setting: the comment right above it, and a value as one would write it. Nothing where
+ * that file was moved away.
+ */
+export function readExample(path = join(import.meta.dirname, "../env.example")) {
+  const found: Record<string, { help: string; example: string }> = {};
+  for (const [, comment = "", line = "", key = ""] of textOf(path).matchAll(EXAMPLE))
+    found[key] = {
+      help: comment.replaceAll(/^# /gm, "").trimEnd().replaceAll("\n", " "),
+      example: parse(line)[key] as string,
+    };
+  return found;
 }
 
 /** The first line of which dotenv would drop something without a word: its number, and what would be right. */

@@ -1,14 +1,12 @@
-/** The table of the settings: what each is for, and what it may hold. Of lib/*.ts this file alone knows k3s. */
+/** The table of the settings: what each may hold. Of lib/*.ts this file alone knows k3s. */
 import { BlockList, isIP } from "node:net";
 import { type Arg, lastOf, parseArgs, secretIn } from "./args.ts";
 import { withValues } from "./env-file.ts";
 import { splitWords } from "./text.ts";
 
 export interface Setting {
+  /** The default. */
   value: string;
-  help: string;
-  /** A value as one would write it: env.example shows it, and the tests hold `check` against it. */
-  example: string;
   secret?: true;
   /** One for all boxes: it says which they are, or is the cluster's own. */
   shared?: true;
@@ -268,33 +266,25 @@ export function publicIp(value: string): string | undefined {
   return reason && `an address that other clouds can reach; ${value} ${reason}`;
 }
 
-/** Every setting, declared once: flags, the env file's keys, `--help` and env.example come from here. */
+/** Every setting: flags and the env file's keys come from here, what each is for and an example from env.example. */
 export const SETTINGS = {
   SERVER: {
     value: "",
-    help: "ssh destination of the control plane, HOST or HOST=PUBLIC_IP; empty: this machine; several by K3S_DATASTORE_ENDPOINT, the first one first",
-    example: "root@203.0.113.10",
     shared: true,
     check: each(destination),
   },
   AGENTS: {
     value: "",
-    help: "ssh destinations of the agents, HOST or HOST=PUBLIC_IP, separated by spaces",
-    example: "root@198.51.100.20 debian@cloud-b=198.51.100.21",
     shared: true,
     check: each(destination),
   },
   HOST: {
     value: "",
-    help: "the box or boxes of this call, HOST or HOST=PUBLIC_IP; empty: this machine",
-    example: "root@198.51.100.20",
     shared: true,
     check: each(destination),
   },
   HOST_KEY: {
     value: "",
-    help: "fingerprints of the box's ssh host keys, in place of known_hosts; of one box by HOST_KEY__BOX",
-    example: "SHA256:8LQwEQFwHa95Gb8MALXFryk7xa71/wmGZDe+++EwR+I",
     check: each(
       matches(
         /^SHA256:[A-Za-z0-9+/]{43}$/,
@@ -304,150 +294,104 @@ export const SETTINGS = {
   },
   PUBLIC_IP: {
     value: "",
-    help: "address at which other clouds reach this call's box; default: what ssh resolves HOST to",
-    example: "198.51.100.20",
     shared: true,
     check: publicIp,
   },
   K3S_VERSION: {
     value: "v1.36.2+k3s1",
-    help: "k3s release, v1.17 or later",
-    example: "v1.17.6+k3s1",
     shared: true,
     check: release,
   },
   STEPS: {
     value: "",
-    help: "releases that `upgrade` passes through, one of each minor version in between",
-    example: "v1.34.2+k3s1 v1.35.4+k3s1",
     shared: true,
     check: each(release),
   },
   K3S_MIRRORS: {
     value: "https://github.com/k3s-io/k3s/releases/download https://rancher-mirror.rancher.cn/k3s",
-    help: "download bases in order; a checksum is taken from another host than the file it checks",
-    example: "https://rancher-mirror.rancher.cn/k3s https://github.com/k3s-io/k3s/releases/download",
     check: each(url),
   },
   K3S_SHA256: {
     value: "",
-    help: "sha256 of the k3s binary, instead of a checksum from a second host",
-    example: "a".repeat(64),
     check: matches(/^[0-9a-f]{64}$/, "64 lower-case hex digits"),
   },
   K3S_BIN: {
     value: "",
-    help: "a k3s binary on this machine, pushed to the box instead of downloaded",
-    example: "./k3s",
     check: file,
   },
   PROXY_MODE: {
     value: "iptables",
-    help: "kube-proxy's mode: iptables, ipvs or nftables (v1.31 and later)",
-    example: "ipvs",
     check: matches(/^(iptables|ipvs|nftables)$/, "iptables, ipvs or nftables"),
   },
   SERVER_ARGS: {
     value: "",
-    help: "more arguments of k3s server",
-    example: "--disable=traefik",
     check: serverArgs,
   },
   AGENT_ARGS: {
     value: "",
-    help: "more arguments of k3s agent",
-    example: "--node-label=cloud=b",
     check: (value) => args("agent", value),
   },
   NODE_LABELS: {
     value: "",
-    help: "labels of the node, KEY=VALUE, separated by spaces; a label removed here is removed from the node",
-    example: "disk=ssd region=b",
     check: each(label),
   },
   NODE_TAINTS: {
     value: "",
-    help: "taints of the node, KEY=VALUE:EFFECT, separated by spaces",
-    example: "dedicated=build:NoSchedule",
     check: (value) => each(taint)(value) ?? twiceIn(value),
   },
   FIREWALL: {
     value: "",
-    help: "yes: `make up`, server, agent, remove and restore also update the boxes' firewalls, as `make firewall` does",
-    example: "yes",
     shared: true,
     check: matches(/^yes$/, "yes, or nothing"),
   },
   AIRGAP: {
     value: "",
-    help: "yes: boxes get k3s's images too, from K3S_MIRRORS or from beside K3S_BIN, where they are taken in any case",
-    example: "yes",
     check: matches(/^yes$/, "yes, or nothing"),
   },
   REGISTRY_MIRRORS: {
     value: "",
-    help: "registries to ask in place of others, REGISTRY=URL, in order, for /etc/rancher/k3s/registries.yaml",
-    example: "docker.io=https://mirror.example.org registry.k8s.io=https://mirror.example.org:5000",
     check: each(mirror),
   },
   HTTPS_PROXY: {
     value: "",
-    help: "proxy of k3s and its downloads on the box (not this machine's: not from the environment)",
-    example: "http://proxy.example.org:3128",
     secret: true,
     ambient: true,
     check: proxy,
   },
   HTTP_PROXY: {
     value: "",
-    help: "the same for addresses that begin with http://",
-    example: "http://proxy.example.org:3128",
     secret: true,
     ambient: true,
     check: proxy,
   },
   NO_PROXY: {
     value: "",
-    help: "what goes by no proxy, separated by commas; the cluster's ranges and nodes are added",
-    example: "registry.example.org,192.0.2.0/24",
     ambient: true,
     check: matches(/^[\w.,:/*-]+$/, "names, addresses and ranges, separated by commas"),
   },
   K3S_CONFIG: {
     value: "",
-    help: "a YAML file on this machine with more settings of k3s, for /etc/rancher/k3s/config.yaml.d (modern k3s)",
-    example: "./k3s-config.yaml",
     check: file,
   },
   BACKUP: {
     value: "",
-    help: "the new file that `backup` writes, by default a new one beside the env file, and `restore` reads",
-    example: "./k3s-backup.tar.gz",
     shared: true,
     check: file,
   },
   ELREPO_URL: {
     value: "https://www.elrepo.org",
-    help: "ELRepo: its key and release packages, for kernels and WireGuard modules",
-    example: "https://mirrors.example.org/elrepo",
     check: url,
   },
   ELREPO_KERNEL_URL: {
     value: "",
-    help: "yum repository with kernel-ml for el7; empty: what ELRepo's release package says",
-    example: "https://mirrors.example.org/elrepo-archive/kernel/el7/x86_64",
     check: url,
   },
   EPEL_URL: {
     value: "https://dl.fedoraproject.org/pub/epel",
-    help: "EPEL, which has wireguard-tools for el7 and el8",
-    example: "https://mirrors.example.org/epel",
     check: url,
   },
   K3S_DATASTORE_ENDPOINT: {
     value: "",
-    help: "a database that several servers share, in place of the server's own SQLite",
-    example: "postgres://k3s:PASSWORD@db.example.org:5432/k3s?sslmode=verify-full",
     secret: true,
     shared: true,
     // As an EnvironmentFile of systemd reads it: without quotes nothing in it means anything.
@@ -458,15 +402,11 @@ export const SETTINGS = {
   },
   K3S_URL: {
     value: "",
-    help: "the cluster's API; written by `server`, read by `agent`",
-    example: "https://203.0.113.10:6443",
     shared: true,
     check: matches(/^https:\/\/[\w.-]+(:\d+)?$/, "an address such as https://203.0.113.10:6443"),
   },
   K3S_TOKEN: {
     value: "",
-    help: "what joins a box to the cluster; written by `server`, read by `agent`",
-    example: `K10${"0".repeat(64)}::server:${"0".repeat(32)}`,
     secret: true,
     shared: true,
     check: token,

@@ -13,7 +13,7 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { pathToFileURL } from "node:url";
 import { parse } from "dotenv";
-import { readEnv, updateEnv, withValues } from "../lib/env-file.ts";
+import { readEnv, readExample, updateEnv, withValues } from "../lib/env-file.ts";
 import { program, ROOT, TOKEN, temporary } from "./helpers.ts";
 
 const HOSTILE: Record<string, string> = {
@@ -177,6 +177,24 @@ describe("the rest of the file", () => {
 
   test("is nothing where there is no file", () => {
     assert.deepEqual(readEnv(join(temporary(), "none")), { values: {}, lines: {} });
+  });
+});
+
+describe("env.example", () => {
+  test("says of a setting what the comment right above it does, in one line, and has its example below", () => {
+    const path = join(temporary(), "env.example");
+    writeFileSync(
+      path,
+      '# One.\n\n## Boxes\n\n# Two,\n# with more.\nSERVER="a b"\n# NAMES__b=x\n\n# Three.\n# K3S_URL=y\n',
+    );
+    assert.deepEqual(readExample(path), {
+      SERVER: { help: "Two, with more.", example: "a b" },
+      K3S_URL: { help: "Three.", example: "y" },
+    });
+  });
+
+  test("may have been moved away: it says nothing then", () => {
+    assert.deepEqual(readExample(join(temporary(), "env.example")), {});
   });
 });
 

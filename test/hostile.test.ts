@@ -13,6 +13,7 @@ import fc from "fast-check";
 import { diagnose } from "../lib/check/diagnose.ts";
 import { clusterOf, type Member, tries } from "../lib/check/survey.ts";
 import { type Job, look } from "../lib/converge.ts";
+import { readExample } from "../lib/env-file.ts";
 import { rangesOf } from "../lib/k3s/config.ts";
 import { drainedOn, uncordonedOn } from "../lib/k3s/drain.ts";
 import { closeAgain, closeLook, firewall } from "../lib/k3s/firewall.ts";
@@ -113,9 +114,10 @@ const spoilt = (example: string) =>
   fc
     .tuple(fc.nat(example.length), fc.nat(4), fc.array(piece, { minLength: 1, maxLength: 3 }))
     .map(([at, gone, pieces]) => example.slice(0, at) + pieces.join("") + example.slice(at + gone));
+const WORDS = readExample();
 const anyValue = (name: SettingName) =>
   fc.oneof(
-    { weight: 6, arbitrary: spoilt(SETTINGS[name].example) },
+    { weight: 6, arbitrary: spoilt(WORDS[name]?.example as string) },
     { weight: 2, arbitrary: fc.array(piece, { maxLength: 4 }).map((pieces) => pieces.join("")) },
   );
 

@@ -3,6 +3,7 @@ import { readFileSync, writeFileSync } from "node:fs";
 import { hostname } from "node:os";
 import { join } from "node:path";
 import { describe, test } from "node:test";
+import { readExample } from "../lib/env-file.ts";
 import { check, flagOf, NAMES, SettingError, settle } from "../lib/settings.ts";
 import { publicIp, SETTINGS, type SettingName } from "../lib/table.ts";
 import { ROOT, TOKEN, temporary } from "./helpers.ts";
@@ -18,11 +19,14 @@ const refusal = (name: SettingName, value: string, origin = "variable X"): strin
 };
 
 describe("every setting", () => {
+  const words = readExample();
   for (const name of NAMES) {
-    test(`${name}: its example and its default pass its own check`, () => {
-      check(name, SETTINGS[name].example, "example");
-      if (SETTINGS[name].value) check(name, SETTINGS[name].value, "default");
-      assert.ok(SETTINGS[name].help);
+    test(`${name}: its example and its default pass its own check, and env.example says what it is for`, () => {
+      check(name, words[name]?.example as string, "example");
+      const { value } = SETTINGS[name];
+      if (value) check(name, value, "default");
+      assert.match(words[name]?.help as string, /^\S.{20,}\.$/);
+      assert.ok(words[name]?.help.includes(value), "its default is not what env.example says");
     });
   }
 
