@@ -11,7 +11,7 @@ import { fanOut } from "./fleet.ts";
 import { plain } from "./report.ts";
 import { type Call, type Recipe, switchOf } from "./script.ts";
 import { flagOf, givenNow, isSecret, NAMES, SettingError, settle } from "./settings.ts";
-import { sh } from "./sh.ts";
+import { quote } from "./sh.ts";
 import { closeAll } from "./shell.ts";
 import type { SettingName } from "./table.ts";
 import { hide, quoted } from "./text.ts";
@@ -112,7 +112,7 @@ function envFileBy(named: string): string {
   const wrong = noFile(path) ?? (named && !existsSync(path) && "not there");
   if (!wrong) return path;
   throw new SettingError(
-    `ENV_FILE is ${quoted(shown(path))}, which is ${wrong}: expected a file with the settings of a cluster${wrong === "not there" ? `; a new one is made by cp ${sh(shown(join(PROJECT, "env.example")))} ${sh(shown(path))}` : ""}`,
+    `ENV_FILE is ${quoted(shown(path))}, which is ${wrong}: expected a file with the settings of a cluster${wrong === "not there" ? `; a new one is made by cp ${quote(shown(join(PROJECT, "env.example")))} ${quote(shown(path))}` : ""}`,
   );
 }
 

@@ -7,7 +7,7 @@ import { printed } from "./protocol.ts";
 import { type Line, plain, report } from "./report.ts";
 import { type Call, switchOf, type Target } from "./script.ts";
 import { check, givenNow, isSecret, NAMES, SettingError, type Settings } from "./settings.ts";
-import { sh } from "./sh.ts";
+import { quote } from "./sh.ts";
 import { Unreachable } from "./shell.ts";
 import { type Change, type Facts, Failure, planAll, Refusal, type Step, unforeseen } from "./step.ts";
 import { SETTINGS, type SettingName } from "./table.ts";
@@ -95,7 +95,7 @@ export async function attempt(
 const takesHost = (step: Step) => step.options.includes("HOST");
 
 /** A value on make's command line: the shell takes the quotes, and make the second $. */
-export const forMake = (value: string): string => sh(value.replaceAll("$", () => "$$"));
+export const forMake = (value: string): string => quote(value.replaceAll("$", () => "$$"));
 
 /** The command that tries it again: what was given for this call is given again, but for secrets. */
 function again(call: Call, script: string, box: Target): string {
@@ -104,7 +104,7 @@ function again(call: Call, script: string, box: Target): string {
   // A script that looks after a whole cluster is tried again as a whole.
   const whole = script === call.script && call.recipe.work && !call.recipe.steps.some(takesHost);
   const own = [
-    whole ? "" : box.host ? `HOST=${sh(box.word)}` : local,
+    whole ? "" : box.host ? `HOST=${quote(box.word)}` : local,
     ...given.map((n) => `${n}=${forMake(call.settings[n])}`),
     ...(script === call.script ? [...call.flags] : []).map((flag) => `${switchOf(flag)}=1`),
     // What only looked is not done in earnest by a line that was pasted.

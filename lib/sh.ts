@@ -1,4 +1,4 @@
-/** Quoting for POSIX sh, and the shell that writes a file. */
+/** Quoting for POSIX sh, and the shell that waits and that writes a file. */
 
 /** What a terminal would go by in a script that is shown; as printf writes it, and between quotes. */
 const octal = (text: string) =>
@@ -11,12 +11,38 @@ const octal = (text: string) =>
  * @throws {RangeError} for a NUL, which no shell can carry.
  * @see POSIX.1-2024, Shell Command Language, 2.2.2 Single-Quotes
  */
-export function sh(word: string): string {
+export function quote(word: string): string {
   if (word.includes("\0")) throw new RangeError("A shell word cannot hold a NUL");
   return /^[\w@%+=:,./-]+$/.test(word)
     ? word
     : `'${word.replaceAll("'", `'\\''`).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (c) => (c === "\n" || c === "\t" ? c : octal(c)))}'`;
 }
+
+/** What goes into a template of `sh` as it is, because it is shell already. */
+export const raw = (shell: string) => ({ shell });
+
+type Word = string | number | ReturnType<typeof raw>;
+
+/**
+ * Shell as a template: each interpolation is quoted as one word, an array as words, and only `raw()` goes in as it is.
+ * An interpolation stands outside of quotes; where a longer text holds it, that text is the interpolation.
+ * Backslashes stay as they are typed; but `\${` and a backslash before a backtick stand for what a template cannot hold.
+ */
+export const sh = (parts: TemplateStringsArray, ...words: readonly (Word | readonly Word[])[]): string =>
+  String.raw(
+    { raw: parts.raw.map((part) => part.replace(/\\(`|\$\{)/g, "$1")) },
+    ...words.map((word) => [word].flat().map(shellOf).join(" ")),
+  );
+
+const shellOf = (word: Word) => (typeof word === "object" ? word.shell : quote(`${word}`));
+
+/** Shell that waits for `condition` and runs `each` meanwhile; after `seconds` it runs `otherwise` and fails. */
+export const waitUntil = (seconds: number, condition: string, otherwise: string, each = ""): string =>
+  sh`end=$(($(date +%s) + ${seconds}))
+until ${raw(condition)}; do
+  ${raw(each && `${each}\n  `)}[ "$(date +%s)" -lt "$end" ] || { ${raw(otherwise)}; exit 1; }
+  sleep 1
+done`;
 
 /**
  * Shell that writes `text` to `path` atomically: a reader, or a crash, sees the old file or the new one.
@@ -24,13 +50,11 @@ export function sh(word: string): string {
  */
 export function writeFile(path: string, text: string, mode = "644", secrets: readonly string[] = []): string {
   const parts = text.split(new RegExp(`(${secrets.map((s) => `@${s}@`).join("|") || "(?!)"})`));
-  const body = parts.map((p, i) => (i % 2 ? `"$${p.slice(1, -1)}"` : sh(p))).join("");
-  return [
-    `mkdir -p ${sh(path.slice(0, path.lastIndexOf("/")) || "/")}`,
-    `new=${sh(path)}.new`,
-    `(umask 077; printf %s ${body} >"$new")`,
-    `chmod ${mode} "$new"`,
-    `sync "$new" 2>/dev/null || sync`,
-    `mv -f "$new" ${sh(path)}`,
-  ].join("\n");
+  const body = parts.map((p, i) => (i % 2 ? `"$${p.slice(1, -1)}"` : quote(p))).join("");
+  return sh`mkdir -p ${path.slice(0, path.lastIndexOf("/")) || "/"}
+new=${path}.new
+(umask 077; printf %s ${raw(body)} >"$new")
+chmod ${mode} "$new"
+sync "$new" 2>/dev/null || sync
+mv -f "$new" ${path}`;
 }

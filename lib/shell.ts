@@ -14,7 +14,7 @@ import { createGzip } from "node:zlib";
 import { $, kill } from "zx";
 import { remove, temporary } from "./files.ts";
 import { SettingError } from "./settings.ts";
-import { sh } from "./sh.ts";
+import { quote } from "./sh.ts";
 import { nameOf } from "./text.ts";
 
 /** The box could not be reached, or would not let us in: nothing was run on it. */
@@ -151,7 +151,7 @@ async function closeEach(): Promise<void> {
 
 /** Runs a command, of one line, as root where sudo does not ask: root's own shell, or `sudo -n`. */
 const asRoot = (command: string) =>
-  `sh -c ${escaped(`if [ "$(id -u)" = 0 ]; then exec sh -c ${sh(command)}; else exec sudo -n sh -c ${sh(command)}; fi`)}`;
+  `sh -c ${escaped(`if [ "$(id -u)" = 0 ]; then exec sh -c ${quote(command)}; else exec sudo -n sh -c ${quote(command)}; fi`)}`;
 
 /**
  * A word for whatever login shell a box has: fish and csh read quotes within quotes in ways of their own, but a
@@ -233,7 +233,7 @@ export function open(host: string, keys = ""): Box {
       let count = 0;
       const decoder = new StringDecoder("utf8");
       const result = await execute(
-        `echo ${sh(BEGIN)}; exec sh -s`,
+        `echo ${quote(BEGIN)}; exec sh -s`,
         Readable.from([script]),
         seconds,
         (chunk) => {
@@ -256,8 +256,8 @@ export function open(host: string, keys = ""): Box {
     },
     async push(file, path) {
       let text = "";
-      const part = sh(path);
-      const there = `echo ${sh(BEGIN)}; mkdir -p ${sh(dirname(path))}; wc -c 2>/dev/null <${part} || echo 0`;
+      const part = quote(path);
+      const there = `echo ${quote(BEGIN)}; mkdir -p ${quote(dirname(path))}; wc -c 2>/dev/null <${part} || echo 0`;
       await execute(there, Readable.from([]), 60, (said) => {
         text = (text + said).slice(-WORDS);
       });
@@ -286,7 +286,7 @@ export function open(host: string, keys = ""): Box {
       // The login shell of some boxes greets: what comes before our own line is not the file's.
       let head: Buffer | undefined = Buffer.alloc(0);
       const result = await execute(
-        `echo ${sh(BEGIN)}; exec cat ${sh(path)}`,
+        `echo ${quote(BEGIN)}; exec cat ${quote(path)}`,
         Readable.from([]),
         PUSH,
         async (chunk) => {

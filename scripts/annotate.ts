@@ -25,7 +25,7 @@ import {
   releaseOf,
   unitOf,
 } from "../lib/k3s/unit.ts";
-import { sh } from "../lib/sh.ts";
+import { quote } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
 /** The server's unit, an empty line, the agent's. */
@@ -68,7 +68,7 @@ export const annotateAs = (role?: Role): Step => ({
       return [
         {
           why: `annotate node ${name}: public-ip-overwrite ${node?.overwrite ?? "unset"} -> ${ip}`,
-          sh: `${KUBECTL}\nkc annotate --overwrite node ${sh(name)} ${sh(`${OVERWRITE}=${ip}`)}`,
+          sh: `${KUBECTL}\nkc annotate --overwrite node ${quote(name)} ${quote(`${OVERWRITE}=${ip}`)}`,
         },
         // flannel reads the annotation when it starts; the other nodes follow live (v1.17.6, recorded).
         restart(as, generation, name, want),
@@ -81,7 +81,7 @@ export const annotateAs = (role?: Role): Step => ({
           why: `wait until flannel's public-ip of ${name} is ${ip}, not ${node.publicIp ?? "unset"}`,
           sh: `${KUBECTL}
 end=$(($(date +%s) + 60))
-until kc get node ${sh(name)} -o json 2>/dev/null | grep -q '"flannel.alpha.coreos.com/public-ip": "${ip}"'; do
+until kc get node ${quote(name)} -o json 2>/dev/null | grep -q '"flannel.alpha.coreos.com/public-ip": "${ip}"'; do
   [ "$(date +%s)" -lt "$end" ] || { echo 'Does the server run with --flannel-external-ip? "make server" sees to it'; exit 1; }
   sleep 1
 done`,

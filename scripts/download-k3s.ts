@@ -5,7 +5,7 @@ import { foldersLook, install, managersLook, osOf, writable } from "../lib/k3s/p
 import { run } from "../lib/k3s/script.ts";
 import { binaryLook, K3S, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
-import { sh } from "../lib/sh.ts";
+import { quote } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { splitWords } from "../lib/text.ts";
 
@@ -60,7 +60,7 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
         changes.push({
           why: `put ${want.K3S_BIN} in place${have ? ` of ${have}` : ""}`,
           push: { file: want.K3S_BIN, path: part },
-          sh: `${TELL}part=${part}; from=${sh(want.K3S_BIN)}; sum=${want.K3S_SHA256}\n${VERIFY}\n${swap("v1")}`,
+          sh: `${TELL}part=${part}; from=${quote(want.K3S_BIN)}; sum=${want.K3S_SHA256}\n${VERIFY}\n${swap("v1")}`,
           seconds: 120,
           lookAgain: "foreseen",
         });
@@ -159,7 +159,7 @@ function images(want: Settings, facts: Facts): Change[] {
   const put = (id: string, name: string) => `mkdir -p ${IMAGES}
 rm -f ${IMAGES}/k3s-airgap-images-${arch}.tar* "$part.good"
 mv "$part" ${IMAGES}/${name}
-(cd ${IMAGES} && echo ${sh(id)} "$(stat -c '%n %s %Y' ${name})") >${RECORD}`;
+(cd ${IMAGES} && echo ${quote(id)} "$(stat -c '%n %s %Y' ${name})") >${RECORD}`;
 
   if (!want.K3S_BIN) {
     const what = imagesFile(want, facts);
@@ -188,7 +188,7 @@ mv "$part" ${IMAGES}/${name}
     {
       why: `put ${name} in place`,
       push: { file, path: part },
-      sh: `${TELL}part=${part}; from=${sh(file)}; sum=${hash}\n${VERIFY}\n${put(hash, name)}`,
+      sh: `${TELL}part=${part}; from=${quote(file)}; sum=${hash}\n${VERIFY}\n${put(hash, name)}`,
       seconds: 300,
     },
   ];
@@ -203,7 +203,7 @@ const TELL = 'tell() { say "$1"; echo "$1"; }\n';
 /** The old binary stays until the new one has run and said the version that was asked for. */
 const swap = (version: string) => `chmod 755 "$part"
 said=$("$part" --version) || { echo "the new binary does not run here: $said"; exit 1; }
-case $said in *${sh(` ${version}`)}*) ;; *) echo "the new binary says: $said"; exit 1 ;; esac
+case $said in *${quote(` ${version}`)}*) ;; *) echo "the new binary says: $said"; exit 1 ;; esac
 mv -f "$part" ${K3S}
 rm -f "$part.good"`;
 
@@ -226,7 +226,7 @@ function fetch({ file, arch, part, sha256 = "" }: File, want: Settings, put: str
   const bases = splitWords(want.K3S_MIRRORS);
   const tries = bases.map((base) => {
     const others = bases.filter((other) => hostOf(other) !== hostOf(base));
-    return `if try ${[base, ...others].map(sh).join(" ")}; then put; exit 0; fi`;
+    return `if try ${[base, ...others].map(quote).join(" ")}; then put; exit 0; fi`;
   });
   return `${TELL}part=${part}
 mkdir -p ${part.replace(/\/[^/]*$/, "")}

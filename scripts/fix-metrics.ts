@@ -4,7 +4,7 @@ import { causes } from "../lib/check/causes.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../lib/k3s/nodes.ts";
 import { run } from "../lib/k3s/script.ts";
 import { binaryLook, generationOf } from "../lib/k3s/unit.ts";
-import { sh, writeFile } from "../lib/sh.ts";
+import { quote, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
 const FOLDER = "/var/lib/rancher/k3s/server/manifests";
@@ -77,7 +77,7 @@ const deploy = (text: string, why: string): Change => ({
   why,
   // A file that is as it was would not be deployed again before the next start (v1.17.6: by its checksum). A .skip
   // without it would be the user's.
-  sh: `${writeFile(OWN, text, "600")}\necho "# written $(date +%s)" >>${OWN}\n: >${sh(`${PACKAGED}.skip`)}`,
+  sh: `${writeFile(OWN, text, "600")}\necho "# written $(date +%s)" >>${OWN}\n: >${quote(`${PACKAGED}.skip`)}`,
 });
 
 /**

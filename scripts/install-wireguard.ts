@@ -5,7 +5,7 @@ import { DEAD, install, isEl7, managersLook, type Os, osOf } from "../lib/k3s/pa
 import { run } from "../lib/k3s/script.ts";
 import { type Generation, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
-import { sh } from "../lib/sh.ts";
+import { quote } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { SETTINGS } from "../lib/table.ts";
 import { moduleLook, wireguardIn } from "./upgrade-kernel.ts";
@@ -77,7 +77,7 @@ export function packages(os: Os, module: string | undefined, want: Settings, fac
   }
   return byProxy(want, {
     why: `install ${names.join(", ")} (${os.name}, ${os.manager})`,
-    sh: before + install(os, names, options.map(sh).join(" ")),
+    sh: before + install(os, names, options.map(quote).join(" ")),
     seconds: 900,
   });
 }
@@ -135,7 +135,7 @@ function otherKernel(os: Os, split: boolean, facts: Facts): string {
 
 /** A repository's release package, by rpm: yum would first load the lists of all repositories. */
 const release = (name: string, url: string) =>
-  `grep -qs '^\\[${name}\\]' /etc/yum.repos.d/*.repo || rpm -Uvh ${sh(url)}\n`;
+  `grep -qs '^\\[${name}\\]' /etc/yum.repos.d/*.repo || rpm -Uvh ${quote(url)}\n`;
 
 /** The interface that is made for proof: one that a cut run has left is known by it. */
 const PROBE = "kac-probe";

@@ -6,7 +6,7 @@ import { isEl7, osOf } from "../lib/k3s/packages.ts";
 import { run } from "../lib/k3s/script.ts";
 import { binaryLook, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
-import { sh, writeFile } from "../lib/sh.ts";
+import { quote, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
 /**
@@ -124,7 +124,7 @@ function installChanges(elrepo: string, repository: string): Change[] {
   return [
     {
       why: "import ELRepo's key",
-      sh: `rpm --import ${sh(key)} || { echo 'ELREPO_URL may name another place that has this key'; exit 1; }`,
+      sh: `rpm --import ${quote(key)} || { echo 'ELREPO_URL may name another place that has this key'; exit 1; }`,
       seconds: 120,
     },
     repository
@@ -138,14 +138,14 @@ function installChanges(elrepo: string, repository: string): Change[] {
       : {
           why: "install ELRepo's release package",
           // By rpm: yum would first load the lists of all repositories, of which CentOS's own may be gone.
-          sh: `rpm -q elrepo-release >/dev/null || rpm -Uvh ${sh(`${elrepo}/elrepo-release-7.el7.elrepo.noarch.rpm`)}`,
+          sh: `rpm -q elrepo-release >/dev/null || rpm -Uvh ${quote(`${elrepo}/elrepo-release-7.el7.elrepo.noarch.rpm`)}`,
           seconds: 120,
         },
     {
       why: "install kernel-ml from ELRepo",
       // One that is there may lack its initramfs or its boot entry, if the power was cut while it was installed.
       sh: `set -f
-gone() { echo ${sh(gone)}; exit 1; }
+gone() { echo ${quote(gone)}; exit 1; }
 yum ${only} repolist || gone
 if rpm -q kernel-ml >/dev/null; then yum -y ${only} reinstall kernel-ml || :; fi
 yum -y ${only} install kernel-ml || gone

@@ -8,7 +8,7 @@ import type { Member } from "../lib/check/survey.ts";
 import { interfaceOf, type Role, unitOf, unitPath } from "../lib/k3s/unit.ts";
 import { lookScript, reader, whole } from "../lib/protocol.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
-import { sh } from "../lib/sh.ts";
+import { quote } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { SETTINGS } from "../lib/table.ts";
 
@@ -242,7 +242,7 @@ export function filesAfter(step: Step, want: Settings, changes: readonly Change[
       .replaceAll(`${root}/rancher`, "/etc/rancher");
   for (const change of changes.filter((c) => c.why.startsWith("write "))) {
     // The text of the unit names the folders too: only the paths that the shell writes to are moved.
-    const given = (change.secrets ?? []).map((name) => `${name}=${sh(want[name])}\n`).join("");
+    const given = (change.secrets ?? []).map((name) => `${name}=${quote(want[name])}\n`).join("");
     const { status, stderr } = shell(`set -eu\n${given}${there(change.sh)}`);
     if (status !== 0) throw new Error(`"${change.why}" failed with ${status}: ${stderr}`);
   }

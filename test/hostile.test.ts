@@ -22,7 +22,7 @@ import { releaseOf } from "../lib/k3s/unit.ts";
 import { lookScript } from "../lib/protocol.ts";
 import { plain } from "../lib/report.ts";
 import { flagOf, NAMES, SettingError, type Settings, settle } from "../lib/settings.ts";
-import { sh } from "../lib/sh.ts";
+import { quote } from "../lib/sh.ts";
 import { BEGIN, type Box, closeAll, open, Unreachable } from "../lib/shell.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
 import { SETTINGS, type SettingName } from "../lib/table.ts";
@@ -273,7 +273,7 @@ function sings(pieces: readonly string[]): string {
   writeFileSync(trace, "");
   chmodSync(join(trace, ".."), 0o711);
   chmodSync(trace, 0o666);
-  const script = `exec 9>>${sh(trace)}
+  const script = `exec 9>>${quote(trace)}
 PATH=/nonexistent; n=0
 canary() { echo "canary $*" >&9; }
 sleep() { n=$((n + 1)); [ $n -lt 3 ] || exit; }
@@ -295,7 +295,7 @@ echo "the end" >&9`;
 
 /** A change and what is put before it where it is sent. */
 const sent = (want: Settings, { sh: text, secrets = [] }: Change) =>
-  `${secrets.map((name) => `${name}=${sh(want[name])}\n`).join("")}${text}`;
+  `${secrets.map((name) => `${name}=${quote(want[name])}\n`).join("")}${text}`;
 
 /** Arguments, and the text of a file, may hold most of what a shell would go by. */
 const hostileArgs = fc
@@ -319,7 +319,7 @@ const hostileArgs = fc
 describe(`what is sent to a box, made up with seed ${seed}`, () => {
   test("the shell that tries it out hears a command that is run, in a value or at the end of a piece", () => {
     assert.equal(sings(["x=$(canary one)", "false || exit 1; canary two"]), "canary one\ncanary two\n");
-    assert.equal(sings([`printf %s ${sh("$(canary)';canary")}`]), "");
+    assert.equal(sings([`printf %s ${quote("$(canary)';canary")}`]), "");
   });
 
   for (const version of [OLD, MODERN])
@@ -363,8 +363,8 @@ test(`ssh gets a destination as one word behind --, and nothing of it as an opti
   const log = join(temporary(), "log");
   const before = process.env.PATH;
   process.env.PATH = programs(temporary(), {
-    ssh: `printf '%s\\n' "$#" "$@" >>${sh(log)}; exit 255`,
-    canary: `echo canary >>${sh(log)}`,
+    ssh: `printf '%s\\n' "$#" "$@" >>${quote(log)}; exit 255`,
+    canary: `echo canary >>${quote(log)}`,
   });
   try {
     const words = fc.tuple(
@@ -431,7 +431,7 @@ console.log(JSON.stringify({ said, peak }));
     assert.ok(peak < PEAK, `${peak} MB`);
     return said as string;
   }
-  const begun = `echo ${sh(BEGIN)}`;
+  const begun = `echo ${quote(BEGIN)}`;
   const trip = `return JSON.stringify((await box.run("true", 60, () => {})).status)`;
   /** The mark stands in what it is sent. */
   const marked = `mark=$(sed -n 's/^m=//p'); ${begun}`;

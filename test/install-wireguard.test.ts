@@ -3,7 +3,7 @@ import { readdirSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { install, type Manager, osOf } from "../lib/k3s/packages.ts";
-import { sh } from "../lib/sh.ts";
+import { quote } from "../lib/sh.ts";
 import { type Facts, Refusal } from "../lib/step.ts";
 import { installWireguard } from "../scripts/install-wireguard.ts";
 import { fixture, MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
@@ -307,7 +307,7 @@ describe("the proof", () => {
 describe("a list of packages that is gone", () => {
   /** Runs the installation by an apt-get whose updates say these, one after the other, and then go well. */
   const updates = (installed: number, ...said: string[]) => {
-    const fakes = said.map((text, i) => `${i + 1}) echo ${sh(text)} >&2; return 100 ;;`).join("\n");
+    const fakes = said.map((text, i) => `${i + 1}) echo ${quote(text)} >&2; return 100 ;;`).join("\n");
     const text = `count=$(mktemp)
 dpkg() { :; }
 sleep() { :; }

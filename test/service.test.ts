@@ -6,7 +6,7 @@ import { describe, test } from "node:test";
 import { healthySaying, systemdFirst, withoutEmpty } from "../lib/k3s/service.ts";
 import { type Role, unitOf, unitPath } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
-import { sh } from "../lib/sh.ts";
+import { quote } from "../lib/sh.ts";
 import { type Change, type Facts, planAll, Refusal, type Step } from "../lib/step.ts";
 import { agent, agentSteps, prepareAs } from "../scripts/agent.ts";
 import { server, serverSteps } from "../scripts/server.ts";
@@ -484,7 +484,7 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
     const env = plan.find(({ why }) => why.includes("service.env"));
     const file = join(temporary(), "env");
     const { status } = shell(
-      `K3S_TOKEN=${sh(odd.K3S_TOKEN)}\n${(env?.sh ?? "").replaceAll("/etc/systemd/system/k3s-agent.service.env", file)}`,
+      `K3S_TOKEN=${quote(odd.K3S_TOKEN)}\n${(env?.sh ?? "").replaceAll("/etc/systemd/system/k3s-agent.service.env", file)}`,
     );
     assert.equal(status, 0);
     // As systemd reads it, where no quote is the first character (v219 to v257): a backslash takes the next one.

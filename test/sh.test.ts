@@ -2,7 +2,8 @@ import assert from "node:assert/strict";
 import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { sh, writeFile } from "../lib/sh.ts";
+import fc from "fast-check";
+import { quote, raw, sh, waitUntil, writeFile } from "../lib/sh.ts";
 import { lacks, shell, temporary } from "./helpers.ts";
 
 /** sync is left out where many files are written: the disk's time is not what is tested. */
@@ -47,16 +48,45 @@ const HARD = [
 
 test("a quoted word has nothing that a terminal would go by", () => {
   for (const word of [...HARD, "\u009b31m", "\u202e", "\u2028", "\u200b", "\ufeff"])
-    assert.doesNotMatch(sh(word), /(?![\n\t])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/u);
+    assert.doesNotMatch(quote(word), /(?![\n\t])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/u);
 });
 
 for (const argv of SHELLS) {
   const skip = lacks(argv[0] as string);
   describe(`in ${argv.join(" ")}`, { skip }, () => {
     test(`${HARD.length} hard words reach a command byte for byte`, () => {
-      const { status, bytes } = shell(`printf '%s\\0' ${HARD.map(sh).join(" ")}`, [...argv, "-s"]);
+      const { status, bytes } = shell(`printf '%s\\0' ${HARD.map(quote).join(" ")}`, [...argv, "-s"]);
       assert.equal(status, 0);
       assert.deepEqual(bytes, Buffer.from(HARD.map((word) => `${word}\0`).join("")));
+    });
+
+    test("what stands in a template reaches a command as one word, an array as words, of which there may be none", () => {
+      const word = fc.string({ unit: "binary", maxLength: 9 }).filter((text) => !text.includes("\0"));
+      const one = fc.oneof(word, fc.constantFrom(...HARD.slice(0, -1)));
+      fc.assert(
+        fc.property(one, fc.array(one, { maxLength: 3 }), fc.integer(), (x, some, n) => {
+          const script = sh`printf '%s\0' ${x} --x=${x}:${n} ${some} "${raw("$n")}" ${raw("$(echo a b)")} $\{`;
+          const { bytes } = shell(`n='1  2'\n${script}`, [...argv, "-s"]);
+          const sent = [x, `--x=${x}:${n}`, ...some, "1  2", "a", "b", "${"];
+          assert.deepEqual(bytes, Buffer.from(sent.map((text) => `${text}\0`).join("")));
+        }),
+        { numRuns: 60 },
+      );
+    });
+
+    test("a wait ends as soon as its condition is true, and at its limit with a message and a failure", () => {
+      // sleep moves the clock, so that nothing is waited for.
+      const clock =
+        "set -eu; now=100; date() { echo $now; }; sleep() { now=$((now + $1)); }; beat() { printf .; }";
+      const waits = (condition: string, each?: string) => {
+        const wait = waitUntil(60, condition, sh`echo ${"It's not there"}`, each);
+        const { status, stdout } = shell(`${clock}\n${wait}\necho "after $((now - 100)) s"`, [...argv, "-s"]);
+        return [status, stdout];
+      };
+      assert.deepEqual(waits("true"), [0, "after 0 s\n"]);
+      assert.deepEqual(waits("[ $now -ge 103 ]", "beat"), [0, "...after 3 s\n"]);
+      assert.deepEqual(waits("[ $now -ge 160 ]"), [0, "after 60 s\n"]);
+      assert.deepEqual(waits("[ $now -ge 161 ]"), [1, "It's not there\n"]);
     });
 
     test("written files hold their texts byte for byte, with their mode, and nothing is left beside them", () => {
@@ -76,7 +106,7 @@ for (const argv of SHELLS) {
       const folder = temporary();
       const write = (i: number) =>
         writeFile(`${folder}/${i}`, "URL=u\nTOKEN=@K3S_TOKEN@\n@OTHER@\n", "600", ["K3S_TOKEN"]);
-      const script = HARD.map((secret, i) => `K3S_TOKEN=${sh(secret)}\n${write(i)}`).join("\n");
+      const script = HARD.map((secret, i) => `K3S_TOKEN=${quote(secret)}\n${write(i)}`).join("\n");
       const { status, stderr } = shell(`${QUICK}\n${script}`, [...argv, "-s"]);
       assert.equal(status, 0, stderr);
       for (const [i, secret] of HARD.entries()) {
@@ -89,11 +119,40 @@ for (const argv of SHELLS) {
 
 test("a plain word stays as it is, to be read by people", () => {
   for (const word of ["k3s", "--a=b", "/usr/local/bin/k3s", "root@203.0.113.10:22", "1%+_,."])
-    assert.equal(sh(word), word);
+    assert.equal(quote(word), word);
 });
 
-test("a word with a NUL is refused: no shell can carry it", () => {
-  assert.throws(() => sh("a\0b"), RangeError);
+test("a word with a NUL is refused, wherever it stands: no shell can carry it", () => {
+  assert.throws(() => quote("a\0b"), RangeError);
+  assert.throws(() => sh`echo ${"a\0b"}`, RangeError);
+  assert.throws(() => sh`echo ${["a", "\0"]}`, RangeError);
+});
+
+const TEMPLATES: Record<string, [written: string, sent: string]> = {
+  "a plain word and a number": [sh`kc drain ${"hk-1"} --timeout=${300}s`, "kc drain hk-1 --timeout=300s"],
+  "an odd word": [sh`kc get node ${"a b"}`, "kc get node 'a b'"],
+  "an empty word": [sh`x=${""}`, "x=''"],
+  "a word of several parts": [sh`-w ${`${"a"}=${"it's"}`}`, String.raw`-w 'a=it'\''s'`],
+  "a newline": [sh`echo ${"a\nb"}`, "echo 'a\nb'"],
+  "an array": [sh`for x in ${["a", "b c", 3]}; do`, "for x in a 'b c' 3; do"],
+  "an empty array": [sh`for x in ${[]}; do`, "for x in ; do"],
+  shell: [sh`${raw("x=$(id)")}; echo $x`, "x=$(id); echo $x"],
+  "shell among words": [sh`echo ${["a b", raw('"$x"')]}`, `echo 'a b' "$x"`],
+  "another template, without raw()": [sh`sh -c ${sh`echo ${"a b"}`}`, String.raw`sh -c 'echo '\''a b'\'''`],
+  backslashes: [sh`'\\\1' \"\$x \x \u \0 \n`, "'\\\\\\1' \\\"\\$x \\x \\u \\0 \\n"],
+  "a brace of the shell": [sh`echo "\${x##*/}" \\\${x}`, 'echo "${x##*/}" \\\\${x}'],
+  "a backtick": [sh`echo \`id\``, "echo `id`"],
+};
+
+for (const [what, [written, sent]] of Object.entries(TEMPLATES))
+  test(`a template is sent as it is typed: ${what}`, () => assert.equal(written, sent));
+
+test("what may be undefined does not compile in a template", () => {
+  const facts: Record<string, string | undefined> = {};
+  // @ts-expect-error
+  assert.equal(sh`echo ${facts.name}`, "echo undefined");
+  // @ts-expect-error
+  assert.equal(sh`echo ${["a", facts.name]}`, "echo a undefined");
 });
 
 test("a file that cannot be written leaves the old one", () => {

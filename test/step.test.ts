@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { converge, type Job, look as lookAt } from "../lib/converge.ts";
 import { applyScript, printed, reader, whole } from "../lib/protocol.ts";
-import { sh } from "../lib/sh.ts";
+import { quote } from "../lib/sh.ts";
 import { type Box, Unreachable } from "../lib/shell.ts";
 import { type Change, type Facts, Failure, planAll, Refusal, type Step } from "../lib/step.ts";
 import { has, lacks, look, shell, TOKEN, temporary, wanted } from "./helpers.ts";
@@ -15,7 +15,7 @@ const LOCK = "/run/k3s-across-clouds.lock";
 
 /** Applies changes by this machine's sh, with a lock of its own. */
 function apply(changes: Change[], lock = join(temporary(), "lock")) {
-  const script = applyScript(changes, "mark", () => sh(TOKEN));
+  const script = applyScript(changes, "mark", () => quote(TOKEN));
   assert.ok(script.includes(LOCK));
   const events: string[] = [];
   const stream = reader("mark", {
@@ -77,7 +77,7 @@ describe("apply", { skip }, () => {
 cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -c '[b]::server:0123' || true
 env | grep -c '[b]::server:0123' || true`;
     const { output } = apply([change(spy, { secrets: ["K3S_TOKEN"] })]);
-    const sum = shell(`printf 'token %s\\n' ${sh(TOKEN)} | cksum`).stdout.trim();
+    const sum = shell(`printf 'token %s\\n' ${quote(TOKEN)} | cksum`).stdout.trim();
     assert.deepEqual(output.trim().split("\n"), [sum, "0", "0"]);
   });
 
@@ -279,7 +279,7 @@ const wants = (file: string, text: string, more: Partial<Change> = {}): Step => 
   plan: (_, facts) =>
     facts[file.split("/").at(-1) as string] === text
       ? []
-      : [change(`printf %s ${sh(text)} >${file}`, { why: `write ${file}`, ...more })],
+      : [change(`printf %s ${quote(text)} >${file}`, { why: `write ${file}`, ...more })],
 });
 
 describe("a box is brought to what is wanted", { skip }, () => {
@@ -472,7 +472,7 @@ test("a plan ends at a restart, and where the box must be looked at anew", () =>
 
 test("a printed plan holds nothing that a terminal would go by, and no line that a box can know ends a part of it", () => {
   const said = "x\u001b[2J\u202e\nk3s-across-clouds\necho canary";
-  const plan = () => printed([change(`printf %s ${sh(said)}`, { why: `write ${said}` })]);
+  const plan = () => printed([change(`printf %s ${quote(said)}`, { why: `write ${said}` })]);
   assert.doesNotMatch(plan(), /(?!\n)[\p{Cc}\p{Cf}]/u);
   const { status, stdout } = shell(plan().replaceAll(LOCK, join(temporary(), "lock")));
   assert.equal(status, 0);

@@ -7,7 +7,7 @@ import { jobFor } from "../boxes.ts";
 import { look } from "../converge.ts";
 import { API, apiMessage, CURL, itemsOf, type Load, overload, type PodObject } from "../k3s/nodes.ts";
 import type { Call } from "../script.ts";
-import { sh } from "../sh.ts";
+import { quote } from "../sh.ts";
 import { TURN } from "./diagnose.ts";
 import { ask, type BoxReport, type Cluster, few, line, type Member, patience } from "./survey.ts";
 
@@ -48,7 +48,7 @@ if [ -n "$image" ]; then
   # Of a check that was cut off.
   api DELETE '${PODS}?labelSelector=app%3D${LABEL}&fieldSelector=status.phase%3DFailed' ${ONE} >/dev/null 2>&1
 ${few(
-  nodes.map((node) => `make ${sh(node)}`),
+  nodes.map((node) => `make ${quote(node)}`),
   ASKING,
 )}  fact pods
   end=$(($(date +%s) + ${WAIT}))
@@ -70,7 +70,7 @@ export const reasons = (names: readonly string[]): string =>
   `${API}\n${names
     .map(
       (name) =>
-        `fact ${sh(`events-${name}`)}; api GET '/api/v1/namespaces/kube-system/events?pretty=false&fieldSelector=involvedObject.name%3D${name}' ${ONE} 2>/dev/null`,
+        `fact ${quote(`events-${name}`)}; api GET '/api/v1/namespaces/kube-system/events?pretty=false&fieldSelector=involvedObject.name%3D${name}' ${ONE} 2>/dev/null`,
     )
     .join("\n")}`;
 
@@ -144,7 +144,7 @@ export function paths(
   return `
 ns=
 for f in /run/netns/*; do
-  ip netns exec "\${f##*/}" ip -o -4 addr show 2>/dev/null | grep -qF ${sh(` ${own.ip}/`)} && ns=\${f##*/}
+  ip netns exec "\${f##*/}" ip -o -4 addr show 2>/dev/null | grep -qF ${quote(` ${own.ip}/`)} && ns=\${f##*/}
 done
 inside() { ip netns exec "$ns" "$@"; }
 reaches() {
@@ -165,9 +165,9 @@ printf "\\x13\\x37\\x01\\0\\0\\x01\\0\\0\\0\\0\\0\\0${question}\\0\\0\\x01\\0\\x
 fact paths
 if [ -z "$ns" ]; then echo "without netns"; else
 ${few([
-  ...others.map(({ node, ip }) => `reaches ${sh(node)} ${sh(ip)}`),
-  ...(kubernetes ? [`serves ${sh(kubernetes)}`] : []),
-  ...(dns ? [`resolves ${sh(dns)}`] : []),
+  ...others.map(({ node, ip }) => `reaches ${quote(node)} ${quote(ip)}`),
+  ...(kubernetes ? [`serves ${quote(kubernetes)}`] : []),
+  ...(dns ? [`resolves ${quote(dns)}`] : []),
 ])}fi`;
 }
 
@@ -203,7 +203,7 @@ runs() {
 fact kubelets
 said=$(
 ${few(
-  pods.flatMap(({ node, name }) => ["logs", "runs"].map((f) => `${f} ${sh(node)} ${sh(name)}`)),
+  pods.flatMap(({ node, name }) => ["logs", "runs"].map((f) => `${f} ${quote(node)} ${quote(name)}`)),
   ASKING,
 )})
 printf '%s\\n' "$said" | grep -v '^kubectl '

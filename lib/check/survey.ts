@@ -34,7 +34,7 @@ import { type Role, unitOf } from "../k3s/unit.ts";
 import type { Line } from "../report.ts";
 import type { Call, Target } from "../script.ts";
 import type { Settings } from "../settings.ts";
-import { sh } from "../sh.ts";
+import { quote } from "../sh.ts";
 import type { Facts, Step } from "../step.ts";
 import { publicIp } from "../table.ts";
 import { pairs, splitWords } from "../text.ts";
@@ -86,7 +86,7 @@ fact resolvers; for f in /etc/resolv.conf /run/systemd/resolve/resolv.conf; do
 127.'*|169.254.*) ;; *) echo "$list"; break ;; esac
 done
 fact said; journalctl -u k3s -u k3s-agent -o cat --no-pager --since -60s -n 5000 2>/dev/null |
-  grep -E ${sh(MEANT)} | sed -E 's/^time="[^"]*" //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 5 | tac
+  grep -E ${quote(MEANT)} | sed -E 's/^time="[^"]*" //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 5 | tac
 `;
 
 export const LOOKS: Record<Role, string> = {
@@ -499,12 +499,12 @@ ping=yes; command -v ping >/dev/null || { echo "without ping"; ping=; }
 dont=; ping -n -c 1 -W 1 -M "do" 127.0.0.1 >/dev/null 2>&1 && dont=yes
 said=$(
   if [ -n "$ping" ]; then :
-${few(to.map(([name, ip]) => `through ${sh(name)} ${sh(ip)}`))}  fi
+${few(to.map(([name, ip]) => `through ${quote(name)} ${quote(ip)}`))}  fi
   if [ -n "$has" ]; then :
 ${few([
-  ...kubelets.map((n) => `knock kubelet ${sh(n.name)} ${sh(n.externalIp as string)} 10250`),
-  ...(box.role === "agent" && host ? [`knock api server ${sh(host)} ${port}`] : []),
-  ...dead.map((ip) => `resolves ${sh(ip)}`),
+  ...kubelets.map((n) => `knock kubelet ${quote(n.name)} ${quote(n.externalIp as string)} 10250`),
+  ...(box.role === "agent" && host ? [`knock api server ${quote(host)} ${port}`] : []),
+  ...dead.map((ip) => `resolves ${quote(ip)}`),
   ...(cluster.nodes.length ? ["serves"] : []),
 ])}  fi
 )
@@ -527,12 +527,12 @@ case $said in *' 0
   fact before; wg show ${name} transfer
   lost=$(
     {
-${to.map(([node, ip]) => `      case $said in *${sh(`tunnel ${node} 0`)}*) ping -n -w ${WATCH} ${sh(ip)} & ;; esac\n`).join("")}      wait
+${to.map(([node, ip]) => `      case $said in *${quote(`tunnel ${node} 0`)}*) ping -n -w ${WATCH} ${quote(ip)} & ;; esac\n`).join("")}      wait
     } >/dev/null 2>&1 &
     python=; for p in python3 /usr/libexec/platform-python python; do command -v $p >/dev/null && python=$p; done
     # shellcheck disable=SC2016
-    if command -v perl >/dev/null; then timeout 20 perl -e ${sh(PERL)}
-    elif [ -n "$python" ]; then timeout 20 $python -c ${sh(PYTHON)}
+    if command -v perl >/dev/null; then timeout 20 perl -e ${quote(PERL)}
+    elif [ -n "$python" ]; then timeout 20 $python -c ${quote(PYTHON)}
     else sleep ${WATCH}; echo '?'; fi
     wait
   )

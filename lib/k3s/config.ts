@@ -2,7 +2,7 @@
 
 import { lastOf, parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
-import { sh, writeFile } from "../sh.ts";
+import { quote, writeFile } from "../sh.ts";
 import { type Change, type Facts, Refusal } from "../step.ts";
 import { rewrite, sha256, splitWords } from "../text.ts";
 import { KUBECTL, nodesOf } from "./nodes.ts";
@@ -29,7 +29,7 @@ export const IMAGES = "/var/lib/rancher/k3s/agent/images";
 
 // Somebody else's registries.yaml may hold passwords: it is not read.
 export const filesLook = `fact config; stat -c %a ${CONFIG} 2>/dev/null && sha256sum <${CONFIG} | cut -d' ' -f1
-fact registries; if [ "$(head -n 1 ${REGISTRIES} 2>/dev/null)" = ${sh(OURS)} ]; then cat ${REGISTRIES}
+fact registries; if [ "$(head -n 1 ${REGISTRIES} 2>/dev/null)" = ${quote(OURS)} ]; then cat ${REGISTRIES}
 elif [ -s ${REGISTRIES} ]; then echo foreign; fi
 fact read; for f in ${CONFIG} ${REGISTRIES} ${PASSWORD} ${IMAGES}/k3s-airgap-images-*; do [ ! -e "$f" ] || stat -c %Z "$f"; done
 `;
@@ -85,7 +85,7 @@ export function byProxy(want: Settings, change: Change): Change {
   const set = names.map((name) => `export ${name.toLowerCase()}="$${name}"\n`).join("");
   return {
     ...change,
-    sh: `${set}export no_proxy=${sh(want.NO_PROXY)}\n${change.sh}`,
+    sh: `${set}export no_proxy=${quote(want.NO_PROXY)}\n${change.sh}`,
     secrets: [...(change.secrets ?? []), ...names],
   };
 }
@@ -163,7 +163,7 @@ export function labelsPlan(role: Role, name: string, args: readonly string[], fa
       ? [
           {
             why: `${verb} node ${name}: ${list.join(" ")}`,
-            sh: `${KUBECTL}\nkc ${verb} --overwrite node ${sh(name)} ${list.map(sh).join(" ")}`,
+            sh: `${KUBECTL}\nkc ${verb} --overwrite node ${quote(name)} ${list.map(quote).join(" ")}`,
           },
         ]
       : [];

@@ -1,7 +1,7 @@
 /** Draining the node that a box is, and giving it pods again. */
 
 import { SettingError, type Settings } from "../settings.ts";
-import { sh } from "../sh.ts";
+import { quote } from "../sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../step.ts";
 import { type Match, nodeNameOf, nodeOf, RESTARTING, type Who, whoIs } from "./identity.ts";
 import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./nodes.ts";
@@ -25,18 +25,18 @@ kc() { ${K3S} kubectl --kubeconfig /etc/rancher/k3s/k3s.yaml "$@"; }`;
 /** A node that is not Ready has no kubelet to end its pods; one that the user has cordoned is theirs. */
 const drainable = (node: Node) => node.ready && (!node.cordoned || node.drained !== undefined);
 
-const givenBack = (name: string) => `kc uncordon ${sh(name)}\nkc annotate node ${sh(name)} ${DRAINED}-`;
+const givenBack = (name: string) => `kc uncordon ${quote(name)}\nkc annotate node ${quote(name)} ${DRAINED}-`;
 
 /** kubectl names what blocks it, and the node then takes pods again. */
 function draining(name: string, boot: string, flags = "", first = ""): Change {
-  const mark = (value: string) => `kc annotate --overwrite node ${sh(name)} ${DRAINED}=${sh(value)}`;
+  const mark = (value: string) => `kc annotate --overwrite node ${quote(name)} ${DRAINED}=${quote(value)}`;
   return {
     why: `drain node ${name}, for ${PATIENCE} s at most`,
     sh: `${ADMIN}
 ${first}${mark(boot)}
 # The flag's name is of v1.20.
 case $(${K3S} --version) in *'k3s version v1.1'[789].*) scratch=--delete-local-data ;; *) scratch=--delete-emptydir-data ;; esac
-kc drain ${sh(name)} --ignore-daemonsets "$scratch" ${flags}--timeout=${PATIENCE}s || {
+kc drain ${quote(name)} --ignore-daemonsets "$scratch" ${flags}--timeout=${PATIENCE}s || {
   ${givenBack(name).replace("\n", "\n  ")}
   echo 'Move by hand what stays (kubectl drain), and run this again: a node that you have cordoned is taken as it is'
   exit 1
@@ -89,7 +89,7 @@ export const onNodeOf = (
         why: `wait until node ${found.node.name} says that its box has restarted`,
         sh: `${KUBECTL}
 end=$(($(date +%s) + ${RESTARTING}))
-until kc get node ${sh(found.node.name)} -o json | awk -F'"' '
+until kc get node ${quote(found.node.name)} -o json | awk -F'"' '
   /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
   END { exit !(ready != "True" || boot == "${box.boot}") }'; do
   [ "$(date +%s)" -lt "$end" ] || { echo 'It is Ready, and in another boot than this box: two machines have one machine id (/etc/machine-id)'; exit 1; }
@@ -125,7 +125,7 @@ const givingBack = (name: string, boot: string): Change => ({
   // A node counts as Ready for 40 s after its kubelet has died: it must have said so since the restart.
   sh: `${ADMIN}
 end=$(($(date +%s) + ${PATIENCE}))
-until kc get node ${sh(name)} -o json | awk -F'"' '
+until kc get node ${quote(name)} -o json | awk -F'"' '
   /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
   END { exit !(ready == "True" && boot == "${boot}") }'; do
   [ "$(date +%s)" -lt "$end" ] || { echo 'The node is not Ready after its restart: it stays cordoned, run this again once it is'; exit 1; }
@@ -167,7 +167,7 @@ export function drainHere(want: Settings, facts: Facts): Change[] {
   if (isServer) {
     const name = (known && nodeOf(nodesOf(facts.nodes), box)?.node.name) || nodeNameOf("server", want, facts);
     // A server that cannot see its cluster just now may be a healthy node all the same.
-    const asked = `[ "$(kc get node ${sh(name)} --no-headers | awk '{ print $2 }')" = Ready ] || exit 0\n`;
+    const asked = `[ "$(kc get node ${quote(name)} --no-headers | awk '{ print $2 }')" = Ready ] || exit 0\n`;
     return [{ ...draining(name, box.boot ?? "", "", known ? "" : asked), ...how }];
   }
   if (want.SERVER)

@@ -2,7 +2,7 @@
 
 import { isIPv4 } from "node:net";
 import type { Settings } from "../settings.ts";
-import { sh, writeFile } from "../sh.ts";
+import { quote, writeFile } from "../sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../step.ts";
 import { splitWords } from "../text.ts";
 import { rangesOf } from "./config.ts";
@@ -377,7 +377,7 @@ function managed(
       each((ip, protocol, port) => `${zone} ${rich(facts, ip, protocol, port)}`),
     );
     const inZone = (rule: string, option: string) =>
-      `${sh(`--zone=${rule.split(" ")[0]}`)} --${option}-rich-rule=${sh(rule.replace(/^\S+ /, ""))}`;
+      `${quote(`--zone=${rule.split(" ")[0]}`)} --${option}-rich-rule=${quote(rule.replace(/^\S+ /, ""))}`;
     for (const when of ["", "--permanent"]) {
       const have = lines(facts[`rules${when}`]);
       commands.push(

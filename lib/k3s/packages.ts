@@ -1,5 +1,5 @@
 /** What a box has for installing packages, and where it lets nothing be written. */
-import { sh } from "../sh.ts";
+import { quote } from "../sh.ts";
 import { type Facts, Refusal } from "../step.ts";
 import { pairs } from "../text.ts";
 
@@ -95,7 +95,7 @@ export function install(os: Os, packages: readonly string[], options = ""): stri
       `/usr of ${os.name} is read-only, and this box lacks ${packages.join(", ")}: ${command ? `${command} ${packages.join(" ")}` : "put it into its image"}, restart it, then run the same again`,
     );
   }
-  const names = [options, ...packages.map(sh)].filter(Boolean).join(" ");
+  const names = [options, ...packages.map(quote)].filter(Boolean).join(" ");
   switch (os.manager) {
     case "apt":
       return `export DEBIAN_FRONTEND=noninteractive
@@ -108,7 +108,7 @@ done
 echo "$said"
 apt-get -q -y -o DPkg::Lock::Timeout=120 --no-install-recommends install ${names}`;
     case "yum":
-      return `yum -y ${DEAD} install ${names}${isEl7(os) ? ` || { printf '%s\\n' ${sh(VAULT)}; exit 1; }` : ""}`;
+      return `yum -y ${DEAD} install ${names}${isEl7(os) ? ` || { printf '%s\\n' ${quote(VAULT)}; exit 1; }` : ""}`;
     case "dnf":
       return `dnf -y ${DEAD} install ${names}`;
     case "zypper":

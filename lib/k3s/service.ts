@@ -1,7 +1,7 @@
 /** k3s as a systemd unit on its box: what has to be done so that it runs as wanted, and is healthy. */
 
 import type { Settings } from "../settings.ts";
-import { sh, writeFile } from "../sh.ts";
+import { quote, writeFile } from "../sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../step.ts";
 import type { SettingName } from "../table.ts";
 import { filledEnv, pairs, quoted, rewrite, SECRET, sha256 } from "../text.ts";
@@ -315,7 +315,7 @@ while :; do
     fail "$unit cannot go on"
   fi
   # kubectl costs a small box a good part of a second: it is asked when it can say yes.
-  state=; [ ! -d /sys/class/net/${interfaceOf(generation)} ] || state=$(kc get node ${sh(name)} -o json 2>/dev/null | awk -F'"' '
+  state=; [ ! -d /sys/class/net/${interfaceOf(generation)} ] || state=$(kc get node ${quote(name)} -o json 2>/dev/null | awk -F'"' '
     /"lastHeartbeatTime":/ { beat = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status " " beat }
     /"address":/ { address = $4 } /"type": "ExternalIP"/ { ip = address } END { print ready, ip }') || state=
   read -r ready beat ip <<END
@@ -323,8 +323,8 @@ $state
 END
   case $ready in True) shown=Ready ;; '') shown='not registered yet' ;; *) shown='not Ready' ;; esac
   [ -d /sys/class/net/${interfaceOf(generation)} ] || shown='no ${interfaceOf(generation)} yet'
-  [ "$ip" = ${sh(want.PUBLIC_IP)} ] || [ -z "$ready" ] || shown="$shown, ExternalIP \${ip:-not set}"
-  if [ "$ready" = True ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ] && [ "$ip" = ${sh(want.PUBLIC_IP)} ]; then
+  [ "$ip" = ${quote(want.PUBLIC_IP)} ] || [ -z "$ready" ] || shown="$shown, ExternalIP \${ip:-not set}"
+  if [ "$ready" = True ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ] && [ "$ip" = ${quote(want.PUBLIC_IP)} ]; then
     [ $((now - since)) -lt "$stand" ] || break
   fi
   [ "$shown" = "$was" ] || say "node ${name}: $shown"

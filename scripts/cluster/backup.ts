@@ -13,7 +13,7 @@ import { binaryLook } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
-import { sh } from "../../lib/sh.ts";
+import { quote } from "../../lib/sh.ts";
 import { type Change, Failure, Refusal, type Step } from "../../lib/step.ts";
 import { quoted } from "../../lib/text.ts";
 
@@ -52,7 +52,7 @@ fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`,
         sh: `rm -rf ${FOLDER}
 mkdir -m 700 ${FOLDER} ${FOLDER}/${id} ${FOLDER}/${id}/db
 cd ${FOLDER}/${id}
-printf '%s\\n' ${about.map(sh).join(" ")} >about
+printf '%s\\n' ${about.map(quote).join(" ")} >about
 cp -p /etc/rancher/node/password node-password
 # A backup has no links: what they lead to goes with it.
 for path in token tls cred manifests; do cp -RLp ${SERVER}/$path .; done

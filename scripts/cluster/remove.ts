@@ -26,7 +26,7 @@ import { unitPath } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
-import { sh } from "../../lib/sh.ts";
+import { quote } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../../lib/step.ts";
 
@@ -177,9 +177,9 @@ export const forgotten = (box: Who, own: string | undefined): Step => ({
               // k3s has to let go of it; of several servers the one that does may be the one that went, and its lease
               // is of 45 s (v1.36.3, seen).
               sh: `${KUBECTL}
-kc delete node ${sh(name)} --ignore-not-found --wait=false
+kc delete node ${quote(name)} --ignore-not-found --wait=false
 end=$(($(date +%s) + 120))
-until nodes=$(kc get nodes -o name) && ! printf '%s\\n' "$nodes" | grep -qxF ${sh(`node/${name}`)}; do
+until nodes=$(kc get nodes -o name) && ! printf '%s\\n' "$nodes" | grep -qxF ${quote(`node/${name}`)}; do
   [ "$(date +%s)" -lt "$end" ] || { echo 'The cluster does not let go of it: kubectl get node -o yaml shows its finalizers'; exit 1; }
   sleep 1
 done`,
@@ -191,7 +191,7 @@ done`,
         ? [
             {
               why: `delete the password secret of ${name}`,
-              sh: `${KUBECTL}\nkc -n kube-system delete secret ${sh(`${name}.node-password.k3s`)} --ignore-not-found`,
+              sh: `${KUBECTL}\nkc -n kube-system delete secret ${quote(`${name}.node-password.k3s`)} --ignore-not-found`,
             },
           ]
         : []),
@@ -199,7 +199,7 @@ done`,
         ? [
             {
               why: `delete the password of ${name}`,
-              sh: `(umask 077; awk -F, -v name=${sh(name)} '$2 != name' ${PASSWORDS} >${PASSWORDS}.new)
+              sh: `(umask 077; awk -F, -v name=${quote(name)} '$2 != name' ${PASSWORDS} >${PASSWORDS}.new)
 mv -f ${PASSWORDS}.new ${PASSWORDS}`,
             },
           ]
@@ -292,7 +292,7 @@ async function one(call: Call, servers: readonly Target[], box: Target, line: Pa
   const who = whoIs(box.ip, facts);
   const [drained, forget] = [drainedOn(who, force), forgotten(who, name)];
   const cluster = await look(atServer, [drained, forget, ask(caLook)]);
-  const allowing = `make remove HOST=${sh(box.word)} FORCE=1`;
+  const allowing = `make remove HOST=${quote(box.word)} FORCE=1`;
   if (facts) mayRemove(facts, cluster, who, atServer.want.K3S_TOKEN, role, force, allowing);
   const parts: [Target, Job, Step, Facts][] = [[server, atServer, drained, cluster]];
   if (facts) parts.push([box, job, uninstall, facts]);

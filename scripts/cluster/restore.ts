@@ -17,7 +17,7 @@ import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { aFile, SettingError } from "../../lib/settings.ts";
-import { sh } from "../../lib/sh.ts";
+import { quote } from "../../lib/sh.ts";
 import { type Change, Refusal, type Step } from "../../lib/step.ts";
 import { pairs, sha256, splitWords } from "../../lib/text.ts";
 import { agentSteps, prepareAs } from "../agent.ts";
@@ -102,9 +102,9 @@ export const unproven: Step = {
       {
         why: "forget the nodes' passwords: nodes that joined again after the backup have new ones",
         sh: `${KUBECTL}
-${others.map((name) => `kc -n kube-system delete secret ${sh(`${name}.node-password.k3s`)} --ignore-not-found`).join("\n")}
+${others.map((name) => `kc -n kube-system delete secret ${quote(`${name}.node-password.k3s`)} --ignore-not-found`).join("\n")}
 if [ -e ${PASSWORDS} ]; then
-  (umask 077; awk -F, -v name=${sh(own)} '$2 == name' ${PASSWORDS} >${PASSWORDS}.new)
+  (umask 077; awk -F, -v name=${quote(own)} '$2 == name' ${PASSWORDS} >${PASSWORDS}.new)
   mv -f ${PASSWORDS}.new ${PASSWORDS}
 fi
 echo passwords >>${BASE}/server/restored`,

@@ -29,7 +29,7 @@ import {
 import { type Line, report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { givenNow, SettingError } from "../../lib/settings.ts";
-import { sh } from "../../lib/sh.ts";
+import { quote } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
 import { type Change, type Facts, Failure, planAll, Refusal, type Step } from "../../lib/step.ts";
 import { splitWords } from "../../lib/text.ts";
@@ -67,7 +67,7 @@ mkdir -m 700 ${KEPT}.new
 for file in ${files}; do
   [ ! -e "$file" ] || cp -p "$file" ${KEPT}.new/
 done
-echo ${sh(running)} >${KEPT}.new/version
+echo ${quote(running)} >${KEPT}.new/version
 echo ${has(facts, "old") ? "old" : "modern"} >${KEPT}.new/generation
 mv ${KEPT}.new ${KEPT}`,
             },
@@ -82,7 +82,7 @@ mv ${KEPT}.new ${KEPT}`,
           why: `wait until node ${node.name} says it runs ${want.K3S_VERSION}, not ${node.version}`,
           sh: `${KUBECTL}
 end=$(($(date +%s) + 60))
-until kc get node ${sh(node.name)} -o json | grep -qF '"kubeletVersion": "${want.K3S_VERSION}"'; do
+until kc get node ${quote(node.name)} -o json | grep -qF '"kubeletVersion": "${want.K3S_VERSION}"'; do
   [ "$(date +%s)" -lt "$end" ] || exit 1
   sleep 1
 done`,

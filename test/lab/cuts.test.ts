@@ -11,7 +11,7 @@ import { basename, dirname, join } from "node:path";
 import { after, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parse } from "dotenv";
-import { sh } from "../../lib/sh.ts";
+import { quote } from "../../lib/sh.ts";
 import { fileOf } from "../helpers.ts";
 import type { Box, Light } from "./lab.ts";
 import { bench, connected, hangUp, MODERN, nodes, OLD, release } from "./suite.ts";
@@ -156,9 +156,11 @@ kill -CONT $pid
 wait $pid
 `,
 })
-  .map(([name, text]) => `printf %s ${sh(text)} >/usr/local/sbin/${name}; chmod 755 /usr/local/sbin/${name}`)
+  .map(
+    ([name, text]) => `printf %s ${quote(text)} >/usr/local/sbin/${name}; chmod 755 /usr/local/sbin/${name}`,
+  )
   .concat(
-    `echo ${sh(`post-invoke=case "$(cat /run/cut/place 2>/dev/null)" in *": unpacked") /usr/local/sbin/held "$(cat /run/cut/place)" ;; esac`)} >/etc/dpkg/dpkg.cfg.d/cut`,
+    `echo ${quote(`post-invoke=case "$(cat /run/cut/place 2>/dev/null)" in *": unpacked") /usr/local/sbin/held "$(cat /run/cut/place)" ;; esac`)} >/etc/dpkg/dpkg.cfg.d/cut`,
     // Names, so that there is something to be lost with DNS.
     `printf '%s\\n' '203.0.113.80 github.lab' '203.0.113.81 plain.lab' '203.0.113.82 packages.lab' >>/etc/hosts
 echo 'deb [trusted=yes] http://packages.lab ./' >/etc/apt/sources.list
@@ -400,7 +402,7 @@ async function tryCase(pair: Pair, group: Group, { env, uncut }: Prepared, { fau
   await Promise.all([b.restore("begun"), group.joins && a.restore("begun")]);
   writeFileSync(envFile, env, { mode: 0o600 });
   await settled(pair, group);
-  await b.sh(`mkdir /run/cut; echo 0 >/run/cut/count; echo ${sh(place)} >/run/cut/place`);
+  await b.sh(`mkdir /run/cut; echo 0 >/run/cut/count; echo ${quote(place)} >/run/cut/place`);
 
   // All that make has started ends with it.
   const run = begin(

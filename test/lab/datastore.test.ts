@@ -1,7 +1,7 @@
 /** Two servers in two clouds over a datastore that they share, and an agent that goes on when the first one is off. */
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
-import { sh } from "../../lib/sh.ts";
+import { quote } from "../../lib/sh.ts";
 import { type Bench, bench, connected, door, MODERN, nodes, OLD, release, starts, state } from "./suite.ts";
 
 const ENDPOINT = "http://k3s:hunter2@203.0.113.254:2379";
@@ -16,7 +16,7 @@ describe("several servers", { concurrency: true }, () => {
         t = await bench({ name: `settings-db-${generation}` });
         t.secret("hunter2");
         env({ K3S_DATASTORE_ENDPOINT: ENDPOINT });
-        await t.ok(`node -e ${sh(STORE)} >/dev/null 2>$HOME/store.log & sleep 0.5`);
+        await t.ok(`node -e ${quote(STORE)} >/dev/null 2>$HOME/store.log & sleep 0.5`);
       });
       after(() => t?.lab.down());
 

@@ -4,7 +4,7 @@ import { createHash } from "node:crypto";
 import { appendFileSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
-import { sh } from "../../lib/sh.ts";
+import { quote } from "../../lib/sh.ts";
 import { standIn } from "../stand-in/pack.ts";
 import {
   type Bench,
@@ -26,7 +26,7 @@ describe("settings", { concurrency: true }, () => {
       before(async () => {
         t = await bench({ name: `settings-${generation}`, boxes: ["a1", "b1", "b2"] });
         // The server has a token of the user's: any that k3s takes.
-        await t.box("a1").sh(`printf '%s\\n' ${sh(ODD)} >/root/token`);
+        await t.box("a1").sh(`printf '%s\\n' ${quote(ODD)} >/root/token`);
         env({ SERVER_ARGS: "--token-file=/root/token" });
         await t.ok("make -j up");
         assert.equal(t.env().K3S_TOKEN?.replace(/^.*?::server:/, ""), ODD);
@@ -181,7 +181,7 @@ describe("settings", { concurrency: true }, () => {
       test("a box downloads by its proxy, packages too", async () => {
         const log = join(t.lab.dir, "home/proxy.log");
         await t.ok(
-          `node -e ${sh(PROXY)} 3128 ${log} >/dev/null 2>&1 & until grep -q listens ${log} 2>/dev/null; do sleep 0.1; done`,
+          `node -e ${quote(PROXY)} 3128 ${log} >/dev/null 2>&1 & until grep -q listens ${log} 2>/dev/null; do sleep 0.1; done`,
         );
         await t.box("b2").sh("rm /usr/local/bin/k3s; dpkg -r wireguard-tools");
         env({ HTTP_PROXY__b2: "http://203.0.113.254:3128" });

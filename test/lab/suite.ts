@@ -5,7 +5,7 @@ import { readFileSync, statSync, writeFileSync } from "node:fs";
 import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { parse } from "dotenv";
-import { sh } from "../../lib/sh.ts";
+import { quote } from "../../lib/sh.ts";
 import { fileOf } from "../helpers.ts";
 import { standIn } from "../stand-in/pack.ts";
 import { type Box, type Cloud, down, type Lab, type LabSpec, type Run, up } from "./lab.ts";
@@ -94,7 +94,7 @@ function over(lab: Lab) {
 log=$HOME/cut.log; : >"$log"
 ${command} </dev/null >"$log" 2>&1 & pid=$!
 reached=no
-until grep -qE ${sh(pattern.source)} "$log" && reached=yes || ! kill -0 $pid 2>/dev/null; do sleep 0.02; done
+until grep -qE ${quote(pattern.source)} "$log" && reached=yes || ! kill -0 $pid 2>/dev/null; do sleep 0.02; done
 kill -${signal} -- -$pid 2>/dev/null
 wait $pid 2>/dev/null
 echo "ended with $? reached $reached"

@@ -4,7 +4,7 @@ import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { sh } from "../../lib/sh.ts";
+import { quote } from "../../lib/sh.ts";
 import { SCRIPT_FILES } from "../helpers.ts";
 import type { Box } from "./lab.ts";
 import { bench, hangUp, holdRestarts, MODERN, OLD, routerRule, script } from "./suite.ts";
@@ -35,7 +35,7 @@ const settings = (version: string, more: Record<string, string> = {}) => {
 /** What anybody sees of all processes, the operator's and the boxes', while `part` runs: a line an argument or variable. */
 async function watched(part: () => Promise<unknown>): Promise<Set<string>> {
   const loop = (files: string) =>
-    sh(`while :; do cat ${files} 2>/dev/null | tr '\\0' '\\n'; sleep 0.03; done`);
+    quote(`while :; do cat ${files} 2>/dev/null | tr '\\0' '\\n'; sleep 0.03; done`);
   const nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups";
   const watching = t.lab.op(`rm -f $HOME/stop
 {
@@ -97,7 +97,7 @@ for (const port of [51819, 51820, 51821]) {
   socket.connect(port, ip, () => socket.send("x"));
 }`;
 const answering = async (box: Box, ports: string[] = []) => {
-  const { out } = await t.ok(`node -e ${sh(SCAN)} ${[box.publicIp, ...ports].join(" ")}`);
+  const { out } = await t.ok(`node -e ${quote(SCAN)} ${[box.publicIp, ...ports].join(" ")}`);
   return out.trim().split("\n").filter(Boolean).sort();
 };
 
