@@ -179,9 +179,18 @@ sync
 say "default: $entry"`,
 };
 
+/** By itself: nothing follows that would mend a node which is drained and not Ready. */
+const byItself: Step = {
+  ...upgradeKernel,
+  plan: (want, facts) =>
+    wireguardIn(want, facts) && facts["kernel-ml"]?.trim()
+      ? uncordonHere(want, facts, true)
+      : upgradeKernel.plan(want, facts),
+};
+
 await run(import.meta, {
   about: "Gives CentOS 7 a kernel with WireGuard, as the article's nine steps do, and restarts into it.",
-  steps: [upgradeKernel],
+  steps: [byItself],
   asksLate: true,
   nothing: (want, facts) =>
     wireguardIn(want, facts) ?? `${osOf(facts).name} gets WireGuard as a package: see install-wireguard`,

@@ -129,7 +129,7 @@ describe("whatever an agent's box says, the server does nothing to another node"
 });
 
 describe("after its restart", () => {
-  const cases: [name: string, facts: Facts, whys: RegExp[]][] = [
+  const cases: [name: string, facts: Facts, whys: RegExp[], last?: true][] = [
     [
       "a node that this project drained is uncordoned",
       facts({ cordoned: true, drained: BEFORE }),
@@ -160,10 +160,29 @@ describe("after its restart", () => {
       [/^wait until the cluster says/],
     ],
     ["and not for ever", { ...facts(), nodes: "", uptime: "200.00" }, []],
+    [
+      "one that is long up and not Ready is waited for where no step follows that mends it",
+      facts({ cordoned: true, drained: BEFORE, ready: false }),
+      [/^uncordon node b1 once it is Ready/],
+      true,
+    ],
+    [
+      "and so is a cluster that does not answer",
+      { ...facts(), nodes: "", uptime: "200.00" },
+      [/^wait until the cluster says/],
+      true,
+    ],
+    ["where no step follows, the user's cordon stays", facts({ cordoned: true, ready: false }), [], true],
+    [
+      "where no step follows, one that an upgrade drained is left to it",
+      facts({ cordoned: true, drained: BOOT, ready: false }),
+      [],
+      true,
+    ],
   ];
-  for (const [name, seen, whys] of cases)
+  for (const [name, seen, whys, last] of cases)
     test(name, () => {
-      const plan = uncordonHere(want, seen).map(({ why }) => why);
+      const plan = uncordonHere(want, seen, last).map(({ why }) => why);
       assert.equal(plan.length, whys.length, `${plan}`);
       for (const [i, why] of whys.entries()) assert.match(plan[i] ?? "", why);
     });
@@ -297,7 +316,7 @@ describe("kubectl", () => {
     ] as const) {
       const { status, stdout, asked } = asks(soon, MODERN, state(boot, ready));
       assert.equal(status, 1);
-      assert.match(stdout, /not Ready after its restart: it stays cordoned/);
+      assert.match(stdout, /Node b1 is not Ready after its restart, and is still cordoned: .*run this again/);
       assert.equal(asked().includes("uncordon b1"), false);
     }
   });

@@ -3,6 +3,7 @@ import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
+import { DRAINED } from "../lib/k3s/nodes.ts";
 import { type Facts, planAll, type Step } from "../lib/step.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
@@ -154,6 +155,24 @@ describe("make up", { concurrency: 2 }, () => {
     assert.match(stderr, /^a1 +wait until the API answers/m);
     assert.match(stderr, /^a1 +done in /m);
   });
+});
+
+test("make upgrade-kernel does not end while the node that it drained is cordoned", async () => {
+  const { nodes = "", ...rest } = b1();
+  const list = JSON.parse(nodes);
+  const own = list.items.find(({ metadata }: { metadata: { name: string } }) => metadata.name === "b1");
+  Object.assign(own.spec, { unschedulable: true });
+  Object.assign(own.metadata.annotations, { [DRAINED]: "88e9fd3e-8477-40e7-aaf5-7b4c1351751a" });
+  own.status.conditions.at(-1).status = "False";
+  const cordoned = {
+    ...rest,
+    roles: "k3s-agent\n",
+    "kernel-ml": "5.7.7-1.el7.elrepo.x86_64\n",
+    nodes: JSON.stringify(list),
+  };
+  const args = ["--host", `b1=${B1.ip}`, "--dry-run"];
+  const { stdout, stderr } = await run("upgrade-kernel", args, ENV + JOINED, { b1: cordoned });
+  assert.match(stdout, /^b1: 1 to do\n {2}1\. uncordon node b1 once it is Ready/, stderr);
 });
 
 describe("the dry run of make up", { concurrency: 2 }, () => {

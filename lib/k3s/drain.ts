@@ -128,7 +128,7 @@ end=$(($(date +%s) + ${PATIENCE}))
 until kc get node ${quote(name)} -o json | awk -F'"' '
   /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
   END { exit !(ready == "True" && boot == "${boot}") }'; do
-  [ "$(date +%s)" -lt "$end" ] || { echo 'The node is not Ready after its restart: it stays cordoned, run this again once it is'; exit 1; }
+  [ "$(date +%s)" -lt "$end" ] || { echo 'Node ${name} is not Ready after its restart, and is still cordoned: make check says why; run this again once it is Ready (or kubectl uncordon ${name})'; exit 1; }
   sleep 2
 done
 ${givenBack(name)}`,
@@ -188,17 +188,20 @@ export function drainHere(want: Settings, facts: Facts): Change[] {
 /**
  * Gives this box's node its work back after the box's restart, if it was drained here for that; also if that run
  * was cut. One that was drained since is being upgraded or removed.
+ *
+ * @param last nothing follows that would mend a node which is long up and not Ready.
  */
-export function uncordonHere(want: Settings, facts: Facts): Change[] {
+export function uncordonHere(want: Settings, facts: Facts, last = false): Change[] {
   if (!facts.roles?.trim()) return [];
   const { isServer, known, box, node } = here(want, facts);
-  if (!known && Number(facts.uptime) < STARTING)
+  const mendedLater = !last && Number(facts.uptime) >= STARTING;
+  if (!known && !mendedLater)
     return [
       {
         why: "wait until the cluster says whether this node is drained",
         sh: `${KUBECTL}
 until kc get nodes >/dev/null 2>&1; do
-  [ "$(cut -d. -f1 /proc/uptime)" -lt ${STARTING} ] || { echo 'k3s does not answer here: if this node was drained it still is (kubectl uncordon)'; exit 1; }
+  [ "$(cut -d. -f1 /proc/uptime)" -lt ${STARTING} ] || { echo 'k3s does not answer here: if this node was drained it is still cordoned; run this again once it does (or kubectl uncordon)'; exit 1; }
   sleep 2
 done`,
         seconds: STARTING + 60,
@@ -206,8 +209,7 @@ done`,
       },
     ];
   const old = node?.drained?.boot;
-  // One that is long up and not Ready has something else to be mended first.
-  if (!old || old === box.boot || (!node.ready && Number(facts.uptime) >= STARTING)) return [];
+  if (!old || old === box.boot || (!node.ready && mendedLater)) return [];
   const change = { ...givingBack(node.name, box.boot ?? ""), alone: true } as const;
   return [isServer ? change : { ...change, sh: "", onServer: uncordonedAfter(box) }];
 }
