@@ -29,17 +29,21 @@ export interface Job {
 const LOOK = 120;
 
 /** One trip: facts, and nothing else. @throws {Failure} when the box did not answer to the end. */
-export async function look(job: Job, steps: readonly Step[], seconds = LOOK): Promise<Facts> {
+export async function look<F extends string>(
+  job: Job,
+  steps: readonly Step<F>[],
+  seconds = LOOK,
+): Promise<Facts<F>> {
   return (await trip(job, steps, [], seconds)).facts;
 }
 
 /** One trip: the changes, then the facts that confirm them. @throws {Failure} naming the change that failed. */
-async function trip(
+async function trip<F extends string>(
   job: Job,
-  steps: readonly Step[],
+  steps: readonly Step<F>[],
   changes: readonly Change[],
   extra = LOOK + EARLIER_RUN,
-) {
+): Promise<{ facts: Facts<F>; waited: boolean }> {
   const mark = newMark();
   const stream = reader(mark, {
     // A box may say what it likes, of changes that were never sent too.
@@ -67,7 +71,7 @@ async function trip(
   if (!seen.ended)
     throw new Failure(`The connection was lost (exit status ${status})`, undefined, seen.output + stderr);
   sane(seen.facts);
-  return seen;
+  return { facts: seen.facts as Facts<F>, waited: seen.waited };
 }
 
 /** What every plan goes by. What a box has not is not printed; what is printed has a form. */
@@ -99,13 +103,13 @@ let turn: Promise<unknown> = Promise.resolve();
  *
  * @throws {Failure} when a change fails, or when the same plan is left over after it was applied.
  */
-export async function converge(
+export async function converge<F extends string>(
   job: Job,
-  steps: readonly Step[],
-  facts: Facts,
+  steps: readonly Step<F>[],
+  facts: Facts<F>,
   all = steps,
   myTurn = false,
-): Promise<Facts> {
+): Promise<Facts<F>> {
   let now = facts;
   for (let before = "", round = 1; ; round++) {
     const changes = planAll(steps, job.want, now);
@@ -136,10 +140,15 @@ export async function converge(
 }
 
 /** A look at the box, and what these steps then find to do. */
-export const lookAndConverge = async (job: Job, ...steps: Step[]): Promise<Facts> =>
+export const lookAndConverge = async <F extends string>(job: Job, ...steps: Step<F>[]): Promise<Facts<F>> =>
   await converge(job, steps, await look(job, steps));
 
-async function apply(job: Job, all: readonly Step[], changes: Change[], facts: Facts) {
+async function apply<F extends string>(
+  job: Job,
+  all: readonly Step<F>[],
+  changes: Change[],
+  facts: Facts<F>,
+) {
   /** What comes before a push, a restart or the server's part; it is not worth a look, unless it had to wait. */
   const waits = async (some: readonly Change[]) => some.length > 0 && (await trip(job, [], some)).waited;
   const anew = async (waited = true) => ({ facts: await look(job, all), waited });
@@ -169,7 +178,12 @@ async function apply(job: Job, all: readonly Step[], changes: Change[], facts: F
 }
 
 /** Waits until the box answers with another boot id. @throws {Failure} after `seconds`, with what was last seen of it. */
-async function rebooted(job: Job, all: readonly Step[], facts: Facts, seconds: number): Promise<Facts> {
+async function rebooted<F extends string>(
+  job: Job,
+  all: readonly Step<F>[],
+  facts: Facts<F>,
+  seconds: number,
+): Promise<Facts<F>> {
   const began = Date.now();
   const since = (time: number) => `${Math.round((time - began) / 1000)} s after the order`;
   let seen = began;

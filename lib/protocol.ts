@@ -128,7 +128,7 @@ export function reader(
   mark: string,
   on: { change?(i: number): void; say?(text: string): void; early?(fact: Facts): void },
 ) {
-  const facts: Facts = {};
+  const facts: Record<string, string> = {};
   const seen = {
     facts,
     ended: false,

@@ -2,8 +2,37 @@
 import type { Settings } from "./settings.ts";
 import type { SettingName } from "./table.ts";
 
-/** What a box printed about itself: a fact's name and its text. */
-export type Facts = Record<string, string>;
+/** Facts that every look prints, before those of its steps. */
+type BaseFact =
+  | "uptime"
+  | "now"
+  | "boot"
+  | "machine"
+  | "named"
+  | "hostname"
+  | "arch"
+  | "kernel"
+  | "os"
+  | "systemd"
+  | "addresses";
+
+/** What a box printed about itself: a fact's name and its text. What it has not, or was not asked for, is undefined. */
+export type Facts<F extends string = string> = { readonly [K in F | BaseFact]?: string };
+
+/** A piece of shell that prints these facts. */
+export type Look<F extends string = never> = string & { prints(fact: F): void };
+
+const declared = new Map<string, readonly string[]>();
+/** The facts that a piece of shell was said to print; a test holds its text to them. */
+export const declaredIn = (look: string): readonly string[] => declared.get(look) ?? [];
+
+/** Names the facts that a piece of shell prints: `fact NAME`, then its text. A plan then has those, and no others. */
+export const prints =
+  <F extends string>(...facts: F[]) =>
+  (text: string): Look<F> => {
+    declared.set(text, facts);
+    return text as Look<F>;
+  };
 
 export interface Change {
   /** What will be done and for what reason, in one line; shown to the user, never with a secret in it. */
@@ -40,18 +69,21 @@ export interface Change {
 export type Want = Settings & { allowed?: ReadonlySet<string> };
 
 /** One step of the deployment. `look` prints facts and changes nothing; `plan` is pure. */
-export interface Step {
+export interface Step<F extends string = string> {
   /** The script's name, and the make target that runs it. */
   name: string;
   /** Settings it reads, for its flags and --help. */
   options: readonly SettingName[];
-  /** Pieces of shell that print facts: `fact NAME`, then its text. A piece that several steps share is sent once. */
-  look(want: Settings): string[];
+  /** A piece that several steps share is sent once. */
+  look(want: Settings): (Look<F> | string)[];
   /** @throws {Refusal} where the facts say that nothing must be touched. */
-  plan(want: Want, facts: Facts): Change[];
+  plan(want: Want, facts: Facts<F>): Change[];
   /** What the operator's env file should remember once the plan is empty. */
-  learn?(want: Want, facts: Facts): Partial<Settings>;
+  learn?(want: Want, facts: Facts<F>): Partial<Settings>;
 }
+
+/** A step whose plan has the facts that its look prints. */
+export const step = <F extends string>(own: Step<F>): Step<F> => own;
 
 /** A step must not go on: the box or the cluster is not as it has to be. Nothing was touched. Exit status 1. */
 export class Refusal extends Error {}

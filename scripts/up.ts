@@ -63,9 +63,9 @@ export async function up(call: Call): Promise<number> {
   const join = (box: Target, script: string, steps: readonly Step[]) =>
     attempt(call, script, box, ui.line(box.name), async (line) => {
       const job = jobFor(call, box, line);
-      const first = await look(job, steps);
+      const said = await look(job, steps);
       await Promise.race([looked.passed, serverUp]);
-      if (facts.nodes) first.registered = facts.nodes;
+      const first = facts.nodes ? { ...said, registered: facts.nodes } : said;
       if (call.mode !== "apply") {
         await serverUp;
         // A server that has none yet makes a new one, unless a datastore has it.

@@ -2,9 +2,9 @@ import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { describe, test } from "node:test";
 import { SettingError } from "../lib/settings.ts";
-import { type Facts, Refusal } from "../lib/step.ts";
+import { Refusal } from "../lib/step.ts";
 import { agent } from "../scripts/agent.ts";
-import { fixture, look, MODERN, node, prepared, programs, temporary, wanted } from "./helpers.ts";
+import { type Facts, fixture, look, MODERN, node, prepared, programs, temporary, wanted } from "./helpers.ts";
 
 const CA = fixture("cacerts-v1.17.6.pem");
 const HASH = createHash("sha256").update(CA).digest("hex");

@@ -1,12 +1,13 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { nodesOf, peersOf, standing } from "../lib/k3s/nodes.ts";
-import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { type Change, Refusal, type Step } from "../lib/step.ts";
 import { annotate, annotateAs, expected } from "../scripts/annotate.ts";
 import {
   A1,
   B1,
   B2,
+  type Facts,
   healthy,
   IP,
   MODERN,

@@ -9,8 +9,7 @@ import { isFault, kubelets, made, reasons, unstarted } from "../lib/check/pods.t
 import { ask, clusterOf, tries } from "../lib/check/survey.ts";
 import { nodesLook, nodesOf, type PodObject } from "../lib/k3s/nodes.ts";
 import { lookScript, reader, whole } from "../lib/protocol.ts";
-import type { Facts } from "../lib/step.ts";
-import { lacks, MODERN, member, node, programs, temporary, wanted } from "./helpers.ts";
+import { type Facts, lacks, MODERN, member, node, programs, temporary, wanted } from "./helpers.ts";
 
 const MANY = 100;
 /** Everything on this machine: addresses of its loopback stand for nodes. */

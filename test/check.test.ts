@@ -5,13 +5,13 @@ import { diagnose, judge } from "../lib/check/diagnose.ts";
 import { clusterOf, type Member, tries } from "../lib/check/survey.ts";
 import { MEANT, meaningOf } from "../lib/k3s/journal.ts";
 import type { Settings } from "../lib/settings.ts";
-import type { Facts } from "../lib/step.ts";
 import { jsonOf } from "../lib/text.ts";
 import { merged, reportOf, verdict } from "../scripts/cluster/check.ts";
 import {
   A1,
   B1,
   B2,
+  type Facts,
   figures,
   fixture,
   IP,
@@ -469,7 +469,7 @@ test("what did not pass for a reason that shows on no box is wrong too", () => {
       tried: { tries: ["b1 1420", "b2 1420", "b9 0"].map((way) => `tunnel ${way}`).join("\n"), top: "" },
     },
   }) as [Member, Member, Member];
-  a1.facts.metrics = "";
+  a1.facts = { ...a1.facts, metrics: "" };
   const {
     problems: [problem, ...more],
   } = verdict(clusterOf([a1, b1, b2]), undefined);
@@ -650,7 +650,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
     [
       "CoreDNS that does not run, so that no pod gets a name",
       boxes(MODERN, {
-        a1: { facts: { system: system("b1", down) }, tried: { ...boxes(MODERN)[0]?.tried } },
+        a1: { facts: { system: system("b1", down) } },
         b1: { tried: { ...boxes(MODERN)[1]?.tried, paths: services("DNS no") } },
         b2: { tried: { ...boxes(MODERN)[2]?.tried, paths: services("DNS no") } },
       }).map((box, i) => (i ? box : { ...box, tried: { ...box.tried, top: figures("a1", "b1", "b2") } })),

@@ -4,9 +4,9 @@ import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, writeFileS
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { foldersLook } from "../lib/k3s/packages.ts";
-import { type Facts, Refusal, type Step } from "../lib/step.ts";
+import { Refusal, type Step } from "../lib/step.ts";
 import { downloadAhead, downloadK3s, hostOf } from "../scripts/download-k3s.ts";
-import { MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import { type Facts, MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const HASH = "a".repeat(64);
 const verbs = (over = {}, facts = {}) =>

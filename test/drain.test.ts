@@ -2,12 +2,13 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { drain, drainHere, uncordon, uncordonHere } from "../lib/k3s/drain.ts";
 import { DRAINED, type Node, nodesOf } from "../lib/k3s/nodes.ts";
-import { type Change, type Facts, Refusal } from "../lib/step.ts";
+import { type Change, Refusal } from "../lib/step.ts";
 import {
   A1,
   B1,
   B2,
   box,
+  type Facts,
   MODERN,
   type NodeSpec,
   node,

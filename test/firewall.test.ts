@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import * as firewall from "../lib/k3s/firewall.ts";
-import { type Facts, Refusal } from "../lib/step.ts";
-import { fixture, look, programs, shell, temporary, wanted } from "./helpers.ts";
+import { Refusal } from "../lib/step.ts";
+import { type Facts, fixture, look, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const [A, B] = ["198.51.100.11", "198.51.101.11"];
 const NODES = [A, B];

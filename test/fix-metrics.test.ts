@@ -3,12 +3,13 @@ import { existsSync, mkdirSync, writeFileSync } from "node:fs";
 import { dirname } from "node:path";
 import { describe, test } from "node:test";
 import { meaningOf } from "../lib/k3s/journal.ts";
-import { type Facts, Refusal } from "../lib/step.ts";
+import { Refusal } from "../lib/step.ts";
 import { fixMetrics, withArguments } from "../scripts/fix-metrics.ts";
 import {
   A1,
   B1,
   B2,
+  type Facts,
   fixture,
   healthy,
   look,

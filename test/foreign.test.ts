@@ -5,10 +5,10 @@ import { describe, test } from "node:test";
 import { configsLook, foreignFirst, portsLook } from "../lib/k3s/foreign.ts";
 import type { Role } from "../lib/k3s/unit.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
-import { type Facts, planAll, Refusal } from "../lib/step.ts";
+import { planAll, Refusal } from "../lib/step.ts";
 import { prepareAs } from "../scripts/agent.ts";
 import { serverSteps } from "../scripts/server.ts";
-import { MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import { type Facts, MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 /** The message with which a box is refused before anything is done; nothing: it is not. */
 function refused(

@@ -9,7 +9,7 @@ import { interfaceOf, type Role, unitOf, unitPath } from "../lib/k3s/unit.ts";
 import { lookScript, reader, whole } from "../lib/protocol.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { quote } from "../lib/sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { type Change, Refusal, type Step } from "../lib/step.ts";
 import { SETTINGS } from "../lib/table.ts";
 
 export const ROOT = join(import.meta.dirname, "..");
@@ -26,6 +26,8 @@ export const fileOf = (script: string): string => SCRIPT_FILES[script] as string
 export const OLD = "v1.17.6+k3s1";
 export const MODERN = "v1.36.2+k3s1";
 export const TOKEN = `K10${"ab".repeat(32)}::server:${"0123456789abcdef".repeat(2)}`;
+/** What a test says that a box printed: the tables of cases have facts of several steps, and some that are none. */
+export type Facts = Record<string, string>;
 /** The box of these tests: a1, behind 1:1 NAT. */
 export const IP = "198.51.100.11";
 /** The facts' present, in seconds since 1970; the box has been up for an hour and k3s for half of one. */
@@ -168,7 +170,7 @@ export function healthy(version: string, written: Facts, over: Facts = {}): Fact
 }
 
 /** A box of a1, b1 and b2 as `check` finds it in a healthy cluster; a1 is the server. */
-export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried: Facts = {}): Member {
+export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried: Facts = {}) {
   const others = [A1, B1, B2].filter(({ name }) => name !== spec.name);
   const role = spec.name === "a1" ? "server" : "agent";
   const iface = interfaceOf(version === OLD ? "old" : "modern");
@@ -209,7 +211,7 @@ export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried
       ...(role === "server" ? { top: figures("a1", "b1", "b2") } : {}),
       ...tried,
     },
-  };
+  } satisfies Member;
 }
 
 /** What the metrics API says of these nodes. */

@@ -24,7 +24,7 @@ import { plain } from "../lib/report.ts";
 import { flagOf, NAMES, SettingError, type Settings, settle } from "../lib/settings.ts";
 import { quote } from "../lib/sh.ts";
 import { BEGIN, type Box, closeAll, open, Unreachable } from "../lib/shell.ts";
-import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
+import { type Change, Failure, Refusal, type Step } from "../lib/step.ts";
 import { SETTINGS, type SettingName } from "../lib/table.ts";
 import { rewrite } from "../lib/text.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
@@ -38,6 +38,7 @@ import { serverSteps } from "../scripts/server.ts";
 import {
   A1,
   B1,
+  type Facts,
   filesAfter,
   fixture,
   healthy,
@@ -551,7 +552,7 @@ async function seen(facts: Facts): Promise<Facts> {
       return { status: 0, stderr: "" };
     },
   };
-  return await look({ box: box as unknown as Box, want: wanted() } as Job, []);
+  return { ...(await look({ box: box as unknown as Box, want: wanted() } as Job, [])) } as Facts;
 }
 
 describe(`what a box answers, made up with seed ${seed}`, () => {

@@ -17,7 +17,7 @@ import {
 } from "../lib/k3s/identity.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
 import { argsOf, WRITTEN_BY } from "../lib/k3s/unit.ts";
-import { type Facts, planAll, Refusal } from "../lib/step.ts";
+import { planAll, Refusal } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { mayRemove } from "../scripts/cluster/remove.ts";
 import { token } from "../scripts/cluster/token.ts";
@@ -28,6 +28,7 @@ import {
   B2,
   BOOT,
   box,
+  type Facts,
   fixture,
   IP,
   MACHINE,

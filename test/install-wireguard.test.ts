@@ -4,9 +4,9 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { install, type Manager, osOf } from "../lib/k3s/packages.ts";
 import { quote } from "../lib/sh.ts";
-import { type Facts, Refusal } from "../lib/step.ts";
+import { Refusal } from "../lib/step.ts";
 import { installWireguard } from "../scripts/install-wireguard.ts";
-import { fixture, MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import { type Facts, fixture, MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const EL8 = "https://www.elrepo.org/elrepo-release-8.el8.elrepo.noarch.rpm";
 const EPEL7 =

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { labelsPlan, noProxy } from "../lib/k3s/config.ts";
 import type { Settings } from "../lib/settings.ts";
-import type { Facts, Step } from "../lib/step.ts";
+import type { Step } from "../lib/step.ts";
 import { agent } from "../scripts/agent.ts";
 import { downloadK3s } from "../scripts/download-k3s.ts";
 import { installWireguard } from "../scripts/install-wireguard.ts";
@@ -11,6 +11,7 @@ import { upgradeKernel } from "../scripts/upgrade-kernel.ts";
 import {
   A1,
   B1,
+  type Facts,
   filesAfter,
   fixture,
   healthy,

@@ -2,9 +2,9 @@ import assert from "node:assert/strict";
 import { mkdirSync, symlinkSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
-import { type Facts, Refusal } from "../lib/step.ts";
+import { Refusal } from "../lib/step.ts";
 import { forgotten, uninstall } from "../scripts/cluster/remove.ts";
-import { A1, B1, B2, MODERN, nodes, programs, shell, temporary, wanted } from "./helpers.ts";
+import { A1, B1, B2, type Facts, MODERN, nodes, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const whys = (changes: readonly { why: string }[]) => changes.map(({ why }) => why);
 const want = wanted();

@@ -7,12 +7,13 @@ import { healthySaying, systemdFirst, withoutEmpty } from "../lib/k3s/service.ts
 import { type Role, unitOf, unitPath } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { quote } from "../lib/sh.ts";
-import { type Change, type Facts, planAll, Refusal, type Step } from "../lib/step.ts";
+import { type Change, planAll, Refusal, type Step } from "../lib/step.ts";
 import { agent, agentSteps, prepareAs } from "../scripts/agent.ts";
 import { server, serverSteps } from "../scripts/server.ts";
 import {
   A1,
   B1,
+  type Facts,
   filesAfter,
   fixture,
   healthy,

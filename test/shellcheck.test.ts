@@ -6,7 +6,7 @@ import { drainedOn } from "../lib/k3s/drain.ts";
 import { closeAgain, firewallLook, firewallPlan, scriptText } from "../lib/k3s/firewall.ts";
 import { DRAINED } from "../lib/k3s/nodes.ts";
 import { applyScript, lookScript, printed, whole } from "../lib/protocol.ts";
-import type { Facts, Step } from "../lib/step.ts";
+import type { Step } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { cleared, copied } from "../scripts/cluster/backup.ts";
 import { forgotten, uninstall } from "../scripts/cluster/remove.ts";
@@ -20,6 +20,7 @@ import { serverSteps } from "../scripts/server.ts";
 import {
   A1,
   B1,
+  type Facts,
   fixture,
   healthy,
   IP,

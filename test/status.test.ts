@@ -1,9 +1,8 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { clusterOf } from "../lib/check/survey.ts";
-import type { Facts } from "../lib/step.ts";
 import { statusOf } from "../scripts/cluster/status.ts";
-import { A1, B1, B2, figures, MODERN, member, type NodeSpec, nodes } from "./helpers.ts";
+import { A1, B1, B2, type Facts, figures, MODERN, member, type NodeSpec, nodes } from "./helpers.ts";
 
 const PODS = `kube-system   coredns-1   1/1   Running     0             5d
 kube-system   helm-1      0/1   Completed   0             5d

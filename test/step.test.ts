@@ -6,8 +6,8 @@ import { converge, type Job, look as lookAt } from "../lib/converge.ts";
 import { applyScript, printed, reader, whole } from "../lib/protocol.ts";
 import { quote } from "../lib/sh.ts";
 import { type Box, Unreachable } from "../lib/shell.ts";
-import { type Change, type Facts, Failure, planAll, Refusal, type Step } from "../lib/step.ts";
-import { has, lacks, look, shell, TOKEN, temporary, wanted } from "./helpers.ts";
+import { type Change, Failure, planAll, Refusal, type Step } from "../lib/step.ts";
+import { type Facts, has, lacks, look, shell, TOKEN, temporary, wanted } from "./helpers.ts";
 
 const SHELLS = [["sh"], ["dash"], ["bash"], ["busybox", "sh"]].filter(([name]) => has(name as string));
 const skip = lacks("flock", "timeout");

@@ -2,9 +2,9 @@ import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { describe, test } from "node:test";
 import type { Settings } from "../lib/settings.ts";
-import { type Facts, Refusal } from "../lib/step.ts";
+import { Refusal } from "../lib/step.ts";
 import { token } from "../scripts/cluster/token.ts";
-import { B1, MODERN, OLD, prepared, TOKEN, wanted } from "./helpers.ts";
+import { B1, type Facts, MODERN, OLD, prepared, TOKEN, wanted } from "./helpers.ts";
 
 const facts: Facts = {
   ...prepared(MODERN),

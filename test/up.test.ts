@@ -4,7 +4,7 @@ import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { DRAINED } from "../lib/k3s/nodes.ts";
-import { type Facts, planAll, type Step } from "../lib/step.ts";
+import { planAll, type Step } from "../lib/step.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
 import { server, serverSteps } from "../scripts/server.ts";
@@ -13,6 +13,7 @@ import {
   B1,
   B2,
   box,
+  type Facts,
   fileOf,
   filesAfter,
   fixture,

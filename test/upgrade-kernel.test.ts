@@ -3,9 +3,21 @@ import { mkdirSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
 import { SettingError } from "../lib/settings.ts";
-import { type Facts, Refusal } from "../lib/step.ts";
+import { Refusal } from "../lib/step.ts";
 import { upgradeKernel } from "../scripts/upgrade-kernel.ts";
-import { fixture, look, MODERN, NOW, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import {
+  type Facts,
+  fixture,
+  look,
+  MODERN,
+  NOW,
+  OLD,
+  prepared,
+  programs,
+  shell,
+  temporary,
+  wanted,
+} from "./helpers.ts";
 
 const OWN = "3.10.0-1160.el7.x86_64";
 const ML = "5.7.7-1.el7.elrepo.x86_64";

@@ -5,9 +5,9 @@ import { describe, test } from "node:test";
 import type { Job } from "../lib/converge.ts";
 import { compare, pathOf } from "../lib/k3s/releases.ts";
 import { SettingError } from "../lib/settings.ts";
-import { type Facts, Refusal } from "../lib/step.ts";
+import { Refusal } from "../lib/step.ts";
 import { mayUpgrade, stepsFor } from "../scripts/cluster/upgrade.ts";
-import { B1, healthy, MODERN, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import { B1, type Facts, healthy, MODERN, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const OLD = "v1.17.6+k3s1";
 
