@@ -3,7 +3,7 @@
 import { lastOf, parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
 import { quote, writeFile } from "../sh.ts";
-import { type Change, type Facts, Refusal } from "../step.ts";
+import { type Change, type Facts, prints, Refusal } from "../step.ts";
 import { rewrite, sha256, splitWords } from "../text.ts";
 import { KUBECTL, nodesOf } from "./nodes.ts";
 import type { Generation, Role } from "./unit.ts";
@@ -28,11 +28,15 @@ export const PASSWORD = "/etc/rancher/k3s/across-clouds.token";
 export const IMAGES = "/var/lib/rancher/k3s/agent/images";
 
 // Somebody else's registries.yaml may hold passwords: it is not read.
-export const filesLook = `fact config; stat -c %a ${CONFIG} 2>/dev/null && sha256sum <${CONFIG} | cut -d' ' -f1
+export const filesLook = prints(
+  "config",
+  "registries",
+  "read",
+)(`fact config; stat -c %a ${CONFIG} 2>/dev/null && sha256sum <${CONFIG} | cut -d' ' -f1
 fact registries; if [ "$(head -n 1 ${REGISTRIES} 2>/dev/null)" = ${quote(OURS)} ]; then cat ${REGISTRIES}
 elif [ -s ${REGISTRIES} ]; then echo foreign; fi
 fact read; for f in ${CONFIG} ${REGISTRIES} ${PASSWORD} ${IMAGES}/k3s-airgap-images-*; do [ ! -e "$f" ] || stat -c %Z "$f"; done
-`;
+`);
 
 /** registries.yaml with the mirrors of each registry in their order. @see k3s docs, "Private Registry Configuration" */
 export function registriesText(mirrors: string): string {
@@ -95,7 +99,7 @@ export function filesPlan(
   generation: Generation,
   version: string,
   want: Settings,
-  facts: Facts,
+  facts: Facts<"config" | "registries">,
 ): { changes: Change[]; gone: string[] } {
   const changes: Change[] = [];
   const gone: string[] = [];
@@ -129,7 +133,12 @@ export function filesPlan(
  *
  * @throws {Refusal} for taints of an agent, which no node may change of itself (NodeRestriction).
  */
-export function labelsPlan(role: Role, name: string, args: readonly string[], facts: Facts): Change[] {
+export function labelsPlan(
+  role: Role,
+  name: string,
+  args: readonly string[],
+  facts: Facts<"nodes" | "unit">,
+): Change[] {
   const node = nodesOf(facts.nodes).find((n) => n.name === name);
   if (!node) return [];
   const values = (flag: string, list: readonly string[]) =>

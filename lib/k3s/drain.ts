@@ -2,14 +2,16 @@
 
 import { SettingError, type Settings } from "../settings.ts";
 import { quote } from "../sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "../step.ts";
+import { type Change, type Facts, prints, Refusal, type Step } from "../step.ts";
 import { type Match, nodeNameOf, nodeOf, RESTARTING, type Who, whoIs } from "./identity.ts";
 import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./nodes.ts";
 import { K3S } from "./unit.ts";
 
 /** Facts about the node that this box is, if it is one; also while k3s is still starting. */
-export const drainLook: string[] = [
-  "fact roles; for unit in k3s k3s-agent; do systemctl -q is-enabled $unit 2>/dev/null && echo $unit; done",
+export const drainLook = [
+  prints("roles")(
+    "fact roles; for unit in k3s k3s-agent; do systemctl -q is-enabled $unit 2>/dev/null && echo $unit; done",
+  ),
   clusterLook,
 ];
 
@@ -51,7 +53,7 @@ ${mark(`${boot}.done`)}`,
  *
  * @param force pods without a controller are deleted too: nothing starts them anew elsewhere.
  */
-export function drain(node: Node, facts: Facts, force: boolean): Change[] {
+export function drain(node: Node, facts: Facts<"nodes">, force: boolean): Change[] {
   const others = nodesOf(facts.nodes).filter((n) => n.name !== node.name && n.ready && !n.cordoned);
   if (!drainable(node) || (node.cordoned && node.drained?.done) || others.length === 0) return [];
   return [draining(node.name, node.boot ?? "", force ? "--force " : "")];
@@ -62,7 +64,7 @@ export function uncordon({ name, drained }: Node): Change[] {
   return drained ? [{ why: `let pods come to node ${name} again`, sh: `${ADMIN}\n${givenBack(name)}` }] : [];
 }
 
-function nodesAt(facts: Facts): Node[] {
+function nodesAt(facts: Facts<"nodes">): Node[] {
   const nodes = nodesOf(facts.nodes);
   if (nodes.length === 0) throw new Refusal("The server's API does not answer: run make server");
   return nodes;
@@ -73,11 +75,11 @@ function nodesAt(facts: Facts): Node[] {
  * says of the cluster counts for nothing: it may be another's. Its plan throws {Refusal} for an API that does not
  * answer: nothing must be concluded from that.
  */
-export const onNodeOf = (
+export const onNodeOf = <F extends string = "nodes">(
   name: string,
   box: Who,
-  plan: (found: Match | undefined, facts: Facts) => Change[],
-): Step => ({
+  plan: (found: Match | undefined, facts: Facts<F | "nodes">) => Change[],
+): Step<F | "nodes"> => ({
   name,
   options: [],
   look: () => [clusterLook],
@@ -103,14 +105,14 @@ done`,
 });
 
 /** `drain` on the server. */
-export const drainedOn = (box: Who, force: boolean): Step =>
+export const drainedOn = (box: Who, force: boolean) =>
   onNodeOf("drain", box, (found, facts) => (found ? drain(found.node, facts, force) : []));
 /** `uncordon` on the server. */
-export const uncordonedOn = (box: Who): Step =>
+export const uncordonedOn = (box: Who) =>
   onNodeOf("uncordon", box, (found) => (found ? uncordon(found.node) : []));
 
 /** Gives a node its work back on the server, once it is Ready in the box's present boot. */
-const uncordonedAfter = (box: Who): Step => ({
+const uncordonedAfter = (box: Who): Step<"nodes"> => ({
   ...onNodeOf("uncordon", box, () => []),
   plan(_want, facts) {
     // Until k3s has said so the node has the boot id of before, and its box is told by the machine id.
@@ -139,7 +141,7 @@ ${givenBack(name)}`,
  * This box's own node as the box itself sees its cluster, on a server, and whether that is one.
  * @throws {SettingError} where nothing says at which address that is.
  */
-function here(want: Settings, facts: Facts) {
+function here(want: Settings, facts: Facts<"nodes" | "roles">) {
   if (!want.PUBLIC_IP)
     throw new SettingError(
       "PUBLIC_IP is not set, and this box is set up as a node: expected the address at which other clouds reach it, by which the node to drain is found",
@@ -159,7 +161,7 @@ function here(want: Settings, facts: Facts) {
  *
  * @throws {Refusal} where the server is not known.
  */
-export function drainHere(want: Settings, facts: Facts): Change[] {
+export function drainHere(want: Settings, facts: Facts<"nodes" | "roles">): Change[] {
   if (!facts.roles?.trim()) return [];
   const { isServer, known, box, node } = here(want, facts);
   if (known && !(node && drainable(node))) return [];
@@ -191,7 +193,7 @@ export function drainHere(want: Settings, facts: Facts): Change[] {
  *
  * @param last nothing follows that would mend a node which is long up and not Ready.
  */
-export function uncordonHere(want: Settings, facts: Facts, last = false): Change[] {
+export function uncordonHere(want: Settings, facts: Facts<"nodes" | "roles">, last = false): Change[] {
   if (!facts.roles?.trim()) return [];
   const { isServer, known, box, node } = here(want, facts);
   const mendedLater = !last && Number(facts.uptime) >= STARTING;

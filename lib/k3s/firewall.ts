@@ -3,7 +3,7 @@
 import { isIPv4 } from "node:net";
 import type { Settings } from "../settings.ts";
 import { quote, writeFile } from "../sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "../step.ts";
+import { type Change, type Facts, type Look, prints, Refusal, step } from "../step.ts";
 import { splitWords } from "../text.ts";
 import { rangesOf } from "./config.ts";
 import { clusterLook, nodesOf } from "./nodes.ts";
@@ -44,7 +44,29 @@ const LONG = 300_000;
  * Facts about the firewall that runs, whichever it is, and the kernel's rules: without nat, without kube-proxy's
  * table, and without chains that are k3s's own, which may be thousands.
  */
-export const firewallLook = `state=$(firewall-cmd --state 2>/dev/null)
+export const firewallLook = prints(
+  "firewalld",
+  "firewalld-version",
+  "zones",
+  "rules",
+  "rules--permanent",
+  "sources",
+  "sources--permanent",
+  "ufw",
+  "added",
+  "nft",
+  "card",
+  "ruleset",
+  "iptables",
+  "iptables-legacy",
+  "ip6tables",
+  "ip6tables-legacy",
+  "iploaded",
+  "ip6loaded",
+  "script",
+  "start",
+  "booted",
+)(`state=$(firewall-cmd --state 2>/dev/null)
 fact firewalld; echo "$state"
 if [ "$state" = running ]; then
   fact firewalld-version; firewall-cmd --version
@@ -88,10 +110,12 @@ done
 fact script; cat ${SCRIPT} 2>/dev/null
 fact start; cat ${UNIT} 2>/dev/null
 fact booted; systemctl is-enabled k3s-firewall 2>/dev/null; systemctl is-active k3s-firewall 2>/dev/null
-`;
+`);
+
+type RuleFact = typeof firewallLook extends Look<infer F> ? F : never;
 
 type Kind = "firewalld" | "ufw" | "nft";
-const kindOf = (facts: Facts): Kind =>
+const kindOf = (facts: Facts<RuleFact>): Kind =>
   facts.firewalld?.trim() === "running"
     ? "firewalld"
     : /^Status: active/m.test(facts.ufw ?? "")
@@ -102,9 +126,9 @@ const split = (text = "") => text.split(/\s+/).filter(Boolean);
 const lines = (text = "") => text.split("\n").filter(Boolean);
 
 /** The rules that the kernel has, as far as they were read. What nft shows of iptables' is better told by iptables. */
-function chainsOf(facts: Facts): Chain[] {
+function chainsOf(facts: Facts<RuleFact>): Chain[] {
   const own = (["ip", "ip6"] as const).flatMap((family) =>
-    ["", "-legacy"].flatMap((backend) =>
+    (["", "-legacy"] as const).flatMap((backend) =>
       iptables(facts[`${family}tables${backend}`] ?? "", family, `iptables${backend}`),
     ),
   );
@@ -139,7 +163,7 @@ interface Probe {
 }
 
 /** What has to get through: from the nodes to this box, from pods to it, and between pods. */
-function wanted(facts: Facts, nodes: readonly string[], ranges: readonly string[]): Probe[] {
+function wanted(facts: Facts<RuleFact>, nodes: readonly string[], ranges: readonly string[]): Probe[] {
   const own = [...(facts.addresses ?? "").matchAll(/^\d+: +(\S+) +inet ([\d.]+)/gm)];
   const iif = facts.card?.trim() ?? "";
   const to = own.filter(([, name]) => name === iif).map(([, , ip]) => ip as string);
@@ -223,7 +247,7 @@ function sentence({ end, what }: Cut, kind: Kind): string {
 }
 
 /** Which of the closed ports somebody comes to that no rule names, and by which rule. */
-function opened(chains: readonly Chain[], facts: Facts): string[] {
+function opened(chains: readonly Chain[], facts: Facts<RuleFact>): string[] {
   const [first] = wanted(facts, [""], []) as [Probe];
   const found = new Map<string, number[]>();
   for (const protocol of ["tcp", "udp"] as const)
@@ -242,8 +266,8 @@ function opened(chains: readonly Chain[], facts: Facts): string[] {
 }
 
 /** What is not known of the rules: they are too long, or nothing here shows them. */
-function unread(facts: Facts): string[] {
-  const long = ["ruleset", "iptables", "ip6tables", "iptables-legacy", "ip6tables-legacy"].some(
+function unread(facts: Facts<RuleFact>): string[] {
+  const long = (["ruleset", "iptables", "ip6tables", "iptables-legacy", "ip6tables-legacy"] as const).some(
     (name) => (facts[name]?.length ?? 0) >= LONG - 1,
   );
   const hidden = facts.iploaded?.trim() && !facts["iptables-legacy"]?.trim();
@@ -258,7 +282,11 @@ function unread(facts: Facts): string[] {
  * @param nodes public addresses of nodes that must get through.
  * @param ranges networks of pods and services, where they must. @see k3s docs, "Requirements", "Operating Systems"
  */
-export function blocked(facts: Facts, nodes: readonly string[], ranges: readonly string[]): string[] {
+export function blocked(
+  facts: Facts<RuleFact>,
+  nodes: readonly string[],
+  ranges: readonly string[],
+): string[] {
   if (nodes.length + ranges.length === 0) return [];
   return [
     ...cuts(chainsOf(facts), wanted(facts, nodes, ranges)).map((cut) => sentence(cut, kindOf(facts))),
@@ -268,7 +296,7 @@ export function blocked(facts: Facts, nodes: readonly string[], ranges: readonly
 
 /** What mends it: `make firewall` where that would, else what it would say. */
 export function remedy(
-  facts: Facts,
+  facts: Facts<RuleFact>,
   nodes: readonly string[],
   ranges: readonly [string, string],
   word: string,
@@ -283,7 +311,7 @@ export function remedy(
 }
 
 /** The rules as they will be with ours in them. */
-function withOurs(chains: readonly Chain[], facts: Facts, probes: readonly Probe[]): Chain[] {
+function withOurs(chains: readonly Chain[], facts: Facts<RuleFact>, probes: readonly Probe[]): Chain[] {
   const kind = kindOf(facts);
   const zones = split(facts.zones);
   const into = ({ name, base, ...chain }: Chain) =>
@@ -319,15 +347,15 @@ function withOurs(chains: readonly Chain[], facts: Facts, probes: readonly Probe
 }
 
 /** firewalld before 0.7 has no order among rich rules: what denies comes first. */
-const early = (facts: Facts) => !/^0\.[0-6]\./.test(facts["firewalld-version"] ?? "");
-const rich = (facts: Facts, ip: string, protocol: string, port: number) =>
+const early = (facts: Facts<RuleFact>) => !/^0\.[0-6]\./.test(facts["firewalld-version"] ?? "");
+const rich = (facts: Facts<RuleFact>, ip: string, protocol: string, port: number) =>
   `rule ${early(facts) ? 'priority="-1000" ' : ""}family="ipv4" source address="${ip}" port port="${port}" protocol="${protocol}" accept`;
 const RICH =
   /^\S+ rule (priority="-1000" )?family="ipv4" source address="[\d.]+" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$/;
 
 /** Changes after which the nodes reach each other's k3s and the world does not. ssh is not touched. @throws {Refusal} */
 export function firewallPlan(
-  facts: Facts,
+  facts: Facts<RuleFact>,
   nodes: readonly string[],
   ranges: readonly [string, string],
 ): Change[] {
@@ -364,7 +392,7 @@ const say = (nodes: readonly string[]) =>
 /** What firewalld or ufw has to be told. */
 function managed(
   kind: Kind,
-  facts: Facts,
+  facts: Facts<RuleFact>,
   nodes: readonly string[],
   ranges: readonly [string, string],
   now: readonly Cut[],
@@ -378,7 +406,7 @@ function managed(
     );
     const inZone = (rule: string, option: string) =>
       `${quote(`--zone=${rule.split(" ")[0]}`)} --${option}-rich-rule=${quote(rule.replace(/^\S+ /, ""))}`;
-    for (const when of ["", "--permanent"]) {
+    for (const when of ["", "--permanent"] as const) {
       const have = lines(facts[`rules${when}`]);
       commands.push(
         ...[
@@ -422,7 +450,7 @@ function managed(
 
 /** A table of our own that closes, and rules in what is nobody's: by a script, at each start of the box. */
 function tabled(
-  facts: Facts,
+  facts: Facts<RuleFact>,
   nodes: readonly string[],
   ranges: readonly [string, string],
   foreign: boolean,
@@ -462,15 +490,15 @@ systemctl restart k3s-firewall`,
  * The firewall of a box, where FIREWALL asks for it: the nodes reach each other's k3s, the world does not, ssh stays as
  * it is. By then FIREWALL holds the addresses that are known, and -ADDRESS of a node that goes.
  */
-export const firewall: Step = {
+export const firewall = step({
   name: "firewall",
   options: ["PUBLIC_IP", "SERVER_ARGS", "FIREWALL"],
   look: (want) => (want.FIREWALL ? [clusterLook, firewallLook] : []),
   plan: (want, facts) => (want.FIREWALL ? firewallPlan(facts, admitted(want, facts), rangesOf(want)) : []),
-};
+});
 
 /** The addresses that are let in: those that are known, and the cluster's own nodes. The rules are IPv4's, as it is. */
-export function admitted(want: Settings, facts: Facts): string[] {
+export function admitted(want: Settings, facts: Facts<"nodes">): string[] {
   const known = splitWords(want.FIREWALL);
   const joined = nodesOf(facts.nodes).flatMap(({ externalIp: ip = "" }) => (isIPv4(ip) ? ip : []));
   const all = [...known, ...joined, want.PUBLIC_IP];

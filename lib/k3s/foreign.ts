@@ -1,7 +1,7 @@
 /** What stands in k3s's way on a box and is not ours: ports that something else has, config files of somebody else. */
 
 import { check, SettingError, type Settings } from "../settings.ts";
-import { type Facts, Refusal, type Step } from "../step.ts";
+import { type Facts, type Look, prints, Refusal, type Step } from "../step.ts";
 import { boxNames } from "../text.ts";
 import { configArgs, wrongIn } from "./args.ts";
 import { CONFIG, rangesOf } from "./config.ts";
@@ -11,7 +11,7 @@ import { type Role, releaseOf } from "./unit.ts";
 const FOLDER = "/etc/rancher/k3s";
 
 /** Before anything else is done to a box: k3s would be started, and die or go by what others have written. */
-export const foreignFirst = (role: Role): Step => ({
+export const foreignFirst = (role: Role): Step<"ports" | "configs" | "token"> => ({
   name: "foreign",
   options: [],
   look: () => [portsLook, configsLook()],
@@ -56,15 +56,14 @@ function configIn(path: string, text: string): ReturnType<typeof configArgs> {
 }
 
 /** Others' config files, in base64: they may hold secrets, and what they will. */
-export const configsLook = (
-  folder = FOLDER,
-): string => `fact configs; for f in ${folder}/config.yaml ${folder}/config.yaml.d/*; do
+export const configsLook = (folder = FOLDER): Look<"configs"> =>
+  prints("configs")(`fact configs; for f in ${folder}/config.yaml ${folder}/config.yaml.d/*; do
   case $f in ${CONFIG.replace(FOLDER, folder)}) continue ;; *.[yY][mM][lL] | *.[yY][aA][mM][lL]) ;; *) continue ;; esac
   [ ! -f "$f" ] || printf '%s %s\\n' "$(head -c 65536 "$f" | base64 | tr -d '\\n')" "$f"
 done
-`;
+`);
 
-const configsIn = (facts: Facts): [path: string, text: string][] =>
+const configsIn = (facts: Facts<"configs">): [path: string, text: string][] =>
   (facts.configs ?? "").split("\n").flatMap((line) => {
     const [, text = "", path = ""] = /^(\S*) (\/.*)$/.exec(line) ?? [];
     return path ? [[path, Buffer.from(text, "base64").toString()]] : [];
@@ -78,7 +77,9 @@ export const foreignArgs = (facts: Facts): ReturnType<typeof configArgs> =>
  * Who listens at k3s's ports, a line each: protocol, port, and an interface or a process and its name. What belongs to
  * k3s's unit, its WireGuard interfaces and what an old flannel has started, is left out.
  */
-export const portsLook = `fact ports; ss -lntup 2>/dev/null | awk '$5 ~ /:(51820|51821|6443|10250)$/ {
+export const portsLook = prints(
+  "ports",
+)(`fact ports; ss -lntup 2>/dev/null | awk '$5 ~ /:(51820|51821|6443|10250)$/ {
   port = $5; sub(/.*:/, "", port); name = pid = ""
   if (match($0, /users:\\(\\("[^"]*",/)) name = substr($0, RSTART + 9, RLENGTH - 11)
   if (match($0, /pid=[0-9]+/)) pid = substr($0, RSTART + 4, RLENGTH - 4)
@@ -93,10 +94,10 @@ export const portsLook = `fact ports; ss -lntup 2>/dev/null | awk '$5 ~ /:(51820
   fi
   echo "$protocol $port $pid $name"
 done
-`;
+`);
 
 /** @throws {Refusal} naming who has a port that this role's k3s needs. */
-function portsFree(role: Role, want: Settings, facts: Facts): void {
+function portsFree(role: Role, want: Settings, facts: Facts<"ports">): void {
   const needed = ["udp 51820", "tcp 10250"];
   if (role === "server") needed.push("tcp 6443");
   if (rangesOf(want)[0].includes(":")) needed.push("udp 51821");

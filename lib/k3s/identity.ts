@@ -2,7 +2,7 @@
 
 import { parseArgs, secretIn } from "../args.ts";
 import type { Settings } from "../settings.ts";
-import { type Facts, Refusal, type Step, type Want } from "../step.ts";
+import { type Facts, prints, Refusal, type Step, type Want } from "../step.ts";
 import { splitWords } from "../text.ts";
 import { type Node, nodesOf } from "./nodes.ts";
 import { argsOf, cgroupArgs, NAME, nodeNameIn, type Role, releaseOf, unitOf, WRITTEN_BY } from "./unit.ts";
@@ -88,7 +88,7 @@ function addressFree(nodes: readonly Node[], who: Who): void {
 export function nodeNameOf(
   role: Role,
   want: Settings,
-  facts: Facts,
+  facts: Facts<"nodes">,
   nodes: readonly Node[] = nodesOf(facts.nodes),
 ): string {
   const { ip, boot, machine } = whoIs(want.PUBLIC_IP, facts);
@@ -118,15 +118,15 @@ export interface Cas {
 }
 
 /** A fact for casOf: hashes alone. A token names the CA's root, k3s's own CA has nothing else; both are looked at. */
-export const caLook = `fact cas; d=/var/lib/rancher/k3s
+export const caLook = prints("cas")(`fact cas; d=/var/lib/rancher/k3s
 for role in server/tls agent; do
   [ ! -s $d/$role/server-ca.crt ] || echo "\${role%/*} $(sha256sum <$d/$role/server-ca.crt | cut -d' ' -f1)"
 done
 sed -n 's/^K10\\([0-9a-f]*\\)::.*/server \\1/p' $d/server/node-token 2>/dev/null
 sed -n 's/^K3S_TOKEN=.\\{0,1\\}K10\\([0-9a-f]*\\)::.*/agent \\1/p' /etc/systemd/system/k3s-agent.service.env 2>/dev/null
-`;
+`);
 
-export function casOf(facts: Facts): Cas {
+export function casOf(facts: Facts<"cas">): Cas {
   const of = (role: string) =>
     [...(facts.cas ?? "").matchAll(/^(server|agent) ([0-9a-f]{64})$/gm)].flatMap(([, of, hash]) =>
       of === role ? (hash as string) : [],
@@ -153,7 +153,7 @@ const share = (some: readonly string[], others: readonly string[]) => some.some(
  * @throws {Refusal} for another cluster's box.
  */
 export function mayGo(
-  facts: Facts,
+  facts: Facts<UnitFact>,
   cluster: readonly string[],
   role: "server" | "agent",
   known: boolean,
@@ -193,7 +193,11 @@ export function mayGo(
 }
 
 /** Facts for mayBecome and isForeign: each role's unit with its drop-ins, wherever it is, and where else k3s is told of its data. */
-export const unitsLook = `for name in k3s k3s-agent; do
+export const unitsLook = prints(
+  "unit-k3s",
+  "unit-k3s-agent",
+  "told",
+)(`for name in k3s k3s-agent; do
   fact "unit-$name"; systemctl cat $name.service 2>/dev/null || cat /etc/systemd/system/$name.service 2>/dev/null
 done
 fact told; d=/etc/systemd/system
@@ -208,7 +212,7 @@ done
 [ ! -d /var/lib/rancher/k3s/server/db/etcd ] || echo cluster-init
 [ -e /var/lib/rancher/k3s/server/db/state.db ] || echo no-database
 [ -e /var/lib/rancher/k3s/agent/server-ca.crt ] || echo no-agent
-`;
+`);
 
 /** Of those that it wrote before it marked them: k3s's own installer has other words, and a - before the file's name. */
 const BEFORE = [
@@ -266,14 +270,15 @@ const shown = (args: readonly string[]) =>
     })
     .join(" ");
 
-const unitFact = (facts: Facts, role: Role) => facts[`unit-${unitOf(role)}`] ?? "";
+type UnitFact = "unit-k3s" | "unit-k3s-agent" | "told";
+const unitFact = (facts: Facts<UnitFact>, role: Role) => facts[`unit-${unitOf(role)}`] ?? "";
 
 /**
  * @param goes arguments of this project's own unit.
  * @throws {Refusal} for a box whose unit somebody else has written, unless it is told to take it over; and never where
  * its cluster is elsewhere, since a new and empty one would begin.
  */
-function notForeign(role: Role, want: Want, facts: Facts, goes: readonly string[]): void {
+function notForeign(role: Role, want: Want, facts: Facts<UnitFact>, goes: readonly string[]): void {
   const unit = unitFact(facts, role);
   // By another config file, a script or a variable: what is not here is elsewhere, or has never been.
   const [lack, file] =
@@ -345,7 +350,7 @@ export const ALLOWED = {
 };
 
 /** Before anything is done to a box that is to have a role. */
-export const identityAs = (role: Role): Step => ({
+export const identityAs = (role: Role): Step<UnitFact | "cas" | "nodes" | "registered"> => ({
   name: "identity",
   options: [],
   look: () => [caLook, unitsLook],

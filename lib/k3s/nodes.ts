@@ -1,7 +1,7 @@
 /** What a box sees of its cluster: the nodes by the API, WireGuard's peers by wg. */
 
 import { isIP } from "node:net";
-import type { Facts } from "../step.ts";
+import { type Facts, prints } from "../step.ts";
 import { KEY, PRIVATE_RANGES, publicIp, WORD } from "../table.ts";
 import { K3S, NAME } from "./unit.ts";
 
@@ -27,8 +27,9 @@ export const KUBECTL = `kc() {
 }`;
 
 /** WireGuard's peers, never the private key. */
-export const peersLook =
-  'fact peers; for i in flannel.1 flannel-wg; do wg show "$i" dump 2>/dev/null | sed "1d;s/^/$i\t/"; done';
+export const peersLook = prints("peers")(
+  'fact peers; for i in flannel.1 flannel-wg; do wg show "$i" dump 2>/dev/null | sed "1d;s/^/$i\t/"; done',
+);
 
 const TLS = "/var/lib/rancher/k3s/server/tls";
 
@@ -67,11 +68,17 @@ api() {
 }`;
 
 /** What a box has to do, and with what: load averages, cores, memory and swap. */
-export const loadLook = `fact load; cat /proc/loadavg; getconf _NPROCESSORS_ONLN 2>/dev/null || nproc
-grep -E '^(MemTotal|MemAvailable|SwapTotal|SwapFree):' /proc/meminfo`;
+export const loadLook = prints(
+  "load",
+)(`fact load; cat /proc/loadavg; getconf _NPROCESSORS_ONLN 2>/dev/null || nproc
+grep -E '^(MemTotal|MemAvailable|SwapTotal|SwapFree):' /proc/meminfo`);
 
 /** The fact `nodes`; where the API is there and gave none, `api` has the seconds it took and its words. */
-export const nodesLook = `${API}
+export const nodesLook = prints(
+  "nodes",
+  "api",
+  "load",
+)(`${API}
 fact nodes; began=$(date +%s); failed=
 {
   words=$(
@@ -81,13 +88,19 @@ fact nodes; began=$(date +%s); failed=
   ) || failed=yes
 } 3>&1
 [ -z "$failed" ] || [ -z "$words" ] || { fact api; echo "$(($(date +%s) - began)) $words" | cut -c1-600; }
-${loadLook}`;
+${loadLook}`);
 
 /** Facts about the cluster as this box sees it: its nodes, and WireGuard's peers. */
-export const clusterLook = `${nodesLook}
+export const clusterLook = prints(
+  "nodes",
+  "api",
+  "load",
+  "peers",
+  "interfaces",
+)(`${nodesLook}
 ${peersLook}
 fact interfaces; ls /sys/class/net
-`;
+`);
 
 /** A pod of CoreDNS's or metrics-server's: what a cluster's own health hangs on. */
 export interface SystemPod {
@@ -103,8 +116,8 @@ export interface SystemPod {
 }
 
 /** The fact `system`, see systemOf(). */
-export const systemLook = `fact system
-[ -n "$failed" ] || api GET '/api/v1/namespaces/kube-system/pods?pretty=false&labelSelector=k8s-app%20in%20(kube-dns,metrics-server)' 10 2>/dev/null`;
+export const systemLook = prints("system")(`fact system
+[ -n "$failed" ] || api GET '/api/v1/namespaces/kube-system/pods?pretty=false&labelSelector=k8s-app%20in%20(kube-dns,metrics-server)' 10 2>/dev/null`);
 
 /** What is read of a Pod as the API gives it. */
 export interface PodObject {
@@ -165,7 +178,7 @@ export interface Load {
   swap: number | undefined;
 }
 
-export function loadOf({ load = "" }: Facts): Load {
+export function loadOf({ load = "" }: Facts<"load">): Load {
   const number = (pattern: RegExp) => {
     const value = pattern.exec(load)?.[1];
     return value === undefined ? undefined : Number(value);
@@ -200,7 +213,7 @@ export const apiMessage = (said: string): string =>
     .slice(0, 300);
 
 /** Why the API gave no list of nodes, where there is one: then no node is known to be missing. */
-export function silence(facts: Facts): string | undefined {
+export function silence(facts: Facts<"api" | "nodes" | "load">): string | undefined {
   const [, seconds, said] = /^(\d+) (.*)/s.exec(facts.api?.trim() ?? "") ?? [];
   if (said === undefined || nodesOf(facts.nodes).length) return undefined;
   const how = /did not answer|time(d )?out|deadline exceeded/i.test(said)

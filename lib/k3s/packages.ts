@@ -1,6 +1,6 @@
 /** What a box has for installing packages, and where it lets nothing be written. */
 import { quote } from "../sh.ts";
-import { type Facts, Refusal } from "../step.ts";
+import { type Facts, prints, Refusal } from "../step.ts";
 import { pairs } from "../text.ts";
 
 export type Manager = "apt" | "yum" | "dnf" | "zypper" | "apk" | "pacman";
@@ -24,14 +24,17 @@ export interface Os {
  * Facts about package managers: by what is there, for most distros are somebody's family and keep its tools. A tool of
  * another family's may be installed too: of those the first counts, each by the database that is its own.
  */
-export const managersLook = `fact managers
+export const managersLook = prints(
+  "managers",
+  "image",
+)(`fact managers
 [ ! -s /var/lib/dpkg/status ] || command -v apt-get
 [ ! -e /var/lib/pacman/local/ALPM_DB_VERSION ] || command -v pacman
 for db in /lib/apk/db /usr/lib/apk/db; do [ ! -s $db/installed ] || command -v apk; done
 for list in /etc/zypp/repos.d/*.repo; do [ ! -e "$list" ] || command -v zypper; done
 for name in dnf yum amazon-linux-extras; do command -v $name; done
 fact image; [ -w /usr ] || { for name in transactional-update rpm-ostree; do command -v $name; done; echo none; }
-`;
+`);
 
 const MANAGERS: Record<string, Manager> = {
   "apt-get": "apt",
@@ -48,7 +51,7 @@ const programs = (text = "") =>
     .split("\n")
     .map((path) => path.replace(/.*\//, ""));
 
-export function osOf(facts: Facts): Os {
+export function osOf(facts: Facts<"managers" | "image">): Os {
   const release = Object.fromEntries(
     Object.entries(pairs(facts.os)).map(([k, v]) => [k, v.trim().replace(/^(["'])(.*)\1$/, "$2")]),
   );
@@ -126,15 +129,17 @@ apt-get -q -y -o DPkg::Lock::Timeout=120 --no-install-recommends install ${names
 }
 
 /** Facts about k3s's folders: those that cannot be written. One that is not there yet is made in the next above it. */
-export const foldersLook = `fact readonly; for folder in /usr/local/bin /etc/systemd/system /var/lib/rancher; do
+export const foldersLook = prints(
+  "readonly",
+)(`fact readonly; for folder in /usr/local/bin /etc/systemd/system /var/lib/rancher; do
   at=$folder
   until [ -e "$at" ]; do at=\${at%/*}; at=\${at:-/}; done
   [ -w "$at" ] || echo "$folder"
 done
-`;
+`);
 
 /** @throws {Refusal} before anything is done, where one of these folders could not be written at the end. */
-export function writable(facts: Facts, ...folders: string[]): void {
+export function writable(facts: Facts<"readonly">, ...folders: string[]): void {
   const folder = (facts.readonly ?? "").split("\n").find((name) => folders.includes(name));
   if (folder)
     throw new Refusal(

@@ -2,7 +2,7 @@
 
 import type { Settings } from "../settings.ts";
 import { quote, writeFile } from "../sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "../step.ts";
+import { type Change, type Facts, prints, Refusal, step } from "../step.ts";
 import type { SettingName } from "../table.ts";
 import { filledEnv, pairs, quoted, rewrite, SECRET, sha256 } from "../text.ts";
 import { CLEAR } from "./cleanup.ts";
@@ -29,10 +29,10 @@ import {
 } from "./unit.ts";
 
 /** Before anything else is done to a box that is to run k3s: neither Alpine's OpenRC nor every cgroup will do. */
-export const systemdFirst: Step = {
+export const systemdFirst = step({
   name: "systemd",
   options: [],
-  look: () => [binaryLook, cgroupLook, "fact openrc; test -d /run/openrc && echo yes"],
+  look: () => [binaryLook, cgroupLook, prints("openrc")("fact openrc; test -d /run/openrc && echo yes")],
   plan(want, facts) {
     if (facts.systemd?.trim()) {
       const fault = cgroupFault(releaseOf(want, facts).version, facts);
@@ -44,25 +44,36 @@ export const systemdFirst: Step = {
       `${name} is run by ${facts.openrc?.trim() ? "OpenRC" : "something else"}, not by systemd: k3s is a systemd unit here, so take a distro that has it; nothing was installed`,
     );
   },
-};
+});
+
+type HealthFact = "nodes" | "interfaces" | "service";
+type ServiceFact = HealthFact | "other" | "envfile" | "unit" | "written" | "read" | "enabled" | "version";
 
 /** Facts about the service of a role on its box, and the cluster's nodes as that box can see them. */
-export function serviceLook(role: Role): string[] {
+export function serviceLook(role: Role) {
   const unit = unitOf(role);
   const other = unitOf(role === "server" ? "agent" : "server");
-  const service = `fact unit; cat ${unitPath(role)} 2>/dev/null
+  const service = prints(
+    "unit",
+    "envfile",
+    "written",
+    "service",
+    "enabled",
+    "other",
+    "ipvs",
+  )(`fact unit; cat ${unitPath(role)} 2>/dev/null
 fact envfile; stat -c %a ${envPath(role)} 2>/dev/null && sha256sum <${envPath(role)} | cut -d' ' -f1
 fact written; stat -c %Z ${K3S} ${unitPath(role)} ${envPath(role)} 2>/dev/null
 fact service; systemctl show ${unit} -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic -p NeedDaemonReload
 fact enabled; systemctl is-enabled ${unit} 2>/dev/null
 fact other; systemctl is-active ${other} 2>/dev/null
 fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
-`;
+`);
   return [binaryLook, cgroupLook, foldersLook, service, filesLook, clusterLook];
 }
 
 /** When a service's process started, in seconds since 1970; undefined when it is not running. */
-export function startedAt(facts: Facts, shown = facts.service): number | undefined {
+export function startedAt(facts: Facts<"service">, shown = facts.service): number | undefined {
   const service = pairs(shown);
   const since = Number(service.ExecMainStartTimestampMonotonic) / 1e6;
   // A modern agent may be Ready while systemd still has it "activating" (v1.36.3 on a slow box, seen).
@@ -79,7 +90,7 @@ export function onCard(ip: string, facts: Facts): boolean {
 }
 
 /** ipvs is wanted, but the kernel lacks it: iptables, as kube-proxy itself would do (v1.17.6, recorded). */
-const lacksIpvs = (want: Settings, facts: Facts): boolean =>
+const lacksIpvs = (want: Settings, facts: Facts<"ipvs">): boolean =>
   want.PROXY_MODE === "ipvs" && !facts.ipvs?.trim();
 
 /** How a healthy node is told of; with what of the settings could not be had. */
@@ -90,7 +101,12 @@ export function healthySaying(role: Role, want: Settings, facts: Facts): string 
 }
 
 /** Why the node is not healthy yet; systemd's word is not asked: a looping k3s is "active" too. */
-export function ailments(name: string, ip: string, generation: Generation, facts: Facts): string[] {
+export function ailments(
+  name: string,
+  ip: string,
+  generation: Generation,
+  facts: Facts<HealthFact>,
+): string[] {
   const node = nodesOf(facts.nodes).find((n) => n.name === name);
   // What the API did not say in time is unknown, and not missing.
   if (!node) return [silence(facts) ? "the API gave no list of nodes" : `node ${name} is not registered`];
@@ -118,7 +134,7 @@ export function servicePlan(
   role: Role,
   env: string,
   want: Settings,
-  facts: Facts,
+  facts: Facts<ServiceFact>,
   before: readonly Change[] = [],
   note = "",
 ): Change[] {

@@ -2,7 +2,7 @@
 
 import { lastOf, parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
-import type { Facts } from "../step.ts";
+import { type Facts, prints } from "../step.ts";
 import { splitWords } from "../text.ts";
 import { configArgs } from "./args.ts";
 import { compare } from "./releases.ts";
@@ -34,13 +34,19 @@ export function generationOf(version: string, flags?: string): Generation | unde
 }
 
 /** Facts about the binary: its version, and for the releases in between what its help has of the modern way. */
-export const binaryLook = `said=$(${K3S} --version 2>/dev/null)
+export const binaryLook = prints(
+  "version",
+  "flags",
+)(`said=$(${K3S} --version 2>/dev/null)
 fact version; echo "$said" | sed -n 's/^k3s version \\(v[^ ]*\\).*/\\1/p'
 fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-(backend|external-ip)|wireguard-native' ;; esac
-`;
+`);
 
 /** Which k3s the box will run: the wanted release, or what a pushed K3S_BIN said of itself, once it is there. */
-export function releaseOf(want: Settings, facts: Facts): { version: string; generation?: Generation } {
+export function releaseOf(
+  want: Settings,
+  facts: Facts<"version" | "flags" | "sha256">,
+): { version: string; generation?: Generation } {
   const installed = facts.version?.trim();
   const there = facts.sha256 === undefined || facts.sha256.trim() === want.K3S_SHA256;
   const version = want.K3S_BIN && there ? (installed ?? "") : want.K3S_VERSION;
@@ -51,11 +57,13 @@ export function releaseOf(want: Settings, facts: Facts): { version: string; gene
 }
 
 /** Facts about cgroups: the file system (tmpfs: v1, or both with the controllers in v1), and v2's controllers. */
-export const cgroupLook = `fact cgroup; stat -fc %T /sys/fs/cgroup 2>/dev/null; cat /sys/fs/cgroup/cgroup.controllers 2>/dev/null
-`;
+export const cgroupLook = prints(
+  "cgroup",
+)(`fact cgroup; stat -fc %T /sys/fs/cgroup 2>/dev/null; cat /sys/fs/cgroup/cgroup.controllers 2>/dev/null
+`);
 
 /** The cgroup version and, of v2, the controllers; undefined where the box does not say. An old stat knows v2 by number. */
-function cgroupOf(facts: Facts): { version: 1 | 2; controllers: string[] } | undefined {
+function cgroupOf(facts: Facts<"cgroup">): { version: 1 | 2; controllers: string[] } | undefined {
   const [type = "", controllers = ""] = facts.cgroup?.trim().split("\n") ?? [];
   if (!type) return undefined;
   return { version: /^cgroup2fs$|63677270/.test(type) ? 2 : 1, controllers: splitWords(controllers) };
@@ -127,7 +135,7 @@ const labelArgs = (want: Settings): string[] => [
   ...splitWords(want.NODE_TAINTS).map((taint) => `--node-taint=${taint}`),
 ];
 
-export const unitOf = (role: Role): string => (role === "server" ? "k3s" : "k3s-agent");
+export const unitOf = (role: Role) => (role === "server" ? "k3s" : "k3s-agent");
 export const unitPath = (role: Role): string => `/etc/systemd/system/${unitOf(role)}.service`;
 export const envPath = (role: Role): string => `${unitPath(role)}.env`;
 
