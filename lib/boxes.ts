@@ -7,9 +7,9 @@ import { readExample } from "./env-file.ts";
 import { shown } from "./files.ts";
 import type { Line } from "./report.ts";
 import type { Call, Target } from "./script.ts";
-import { type Origins, SettingError, type Settings } from "./settings.ts";
+import { NAMES, type Origins, SettingError, type Settings } from "./settings.ts";
 import { addressOf, open } from "./shell.ts";
-import { publicIp, type SettingName } from "./table.ts";
+import { publicIp, SETTINGS, type SettingName } from "./table.ts";
 import { nameOf, splitWords } from "./text.ts";
 
 const addressesIn = (text: string): string[] => text.match(/\d+(\.\d+){3}/g) ?? [];
@@ -24,8 +24,9 @@ const isExample = (word: string): boolean => {
 
 /** For who has not begun yet: nothing says what the boxes are. */
 export function unnamed(settings: Settings, origins: Origins, envFile: string): string | undefined {
-  const { SERVER, AGENTS, PUBLIC_IP, K3S_URL } = settings;
-  if (SERVER || AGENTS || PUBLIC_IP || K3S_URL || origins.HOST !== "default") return undefined;
+  const { SERVER, AGENTS, PUBLIC_IP } = settings;
+  const begun = NAMES.some((name) => "learned" in SETTINGS[name] && settings[name]);
+  if (SERVER || AGENTS || PUBLIC_IP || begun || origins.HOST !== "default") return undefined;
   const copy = existsSync(envFile) ? "" : `cp env.example ${shown(envFile)}, and `;
   return `No servers are named yet: ${copy}say which in SERVER and AGENTS; or try make rehearse. On the box itself: PUBLIC_IP=…, its address for other clouds`;
 }
@@ -90,7 +91,7 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
  * @throws {SettingError}
  */
 async function ownAddresses(call: Call, setting: string, found: readonly Target[]): Promise<void> {
-  const { settings, origins, script } = call;
+  const { settings, origins, script, recipe } = call;
   // A restored server may have the address of the one that is gone.
   const lists = script === "restore" ? settings.AGENTS : `${settings.SERVER} ${settings.AGENTS}`;
   const others = await Promise.all(
@@ -102,17 +103,16 @@ async function ownAddresses(call: Call, setting: string, found: readonly Target[
   );
   if (setting === "AGENTS" && !settings.SERVER && settings.PUBLIC_IP)
     others.push({ name: hostname(), ip: settings.PUBLIC_IP });
-  const url = /^https:\/\/([\w.-]+)/.exec(settings.K3S_URL)?.[1];
-  if (script === "agent" && setting !== "SERVER" && url)
-    others.push({ name: "the server, by K3S_URL,", ip: url });
+  const elsewhere = setting === "SERVER" ? [] : (recipe.elsewhere?.(settings) ?? []);
   for (const box of found) {
-    const other = others.find(({ name, ip }) => name !== box.name && ip && ip === box.ip);
+    const other = [...others, ...elsewhere].find(({ name, ip }) => name !== box.name && ip && ip === box.ip);
     // One box may be named in two ways, unless it is said where it is.
     const said = box.word.includes("=") || (box.host && settings.PUBLIC_IP);
-    const named = setting === "HOST" && !said && !other?.name.startsWith("the server");
+    if (!other) continue;
+    const named = setting === "HOST" && !said && others.includes(other);
     // By the name that the lists have for it, the env file has settings of its own for it.
-    if (other && named && box.host) box.name = other.name;
-    if (other && !named)
+    if (named && box.host) box.name = other.name;
+    if (!named)
       throw new SettingError(
         `${setting} (${origins[setting as SettingName]}): every node needs a public address of its own, but ${other.name} and ${box.name} have ${box.ip}`,
       );

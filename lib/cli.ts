@@ -13,7 +13,7 @@ import { type Call, type Recipe, switchOf } from "./script.ts";
 import { flagOf, givenNow, isSecret, NAMES, SettingError, settle } from "./settings.ts";
 import { quote } from "./sh.ts";
 import { closeAll } from "./shell.ts";
-import type { SettingName } from "./table.ts";
+import { SETTINGS, type SettingName } from "./table.ts";
 import { hide, quoted } from "./text.ts";
 
 const PROJECT = join(import.meta.dirname, "..");
@@ -142,7 +142,7 @@ function flagsOf(argv: string[], switches: Record<string, string>): Record<strin
   const strings = NAMES.map(flagOf);
   const known = [...strings, ...Object.keys(switches)];
   const wrong = (flag: string): never => {
-    // A slip in the name of --k3s-token does not make its value any less secret.
+    // A slip in the name of a secret's flag does not make its value any less secret.
     const name = /^-[^=]*/.exec(flag)?.[0] ?? "A word without --";
     throw new SettingError(`${name} (flag): expected one of --${known.join(", --")}`);
   };
@@ -183,7 +183,8 @@ function help(script: string, file: string, recipe: Recipe): string {
   const words = readExample();
   const rows = (some: SettingName[]) =>
     some.map((n) => row(`--${flagOf(n)} …`, words[n]?.help ?? "")).join("");
-  const [first, rare] = [true, false].map((is) => names.filter((n) => FIRST.includes(n) === is));
+  // What is the cluster's, most calls have to do with.
+  const [first, rare] = [true, false].map((is) => names.filter((n) => "shared" in SETTINGS[n] === is));
   return `${wrapped(recipe.about, width)}
 ${wrapped(`Usage: make ${script} ${usage.map((word) => `[${word}]`).join(" ")}`, width, 7)}   or: node --import tsx ${file} [flags]
    or: deno run -A ${file} [flags]
@@ -195,10 +196,6 @@ ${Object.entries(switchesOf(recipe))
   .join("")}
 ${wrapped("The env file is .env beside the Makefile, or what ENV_FILE names.", width)}${wrapped("Exit status: 0 done or nothing to do, 1 failed, 2 a setting is wrong and nothing was touched, 130 interrupted (129 by HUP, 143 by TERM).", width)}`;
 }
-
-/** Settings that most calls have to do with; --help has the others below them. */
-const FIRST: readonly string[] =
-  "SERVER AGENTS HOST PUBLIC_IP K3S_VERSION STEPS BACKUP K3S_URL K3S_TOKEN".split(" ");
 
 /** Lines of at most so many columns, each but the first indented. */
 function wrapped(text: string, width: number, indent = 0): string {

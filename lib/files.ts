@@ -64,7 +64,7 @@ let watched = false;
 const HERE = sha256(
   `${hostname()}${existsSync("/proc/self/ns/pid") && readlinkSync("/proc/self/ns/pid")}`,
 ).slice(0, 6);
-const NAME = /^\.?k3s-([0-9a-f]{6})-(\d+)-[0-9a-f]{8}$/;
+const NAME = /^\.?clouds-([0-9a-f]{6})-(\d+)-[0-9a-f]{8}$/;
 const DAY = 86_400_000;
 
 /**
@@ -75,7 +75,7 @@ export function temporary(folder: string, dot = "."): string {
   sweep(folder);
   if (!watched) process.once("exit", () => [...own].forEach(remove));
   watched = true;
-  const path = join(folder, `${dot}k3s-${HERE}-${process.pid}-${randomBytes(4).toString("hex")}`);
+  const path = join(folder, `${dot}clouds-${HERE}-${process.pid}-${randomBytes(4).toString("hex")}`);
   own.add(path);
   return path;
 }

@@ -128,7 +128,7 @@ export function showPlan(call: Call, box: Target, steps: readonly Step[], job: J
     process.stdout.write(
       changes.length
         ? plain(
-            `${box.name}: ${changes.length} to do\n${changes.map(planned).join("")}${changes.some(unforeseen) ? "  … then look again\n" : ""}${changes.some((c) => c.push && c.lookAgain) ? `  … if ${job.want.K3S_BIN} is k3s ${job.want.K3S_VERSION}\n` : ""}`,
+            `${box.name}: ${changes.length} to do\n${changes.map(planned).join("")}${changes.some(unforeseen) ? "  … then look again\n" : ""}${changes.map(({ assumes }) => (assumes ? `  … if ${assumes}\n` : "")).join("")}`,
           )
         : `${box.name}: nothing to do\n`,
     );

@@ -10,7 +10,6 @@ fact uptime; cut -d' ' -f1 /proc/uptime
 fact now; date +%s.%N
 fact boot; cat /proc/sys/kernel/random/boot_id
 fact machine; cat /etc/machine-id 2>/dev/null
-fact named; sed -n 's/.*[[:space:]]--node-name=\\([a-z0-9.-]*\\).*/\\1/p' /etc/systemd/system/k3s.service /etc/systemd/system/k3s-agent.service 2>/dev/null
 fact hostname; uname -n
 fact arch; uname -m
 fact kernel; uname -r

@@ -20,6 +20,8 @@ export interface Recipe {
   asksLate?: true;
   /** With `host`: how the boxes must be together. @throws {SettingError} */
   examine?(call: Call, boxes: readonly Target[]): void;
+  /** Nodes that it knows of beside those of SERVER and AGENTS. */
+  elsewhere?(settings: Settings): { name: string; ip: string }[];
   nothing?(want: Settings, facts: Facts): string;
   /** Where more is to be done than these steps on each box. Answers the exit status. */
   work?(call: Call): Promise<number>;

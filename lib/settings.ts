@@ -3,8 +3,8 @@ import { hostname } from "node:os";
 import { parseArgs, secretIn } from "./args.ts";
 import { readEnv, slipIn } from "./env-file.ts";
 import { noFile } from "./files.ts";
-import { ETCD, SETTINGS, type Setting, type SettingName, WITH_PASSWORD } from "./table.ts";
-import { boxNames, quoted, splitWords } from "./text.ts";
+import { apartIn, SETTINGS, type Setting, type SettingName, WITH_PASSWORD } from "./table.ts";
+import { boxNames, quoted } from "./text.ts";
 
 /** A setting is wrong: where it came from, what was found, what would be right. Exit status 2, nothing touched. */
 export class SettingError extends Error {}
@@ -60,16 +60,8 @@ export function settle(
       );
     if (settings[name]) check(name, settings[name], origins[name]);
   }
-  const servers = splitWords(settings.SERVER);
-  if (servers.length > 1 && !settings.K3S_DATASTORE_ENDPOINT)
-    throw new SettingError(
-      `SERVER (${origins.SERVER}): expected one of ${servers.join(", ")}, or a K3S_DATASTORE_ENDPOINT that they share: ${ETCD}`,
-    );
-  const both = boxNames(settings.AGENTS).find((name) => boxNames(settings.SERVER).includes(name));
-  if (both)
-    throw new SettingError(
-      `AGENTS (${origins.AGENTS}): expected boxes that are not in SERVER, but ${both} is in both: a server is a node too`,
-    );
+  const [apart, expected] = apartIn(settings) ?? [];
+  if (apart) throw new SettingError(`${apart} (${origins[apart]}): expected ${expected}`);
   const boxes = boxNames(`${settings.SERVER} ${settings.AGENTS} ${settings.HOST}`);
   // A box may have any name.
   const own: Record<string, Partial<Settings>> = Object.create(null);

@@ -8,7 +8,6 @@ type BaseFact =
   | "now"
   | "boot"
   | "machine"
-  | "named"
   | "hostname"
   | "arch"
   | "kernel"
@@ -63,6 +62,8 @@ export interface Change {
   unknown?: string;
   /** What follows depends on what this brings to light: look again before planning on. A preview may foresee it. */
   lookAgain?: true | "foreseen";
+  /** What a preview takes for granted of it. */
+  assumes?: string;
 }
 
 /** Settings, and what this call was allowed by a word of its own: force, take-over. */

@@ -2,7 +2,7 @@
 import { BlockList, isIP } from "node:net";
 import { type Arg, lastOf, parseArgs, secretIn } from "./args.ts";
 import { withValues } from "./env-file.ts";
-import { splitWords } from "./text.ts";
+import { boxNames, splitWords } from "./text.ts";
 
 export interface Setting {
   /** The default. */
@@ -12,6 +12,8 @@ export interface Setting {
   shared?: true;
   /** Programs of this machine go by it too: from the environment it counts only where make was given it. */
   ambient?: true;
+  /** Written by a script: who has it has begun. */
+  learned?: true;
   /** What would be right, when the (non-empty) value is wrong. */
   check(value: string): string | undefined;
 }
@@ -403,14 +405,28 @@ export const SETTINGS = {
   K3S_URL: {
     value: "",
     shared: true,
+    learned: true,
     check: matches(/^https:\/\/[\w.-]+(:\d+)?$/, "an address such as https://203.0.113.10:6443"),
   },
   K3S_TOKEN: {
     value: "",
     secret: true,
     shared: true,
+    learned: true,
     check: token,
   },
 } satisfies Record<string, Setting>;
 
 export type SettingName = keyof typeof SETTINGS;
+
+/** The first setting that does not go with the others, and what would be right. */
+export function apartIn(settings: Record<SettingName, string>): [SettingName, string] | undefined {
+  const { SERVER, AGENTS, K3S_DATASTORE_ENDPOINT } = settings;
+  const servers = splitWords(SERVER);
+  if (servers.length > 1 && !K3S_DATASTORE_ENDPOINT)
+    return ["SERVER", `one of ${servers.join(", ")}, or a K3S_DATASTORE_ENDPOINT that they share: ${ETCD}`];
+  const both = boxNames(AGENTS).find((name) => boxNames(SERVER).includes(name));
+  return both
+    ? ["AGENTS", `boxes that are not in SERVER, but ${both} is in both: a server is a node too`]
+    : undefined;
+}

@@ -159,6 +159,9 @@ await run(import.meta, {
   flags: ALLOWED,
   needs: { K3S_URL: FROM_SERVER, K3S_TOKEN: FROM_SERVER },
   nothing: (want, facts) => healthySaying("agent", want, facts),
+  elsewhere: ({ K3S_URL }) => [
+    { name: "the server, by K3S_URL,", ip: /^https:\/\/([\w.-]+)/.exec(K3S_URL)?.[1] ?? "" },
+  ],
   others: neighbours,
   causes,
 });

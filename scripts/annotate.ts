@@ -21,6 +21,7 @@ import {
   binaryLook,
   type Generation,
   interfaceOf,
+  nameLook,
   type Role,
   releaseOf,
   unitOf,
@@ -39,7 +40,7 @@ export const annotateAs = (role?: Role): Step => ({
   name: "annotate",
   options: ["PUBLIC_IP"],
 
-  look: () => [binaryLook, clusterLook, UNITS],
+  look: () => [binaryLook, nameLook, clusterLook, UNITS],
 
   plan(want, facts) {
     const [server = "", agent = ""] = (facts.units ?? "").split("\n\n");

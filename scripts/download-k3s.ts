@@ -63,6 +63,7 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
           sh: `${TELL}part=${part}; from=${quote(want.K3S_BIN)}; sum=${want.K3S_SHA256}\n${VERIFY}\n${swap("v1")}`,
           seconds: 120,
           lookAgain: "foreseen",
+          assumes: `${want.K3S_BIN} is k3s ${want.K3S_VERSION}`,
         });
     } else if (have !== want.K3S_VERSION || (want.K3S_SHA256 && facts.sha256?.trim() !== want.K3S_SHA256)) {
       changes.push(

@@ -319,12 +319,12 @@ describe("what a killed process left", () => {
       name(dead),
       name(process.pid).replace(/.{8}$/, "00000000"),
       name(process.ppid),
-      ".k3s-1-x",
+      ".clouds-1-x",
       "k3s",
     ];
     for (const file of files) writeFileSync(join(folder, file), "a secret");
     await updateEnv(join(folder, ".env"), { A: "1" });
-    assert.deepEqual(readdirSync(folder).sort(), [name(process.ppid), ".k3s-1-x", "k3s", ".env"].sort());
+    assert.deepEqual(readdirSync(folder).sort(), [name(process.ppid), ".clouds-1-x", "k3s", ".env"].sort());
   });
 });
 
@@ -443,13 +443,13 @@ describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("fl
               /Interrupted\. A change that was begun ends on its box; run the same again to finish\./,
             );
             assert.deepEqual(
-              readdirSync(join(home, "tmp")).filter((name) => name.startsWith("k3s-")),
+              readdirSync(join(home, "tmp")).filter((name) => name.startsWith("clouds-")),
               [],
             );
             assert.equal(readFileSync(join(box, "log"), "utf8"), "exit\n");
             await until(() => !lives(ssh));
             assert.deepEqual(
-              readdirSync(home).filter((name) => name.startsWith(".k3s-")),
+              readdirSync(home).filter((name) => name.startsWith(".clouds-")),
               [],
             );
           } else if (lives(ssh)) process.kill(ssh);
@@ -463,7 +463,7 @@ describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("fl
           else assert.match(readFileSync(config, "utf8"), /name: k3s-203\.0\.113\.77/);
           for (const folder of [home, join(home, "tmp"), join(home, ".kube")])
             assert.deepEqual(
-              readdirSync(folder).filter((name) => /^\.?k3s-|\.lock$/.test(name)),
+              readdirSync(folder).filter((name) => /^\.?clouds-|\.lock$/.test(name)),
               [],
               folder,
             );
@@ -516,7 +516,7 @@ await run(import.meta, { about: "", steps: [], work: async (call) => {
     process.kill(Number(readFileSync(join(box, "calls"), "utf8").trim().split("\n").at(-1)));
     assert.equal((await run.ended).status, 141);
     assert.deepEqual(
-      readdirSync(join(home, "tmp")).filter((name) => name.startsWith("k3s-")),
+      readdirSync(join(home, "tmp")).filter((name) => name.startsWith("clouds-")),
       [],
     );
   });
@@ -526,7 +526,7 @@ await run(import.meta, { about: "", steps: [], work: async (call) => {
 const TOO_LARGE = "(EFBIG: file too large|File too large \\(os error 27\\))";
 
 /** A file that only the next run can clear. */
-const halfIn = (folder: string) => readdirSync(folder).find((name) => name.startsWith(".k3s-")) ?? "";
+const halfIn = (folder: string) => readdirSync(folder).find((name) => name.startsWith(".clouds-")) ?? "";
 
 /** Texts of the files right in a folder that are no driver. */
 const textsIn2 = (folder: string) =>
@@ -586,7 +586,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
     ).ended;
     count("backup", "disk full");
     assert.notEqual(backup.status, 0, backup.text);
-    assert.ok(!readdirSync(home).some((name) => name === "b.tar.gz" || name.startsWith(".k3s-")));
+    assert.ok(!readdirSync(home).some((name) => name === "b.tar.gz" || name.startsWith(".clouds-")));
   });
 
   for (const [name, [make, says]] of Object.entries({

@@ -30,7 +30,7 @@ import {
   systemLook,
   systemOf,
 } from "../k3s/nodes.ts";
-import { type Role, unitOf } from "../k3s/unit.ts";
+import { nameLook, type Role, unitOf } from "../k3s/unit.ts";
 import type { Line } from "../report.ts";
 import type { Call, Target } from "../script.ts";
 import type { Settings } from "../settings.ts";
@@ -65,6 +65,7 @@ export const ask = (sh: string, options: Step["options"] = []): Step => ({
 });
 
 const boxLook = `
+${nameLook}
 printf '%s say %s\\n' "$m" "$(date +%s.%N)"
 fact units; systemctl show k3s k3s-agent -p Id -p ActiveState -p NRestarts -p MainPID -p ExecMainStartTimestampMonotonic
 fact wg; for i in flannel.1 flannel-wg; do

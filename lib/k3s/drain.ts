@@ -5,13 +5,14 @@ import { quote } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, type Step } from "../step.ts";
 import { type Match, nodeNameOf, nodeOf, RESTARTING, type Who, whoIs } from "./identity.ts";
 import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./nodes.ts";
-import { K3S } from "./unit.ts";
+import { K3S, nameLook } from "./unit.ts";
 
 /** Facts about the node that this box is, if it is one; also while k3s is still starting. */
 export const drainLook = [
   prints("roles")(
     "fact roles; for unit in k3s k3s-agent; do systemctl -q is-enabled $unit 2>/dev/null && echo $unit; done",
   ),
+  nameLook,
   clusterLook,
 ];
 

@@ -6,7 +6,7 @@ import { boxNames } from "../text.ts";
 import { configArgs, wrongIn } from "./args.ts";
 import { CONFIG, rangesOf } from "./config.ts";
 import { nodeNameOf } from "./identity.ts";
-import { type Role, releaseOf } from "./unit.ts";
+import { nameLook, type Role, releaseOf } from "./unit.ts";
 
 const FOLDER = "/etc/rancher/k3s";
 
@@ -14,7 +14,7 @@ const FOLDER = "/etc/rancher/k3s";
 export const foreignFirst = (role: Role): Step<"ports" | "configs" | "token"> => ({
   name: "foreign",
   options: [],
-  look: () => [portsLook, configsLook()],
+  look: () => [nameLook, portsLook, configsLook()],
   plan(want, facts) {
     portsFree(role, want, facts);
     // What is learned of a server in the end, it has had from the beginning where it is there already.

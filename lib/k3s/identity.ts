@@ -5,7 +5,17 @@ import type { Settings } from "../settings.ts";
 import { type Facts, prints, Refusal, type Step, type Want } from "../step.ts";
 import { splitWords } from "../text.ts";
 import { type Node, nodesOf } from "./nodes.ts";
-import { argsOf, cgroupArgs, NAME, nodeNameIn, type Role, releaseOf, unitOf, WRITTEN_BY } from "./unit.ts";
+import {
+  argsOf,
+  cgroupArgs,
+  NAME,
+  nameLook,
+  nodeNameIn,
+  type Role,
+  releaseOf,
+  unitOf,
+  WRITTEN_BY,
+} from "./unit.ts";
 
 /** A box by the settings' address, and by what it says of itself; one that is gone says nothing. */
 export interface Who {
@@ -88,7 +98,7 @@ function addressFree(nodes: readonly Node[], who: Who): void {
 export function nodeNameOf(
   role: Role,
   want: Settings,
-  facts: Facts<"nodes">,
+  facts: Facts<"nodes" | "named">,
   nodes: readonly Node[] = nodesOf(facts.nodes),
 ): string {
   const { ip, boot, machine } = whoIs(want.PUBLIC_IP, facts);
@@ -353,7 +363,7 @@ export const ALLOWED = {
 export const identityAs = (role: Role): Step<UnitFact | "cas" | "nodes" | "registered"> => ({
   name: "identity",
   options: [],
-  look: () => [caLook, unitsLook],
+  look: () => [nameLook, caLook, unitsLook],
   plan(want, facts) {
     const { version, generation = "modern" } = releaseOf(want, facts);
     if (role === "agent")

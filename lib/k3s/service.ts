@@ -21,6 +21,7 @@ import {
   type Generation,
   interfaceOf,
   K3S,
+  nameLook,
   type Role,
   releaseOf,
   unitOf,
@@ -69,7 +70,7 @@ fact enabled; systemctl is-enabled ${unit} 2>/dev/null
 fact other; systemctl is-active ${other} 2>/dev/null
 fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
 `);
-  return [binaryLook, cgroupLook, foldersLook, service, filesLook, clusterLook];
+  return [binaryLook, nameLook, cgroupLook, foldersLook, service, filesLook, clusterLook];
 }
 
 /** When a service's process started, in seconds since 1970; undefined when it is not running. */

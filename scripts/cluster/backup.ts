@@ -9,7 +9,7 @@ import { putNew, remove, temporary, tryWrite } from "../../lib/files.ts";
 import { attempt, showPlan } from "../../lib/fleet.ts";
 import { nodeNameOf } from "../../lib/k3s/identity.ts";
 import { run } from "../../lib/k3s/script.ts";
-import { binaryLook } from "../../lib/k3s/unit.ts";
+import { binaryLook, nameLook } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
@@ -27,6 +27,7 @@ export const copied = (id: string): Step => ({
 
   look: () => [
     binaryLook,
+    nameLook,
     `fact database; ls ${SERVER}/db/state.db 2>/dev/null
 fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`,
   ],

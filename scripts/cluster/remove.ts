@@ -22,7 +22,7 @@ import {
 import { neighbours } from "../../lib/k3s/neighbours.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
-import { unitPath } from "../../lib/k3s/unit.ts";
+import { nameLook, unitPath } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
@@ -57,6 +57,7 @@ export const uninstall: Step = {
   options: ["HOST", "SERVER", "PUBLIC_IP", "SERVER_ARGS"],
 
   look: (want) => [
+    nameLook,
     caLook,
     unitsLook,
     `fact left

@@ -14,6 +14,7 @@ import { closeLook, firewall } from "../../lib/k3s/firewall.ts";
 import { ALLOWED, brief, caIn, nodeNameOf, whoIs } from "../../lib/k3s/identity.ts";
 import { address, KUBECTL, VERSION } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
+import { nameLook } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { aFile, SettingError } from "../../lib/settings.ts";
@@ -91,7 +92,7 @@ rm -f ${ARRIVED}`,
 export const unproven: Step = {
   name: "unproven",
   options: [],
-  look: () => [...provenLook, `fact restored; cat ${BASE}/server/restored 2>/dev/null`],
+  look: () => [nameLook, ...provenLook, `fact restored; cat ${BASE}/server/restored 2>/dev/null`],
   plan(want, facts): Change[] {
     if (!facts.restored || /^passwords$/m.test(facts.restored)) return [];
     const own = nodeNameOf("server", want, facts);

@@ -6,7 +6,7 @@ import { configsLook, foreignArgs } from "../../lib/k3s/foreign.ts";
 import { brief, caIn, nodeNameOf } from "../../lib/k3s/identity.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { restart } from "../../lib/k3s/service.ts";
-import { binaryLook, generationOf, K3S, NO_USER } from "../../lib/k3s/unit.ts";
+import { binaryLook, generationOf, K3S, NO_USER, nameLook } from "../../lib/k3s/unit.ts";
 import { type Change, Refusal, type Step } from "../../lib/step.ts";
 import { isFurther, KEEP_PASSWORD, password, passwordLook } from "../server.ts";
 
@@ -18,6 +18,7 @@ export const token: Step = {
 
   look: () => [
     binaryLook,
+    nameLook,
     configsLook(),
     passwordLook,
     `fact token; cat ${SERVER}/node-token 2>/dev/null

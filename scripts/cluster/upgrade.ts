@@ -23,6 +23,7 @@ import {
   type Generation,
   interfaceOf,
   K3S,
+  nameLook,
   type Role,
   unitPath,
 } from "../../lib/k3s/unit.ts";
@@ -46,6 +47,7 @@ export function stepsFor(role: Role, running: string, ip: string) {
   const files = [K3S, unitPath(role), envPath(role), CONFIG, REGISTRIES].join(" ");
   const look = () => [
     binaryLook,
+    nameLook,
     clusterLook,
     `fact kept; cat ${KEPT}/version 2>/dev/null\nfact generation; cat ${KEPT}/generation 2>/dev/null`,
   ];
