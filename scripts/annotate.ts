@@ -26,7 +26,7 @@ import {
   releaseOf,
   unitOf,
 } from "../lib/k3s/unit.ts";
-import { quote } from "../lib/sh.ts";
+import { raw, sh, waitUntil } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
 /** The server's unit, an empty line, the agent's. */
@@ -69,7 +69,8 @@ export const annotateAs = (role?: Role): Step => ({
       return [
         {
           why: `annotate node ${name}: public-ip-overwrite ${node?.overwrite ?? "unset"} -> ${ip}`,
-          sh: `${KUBECTL}\nkc annotate --overwrite node ${quote(name)} ${quote(`${OVERWRITE}=${ip}`)}`,
+          sh: sh`${raw(KUBECTL)}
+kc annotate --overwrite node ${name} ${OVERWRITE}=${ip}`,
         },
         // flannel reads the annotation when it starts; the other nodes follow live (v1.17.6, recorded).
         restart(as, generation, name, want),
@@ -80,12 +81,11 @@ export const annotateAs = (role?: Role): Step => ({
       return [
         {
           why: `wait until flannel's public-ip of ${name} is ${ip}, not ${node.publicIp ?? "unset"}`,
-          sh: `${KUBECTL}
-end=$(($(date +%s) + 60))
-until kc get node ${quote(name)} -o json 2>/dev/null | grep -q '"flannel.alpha.coreos.com/public-ip": "${ip}"'; do
-  [ "$(date +%s)" -lt "$end" ] || { echo 'Does the server run with --flannel-external-ip? "make server" sees to it'; exit 1; }
-  sleep 1
-done`,
+          sh: `${KUBECTL}\n${waitUntil(
+            60,
+            sh`kc get node ${name} -o json 2>/dev/null | grep -q ${`"flannel.alpha.coreos.com/public-ip": "${ip}"`}`,
+            sh`echo ${'Does the server run with --flannel-external-ip? "make server" sees to it'}`,
+          )}`,
           seconds: 90,
         },
         ...shaken,
@@ -100,7 +100,7 @@ const JOINING = 60;
 /** Shell that sets `since` to when k3s was started, in seconds since 1970. */
 const startedSh = (
   role: Role,
-) => `since=$(systemctl show ${unitOf(role)} -p ExecMainStartTimestampMonotonic | sed 's/.*=//; s/[0-9]\\{6\\}$//')
+) => sh`since=$(systemctl show ${unitOf(role)} -p ExecMainStartTimestampMonotonic | sed 's/.*=//; s/[0-9]\{6\}$//')
 since=$(($(date +%s) - $(cut -d. -f1 /proc/uptime) + \${since:-0}))
 `;
 
@@ -130,20 +130,22 @@ function handshakes(
   return [
     {
       why: `wait for a fresh handshake with ${missing.map(({ node }) => node.name).join(", ")} at the public address${wrong.length ? ` (${wrong.join("; ")})` : ""}`,
-      sh: `end=$(($(date +%s) + 90))
-${generation === "old" ? startedSh(role) : ""}late() {
-  ${oldestSh(generation)}
+      sh: sh`${raw(generation === "old" ? startedSh(role) : "")}late() {
+  ${raw(oldestSh(generation))}
   while read -r name c own others; do
     wg show ${interfaceOf(generation)} dump | awk -v c="$c" -v own="$own" -v others=" $others " -v oldest="$oldest" '
-  ${STANDS}' || echo "$name"
+  ${raw(STANDS)}' || echo "$name"
   done <<'EOF'
-${missing.map(({ node, others }) => [node.name, node.podCidr, node.publicIp, ...others].join(" ")).join("\n")}
+${raw(missing.map(({ node, others }) => [node.name, node.podCidr, node.publicIp, ...others].join(" ")).join("\n"))}
 EOF
 }
-while names=$(late) && [ -n "$names" ]; do
-  [ "$(date +%s)" -lt "$end" ] || { echo "No handshake with $(echo "$names" | tr '\\n' ' '): is 51820/udp open on both sides?"; wg show ${interfaceOf(generation)}; exit 1; }
-  sleep 1
-done`,
+${raw(
+  waitUntil(
+    90,
+    'names=$(late) && [ -z "$names" ]',
+    sh`echo "No handshake with $(echo "$names" | tr '\n' ' '): is 51820/udp open on both sides?"; wg show ${interfaceOf(generation)}`,
+  ),
+)}`,
       seconds: 120,
     },
   ];

@@ -4,7 +4,7 @@ import { causes } from "../lib/check/causes.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../lib/k3s/nodes.ts";
 import { run } from "../lib/k3s/script.ts";
 import { binaryLook, generationOf } from "../lib/k3s/unit.ts";
-import { quote, writeFile } from "../lib/sh.ts";
+import { raw, sh, waitUntil, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
 const FOLDER = "/var/lib/rancher/k3s/server/manifests";
@@ -77,7 +77,9 @@ const deploy = (text: string, why: string): Change => ({
   why,
   // A file that is as it was would not be deployed again before the next start (v1.17.6: by its checksum). A .skip
   // without it would be the user's.
-  sh: `${writeFile(OWN, text, "600")}\necho "# written $(date +%s)" >>${OWN}\n: >${quote(`${PACKAGED}.skip`)}`,
+  sh: sh`${raw(writeFile(OWN, text, "600"))}
+echo "# written $(date +%s)" >>${OWN}
+: >${PACKAGED}.skip`,
 });
 
 /**
@@ -91,7 +93,9 @@ function packaged(facts: Facts): Change[] {
       {
         why: `give k3s's own metrics-server back: this k3s needs no other, and no ${INSECURE}`,
         // It was deployed before, and would not be again before the next start: only another checksum has it deployed.
-        sh: `rm -f ${PACKAGED}.skip\necho "# written $(date +%s)" >>${PACKAGED}\nrm -f ${OWN}`,
+        sh: sh`rm -f ${PACKAGED}.skip
+echo "# written $(date +%s)" >>${PACKAGED}
+rm -f ${OWN}`,
       },
     ];
   const strict = facts.own.replace(new RegExp(`^.*${INSECURE}.*\n`, "gm"), "");
@@ -119,7 +123,7 @@ export function withArguments(packaged: string): string {
 function wait(silent: string[]): Change {
   return {
     why: `wait until \`kubectl top nodes\` answers for ${silent.join(", ")}`,
-    sh: `${ANSWERED} || {
+    sh: sh`${raw(ANSWERED)} || {
   echo "No metrics of every node after $((now - began)) s. metrics-server's pods:"
   kc -n kube-system get pods -l k8s-app=metrics-server -o wide || :
   kc -n kube-system describe pods -l k8s-app=metrics-server 2>/dev/null | sed -n '/^Events:/,$p' | tail -n 6
@@ -134,19 +138,18 @@ function wait(silent: string[]): Change {
 
 const API_FIRST: Change = {
   why: "wait until the API answers and a node is Ready",
-  sh: `${KUBECTL}
-end=$(($(date +%s) + ${API}))
-until kc get nodes --no-headers 2>/dev/null | grep -q ' Ready'; do
-  beat
-  [ "$(date +%s)" -lt "$end" ] || { echo 'Not after ${API} s:'; kc get nodes; exit 1; }
-  sleep 1
-done`,
+  sh: `${KUBECTL}\n${waitUntil(
+    API,
+    "kc get nodes --no-headers 2>/dev/null | grep -q ' Ready'",
+    sh`echo ${`Not after ${API} s:`}; kc get nodes`,
+    "beat",
+  )}`,
   seconds: API + 60,
   lookAgain: true,
 };
 
 /** Does each running pod of metrics-server ask kubelets as our manifest has it, and without one none without TLS? */
-const OURS = `ours() {
+const OURS = sh`ours() {
   kc -n kube-system get pods -o json 2>/dev/null | awk -v lax="$(grep -cse ${INSECURE} ${OWN})" '
     /"k8s-app": "metrics-server"/ { it = 1; is = 0 }
     /^ *"${INSECURE}/ { is = 1 }
@@ -155,12 +158,12 @@ const OURS = `ours() {
 }`;
 
 /** Every node that is Ready has its line in \`top nodes\`, from a pod of the manifest that counts. */
-const ANSWERED = `${KUBECTL}
-${OURS}
+const ANSWERED = sh`${raw(KUBECTL)}
+${raw(OURS)}
 answered() {
   ready=$(kc get nodes --no-headers 2>/dev/null | awk '$2 ~ /^Ready/ { print $1 }')
   told=$(kc top nodes --no-headers 2>/dev/null | awk '!/<unknown>/ { print $1 }')
-  [ -n "$ready" ] && ! printf '%s\\n' "$ready" | grep -qvxF -e "$told" && ours
+  [ -n "$ready" ] && ! printf '%s\n' "$ready" | grep -qvxF -e "$told" && ours
 }
 try() {
   began=$(date +%s); end=$((began + ${PATIENCE}))

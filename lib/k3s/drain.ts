@@ -1,7 +1,7 @@
 /** Draining the node that a box is, and giving it pods again. */
 
 import { SettingError, type Settings } from "../settings.ts";
-import { quote } from "../sh.ts";
+import { raw, sh, waitUntil } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, type Step } from "../step.ts";
 import { type Match, nodeNameOf, nodeOf, RESTARTING, type Who, whoIs } from "./identity.ts";
 import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./nodes.ts";
@@ -22,29 +22,36 @@ const PATIENCE = 300;
 const STARTING = 180;
 
 /** The admin's kubectl: an agent's credentials do not allow to drain. */
-const ADMIN = `[ -s /etc/rancher/k3s/k3s.yaml ] || { echo "No k3s server is on this box: SERVER has to name the cluster's"; exit 1; }
+const ADMIN = sh`[ -s /etc/rancher/k3s/k3s.yaml ] || { echo "No k3s server is on this box: SERVER has to name the cluster's"; exit 1; }
 kc() { ${K3S} kubectl --kubeconfig /etc/rancher/k3s/k3s.yaml "$@"; }`;
 
 /** A node that is not Ready has no kubelet to end its pods; one that the user has cordoned is theirs. */
 const drainable = (node: Node) => node.ready && (!node.cordoned || node.drained !== undefined);
 
-const givenBack = (name: string) => `kc uncordon ${quote(name)}\nkc annotate node ${quote(name)} ${DRAINED}-`;
+const givenBack = (name: string) => sh`kc uncordon ${name}
+kc annotate node ${name} ${DRAINED}-`;
+
+/** Shell that is true where a node's `ready` and `boot` are as awk is to find them. */
+const inBoot = (name: string, are: string) =>
+  sh`kc get node ${name} -o json | awk -F'"' ${`
+  /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
+  END { exit !(${are}) }`}`;
 
 /** kubectl names what blocks it, and the node then takes pods again. */
 function draining(name: string, boot: string, flags = "", first = ""): Change {
-  const mark = (value: string) => `kc annotate --overwrite node ${quote(name)} ${DRAINED}=${quote(value)}`;
+  const mark = (value: string) => sh`kc annotate --overwrite node ${name} ${DRAINED}=${value}`;
   return {
     why: `drain node ${name}, for ${PATIENCE} s at most`,
-    sh: `${ADMIN}
-${first}${mark(boot)}
+    sh: sh`${raw(ADMIN)}
+${raw(first)}${raw(mark(boot))}
 # The flag's name is of v1.20.
 case $(${K3S} --version) in *'k3s version v1.1'[789].*) scratch=--delete-local-data ;; *) scratch=--delete-emptydir-data ;; esac
-kc drain ${quote(name)} --ignore-daemonsets "$scratch" ${flags}--timeout=${PATIENCE}s || {
-  ${givenBack(name).replace("\n", "\n  ")}
+kc drain ${name} --ignore-daemonsets "$scratch" ${raw(flags)}--timeout=${PATIENCE}s || {
+  ${raw(givenBack(name).replace("\n", "\n  "))}
   echo 'Move by hand what stays (kubectl drain), and run this again: a node that you have cordoned is taken as it is'
   exit 1
 }
-${mark(`${boot}.done`)}`,
+${raw(mark(`${boot}.done`))}`,
     seconds: PATIENCE + 60,
   };
 }
@@ -90,14 +97,11 @@ export const onNodeOf = <F extends string = "nodes">(
     return [
       {
         why: `wait until node ${found.node.name} says that its box has restarted`,
-        sh: `${KUBECTL}
-end=$(($(date +%s) + ${RESTARTING}))
-until kc get node ${quote(found.node.name)} -o json | awk -F'"' '
-  /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
-  END { exit !(ready != "True" || boot == "${box.boot}") }'; do
-  [ "$(date +%s)" -lt "$end" ] || { echo 'It is Ready, and in another boot than this box: two machines have one machine id (/etc/machine-id)'; exit 1; }
-  sleep 2
-done`,
+        sh: `${KUBECTL}\n${waitUntil(
+          RESTARTING,
+          inBoot(found.node.name, `ready != "True" || boot == "${box.boot}"`),
+          sh`echo ${"It is Ready, and in another boot than this box: two machines have one machine id (/etc/machine-id)"}`,
+        )}`,
         seconds: RESTARTING + 60,
         lookAgain: true,
       },
@@ -126,15 +130,15 @@ const uncordonedAfter = (box: Who): Step<"nodes"> => ({
 const givingBack = (name: string, boot: string): Change => ({
   why: `uncordon node ${name} once it is Ready`,
   // A node counts as Ready for 40 s after its kubelet has died: it must have said so since the restart.
-  sh: `${ADMIN}
-end=$(($(date +%s) + ${PATIENCE}))
-until kc get node ${quote(name)} -o json | awk -F'"' '
-  /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
-  END { exit !(ready == "True" && boot == "${boot}") }'; do
-  [ "$(date +%s)" -lt "$end" ] || { echo 'Node ${name} is not Ready after its restart, and is still cordoned: make check says why; run this again once it is Ready (or kubectl uncordon ${name})'; exit 1; }
-  sleep 2
-done
-${givenBack(name)}`,
+  sh: [
+    ADMIN,
+    waitUntil(
+      PATIENCE,
+      inBoot(name, `ready == "True" && boot == "${boot}"`),
+      sh`echo ${`Node ${name} is not Ready after its restart, and is still cordoned: make check says why; run this again once it is Ready (or kubectl uncordon ${name})`}`,
+    ),
+    givenBack(name),
+  ].join("\n"),
   seconds: PATIENCE + 60,
 });
 
@@ -170,8 +174,8 @@ export function drainHere(want: Settings, facts: Facts<"nodes" | "roles">): Chan
   if (isServer) {
     const name = (known && nodeOf(nodesOf(facts.nodes), box)?.node.name) || nodeNameOf("server", want, facts);
     // A server that cannot see its cluster just now may be a healthy node all the same.
-    const asked = `[ "$(kc get node ${quote(name)} --no-headers | awk '{ print $2 }')" = Ready ] || exit 0\n`;
-    return [{ ...draining(name, box.boot ?? "", "", known ? "" : asked), ...how }];
+    const asked = sh`[ "$(kc get node ${name} --no-headers | awk '{ print $2 }')" = Ready ] || exit 0`;
+    return [{ ...draining(name, box.boot ?? "", "", known ? "" : `${asked}\n`), ...how }];
   }
   if (want.SERVER)
     return [
@@ -202,7 +206,7 @@ export function uncordonHere(want: Settings, facts: Facts<"nodes" | "roles">, la
     return [
       {
         why: "wait until the cluster says whether this node is drained",
-        sh: `${KUBECTL}
+        sh: sh`${raw(KUBECTL)}
 until kc get nodes >/dev/null 2>&1; do
   [ "$(cut -d. -f1 /proc/uptime)" -lt ${STARTING} ] || { echo 'k3s does not answer here: if this node was drained it is still cordoned; run this again once it does (or kubectl uncordon)'; exit 1; }
   sleep 2

@@ -26,7 +26,7 @@ import { nameLook, unitPath } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
-import { quote } from "../../lib/sh.ts";
+import { quote, raw, sh, waitUntil } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../../lib/step.ts";
 
@@ -177,13 +177,15 @@ export const forgotten = (box: Who, own: string | undefined): Step => ({
               why: `delete node ${name}`,
               // k3s has to let go of it; of several servers the one that does may be the one that went, and its lease
               // is of 45 s (v1.36.3, seen).
-              sh: `${KUBECTL}
-kc delete node ${quote(name)} --ignore-not-found --wait=false
-end=$(($(date +%s) + 120))
-until nodes=$(kc get nodes -o name) && ! printf '%s\\n' "$nodes" | grep -qxF ${quote(`node/${name}`)}; do
-  [ "$(date +%s)" -lt "$end" ] || { echo 'The cluster does not let go of it: kubectl get node -o yaml shows its finalizers'; exit 1; }
-  sleep 1
-done`,
+              sh: [
+                KUBECTL,
+                sh`kc delete node ${name} --ignore-not-found --wait=false`,
+                waitUntil(
+                  120,
+                  sh`nodes=$(kc get nodes -o name) && ! printf '%s\n' "$nodes" | grep -qxF ${`node/${name}`}`,
+                  sh`echo ${"The cluster does not let go of it: kubectl get node -o yaml shows its finalizers"}`,
+                ),
+              ].join("\n"),
               seconds: 180,
             },
           ]
@@ -192,7 +194,8 @@ done`,
         ? [
             {
               why: `delete the password secret of ${name}`,
-              sh: `${KUBECTL}\nkc -n kube-system delete secret ${quote(`${name}.node-password.k3s`)} --ignore-not-found`,
+              sh: sh`${raw(KUBECTL)}
+kc -n kube-system delete secret ${name}.node-password.k3s --ignore-not-found`,
             },
           ]
         : []),
@@ -200,7 +203,7 @@ done`,
         ? [
             {
               why: `delete the password of ${name}`,
-              sh: `(umask 077; awk -F, -v name=${quote(name)} '$2 != name' ${PASSWORDS} >${PASSWORDS}.new)
+              sh: sh`(umask 077; awk -F, -v name=${name} '$2 != name' ${PASSWORDS} >${PASSWORDS}.new)
 mv -f ${PASSWORDS}.new ${PASSWORDS}`,
             },
           ]

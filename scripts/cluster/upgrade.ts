@@ -30,7 +30,7 @@ import {
 import { type Line, report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { givenNow, SettingError } from "../../lib/settings.ts";
-import { quote } from "../../lib/sh.ts";
+import { raw, sh, waitUntil } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
 import { type Change, type Facts, Failure, planAll, Refusal, type Step } from "../../lib/step.ts";
 import { splitWords } from "../../lib/text.ts";
@@ -44,7 +44,7 @@ const KEPT = "/var/lib/rancher/k3s/before";
 
 /** What concerns one box of the cluster and one release. */
 export function stepsFor(role: Role, running: string, ip: string) {
-  const files = [K3S, unitPath(role), envPath(role), CONFIG, REGISTRIES].join(" ");
+  const files = [K3S, unitPath(role), envPath(role), CONFIG, REGISTRIES];
   const look = () => [
     binaryLook,
     nameLook,
@@ -64,12 +64,12 @@ export function stepsFor(role: Role, running: string, ip: string) {
         : [
             {
               why: `keep ${running} and its unit`,
-              sh: `rm -rf ${KEPT}.new ${KEPT}
+              sh: sh`rm -rf ${KEPT}.new ${KEPT}
 mkdir -m 700 ${KEPT}.new
 for file in ${files}; do
   [ ! -e "$file" ] || cp -p "$file" ${KEPT}.new/
 done
-echo ${quote(running)} >${KEPT}.new/version
+echo ${running} >${KEPT}.new/version
 echo ${has(facts, "old") ? "old" : "modern"} >${KEPT}.new/generation
 mv ${KEPT}.new ${KEPT}`,
             },
@@ -82,12 +82,11 @@ mv ${KEPT}.new ${KEPT}`,
       return [
         {
           why: `wait until node ${node.name} says it runs ${want.K3S_VERSION}, not ${node.version}`,
-          sh: `${KUBECTL}
-end=$(($(date +%s) + 60))
-until kc get node ${quote(node.name)} -o json | grep -qF '"kubeletVersion": "${want.K3S_VERSION}"'; do
-  [ "$(date +%s)" -lt "$end" ] || exit 1
-  sleep 1
-done`,
+          sh: `${KUBECTL}\n${waitUntil(
+            60,
+            sh`kc get node ${node.name} -o json | grep -qF ${`"kubeletVersion": "${want.K3S_VERSION}"`}`,
+            sh`kc get node ${node.name}`,
+          )}`,
           seconds: 90,
         },
       ];
@@ -105,7 +104,7 @@ done`,
         {
           ...start,
           why: `put ${running} and its unit back`,
-          sh: `cd ${KEPT}
+          sh: sh`cd ${KEPT}
 same=yes
 for file in ${files}; do
   kept=\${file##*/}
@@ -121,7 +120,7 @@ for file in ${files}; do
 done
 cd /
 if [ -z "$same" ]; then
-${start.sh}
+${raw(start.sh)}
 fi
 rm -rf ${KEPT}`,
         },
