@@ -1,5 +1,7 @@
 /** Arguments on one line, as programs read them that use urfave/cli, on Go's flags. */
 
+import { hasToken } from "./token.ts";
+
 /** A flag by its name without dashes; its value, unless the next word is a flag or there is none. */
 export interface Arg {
   flag: string;
@@ -34,5 +36,6 @@ export const secretIn = (args: readonly Arg[]): string | undefined =>
   args.find(
     ({ flag, value = "" }) =>
       SECRET.test(flag.toLowerCase().replaceAll("_", "-")) ||
-      /:\/\/[^\s/]*@|[?&;](password|secret|token)=|joinkey=|K10[0-9a-f]{64}::/i.test(value),
+      /:\/\/[^\s/]*@|[?&;](password|secret|token)=|joinkey=/i.test(value) ||
+      hasToken(value),
   )?.flag;

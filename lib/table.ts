@@ -3,6 +3,7 @@ import { BlockList, isIP } from "node:net";
 import { type Arg, lastOf, parseArgs, secretIn } from "./args.ts";
 import { withValues } from "./env-file.ts";
 import { boxNames, splitWords } from "./text.ts";
+import { isToken, TOKEN_FORM } from "./token.ts";
 
 export interface Setting {
   /** The default. */
@@ -124,10 +125,8 @@ const serverArgs = (value: string) =>
     ? `no argument for several servers: they go by K3S_DATASTORE_ENDPOINT (${ETCD})`
     : args("server", value);
 
-/** The password is what k3s takes, in pkg/clientaccess: all that follows, colons too. */
 function token(value: string): string | undefined {
-  if (!/^K10[0-9a-f]{64}::[\w-]+:[^\p{Cc}]*[^\p{Cc}\s]$/u.test(value))
-    return "K10, the hash of the cluster's CA, ::server: and a password, as server/node-token has it";
+  if (!isToken(value)) return TOKEN_FORM;
   try {
     withValues("", { K3S_TOKEN: value });
   } catch {

@@ -1,6 +1,7 @@
 /** Texts that are read from a box, written there, or shown: words, secrets, differences. */
 import { createHash } from "node:crypto";
 import { hostname } from "node:os";
+import { TOKENS } from "./token.ts";
 
 /** JSON for a terminal: what that would not show, or would go by, is written out; C1, bidi and other marks too. */
 export const jsonOf = (value: unknown): string =>
@@ -28,7 +29,7 @@ const SECRETS: readonly [RegExp, string][] = [
   [/(?<=\w:\/\/[^\s:/@]{0,256}:)\S{1,512}(?=@)/g, HIDDEN],
   [/(?<=\bhttps?:\/\/)[^\s:/@]{1,256}(?=@)/g, HIDDEN],
   [/(?<=[\w.-]:)[^\n:@]{1,256}(?=@(?:tcp|unix)\()/g, HIDDEN],
-  [/K10[0-9a-f]{64}::\S{1,512}|(?<=::(?:server|node):)\S{1,512}/g, HIDDEN],
+  [TOKENS, HIDDEN],
   [/(?<=\b(?:Basic|Bearer) {1,3})[\w+/=.~-]{12,4096}/gi, HIDDEN],
   // The quotes may be around the name too, and in a file of variables there may be none.
   [new RegExp(`((?<quote>\\\\?["'])[\\w.-]{0,40}(?:${NAMES})=)(?!\\$[({])${QUOTED}`, "gi"), `$1${HIDDEN}`],

@@ -10,11 +10,12 @@ import { neighbours } from "../lib/k3s/neighbours.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
 import { run } from "../lib/k3s/script.ts";
 import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/k3s/service.ts";
-import { envPath, nodeNameIn, passwordIn, type Role } from "../lib/k3s/unit.ts";
+import { envPath, nodeNameIn, type Role } from "../lib/k3s/unit.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { quote } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { filledEnv } from "../lib/text.ts";
+import { caIn, passwordIn } from "../lib/token.ts";
 import { annotateAs } from "./annotate.ts";
 import { downloadK3s } from "./download-k3s.ts";
 import { installWireguard } from "./install-wireguard.ts";
@@ -47,7 +48,7 @@ export const agent: Step = {
 function serverLook(want: Settings): string {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
   const password = passwordIn(want.K3S_TOKEN).replace(/["\\]/g, "\\$&");
-  const ca = want.K3S_TOKEN.slice(3, 67);
+  const ca = caIn(want.K3S_TOKEN);
   const joined = createHash("sha256")
     .update(filledEnv(ENV(want), want))
     .digest("hex");

@@ -2,15 +2,16 @@
 /** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
 import { causes } from "../lib/check/causes.ts";
 import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/k3s/config.ts";
-import { ALLOWED, brief, caIn } from "../lib/k3s/identity.ts";
+import { ALLOWED, brief } from "../lib/k3s/identity.ts";
 import { neighbours } from "../lib/k3s/neighbours.ts";
 import { run } from "../lib/k3s/script.ts";
 import { healthySaying, serviceLook, servicePlan } from "../lib/k3s/service.ts";
-import { envPath, NO_USER, passwordIn } from "../lib/k3s/unit.ts";
+import { envPath, NODE_TOKEN } from "../lib/k3s/unit.ts";
 import type { Call, Target } from "../lib/script.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
 import { boxNames, nameOf, sha256 } from "../lib/text.ts";
+import { caIn, PASSWORD_SED, passwordIn, passwordOf } from "../lib/token.ts";
 import { prepareAs } from "./agent.ts";
 import { annotateAs } from "./annotate.ts";
 
@@ -92,7 +93,7 @@ export function password(want: Settings, facts: Facts): Change[] {
   const have = facts.password?.trim();
   if (known ? have === `600\n${sha256(known)}` : have?.startsWith("600\n")) return [];
   if (own) return [KEEP_PASSWORD];
-  if (known) return [writePassword(`\${K3S_TOKEN#*::*:}`, { secrets: ["K3S_TOKEN"] })];
+  if (known) return [writePassword(passwordOf("K3S_TOKEN"), { secrets: ["K3S_TOKEN"] })];
   const made = writePassword("$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')");
   return [{ ...made, why: `${made.why}, the password of a new cluster` }];
 }
@@ -106,9 +107,8 @@ mv -f ${PASSWORD}.new ${PASSWORD}`,
   ...more,
 });
 
-const NODE_TOKEN = "/var/lib/rancher/k3s/server/node-token";
 /** The server's own password goes on being the cluster's. */
-export const KEEP_PASSWORD = writePassword(`$(sed '${NO_USER}' ${NODE_TOKEN})`);
+export const KEEP_PASSWORD = writePassword(`$(sed '${PASSWORD_SED}' ${NODE_TOKEN})`);
 /** A fact that \`password\` needs. */
 export const passwordLook = `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`;
 

@@ -4,7 +4,6 @@ import { diagnose } from "../lib/check/diagnose.ts";
 import { clusterOf } from "../lib/check/survey.ts";
 import {
   argumentsIn,
-  caIn,
   caLook,
   casOf,
   identityAs,
@@ -18,6 +17,7 @@ import {
 import { nodesOf } from "../lib/k3s/nodes.ts";
 import { argsOf, WRITTEN_BY } from "../lib/k3s/unit.ts";
 import { planAll, Refusal } from "../lib/step.ts";
+import { caIn } from "../lib/token.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { mayRemove } from "../scripts/cluster/remove.ts";
 import { token } from "../scripts/cluster/token.ts";

@@ -66,6 +66,13 @@ test("lib/*.ts names nothing of k3s, flannel or WireGuard outside the table of s
   assert.deepEqual(found, []);
 });
 
+test("what a token looks like is known in one file", () => {
+  const found = each((_, text) => /K10|::(server|node|\*):/.test(text.replace(/^ *(\/\/|\/?\*).*$/gm, "")))
+    .filter(([, has]) => has)
+    .map(([file]) => file);
+  assert.deepEqual(found, ["lib/token.ts"]);
+});
+
 test("every file of lib and scripts opens with a comment that says what it is", () => {
   // One that stands right above a declaration is about that.
   const opening = /^(#![^\n]*\n)?\/\*\*\s(?:(?!\*\/).)*[.:]\s*\*\/\n(\n|import )/s;

@@ -38,6 +38,7 @@ import { quote } from "../sh.ts";
 import type { Facts, Step } from "../step.ts";
 import { publicIp } from "../table.ts";
 import { pairs, splitWords } from "../text.ts";
+import { caSed } from "../token.ts";
 
 /** A box of the cluster and what it says. */
 export interface Member {
@@ -98,7 +99,7 @@ ${nodesLook}
 ${systemLook}`,
   // Of the token only what pins the CA, which is no secret.
   agent: `${boxLook}
-fact joins; sed -n 's/^K3S_URL=//p; s/^K3S_TOKEN=K10\\([0-9a-f]*\\)::.*/\\1/p' /etc/systemd/system/k3s-agent.service.env 2>/dev/null`,
+fact joins; sed -n 's/^K3S_URL=//p; ${caSed("K3S_TOKEN=")}' /etc/systemd/system/k3s-agent.service.env 2>/dev/null`,
 };
 
 /** How long a box may take to say what it knows, in seconds; ssh itself gives up on a dead one after 15. */

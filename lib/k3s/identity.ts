@@ -4,11 +4,13 @@ import { parseArgs, secretIn } from "../args.ts";
 import type { Settings } from "../settings.ts";
 import { type Facts, prints, Refusal, type Step, type Want } from "../step.ts";
 import { splitWords } from "../text.ts";
+import { caIn, caSed } from "../token.ts";
 import { type Node, nodesOf } from "./nodes.ts";
 import {
   argsOf,
   cgroupArgs,
   NAME,
+  NODE_TOKEN,
   nameLook,
   nodeNameIn,
   type Role,
@@ -132,8 +134,8 @@ export const caLook = prints("cas")(`fact cas; d=/var/lib/rancher/k3s
 for role in server/tls agent; do
   [ ! -s $d/$role/server-ca.crt ] || echo "\${role%/*} $(sha256sum <$d/$role/server-ca.crt | cut -d' ' -f1)"
 done
-sed -n 's/^K10\\([0-9a-f]*\\)::.*/server \\1/p' $d/server/node-token 2>/dev/null
-sed -n 's/^K3S_TOKEN=.\\{0,1\\}K10\\([0-9a-f]*\\)::.*/agent \\1/p' /etc/systemd/system/k3s-agent.service.env 2>/dev/null
+sed -n '${caSed("", "server ")}' ${NODE_TOKEN} 2>/dev/null
+sed -n '${caSed("K3S_TOKEN=.\\{0,1\\}", "agent ")}' /etc/systemd/system/k3s-agent.service.env 2>/dev/null
 `);
 
 export function casOf(facts: Facts<"cas">): Cas {
@@ -143,9 +145,6 @@ export function casOf(facts: Facts<"cas">): Cas {
     );
   return { server: of("server"), agent: of("agent") };
 }
-
-/** The hash of the CA that a token names. */
-export const caIn = (token: string): string | undefined => /^K10([0-9a-f]{64})::/.exec(token)?.[1];
 
 /** A CA as it is shown. */
 export const brief = (hash: string | undefined): string => (hash ? `${hash.slice(0, 12)}…` : "none");

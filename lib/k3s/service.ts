@@ -5,6 +5,7 @@ import { quote, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, step } from "../step.ts";
 import type { SettingName } from "../table.ts";
 import { filledEnv, pairs, quoted, rewrite, SECRET, sha256 } from "../text.ts";
+import { passwordOf } from "../token.ts";
 import { CLEAR } from "./cleanup.ts";
 import { filesLook, filesPlan, labelsPlan } from "./config.ts";
 import { nodeNameOf } from "./identity.ts";
@@ -21,6 +22,7 @@ import {
   type Generation,
   interfaceOf,
   K3S,
+  NODE_TOKEN,
   nameLook,
   type Role,
   releaseOf,
@@ -267,8 +269,8 @@ ${healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "server" &
  * Tells the token as soon as it opens the server's door, so that agents join while the server's own node gets
  * Ready. Not on old k3s, which annotate restarts once more.
  */
-const DOOR = `if [ -z "\${open-}" ] && token=$(cat /var/lib/rancher/k3s/server/node-token 2>/dev/null) && [ -n "$token" ]; then
-    door=$(printf 'user = "node:%s"\\n' "$(printf %s "\${token#*::*:}" | sed 's/["\\\\]/\\\\&/g')" |
+const DOOR = `if [ -z "\${open-}" ] && token=$(cat ${NODE_TOKEN} 2>/dev/null) && [ -n "$token" ]; then
+    door=$(printf 'user = "node:%s"\\n' "$(printf %s "${passwordOf("token")}" | sed 's/["\\\\]/\\\\&/g')" |
       curl -s -K - --cacert /var/lib/rancher/k3s/server/tls/server-ca.crt --max-time 5 -o /dev/null -w '%{http_code}' \\
         https://127.0.0.1:6443/v1-k3s/client-k3s-controller.crt) || :
     if [ "$door" = 200 ]; then open=yes; early token "$token"; fi

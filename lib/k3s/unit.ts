@@ -206,10 +206,8 @@ ExecStart=${K3S} ${[role, ...args.map(unitWord)].join(" \\\n    ")}
 /** One word of ExecStart=: systemd expands % and $ in it. @see systemd.service(5), COMMAND LINES */
 const unitWord = (word: string) => word.replaceAll("%", "%%").replaceAll("$", "$$$$");
 
-/** A token's password: what follows the hash and the user, with colons of its own (pkg/clientaccess, both generations). */
-export const passwordIn = (token: string): string => token.replace(/^[^:]*::[^:]*:/, "");
-/** The same for sed. */
-export const NO_USER = "s/^[^:]*::[^:]*://";
+/** Where a server has the token by which nodes join it. */
+export const NODE_TOKEN = "/var/lib/rancher/k3s/server/node-token";
 
 /** A node's name as the API server itself would have it. */
 export const NAME = /^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$/;

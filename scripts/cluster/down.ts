@@ -5,12 +5,13 @@ import { jobFor, targets } from "../../lib/boxes.ts";
 import { converge, type Job, look } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { attempt, showPlan, worst } from "../../lib/fleet.ts";
-import { caIn, casOf, mayGo } from "../../lib/k3s/identity.ts";
+import { casOf, mayGo } from "../../lib/k3s/identity.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { type Facts, planAll } from "../../lib/step.ts";
+import { caIn } from "../../lib/token.ts";
 import { uninstall } from "./remove.ts";
 
 async function down(call: Call): Promise<number> {

@@ -14,6 +14,7 @@ import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { Failure } from "../../lib/step.ts";
+import { caIn } from "../../lib/token.ts";
 
 /** What a kubeconfig has of one cluster: lines of YAML as kubectl writes them, without indentation. */
 export interface Access {
@@ -65,7 +66,7 @@ export function accessOf(text: string, ip: string, token: string): Access {
     no("its server is no https://HOST:PORT");
   certificates("certificate-authority-data");
   const hash = createHash("sha256").update(bytes("certificate-authority-data")).digest("hex");
-  if (token && !token.startsWith(`K10${hash}::`))
+  if (token && caIn(token) !== hash)
     throw new Failure(
       "The CA in /etc/rancher/k3s/k3s.yaml is not the one that K3S_TOKEN names: the box's k3s belongs to another cluster",
     );

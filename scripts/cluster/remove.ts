@@ -9,7 +9,6 @@ import { rangesOf } from "../../lib/k3s/config.ts";
 import { drainedOn, onNodeOf } from "../../lib/k3s/drain.ts";
 import { closeAgain, closeLook } from "../../lib/k3s/firewall.ts";
 import {
-  caIn,
   caLook,
   casOf,
   mayGo,
@@ -29,6 +28,7 @@ import { SettingError } from "../../lib/settings.ts";
 import { quote, raw, sh, waitUntil } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../../lib/step.ts";
+import { caIn } from "../../lib/token.ts";
 
 const UNITS = [unitPath("server"), unitPath("agent")];
 const FILES = [

@@ -3,11 +3,12 @@
 import { parseArgs } from "../../lib/args.ts";
 import { causes } from "../../lib/check/causes.ts";
 import { configsLook, foreignArgs } from "../../lib/k3s/foreign.ts";
-import { brief, caIn, nodeNameOf } from "../../lib/k3s/identity.ts";
+import { brief, nodeNameOf } from "../../lib/k3s/identity.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { restart } from "../../lib/k3s/service.ts";
-import { binaryLook, generationOf, K3S, NO_USER, nameLook } from "../../lib/k3s/unit.ts";
+import { binaryLook, generationOf, K3S, NODE_TOKEN, nameLook } from "../../lib/k3s/unit.ts";
 import { type Change, Refusal, type Step } from "../../lib/step.ts";
+import { caIn, PASSWORD_SED } from "../../lib/token.ts";
 import { isFurther, KEEP_PASSWORD, password, passwordLook } from "../server.ts";
 
 const SERVER = "/var/lib/rancher/k3s/server";
@@ -21,10 +22,10 @@ export const token: Step = {
     nameLook,
     configsLook(),
     passwordLook,
-    `fact token; cat ${SERVER}/node-token 2>/dev/null
+    `fact token; cat ${NODE_TOKEN} 2>/dev/null
 fact rotates; ${K3S} token --help 2>/dev/null | grep -oE '^ +rotate '
 fact running; systemctl is-active k3s 2>/dev/null
-fact door; printf 'user = "node:%s"\n' "$(sed '${NO_USER}; s/["\\\\]/\\\\&/g' ${SERVER}/node-token 2>/dev/null)" |
+fact door; printf 'user = "node:%s"\n' "$(sed '${PASSWORD_SED}; s/["\\\\]/\\\\&/g' ${NODE_TOKEN} 2>/dev/null)" |
   curl -sS --max-time 10 -K - --cacert ${SERVER}/tls/server-ca.crt -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/client-ca.crt 2>/dev/null`,
   ],
 
