@@ -12,7 +12,7 @@ import { run } from "../lib/k3s/script.ts";
 import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/k3s/service.ts";
 import { envPath, nodeNameIn, type Role } from "../lib/k3s/unit.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
-import { quote } from "../lib/sh.ts";
+import { raw, sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { filledEnv } from "../lib/text.ts";
 import { caIn, passwordIn } from "../lib/token.ts";
@@ -53,21 +53,21 @@ function serverLook(want: Settings): string {
     .update(filledEnv(ENV(want), want))
     .digest("hex");
   const name = nodeNameIn(want.AGENT_ARGS);
-  return `
+  return sh`
 if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined} ] && command -v curl >/dev/null; then (
   dir=$(mktemp -d) && chmod 700 "$dir"
   trap 'rm -rf "$dir"' EXIT
   ask() { curl -sS --connect-timeout 8 --max-time 20 "$@" 2>"$dir/error"; }
-  url=${quote(want.K3S_URL)}
+  url=${want.K3S_URL}
   fact cacerts; ask -k -D "$dir/head" "$url/cacerts" | tee "$dir/ca"
   fact error; cat "$dir/error"
   fact date; sed -n 's/^[Dd]ate: //p' "$dir/head" 2>/dev/null
   # The password is only for the CA that the token names.
   if [ "$(sha256sum <"$dir/ca" | cut -d' ' -f1)" = ${ca} ]; then
-    fact door; printf 'user = "node:%s"\\n' ${quote(password)} |
+    fact door; printf 'user = "node:%s"\n' ${password} |
       ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
     fact shut; cat "$dir/error"
-    fact taken; node=${name ? quote(name) : '"$(uname -n | tr "[:upper:]" "[:lower:]")"'}
+    fact taken; node=${name || raw('"$(uname -n | tr "[:upper:]" "[:lower:]")"')}
     ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node"
     fact registered; ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes"
   fi

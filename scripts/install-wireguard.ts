@@ -5,7 +5,7 @@ import { DEAD, install, isEl7, managersLook, type Os, osOf } from "../lib/k3s/pa
 import { run } from "../lib/k3s/script.ts";
 import { type Generation, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
-import { quote } from "../lib/sh.ts";
+import { raw, sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { SETTINGS } from "../lib/table.ts";
 import { moduleLook, wireguardIn } from "./upgrade-kernel.ts";
@@ -67,7 +67,9 @@ export function packages(os: Os, module: string | undefined, want: Settings, fac
     before +=
       el === 7
         ? epel
-        : `dnf -q ${DEAD} list wireguard-tools >/dev/null 2>&1 || {\n${epel}} || { echo 'No list here has wireguard-tools, and EPEL is not for this distro'; exit 1; }\n`;
+        : sh`dnf -q ${DEAD} list wireguard-tools >/dev/null 2>&1 || {
+${raw(epel)}} || { echo 'No list here has wireguard-tools, and EPEL is not for this distro'; exit 1; }
+`;
     // The release package asks Fedora for a mirror: one that was named is used instead.
     if (base !== SETTINGS.EPEL_URL.value)
       options.push(
@@ -77,7 +79,7 @@ export function packages(os: Os, module: string | undefined, want: Settings, fac
   }
   return byProxy(want, {
     why: `install ${names.join(", ")} (${os.name}, ${os.manager})`,
-    sh: before + install(os, names, options.map(quote).join(" ")),
+    sh: before + install(os, names, options),
     seconds: 900,
   });
 }
@@ -135,7 +137,7 @@ function otherKernel(os: Os, split: boolean, facts: Facts): string {
 
 /** A repository's release package, by rpm: yum would first load the lists of all repositories. */
 const release = (name: string, url: string) =>
-  `grep -qs '^\\[${name}\\]' /etc/yum.repos.d/*.repo || rpm -Uvh ${quote(url)}\n`;
+  `${sh`grep -qs ${`^\\[${name}\\]`} /etc/yum.repos.d/*.repo || rpm -Uvh ${url}`}\n`;
 
 /** The interface that is made for proof: one that a cut run has left is known by it. */
 const PROBE = "kac-probe";
@@ -145,9 +147,9 @@ function proof(generation: Generation | undefined): Change {
   const outside = generation === "modern" ? "" : '|| wireguard-go "$name" >/dev/null 2>&1 ';
   return {
     why: "prove that a WireGuard interface can be made",
-    sh: `wg --version
+    sh: sh`wg --version
 name=${PROBE}
-[ -d "/sys/class/net/$name" ] || said=$(ip link add "$name" type wireguard 2>&1) ${outside}|| {
+[ -d "/sys/class/net/$name" ] || said=$(ip link add "$name" type wireguard 2>&1) ${raw(outside)}|| {
   echo "Kernel $(uname -r) can make no WireGuard interface ($said): it needs the module wireguard, or Linux 5.6"
   exit 1
 }

@@ -9,6 +9,7 @@ import { healthySaying, serviceLook, servicePlan } from "../lib/k3s/service.ts";
 import { envPath, NODE_TOKEN } from "../lib/k3s/unit.ts";
 import type { Call, Target } from "../lib/script.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
+import { raw, sh } from "../lib/sh.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
 import { boxNames, nameOf, sha256 } from "../lib/text.ts";
 import { caIn, PASSWORD_SED, passwordIn, passwordOf } from "../lib/token.ts";
@@ -100,8 +101,8 @@ export function password(want: Settings, facts: Facts): Change[] {
 
 const writePassword = (from: string, more: Partial<Change> = {}): Change => ({
   why: `write ${PASSWORD} (0600)`,
-  sh: `mkdir -p ${PASSWORD.replace(/\/[^/]*$/, "")}
-password=${from}
+  sh: sh`mkdir -p ${PASSWORD.replace(/\/[^/]*$/, "")}
+password=${raw(from)}
 (umask 077; printf %s "$password" >${PASSWORD}.new)
 mv -f ${PASSWORD}.new ${PASSWORD}`,
   ...more,

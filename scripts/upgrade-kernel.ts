@@ -6,7 +6,7 @@ import { isEl7, osOf } from "../lib/k3s/packages.ts";
 import { run } from "../lib/k3s/script.ts";
 import { binaryLook, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
-import { quote, writeFile } from "../lib/sh.ts";
+import { raw, sh, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 
 /**
@@ -114,7 +114,7 @@ fi`,
  */
 function installChanges(elrepo: string, repository: string): Change[] {
   const id = repository ? "k3s-elrepo-kernel" : "elrepo-kernel";
-  const only = `--disablerepo=* --enablerepo=${id}`;
+  const only = ["--disablerepo=*", `--enablerepo=${id}`];
   const key = `${elrepo}/RPM-GPG-KEY-elrepo.org`;
   const archive =
     "an archive's repository with kernel-ml for el7, such as http://mirrors.coreix.net/elrepo-archive-archive/kernel/el7/x86_64";
@@ -124,7 +124,7 @@ function installChanges(elrepo: string, repository: string): Change[] {
   return [
     {
       why: "import ELRepo's key",
-      sh: `rpm --import ${quote(key)} || { echo 'ELREPO_URL may name another place that has this key'; exit 1; }`,
+      sh: sh`rpm --import ${key} || { echo 'ELREPO_URL may name another place that has this key'; exit 1; }`,
       seconds: 120,
     },
     repository
@@ -138,14 +138,13 @@ function installChanges(elrepo: string, repository: string): Change[] {
       : {
           why: "install ELRepo's release package",
           // By rpm: yum would first load the lists of all repositories, of which CentOS's own may be gone.
-          sh: `rpm -q elrepo-release >/dev/null || rpm -Uvh ${quote(`${elrepo}/elrepo-release-7.el7.elrepo.noarch.rpm`)}`,
+          sh: sh`rpm -q elrepo-release >/dev/null || rpm -Uvh ${elrepo}/elrepo-release-7.el7.elrepo.noarch.rpm`,
           seconds: 120,
         },
     {
       why: "install kernel-ml from ELRepo",
       // One that is there may lack its initramfs or its boot entry, if the power was cut while it was installed.
-      sh: `set -f
-gone() { echo ${quote(gone)}; exit 1; }
+      sh: sh`gone() { echo ${gone}; exit 1; }
 yum ${only} repolist || gone
 if rpm -q kernel-ml >/dev/null; then yum -y ${only} reinstall kernel-ml || :; fi
 yum -y ${only} install kernel-ml || gone
@@ -154,8 +153,7 @@ sync`,
     },
     {
       why: "replace the old kernel's tools by kernel-ml's",
-      sh: `set -f
-for old in kernel-tools kernel-tools-libs; do
+      sh: sh`for old in kernel-tools kernel-tools-libs; do
   if rpm -q "$old" >/dev/null; then yum -y remove "$old"; fi
 done
 yum -y ${only} install kernel-ml-tools kernel-ml-devel kernel-ml-headers
@@ -168,13 +166,13 @@ sync`,
 /** Steps 7 to 9. grub2-set-default returns 0 even when it fails: the entry is read back. */
 const SET_DEFAULT: Change = {
   why: "make kernel-ml the default boot entry, and read it back",
-  sh: `${BOOT}
+  sh: sh`${raw(BOOT)}
 entry=$(entry_of "$(kernel_ml)")
 [ -n "$entry" ] || { echo "$grub has no entry for kernel $(kernel_ml): grub2-mkconfig -o $grub writes one"; exit 1; }
 grep -q saved_entry "$grub" || { echo "$grub does not ask for the saved entry: write GRUB_DEFAULT=saved into /etc/default/grub, then grub2-mkconfig -o $grub"; exit 1; }
 grub2-set-default "$entry"
 saved=$(saved_entry)
-[ "$saved" = "$entry" ] || { echo "The default boot entry is still \\"$saved\\", not \\"$entry\\": can /boot/grub2/grubenv be written (lsattr, df)? grub2-editenv create makes a new one"; exit 1; }
+[ "$saved" = "$entry" ] || { echo "The default boot entry is still \"$saved\", not \"$entry\": can /boot/grub2/grubenv be written (lsattr, df)? grub2-editenv create makes a new one"; exit 1; }
 sync
 say "default: $entry"`,
 };

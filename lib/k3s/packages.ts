@@ -1,5 +1,5 @@
 /** What a box has for installing packages, and where it lets nothing be written. */
-import { quote } from "../sh.ts";
+import { raw, sh } from "../sh.ts";
 import { type Facts, prints, Refusal } from "../step.ts";
 import { pairs } from "../text.ts";
 
@@ -75,7 +75,7 @@ export const isEl7 = ({ id, like, major }: Os): boolean =>
   major === 7 && [id, ...like].some((name) => /^(rhel|centos|fedora)$/.test(name));
 
 /** dnf and yum go on without a list that is gone. */
-export const DEAD = "'--setopt=*.skip_if_unavailable=1'";
+export const DEAD = "--setopt=*.skip_if_unavailable=1";
 
 /** CentOS 7's mirrors went in 2024. */
 const VAULT = `The mirrors of CentOS 7 are gone, its packages are at vault.centos.org:
@@ -88,7 +88,7 @@ sed -i 's/^mirrorlist/#&/; s|^#* *baseurl=http://mirror.centos.org|baseurl=http:
  *
  * @throws {Refusal} where packages are not installed so, with what is missing.
  */
-export function install(os: Os, packages: readonly string[], options = ""): string {
+export function install(os: Os, packages: readonly string[], options: readonly string[] = []): string {
   if (os.image !== undefined) {
     const command = {
       "transactional-update": "transactional-update pkg install",
@@ -98,10 +98,10 @@ export function install(os: Os, packages: readonly string[], options = ""): stri
       `/usr of ${os.name} is read-only, and this box lacks ${packages.join(", ")}: ${command ? `${command} ${packages.join(" ")}` : "put it into its image"}, restart it, then run the same again`,
     );
   }
-  const names = [options, ...packages.map(quote)].filter(Boolean).join(" ");
+  const names = [...options, ...packages];
   switch (os.manager) {
     case "apt":
-      return `export DEBIAN_FRONTEND=noninteractive
+      return sh`export DEBIAN_FRONTEND=noninteractive
 dpkg --configure -a || : # locked: apt-get waits
 # DPkg::Lock::Timeout is not for the lists' lock (apt 2.6).
 for _ in $(seq 60); do
@@ -111,16 +111,17 @@ done
 echo "$said"
 apt-get -q -y -o DPkg::Lock::Timeout=120 --no-install-recommends install ${names}`;
     case "yum":
-      return `yum -y ${DEAD} install ${names}${isEl7(os) ? ` || { printf '%s\\n' ${quote(VAULT)}; exit 1; }` : ""}`;
+      return sh`yum -y ${DEAD} install ${names}${raw(isEl7(os) ? sh` || { printf '%s\n' ${VAULT}; exit 1; }` : "")}`;
     case "dnf":
-      return `dnf -y ${DEAD} install ${names}`;
+      return sh`dnf -y ${DEAD} install ${names}`;
     case "zypper":
       // 102, 103 and 106: it is installed; a restart is due, or a list was left out.
-      return `zypper --non-interactive install --no-recommends ${names} || case $? in 10[236]) ;; *) exit 1 ;; esac`;
+      return sh`zypper --non-interactive install --no-recommends ${names} || case $? in 10[236]) ;; *) exit 1 ;; esac`;
     case "apk":
-      return `apk add ${names}`;
+      return sh`apk add ${names}`;
     case "pacman":
-      return `pacman -Sy --noconfirm || :\npacman -S --noconfirm --needed ${names}`;
+      return sh`pacman -Sy --noconfirm || :
+pacman -S --noconfirm --needed ${names}`;
     default:
       throw new Refusal(
         `${os.name} has none of ${Object.keys(MANAGERS).join(", ")}: install ${packages.join(", ")} there by hand, then run the same again`,

@@ -13,7 +13,7 @@ import { binaryLook, nameLook } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
-import { quote } from "../../lib/sh.ts";
+import { sh } from "../../lib/sh.ts";
 import { type Change, Failure, Refusal, type Step } from "../../lib/step.ts";
 import { quoted } from "../../lib/text.ts";
 
@@ -50,10 +50,10 @@ fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`,
     return [
       {
         why: "copy the datastore, token, certificates and manifests; k3s is paused meanwhile",
-        sh: `rm -rf ${FOLDER}
+        sh: sh`rm -rf ${FOLDER}
 mkdir -m 700 ${FOLDER} ${FOLDER}/${id} ${FOLDER}/${id}/db
 cd ${FOLDER}/${id}
-printf '%s\\n' ${about.map(quote).join(" ")} >about
+printf '%s\n' ${about} >about
 cp -p /etc/rancher/node/password node-password
 # A backup has no links: what they lead to goes with it.
 for path in token tls cred manifests; do cp -RLp ${SERVER}/$path .; done
@@ -81,7 +81,7 @@ fi
 cp -p ${SERVER}/db/state.db db/
 [ ! -e ${SERVER}/db/state.db-wal ] || cp -p ${SERVER}/db/state.db-wal db/
 if [ "$pid" != 0 ]; then
-  state=$(sed -n 's/^State:[[:space:]]*\\(.\\).*/\\1/p' /proc/"$pid"/status)
+  state=$(sed -n 's/^State:[[:space:]]*\(.\).*/\1/p' /proc/"$pid"/status)
   kill -CONT "$pid"
   rm stopped
   [ "$state" = T ] || { echo 'The copy took more than 20 s: k3s went on before it was whole'; exit 1; }

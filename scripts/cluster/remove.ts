@@ -34,7 +34,7 @@ const UNITS = [unitPath("server"), unitPath("agent")];
 const FILES = [
   ...["/var/lib/rancher/k3s", "/var/lib/kubelet", "/var/lib/cni", "/run/k3s", "/run/flannel"],
   ...["/var/log/pods", "/var/log/containers", "/etc/rancher/k3s", "/etc/rancher/node"],
-  ...["/usr/local/bin/k3s", "/usr/local/bin/.k3s*"],
+  ...["/usr/local/bin/k3s", raw("/usr/local/bin/.k3s*")],
 ];
 /** What k3s makes in those that may be a link to a disk of the user's, on which more may be. */
 const MADE = {
@@ -60,23 +60,23 @@ export const uninstall: Step = {
     nameLook,
     caLook,
     unitsLook,
-    `fact left
-for path in ${[...UNITS, ...UNITS.map((unit) => `${unit}.env`), ...FILES].join(" ")}; do
+    sh`fact left
+for path in ${[...UNITS, ...UNITS.map((unit) => `${unit}.env`), ...FILES]}; do
   # An empty folder may be a mount of its own.
   if [ -f "$path" ] || [ -L "$path" ] || [ -n "$(ls -A "$path" 2>/dev/null)" ]; then echo "$path"; fi
 done
-for path in ${LINKS.join(" ")}; do
+for path in ${LINKS}; do
   [ "$(readlink "$path")" != k3s ] || echo "$path"
 done
-${CLEAR_LOOK}
-${closeLook(rangesOf(want))}
+${raw(CLEAR_LOOK)}
+${raw(closeLook(rangesOf(want)))}
 fact volumes; ls -A /var/lib/rancher/k3s/storage 2>/dev/null
-fact links; for path in ${Object.keys(MADE).join(" ")}; do
-  [ ! -L "$path" ] || [ ! -d "$path" ] || printf '%s leads to %s\\n' "$path" "$(readlink -f "$path")"
+fact links; for path in ${Object.keys(MADE)}; do
+  [ ! -L "$path" ] || [ ! -d "$path" ] || printf '%s leads to %s\n' "$path" "$(readlink -f "$path")"
 done
 fact inner; at=$(readlink -f /var/lib/rancher/k3s); for path in "$at"/* "$at"/*/*; do
   if [ ! -L "$path" ] || [ ! -d "$path" ]; then continue; fi
-  to=$(readlink -f "$path"); case $to in "$at"/*) ;; *) printf '%s leads to %s\\n' "$path" "$to" ;; esac
+  to=$(readlink -f "$path"); case $to in "$at"/*) ;; *) printf '%s leads to %s\n' "$path" "$to" ;; esac
 done
 fact running; for unit in k3s k3s-agent; do systemctl is-active -q $unit 2>/dev/null && echo $unit; done`,
   ],
@@ -94,14 +94,14 @@ fact running; for unit in k3s k3s-agent; do systemctl is-active -q $unit 2>/dev/
     return [
       {
         why: `${running.length ? `stop ${running.join(", ")}, and ` : ""}clear pods, mounts, interfaces and rules of k3s`,
-        sh: `for unit in ${UNITS.join(" ")}; do
+        sh: sh`for unit in ${UNITS}; do
   [ -e "$unit" ] || continue
   name=\${unit##*/}
   systemctl disable "$name" >/dev/null 2>&1 || :
   # A stopped v1.17 ends as failed.
   timeout 60 systemctl stop "$name" || systemctl kill -s KILL "$name"
 done
-${CLEAR}`,
+${raw(CLEAR)}`,
         seconds: 180,
       },
       ...(left.includes("firewall")
@@ -117,15 +117,17 @@ ${CLEAR}`,
         why: `remove k3s's units, binary and data${volumes ? `, with ${volumes} local volumes of pods` : ""}${links.join("")}`,
         // The units go last: what is cut before is begun anew, and they know which address is theirs on lo. One that has
         // gone is nothing to do: systemd must not remember it as failed by then.
-        sh: `ip=$(sed -n 's/^ExecStartPre=.*ip addr replace \\([0-9.]*\\/32\\) dev lo.*/\\1/p' ${UNITS.join(" ")} 2>/dev/null || :)
+        sh: sh`ip=$(sed -n 's/^ExecStartPre=.*ip addr replace \([0-9.]*\/32\) dev lo.*/\1/p' ${UNITS} 2>/dev/null || :)
 [ -z "$ip" ] || ip addr del "$ip" dev lo 2>/dev/null || :
-for path in ${LINKS.join(" ")}; do
+for path in ${LINKS}; do
   [ "$(readlink "$path")" != k3s ] || rm -f "$path"
 done
-made() { case $1 in ${Object.entries(MADE)
-          .map(([path, names]) => `${path}) echo '${names}' ;;`)
-          .join(" ")} esac; }
-for path in ${FILES.join(" ")}; do
+made() { case $1 in ${raw(
+          Object.entries(MADE)
+            .map(([path, names]) => sh`${path}) echo ${names} ;;`)
+            .join(" "),
+        )} esac; }
+for path in ${FILES}; do
   if [ -L "$path" ] && [ -d "$path" ]; then
     # shellcheck disable=SC2046
     (cd "$path" && rm -rf --one-file-system $(made "$path"))
@@ -134,14 +136,14 @@ for path in ${FILES.join(" ")}; do
   fi
   # What is a mount of its own is emptied, and stays; nothing else that is mounted in there is touched.
   rm -rf --one-file-system "$path" 2>/dev/null || [ -z "$(ls -A "$path")" ] || {
-    mounted=$(awk -v at="$(readlink -f "$path")/" 'index($2, at) == 1 { print $2 }' /proc/self/mounts | tr '\\n' ' ')
+    mounted=$(awk -v at="$(readlink -f "$path")/" 'index($2, at) == 1 { print $2 }' /proc/self/mounts | tr '\n' ' ')
     echo "Could not remove $path\${mounted:+: to umount, and to empty by yourself, is $mounted}"
     exit 1
   }
 done
 rmdir /etc/rancher /var/lib/rancher 2>/dev/null || :
 systemctl reset-failed k3s k3s-agent 2>/dev/null || :
-rm -f ${UNITS.map((unit) => `${unit} ${unit}.env`).join(" ")}
+rm -f ${UNITS.flatMap((unit) => [unit, `${unit}.env`])}
 systemctl daemon-reload`,
         seconds: 300,
       },
@@ -154,7 +156,7 @@ export const PASSWORDS = "/var/lib/rancher/k3s/server/cred/node-passwd";
 /** Facts about the cluster's nodes, and of whom a server has the password by which it proves who it is. */
 export const provenLook = [
   clusterLook,
-  `fact secrets; kc -n kube-system get secrets -o name 2>/dev/null | sed -n 's/^secret\\/\\(.*\\)\\.node-password\\.k3s$/\\1/p'
+  sh`fact secrets; kc -n kube-system get secrets -o name 2>/dev/null | sed -n 's/^secret\/\(.*\)\.node-password\.k3s$/\1/p'
 fact passwords; cut -d, -f2 ${PASSWORDS} 2>/dev/null`,
 ];
 

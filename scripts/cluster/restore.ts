@@ -18,7 +18,7 @@ import { nameLook } from "../../lib/k3s/unit.ts";
 import { report } from "../../lib/report.ts";
 import type { Call, Target } from "../../lib/script.ts";
 import { aFile, SettingError } from "../../lib/settings.ts";
-import { quote } from "../../lib/sh.ts";
+import { raw, sh } from "../../lib/sh.ts";
 import { type Change, Refusal, type Step } from "../../lib/step.ts";
 import { pairs, sha256, splitWords } from "../../lib/text.ts";
 import { caIn } from "../../lib/token.ts";
@@ -37,7 +37,7 @@ const ARRIVED = "/var/lib/.k3s-restore.tar.gz";
  */
 const checked = (
   file: string,
-) => `no() { echo "The backup is not as make backup writes it: $1"; rm -f ${file} ../names ../members ../odd; exit 1; }
+) => sh`no() { echo "The backup is not as make backup writes it: $1"; rm -f ${file} ../names ../members ../odd; exit 1; }
 tar -tzf ${file} >../names || no 'it cannot be read'
 # An owner's name may have blanks and digits, and would stand where its size is looked for.
 tar --numeric-owner -tvzf ${file} >../members
@@ -69,11 +69,11 @@ export const put = (file: string, hash: string): Step => ({
       {
         why: `put the data of ${file} in place`,
         push: { file, path: ARRIVED },
-        sh: `mkdir -p ${BASE} /etc/rancher/node
+        sh: sh`mkdir -p ${BASE} /etc/rancher/node
 rm -rf ${BASE}/server.new
 mkdir -m 700 ${BASE}/server.new
 cd ${BASE}/server.new
-${checked(ARRIVED)}
+${raw(checked(ARRIVED))}
 tar -xzof ${ARRIVED}
 mv -f node-password /etc/rancher/node/password
 echo ${hash} >restored
@@ -103,10 +103,10 @@ export const unproven: Step = {
     return [
       {
         why: "forget the nodes' passwords: nodes that joined again after the backup have new ones",
-        sh: `${KUBECTL}
-${others.map((name) => `kc -n kube-system delete secret ${quote(`${name}.node-password.k3s`)} --ignore-not-found`).join("\n")}
+        sh: sh`${raw(KUBECTL)}
+${raw(others.map((name) => sh`kc -n kube-system delete secret ${name}.node-password.k3s --ignore-not-found`).join("\n"))}
 if [ -e ${PASSWORDS} ]; then
-  (umask 077; awk -F, -v name=${quote(own)} '$2 == name' ${PASSWORDS} >${PASSWORDS}.new)
+  (umask 077; awk -F, -v name=${own} '$2 == name' ${PASSWORDS} >${PASSWORDS}.new)
   mv -f ${PASSWORDS}.new ${PASSWORDS}
 fi
 echo passwords >>${BASE}/server/restored`,
