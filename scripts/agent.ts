@@ -48,7 +48,7 @@ export const agent: Step = {
 function serverLook(want: Settings): string {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
   const password = passwordIn(want.K3S_TOKEN).replace(/["\\]/g, "\\$&");
-  const ca = caIn(want.K3S_TOKEN);
+  const ca = caIn(want.K3S_TOKEN) ?? "";
   const joined = createHash("sha256")
     .update(filledEnv(ENV(want), want))
     .digest("hex");
