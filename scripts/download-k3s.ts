@@ -5,7 +5,7 @@ import { foldersLook, install, managersLook, osOf, writable } from "../lib/k3s/p
 import { run } from "../lib/k3s/script.ts";
 import { binaryLook, K3S, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
-import { quote } from "../lib/sh.ts";
+import { raw, sh } from "../lib/sh.ts";
 import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
 import { splitWords } from "../lib/text.ts";
 
@@ -60,7 +60,9 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
         changes.push({
           why: `put ${want.K3S_BIN} in place${have ? ` of ${have}` : ""}`,
           push: { file: want.K3S_BIN, path: part },
-          sh: `${TELL}part=${part}; from=${quote(want.K3S_BIN)}; sum=${want.K3S_SHA256}\n${VERIFY}\n${swap("v1")}`,
+          sh: sh`${raw(TELL)}part=${part}; from=${want.K3S_BIN}; sum=${want.K3S_SHA256}
+${raw(VERIFY)}
+${raw(swap("v1"))}`,
           seconds: 120,
           lookAgain: "foreseen",
           assumes: `${want.K3S_BIN} is k3s ${want.K3S_VERSION}`,
@@ -157,10 +159,10 @@ function images(want: Settings, facts: Facts): Change[] {
   const [record = "", ...there] = (facts.images ?? "").split("\n");
   const isThere = (id: string, name: string) =>
     there.some((row) => row.startsWith(`${name} `) && record === `${id} ${row}`);
-  const put = (id: string, name: string) => `mkdir -p ${IMAGES}
+  const put = (id: string, name: string) => sh`mkdir -p ${IMAGES}
 rm -f ${IMAGES}/k3s-airgap-images-${arch}.tar* "$part.good"
 mv "$part" ${IMAGES}/${name}
-(cd ${IMAGES} && echo ${quote(id)} "$(stat -c '%n %s %Y' ${name})") >${RECORD}`;
+(cd ${IMAGES} && echo ${id} "$(stat -c '%n %s %Y' ${name})") >${RECORD}`;
 
   if (!want.K3S_BIN) {
     const what = imagesFile(want, facts);
@@ -189,22 +191,24 @@ mv "$part" ${IMAGES}/${name}
     {
       why: `put ${name} in place`,
       push: { file, path: part },
-      sh: `${TELL}part=${part}; from=${quote(file)}; sum=${hash}\n${VERIFY}\n${put(hash, name)}`,
+      sh: sh`${raw(TELL)}part=${part}; from=${file}; sum=${hash}
+${raw(VERIFY)}
+${raw(put(hash, name))}`,
       seconds: 300,
     },
   ];
 }
 
-const VERIFY = `have=$(sha256sum <"$part" | cut -d' ' -f1)
+const VERIFY = sh`have=$(sha256sum <"$part" | cut -d' ' -f1)
 if [ "$have" != "$sum" ]; then rm -f "$part"; tell "$from: sha256 is $have, expected $sum"; exit 1; fi`;
 
 /** Said at once, and kept for a failure: what one mirror did matters even when the next one works. */
 const TELL = 'tell() { say "$1"; echo "$1"; }\n';
 
 /** The old binary stays until the new one has run and said the version that was asked for. */
-const swap = (version: string) => `chmod 755 "$part"
+const swap = (version: string) => sh`chmod 755 "$part"
 said=$("$part" --version) || { echo "the new binary does not run here: $said"; exit 1; }
-case $said in *${quote(` ${version}`)}*) ;; *) echo "the new binary says: $said"; exit 1 ;; esac
+case $said in *${` ${version}`}*) ;; *) echo "the new binary says: $said"; exit 1 ;; esac
 mv -f "$part" ${K3S}
 rm -f "$part.good"`;
 
@@ -227,15 +231,15 @@ function fetch({ file, arch, part, sha256 = "" }: File, want: Settings, put: str
   const bases = splitWords(want.K3S_MIRRORS);
   const tries = bases.map((base) => {
     const others = bases.filter((other) => hostOf(other) !== hostOf(base));
-    return `if try ${[base, ...others].map(quote).join(" ")}; then put; exit 0; fi`;
+    return sh`if try ${[base, ...others]}; then put; exit 0; fi`;
   });
-  return `${TELL}part=${part}
+  return sh`${raw(TELL)}part=${part}
 mkdir -p ${part.replace(/\/[^/]*$/, "")}
 get() { # BASE FILE CURL-OPTION…; its last line is the address that answered
   base=$1 name=$2; shift 2
   for release in ${version.replace("+", "%2B")} ${version.replace("+", "-")}; do
     status=0
-    curl -fsSL --connect-timeout 10 --speed-limit 20480 --speed-time 15 -w '\\n%{url_effective}\\n' "$@" "$base/$release/$name" || status=$?
+    curl -fsSL --connect-timeout 10 --speed-limit 20480 --speed-time 15 -w '\n%{url_effective}\n' "$@" "$base/$release/$name" || status=$?
     [ "$status" = 22 ] || return "$status"
   done
   return 22
@@ -256,7 +260,7 @@ vouch() { # HOST that does not count, BASE…: whose word is taken for the check
 }
 try() { # BASE, then the bases of other hosts
   from=$1; shift
-  sum='${sha256}' by=''
+  sum=${sha256} by=''
   [ -n "$sum" ] || vouch "" "$@" || { tell "$from: no other host gave its checksum (has it ${version}?): add a mirror, or set K3S_SHA256"; return 1; }
   say "$from"
   # What is here may have come from who gave the checksum: this host has to say the same.
@@ -266,12 +270,12 @@ try() { # BASE, then the bases of other hosts
     get "$from" ${file} -C - -o "$part" >/dev/null || status=$?
     # 22: the server has nothing beyond what is here. Either way the hash decides, and what is wrong, maybe
     # by an earlier mirror's fault, is asked for as a whole. 33: it cannot go on from where a file was cut.
-    case $status in 0 | 22) (${VERIFY}) && return ;; 33) ;; *) stopped; return 1 ;; esac
+    case $status in 0 | 22) (${raw(VERIFY)}) && return ;; 33) ;; *) stopped; return 1 ;; esac
   fi
   at=$(get "$from" ${file} -o "$part") || { stopped; return 1; }
   at=$(echo "$at" | host)
   [ -z "$by" ] || [ "$at" != "$by" ] || vouch "$at" "$@" || { rm -f "$part"; tell "$from leads to $at, and no other host gave its checksum: add a mirror, or set K3S_SHA256"; return 1; }
-  (${VERIFY})
+  (${raw(VERIFY)})
 }
 watch() {
   nap=
@@ -284,14 +288,14 @@ watch() {
 }
 stopped() { tell "$from: gave up at $(wc -c 2>/dev/null <"$part" || echo 0) bytes"; }
 put() {
-  ${put}
+  ${raw(put)}
 }
 # What was downloaded ahead needs no mirror any more.
 if [ -s "$part.good" ] && [ "$(sha256sum 2>/dev/null <"$part" | cut -d' ' -f1)" = "$(cat "$part.good")" ]; then put; exit 0; fi
 watch & watcher=$!
 trap 'kill $watcher' EXIT
-${tries.join("\n")}
-echo 'No mirror gave a good ${file === "k3s" ? "binary" : file}. What came is kept: run the same again, or give K3S_BIN.'
+${raw(tries.join("\n"))}
+echo ${`No mirror gave a good ${file === "k3s" ? "binary" : file}. What came is kept: run the same again, or give K3S_BIN.`}
 exit 1`;
 }
 

@@ -2,7 +2,7 @@
 
 import { lastOf, parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
-import { quote, writeFile } from "../sh.ts";
+import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal } from "../step.ts";
 import { rewrite, sha256, splitWords } from "../text.ts";
 import { KUBECTL, nodesOf } from "./nodes.ts";
@@ -32,8 +32,8 @@ export const filesLook = prints(
   "config",
   "registries",
   "read",
-)(`fact config; stat -c %a ${CONFIG} 2>/dev/null && sha256sum <${CONFIG} | cut -d' ' -f1
-fact registries; if [ "$(head -n 1 ${REGISTRIES} 2>/dev/null)" = ${quote(OURS)} ]; then cat ${REGISTRIES}
+)(sh`fact config; stat -c %a ${CONFIG} 2>/dev/null && sha256sum <${CONFIG} | cut -d' ' -f1
+fact registries; if [ "$(head -n 1 ${REGISTRIES} 2>/dev/null)" = ${OURS} ]; then cat ${REGISTRIES}
 elif [ -s ${REGISTRIES} ]; then echo foreign; fi
 fact read; for f in ${CONFIG} ${REGISTRIES} ${PASSWORD} ${IMAGES}/k3s-airgap-images-*; do [ ! -e "$f" ] || stat -c %Z "$f"; done
 `);
@@ -86,10 +86,10 @@ export const proxyEnv = (want: Settings): string =>
 export function byProxy(want: Settings, change: Change): Change {
   const names = (["HTTPS_PROXY", "HTTP_PROXY"] as const).filter((name) => want[name]);
   if (names.length === 0) return change;
-  const set = names.map((name) => `export ${name.toLowerCase()}="$${name}"\n`).join("");
+  const set = names.map((name) => sh`export ${name.toLowerCase()}="$${name}"`);
   return {
     ...change,
-    sh: `${set}export no_proxy=${quote(want.NO_PROXY)}\n${change.sh}`,
+    sh: [...set, sh`export no_proxy=${want.NO_PROXY}`, change.sh].join("\n"),
     secrets: [...(change.secrets ?? []), ...names],
   };
 }
@@ -172,7 +172,8 @@ export function labelsPlan(
       ? [
           {
             why: `${verb} node ${name}: ${list.join(" ")}`,
-            sh: `${KUBECTL}\nkc ${verb} --overwrite node ${quote(name)} ${list.map(quote).join(" ")}`,
+            sh: sh`${raw(KUBECTL)}
+kc ${verb} --overwrite node ${name} ${list}`,
           },
         ]
       : [];

@@ -1,7 +1,7 @@
 /** k3s as a systemd unit on its box: what has to be done so that it runs as wanted, and is healthy. */
 
 import type { Settings } from "../settings.ts";
-import { quote, writeFile } from "../sh.ts";
+import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, step } from "../step.ts";
 import type { SettingName } from "../table.ts";
 import { filledEnv, pairs, quoted, rewrite, SECRET, sha256 } from "../text.ts";
@@ -172,7 +172,10 @@ export function servicePlan(
     const secrets = [...env.matchAll(SECRET)].map((m) => m[1] as SettingName);
     changes.push({
       why: `write ${envPath(role)} (0600)${note && `: ${note}`}`,
-      sh: `${secrets.map((name) => `${name}=$(printf %s "$${name}" | sed 's/\\\\/&&/g')\n`).join("")}${writeFile(envPath(role), env, "600", secrets)}`,
+      sh: [
+        ...secrets.map((name) => sh`${name}=$(printf %s "$${name}" | sed 's/\\/&&/g')`),
+        writeFile(envPath(role), env, "600", secrets),
+      ].join("\n"),
       ...(secrets.length ? { secrets } : {}),
     });
   }
@@ -184,7 +187,8 @@ export function servicePlan(
         text,
         noIpvs ? "this kernel has no ip_vs: iptables instead" : "",
       ),
-      sh: `install -d -m 700 /var/lib/rancher/k3s/${role}\n${writeFile(unitPath(role), text)}`,
+      sh: sh`install -d -m 700 /var/lib/rancher/k3s/${role}
+${raw(writeFile(unitPath(role), text))}`,
     });
 
   if (changes.length) writable(facts, "/etc/systemd/system", "/var/lib/rancher");
@@ -216,7 +220,8 @@ export function servicePlan(
   else if (ills.length)
     changes.push({
       why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
-      sh: `unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=0; stand=0\n${healthSh(name, generation, want, role === "agent" ? 1 : 0)}`,
+      sh: sh`unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=0; stand=0
+${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0))}`,
       seconds: WAIT + 60,
       ...(silence(facts) ? { unknown: silence(facts) as string } : {}),
     });
@@ -246,21 +251,22 @@ export function restart(
 ): Change {
   const unit = unitOf(role);
   // In one change: a run that is cut between the two would leave a k3s that runs by what is no longer there.
-  const remove = gone.length ? `rm -f ${gone.join(" ")}\n` : "";
+  const remove = gone.length ? `${sh`rm -f ${gone}`}\n` : "";
   const cleared = clear
-    ? `timeout 60 systemctl stop ${unit} || systemctl kill -s KILL ${unit}\n${CLEAR}`
+    ? sh`timeout 60 systemctl stop ${unit} || systemctl kill -s KILL ${unit}
+${raw(CLEAR)}`
     : "";
   return {
     why: `${gone.map((path) => `remove ${path}, `).join("")}${verb} ${unit} and wait until node ${name} is Ready with its public address`,
     // --no-block: with wrong credentials a modern agent stays "activating" for ever (seen with v1.36.3).
-    sh: `${remove}unit=${unit}; pid=; since=$(date +%s); stand=0
+    sh: sh`${raw(remove)}unit=${unit}; pid=; since=$(date +%s); stand=0
 # v1.36.3 with a wrong backend dies a second after it was up. It makes no interface, but where one is left from
 # before, only time tells: k3s has to stand for five seconds.
 [ ! -d /sys/class/net/${interfaceOf(generation)} ] || stand=5
 systemctl daemon-reload
 systemctl enable ${unit} >/dev/null 2>&1
-${cleared}systemctl restart --no-block ${unit}
-${healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "server" && generation === "modern" && verb === "start" ? DOOR : "")}`,
+${raw(cleared)}systemctl restart --no-block ${unit}
+${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "server" && generation === "modern" && verb === "start" ? DOOR : ""))}`,
     seconds: WAIT + 60,
   };
 }
@@ -269,9 +275,9 @@ ${healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "server" &
  * Tells the token as soon as it opens the server's door, so that agents join while the server's own node gets
  * Ready. Not on old k3s, which annotate restarts once more.
  */
-const DOOR = `if [ -z "\${open-}" ] && token=$(cat ${NODE_TOKEN} 2>/dev/null) && [ -n "$token" ]; then
-    door=$(printf 'user = "node:%s"\\n' "$(printf %s "${passwordOf("token")}" | sed 's/["\\\\]/\\\\&/g')" |
-      curl -s -K - --cacert /var/lib/rancher/k3s/server/tls/server-ca.crt --max-time 5 -o /dev/null -w '%{http_code}' \\
+const DOOR = sh`if [ -z "\${open-}" ] && token=$(cat ${NODE_TOKEN} 2>/dev/null) && [ -n "$token" ]; then
+    door=$(printf 'user = "node:%s"\n' "$(printf %s "${raw(passwordOf("token"))}" | sed 's/["\\]/\\&/g')" |
+      curl -s -K - --cacert /var/lib/rancher/k3s/server/tls/server-ca.crt --max-time 5 -o /dev/null -w '%{http_code}' \
         https://127.0.0.1:6443/v1-k3s/client-k3s-controller.crt) || :
     if [ "$door" = 200 ]; then open=yes; early token "$token"; fi
   fi
@@ -282,7 +288,7 @@ const DOOR = `if [ -z "\${open-}" ] && token=$(cat ${NODE_TOKEN} 2>/dev/null) &&
  * server takes it (pkg/agent/config, ensureNodePassword, both generations). One of the last seconds may still be filled.
  */
 export const withoutEmpty = (password = "/etc/rancher/node/password"): string =>
-  `[ -s ${password} ] || [ ! -e ${password} ] || [ $(($(date +%s) - $(stat -c %Y ${password}))) -lt 5 ] || rm -f ${password}`;
+  sh`[ -s ${password} ] || [ ! -e ${password} ] || [ $(($(date +%s) - $(stat -c %Y ${password}))) -lt 5 ] || rm -f ${password}`;
 
 /**
  * The time of the oldest handshake that proves something, in seconds since 1970. v1.17 makes its key and flannel.1 anew
@@ -293,7 +299,7 @@ export const oldest = (generation: Generation, now: number, started = 0): number
 
 /** The same as shell that sets `oldest`, by its `since` for the start. */
 export const oldestSh = (generation: Generation): string =>
-  `oldest=$(($(date +%s) - ${FRESH}))${generation === "old" ? `; [ "$oldest" -ge $((since - 2)) ] || oldest=$((since - 2))` : ""}`;
+  sh`oldest=$(($(date +%s) - ${FRESH}))${raw(generation === "old" ? `; [ "$oldest" -ge $((since - 2)) ] || oldest=$((since - 2))` : "")}`;
 
 /** Waits for a healthy node, says how it goes, and on failure prints the journal's lines that matter. */
 function healthSh(
@@ -303,7 +309,7 @@ function healthSh(
   peers: number,
   meanwhile = "",
 ): string {
-  return `${KUBECTL}
+  return sh`${raw(KUBECTL)}
 began=$(date +%s); starts=0; was=; up=
 nap() { sleep 0.5 2>/dev/null || sleep 1; }
 # A second, or less when systemd hears just then that k3s is up.
@@ -325,16 +331,16 @@ fail() {
 while :; do
   pause
   beat
-  ${withoutEmpty()}
+  ${raw(withoutEmpty())}
   now=$(date +%s)
-  ${meanwhile}p=$(systemctl show "$unit" -p MainPID | cut -d= -f2)
+  ${raw(meanwhile)}p=$(systemctl show "$unit" -p MainPID | cut -d= -f2)
   if [ "$p" != "$pid" ]; then pid=$p; since=$now; [ "$p" = 0 ] || starts=$((starts + 1)); fi
   [ "$starts" -lt 5 ] || fail "$unit starts again and again"
-  if [ "$(journalctl -u "$unit" -o cat --no-pager --since "@$began" | grep -cE '${HOPELESS}')" -ge 3 ]; then
+  if [ "$(journalctl -u "$unit" -o cat --no-pager --since "@$began" | grep -cE ${HOPELESS})" -ge 3 ]; then
     fail "$unit cannot go on"
   fi
   # kubectl costs a small box a good part of a second: it is asked when it can say yes.
-  state=; [ ! -d /sys/class/net/${interfaceOf(generation)} ] || state=$(kc get node ${quote(name)} -o json 2>/dev/null | awk -F'"' '
+  state=; [ ! -d /sys/class/net/${interfaceOf(generation)} ] || state=$(kc get node ${name} -o json 2>/dev/null | awk -F'"' '
     /"lastHeartbeatTime":/ { beat = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status " " beat }
     /"address":/ { address = $4 } /"type": "ExternalIP"/ { ip = address } END { print ready, ip }') || state=
   read -r ready beat ip <<END
@@ -342,8 +348,8 @@ $state
 END
   case $ready in True) shown=Ready ;; '') shown='not registered yet' ;; *) shown='not Ready' ;; esac
   [ -d /sys/class/net/${interfaceOf(generation)} ] || shown='no ${interfaceOf(generation)} yet'
-  [ "$ip" = ${quote(want.PUBLIC_IP)} ] || [ -z "$ready" ] || shown="$shown, ExternalIP \${ip:-not set}"
-  if [ "$ready" = True ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ] && [ "$ip" = ${quote(want.PUBLIC_IP)} ]; then
+  [ "$ip" = ${want.PUBLIC_IP} ] || [ -z "$ready" ] || shown="$shown, ExternalIP \${ip:-not set}"
+  if [ "$ready" = True ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ] && [ "$ip" = ${want.PUBLIC_IP} ]; then
     [ $((now - since)) -lt "$stand" ] || break
   fi
   [ "$shown" = "$was" ] || say "node ${name}: $shown"
@@ -353,7 +359,7 @@ done
 # WireGuard needs some seconds more; who is still missing then is the next look's to say.
 end=$(($(date +%s) + 10))
 while [ "$(date +%s)" -lt "$end" ]; do
-  ${oldestSh(generation)}
+  ${raw(oldestSh(generation))}
   wg show ${interfaceOf(generation)} dump | awk -v oldest="$oldest" 'NR > 1 && $4 != "(none)" && $5 < oldest { bad = 1 } NR > 1 { n++ } END { exit bad || n < ${peers} }' && break
   nap
 done`;
