@@ -1,6 +1,5 @@
 /** Look at a box, plan, apply, look again. Here is the one place that changes a box. */
 import { applyScript, EARLIER_RUN, lookScript, newMark, reader, whole } from "./protocol.ts";
-import { quote } from "./sh.ts";
 import type { Box } from "./shell.ts";
 import { type Change, type Facts, Failure, planAll, Refusal, type Step, type Want } from "./step.ts";
 import { quoted } from "./text.ts";
@@ -51,7 +50,7 @@ async function trip<F extends string>(
     say: (text) => job.progress.says(text, true),
     early: (fact) => job.early?.(fact),
   });
-  const apply = changes.length ? applyScript(changes, mark, (name) => quote(job.want[name])) : "";
+  const apply = changes.length ? applyScript(changes, mark, (name) => job.want[name]) : "";
   const script = whole(`${apply}\n${lookScript(steps, job.want, mark)}`);
   const seconds = changes.reduce((sum, change) => sum + (change.seconds ?? 60), extra);
   const { status, stderr } = await job.box.run(script, seconds, stream.line);

@@ -1,6 +1,7 @@
 /** The sh that a box is sent, and how what it prints is read. */
 import { randomBytes } from "node:crypto";
 import type { Settings } from "./settings.ts";
+import { raw, sh, type Word } from "./sh.ts";
 import { type Change, type Facts, Failure, type Step } from "./step.ts";
 import type { SettingName } from "./table.ts";
 
@@ -44,53 +45,54 @@ export const EARLIER_RUN = 900;
 export function applyScript(
   changes: readonly Change[],
   mark: string,
-  secrets: (name: SettingName) => string,
+  secrets: (name: SettingName) => Word,
   reader: "program" | "person" = "program",
 ): string {
   // A fact may be a secret: it is for the program that asked.
   const asides =
     reader === "person"
       ? "early() { :; }\nbeat() { :; }"
-      : `early() { printf '%s early %s %s\\n' ${mark} "$1" "$2"; }\nbeat() { printf '%s beat\\n' ${mark}; }`;
+      : sh`early() { printf '%s early %s %s\n' ${mark} "$1" "$2"; }
+beat() { printf '%s beat\n' ${mark}; }`;
   const body = changes.map((change, i) => {
-    const given = (change.secrets ?? []).map((name) => `${name}=${secrets(name)}\n`).join("");
-    return `# ${oneLine(change.why)}
+    const given = (change.secrets ?? []).map((name) => sh`${name}=${secrets(name)}`);
+    return sh`# ${raw(oneLine(change.why))}
 change ${i} ${change.seconds ?? 60} <<'${mark}'
 main() {
 set -eu
-say() { printf '%s say %s\\n' ${mark} "$*"; }
-${asides}
-${given}${change.sh}
+say() { printf '%s say %s\n' ${mark} "$*"; }
+${raw(asides)}
+${raw([...given, change.sh].join("\n"))}
 }
 main </dev/null
 ${mark}`;
   });
-  return `lock=/run/k3s-across-clouds.lock; waited=
+  return sh`lock=/run/k3s-across-clouds.lock; waited=
 exec 9>>$lock
 flock -n 9 || {
   waited=yes
-  printf '\\n%s say waits for an earlier run, process %s here\\n' ${mark} "$(cat $lock)"
-  flock -w ${EARLIER_RUN} 9 || { printf '\\n%s busy %s\\n' ${mark} "$(cat $lock)"; exit 1; }
-  printf '\\n%s waited\\n' ${mark}
+  printf '\n%s say waits for an earlier run, process %s here\n' ${mark} "$(cat $lock)"
+  flock -w ${EARLIER_RUN} 9 || { printf '\n%s busy %s\n' ${mark} "$(cat $lock)"; exit 1; }
+  printf '\n%s waited\n' ${mark}
 }
 echo $$ >$lock
 # A package manager must not die of a connection that was cut: its output is still read then. A wait's is not.
 relay() (
   trap '' PIPE
   while IFS= read -r line || [ -n "$line" ]; do
-    printf '%s\\n' "$line" 2>/dev/null || [ "$line" != '${mark} beat' ] || exit
+    printf '%s\n' "$line" 2>/dev/null || [ "$line" != ${`${mark} beat`} ] || exit
     line=
   done
 )
 change() {
   [ -z "$waited" ] || return 0
-  printf '\\n%s change %s\\n' ${mark} "$1"
+  printf '\n%s change %s\n' ${mark} "$1"
   { status=$({ { timeout -k 5 "$2" sh -s 2>&1 3>&- 4>&- 9>&-; echo $? >&3; } | relay >&4; } 3>&1); } 4>&1
   [ "$status" != 0 ] || return 0
-  printf '\\n%s failed %s %s\\n' ${mark} "$1" "$status"
+  printf '\n%s failed %s %s\n' ${mark} "$1" "$status"
   exit 1
 }
-${body.join("\n")}
+${raw(body.join("\n"))}
 exec 9>&-`;
 }
 
@@ -115,7 +117,7 @@ export function printed(changes: readonly Change[]): string {
   );
   const here = changes.filter((change) => !change.onServer);
   const late = `[ -z "$waited" ] || { echo 'Another run has just ended on this box: run the same again'; exit 1; }`;
-  const apply = applyScript(here, newMark(), (name) => `"$${name}"`, "person");
+  const apply = applyScript(here, newMark(), (name) => raw(`"$${name}"`), "person");
   return `#!/bin/sh\n${whole([...needs, ...pushes, ...elsewhere, apply, late].join("\n"))}`;
 }
 

@@ -21,7 +21,7 @@ export function quote(word: string): string {
 /** What goes into a template of `sh` as it is, because it is shell already. */
 export const raw = (shell: string) => ({ shell });
 
-type Word = string | number | ReturnType<typeof raw>;
+export type Word = string | number | ReturnType<typeof raw>;
 
 /**
  * Shell as a template: each interpolation is quoted as one word, an array as words, and only `raw()` goes in as it is.

@@ -14,7 +14,7 @@ import { createGzip } from "node:zlib";
 import { $, kill } from "zx";
 import { remove, temporary } from "./files.ts";
 import { SettingError } from "./settings.ts";
-import { quote } from "./sh.ts";
+import { raw, sh } from "./sh.ts";
 import { nameOf } from "./text.ts";
 
 /** The box could not be reached, or would not let us in: nothing was run on it. */
@@ -151,7 +151,7 @@ async function closeEach(): Promise<void> {
 
 /** Runs a command, of one line, as root where sudo does not ask: root's own shell, or `sudo -n`. */
 const asRoot = (command: string) =>
-  `sh -c ${escaped(`if [ "$(id -u)" = 0 ]; then exec sh -c ${quote(command)}; else exec sudo -n sh -c ${quote(command)}; fi`)}`;
+  `sh -c ${escaped(sh`if [ "$(id -u)" = 0 ]; then exec sh -c ${command}; else exec sudo -n sh -c ${command}; fi`)}`;
 
 /**
  * A word for whatever login shell a box has: fish and csh read quotes within quotes in ways of their own, but a
@@ -233,7 +233,7 @@ export function open(host: string, keys = ""): Box {
       let count = 0;
       const decoder = new StringDecoder("utf8");
       const result = await execute(
-        `echo ${quote(BEGIN)}; exec sh -s`,
+        sh`echo ${BEGIN}; exec sh -s`,
         Readable.from([script]),
         seconds,
         (chunk) => {
@@ -256,8 +256,7 @@ export function open(host: string, keys = ""): Box {
     },
     async push(file, path) {
       let text = "";
-      const part = quote(path);
-      const there = `echo ${quote(BEGIN)}; mkdir -p ${quote(dirname(path))}; wc -c 2>/dev/null <${part} || echo 0`;
+      const there = sh`echo ${BEGIN}; mkdir -p ${dirname(path)}; wc -c 2>/dev/null <${path} || echo 0`;
       await execute(there, Readable.from([]), 60, (said) => {
         text = (text + said).slice(-WORDS);
       });
@@ -269,7 +268,7 @@ export function open(host: string, keys = ""): Box {
       // A file that cannot be read ends it with an error, and with it the copy.
       pipeline(createReadStream(file, { start }), stream).catch(() => {});
       const result = await execute(
-        `umask 077; ${packed ? "cat" : "gzip -dc"} ${start ? ">>" : ">"}${part}`,
+        sh`umask 077; ${raw(packed ? "cat" : "gzip -dc")} ${raw(start ? ">>" : ">")}${path}`,
         stream,
         Math.max(PUSH, size / 20_000),
         () => {},
@@ -286,7 +285,7 @@ export function open(host: string, keys = ""): Box {
       // The login shell of some boxes greets: what comes before our own line is not the file's.
       let head: Buffer | undefined = Buffer.alloc(0);
       const result = await execute(
-        `echo ${quote(BEGIN)}; exec cat ${quote(path)}`,
+        sh`echo ${BEGIN}; exec cat ${path}`,
         Readable.from([]),
         PUSH,
         async (chunk) => {

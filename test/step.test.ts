@@ -15,7 +15,7 @@ const LOCK = "/run/k3s-across-clouds.lock";
 
 /** Applies changes by this machine's sh, with a lock of its own. */
 function apply(changes: Change[], lock = join(temporary(), "lock")) {
-  const script = applyScript(changes, "mark", () => quote(TOKEN));
+  const script = applyScript(changes, "mark", () => TOKEN);
   assert.ok(script.includes(LOCK));
   const events: string[] = [];
   const stream = reader("mark", {

@@ -7,7 +7,7 @@ import { jobFor } from "../boxes.ts";
 import { look } from "../converge.ts";
 import { API, apiMessage, CURL, itemsOf, type Load, overload, type PodObject } from "../k3s/nodes.ts";
 import type { Call } from "../script.ts";
-import { quote } from "../sh.ts";
+import { raw, sh } from "../sh.ts";
 import { TURN } from "./diagnose.ts";
 import { ask, type BoxReport, type Cluster, few, line, type Member, patience } from "./survey.ts";
 
@@ -31,8 +31,8 @@ export interface Pod {
 
 /** The shell that makes the pods and waits until they run. Should all else fail, the kubelet ends them by itself. */
 export function made(nodes: readonly string[], mark: string): string {
-  return `${API}
-image=$(sed -n "s/.*sandbox\\(_image\\)\\{0,1\\} = [\\"']\\([^\\"']*\\)[\\"'].*/\\2/p" /var/lib/rancher/k3s/agent/etc/containerd/config.toml 2>/dev/null | head -n 1)
+  return sh`${raw(API)}
+image=$(sed -n "s/.*sandbox\(_image\)\{0,1\} = [\"']\([^\"']*\)[\"'].*/\2/p" /var/lib/rancher/k3s/agent/etc/containerd/config.toml 2>/dev/null | head -n 1)
 fact image; echo "$image"
 fact refused
 make() {
@@ -47,21 +47,23 @@ EOF
 if [ -n "$image" ]; then
   # Of a check that was cut off.
   api DELETE '${PODS}?labelSelector=app%3D${LABEL}&fieldSelector=status.phase%3DFailed' ${ONE} >/dev/null 2>&1
-${few(
-  nodes.map((node) => `make ${quote(node)}`),
-  ASKING,
+${raw(
+  few(
+    nodes.map((node) => sh`make ${node}`),
+    ASKING,
+  ),
 )}  fact pods
   end=$(($(date +%s) + ${WAIT}))
   while :; do
     said=$(api GET '${PODS}?pretty=false&labelSelector=run%3D${mark}' ${ONE} 2>/dev/null)
-    settled=$(printf '%s\\n' "$said" | grep -oE '"phase": ?"(Running|Failed)"|"reason": ?"(ErrImage|ImagePull|InvalidImage)' | wc -l)
+    settled=$(printf '%s\n' "$said" | grep -oE '"phase": ?"(Running|Failed)"|"reason": ?"(ErrImage|ImagePull|InvalidImage)' | wc -l)
     if [ "$settled" -ge ${nodes.length} ] || [ "$(date +%s)" -ge "$end" ]; then break; fi
     sleep 1
   done
-  printf '%s\\n' "$said"
+  printf '%s\n' "$said"
 fi
 fact services; for s in default/kubernetes kube-system/kube-dns; do
-  echo "$s $(api GET "/api/v1/namespaces/\${s%/*}/services/\${s#*/}" ${ONE} 2>/dev/null | sed -n 's/.*"clusterIP": *"\\([0-9.]*\\)".*/\\1/p' | head -n 1)"
+  echo "$s $(api GET "/api/v1/namespaces/\${s%/*}/services/\${s#*/}" ${ONE} 2>/dev/null | sed -n 's/.*"clusterIP": *"\([0-9.]*\)".*/\1/p' | head -n 1)"
 done`;
 }
 
@@ -70,7 +72,7 @@ export const reasons = (names: readonly string[]): string =>
   `${API}\n${names
     .map(
       (name) =>
-        `fact ${quote(`events-${name}`)}; api GET '/api/v1/namespaces/kube-system/events?pretty=false&fieldSelector=involvedObject.name%3D${name}' ${ONE} 2>/dev/null`,
+        sh`fact events-${name}; api GET ${`/api/v1/namespaces/kube-system/events?pretty=false&fieldSelector=involvedObject.name%3D${name}`} ${ONE} 2>/dev/null`,
     )
     .join("\n")}`;
 
@@ -120,7 +122,7 @@ export const isFault = (
 ): boolean => !image && (proven || ((box?.unit.runs ?? 0) > TURN && !overload(box?.load as Load)));
 
 /** The shell that removes them, and waits until they are gone. */
-const gone = (mark: string) => `${API}
+const gone = (mark: string) => sh`${raw(API)}
 api DELETE '${PODS}?labelSelector=run%3D${mark}' ${ONE} >/dev/null 2>&1
 for _ in 1 2 3 4 5 6 7 8 9 10; do
   case $(api GET '${PODS}?pretty=false&limit=1&labelSelector=run%3D${mark}' ${ONE} 2>/dev/null) in *'"containers"'*) sleep 1 ;; *) break ;; esac
@@ -141,10 +143,10 @@ export function paths(
 ): string {
   const others = pods.filter(({ node }) => node !== own.node);
   const { kubernetes, "kube-dns": dns } = services;
-  return `
+  return sh`
 ns=
 for f in /run/netns/*; do
-  ip netns exec "\${f##*/}" ip -o -4 addr show 2>/dev/null | grep -qF ${quote(` ${own.ip}/`)} && ns=\${f##*/}
+  ip netns exec "\${f##*/}" ip -o -4 addr show 2>/dev/null | grep -qF ${` ${own.ip}/`} && ns=\${f##*/}
 done
 inside() { ip netns exec "$ns" "$@"; }
 reaches() {
@@ -158,24 +160,26 @@ serves() {
 resolves() {
   # shellcheck disable=SC2016
   got=$(inside timeout 5 bash -c 'exec 3<>"/dev/udp/$1/53"
-printf "\\x13\\x37\\x01\\0\\0\\x01\\0\\0\\0\\0\\0\\0${question}\\0\\0\\x01\\0\\x01" >&3; head -c 4 <&3 | od -An -tx1' - "$1" 2>/dev/null)
+printf "\x13\x37\x01\0\0\x01\0\0\0\0\0\0${raw(question)}\0\0\x01\0\x01" >&3; head -c 4 <&3 | od -An -tx1' - "$1" 2>/dev/null)
   # The last digit is the answer's word: 0, or 3 where the cluster has another domain.
   case $got in *[03]) echo "service DNS yes" ;; *) echo "service DNS no" ;; esac
 }
 fact paths
 if [ -z "$ns" ]; then echo "without netns"; else
-${few([
-  ...others.map(({ node, ip }) => `reaches ${quote(node)} ${quote(ip)}`),
-  ...(kubernetes ? [`serves ${quote(kubernetes)}`] : []),
-  ...(dns ? [`resolves ${quote(dns)}`] : []),
-])}fi`;
+${raw(
+  few([
+    ...others.map(({ node, ip }) => sh`reaches ${node} ${ip}`),
+    ...(kubernetes ? [sh`serves ${kubernetes}`] : []),
+    ...(dns ? [sh`resolves ${dns}`] : []),
+  ]),
+)}fi`;
 }
 
 /**
  * The shell that asks each kubelet, through the API, for its pod's log and for a process in it. The image has no program
  * to run: that the kubelet's own end has opened the stream (101) is the answer.
  */
-export const kubelets = (pods: readonly Pod[]): string => `${API}
+export const kubelets = (pods: readonly Pod[]): string => sh`${raw(API)}
 end=$(($(date +%s) + ${ALL}))
 late() { [ "$(date +%s)" -lt "$end" ] || echo "$1 $2 no did not answer in ${ALL} s with all the others"; }
 logs() {
@@ -186,11 +190,11 @@ runs() {
   said=$(late exec "$1"); [ -z "$said" ] || { echo "$said"; return; }
   said=$(
     {
-      ${CURL} --http1.1 -N -i -m ${ONE} -H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' \\
-        -H 'Sec-WebSocket-Key: azNzLWFjcm9zcy1jbG91ZHM=' -H 'Sec-WebSocket-Protocol: v4.channel.k8s.io' \\
+      ${raw(CURL)} --http1.1 -N -i -m ${ONE} -H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' \
+        -H 'Sec-WebSocket-Key: azNzLWFjcm9zcy1jbG91ZHM=' -H 'Sec-WebSocket-Protocol: v4.channel.k8s.io' \
         "\${apiurl:-https://127.0.0.1:6443}${PODS}/$2/exec?container=pause&command=%2Fk3s-across-clouds&stdout=true&stderr=true"
       echo " exit=$?"
-    } 2>/dev/null | tr -cd '[:print:]\\n' | tr '\\n' ' ' | cut -c1-1000
+    } 2>/dev/null | tr -cd '[:print:]\n' | tr '\n' ' ' | cut -c1-1000
   )
   case $said in
     'HTTP/1.1 101 '*) echo "exec $1 yes" ;;
@@ -202,16 +206,18 @@ runs() {
 }
 fact kubelets
 said=$(
-${few(
-  pods.flatMap(({ node, name }) => ["logs", "runs"].map((f) => `${f} ${quote(node)} ${quote(name)}`)),
-  ASKING,
+${raw(
+  few(
+    pods.flatMap(({ node, name }) => ["logs", "runs"].map((f) => sh`${f} ${node} ${name}`)),
+    ASKING,
+  ),
 )})
-printf '%s\\n' "$said" | grep -v '^kubectl '
+printf '%s\n' "$said" | grep -v '^kubectl '
 # Where curl cannot: one kubectl after the other.
-printf '%s\\n' "$said" | sed -n 's/^kubectl //p' | while read -r node pod; do
+printf '%s\n' "$said" | sed -n 's/^kubectl //p' | while read -r node pod; do
   said=$(late exec "$node"); [ -z "$said" ] || { echo "$said"; continue; }
   said=$(kc -n kube-system exec "$pod" -- /k3s-across-clouds 2>&1 </dev/null)
-  case $said in *'no such file'*|*'not found in'*|*'OCI runtime'*) echo "exec $node yes" ;; *) echo "exec $node no" "$said" | tr '\\n' ' '; echo ;; esac
+  case $said in *'no such file'*|*'not found in'*|*'OCI runtime'*) echo "exec $node yes" ;; *) echo "exec $node no" "$said" | tr '\n' ' '; echo ;; esac
 done`;
 
 /**

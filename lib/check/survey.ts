@@ -34,7 +34,7 @@ import { nameLook, type Role, unitOf } from "../k3s/unit.ts";
 import type { Line } from "../report.ts";
 import type { Call, Target } from "../script.ts";
 import type { Settings } from "../settings.ts";
-import { quote } from "../sh.ts";
+import { raw, sh } from "../sh.ts";
 import type { Facts, Step } from "../step.ts";
 import { publicIp } from "../table.ts";
 import { pairs, splitWords } from "../text.ts";
@@ -57,26 +57,26 @@ export interface Member {
   paths?: Facts;
 }
 
-/** A step that only looks: the facts of `sh`, and no plan. */
-export const ask = (sh: string, options: Step["options"] = []): Step => ({
+/** A step that only looks: the facts of `piece`, and no plan. */
+export const ask = (piece: string, options: Step["options"] = []): Step => ({
   name: "check",
   options,
-  look: () => [sh],
+  look: () => [piece],
   plan: () => [],
 });
 
-const boxLook = `
-${nameLook}
-printf '%s say %s\\n' "$m" "$(date +%s.%N)"
+const boxLook = sh`
+${raw(nameLook)}
+printf '%s say %s\n' "$m" "$(date +%s.%N)"
 fact units; systemctl show k3s k3s-agent -p Id -p ActiveState -p NRestarts -p MainPID -p ExecMainStartTimestampMonotonic
 fact wg; for i in flannel.1 flannel-wg; do
   [ ! -d /sys/class/net/$i ] || echo "$i $(cat /sys/class/net/$i/mtu) $(wg show $i public-key 2>/dev/null)"
 done
-${peersLook}
+${raw(peersLook)}
 # A bridge without a port has the kernel's 1500 whatever it was made with (v1.36.3, seen).
 fact cni; cat /sys/class/net/cni0/brif/*/../mtu 2>/dev/null | sort -n | tail -n 1
 fact disk; df -Pk /var/lib/rancher 2>/dev/null || df -Pk /
-${loadLook}
+${raw(loadLook)}
 # systemd's own lines: of 219 "holdoff time over, scheduling restart", later "Scheduled restart job".
 fact starts; journalctl _PID=1 UNIT=k3s.service UNIT=k3s-agent.service -o short-unix --no-pager --since -600s 2>/dev/null |
   grep -iE 'scheduled restart job|scheduling restart' | cut -d. -f1 | tail -n 30
@@ -88,7 +88,7 @@ fact resolvers; for f in /etc/resolv.conf /run/systemd/resolve/resolv.conf; do
 127.'*|169.254.*) ;; *) echo "$list"; break ;; esac
 done
 fact said; journalctl -u k3s -u k3s-agent -o cat --no-pager --since -60s -n 5000 2>/dev/null |
-  grep -E ${quote(MEANT)} | sed -E 's/^time="[^"]*" //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 5 | tac
+  grep -E ${MEANT} | sed -E 's/^time="[^"]*" //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 5 | tac
 `;
 
 export const LOOKS: Record<Role, string> = {
@@ -462,12 +462,12 @@ export function tries(box: BoxReport, cluster: Cluster): string {
   const cidr = own?.node?.args.join(" ").match(/--service-cidr[= ]([\d.]+)\.\d+\//)?.[1] ?? "10.43.0";
   const server = box.role === "server";
   const dead = box.resolvers.filter((ip) => /is (private|the provider)/.test(publicIp(ip) ?? ""));
-  return `${server ? API : ""}
+  return sh`${raw(server ? API : "")}
 echoes() { ping -n -c 1 -W 1 \${dont:+-M do} -s "$(($2 - 28))" "$1" >/dev/null 2>&1; }
 through() {
   full=${wg?.mtu ?? 0}
   if echoes "$2" $full || echoes "$2" $full; then size=$full
-  else size=$(for n in ${SIZES.join(" ")}; do { echoes "$2" "$n" && echo "$n"; } & done | sort -n | tail -n 1); fi
+  else size=$(for n in ${SIZES}; do { echoes "$2" "$n" && echo "$n"; } & done | sort -n | tail -n 1); fi
   echo "tunnel $1 \${size:-0}"
 }
 knock() {
@@ -484,7 +484,7 @@ resolves() {
   for _ in 1 2; do
     # shellcheck disable=SC2016
     got=$(timeout 2 bash -c 'exec 3<>"/dev/udp/$1/53"
-printf "\\x13\\x37\\x01\\0\\0\\x01\\0\\0\\0\\0\\0\\0\\0\\0\\x02\\0\\x01" >&3; head -c 3 <&3' - "$1" 2>/dev/null | wc -c)
+printf "\x13\x37\x01\0\0\x01\0\0\0\0\0\0\0\0\x02\0\x01" >&3; head -c 3 <&3' - "$1" 2>/dev/null | wc -c)
     if [ "$got" -gt 0 ]; then echo "resolver $1 yes"; return; fi
   done
   echo "resolver $1 no"
@@ -501,18 +501,20 @@ ping=yes; command -v ping >/dev/null || { echo "without ping"; ping=; }
 dont=; ping -n -c 1 -W 1 -M "do" 127.0.0.1 >/dev/null 2>&1 && dont=yes
 said=$(
   if [ -n "$ping" ]; then :
-${few(to.map(([name, ip]) => `through ${quote(name)} ${quote(ip)}`))}  fi
+${raw(few(to.map(([name, ip]) => sh`through ${name} ${ip}`)))}  fi
   if [ -n "$has" ]; then :
-${few([
-  ...kubelets.map((n) => `knock kubelet ${quote(n.name)} ${quote(n.externalIp as string)} 10250`),
-  ...(box.role === "agent" && host ? [`knock api server ${quote(host)} ${port}`] : []),
-  ...dead.map((ip) => `resolves ${quote(ip)}`),
-  ...(cluster.nodes.length ? ["serves"] : []),
-])}  fi
+${raw(
+  few([
+    ...kubelets.map((n) => sh`knock kubelet ${n.name} ${n.externalIp as string} 10250`),
+    ...(box.role === "agent" && host ? [sh`knock api server ${host} ${port}`] : []),
+    ...dead.map((ip) => sh`resolves ${ip}`),
+    ...(cluster.nodes.length ? ["serves"] : []),
+  ]),
+)}  fi
 )
-printf '%s\\n' "$said"
-${server ? TOP_LOOK : ""}
-${wg ? watch(wg.name, to) : ""}`;
+printf '%s\n' "$said"
+${raw(server ? TOP_LOOK : "")}
+${raw(wg ? watch(wg.name, to) : "")}`;
 }
 
 /** What metrics-server has of the nodes, and why it has nothing. */
@@ -523,18 +525,18 @@ fact topless; echo "$topless"`;
  * Where a tunnel passes nothing: what WireGuard counts while packets are sent, and whose packets come as far
  * as the network card, before any firewall of the box. The two ends tell who loses them.
  */
-const watch = (name: string, to: [string, string][]) => `
+const watch = (name: string, to: [string, string][]) => sh`
 case $said in *' 0
 '*|*' 0')
   fact before; wg show ${name} transfer
   lost=$(
     {
-${to.map(([node, ip]) => `      case $said in *${quote(`tunnel ${node} 0`)}*) ping -n -w ${WATCH} ${quote(ip)} & ;; esac\n`).join("")}      wait
+${raw(to.map(([node, ip]) => `      ${sh`case $said in *${`tunnel ${node} 0`}*) ping -n -w ${WATCH} ${ip} & ;; esac`}\n`).join(""))}      wait
     } >/dev/null 2>&1 &
     python=; for p in python3 /usr/libexec/platform-python python; do command -v $p >/dev/null && python=$p; done
     # shellcheck disable=SC2016
-    if command -v perl >/dev/null; then timeout 20 perl -e ${quote(PERL)}
-    elif [ -n "$python" ]; then timeout 20 $python -c ${quote(PYTHON)}
+    if command -v perl >/dev/null; then timeout 20 perl -e ${PERL}
+    elif [ -n "$python" ]; then timeout 20 $python -c ${PYTHON}
     else sleep ${WATCH}; echo '?'; fi
     wait
   )
