@@ -2,7 +2,7 @@
 
 import { isIPv4 } from "node:net";
 import type { Settings } from "../settings.ts";
-import { quote, writeFile } from "../sh.ts";
+import { sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, type Look, prints, Refusal, step } from "../step.ts";
 import { splitWords } from "../text.ts";
 import { rangesOf } from "./config.ts";
@@ -405,7 +405,7 @@ function managed(
       each((ip, protocol, port) => `${zone} ${rich(facts, ip, protocol, port)}`),
     );
     const inZone = (rule: string, option: string) =>
-      `${quote(`--zone=${rule.split(" ")[0]}`)} --${option}-rich-rule=${quote(rule.replace(/^\S+ /, ""))}`;
+      sh`--zone=${rule.replace(/ .*/, "")} --${option}-rich-rule=${rule.replace(/^\S+ /, "")}`;
     for (const when of ["", "--permanent"] as const) {
       const have = lines(facts[`rules${when}`]);
       commands.push(
@@ -413,11 +413,11 @@ function managed(
           ...rules.filter((rule) => !have.includes(rule)).map((rule) => inZone(rule, "add")),
           ...eachOf(ranges)
             .filter((range) => !split(facts[`sources${when}`]).includes(range))
-            .map((range) => `--zone=trusted --add-source=${range}`),
+            .map((range) => sh`--zone=trusted --add-source=${range}`),
           ...have
             .filter((rule) => RICH.test(rule) && !rules.includes(rule))
             .map((rule) => inZone(rule, "remove")),
-        ].map((command) => `firewall-cmd -q ${when} ${command}`.replace(/ +/, " ").replace(/ +/g, " ")),
+        ].map((command) => ["firewall-cmd -q", when, command].filter(Boolean).join(" ")),
       );
     }
   } else if (kind === "ufw") {
@@ -426,9 +426,9 @@ function managed(
         new RegExp(`^ufw ((?:route )?allow [\\w.:/ ]+) comment '${RULE_COMMENT}'$`).exec(line)?.[1] ?? [],
     );
     const rules = [
-      ...each((ip, protocol, port) => `allow from ${ip} to any port ${port} proto ${protocol}`),
-      ...eachOf(ranges).map((range) => `allow from ${range}`),
-      ...["from", "to"].flatMap((end) => eachOf([ranges[0]]).map((pods) => `route allow ${end} ${pods}`)),
+      ...each((ip, protocol, port) => sh`allow from ${ip} to any port ${port} proto ${protocol}`),
+      ...eachOf(ranges).map((range) => sh`allow from ${range}`),
+      ...["from", "to"].flatMap((end) => eachOf([ranges[0]]).map((pods) => sh`route allow ${end} ${pods}`)),
     ];
     const told = (rule: string, how: string) =>
       rule.startsWith("route ") ? `ufw route ${how}${rule.slice(5)}` : `ufw --force ${how} ${rule}`;
@@ -510,23 +510,23 @@ const RICH_ERE = `rule (priority="-1000" )?family="ipv4" source address="[0-9.]+
 /** Prints `firewall` where there is something for `closeAgain`. */
 export const closeLook = (
   ranges: readonly [string, string],
-): string => `if [ -e ${UNIT} ] || [ -e ${SCRIPT} ] || ufw show added 2>/dev/null | grep -q "comment '${RULE_COMMENT}'"; then echo firewall; fi
+): string => sh`if [ -e ${UNIT} ] || [ -e ${SCRIPT} ] || ufw show added 2>/dev/null | grep -q "comment '${RULE_COMMENT}'"; then echo firewall; fi
 if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
   for when in '' --permanent; do
-    firewall-cmd $when --list-all-zones 2>/dev/null | grep -qE '^[[:blank:]]+${RICH_ERE}|^ +sources:.* (${eachOf(ranges).join("|").replaceAll(".", "\\.")})( |$)' && echo firewall
+    firewall-cmd $when --list-all-zones 2>/dev/null | grep -qE ${`^[[:blank:]]+${RICH_ERE}|^ +sources:.* (${eachOf(ranges).join("|").replaceAll(".", "\\.")})( |$)`} && echo firewall
   done
 fi`;
 
 /** Shell that takes away all of it, and the files: what \`firewallPlan\` made, whichever firewall runs. */
 export const closeAgain = (
   ranges: readonly [string, string],
-): string => `if [ -e ${UNIT} ] || [ -e ${SCRIPT} ]; then
+): string => sh`if [ -e ${UNIT} ] || [ -e ${SCRIPT} ]; then
   systemctl disable --now k3s-firewall >/dev/null 2>&1 || :
   rm -f ${UNIT} ${SCRIPT}
   systemctl daemon-reload
 fi
 if ufw show added 2>/dev/null | grep -q "comment '${RULE_COMMENT}'"; then
-  ufw show added | sed -n "s/^ufw \\(.*\\) comment '${RULE_COMMENT}'$/\\1/p" | while read -r rule; do
+  ufw show added | sed -n "s/^ufw \(.*\) comment '${RULE_COMMENT}'$/\1/p" | while read -r rule; do
     # shellcheck disable=SC2086
     case $rule in
       'route '*) ufw route delete \${rule#route } </dev/null ;;
@@ -538,10 +538,10 @@ if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
   for when in '' --permanent; do
     for zone in $(firewall-cmd $when --get-zones); do
       firewall-cmd $when --zone="$zone" --list-rich-rules |
-        grep -E '^${RICH_ERE}' |
+        grep -E ${`^${RICH_ERE}`} |
         while read -r rule; do firewall-cmd -q $when --zone="$zone" --remove-rich-rule="$rule" </dev/null; done
     done
-    for range in ${eachOf(ranges).join(" ")}; do firewall-cmd -q $when --zone=trusted --remove-source=$range 2>/dev/null || :; done
+    for range in ${eachOf(ranges)}; do firewall-cmd -q $when --zone=trusted --remove-source=$range 2>/dev/null || :; done
   done
 fi`;
 
