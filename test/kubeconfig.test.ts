@@ -5,6 +5,7 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { SettingError } from "../lib/settings.ts";
 import { Failure } from "../lib/step.ts";
+import { yamlIn } from "../lib/yaml.ts";
 import { accessOf, merge, withAccess } from "../scripts/cluster/kubeconfig.ts";
 import { fixture, IP, temporary } from "./helpers.ts";
 
@@ -67,20 +68,21 @@ describe("what k3s.yaml gives", () => {
   test("is the cluster at its public address, with a certificate on modern k3s", () => {
     assert.deepEqual(ACCESS, {
       name: NAME,
-      cluster: [`certificate-authority-data: ${CA}`, `server: https://${IP}:6443`],
-      user: [`client-certificate-data: ${CERT}`, `client-key-data: ${KEY}`],
+      cluster: { "certificate-authority-data": CA, server: `https://${IP}:6443` },
+      user: { "client-certificate-data": CERT, "client-key-data": KEY },
     });
   });
 
   test("is a password on v1.17.6, and another port where k3s listens there", () => {
     const access = accessOf(OLD_YAML.replace(":6443", ":7443"), IP, TOKEN);
-    assert.deepEqual(access.user, ['username: "admin"', 'password: "0123456789abcdef"']);
-    assert.equal(access.cluster[1], `server: https://${IP}:7443`);
+    assert.deepEqual(access.user, { username: "admin", password: "0123456789abcdef" });
+    assert.equal(access.cluster.server, `https://${IP}:7443`);
   });
 
   test("is a word where a password is digits alone, which YAML would take for a number", () => {
     const access = accessOf(OLD_YAML.replace("0123456789abcdef", '"01234567890"'), IP, "");
-    assert.deepEqual(access.user, ['username: "admin"', 'password: "01234567890"']);
+    assert.deepEqual(access.user, { username: "admin", password: "01234567890" });
+    assert.match(withAccess("", access, false), /^ {4}password: "01234567890"$/m);
   });
 
   const other = generateKeyPairSync("ec", { namedCurve: "P-256" })
@@ -101,8 +103,9 @@ describe("what k3s.yaml gives", () => {
           "-",
           "null",
           "",
-          `"${data}"`,
-          `${data} # x`,
+          `[${data}]`,
+          `!!binary ${data}`,
+          `*a`,
           `${data}=`,
           coded("x"),
           coded(pem(data).slice(0, 99)),
@@ -214,7 +217,7 @@ describe("a kubeconfig", () => {
 
   test("gets new credentials in their place when the server was reinstalled, and no second entry", () => {
     const once = withAccess(OWN, ACCESS, false);
-    const anew = { ...ACCESS, user: ["client-certificate-data: TkVX", "client-key-data: TkVX"] };
+    const anew = { ...ACCESS, user: { "client-certificate-data": "TkVX", "client-key-data": "TkVX" } };
     assert.equal(withAccess(once, anew, false), once.replace(CERT, "TkVX").replace(KEY, "TkVX"));
   });
 
@@ -251,31 +254,105 @@ describe("a kubeconfig", () => {
       assert.equal(withAccess(text, ACCESS, false), text);
     });
 
-  const bad: Record<string, string> = {
-    "in JSON": '{"apiVersion": "v1", "kind": "Config"}',
-    "with a list in flow style": OWN.replace(
-      /^clusters:\n[\s\S]*?(?=^contexts)/m,
-      "clusters: [{name: x, cluster: {server: y}}]\n",
+  const LISTED = "clusters: [{name: x, cluster: {server: https://y}}]\n";
+  const flow = OWN.replace(/^clusters:\n[\s\S]*?(?=^contexts)/m, LISTED);
+  const JSON_OWN = `{"apiVersion": "v1", "kind": "Config", "clusters": null, "users": [],
+  "contexts": [{"name": "work", "context": {"cluster": "work"}}], "current-context": "work"}`;
+  const styles: Record<string, string> = {
+    "in JSON": JSON_OWN,
+    "in JSON, on one line": '{"kind":"Config"}',
+    "with a list in flow style": flow,
+    "with a list in flow style over several lines": flow.replace("}}]", "}}, # its own\n  ]"),
+    "with anchors": OWN.replace("- cluster:", "- &a cluster:").replace("kind: Config", "kind: &k Config"),
+    "with aliases": OWN.replace("- name: me", "- &me\n  name: me")
+      .replace("users:\n# ", "others: [*x]\nusers:\n# ")
+      .replace("- cluster:", "- &x\n  cluster:"),
+    "with merge keys": OWN.replace(
+      "  cluster:\n    insecure",
+      "  cluster:\n    <<: {tls-server-name: x}\n    insecure",
     ),
-    "with anchors": OWN.replace("- cluster:", "- &a cluster:"),
-    "with aliases": OWN.replace("user:\n    exec:", "user: *x\n    exec:"),
     "with tags": OWN.replace("name: me", "name: !!str me"),
-    "with tabs": OWN.replace("    server: https://work", "\tserver: https://work"),
     "with CRLF": OWN.replaceAll("\n", "\r\n"),
+    "with a mark of UTF-8": `\uFEFF${OWN}`,
+    "with a mark of UTF-8 and CRLF": `\uFEFF${OWN.replaceAll("\n", "\r\n")}`,
+    "with a name over several lines": OWN.replace("- name: me", "- name: >\n    me"),
+    "with an escaped name": OWN.replace('"home"', '"ho\\u006de"'),
+    "with an end of its document": `${OWN}...\n`,
+    "of comments alone": "# later",
+    "of an empty document": "---\n",
+    "indented as a whole": OWN.replaceAll(/^(?=.)/gm, "  "),
+    "with a key that is a question": OWN.replace("clusters:\n", "? clusters\n:\n"),
+    "with a key that objects have already": `__proto__: {clusters: [], polluted: x}\nconstructor: x\n${OWN}`,
+    "with a text that ends in blank lines": `${OWN}        more\n\n`,
+  };
+  const dataOf = (text: string) => yamlIn(text).data as Record<string, unknown[]> | null;
+  for (const [name, own] of Object.entries(styles))
+    test(`${name} is merged into: it says what it did and this cluster, in its own style, and keeps every byte`, () => {
+      for (const use of [false, true]) {
+        const text = withAccess(own, ACCESS, use);
+        const [before, after] = [dataOf(own) ?? {}, dataOf(text) as Record<string, unknown[]>];
+        for (const key of ["clusters", "contexts", "users"]) {
+          const list = after[key] as { name: string }[];
+          assert.deepEqual(
+            list.filter((one) => one.name !== NAME),
+            before[key] ?? [],
+          );
+          assert.equal(list.filter((one) => one.name === NAME).length, 1);
+        }
+        if (use) assert.equal(after["current-context"], NAME);
+        const rest = ({
+          clusters,
+          contexts,
+          users,
+          "current-context": current,
+          ...rest
+        }: Record<string, unknown>) => rest;
+        if (Object.keys(before).length) assert.deepEqual(rest(after), rest(before));
+        let at = 0;
+        for (const letter of use ? "" : own.replace(/\bnull\b/, ""))
+          at = text.indexOf(letter, at) + 1 || assert.fail(own);
+        if (own.includes("\r")) assert.doesNotMatch(text, /[^\r]\n/);
+        else assert.doesNotMatch(text, /\r/);
+        assert.equal(withAccess(text, ACCESS, use), text, "a second time");
+        const anew = { ...ACCESS, user: { "client-certificate-data": "TkVX", "client-key-data": "TkVX" } };
+        assert.equal(withAccess(text, anew, use), text.replace(CERT, "TkVX").replace(KEY, "TkVX"));
+        assert.equal(({} as Record<string, unknown>).polluted, undefined);
+      }
+    });
+
+  const bomb = Array.from({ length: 30 }, (_, i) => `x${i + 1}: &x${i + 1} [*x${i}, *x${i}, *x${i}]\n`).join(
+    "",
+  );
+  const ours = withAccess(OWN, ACCESS, false);
+  const bad: Record<string, string> = {
+    "with an alias to nowhere": OWN.replace("user:\n    exec:", "user: *x\n    exec:"),
+    "with aliases that grow without end": `${OWN}x0: &x0 [a, a, a]\n${bomb}`,
+    "with a list that is another's alias": OWN.replace("users:\n", "users: *x\nold:\n").replace(
+      "clusters:\n",
+      "clusters: &x\n",
+    ),
+    "whose lists a merge key brings": `x: &x\n  users:\n  - name: me\n<<: *x\n${OWN.replace("users:", "old:")}`,
+    "where something else goes by what would be replaced": `${ours.replace(/user: (k3s-.*)\n {2}name/, "user: &x $1\n  name").replace(CERT, `&y ${coded("old")}`)}z: [*x, *y]\n`,
+    "whose brackets do not end": OWN.replace("users:", "users: ["),
+    "of brackets alone": "[".repeat(100_000),
+    "that is empty brackets": "{}",
+    "with a list that is none": OWN.replace(/^clusters:\n[\s\S]*?(?=^contexts)/m, "clusters: {name: work}\n"),
+    "with an entry that is none": OWN.replace("users:\n", "users:\n- \n"),
+    "with tabs": OWN.replace("    server: https://work", "\tserver: https://work"),
     "with the same list twice": `${OWN}users:\n- name: z\n  user: {}\n`,
+    "with the same key twice in an entry": OWN.replace("    insecure", "    server: https://x\n    insecure"),
     "with two entries of one name": OWN.replace('name: "home"', "name: work"),
+    "with two entries of one name, in two styles": OWN.replace('name: "home"', 'name: "w\\u006frk"'),
     "with an entry without a name": OWN.replace("  name: work\n- name", "- name"),
     "with two documents": `${OWN}---\nkind: Config\n`,
     "of another kind": OWN.replace("kind: Config", "kind: Pod"),
     "that is text": "hello\n",
-    "with a name over several lines": OWN.replace("- name: me", "- name: >\n    me"),
-    "with an escaped name": OWN.replace('"home"', '"ho\\u006de"'),
     "with uneven lists": OWN.replace("  name: work\ncurrent", " name: work\ncurrent"),
   };
   for (const [name, own] of Object.entries(bad))
     test(`${name} is refused`, () => {
       assert.throws(
-        () => withAccess(own, ACCESS, false),
+        () => withAccess(own, ACCESS, true),
         (error) => error instanceof SettingError && !error.message.includes("\n"),
       );
     });

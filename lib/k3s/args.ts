@@ -1,7 +1,7 @@
 /** k3s's config file, as the arguments that k3s makes of it (pkg/configfilearg). */
-import { YAML } from "zx";
 import type { Arg } from "../args.ts";
 import { refusedIn } from "../table.ts";
+import { yamlIn } from "../yaml.ts";
 
 /**
  * What k3s takes out of its config file, by YAML 1.1 with merge keys: a list is a flag for each of its values, and
@@ -10,14 +10,7 @@ import { refusedIn } from "../table.ts";
  * @throws {Error} in one line, for what is no mapping of YAML, or is several documents (k3s reads the first alone).
  */
 export function configArgs(text: string): Arg[] {
-  const documents = YAML.parseAllDocuments(text, { version: "1.1", merge: true });
-  if (documents.length > 1) throw new Error("it has several documents, of which k3s reads one");
-  const [document] = documents;
-  if (!document) return [];
-  const [wrong] = document.errors;
-  if (wrong) throw new Error(wrong.message.split("\n")[0].replace(/:$/, ""));
-  // Aliases are followed here: it throws for those that lead nowhere, or to too much.
-  const map: unknown = document.toJS();
+  const map = yamlIn(text).data;
   if (map === null) return [];
   if (typeof map !== "object" || Array.isArray(map))
     throw new Error("it is no mapping, key: value on each line");

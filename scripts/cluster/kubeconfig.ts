@@ -4,6 +4,7 @@ import { createHash, createPrivateKey, X509Certificate } from "node:crypto";
 import { existsSync, mkdirSync, readFileSync, statSync } from "node:fs";
 import { homedir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
+import { isDeepStrictEqual } from "node:util";
 import { jobFor, targets } from "../../lib/boxes.ts";
 import { ask } from "../../lib/check/survey.ts";
 import { look } from "../../lib/converge.ts";
@@ -15,12 +16,13 @@ import type { Call, Target } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { Failure } from "../../lib/step.ts";
 import { caIn } from "../../lib/token.ts";
+import { yamlIn, yamlLines } from "../../lib/yaml.ts";
 
-/** What a kubeconfig has of one cluster: lines of YAML as kubectl writes them, without indentation. */
+/** What a kubeconfig has of one cluster. */
 export interface Access {
   name: string;
-  cluster: string[];
-  user: string[];
+  cluster: Record<string, string>;
+  user: Record<string, string>;
 }
 
 /**
@@ -36,219 +38,194 @@ export function accessOf(text: string, ip: string, token: string): Access {
     throw new Failure(`/etc/rancher/k3s/k3s.yaml is not as k3s writes it: ${why}`);
   };
   if (text.length > 200_000) no(`it has ${text.length} characters`);
+  let config: Partial<Config> | undefined;
+  try {
+    config = yamlIn(text).data as typeof config;
+  } catch (error) {
+    no((error as Error).message);
+  }
+  const given = { ...config?.clusters?.[0]?.cluster, ...config?.users?.[0]?.user } as Record<string, unknown>;
   const field = (name: string) => {
-    const [one, ...more] = text.matchAll(new RegExp(`\\b${name}["']?:(.*)`, "g"));
-    if (!one || more.length) return no(`it has ${one ? "several" : "no"} ${name}`);
-    return (one[1] as string).trim();
+    const value = given[name];
+    return typeof value === "string" ? value : no(`it has no ${name}`);
   };
-  const bytes = (name: string) => {
-    const decoded = Buffer.from(field(name), "base64");
-    if (decoded.toString("base64") !== field(name)) no(`its ${name} is no base64`);
-    return decoded;
-  };
-  /** PEM as Go reads it too: nothing but whole blocks. */
-  const pem = (name: string, kind: string): [string, ...string[]] => {
-    const said = bytes(name).toString("latin1");
-    const block = `-----BEGIN ${kind}-----\n[A-Za-z0-9+/=\n]+\n-----END ${kind}-----\n`;
-    if (!new RegExp(`^(?:${block})+$`).test(said))
-      no(`its ${name} is no PEM of a ${kind.replace(/.* \)\?/, "")}`);
-    return said.match(new RegExp(block, "g")) as unknown as [string, ...string[]];
-  };
-  const certificates = (name: string) => {
+  const tried = <T>(name: string, what: () => T): T => {
     try {
-      return pem(name, "CERTIFICATE").map((one) => new X509Certificate(one));
-    } catch (error) {
-      return error instanceof Failure ? no(error.message) : no(`its ${name} has no certificate`);
+      return what();
+    } catch {
+      return no(`its ${name} cannot be read`);
     }
   };
+  /** Base64 of PEM, as Go reads it too: nothing but whole blocks. */
+  const pem = (name: string, kind: string): string[] => {
+    const said = Buffer.from(field(name), "base64");
+    const block = `-----BEGIN ${kind}-----\n[A-Za-z0-9+/=\n]+\n-----END ${kind}-----\n`;
+    if (said.toString("base64") !== field(name)) no(`its ${name} is no base64`);
+    if (!new RegExp(`^(?:${block})+$`).test(said.toString("latin1")))
+      no(`its ${name} is no PEM of a ${kind.replace(/.* \)\?/, "")}`);
+    return said.toString().match(new RegExp(block, "g")) as string[];
+  };
+  const certificates = (name: string) =>
+    pem(name, "CERTIFICATE").map((one) => tried(name, () => new X509Certificate(one)));
   const port =
     /^https:\/\/[\w.:[\]-]+:(\d{1,5})$/.exec(field("server"))?.[1] ??
     no("its server is no https://HOST:PORT");
-  certificates("certificate-authority-data");
-  const hash = createHash("sha256").update(bytes("certificate-authority-data")).digest("hex");
+  certificates(CA);
+  const hash = createHash("sha256")
+    .update(Buffer.from(field(CA), "base64"))
+    .digest("hex");
   if (token && caIn(token) !== hash)
     throw new Failure(
       "The CA in /etc/rancher/k3s/k3s.yaml is not the one that K3S_TOKEN names: the box's k3s belongs to another cluster",
     );
-  const access = (user: string[]): Access => ({
+  const access = (...names: string[]): Access => ({
     name: `k3s-${ip}`,
-    cluster: [
-      `certificate-authority-data: ${field("certificate-authority-data")}`,
-      `server: https://${ip}:${port}`,
-    ],
-    user,
+    cluster: { [CA]: field(CA), server: `https://${ip}:${port}` },
+    user: Object.fromEntries(names.map((name) => [name, field(name)])),
   });
-  if (!/client-key-data/.test(text)) {
-    // A password of digits alone would be a number.
-    const word = (name: string) =>
-      `${name}: "${/^"?([\w.-]{1,200})"?$/.exec(field(name))?.[1] ?? no(`its ${name} is no plain word`)}"`;
-    return access([word("username"), word("password")]);
+  if (given["client-key-data"] === undefined) {
+    for (const name of ["username", "password"])
+      if (!/^[\w.-]{1,200}$/.test(field(name))) no(`its ${name} is no plain word`);
+    return access("username", "password");
   }
   const [certificate] = certificates("client-certificate-data");
-  const [key] = pem("client-key-data", "(?:EC |RSA )?PRIVATE KEY");
-  try {
-    if (!certificate?.checkPrivateKey(createPrivateKey(key)))
-      no("its client-key-data is of another certificate");
-  } catch (error) {
-    if (error instanceof Failure) throw error;
-    no("its client-key-data has no key");
-  }
-  const names = ["client-certificate-data", "client-key-data"];
-  return access(names.map((name) => `${name}: ${field(name)}`));
+  const [key = ""] = pem("client-key-data", "(?:EC |RSA )?PRIVATE KEY");
+  if (!tried("client-key-data", () => certificate?.checkPrivateKey(createPrivateKey(key))))
+    no("its client-key-data is of another certificate");
+  return access("client-certificate-data", "client-key-data");
 }
 
-/** A kubeconfig that cannot be edited line by line without knowing all of YAML. Nothing was touched. */
-const no = (why: string, line?: number): never => {
+const CA = "certificate-authority-data";
+const LISTS = ["clusters", "contexts", "users"] as const;
+type Entry = { name: string } & { [kind in "cluster" | "context" | "user"]?: Record<string, unknown> };
+type Config = Record<(typeof LISTS)[number], Entry[]> & { "current-context"?: string };
+
+/** A kubeconfig that cannot be edited. Nothing was touched. */
+const no = (why: string): never => {
   throw new SettingError(
-    `cannot be merged into: ${why}${line === undefined ? "" : ` (line ${line + 1})`}; expected block style, as kubectl writes it ("kubectl config view --raw" prints it so)`,
+    `cannot be merged into: ${why}; expected what kubectl reads ("kubectl config view --raw" prints it so)`,
   );
 };
 
-interface Section {
-  /** Its line, and the line after its last. */
-  from: number;
-  to: number;
-  /** Blanks before its items' dashes. */
-  indent: string;
-  items: { name: string; from: number; to: number }[];
-}
-
-const BLANK = /^\s*(#.*)?$/;
-
-/**
- * Where the items of clusters, contexts and users stand. Only the plain block style that kubectl writes is
- * read; everything else is refused rather than guessed at.
- *
- * @throws {SettingError}
- */
-function sectionsOf(lines: string[]): Map<string, Section> {
-  const tops: { key: string; rest: string; from: number }[] = [];
-  for (const [i, line] of lines.entries()) {
-    if (BLANK.test(line) || (line === "---" && tops.length === 0)) continue;
-    if (/[\r\t]/.test(line)) no("it has tabs or CR", i);
-    if (/^\s*[{[]/.test(line)) no("it is JSON or in flow style", i);
-    if (/(^|[:-] +)([&*!]|<<:)/.test(line)) no("it has anchors, aliases or tags", i);
-    if (/^ |^- /.test(line)) {
-      if (tops.length === 0) no("it does not begin with a key", i);
-      continue;
-    }
-    const [, key, rest] = /^([A-Za-z][\w-]*):(?: +(.*))?$/.exec(line) ?? [];
-    if (!key) return no(`"${line.slice(0, 20)}" is no key`, i);
-    if (tops.some((top) => top.key === key)) no(`${key} is there twice`, i);
-    tops.push({ key, rest: (rest ?? "").replace(/\s*#.*$/, ""), from: i });
+/** @throws {SettingError} for what kubectl would not read, or would read of two entries only one. */
+function configIn(text: string) {
+  let read: ReturnType<typeof yamlIn>;
+  try {
+    read = yamlIn(text);
+  } catch (error) {
+    return no((error as Error).message.replaceAll("\n", " "));
   }
-  const kind = tops.find(({ key }) => key === "kind");
-  if (tops.length && kind?.rest.replaceAll(/["']/g, "") !== "Config") no("it is of no kind Config");
-
-  const sections = new Map<string, Section>();
-  for (const [t, { key, rest, from }] of tops.entries()) {
-    let to = tops[t + 1]?.from ?? lines.length;
-    while (to > from + 1 && BLANK.test(lines[to - 1] as string)) to--;
-    const section: Section = { from, to, indent: "", items: [] };
-    sections.set(key, section);
-    if (!["clusters", "contexts", "users"].includes(key)) continue;
-    if (!["", "[]", "null", "~"].includes(rest) || (rest && to > from + 1))
-      no(`${key} is not a list in block style`, from);
-    readItems(lines, key, section);
+  const { document, data } = read;
+  if (data === null) return { config: {} as Partial<Config> };
+  const config = data as Partial<Config> & { kind?: unknown };
+  if (config.kind !== "Config") return no("it is of no kind Config");
+  for (const key of LISTS) {
+    const list = config[key] ?? [];
+    if (!Array.isArray(list)) return no(`${key} is no list`);
+    const names = list.map((one) => one?.name ?? no(`an entry of ${key} has no name`));
+    const twice = names.find((name, i) => names.indexOf(name) < i);
+    if (twice !== undefined) return no(`${key} has ${twice} twice`);
   }
-  return sections;
-}
-
-function readItems(lines: string[], key: string, section: Section): void {
-  const first = lines.slice(section.from + 1, section.to).find((line) => !BLANK.test(line));
-  section.indent = /^ */.exec(first ?? "")?.[0] ?? "";
-  let names: string[] = [];
-  let inner = "";
-  const close = (to: number) => {
-    const item = section.items.at(-1);
-    if (!item) return;
-    while (BLANK.test(lines[to - 1] as string)) to--;
-    item.to = to;
-    if (names.length !== 1)
-      no(`an entry of ${key} has ${names.length ? "several names" : "no name"}`, item.from);
-    item.name = names[0] as string;
-    names = [];
-  };
-  for (let i = section.from + 1; i < section.to; i++) {
-    const line = lines[i] as string;
-    if (BLANK.test(line)) continue;
-    const dash = new RegExp(`^${section.indent}-( +)(?=\\S)`).exec(line);
-    if (dash) {
-      close(i);
-      section.items.push({ name: "", from: i, to: i });
-      inner = `${section.indent} ${dash[1]}`;
-    } else if (!line.startsWith(`${section.indent} `)) no(`${key} is not indented evenly`, i);
-    const own = dash ? inner + line.slice(dash[0].length) : line;
-    const name =
-      own.startsWith(`${inner}name:`) &&
-      /^name: +("[^"\\]*"|'[^']*'|[^"'\s#|>][^#]*?)(?:\s+#.*|\s*)$/.exec(own.slice(inner.length))?.[1];
-    if (name) names.push(name.replace(/^(["'])(.*)\1$/, "$2"));
-    else if (own.startsWith(`${inner}name:`)) no(`a name in ${key} is not a plain word`, i);
-  }
-  close(section.to);
-  for (const [i, { name, from }] of section.items.entries())
-    if (section.items.findIndex((item) => item.name === name) < i) no(`${key} has ${name} twice`, from);
+  return { config, map: document.contents };
 }
 
 /**
  * A kubeconfig's text with this cluster in it: its three entries are added or replaced, and every other byte
- * stays. `use` makes it the current context.
+ * stays. `use` makes it the current context. What came of it is read again: it must say that, and nothing else anew.
  *
- * @throws {SettingError} where the text is not in kubectl's block style.
+ * @throws {SettingError} for a text that cannot be edited so, or has something else by this cluster's name.
  */
 export function withAccess(text: string, { name, cluster, user }: Access, use: boolean): string {
-  foreign(text, name, cluster);
-  let result = text.trim() ? text : 'apiVersion: v1\nkind: Config\npreferences: {}\ncurrent-context: ""\n';
-  if (!result.endsWith("\n")) result += "\n";
-  result = withItem(result, "clusters", name, ["cluster:", ...cluster.map((line) => `  ${line}`)]);
-  result = withItem(result, "contexts", name, ["context:", `  cluster: ${name}`, `  user: ${name}`]);
-  result = withItem(result, "users", name, ["user:", ...user.map((line) => `  ${line}`)], true);
-  if (!use) return result;
-  const lines = result.split("\n");
-  const at = sectionsOf(lines).get("current-context");
-  if (at && at.to > at.from + 1) no("current-context is more than one line", at.from);
-  if (at) lines[at.from] = `current-context: ${name}`;
-  else lines.splice(-1, 0, `current-context: ${name}`);
-  return lines.join("\n");
+  const entries = {
+    clusters: { cluster, name },
+    contexts: { context: { cluster: name, user: name }, name },
+    users: { name, user },
+  };
+  const { config } = configIn(text);
+  foreign(config, name, cluster.server as string);
+  let result = text;
+  if (Object.keys(config).length === 0) {
+    result += text && !text.endsWith("\n") ? "\n" : "";
+    result += 'apiVersion: v1\nkind: Config\npreferences: {}\ncurrent-context: ""\n';
+  }
+  const wanted = structuredClone(configIn(result).config);
+  for (const key of LISTS) {
+    const list = wanted[key] ?? [];
+    const at = list.findIndex((one) => one.name === name);
+    // What the user added to it, a namespace say, stays as long as what matters is right.
+    if (at >= 0 && holds(list[at], entries[key])) continue;
+    list.splice(at < 0 ? list.length : at, 1, entries[key]);
+    wanted[key] = list;
+    result = withValue(result, key, entries[key], at);
+  }
+  if (use && wanted["current-context"] !== name) {
+    wanted["current-context"] = name;
+    result = withValue(result, "current-context", name);
+  }
+  if (!isDeepStrictEqual(configIn(result).config, wanted))
+    no("its anchors or its style leave no place for more");
+  return result;
 }
 
+/** Has a value all that another has? */
+const holds = (have: unknown, want: unknown): boolean =>
+  want instanceof Object
+    ? Object.entries(want).every(([key, value]) => holds(Object(have)[key], value))
+    : have === want;
+
 /** @throws {SettingError} where the user has something else by the name that this cluster goes by. */
-function foreign(text: string, name: string, cluster: readonly string[]): void {
-  const lines = text.split("\n");
-  const sections = sectionsOf(lines);
-  const entry = (key: string) => {
-    const item = sections.get(key)?.items.find((item) => item.name === name);
-    return item && lines.slice(item.from, item.to).map((line) => line.replace(/^ *(- +)?/, ""));
-  };
-  const host = (cluster[1] as string).replace(/:\d+$/, ":");
-  const [clusters, contexts, users] = ["clusters", "contexts", "users"].map(entry);
+function foreign(config: Partial<Config>, name: string, server: string): void {
+  const [cluster, context, user] = LISTS.map((key) => config[key]?.find((one) => one.name === name));
+  const at = `${cluster?.cluster?.server}`;
   if (
-    (clusters && !clusters.some((line) => line.replace(/^server: ["']/, "server: ").startsWith(host))) ||
-    (contexts && !contexts.includes(`cluster: ${name}`)) ||
-    ((contexts || users) && !clusters)
+    (cluster && !at.startsWith(server.replace(/:\d+$/, ":"))) ||
+    (context && context.context?.cluster !== name) ||
+    ((context || user) && !cluster)
   )
     no(`it has a ${name} that is not this cluster: give that another name`);
 }
 
-/** kubectl writes an entry's name first for users, last for the others. */
-function withItem(text: string, key: string, name: string, body: string[], nameFirst = false): string {
-  const lines = text.split("\n");
-  const section = sectionsOf(lines).get(key);
-  const item = section?.items.find((item) => item.name === name);
-  const indent = section?.indent ?? "";
-  const all = nameFirst ? [`name: ${name}`, ...body] : [...body, `name: ${name}`];
-  const entry = all.map((line, i) => `${indent}${i ? " " : "-"} ${line}`);
-  if (!section) lines.splice(-1, 0, `${key}:`, ...entry);
-  else if (item) {
-    // What the user added to it, a namespace say, stays as long as what matters is right.
-    const have = lines.slice(item.from, item.to).map((line) => line.replace(/^ *(- +)?/, ""));
-    if (!body.every((line) => have.includes(line.trim())))
-      lines.splice(item.from, item.to - item.from, ...entry);
-  } else {
-    if (!section.items.length) lines[section.from] = `${key}:`;
-    lines.splice(section.to, 0, ...entry);
+/**
+ * The text with a value of its mapping: a name, or an entry of a list, in the place of the one at `at` or behind all. It
+ * is written in lines, as kubectl does; within brackets, and in place of an alias, as JSON.
+ */
+function withValue(text: string, key: string, value: string | object, at = -1): string {
+  const { map } = configIn(text);
+  const pair = map.items.find((one: { key: { value?: unknown } | null }) => one.key?.value === key);
+  const have = pair?.value;
+  const old = have?.items?.[at];
+  const eol = text.includes("\r\n") ? "\r\n" : "\n";
+  const indent = (from: number) =>
+    eol + " ".repeat(text.slice(text.lastIndexOf("\n", from - 1) + 1, from).replace("\uFEFF", "").length);
+  const put = ([from, to]: number[], what: string) => text.slice(0, from) + what + text.slice(to);
+  /** Lines of their own from there on, as far in as what stands at `like`. */
+  const insert = (from: number, like: number, lines: string[]) => {
+    const own = lines.map((line) => indent(like) + line).join("") + eol;
+    return put([from, from], from && text[from - 1] !== "\n" ? own : own.slice(eol.length));
+  };
+  const json = JSON.stringify(value);
+  const isName = typeof value === "string";
+  const item = isName ? [] : yamlLines([value]);
+  const [start, , end] = map.range;
+
+  if (old?.items && !old.flow)
+    return put([old.range[0], old.range[2]], yamlLines(value).join(indent(old.range[0])) + eol);
+  if (old) return put(old.range, json);
+  if (have?.items?.length && !have.flow) return insert(have.range[2], have.range[0], item);
+  if (map.flow || have?.items?.length) {
+    const last = have?.items?.at(-1) ?? map.items.at(-1).value;
+    const one = isName ? json : `[${json}]`;
+    if (have && !have.items?.length) return put(have.range, one);
+    return put([last.range[1], last.range[1]], have ? `, ${json}` : `, "${key}": ${one}`);
   }
-  return lines.join("\n");
+  if (!pair) return insert(end, start, isName ? [`${key}: ${value}`] : [`${key}:`, ...item]);
+  const [from, to] = have.range;
+  if (from < to && isName) return put(have.range, value);
+  // An empty list goes, and what stands behind it on its line stays.
+  if (from < to) return withValue(put([text.slice(0, from).trimEnd().length, to], ""), key, value);
+  const colon = text.indexOf(":", pair.key.range[1]) + 1;
+  if (isName) return put([colon, colon], ` ${value}`);
+  return insert(text.indexOf("\n", colon) + 1 || text.length, start, item);
 }
 
 /** Where kubectl would look first. @throws {SettingError} for what is no file. */
