@@ -24,10 +24,10 @@ export const newMark = () => `k3s-across-clouds-${randomBytes(8).toString("hex")
 
 /** The script that looks: facts of all steps, in one trip. It never fails: what is not there is not printed. */
 export function lookScript(steps: readonly Step[], want: Settings, mark: string): string {
-  return `m=${mark}
-fact() { printf '\\n%s fact %s\\n' "$m" "$1"; }
-${BASE}${[...new Set(steps.flatMap((step) => step.look(want)))].join("\n")}
-printf '\\n%s end\\n' "$m"`;
+  return sh`m=${mark}
+fact() { printf '\n%s fact %s\n' "$m" "$1"; }
+${raw(BASE)}${raw([...new Set(steps.flatMap((step) => step.look(want)))].join("\n"))}
+printf '\n%s end\n' "$m"`;
 }
 
 /** For a comment, which may quote what a box said: on one line, and for a terminal too. */

@@ -95,7 +95,7 @@ export function password(want: Settings, facts: Facts): Change[] {
   if (known ? have === `600\n${sha256(known)}` : have?.startsWith("600\n")) return [];
   if (own) return [KEEP_PASSWORD];
   if (known) return [writePassword(passwordOf("K3S_TOKEN"), { secrets: ["K3S_TOKEN"] })];
-  const made = writePassword("$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')");
+  const made = writePassword(sh`$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')`);
   return [{ ...made, why: `${made.why}, the password of a new cluster` }];
 }
 
@@ -109,7 +109,7 @@ mv -f ${PASSWORD}.new ${PASSWORD}`,
 });
 
 /** The server's own password goes on being the cluster's. */
-export const KEEP_PASSWORD = writePassword(`$(sed '${PASSWORD_SED}' ${NODE_TOKEN})`);
+export const KEEP_PASSWORD = writePassword(sh`$(sed ${PASSWORD_SED} ${NODE_TOKEN})`);
 /** A fact that \`password\` needs. */
 export const passwordLook = `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`;
 

@@ -26,7 +26,7 @@ fact userspace; test -c /dev/net/tun && command -v wireguard-go
 `;
 
 /** What el7 knows of kernel-ml: its release as \`uname -r\` would say it, and the boot entry that starts it. */
-const BOOT = `grub=/boot/grub2/grub.cfg
+const BOOT = sh`grub=/boot/grub2/grub.cfg
 if [ -d /sys/firmware/efi ]; then
   for grub in /boot/efi/EFI/*/grub.cfg; do if [ -s "$grub" ]; then break; fi; done
 fi
@@ -34,10 +34,10 @@ kernel_ml() { rpm -ql kernel-ml 2>/dev/null | sed -n 's|^/boot/vmlinuz-||p' | so
 # With BLS an entry is a file's name, else a title, behind its submenu's if it has one.
 entry_of() {
   if grep -q '^ *blscfg' "$grub" 2>/dev/null; then
-    grep -lE "^linux[[:blank:]].*/vmlinuz-$1\\$" /boot/loader/entries/*.conf 2>/dev/null | head -n 1 | sed 's|.*/||; s|[.]conf$||'
+    grep -lE "^linux[[:blank:]].*/vmlinuz-$1\$" /boot/loader/entries/*.conf 2>/dev/null | head -n 1 | sed 's|.*/||; s|[.]conf$||'
   else
-    awk -F"'" -v kernel="/vmlinuz-$1 " '/^submenu / { menu = $2 ">" } /^}/ { menu = "" } /^[ \\t]*menuentry / { title = menu $2 }
-      /^[ \\t]+linux/ && index($0, kernel) { print title; exit }' "$grub" 2>/dev/null
+    awk -F"'" -v kernel="/vmlinuz-$1 " '/^submenu / { menu = $2 ">" } /^}/ { menu = "" } /^[ \t]*menuentry / { title = menu $2 }
+      /^[ \t]+linux/ && index($0, kernel) { print title; exit }' "$grub" 2>/dev/null
   fi
 }
 saved_entry() { grub2-editenv list 2>/dev/null | sed -n 's/^saved_entry=//p'; }`;

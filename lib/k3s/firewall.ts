@@ -66,11 +66,11 @@ export const firewallLook = prints(
   "script",
   "start",
   "booted",
-)(`state=$(firewall-cmd --state 2>/dev/null)
+)(sh`state=$(firewall-cmd --state 2>/dev/null)
 fact firewalld; echo "$state"
 if [ "$state" = running ]; then
   fact firewalld-version; firewall-cmd --version
-  zones=$( (firewall-cmd --get-active-zones | sed -n 's/^\\([^ ]*\\).*/\\1/p'; firewall-cmd --get-default-zone) | grep -vx -e trusted -e '' | sort -u)
+  zones=$( (firewall-cmd --get-active-zones | sed -n 's/^\([^ ]*\).*/\1/p'; firewall-cmd --get-default-zone) | grep -vx -e trusted -e '' | sort -u)
   fact zones; echo "$zones"
   for when in '' --permanent; do
     fact "rules$when"; for zone in $zones; do firewall-cmd $when --zone="$zone" --list-rich-rules | sed "s/^/$zone /"; done
@@ -80,11 +80,11 @@ fi
 fact ufw; ufw status verbose 2>/dev/null
 fact added; ufw show added 2>/dev/null
 fact nft; command -v nft
-fact card; ip -4 route show default | sed -n 's/.* dev \\([^ ]*\\).*/\\1/p' | head -n 1
+fact card; ip -4 route show default | sed -n 's/.* dev \([^ ]*\).*/\1/p' | head -n 1
 fact ruleset; nft list ruleset 2>/dev/null | awk '
   /^table / { other = $2 !~ /^(ip6?|inet|netdev)$/ || $3 ~ /^(nat|kube-proxy)$/ }
-  /^[^\\t]/ { k3s = 0 }
-  /^\\t[a-z]+ [^ ]+ \\{/ { k3s = $2 ~ /^(KUBE|CNI)-/ }
+  /^[^\t]/ { k3s = 0 }
+  /^\t[a-z]+ [^ ]+ \{/ { k3s = $2 ~ /^(KUBE|CNI)-/ }
   !other && !k3s' | head -c ${LONG}
 # Of iptables there are two, and k3s brings its own where the box has none.
 saved() (
@@ -96,7 +96,7 @@ saved() (
     case $("\${tool%-save}" --version 2>/dev/null) in *nf_tables*) have=nft ;; ?*) have=legacy ;; *) have= ;; esac
     [ "$have" = "$kind" ] || return
   fi
-  "$tool" "$@" 2>/dev/null | awk '/^\\*/ { nat = /nat/ } !nat && !/^(:|-A )(KUBE|CNI)-/' | head -c ${LONG}
+  "$tool" "$@" 2>/dev/null | awk '/^\*/ { nat = /nat/ } !nat && !/^(:|-A )(KUBE|CNI)-/' | head -c ${LONG}
 )
 for family in ip ip6; do
   fact "\${family}tables"; saved \${family}tables nft

@@ -1,6 +1,7 @@
 /** What stands in k3s's way on a box and is not ours: ports that something else has, config files of somebody else. */
 
 import { check, SettingError, type Settings } from "../settings.ts";
+import { sh } from "../sh.ts";
 import { type Facts, type Look, prints, Refusal, type Step } from "../step.ts";
 import { boxNames } from "../text.ts";
 import { configArgs, wrongIn } from "./args.ts";
@@ -57,9 +58,9 @@ function configIn(path: string, text: string): ReturnType<typeof configArgs> {
 
 /** Others' config files, in base64: they may hold secrets, and what they will. */
 export const configsLook = (folder = FOLDER): Look<"configs"> =>
-  prints("configs")(`fact configs; for f in ${folder}/config.yaml ${folder}/config.yaml.d/*; do
+  prints("configs")(sh`fact configs; for f in ${folder}/config.yaml ${folder}/config.yaml.d/*; do
   case $f in ${CONFIG.replace(FOLDER, folder)}) continue ;; *.[yY][mM][lL] | *.[yY][aA][mM][lL]) ;; *) continue ;; esac
-  [ ! -f "$f" ] || printf '%s %s\\n' "$(head -c 65536 "$f" | base64 | tr -d '\\n')" "$f"
+  [ ! -f "$f" ] || printf '%s %s\n' "$(head -c 65536 "$f" | base64 | tr -d '\n')" "$f"
 done
 `);
 
@@ -79,13 +80,13 @@ export const foreignArgs = (facts: Facts): ReturnType<typeof configArgs> =>
  */
 export const portsLook = prints(
   "ports",
-)(`fact ports; ss -lntup 2>/dev/null | awk '$5 ~ /:(51820|51821|6443|10250)$/ {
+)(sh`fact ports; ss -lntup 2>/dev/null | awk '$5 ~ /:(51820|51821|6443|10250)$/ {
   port = $5; sub(/.*:/, "", port); name = pid = ""
-  if (match($0, /users:\\(\\("[^"]*",/)) name = substr($0, RSTART + 9, RLENGTH - 11)
+  if (match($0, /users:\(\("[^"]*",/)) name = substr($0, RSTART + 9, RLENGTH - 11)
   if (match($0, /pid=[0-9]+/)) pid = substr($0, RSTART + 4, RLENGTH - 4)
   print $1, port, pid ? pid : "-", name
 }' | sort -u | while read -r protocol port pid name; do
-  ! grep -qsE '/k3s(-agent)?\\.service' "/proc/$pid/cgroup" || continue
+  ! grep -qsE '/k3s(-agent)?\.service' "/proc/$pid/cgroup" || continue
   if [ "$protocol" = udp ]; then
     link=$(wg show all listen-port 2>/dev/null | awk -v port="$port" '$2 == port { print $1 }' | head -n 1)
     # Without wg: the kernel's own socket is of one of its WireGuard interfaces.

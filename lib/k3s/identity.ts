@@ -2,6 +2,7 @@
 
 import { parseArgs, secretIn } from "../args.ts";
 import type { Settings } from "../settings.ts";
+import { sh } from "../sh.ts";
 import { type Facts, prints, Refusal, type Step, type Want } from "../step.ts";
 import { splitWords } from "../text.ts";
 import { caIn, caSed } from "../token.ts";
@@ -130,12 +131,12 @@ export interface Cas {
 }
 
 /** A fact for casOf: hashes alone. A token names the CA's root, k3s's own CA has nothing else; both are looked at. */
-export const caLook = prints("cas")(`fact cas; d=/var/lib/rancher/k3s
+export const caLook = prints("cas")(sh`fact cas; d=/var/lib/rancher/k3s
 for role in server/tls agent; do
   [ ! -s $d/$role/server-ca.crt ] || echo "\${role%/*} $(sha256sum <$d/$role/server-ca.crt | cut -d' ' -f1)"
 done
-sed -n '${caSed("", "server ")}' ${NODE_TOKEN} 2>/dev/null
-sed -n '${caSed("K3S_TOKEN=.\\{0,1\\}", "agent ")}' /etc/systemd/system/k3s-agent.service.env 2>/dev/null
+sed -n ${caSed("", "server ")} ${NODE_TOKEN} 2>/dev/null
+sed -n ${caSed("K3S_TOKEN=.\\{0,1\\}", "agent ")} /etc/systemd/system/k3s-agent.service.env 2>/dev/null
 `);
 
 export function casOf(facts: Facts<"cas">): Cas {
@@ -206,17 +207,17 @@ export const unitsLook = prints(
   "unit-k3s",
   "unit-k3s-agent",
   "told",
-)(`for name in k3s k3s-agent; do
+)(sh`for name in k3s k3s-agent; do
   fact "unit-$name"; systemctl cat $name.service 2>/dev/null || cat /etc/systemd/system/$name.service 2>/dev/null
 done
 fact told; d=/etc/systemd/system
 cat $d/k3s.service.env $d/k3s-agent.service.env /etc/default/k3s /etc/sysconfig/k3s 2>/dev/null |
-  sed -n "s/^K3S_DATA_DIR=['\\"]\\{0,1\\}\\([^'\\"]*\\).*/data-dir \\1/p; s/^K3S_DATASTORE_ENDPOINT=..*/datastore-endpoint/p; s/^K3S_CLUSTER_INIT=..*/cluster-init/p"
+  sed -n "s/^K3S_DATA_DIR=['\"]\{0,1\}\([^'\"]*\).*/data-dir \1/p; s/^K3S_DATASTORE_ENDPOINT=..*/datastore-endpoint/p; s/^K3S_CLUSTER_INIT=..*/cluster-init/p"
 {
-  printf '%s\\n' /etc/rancher/k3s/config.yaml /etc/rancher/k3s/config.yaml.d/*
-  cat $d/k3s.service $d/k3s-agent.service 2>/dev/null | sed -n "s/.*-c\\(onfig\\)\\{0,1\\}[=[:space:]]['\\"]\\{0,1\\}\\([^'\\"[:space:]]*\\).*/\\2/p"
+  printf '%s\n' /etc/rancher/k3s/config.yaml /etc/rancher/k3s/config.yaml.d/*
+  cat $d/k3s.service $d/k3s-agent.service 2>/dev/null | sed -n "s/.*-c\(onfig\)\{0,1\}[=[:space:]]['\"]\{0,1\}\([^'\"[:space:]]*\).*/\2/p"
 } | while read -r file; do
-  [ ! -f "$file" ] || sed -n "s/^data-dir:[[:space:]]*['\\"]\\{0,1\\}\\([^'\\"[:space:]]*\\).*/data-dir \\1/p; s/^\\(datastore-endpoint\\|cluster-init\\):.*/\\1/p" "$file"
+  [ ! -f "$file" ] || sed -n "s/^data-dir:[[:space:]]*['\"]\{0,1\}\([^'\"[:space:]]*\).*/data-dir \1/p; s/^\(datastore-endpoint\|cluster-init\):.*/\1/p" "$file"
 done
 [ ! -d /var/lib/rancher/k3s/server/db/etcd ] || echo cluster-init
 [ -e /var/lib/rancher/k3s/server/db/state.db ] || echo no-database

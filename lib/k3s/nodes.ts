@@ -1,6 +1,7 @@
 /** What a box sees of its cluster: the nodes by the API, WireGuard's peers by wg. */
 
 import { isIP } from "node:net";
+import { raw, sh } from "../sh.ts";
 import { type Facts, prints } from "../step.ts";
 import { KEY, PRIVATE_RANGES, publicIp, WORD } from "../table.ts";
 import { K3S, NAME } from "./unit.ts";
@@ -11,7 +12,7 @@ import { K3S, NAME } from "./unit.ts";
  * (AuthorizeNodeWithSelectors). So an agent is checked, and annotated, without going to the server. A k3s.yaml there
  * is left from another life of the box, or leads to another cluster.
  */
-export const KUBECTL = `kc() {
+export const KUBECTL = sh`kc() {
   agent=/var/lib/rancher/k3s/agent
   configs="$agent/k3scontroller.kubeconfig $agent/kubelet.kubeconfig"
   case $(systemctl is-active k3s 2>/dev/null) in active | *ing) configs=/etc/rancher/k3s/k3s.yaml ;; esac
@@ -19,7 +20,7 @@ export const KUBECTL = `kc() {
     [ -s "$config" ] || continue
     # kubectl prints an empty list beside "Forbidden": its word counts only when it succeeds.
     if out=$(timeout 20 ${K3S} kubectl --kubeconfig "$config" --request-timeout=10s "$@"); then
-      printf '%s\\n' "$out"
+      printf '%s\n' "$out"
       return
     fi
   done
@@ -34,29 +35,29 @@ export const peersLook = prints("peers")(
 const TLS = "/var/lib/rancher/k3s/server/tls";
 
 /** curl as the admin, on a server: the key stays in k3s's own file, of mode 0600. */
-export const CURL = `curl -q -sS --noproxy '*' --cacert ${TLS}/server-ca.crt --cert ${TLS}/client-admin.crt --key ${TLS}/client-admin.key`;
+export const CURL = sh`curl -q -sS --noproxy '*' --cacert ${TLS}/server-ca.crt --cert ${TLS}/client-admin.crt --key ${TLS}/client-admin.key`;
 
 /**
  * The shell function `api METHOD PATH [SECONDS]`, for a server: the API's answer, asked by curl, for each kubectl is
  * 139 MB while it runs (v1.36.3). A POST's body is its input. On failure its one line on standard error says why.
  * kubectl is the way out where curl is missing, or cannot read the key (CentOS 7's, of elliptic curves).
  */
-export const API = `${KUBECTL}
+export const API = sh`${raw(KUBECTL)}
 apiurl=$(sed -n 's/^ *server: *//p' /etc/rancher/k3s/k3s.yaml 2>/dev/null | head -n 1)
 api() {
   path=$2; patience=\${3:-20}; body=
   case $1 in POST) verb=create; body=$(cat) ;; DELETE) verb=delete ;; *) verb="get" ;; esac
   set -- -X "$1"
   [ -z "$body" ] || set -- "$@" -H 'Content-Type: application/json' --data-binary @-
-  answer=$(printf %s "$body" | ${CURL} -m "$patience" "$@" -w '\\n%{http_code}' "\${apiurl:-https://127.0.0.1:6443}$path" 2>/dev/null)
+  answer=$(printf %s "$body" | ${raw(CURL)} -m "$patience" "$@" -w '\n%{http_code}' "\${apiurl:-https://127.0.0.1:6443}$path" 2>/dev/null)
   case $? in
     0)
       code=$(printf %s "$answer" | tail -n 1)
       answer=\${answer%"$code"}
       case $code in
-        2*) printf '%s\\n' "$answer"; return ;;
+        2*) printf '%s\n' "$answer"; return ;;
         401) ;; # a curl that gave no certificate
-        *) printf '%s %s\\n' "$code" "$answer" | tr '\\n' ' ' | cut -c1-600 >&2; return 1 ;;
+        *) printf '%s %s\n' "$code" "$answer" | tr '\n' ' ' | cut -c1-600 >&2; return 1 ;;
       esac ;;
     7) echo 'it refuses connections' >&2; return 1 ;;
     28) echo "did not answer in $patience s" >&2; return 1 ;;
@@ -78,7 +79,7 @@ export const nodesLook = prints(
   "nodes",
   "api",
   "load",
-)(`${API}
+)(sh`${raw(API)}
 fact nodes; began=$(date +%s); failed=
 {
   words=$(
@@ -88,7 +89,7 @@ fact nodes; began=$(date +%s); failed=
   ) || failed=yes
 } 3>&1
 [ -z "$failed" ] || [ -z "$words" ] || { fact api; echo "$(($(date +%s) - began)) $words" | cut -c1-600; }
-${loadLook}`);
+${raw(loadLook)}`);
 
 /** Facts about the cluster as this box sees it: its nodes, and WireGuard's peers. */
 export const clusterLook = prints(

@@ -2,6 +2,7 @@
 
 import { lastOf, parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
+import { sh } from "../sh.ts";
 import { type Facts, prints } from "../step.ts";
 import { splitWords } from "../text.ts";
 import { configArgs } from "./args.ts";
@@ -37,14 +38,14 @@ export function generationOf(version: string, flags?: string): Generation | unde
 export const binaryLook = prints(
   "version",
   "flags",
-)(`said=$(${K3S} --version 2>/dev/null)
-fact version; echo "$said" | sed -n 's/^k3s version \\(v[^ ]*\\).*/\\1/p'
+)(sh`said=$(${K3S} --version 2>/dev/null)
+fact version; echo "$said" | sed -n 's/^k3s version \(v[^ ]*\).*/\1/p'
 fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-(backend|external-ip)|wireguard-native' ;; esac
 `);
 
 /** The fact `named`: what the box's unit says its node is called. */
 export const nameLook = prints("named")(
-  `fact named; sed -n 's/.*[[:space:]]--node-name=\\([a-z0-9.-]*\\).*/\\1/p' /etc/systemd/system/k3s.service /etc/systemd/system/k3s-agent.service 2>/dev/null`,
+  sh`fact named; sed -n 's/.*[[:space:]]--node-name=\([a-z0-9.-]*\).*/\1/p' /etc/systemd/system/k3s.service /etc/systemd/system/k3s-agent.service 2>/dev/null`,
 );
 
 /** Which k3s the box will run: the wanted release, or what a pushed K3S_BIN said of itself, once it is there. */
