@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { diagnose } from "../lib/check/diagnose.ts";
-import { clusterOf } from "../lib/check/survey.ts";
+import { ask, clusterOf, LOOKS } from "../lib/check/survey.ts";
+import { foreignFirst } from "../lib/k3s/foreign.ts";
 import {
   argumentsIn,
   caLook,
@@ -18,10 +19,15 @@ import { nodesOf } from "../lib/k3s/nodes.ts";
 import { argsOf, WRITTEN_BY } from "../lib/k3s/unit.ts";
 import { planAll, Refusal } from "../lib/step.ts";
 import { caIn } from "../lib/token.ts";
-import { agentSteps } from "../scripts/agent.ts";
-import { mayRemove } from "../scripts/cluster/remove.ts";
+import { agent, agentSteps } from "../scripts/agent.ts";
+import { annotateAs } from "../scripts/annotate.ts";
+import { copied } from "../scripts/cluster/backup.ts";
+import { mayRemove, uninstall } from "../scripts/cluster/remove.ts";
+import { unproven } from "../scripts/cluster/restore.ts";
 import { token } from "../scripts/cluster/token.ts";
+import { stepsFor } from "../scripts/cluster/upgrade.ts";
 import { server, serverSteps } from "../scripts/server.ts";
+import { upgradeKernel } from "../scripts/upgrade-kernel.ts";
 import {
   A1,
   B1,
@@ -180,6 +186,14 @@ describe("a box is called", () => {
       }
     }
   });
+
+  const naming = [
+    ...[foreignFirst("agent"), identityAs("agent"), annotateAs(), server, agent, upgradeKernel],
+    ...[uninstall, unproven, copied("x"), token, stepsFor("agent", "", "").putBack, ask(LOOKS.agent)],
+  ];
+  for (const step of naming)
+    test(`is looked for on the box by the step that asks for it: ${step.name || "check"}`, () =>
+      assert.match(step.look(wanted()).join("\n"), /^fact named;/m));
 
   test("check finds a renamed box's node, and has nothing to say of the name", () => {
     const members = [member(MODERN, A1), member(MODERN, B1, { hostname: "b9" }), member(MODERN, B2)];
