@@ -66,7 +66,7 @@ export interface Change {
   assumes?: string;
 }
 
-/** Settings, and what this call was allowed by a word of its own: force, take-over. */
+/** Settings, and what this call may do: force and take-over by a word of its own, release by the script that it is. */
 export type Want = Settings & { allowed?: ReadonlySet<string> };
 
 /** One step of the deployment. `look` prints facts and changes nothing; `plan` is pure. */

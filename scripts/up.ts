@@ -36,7 +36,7 @@ export async function up(call: Call): Promise<number> {
   let facts: Facts = {};
   let changed = false;
   let learned: Partial<Settings> | undefined;
-  /** The server has been looked at: it knows the nodes that the others must not be. */
+  /** The server has been looked at, and may go on: it knows the nodes that the others must not be. */
   const looked = gate<void>();
   /** The server has something to do, for which the others then wait. */
   const begun = gate<void>();
@@ -49,10 +49,11 @@ export async function up(call: Call): Promise<number> {
     job = jobFor(call, server, line);
     job.early = told.pass;
     facts = await look(job, allSteps);
-    looked.pass();
     if (call.mode !== "apply")
       return showPlan(call, server, facts.nodes ? allSteps : serverSteps, job, facts);
-    if (planAll(serverSteps, job.want, facts).length) begun.pass();
+    const due = planAll(serverSteps, job.want, facts);
+    looked.pass();
+    if (due.length) begun.pass();
     const after = await converge(job, serverSteps, facts, allSteps);
     learned = await learn(call, serverSteps, job, after);
     changed ||= after !== facts;
@@ -64,7 +65,8 @@ export async function up(call: Call): Promise<number> {
     attempt(call, script, box, ui.line(box.name), async (line) => {
       const job = jobFor(call, box, line);
       const said = await look(job, steps);
-      await Promise.race([looked.passed, serverUp]);
+      const lacks = await Promise.race([looked.passed, serverUp]);
+      if (lacks && call.mode === "apply") throw new Failure("Left as it is: the server is not up");
       const first = facts.nodes ? { ...said, registered: facts.nodes } : said;
       if (call.mode !== "apply") {
         await serverUp;

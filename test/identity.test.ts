@@ -17,7 +17,7 @@ import {
 } from "../lib/k3s/identity.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
 import { argsOf, WRITTEN_BY } from "../lib/k3s/unit.ts";
-import { planAll, Refusal } from "../lib/step.ts";
+import { planAll, Refusal, type Want } from "../lib/step.ts";
 import { caIn } from "../lib/token.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
 import { annotateAs } from "../scripts/annotate.ts";
@@ -663,6 +663,69 @@ describe("before a box gets a role", () => {
     assert.equal(server.learn?.(want, { token: other }).K3S_TOKEN, other);
     const facts = { token: other, running: "active", rotates: "rotate", door: "200" };
     assert.throws(() => token.plan(known, facts), refused(/This server is another cluster's/));
+  });
+});
+
+describe("the release of a node", () => {
+  const OLDER = "v1.35.4+k3s1";
+  const NEWER = "v1.36.3+k3s1";
+  const role = { "node-role.kubernetes.io/control-plane": "true" };
+  const list = (a1: string, b1?: string, more: Partial<NodeSpec> = {}) =>
+    nodes({ ...A1, version: a1, labels: role }, ...(b1 ? [{ ...B1, version: b1, ...more }] : []));
+  const cluster = (nodes: string) => ({ ...box(B1), nodes });
+  const said = (registered: string) => ({ ...box(B1), registered });
+  const upgrade =
+    /^Node b1 runs k3s v1\.35\.4\+k3s1, and K3S_VERSION is v1\.36\.2\+k3s1: make upgrade K3S_VERSION=v1\.36\.2\+k3s1 .* set K3S_VERSION=v1\.35\.4\+k3s1 in the env file$/;
+  const newer =
+    /^The server a1 runs k3s v1\.35\.4\+k3s1, and no agent may be newer, .* make upgrade .* first, or set K3S_VERSION=v1\.35\.4/;
+  const cases: [name: string, facts: Facts, refusal?: RegExp, want?: Partial<Want>][] = [
+    ["that runs K3S_VERSION stays", cluster(list(MODERN, MODERN))],
+    ["that is older is not replaced in passing", cluster(list(MODERN, OLDER)), upgrade],
+    ["that is newer is not either", cluster(list(NEWER, NEWER)), /^Node b1 runs k3s v1\.36\.3/],
+    ["that only its server can tell of is not either", said(list(MODERN, OLDER)), upgrade],
+    [
+      "that has just restarted is not either",
+      { ...cluster(list(MODERN, OLDER)), boot: REBOOTED, uptime: "20" },
+      upgrade,
+    ],
+    ["that is not Ready may be replaced", cluster(list(MODERN, OLDER, { ready: false }))],
+    [
+      "of a box that was reinstalled is not this box's",
+      said(list(MODERN, OLDER, { ready: false, boot: "x", machine: "y" })),
+    ],
+    ["is free where k3s is installed and has no node", { ...box(B1), version: `${OLDER}\n` }],
+    ["that joins may be as old as its server", said(list(MODERN))],
+    ["that joins may be older than its server", said(list(NEWER))],
+    ["that joins may not be newer than its server", said(list(OLDER)), newer],
+    [
+      "that joins again may not be newer than its server",
+      cluster(list(OLDER, OLDER, { ready: false })),
+      newer,
+    ],
+    ["is what a K3S_BIN says, once it is there", cluster(list(MODERN, OLDER)), undefined, { K3S_BIN: "k3s" }],
+    ["changes by make upgrade", cluster(list(OLDER, OLDER)), undefined, { allowed: new Set(["release"]) }],
+    ["does not change by FORCE=1", cluster(list(MODERN, OLDER)), upgrade, { allowed: new Set(["force"]) }],
+    [
+      "does not matter where it leaves for another cluster",
+      { ...cluster(list(OLDER, OLDER)), cas: `agent ${OTHER}\n` },
+      undefined,
+      { allowed: new Set(["force"]) },
+    ],
+  ];
+  for (const [name, facts, refusal, more] of cases)
+    test(name, () => {
+      const plan = () =>
+        identityAs("agent").plan({ ...wanted({ PUBLIC_IP: B1.ip }), ...more }, prepared(MODERN, facts));
+      if (refusal) assert.throws(plan, refused(refusal));
+      else assert.deepEqual(plan(), []);
+    });
+
+  test("is refused of a server too", () => {
+    const facts = prepared(MODERN, { ...box(A1), nodes: nodes({ ...A1, version: OLDER }) });
+    assert.throws(
+      () => identityAs("server").plan(wanted({ K3S_TOKEN: "" }), facts),
+      refused(/^Node a1 runs k3s v1\.35/),
+    );
   });
 });
 

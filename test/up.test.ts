@@ -149,6 +149,47 @@ describe("make up", { concurrency: 2 }, () => {
     assert.doesNotMatch(stderr, /^b9 +(download|fetch|get|install|write)/m);
   });
 
+  test("leaves every box as it is where the server runs another release, and names make upgrade", async () => {
+    const envFile = `SERVER=a1=${A1.ip}\nAGENTS="b1=${B1.ip} b9=198.51.101.19"\n${JOINED}`;
+    const boxes = { a1: a1(), b1: b1(), b9: fresh("b9") };
+    for (const version of ["v1.36.3+k3s1", "v1.35.4+k3s1"])
+      for (const more of [[], ["--dry-run"]]) {
+        const args = ["--k3s-version", version, ...more];
+        const { status, stdout, stderr } = await run("up", args, envFile, boxes);
+        assert.equal(status, 1);
+        for (const name of more.length ? ["a1", "b1"] : ["a1"])
+          assert(
+            stderr.includes(
+              `: Node ${name} runs k3s ${MODERN}, and K3S_VERSION is ${version}: make upgrade `,
+            ),
+            stderr,
+          );
+        if (!more.length) assert.match(stderr, /^b9 .*: Left as it is: the server is not up$/m);
+        assert.doesNotMatch(stdout.replace(/^b9: (.*\n {2}.*)*/m, "") + stderr, /download k3s/);
+      }
+    // The same as `make server` and `make agent` have it; make upgrade itself may.
+    for (const [script, host] of [
+      ["server", `a1=${A1.ip}`],
+      ["agent", `b1=${B1.ip}`],
+    ] as const) {
+      const { status, stderr } = await run(
+        script,
+        ["--host", host, "--k3s-version", "v1.36.3+k3s1"],
+        envFile,
+        boxes,
+      );
+      assert.equal(status, 1);
+      assert.match(stderr, /: make upgrade K3S_VERSION=v1\.36\.3\+k3s1 /);
+    }
+    const { b9: _, ...nodes } = boxes;
+    const upgrade = await run("upgrade", ["--k3s-version", "v1.36.3+k3s1", "--dry-run"], ENV + JOINED, {
+      ...nodes,
+      b2: b2(),
+    });
+    assert.equal(upgrade.status, 0, upgrade.stderr);
+    assert.match(upgrade.stdout, /drain node b2(.*\n)*.*download k3s v1\.36\.3\+k3s1/);
+  });
+
   test("waits for an API that does not answer yet, within bounds, and then goes on", async () => {
     const silent = { ...a1(), nodes: "", runs: "active\n", top: "" };
     const { status, stderr } = await run("fix-metrics", [], ENV + JOINED, { a1: silent, "a1.after": a1() });

@@ -7,6 +7,7 @@ import { type Facts, prints, Refusal, type Step, type Want } from "../step.ts";
 import { splitWords } from "../text.ts";
 import { caIn, caSed } from "../token.ts";
 import { type Node, nodesOf } from "./nodes.ts";
+import { compare } from "./releases.ts";
 import {
   argsOf,
   cgroupArgs,
@@ -92,6 +93,15 @@ function addressFree(nodes: readonly Node[], who: Who): void {
   if (node) nodeOf([node], who);
 }
 
+/** Nodes at a box's address that are of this machine. */
+const ownIn = (nodes: readonly Node[], { ip, boot, machine }: Who) =>
+  nodes.filter(
+    (n) =>
+      ip &&
+      (n.externalIp === ip || n.internalIp === ip) &&
+      ((n.boot && n.boot === boot) || (n.machine && n.machine === machine)),
+  );
+
 /**
  * The name under which k3s registers a box: `--node-name` of the settings, or of the box's unit; the name of the node
  * that it is already, whatever the box is called by now; or the host name in lower case (os.Hostname, kubelet).
@@ -104,13 +114,7 @@ export function nodeNameOf(
   facts: Facts<"nodes" | "named">,
   nodes: readonly Node[] = nodesOf(facts.nodes),
 ): string {
-  const { ip, boot, machine } = whoIs(want.PUBLIC_IP, facts);
-  const own = nodes.filter(
-    (n) =>
-      ip &&
-      (n.externalIp === ip || n.internalIp === ip) &&
-      ((n.boot && n.boot === boot) || (n.machine && n.machine === machine)),
-  );
+  const own = ownIn(nodes, whoIs(want.PUBLIC_IP, facts));
   // It may have joined again under another name, before its unit had one.
   const [node, more] = own.length > 1 ? own.filter(({ ready }) => ready) : own;
   const [pinned] = /^\S+/.exec(facts.named?.trim() ?? "") ?? [];
@@ -353,6 +357,36 @@ export function moving(want: Settings, facts: Facts): string {
     : "";
 }
 
+/**
+ * A node that runs gets another release by make upgrade alone, which drains it; and no agent joins that is newer than
+ * its server, which Kubernetes does not support. What a K3S_BIN is shows only where it is.
+ * @throws {Refusal}
+ */
+function rightRelease(
+  role: Role,
+  want: Want,
+  facts: Facts<"cas" | "nodes" | "registered" | "boot" | "machine">,
+): void {
+  if (want.K3S_BIN || want.allowed?.has("release")) return;
+  const leaves = role === "agent" && moving(want, facts);
+  const nodes = [leaves ? "" : facts.nodes, facts.registered].flatMap(nodesOf);
+  const own = ownIn(nodes, whoIs(want.PUBLIC_IP, facts)).find(({ ready }) => ready);
+  const wanted = want.K3S_VERSION;
+  if (own && own.version !== wanted)
+    throw new Refusal(
+      `Node ${own.name} runs k3s ${own.version}, and K3S_VERSION is ${wanted}: make upgrade K3S_VERSION=${wanted} replaces it, drained and one node at a time; if that is not what you want, set K3S_VERSION=${own.version} in the env file`,
+    );
+  const server = nodes.find(
+    ({ labels, version }) =>
+      (labels["node-role.kubernetes.io/control-plane"] || labels["node-role.kubernetes.io/master"]) &&
+      compare(version, wanted) < 0,
+  );
+  if (role === "agent" && !own && server)
+    throw new Refusal(
+      `The server ${server.name} runs k3s ${server.version}, and no agent may be newer, as K3S_VERSION ${wanted} is: make upgrade K3S_VERSION=${wanted} first, or set K3S_VERSION=${server.version} in the env file`,
+    );
+}
+
 /** The switches by which a box may change its cluster, or what looks after its unit. */
 export const ALLOWED = {
   force: "an agent moves to another cluster, or a new cluster's token takes the place of K3S_TOKEN",
@@ -373,6 +407,7 @@ export const identityAs = (role: Role): Step<UnitFact | "cas" | "nodes" | "regis
       // What K3S_CONFIG says of it stays as well, and is read later.
       ...cgroupArgs(role, version, { ...want, K3S_CONFIG: "" }, facts),
     ]);
+    rightRelease(role, want, facts);
     return [];
   },
 });

@@ -200,7 +200,10 @@ async function restore(call: Call): Promise<number> {
   const followed = await Promise.all(
     agents.map((agent) =>
       attempt(call, "agent", agent, ui.line(agent.name), async (line) => {
-        await lookAndConverge(jobFor(next, agent, line), follows, ...agentSteps);
+        const job = jobFor(next, agent, line);
+        // It goes back to the backup's release with its server.
+        job.want = { ...job.want, allowed: new Set([...call.flags, "release"]) };
+        await lookAndConverge(job, follows, ...agentSteps);
       }),
     ),
   );

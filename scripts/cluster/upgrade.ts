@@ -167,6 +167,7 @@ async function upgrade(call: Call): Promise<number> {
       attempt(call, call.script, target, ui.line(target.name), async (line) => {
         const role = i < servers.length ? "server" : "agent";
         const job = jobFor(call, target, line);
+        job.want = { ...job.want, allowed: new Set([...call.flags, "release"]) };
         const facts = await look(job, [...stepsOf(role), stepsFor(role, "", target.ip).keep]);
         members[i] = { target, role, job, facts, line, version: "" };
       }),
