@@ -378,11 +378,20 @@ const REMEDIES: readonly [RegExp, (host: string, user?: string) => string][] = [
   ],
 ];
 
+const addresses = new Map<string, Promise<string>>();
+
 /**
- * The address to which ssh would connect, as an IPv4 address: HostName of ~/.ssh/config, then the resolver.
+ * The address to which ssh would connect, as an IPv4 address: HostName of ~/.ssh/config, then the resolver. Each host
+ * is asked for once.
  * @throws {Error} when the name does not resolve.
  */
-export async function addressOf(host: string): Promise<string> {
+export function addressOf(host: string): Promise<string> {
+  const known = addresses.get(host) ?? resolved(host);
+  addresses.set(host, known);
+  return known;
+}
+
+async function resolved(host: string): Promise<string> {
   const config = await $({ quiet: true, nothrow: true })`ssh -G -- ${host}`;
   if (config.exitCode !== 0) throw new Error(config.stderr.trim().split("\n").at(-1) || "ssh -G failed");
   const name = /^hostname (.*)$/m.exec(config.stdout)?.[1] ?? host;
