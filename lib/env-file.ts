@@ -39,9 +39,14 @@ export function readExample(path = join(import.meta.dirname, "../env.example")) 
 export function slipIn(path: string): [line: number, right: string] | undefined {
   const text = textOf(path);
   const lineAt = (at: number) => text.slice(0, at).split("\n").length;
-  for (const { 0: all, 3: value = "", index } of text.matchAll(LINE))
+  const lines = new Map<string, number>();
+  for (const { 0: all, 2: key = "", 3: value = "", index } of text.matchAll(LINE)) {
+    const before = lines.get(key);
+    if (before) return [lineAt(index), `${key} once, and line ${before} has it too`];
+    lines.set(key, lineAt(index));
     if (text[index + all.length] === "#" && /[^\s"'`]$/.test(value))
       return [lineAt(index), "a blank before the # of a comment, or quotes around the value that has it"];
+  }
   const rest = text.replace(LINE, (all) => all.replace(/[^\n]/g, "")).split("\n");
   const at = rest.findIndex((line) => /^\s*[^#\s]/.test(line));
   return at < 0 ? undefined : [at + 1, "KEY=VALUE on one line, or a # before a comment"];

@@ -122,6 +122,13 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
           /^AGENTS \(.*line 2\): expected boxes that are not in SERVER, but 203\.0\.113\.50 is in both/,
         ],
         [
+          "one setting on two lines",
+          "up",
+          [],
+          "SERVER=203.0.113.50\n# again\nexport SERVER='203.0.113.51'\n",
+          /\.env line 3: expected SERVER once, and line 1 has it too$/m,
+        ],
+        [
           "AGENTS with the server's address",
           "up",
           [],
