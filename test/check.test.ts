@@ -270,6 +270,21 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /trust 10\.42\.0\.0\/16/,
     ],
     [
+      "the same of a cluster with networks of its own",
+      boxes(MODERN, {
+        ...list(
+          { ...A1, args: ["server", "--cluster-cidr", "10.44.0.0/16", "--service-cidr=10.45.0.0/16"] },
+          B1,
+          B2,
+        ),
+        b1: ways("b1", { b2: 0 }, passed({ a1: 300, b2: 300 })),
+        b2: ways("b2", { b1: 0 }, passed({ a1: 300, b1: 300 })),
+      }),
+      "b2",
+      /nothing answers behind it/,
+      /trust 10\.44\.0\.0\/16 and 10\.45\.0\.0\/16 in/,
+    ],
+    [
       "an MTU that is too large for one box's way",
       boxes(MODERN, {
         a1: ways("a1", { b1: 1372 }),

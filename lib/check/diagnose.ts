@@ -1,5 +1,6 @@
 /** From what the boxes of a cluster said to what is wrong and what to do: pure. */
 
+import { rangesOf } from "../k3s/config.ts";
 import { meaningOf } from "../k3s/journal.ts";
 import { FRESH, type Node, overload, peerOf, standing } from "../k3s/nodes.ts";
 import { generationOf, unitOf } from "../k3s/unit.ts";
@@ -391,8 +392,15 @@ function notesOf({ boxes, nodes }: Cluster): string[] {
   ]);
 }
 
+/** The cluster's networks of pods and of services, by what its server got. */
+const rangesIn = (boxes: readonly BoxReport[]): string => {
+  const server = boxes.find(({ role, node }) => role === "server" && node);
+  return rangesOf({ SERVER_ARGS: server?.node?.args.join(" ") ?? "" }).join(" and ");
+};
+
 /** Tunnels of boxes that have nothing else: too large packets, closed ports, stale peers. */
 function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Finding[] {
+  const ranges = rangesIn(boxes);
   const problems: Finding[] = [];
   const peerAt = (a: BoxReport, b: BoxReport) => peerOf(a.peers, b.node?.podCidr);
   /** Where nothing could be sent for want of ping, the handshake tells. */
@@ -491,7 +499,7 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Finding[] {
       ...(deaf
         ? {
             cause: `WireGuard passes between it and ${a.name}, but nothing answers behind it: a firewall on one of them drops what comes out of the tunnel`,
-            remedy: "trust 10.42.0.0/16 and 10.43.0.0/16 in the firewalls of both",
+            remedy: `trust ${ranges} in the firewalls of both`,
           }
         : {
             cause: `it and ${a.name} do not reach each other at ${b.ip} and ${a.ip}, while others do`,
@@ -615,6 +623,7 @@ export const TOP = "nodes in kubectl top";
 
 /** What pods do not reach, where the boxes themselves do: each kind once, with the boxes it concerns. */
 function podFindings({ boxes, system }: Cluster): Finding[] {
+  const ranges = rangesIn(boxes);
   const failed = (of: (box: BoxReport) => Record<string, boolean>) =>
     boxes.flatMap((box) =>
       Object.entries(box.error === undefined ? of(box) : {}).flatMap(([to, fine]) =>
@@ -632,8 +641,7 @@ function podFindings({ boxes, system }: Cluster): Finding[] {
       .map(({ box, to }) => ({
         box: box.name,
         cause: `its pods do not reach the pods of ${to}, although the boxes reach each other`,
-        remedy:
-          "a firewall on one of them drops what is forwarded: trust 10.42.0.0/16 and 10.43.0.0/16 on both",
+        remedy: `a firewall on one of them drops what is forwarded: trust ${ranges} on both`,
         breaks: [pods(box.name, name(to))],
         by: [...between(box.name, name(to)), full(box.name, name(to))],
       })),

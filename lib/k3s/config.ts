@@ -56,7 +56,9 @@ export function registriesText(mirrors: string): string {
 const argument = (args: string, name: string, value: string) => lastOf(parseArgs(args), name) || value;
 
 /** The networks of pods and of services: k3s's own, or what SERVER_ARGS says (which was checked to be networks). */
-export const rangesOf = ({ SERVER_ARGS }: Settings): [pods: string, services: string] => [
+export const rangesOf = ({
+  SERVER_ARGS,
+}: Pick<Settings, "SERVER_ARGS">): [pods: string, services: string] => [
   argument(SERVER_ARGS, "cluster-cidr", "10.42.0.0/16"),
   argument(SERVER_ARGS, "service-cidr", "10.43.0.0/16"),
 ];
