@@ -2,13 +2,13 @@
 
 import { existsSync } from "node:fs";
 import { hostname } from "node:os";
-import type { Job } from "./converge.ts";
 import { readExample } from "./env-file.ts";
 import { shown } from "./files.ts";
-import type { Line } from "./report.ts";
-import type { Call, Target } from "./script.ts";
+import { silent } from "./report.ts";
+import type { Box, Call } from "./script.ts";
 import { NAMES, type Origins, SettingError, type Settings } from "./settings.ts";
 import { addressOf, open } from "./shell.ts";
+import type { Want } from "./step.ts";
 import { publicIp, SETTINGS, type SettingName } from "./table.ts";
 import { nameOf, splitWords } from "./text.ts";
 
@@ -31,9 +31,17 @@ export function unnamed(settings: Settings, origins: Origins, envFile: string): 
   return `No servers are named yet: ${copy}say which in SERVER and AGENTS; or try make rehearse. On the box itself: PUBLIC_IP=…, its address for other clouds`;
 }
 
-/** Boxes of a setting, each with the address at which other clouds reach it. @throws {SettingError} */
-export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promise<Target[]> {
+/** Where a box is, and what it is called. */
+type Place = Pick<Box, "host" | "ip" | "word" | "name">;
+
+/**
+ * Boxes of a setting, each with the address at which other clouds reach it. Of HOST and SERVER there is at least one:
+ * an empty one is this machine.
+ * @throws {SettingError}
+ */
+export async function boxes(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promise<Box[]> {
   const { settings, origins } = call;
+  if (setting === "AGENTS" && !settings.AGENTS) return [];
   const list = splitWords(settings[setting]);
   if (setting !== "HOST" && list.some(isExample))
     throw new SettingError(
@@ -45,7 +53,7 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
     throw new SettingError(
       `PUBLIC_IP (${origins.PUBLIC_IP}): expected one box, not ${list.join(", ")}; write HOST=PUBLIC_IP for each`,
     );
-  const found = await Promise.all(
+  const found: Place[] = await Promise.all(
     (list.length ? list : [""]).map(async (word) => {
       const [host = "", own] = word.split("=");
       const name = nameOf(host);
@@ -83,14 +91,14 @@ export async function targets(call: Call, setting: "HOST" | "SERVER" | "AGENTS")
       );
   }
   if (needsIp) await ownAddresses(call, setting, found);
-  return found;
+  return found.map((place) => boxAt(call, place));
 }
 
 /**
  * Every node has a public address of its own: the lists are held against each other, and an agent against the server.
  * @throws {SettingError}
  */
-async function ownAddresses(call: Call, setting: string, found: readonly Target[]): Promise<void> {
+async function ownAddresses(call: Call, setting: string, found: readonly Place[]): Promise<void> {
   const { settings, origins, script, recipe } = call;
   // A restored server may have the address of the one that is gone.
   const lists = script === "restore" ? settings.AGENTS : `${settings.SERVER} ${settings.AGENTS}`;
@@ -119,17 +127,26 @@ async function ownAddresses(call: Call, setting: string, found: readonly Target[
   }
 }
 
-/** What is needed to bring a box of this call through its steps. */
-export function jobFor(call: Call, target: Target, line: Line): Job {
-  const { recipe, settings, own } = call;
-  const given = { HOST: target.host, PUBLIC_IP: target.ip, allowed: call.flags };
-  const want = { ...settings, ...(own[target.name] ?? own[""]), ...given };
-  const server = (splitWords(want.SERVER)[0] ?? "").split("=")[0] as string;
+/** The box there, as this call has it. */
+export function boxAt(call: Call, { host, ip, word, name }: Place): Box {
+  const { settings, own } = call;
+  const all = () => ({ ...call.settings, ...(own[name] ?? own[""]) });
+  const server = (splitWords(all().SERVER)[0] ?? "").split("=")[0] as string;
+  let given: Want | undefined;
   return {
-    box: open(target.host, want.HOST_KEY),
+    ...{ host, ip, word, name },
+    // By what is known now: which boxes it lets in, and what a first server teaches, shows late.
+    get want() {
+      if (given) return given;
+      const want = { ...all(), HOST: host, PUBLIC_IP: ip, allowed: call.flags };
+      return call.recipe.wantOnBox?.(call, name, want) ?? want;
+    },
+    set want(want) {
+      given = want;
+    },
+    shell: open(host, all().HOST_KEY),
     server: open(server, own[nameOf(server)]?.HOST_KEY ?? settings.HOST_KEY),
-    want: recipe.wantOnBox?.(call, target, want) ?? want,
-    progress: line,
-    mayReboot: Boolean(target.host) || call.reboot,
+    line: silent,
+    mayReboot: Boolean(host) || call.reboot,
   };
 }

@@ -1,44 +1,24 @@
 /** Look at a box, plan, apply, look again. Here is the one place that changes a box. */
 import { applyScript, EARLIER_RUN, lookScript, newMark, reader, whole } from "./protocol.ts";
-import type { Box } from "./shell.ts";
-import { type Change, type Facts, Failure, planAll, Refusal, type Step, type Want } from "./step.ts";
+import type { Box } from "./script.ts";
+import { type Change, type Facts, Failure, planAll, Refusal, type Step } from "./step.ts";
 import { quoted } from "./text.ts";
-
-export interface Progress {
-  /** A change starts. */
-  starts(why: string): void;
-  /** How it goes on; in the box's own words. */
-  says(text: string, box?: true): void;
-}
-
-/** What the operator's side must remember of a box while it brings it through its steps. */
-export interface Job {
-  box: Box;
-  /** The box of the cluster's server. */
-  server: Box;
-  want: Want;
-  progress: Progress;
-  /** A fact that a change reports before it has ended. */
-  early?(fact: Facts): void;
-  /** Restart a box where a change needs it (over ssh: yes; on this machine: only with --reboot). */
-  mayReboot: boolean;
-}
 
 /** What a look may take beside its changes, in seconds: a box that hangs must not hang the rest. */
 const LOOK = 120;
 
 /** One trip: facts, and nothing else. @throws {Failure} when the box did not answer to the end. */
 export async function look<F extends string>(
-  job: Job,
+  box: Box,
   steps: readonly Step<F>[],
   seconds = LOOK,
 ): Promise<Facts<F>> {
-  return (await trip(job, steps, [], seconds)).facts;
+  return (await trip(box, steps, [], seconds)).facts;
 }
 
 /** One trip: the changes, then the facts that confirm them. @throws {Failure} naming the change that failed. */
 async function trip<F extends string>(
-  job: Job,
+  box: Box,
   steps: readonly Step<F>[],
   changes: readonly Change[],
   extra = LOOK + EARLIER_RUN,
@@ -46,14 +26,14 @@ async function trip<F extends string>(
   const mark = newMark();
   const stream = reader(mark, {
     // A box may say what it likes, of changes that were never sent too.
-    change: (i) => changes[i] && job.progress.starts(changes[i].why),
-    say: (text) => job.progress.says(text, true),
-    early: (fact) => job.early?.(fact),
+    change: (i) => changes[i] && box.line.starts(changes[i].why),
+    say: (text) => box.line.says(text, true),
+    early: (fact) => box.early?.(fact),
   });
-  const apply = changes.length ? applyScript(changes, mark, (name) => job.want[name]) : "";
-  const script = whole(`${apply}\n${lookScript(steps, job.want, mark)}`);
+  const apply = changes.length ? applyScript(changes, mark, (name) => box.want[name]) : "";
+  const script = whole(`${apply}\n${lookScript(steps, box.want, mark)}`);
   const seconds = changes.reduce((sum, change) => sum + (change.seconds ?? 60), extra);
-  const { status, stderr } = await job.box.run(script, seconds, stream.line);
+  const { status, stderr } = await box.shell.run(script, seconds, stream.line);
   const { seen } = stream;
   if (seen.failed) {
     const change = changes[seen.failed.i];
@@ -103,7 +83,7 @@ let turn: Promise<unknown> = Promise.resolve();
  * @throws {Failure} when a change fails, or when the same plan is left over after it was applied.
  */
 export async function converge<F extends string>(
-  job: Job,
+  box: Box,
   steps: readonly Step<F>[],
   facts: Facts<F>,
   all = steps,
@@ -111,13 +91,13 @@ export async function converge<F extends string>(
 ): Promise<Facts<F>> {
   let now = facts;
   for (let before = "", round = 1; ; round++) {
-    const changes = planAll(steps, job.want, now);
+    const changes = planAll(steps, box.want, now);
     if (changes.length === 0) return now;
     if (!myTurn && changes.some((change) => change.alone)) {
       const others = turn.catch(() => {
         throw new Refusal("Not restarted: another node of this call has failed before it");
       });
-      const mine = others.then(async () => converge(job, steps, await look(job, all), all, true));
+      const mine = others.then(async () => converge(box, steps, await look(box, all), all, true));
       turn = mine;
       return await mine;
     }
@@ -132,27 +112,27 @@ export async function converge<F extends string>(
         changes[0],
       );
     }
-    const { facts: after, waited } = await apply(job, all, changes, now);
+    const { facts: after, waited } = await apply(box, all, changes, now);
     before = waited ? "" : same;
     now = after;
   }
 }
 
 /** A look at the box, and what these steps then find to do. */
-export const lookAndConverge = async <F extends string>(job: Job, ...steps: Step<F>[]): Promise<Facts<F>> =>
-  await converge(job, steps, await look(job, steps));
+export const lookAndConverge = async <F extends string>(box: Box, ...steps: Step<F>[]): Promise<Facts<F>> =>
+  await converge(box, steps, await look(box, steps));
 
 async function apply<F extends string>(
-  job: Job,
+  box: Box,
   all: readonly Step<F>[],
   changes: Change[],
   facts: Facts<F>,
 ) {
   /** What comes before a push, a restart or the server's part; it is not worth a look, unless it had to wait. */
-  const waits = async (some: readonly Change[]) => some.length > 0 && (await trip(job, [], some)).waited;
-  const anew = async (waited = true) => ({ facts: await look(job, all), waited });
+  const waits = async (some: readonly Change[]) => some.length > 0 && (await trip(box, [], some)).waited;
+  const anew = async (waited = true) => ({ facts: await look(box, all), waited });
   const last = changes.at(-1) as Change;
-  if (last.reboot && !job.mayReboot) {
+  if (last.reboot && !box.mayReboot) {
     if (await waits(changes.filter((change) => change !== last && !change.alone))) return await anew();
     throw new Refusal(`${last.why}: restart this machine (or add --reboot), then run the same again`);
   }
@@ -162,23 +142,23 @@ async function apply<F extends string>(
     if (await waits(changes.slice(from, i))) return await anew();
     from = i;
     if (change.push) {
-      job.progress.says(`copies ${change.push.file} to the box`);
-      await job.box.push(change.push.file, change.push.path);
+      box.line.says(`copies ${change.push.file} to the box`);
+      await box.shell.push(change.push.file, change.push.path);
     } else {
-      await lookAndConverge({ ...job, box: job.server }, change.onServer as Step);
+      await lookAndConverge({ ...box, shell: box.server }, change.onServer as Step);
       from = i + 1;
     }
   }
   const rest = changes.slice(from);
   if (!rest.length) return await anew(false);
-  if (!last.reboot) return await trip(job, all, rest);
+  if (!last.reboot) return await trip(box, all, rest);
   if (await waits(rest)) return await anew();
-  return { facts: await rebooted(job, all, facts, last.seconds ?? 600), waited: false };
+  return { facts: await rebooted(box, all, facts, last.seconds ?? 600), waited: false };
 }
 
 /** Waits until the box answers with another boot id. @throws {Failure} after `seconds`, with what was last seen of it. */
 async function rebooted<F extends string>(
-  job: Job,
+  box: Box,
   all: readonly Step<F>[],
   facts: Facts<F>,
   seconds: number,
@@ -187,17 +167,17 @@ async function rebooted<F extends string>(
   const since = (time: number) => `${Math.round((time - began) / 1000)} s after the order`;
   let seen = began;
   let silence = "";
-  await job.box.close();
+  await box.shell.close();
   while (Date.now() < began + seconds * 1000) {
     await new Promise((done) => setTimeout(done, 3000));
     try {
-      const now = await look(job, all);
+      const now = await look(box, all);
       if (now.boot && now.boot !== facts.boot) return now;
       seen = Date.now();
       silence = "";
     } catch (error) {
       silence = (error as Error).message;
-      await job.box.close();
+      await box.shell.close();
     }
   }
   const kernel = `kernel ${facts.kernel?.trim()}, boot ${facts.boot?.trim()}`;

@@ -1,11 +1,11 @@
 /** Boxes side by side: one that fails is said with the line that tries it again, and stops none of the others. */
-import { jobFor, targets } from "./boxes.ts";
-import { converge, type Job, look } from "./converge.ts";
+import { boxes as boxesOf } from "./boxes.ts";
+import { converge, look } from "./converge.ts";
 import { updateEnv } from "./env-file.ts";
 import { Unwritten } from "./files.ts";
 import { printed } from "./protocol.ts";
-import { type Line, plain, report } from "./report.ts";
-import { type Call, switchOf, type Target } from "./script.ts";
+import { plain, watch } from "./report.ts";
+import { type Box, type Call, switchOf } from "./script.ts";
 import { check, givenNow, isSecret, NAMES, SettingError, type Settings } from "./settings.ts";
 import { quote } from "./sh.ts";
 import { Unreachable } from "./shell.ts";
@@ -21,73 +21,89 @@ export async function fanOut(call: Call): Promise<number> {
     throw new SettingError(
       `HOST is not set: expected some of ${known.join(", ")}, or HOST= (empty) for this machine`,
     );
-  let boxes = await targets(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
+  let boxes = await boxesOf(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
   if (recipe.host && !recipe.everyServer && call.origins.HOST === "default") boxes = boxes.slice(0, 1);
   recipe.examine?.(call, boxes);
   const others = (await recipe.others?.boxes(call, boxes)) ?? [];
-  const ui = await report([...boxes, ...others].map((box) => box.name));
+  await watch([...boxes, ...others]);
   // Who cannot be set up is let in nowhere. Whether it can join shows only when it is let in.
   const before = recipe.steps.slice(
     0,
     recipe.steps.findIndex(({ name }) => name === call.script),
   );
-  const tried = await Promise.all(
-    (others.length ? boxes : []).map((box) =>
-      attempt(call, call.script, box, ui.line(box.name), async (line) => {
-        const job = jobFor(call, box, line);
-        planAll(before, job.want, await look(job, before));
-      }),
-    ),
-  );
+  const tried = await each(call, others.length ? boxes : [], async (box) => {
+    planAll(before, box.want, await look(box, before));
+  });
   const [lost, fit] = [boxes.filter((_, i) => tried[i]), boxes.filter((_, i) => !tried[i])];
   if (!fit.length || (lost.length && recipe.everyServer)) return worst(tried);
   call.letIn = call.letIn?.filter((ip) => !lost.some((box) => box.ip === ip));
-  const following = await recipe.others?.follow(call, ui, others);
+  const following = await recipe.others?.follow(call, others);
   if (following?.refused) return 1;
-  const one = (box: Target) =>
-    attempt(call, call.script, box, ui.line(box.name), async (line) => {
-      const job = jobFor(call, box, line);
-      const facts = await look(job, recipe.steps);
-      if (call.mode !== "apply") return showPlan(call, box, recipe.steps, job, facts);
-      const after = await converge(job, recipe.steps, facts);
-      Object.assign(call.settings, await learn(call, recipe.steps, job, after));
-      line.done(facts === after, recipe.nothing?.(job.want, after));
-    });
+  const one = async (box: Box) => {
+    const now = await bring(call, box, recipe.steps);
+    if (!now) return;
+    const learned = await learn(call, recipe.steps, box, now.facts);
+    box.line.done(now.nothing, recipe.nothing?.(box.want, now.facts));
+    Object.assign(call.settings, learned);
+  };
   // Further servers join by what the first one teaches.
   const first = recipe.everyServer ? fit.splice(0, 1) : [];
-  const done = [...tried];
-  for (const box of first) done.push(await one(box));
-  if (worst(done) === 0 || !first.length) done.push(...(await Promise.all(fit.map(one))));
+  const done = [...tried, ...(await each(call, first, one))];
+  if (worst(done) === 0 || !first.length) done.push(...(await each(call, fit, one)));
   return worst([...done, ...((await following?.done) ?? [])]);
+}
+
+/** Brings a box through steps, from a look at it on. A dry run shows what that would be, and answers nothing. */
+export async function bring(
+  call: Call,
+  box: Box,
+  steps: readonly Step[],
+  facts?: Facts,
+): Promise<{ facts: Facts; nothing: boolean } | undefined> {
+  const found = facts ?? (await look(box, steps));
+  if (call.mode !== "apply") return void showPlan(call, box, steps, found);
+  const after = await converge(box, steps, found);
+  return { facts: after, nothing: after === found };
 }
 
 /** Exit status of several boxes: a failure counts more than a wrong setting, which touched nothing. */
 export const worst = (statuses: readonly number[]): number =>
   statuses.includes(1) ? 1 : Math.max(0, ...statuses);
 
-/** Runs one box's part and answers its exit status; a failure is said with the line that tries it again. */
+/**
+ * Does a part on each box, side by side, and answers their exit statuses; a failure is said with the line that tries it
+ * again, and stops none of the others.
+ */
+export const each = (
+  call: Call,
+  boxes: readonly Box[],
+  part: (box: Box) => Promise<void>,
+  script = call.script,
+): Promise<number[]> => Promise.all(boxes.map((box) => attempt(call, box, () => part(box), script)));
+
+/** The same on one box. `again` is the box that is tried again in its place. */
 export async function attempt(
   call: Call,
-  script: string,
-  box: Target,
-  line: Line,
-  part: (line: Line) => Promise<void>,
-) {
+  box: Box,
+  part: () => Promise<void>,
+  script = call.script,
+  again = box,
+): Promise<number> {
   try {
-    await part(line);
+    await part();
     return 0;
   } catch (error) {
     const { message, change, output } = error as Failure;
     const known = [Failure, Refusal, Unreachable, Unwritten, SettingError].some(
       (type) => error instanceof type,
     );
-    const retry = again(call, script, box);
+    const retry = retryLine(call, script, again);
     // What failed has to be a change: who only waited for another box has no cause of its own.
     const problems =
       error instanceof Failure && change
-        ? ((await call.recipe.causes?.(call, script, box, line, output, retry)) ?? [])
+        ? ((await call.recipe.causes?.(call, script, again, output, retry)) ?? [])
         : [];
-    line.failed(message, change, known ? output : (error as Error).stack, retry, problems);
+    box.line.failed(message, change, known ? output : (error as Error).stack, retry, problems);
     return error instanceof SettingError ? 2 : 1;
   }
 }
@@ -98,7 +114,7 @@ const takesHost = (step: Step) => step.options.includes("HOST");
 export const forMake = (value: string): string => quote(value.replaceAll("$", () => "$$"));
 
 /** The command that tries it again: what was given for this call is given again, but for secrets. */
-function again(call: Call, script: string, box: Target): string {
+function retryLine(call: Call, script: string, box: Box): string {
   const given = NAMES.filter((n) => n !== "HOST" && !("secret" in SETTINGS[n]) && givenNow(call.origins, n));
   const local = call.origins.HOST !== "default" || call.recipe.work ? "HOST=" : "";
   // A script that looks after a whole cluster is tried again as a whole.
@@ -118,8 +134,8 @@ function again(call: Call, script: string, box: Target): string {
   return ["make", script, ...own, ...files].filter(Boolean).join(" ");
 }
 
-export function showPlan(call: Call, box: Target, steps: readonly Step[], job: Job, facts: Facts): void {
-  const changes: Change[] = planAll(steps, job.want, facts, true);
+export function showPlan(call: Call, box: Box, steps: readonly Step[], facts: Facts): void {
+  const changes: Change[] = planAll(steps, box.want, facts, true);
   if (call.mode === "print")
     process.stdout.write(
       changes.length ? `# on ${box.name}\n${printed(changes)}` : `# on ${box.name}: nothing to do\n`,
@@ -135,14 +151,14 @@ export function showPlan(call: Call, box: Target, steps: readonly Step[], job: J
 }
 
 /** What the steps learned from the facts. @throws {SettingError} where it cannot be a setting's value. */
-export function learnedFrom(steps: readonly Step[], job: Job, facts: Facts): Partial<Settings> {
+export function learnedFrom(steps: readonly Step[], box: Box, facts: Facts): Partial<Settings> {
   const values: Partial<Settings> = Object.assign(
     {},
-    ...steps.map((step) => step.learn?.(job.want, facts) ?? {}),
+    ...steps.map((step) => step.learn?.(box.want, facts) ?? {}),
   );
   hide(Object.entries(values).flatMap(([name, value]) => (isSecret(name) ? [value] : [])));
   for (const [name, value] of Object.entries(values))
-    check(name as SettingName, value, `learned from ${job.box.host || "this machine"}`);
+    check(name as SettingName, value, `learned from ${box.host || "this machine"}`);
   return values;
 }
 
@@ -154,10 +170,10 @@ const planned = ({ why, detail = [] }: Change, i: number) =>
 export async function learn(
   call: Call,
   steps: readonly Step[],
-  job: Job,
+  box: Box,
   facts: Facts,
 ): Promise<Partial<Settings>> {
-  const values = learnedFrom(steps, job, facts);
+  const values = learnedFrom(steps, box, facts);
   if (Object.keys(values).length) await updateEnv(call.envFile, values as Record<string, string>);
   return values;
 }

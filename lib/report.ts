@@ -27,6 +27,9 @@ export interface Line {
   ): void;
 }
 
+/** Shows nothing. */
+export const silent: Line = { starts() {}, says() {}, waits() {}, done() {}, failed() {} };
+
 /** What a box said, for a terminal: without secrets, and without what would move its cursor or turn its text round. */
 export const plain = (text: string): string =>
   redacted(text).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) => (c === "\n" || c === "\t" ? c : " "));
@@ -42,6 +45,12 @@ export const canSpin = (
   { isTTY, columns }: { isTTY?: boolean; columns?: number },
   env: Record<string, string | undefined>,
 ): boolean => Boolean(isTTY && columns && !env.NO_COLOR && env.TERM !== "dumb");
+
+/** Gives each box its line. */
+export async function watch(boxes: readonly { name: string; line: Line }[]): Promise<void> {
+  const ui = await report(boxes.map(({ name }) => name));
+  for (const box of boxes) box.line = ui.line(box.name);
+}
 
 /** A spinner where one person watches one box on a terminal; else plain lines, each with its box's name. */
 export async function report(names: readonly string[]): Promise<{ line(name: string): Line }> {

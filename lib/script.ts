@@ -1,6 +1,7 @@
-/** What a script declares, and one call of it. */
+/** What a script declares, one call of it, and the boxes that it is for. */
 import type { Line, Problem } from "./report.ts";
 import type { Origins, Settings } from "./settings.ts";
+import type { Shell } from "./shell.ts";
 import type { Facts, Step, Want } from "./step.ts";
 import type { SettingName } from "./table.ts";
 
@@ -19,7 +20,7 @@ export interface Recipe {
   /** A box's address may be unknown: a step asks for PUBLIC_IP where it needs it. */
   asksLate?: true;
   /** With `host`: how the boxes must be together. @throws {SettingError} */
-  examine?(call: Call, boxes: readonly Target[]): void;
+  examine?(call: Call, boxes: readonly Box[]): void;
   /** Nodes that it knows of beside those of SERVER and AGENTS. */
   elsewhere?(settings: Settings): { name: string; ip: string }[];
   nothing?(want: Settings, facts: Facts): string;
@@ -33,38 +34,40 @@ export interface Recipe {
   readOnly?: true;
   /** Boxes beside those of the call that have to follow before anything is done, and how they do. */
   others?: {
-    boxes(call: Call, boxes: readonly Target[]): Promise<Target[]>;
-    follow(
-      call: Call,
-      ui: { line(name: string): Line },
-      others: readonly Target[],
-    ): Promise<{ refused: boolean; done: Promise<number[]> }>;
+    boxes(call: Call, boxes: readonly Box[]): Promise<Box[]>;
+    follow(call: Call, others: readonly Box[]): Promise<{ refused: boolean; done: Promise<number[]> }>;
   };
   /** Why a change failed, as far as the cause is elsewhere than where it shows; `output` is what it said. */
-  causes?(
-    call: Call,
-    script: string,
-    box: Target,
-    line: Line,
-    output: string,
-    retry: string,
-  ): Promise<Problem[]>;
+  causes?(call: Call, script: string, box: Box, output: string, retry: string): Promise<Problem[]>;
   /** What the files that settings name hold, in their settings' places. @throws {SettingError} */
   filesOf?(want: Settings): Promise<Partial<Settings>>;
   /** What has to be known of all boxes before anything is done. @throws {SettingError} */
   prepare?(call: Call): Promise<void>;
   /** A box's settings as its steps read them, where they depend on other boxes too. */
-  wantOnBox?(call: Call, box: Target, want: Want): Want;
+  wantOnBox?(call: Call, name: string, want: Want): Want;
 }
 
-/** A box of this call. */
-export interface Target {
+/** A machine of this call, with all that concerns it. Made once, by boxes(); then it travels. */
+export interface Box {
+  /** Its ssh destination; empty for this machine. */
   host: string;
+  /** The public address at which other clouds reach it. */
   ip: string;
   /** The word that names it in its setting: HOST or HOST=PUBLIC_IP. */
   word: string;
   /** As the user reads it: the host without its user, or this machine's name. */
   name: string;
+  /** Its settings: those of all or its own, and what follows from what it is to the others. */
+  want: Want;
+  shell: Shell;
+  /** The shell of the cluster's server. */
+  server: Shell;
+  /** What the user sees of it; nothing, as long as nobody has given it one. */
+  line: Line;
+  /** A fact that a change reports before it has ended. */
+  early?(fact: Facts): void;
+  /** Restart it where a change needs it (over ssh: yes; this machine: only with --reboot). */
+  mayReboot: boolean;
 }
 
 type Mode = "apply" | "dry-run" | "print";

@@ -1,4 +1,4 @@
-/** A box: a machine that takes POSIX sh as root, this one or another over ssh. */
+/** The shell of a box: a machine that takes POSIX sh as root, this one or another over ssh. */
 
 import { type ChildProcess, spawn } from "node:child_process";
 import { lookup } from "node:dns/promises";
@@ -20,8 +20,8 @@ import { nameOf } from "./text.ts";
 /** The box could not be reached, or would not let us in: nothing was run on it. */
 export class Unreachable extends Error {}
 
-/** A machine that takes POSIX sh scripts: this one, or another over ssh. */
-export interface Box {
+/** A shell on a machine: this one, or another over ssh. */
+export interface Shell {
   /** Its ssh destination; empty for this machine. */
   host: string;
   /**
@@ -163,7 +163,7 @@ const escaped = (word: string) => word.replace(/[^\w@+:,./=\u0080-\uffff-]/g, "\
 const PUSH = 3600;
 
 /** @param keys fingerprints of which one has to be the host key's; empty: known_hosts decides. */
-export function open(host: string, keys = ""): Box {
+export function open(host: string, keys = ""): Shell {
   /**
    * Runs one command as root, with `input` on its standard input. What it prints is read no faster than `onData` takes
    * it, and held nowhere, for a box may say more than there is memory.

@@ -7,7 +7,7 @@ import { neighbours } from "../lib/k3s/neighbours.ts";
 import { run } from "../lib/k3s/script.ts";
 import { healthySaying, serviceLook, servicePlan } from "../lib/k3s/service.ts";
 import { envPath, NODE_TOKEN } from "../lib/k3s/unit.ts";
-import type { Call, Target } from "../lib/script.ts";
+import type { Box, Call } from "../lib/script.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { raw, sh } from "../lib/sh.ts";
 import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
@@ -114,7 +114,7 @@ export const KEEP_PASSWORD = writePassword(sh`$(sed ${PASSWORD_SED} ${NODE_TOKEN
 export const passwordLook = `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`;
 
 /** @throws {SettingError} for a box that would become the server of another cluster. */
-function examine({ settings: want }: Call, boxes: readonly Target[]): void {
+function examine({ settings: want }: Call, boxes: readonly Box[]): void {
   const names = boxNames(want.SERVER);
   const other = boxes.find(({ host, name }) => host && names.length && !names.includes(name));
   if (other && !want.K3S_DATASTORE_ENDPOINT)

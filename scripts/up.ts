@@ -1,13 +1,13 @@
 #!/usr/bin/env -S node --import tsx
 /** All seven steps on SERVER and all AGENTS, side by side in one process. */
-import { jobFor, targets } from "../lib/boxes.ts";
+import { boxes } from "../lib/boxes.ts";
 import { causes } from "../lib/check/causes.ts";
-import { converge, type Job, look } from "../lib/converge.ts";
+import { converge, look } from "../lib/converge.ts";
 import { attempt, learn, learnedFrom, showPlan, worst } from "../lib/fleet.ts";
 import { ALLOWED, casOf } from "../lib/k3s/identity.ts";
 import { run } from "../lib/k3s/script.ts";
-import { report } from "../lib/report.ts";
-import type { Call, Target } from "../lib/script.ts";
+import { watch } from "../lib/report.ts";
+import type { Box, Call } from "../lib/script.ts";
 import type { Settings } from "../lib/settings.ts";
 import { type Facts, Failure, planAll, type Step } from "../lib/step.ts";
 import { agentSteps, prepareAs } from "./agent.ts";
@@ -28,11 +28,10 @@ function gate<T>() {
 
 /** Agents and further servers are prepared while the first server starts; they wait only for its token. */
 export async function up(call: Call): Promise<number> {
-  const [server, ...further] = (await targets(call, "SERVER")) as [Target, ...Target[]];
-  const agents = call.settings.AGENTS ? await targets(call, "AGENTS") : [];
-  const ui = await report([server, ...further, ...agents].map((box) => box.name));
+  const [server, ...further] = (await boxes(call, "SERVER")) as [Box, ...Box[]];
+  const agents = await boxes(call, "AGENTS");
+  await watch([server, ...further, ...agents]);
 
-  let job: Job | undefined;
   let facts: Facts = {};
   let changed = false;
   let learned: Partial<Settings> | undefined;
@@ -43,66 +42,75 @@ export async function up(call: Call): Promise<number> {
   const told = gate<Facts>();
   /** The server lets agents in, though its own node may not be Ready yet. */
   const opened = told.passed.then((fact) => {
-    learned = learnedFrom([serverStep], job as Job, fact);
+    learned = learnedFrom([serverStep], server, fact);
   });
-  const serverUp = attempt(call, "server", server, ui.line(server.name), async (line) => {
-    job = jobFor(call, server, line);
-    job.early = told.pass;
-    facts = await look(job, allSteps);
-    if (call.mode !== "apply")
-      return showPlan(call, server, facts.nodes ? allSteps : serverSteps, job, facts);
-    const due = planAll(serverSteps, job.want, facts);
-    looked.pass();
-    if (due.length) begun.pass();
-    const after = await converge(job, serverSteps, facts, allSteps);
-    learned = await learn(call, serverSteps, job, after);
-    changed ||= after !== facts;
-    if (after !== facts && agents.length + further.length) line.waits("the others: the server is up");
-    facts = after;
-  });
+  const serverUp = attempt(
+    call,
+    server,
+    async () => {
+      server.early = told.pass;
+      facts = await look(server, allSteps);
+      if (call.mode !== "apply") return showPlan(call, server, facts.nodes ? allSteps : serverSteps, facts);
+      const due = planAll(serverSteps, server.want, facts);
+      looked.pass();
+      if (due.length) begun.pass();
+      const after = await converge(server, serverSteps, facts, allSteps);
+      learned = await learn(call, serverSteps, server, after);
+      changed ||= after !== facts;
+      if (after !== facts && agents.length + further.length)
+        server.line.waits("the others: the server is up");
+      facts = after;
+    },
+    "server",
+  );
 
-  const join = (box: Target, script: string, steps: readonly Step[]) =>
-    attempt(call, script, box, ui.line(box.name), async (line) => {
-      const job = jobFor(call, box, line);
-      const said = await look(job, steps);
-      const lacks = await Promise.race([looked.passed, serverUp]);
-      if (lacks && call.mode === "apply") throw new Failure("Left as it is: the server is not up");
-      const first = facts.nodes ? { ...said, registered: facts.nodes } : said;
-      if (call.mode !== "apply") {
-        await serverUp;
-        // A server that has none yet makes a new one, unless a datastore has it.
-        const { K3S_TOKEN, K3S_DATASTORE_ENDPOINT } = call.settings;
-        const known = facts.boot && !K3S_DATASTORE_ENDPOINT ? "" : K3S_TOKEN;
-        const token = facts.token?.trim() || known || "(the server's)";
-        job.want = { ...job.want, K3S_URL: `https://${server.ip}:6443`, K3S_TOKEN: token };
-        // What it was told by another server, or of another token, counts for nothing.
-        const { cacerts, ...rest } = first;
-        return showPlan(call, box, steps, job, token === K3S_TOKEN ? first : rest);
-      }
-      // Nothing is done to a box of some cluster before it is known which one it is to be in.
-      const waits = !job.want.K3S_TOKEN && casOf(first).agent.length > 0;
-      const role = steps === serverSteps ? "server" : "agent";
-      let own = waits ? first : await converge(job, prepareAs(role), first, steps);
-      await Promise.race([opened, begun.passed, serverUp]);
-      if (!learned) line.waits("the server's token");
-      await Promise.race([opened, serverUp]);
-      if (!learned) throw new Failure("Not joined: the server is not up");
-      // The look above asked the server by what the env file knew: nothing, or perhaps another cluster; or too early.
-      const shut = own.cacerts !== undefined && own.door?.trim() !== "200";
-      if (shut || learned.K3S_URL !== job.want.K3S_URL || learned.K3S_TOKEN !== job.want.K3S_TOKEN) {
-        job.want = { ...job.want, ...learned };
-        own = await look(job, steps);
-      }
-      const joined = converge(job, steps, own);
-      // What still runs on this box then ends with the connection.
-      const lost = serverUp.then((status) => {
-        if (status) throw new Failure("Not joined: the server did not come up");
-        return joined;
-      });
-      const after = await Promise.race([joined, lost]);
-      changed ||= after !== first;
-      line.done(after === first);
-    });
+  const join = (box: Box, script: string, steps: readonly Step[]) =>
+    attempt(
+      call,
+      box,
+      async () => {
+        const { line } = box;
+        const said = await look(box, steps);
+        const lacks = await Promise.race([looked.passed, serverUp]);
+        if (lacks && call.mode === "apply") throw new Failure("Left as it is: the server is not up");
+        const first = facts.nodes ? { ...said, registered: facts.nodes } : said;
+        if (call.mode !== "apply") {
+          await serverUp;
+          // A server that has none yet makes a new one, unless a datastore has it.
+          const { K3S_TOKEN, K3S_DATASTORE_ENDPOINT } = call.settings;
+          const known = facts.boot && !K3S_DATASTORE_ENDPOINT ? "" : K3S_TOKEN;
+          const token = facts.token?.trim() || known || "(the server's)";
+          box.want = { ...box.want, K3S_URL: `https://${server.ip}:6443`, K3S_TOKEN: token };
+          // What it was told by another server, or of another token, counts for nothing.
+          const { cacerts, ...rest } = first;
+          return showPlan(call, box, steps, token === K3S_TOKEN ? first : rest);
+        }
+        // Nothing is done to a box of some cluster before it is known which one it is to be in.
+        const waits = !box.want.K3S_TOKEN && casOf(first).agent.length > 0;
+        const role = steps === serverSteps ? "server" : "agent";
+        let own = waits ? first : await converge(box, prepareAs(role), first, steps);
+        await Promise.race([opened, begun.passed, serverUp]);
+        if (!learned) line.waits("the server's token");
+        await Promise.race([opened, serverUp]);
+        if (!learned) throw new Failure("Not joined: the server is not up");
+        // The look above asked the server by what the env file knew: nothing, or perhaps another cluster; or too early.
+        const shut = own.cacerts !== undefined && own.door?.trim() !== "200";
+        if (shut || learned.K3S_URL !== box.want.K3S_URL || learned.K3S_TOKEN !== box.want.K3S_TOKEN) {
+          box.want = { ...box.want, ...learned };
+          own = await look(box, steps);
+        }
+        const joined = converge(box, steps, own);
+        // What still runs on this box then ends with the connection.
+        const lost = serverUp.then((status) => {
+          if (status) throw new Failure("Not joined: the server did not come up");
+          return joined;
+        });
+        const after = await Promise.race([joined, lost]);
+        changed ||= after !== first;
+        line.done(after === first);
+      },
+      script,
+    );
   const othersUp = [
     ...further.map((box) => join(box, "server", serverSteps)),
     ...agents.map((box) => join(box, "agent", agentSteps)),
@@ -116,12 +124,16 @@ export async function up(call: Call): Promise<number> {
     : "the cluster is up to date";
   if (statuses[0] === 0 && call.mode === "apply")
     statuses.push(
-      await attempt(call, fixMetrics.name, server, ui.line(server.name), async (line) => {
-        const last = jobFor(call, server, line);
-        if (changed) facts = await look(last, allSteps);
-        const after = await converge(last, allSteps, facts);
-        line.done(!changed && after === facts, state);
-      }),
+      await attempt(
+        call,
+        server,
+        async () => {
+          if (changed) facts = await look(server, allSteps);
+          const after = await converge(server, allSteps, facts);
+          server.line.done(!changed && after === facts, state);
+        },
+        fixMetrics.name,
+      ),
     );
   return worst(statuses);
 }

@@ -39,7 +39,7 @@ function boxes(version: string, over: Record<string, Over> = {}): Member[] {
 
 const problemsOf = (members: Member[], want: Partial<Settings> = {}) => {
   const settings = wanted(want);
-  return diagnose(clusterOf(members.map((one) => ({ ...one, want: settings }))));
+  return diagnose(clusterOf(members.map((one) => ({ ...one, box: { ...one.box, want: settings } }))));
 };
 
 const list = (...specs: (NodeSpec & { version?: string })[]) => ({

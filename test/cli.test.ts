@@ -2,8 +2,7 @@ import assert from "node:assert/strict";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { jobFor } from "../lib/boxes.ts";
-import { line } from "../lib/check/survey.ts";
+import { boxAt } from "../lib/boxes.ts";
 import { rangesOf } from "../lib/k3s/config.ts";
 import { wantOnBox } from "../lib/k3s/script.ts";
 import type { Call } from "../lib/script.ts";
@@ -620,7 +619,7 @@ describe("what a box is told", () => {
       reboot: false,
       flags: new Set(),
     };
-    return jobFor(call, { host: name, ip, word: name, name }, line()).want;
+    return boxAt(call, { host: name, ip, word: name, name }).want;
   };
 
   test("is its own setting, else that of all", () => {

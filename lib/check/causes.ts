@@ -1,16 +1,17 @@
 /** Why a script failed on a box: what check would say of it, else what its journal means. */
+import { boxAt } from "../boxes.ts";
 import { meaningOf } from "../k3s/journal.ts";
 import type { Role } from "../k3s/unit.ts";
 import type { Problem } from "../report.ts";
-import type { Call, Recipe, Target } from "../script.ts";
+import type { Box, Call, Recipe } from "../script.ts";
 import { diagnose } from "./diagnose.ts";
 import { clusterOf, listed, type Member, surveyAndTry } from "./survey.ts";
 
 /** For scripts whose failure may have its cause elsewhere than where it shows. */
-export const causes: Required<Recipe>["causes"] = async (call, script, box, line, output, retry) => {
+export const causes: Required<Recipe>["causes"] = async (call, script, box, output, retry) => {
   // That a firewall could not be changed has no cause elsewhere.
   if (script === "firewall") return [];
-  line.says("looks for the cause");
+  box.line.says("looks for the cause");
   const role = script === "agent" || script === "annotate" ? "agent" : "server";
   // An upgrade that failed has put back what ran before: only what it said still tells.
   const problems = script === "upgrade" ? [] : await explain(call, box, role, script);
@@ -34,18 +35,18 @@ export function causesOf(problems: readonly Problem[], name: string | undefined,
 }
 
 /** Why a script failed on a box, as check would say it. Nothing where that cannot be found out. */
-async function explain(call: Call, failed: Target, role: Role, script: string): Promise<Problem[]> {
+async function explain(call: Call, failed: Box, role: Role, script: string): Promise<Problem[]> {
   try {
     // Without SERVER the script runs on the failed box itself, and knows no other.
     const boxes = call.settings.SERVER ? await listed(call) : [];
-    const known = boxes.some(({ target }) => target.host === failed.host);
-    if (!known) boxes.push({ target: failed, role });
-    const look = (known && underWay) || surveyAndTry(call, boxes);
+    const known = boxes.some(({ box }) => box.host === failed.host);
+    if (!known) boxes.push({ box: boxAt(call, failed), role });
+    const look = (known && underWay) || surveyAndTry(boxes);
     if (known) underWay = look;
     const members = await look.finally(() => {
       if (underWay === look) underWay = undefined;
     });
-    const name = members.find(({ target }) => target.host === failed.host)?.target.name;
+    const name = members.find(({ box }) => box.host === failed.host)?.box.name;
     return causesOf(diagnose(clusterOf(members)), name, script);
   } catch {
     return [];

@@ -3,13 +3,11 @@
  * gone again afterwards. What is sent in their name is sent by the box's own tools in the pod's network.
  */
 
-import { jobFor } from "../boxes.ts";
 import { look } from "../converge.ts";
 import { API, apiMessage, CURL, itemsOf, type Load, overload, type PodObject } from "../k3s/nodes.ts";
-import type { Call } from "../script.ts";
 import { raw, sh } from "../sh.ts";
 import { TURN } from "./diagnose.ts";
-import { ask, type BoxReport, type Cluster, few, line, type Member, patience } from "./survey.ts";
+import { ask, type BoxReport, type Cluster, few, type Member, patience } from "./survey.ts";
 
 const LABEL = "k3s-across-clouds-check";
 /** How long pods may take until they run, in seconds: an image may have to be fetched. */
@@ -225,7 +223,6 @@ done`;
  * What was found is added to the members. Answers why pods could not be tried, where they could not.
  */
 export async function tryPods(
-  call: Call,
   members: readonly Member[],
   cluster: Cluster,
   mark: string,
@@ -234,7 +231,7 @@ export async function tryPods(
   const nodes = cluster.nodes.filter(({ ready }) => ready).map(({ name }) => name);
   if (!server || nodes.length === 0) return "the API does not answer";
   const trip = (member: Member, text: string) =>
-    look(jobFor(call, member.target, line()), [ask(text)], patience(2 * nodes.length + ALL));
+    look(member.box, [ask(text)], patience(2 * nodes.length + ALL));
   try {
     const up = await trip(server, made(nodes, mark));
     const image = up.image?.trim();
@@ -250,7 +247,7 @@ export async function tryPods(
     );
     await Promise.all(
       cluster.boxes.map(async ({ name, nodeName, wireguard }) => {
-        const member = members.find(({ target }) => target.name === name) as Member;
+        const member = members.find(({ box }) => box.name === name) as Member;
         const own = pods.find(({ node }) => node === nodeName);
         const parts = [
           own ? paths(own, pods, services, wireguard?.mtu ?? 1280) : "",

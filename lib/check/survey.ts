@@ -3,7 +3,7 @@
  * passes between them in a second. Nothing is changed on any box.
  */
 
-import { jobFor, targets } from "../boxes.ts";
+import { boxes } from "../boxes.ts";
 import { look } from "../converge.ts";
 import { rangesOf } from "../k3s/config.ts";
 import { blocked, firewallLook, remedy } from "../k3s/firewall.ts";
@@ -31,8 +31,8 @@ import {
   systemOf,
 } from "../k3s/nodes.ts";
 import { nameLook, type Role, unitOf } from "../k3s/unit.ts";
-import type { Line } from "../report.ts";
-import type { Call, Target } from "../script.ts";
+import { silent } from "../report.ts";
+import type { Box, Call } from "../script.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh } from "../sh.ts";
 import type { Facts, Step } from "../step.ts";
@@ -42,10 +42,8 @@ import { caSed } from "../token.ts";
 
 /** A box of the cluster and what it says. */
 export interface Member {
-  target: Target;
+  box: Box;
   role: Role;
-  /** Its settings: of all, or its own. */
-  want: Settings;
   /** Why it could not be looked at. */
   error?: string;
   facts: Facts;
@@ -116,19 +114,18 @@ export const few = (lines: readonly string[], many = FEW): string =>
   lines.map((line, i) => `  ${line} &\n${(i + 1) % many && i + 1 < lines.length ? "" : "  wait\n"}`).join("");
 
 /** Boxes, and what is to run on each. */
-export type Listed = { target: Target; role: Role }[];
+export type Listed = { box: Box; role: Role }[];
 
 /** All boxes side by side, a trip each, with `more` to look at. A box that cannot be looked at carries its error. */
-export async function survey(call: Call, listed: Listed, more = ""): Promise<Member[]> {
+export async function survey(listed: Listed, more = ""): Promise<Member[]> {
   return await Promise.all(
-    listed.map(async ({ target, role }) => {
-      const heard: Line["says"] = (text) => {
+    listed.map(async ({ box, role }) => {
+      const member: Member = { box, role, facts: {}, tried: {} };
+      const says = (text: string) => {
         member.clock ??= Number(text) - Date.now() / 1000;
       };
-      const job = jobFor(call, target, line(heard));
-      const member: Member = { target, role, want: job.want, facts: {}, tried: {} };
       try {
-        member.facts = await look(job, [ask(LOOKS[role] + more)], PATIENCE);
+        member.facts = await look({ ...box, line: { ...silent, says } }, [ask(LOOKS[role] + more)], PATIENCE);
       } catch (error) {
         member.error = (error as Error).message;
       }
@@ -136,15 +133,6 @@ export async function survey(call: Call, listed: Listed, more = ""): Promise<Mem
     }),
   );
 }
-
-/** Hears what a box says, and shows nothing. */
-export const line = (says: Line["says"] = () => {}): Line => ({
-  says,
-  starts() {},
-  waits() {},
-  done() {},
-  failed() {},
-});
 
 /** A box as it is shown and judged; what it did not say is undefined. */
 export interface BoxReport {
@@ -257,7 +245,12 @@ export function clusterOf(members: readonly Member[]): Cluster {
 type Alone = Omit<BoxReport, "blocked" | "latent" | "opens">;
 
 /** What has passed is not blocked: by rules that are not understood here, or as part of a connection from before them. */
-function firewallOf(box: Alone, { facts, want }: Member, boxes: readonly Alone[], nodes: readonly Node[]) {
+function firewallOf(
+  box: Alone,
+  { facts, box: { want } }: Member,
+  boxes: readonly Alone[],
+  nodes: readonly Node[],
+) {
   const passes = (node: Node) => {
     const other = boxes.find(({ nodeName }) => nodeName === node.name);
     const handshake = peerOf(box.peers, node.podCidr)?.handshake ?? 0;
@@ -281,10 +274,10 @@ function firewallOf(box: Alone, { facts, want }: Member, boxes: readonly Alone[]
   return { blocked: now, latent, opens };
 }
 
-function seen({ target, role, want, error, facts, clock, tried, paths }: Member, nodes: Node[]): Alone {
-  const there = nodes.find(({ externalIp }) => externalIp === target.ip);
+function seen({ box, role, error, facts, clock, tried, paths }: Member, nodes: Node[]): Alone {
+  const there = nodes.find(({ externalIp }) => externalIp === box.ip);
   // Of a box that does not answer only its address tells.
-  const name = nameOf(role, { ...want, PUBLIC_IP: target.ip }, facts, nodes) || (there?.name ?? "");
+  const name = nameOf(role, { ...box.want, PUBLIC_IP: box.ip }, facts, nodes) || (there?.name ?? "");
   const unit = (facts.units ?? "")
     .split(/\n\n+/)
     .map(pairs)
@@ -295,10 +288,10 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
   const joins = (facts.joins ?? "").trim().split("\n");
   const addresses = (facts.addresses ?? "").split("\n").map((row) => row.split(/\s+/));
   return {
-    name: target.name,
-    host: target.host,
-    word: target.word,
-    ip: target.ip,
+    name: box.name,
+    host: box.host,
+    word: box.word,
+    ip: box.ip,
     role,
     error,
     nodeName: name,
@@ -328,7 +321,7 @@ function seen({ target, role, want, error, facts, clock, tried, paths }: Member,
     cniMtu: numberOf(facts.cni?.trim()),
     peers: peersOf(facts.peers).filter((peer) => peer.interface === wg),
     addresses: addresses.flatMap(([, , , address]) => address?.split("/")[0] ?? []),
-    proxyMode: want.PROXY_MODE,
+    proxyMode: box.want.PROXY_MODE,
     ipvs: Boolean(facts.ipvs?.trim()),
     resolvers: splitWords((facts.resolvers ?? "").replaceAll("\n", " ")),
     ca:
@@ -402,33 +395,29 @@ function triedOf(facts: Facts): Tried {
 
 /** The boxes of the settings. @throws {SettingError} */
 export async function listed(call: Call): Promise<Listed> {
-  const servers = await targets(call, "SERVER");
-  const agents = call.settings.AGENTS ? await targets(call, "AGENTS") : [];
+  const servers = await boxes(call, "SERVER");
+  const agents = await boxes(call, "AGENTS");
   return [
-    ...servers.map((target) => ({ target, role: "server" as const })),
-    ...agents.map((target) => ({ target, role: "agent" as const })),
+    ...servers.map((box) => ({ box, role: "server" as const })),
+    ...agents.map((box) => ({ box, role: "agent" as const })),
   ];
 }
 
 /** All boxes, a trip each for what they are and one for what passes between them. */
-export async function surveyAndTry(call: Call, boxes: Listed) {
-  const members = await survey(call, boxes, `\n${firewallLook}`);
-  await tryPaths(call, members, clusterOf(members));
+export async function surveyAndTry(boxes: Listed) {
+  const members = await survey(boxes, `\n${firewallLook}`);
+  await tryPaths(members, clusterOf(members));
   return members;
 }
 
 /** The second trip, all boxes side by side: packets through every tunnel, kubelets, the API, resolvers. */
-async function tryPaths(call: Call, members: readonly Member[], cluster: Cluster): Promise<void> {
+async function tryPaths(members: readonly Member[], cluster: Cluster): Promise<void> {
   await Promise.all(
     members.map(async (member) => {
-      const box = cluster.boxes.find(({ name }) => name === member.target.name) as BoxReport;
+      const box = cluster.boxes.find(({ name }) => name === member.box.name) as BoxReport;
       if (member.error) return;
       try {
-        member.tried = await look(
-          jobFor(call, member.target, line()),
-          [ask(tries(box, cluster))],
-          patience(cluster.nodes.length),
-        );
+        member.tried = await look(member.box, [ask(tries(box, cluster))], patience(cluster.nodes.length));
       } catch (error) {
         member.error = (error as Error).message;
       }

@@ -3,9 +3,9 @@ import { isUtf8 } from "node:buffer";
 import { createHash } from "node:crypto";
 import { createReadStream, existsSync, readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
-import { targets } from "../boxes.ts";
+import { boxes } from "../boxes.ts";
 import { runScript } from "../cli.ts";
-import type { Call, Recipe, Target } from "../script.ts";
+import type { Call, Recipe } from "../script.ts";
 import { aFile, SettingError, type Settings } from "../settings.ts";
 import type { Want } from "../step.ts";
 import { boxNames, splitWords } from "../text.ts";
@@ -35,15 +35,15 @@ async function prepare(call: Call): Promise<void> {
 
 /** @throws {SettingError} for a box whose address is not known, or not public. */
 async function addressesOf(call: Call, setting: "SERVER" | "AGENTS"): Promise<string[]> {
-  return call.settings[setting] ? (await targets(call, setting)).map(({ ip }) => ip).sort() : [];
+  return (await boxes(call, setting)).map(({ ip }) => ip).sort();
 }
 
 /** A box's settings, by what it is to the others. */
-export function wantOnBox(call: Call, box: Target, want: Want): Want {
+export function wantOnBox(call: Call, name: string, want: Want): Want {
   const { settings, addresses } = call;
   const servers = boxNames(settings.SERVER);
-  const isServer = call.recipe.host === "SERVER" || servers.includes(box.name);
-  const own = call.own[box.name] ?? call.own[""];
+  const isServer = call.recipe.host === "SERVER" || servers.includes(name);
+  const own = call.own[name] ?? call.own[""];
   // The networks of pods and services are what the server's arguments say, on every other box too.
   const theirs = isServer ? undefined : call.own[servers[0] as string]?.SERVER_ARGS;
   const result = {
@@ -54,7 +54,7 @@ export function wantOnBox(call: Call, box: Target, want: Want): Want {
   if (want.HTTPS_PROXY || want.HTTP_PROXY) {
     const url = /^https:\/\/([\w.-]+)/.exec(want.K3S_URL)?.[1] ?? "";
     // An agent has to do with no other agent but through WireGuard.
-    const nodes = [...addresses.servers, ...(isServer ? addresses.agents : []), url, box.ip];
+    const nodes = [...addresses.servers, ...(isServer ? addresses.agents : []), url, want.PUBLIC_IP];
     result.NO_PROXY = noProxy(result, nodes);
   }
   return result;

@@ -3,15 +3,15 @@
 import { createHash } from "node:crypto";
 import { createReadStream, lstatSync } from "node:fs";
 import { dirname, join } from "node:path";
-import { jobFor, targets } from "../../lib/boxes.ts";
-import { converge, look, lookAndConverge } from "../../lib/converge.ts";
+import { boxes } from "../../lib/boxes.ts";
+import { lookAndConverge } from "../../lib/converge.ts";
 import { putNew, remove, temporary, tryWrite } from "../../lib/files.ts";
-import { attempt, showPlan } from "../../lib/fleet.ts";
+import { attempt, bring } from "../../lib/fleet.ts";
 import { nodeNameOf } from "../../lib/k3s/identity.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { binaryLook, nameLook } from "../../lib/k3s/unit.ts";
-import { report } from "../../lib/report.ts";
-import type { Call, Target } from "../../lib/script.ts";
+import { watch } from "../../lib/report.ts";
+import type { Box, Call } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { type Change, Failure, Refusal, type Step } from "../../lib/step.ts";
@@ -104,34 +104,31 @@ export const cleared: Step = {
 };
 
 async function backup(call: Call): Promise<number> {
-  const [server] = (await targets(call, "SERVER")) as [Target];
+  const [server] = (await boxes(call, "SERVER")) as [Box];
   const id = new Date().toISOString().replace(/[-:]|\.\d+/g, "");
   const file = call.settings.BACKUP || join(dirname(call.envFile), `k3s-${server.name}-${id}.tar.gz`);
   freeName(file, call.settings.BACKUP ? call.origins.BACKUP : "default");
-  const ui = await report([server.name]);
-  const line = ui.line(server.name);
-  return await attempt(call, call.script, server, line, async () => {
-    const steps = [copied(id)];
-    const job = jobFor(call, server, line);
-    const facts = await look(job, steps);
-    if (call.mode !== "apply") return showPlan(call, server, steps, job, facts);
-    const made = (await converge(job, steps, facts)).made?.trim();
-    line.says(`copies it to ${file}`);
+  await watch([server]);
+  return await attempt(call, server, async () => {
+    const now = await bring(call, server, [copied(id)]);
+    if (!now) return;
+    const made = now.facts.made?.trim();
+    server.line.says(`copies it to ${file}`);
     const part = temporary(dirname(file));
     try {
-      await job.box.pull(`${FOLDER}/${id}.tar.gz`, part);
+      await server.shell.pull(`${FOLDER}/${id}.tar.gz`, part);
       const have = await hashOf(part);
       if (have !== made) throw new Failure(`The copy for ${file} has sha256 ${have}, not ${made}`);
       putNew(part, file);
     } catch (error) {
       // Where this cannot clear the server, the next backup does.
-      await lookAndConverge(job, cleared).catch(() => {});
+      await lookAndConverge(server, cleared).catch(() => {});
       throw error;
     } finally {
       remove(part);
     }
-    await lookAndConverge(job, cleared);
-    line.done(false, `${file}, a secret: it has the token and all keys of the cluster`);
+    await lookAndConverge(server, cleared);
+    server.line.done(false, `${file}, a secret: it has the token and all keys of the cluster`);
     process.stdout.write(`${file}\n`);
   });
 }

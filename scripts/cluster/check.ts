@@ -25,11 +25,11 @@ async function check(call: Call): Promise<number> {
   const boxes = await listed(call);
   const watch = call.flags.has("watch");
   for (;;) {
-    const members = await surveyAndTry(call, boxes);
+    const members = await surveyAndTry(boxes);
     let cluster = clusterOf(members);
     // Pods come and go in seconds: not every few of them.
     const mark = randomBytes(3).toString("hex");
-    const podless = watch ? "not with --watch" : await tryPods(call, members, cluster, mark);
+    const podless = watch ? "not with --watch" : await tryPods(members, cluster, mark);
     cluster = clusterOf(members);
     const { problems, notes } = verdict(cluster, podless);
     const { stdout } = process;

@@ -1,14 +1,14 @@
 #!/usr/bin/env -S node --import tsx
 /** Removes the whole cluster from SERVER and all AGENTS, after asking. */
 import { createInterface } from "node:readline/promises";
-import { jobFor, targets } from "../../lib/boxes.ts";
-import { converge, type Job, look } from "../../lib/converge.ts";
+import { boxes as boxesOf } from "../../lib/boxes.ts";
+import { look } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
-import { attempt, showPlan, worst } from "../../lib/fleet.ts";
+import { bring, each, showPlan, worst } from "../../lib/fleet.ts";
 import { casOf, mayGo } from "../../lib/k3s/identity.ts";
 import { run } from "../../lib/k3s/script.ts";
-import { report } from "../../lib/report.ts";
-import type { Call, Target } from "../../lib/script.ts";
+import { watch } from "../../lib/report.ts";
+import type { Box, Call } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { type Facts, planAll } from "../../lib/step.ts";
 import { caIn } from "../../lib/token.ts";
@@ -19,56 +19,43 @@ async function down(call: Call): Promise<number> {
     throw new SettingError(
       "SERVER is not set: expected the box that is to lose its cluster, or SERVER= (empty) for this machine",
     );
-  const servers = await targets(call, "SERVER");
-  const agents = call.settings.AGENTS ? await targets(call, "AGENTS") : [];
+  const servers = await boxesOf(call, "SERVER");
   if (call.mode === "apply" && !call.flags.has("yes") && !process.stdin.isTTY)
     throw new SettingError(
       "This removes a whole cluster, and asks first: run it on a terminal, or add YES=1",
     );
-  const boxes = [...servers, ...agents];
-  const ui = await report(boxes.map((box) => box.name));
-  const found = new Map<Target, { job: Job; facts: Facts }>();
-  const looked = await Promise.all(
-    boxes.map((box) =>
-      attempt(call, call.script, box, ui.line(box.name), async (line) => {
-        const job = jobFor(call, box, line);
-        found.set(box, { job, facts: await look(job, [uninstall]) });
-      }),
-    ),
-  );
+  const boxes = [...servers, ...(await boxesOf(call, "AGENTS"))];
+  await watch(boxes);
+  const found = new Map<Box, Facts>();
+  const looked = await each(call, boxes, async (box) => {
+    found.set(box, await look(box, [uninstall]));
+  });
   // One that must not go stops all: the settings may be those of another cluster.
   const force = call.flags.has("force");
-  const ca = [...found].flatMap(([box, { facts }]) => (box === servers[0] ? casOf(facts).server : []));
+  const ca = [...found].flatMap(([box, facts]) => (box === servers[0] ? casOf(facts).server : []));
   const asked = caIn(call.settings.K3S_TOKEN);
   const cluster = force ? [] : asked ? [asked] : ca;
-  const examined = await Promise.all(
-    [...found].map(([box, { job, facts }]) =>
-      attempt(call, call.script, box, ui.line(box.name), async () => {
-        mayGo(facts, cluster, servers.includes(box) ? "server" : "agent", false, force);
-        if (call.mode !== "apply") showPlan(call, box, [uninstall], job, facts);
-      }),
-    ),
-  );
+  const examined = await each(call, [...found.keys()], async (box) => {
+    const facts = found.get(box) as Facts;
+    mayGo(facts, cluster, servers.includes(box) ? "server" : "agent", false, force);
+    if (call.mode !== "apply") showPlan(call, box, [uninstall], facts);
+  });
   if (call.mode !== "apply" || worst(examined) !== 0) return worst([...looked, ...examined]);
-  const full = [...found].filter(([, { job, facts }]) => planAll([uninstall], job.want, facts).length);
+  const full = [...found].filter(([box, facts]) => planAll([uninstall], box.want, facts).length);
   if (full.length && !call.flags.has("yes") && !(await agreed(full.map(([box]) => box.name)))) return 1;
-  const gone = new Set<Target>();
-  const removed = await Promise.all(
-    [...found].map(([box, { job, facts }]) =>
-      attempt(call, call.script, box, ui.line(box.name), async (line) => {
-        job.progress = line;
-        line.done((await converge(job, [uninstall], facts)) === facts, "no k3s on this box");
-        gone.add(box);
-      }),
-    ),
-  );
+  const gone = new Set<Box>();
+  const removed = await each(call, [...found.keys()], async (box) => {
+    const now = await bring(call, box, [uninstall], found.get(box));
+    box.line.done(Boolean(now?.nothing), "no k3s on this box");
+    gone.add(box);
+  });
   // A box that could not be reached is known by them when its turn comes.
   if (boxes.every((box) => gone.has(box))) await forget(call, servers);
   return worst([...looked, ...removed]);
 }
 
 /** What joins boxes to a cluster that is no more goes from the env file. In a shared datastore it goes on living. */
-async function forget(call: Call, servers: readonly Target[]): Promise<void> {
+async function forget(call: Call, servers: readonly Box[]): Promise<void> {
   const { K3S_URL, K3S_TOKEN } = readEnv(call.envFile).values;
   const own = servers.some(({ ip }) => K3S_URL?.trim() === `https://${ip}:6443`);
   if (!own || call.settings.K3S_DATASTORE_ENDPOINT) return;

@@ -5,14 +5,14 @@ import { existsSync, mkdirSync, readFileSync, statSync } from "node:fs";
 import { homedir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
 import { isDeepStrictEqual } from "node:util";
-import { jobFor, targets } from "../../lib/boxes.ts";
+import { boxes } from "../../lib/boxes.ts";
 import { ask } from "../../lib/check/survey.ts";
 import { look } from "../../lib/converge.ts";
 import { noFile, realPath, replaceFile, take, unwritten } from "../../lib/files.ts";
 import { attempt } from "../../lib/fleet.ts";
 import { run } from "../../lib/k3s/script.ts";
-import { report } from "../../lib/report.ts";
-import type { Call, Target } from "../../lib/script.ts";
+import { watch } from "../../lib/report.ts";
+import type { Box, Call } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { Failure } from "../../lib/step.ts";
 import { caIn } from "../../lib/token.ts";
@@ -286,19 +286,18 @@ function lock(path: string): () => void {
 }
 
 async function kubeconfig(call: Call): Promise<number> {
-  const [server] = (await targets(call, "SERVER")) as [Target];
+  const [server] = (await boxes(call, "SERVER")) as [Box];
   const path = pathOf();
   // Before the box is asked.
   lock(realPath(path))();
-  const ui = await report([server.name]);
-  return await attempt(call, call.script, server, ui.line(server.name), async (line) => {
-    const job = jobFor(call, server, line);
-    const facts = await look(job, [ask("fact config; cat /etc/rancher/k3s/k3s.yaml 2>/dev/null")]);
+  await watch([server]);
+  return await attempt(call, server, async () => {
+    const facts = await look(server, [ask("fact config; cat /etc/rancher/k3s/k3s.yaml 2>/dev/null")]);
     if (!facts.config?.trim())
       throw new Failure("It has no /etc/rancher/k3s/k3s.yaml: k3s is no server there, or not up yet");
-    const access = accessOf(facts.config, server.ip, job.want.K3S_TOKEN);
+    const access = accessOf(facts.config, server.ip, server.want.K3S_TOKEN);
     const use = call.flags.has("use");
-    line.done(
+    server.line.done(
       !merge(path, access, use),
       `context ${access.name} in ${path}; ${use ? "kubectl uses it" : `kubectl --context ${access.name} get nodes`}`,
     );

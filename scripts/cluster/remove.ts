@@ -1,9 +1,9 @@
 #!/usr/bin/env -S node --import tsx
 /** Takes boxes out of the cluster: pods go elsewhere, k3s goes from the box, and the cluster forgets its node. */
-import { jobFor, targets } from "../../lib/boxes.ts";
+import { boxes } from "../../lib/boxes.ts";
 import { ask } from "../../lib/check/survey.ts";
-import { converge, type Job, look } from "../../lib/converge.ts";
-import { attempt, showPlan, worst } from "../../lib/fleet.ts";
+import { look } from "../../lib/converge.ts";
+import { attempt, bring, worst } from "../../lib/fleet.ts";
 import { CLEAR, CLEAR_LOOK } from "../../lib/k3s/cleanup.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { drainedOn, onNodeOf } from "../../lib/k3s/drain.ts";
@@ -22,8 +22,8 @@ import { neighbours } from "../../lib/k3s/neighbours.ts";
 import { clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { nameLook, unitPath } from "../../lib/k3s/unit.ts";
-import { report } from "../../lib/report.ts";
-import type { Call, Target } from "../../lib/script.ts";
+import { watch } from "../../lib/report.ts";
+import type { Box, Call } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { quote, raw, sh, waitUntil } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
@@ -219,33 +219,25 @@ async function remove(call: Call): Promise<number> {
   const { settings, origins } = call;
   if (origins.HOST === "default")
     throw new SettingError(`HOST is not set: expected the box to remove, some of ${settings.AGENTS}`);
-  const boxes = await targets(call, "HOST");
-  const servers = await targets({ ...call, settings: { ...settings, PUBLIC_IP: "" } }, "SERVER");
-  const [server] = servers as [Target];
-  if (boxes.some((box) => box.host === server.host || box.ip === server.ip))
+  const leaving = await boxes(call, "HOST");
+  const servers = await boxes({ ...call, settings: { ...settings, PUBLIC_IP: "" } }, "SERVER");
+  const [server] = servers as [Box];
+  if (leaving.some((box) => box.host === server.host || box.ip === server.ip))
     throw new SettingError(
       servers.length > 1
         ? `HOST names the first server, ${server.name}, which agents are told: name another one first in SERVER and "make up", then it can go; "make down" removes a whole cluster`
         : `HOST names the server, ${server.name}: "make down" removes a whole cluster`,
     );
-  const ui = await report(boxes.map((box) => box.name));
+  await watch(leaving);
   const statuses: number[] = [];
   // One after the other: pods of the first may go to the second.
-  for (const box of boxes)
-    statuses.push(
-      await attempt(call, call.script, box, ui.line(box.name), (line) => one(call, servers, box, line)),
-    );
-  const gone = boxes.filter((_, i) => statuses[i] === 0);
+  for (const box of leaving) statuses.push(await attempt(call, box, () => one(call, servers, box)));
+  const gone = leaving.filter((_, i) => statuses[i] === 0);
   if (settings.FIREWALL && gone.length) {
     call.letIn = gone.map(({ ip }) => `-${ip}`);
     const others = await neighbours.boxes(call, gone);
-    const follow = await neighbours.follow(
-      call,
-      await report(others.map(({ name }) => name)),
-      others,
-      gone[0],
-    );
-    statuses.push(...(await follow.done));
+    await watch(others);
+    statuses.push(...(await (await neighbours.follow(call, others, gone[0])).done));
   }
   return worst(statuses);
 }
@@ -279,14 +271,13 @@ export function mayRemove(
     );
 }
 
-async function one(call: Call, servers: readonly Target[], box: Target, line: Parameters<typeof jobFor>[2]) {
-  const [server] = servers as [Target];
-  const job = jobFor(call, box, line);
-  const atServer = jobFor(call, server, line);
+async function one(call: Call, servers: readonly Box[], box: Box): Promise<void> {
+  const { line } = box;
+  const server = { ...(servers[0] as Box), line };
   const force = call.flags.has("force");
   let facts: Facts | undefined;
   try {
-    facts = await look(job, [uninstall]);
+    facts = await look(box, [uninstall]);
   } catch (error) {
     if (!(error instanceof Unreachable)) throw error;
     if (!force)
@@ -294,19 +285,19 @@ async function one(call: Call, servers: readonly Target[], box: Target, line: Pa
     line.says(`${error.message}: its node is removed anyway`);
   }
   const role = servers.some((other) => other.host === box.host || other.ip === box.ip) ? "server" : "agent";
-  const name = facts && nodeNameOf(role, job.want, facts);
+  const name = facts && nodeNameOf(role, box.want, facts);
   const who = whoIs(box.ip, facts);
   const [drained, forget] = [drainedOn(who, force), forgotten(who, name)];
-  const cluster = await look(atServer, [drained, forget, ask(caLook)]);
+  const cluster = await look(server, [drained, forget, ask(caLook)]);
   const allowing = `make remove HOST=${quote(box.word)} FORCE=1`;
-  if (facts) mayRemove(facts, cluster, who, atServer.want.K3S_TOKEN, role, force, allowing);
-  const parts: [Target, Job, Step, Facts][] = [[server, atServer, drained, cluster]];
-  if (facts) parts.push([box, job, uninstall, facts]);
-  parts.push([server, atServer, forget, cluster]);
+  if (facts) mayRemove(facts, cluster, who, server.want.K3S_TOKEN, role, force, allowing);
+  const parts: [Box, Step, Facts][] = [[server, drained, cluster]];
+  if (facts) parts.push([box, uninstall, facts]);
+  parts.push([server, forget, cluster]);
   let nothing = true;
-  for (const [target, job, step, facts] of parts) {
-    if (call.mode !== "apply") showPlan(call, target, [step], job, facts);
-    else nothing = (await converge(job, [step], facts)) === facts && nothing;
+  for (const [at, step, found] of parts) {
+    const now = await bring(call, at, [step], found);
+    nothing &&= Boolean(now?.nothing);
   }
   if (call.mode === "apply")
     line.done(nothing, nothing ? "the box has no k3s, the cluster no such node" : "");

@@ -3,20 +3,20 @@
 import { execFile } from "node:child_process";
 import { resolve } from "node:path";
 import { promisify } from "node:util";
-import { jobFor, targets } from "../../lib/boxes.ts";
+import { boxAt, boxes } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
 import { ask } from "../../lib/check/survey.ts";
-import { converge, look, lookAndConverge } from "../../lib/converge.ts";
+import { look, lookAndConverge } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
-import { attempt, learn, showPlan, worst } from "../../lib/fleet.ts";
+import { attempt, bring, each, learn, worst } from "../../lib/fleet.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { closeLook, firewall } from "../../lib/k3s/firewall.ts";
 import { ALLOWED, brief, nodeNameOf, whoIs } from "../../lib/k3s/identity.ts";
 import { address, KUBECTL, VERSION } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { nameLook } from "../../lib/k3s/unit.ts";
-import { report } from "../../lib/report.ts";
-import type { Call, Target } from "../../lib/script.ts";
+import { watch } from "../../lib/report.ts";
+import type { Box, Call } from "../../lib/script.ts";
 import { aFile, SettingError } from "../../lib/settings.ts";
 import { raw, sh } from "../../lib/sh.ts";
 import { type Change, Refusal, type Step } from "../../lib/step.ts";
@@ -147,16 +147,15 @@ async function restore(call: Call): Promise<number> {
     throw new SettingError(
       `K3S_TOKEN (${origins.K3S_TOKEN}) is of the CA ${brief(asked)}, the backup of ${brief(ca)}, another cluster, whose token would take its place: expected an env file of its own, or FORCE=1`,
     );
-  const boxes = await targets(call, "HOST");
-  const [box] = boxes as [Target];
-  if (boxes.length > 1) throw new SettingError(`HOST names ${boxes.length} boxes: expected one`);
-  const agents = settings.AGENTS ? await targets(call, "AGENTS") : [];
-  if (agents.some((agent) => agent.host === box.host || agent.ip === box.ip))
+  const named = (await boxes(call, "HOST")) as [Box];
+  const { host, ip, word } = named[0];
+  if (named.length > 1) throw new SettingError(`HOST names ${named.length} boxes: expected one`);
+  const follow = await boxes(call, "AGENTS");
+  if (follow.some((agent) => agent.host === host || agent.ip === ip))
     throw new SettingError(
-      `HOST is ${box.host}, which is one of AGENTS: expected a box that is none (make remove HOST=${box.host}, and take it out of AGENTS)`,
+      `HOST is ${host}, which is one of AGENTS: expected a box that is none (make remove HOST=${host}, and take it out of AGENTS)`,
     );
-  const ui = await report([box, ...agents].map(({ name }) => name));
-  const members = [...[box, ...agents].map(({ ip }) => ip), ...(about.ip === box.ip ? [] : [`-${about.ip}`])];
+  const members = [ip, ...follow.map((agent) => agent.ip), ...(about.ip === ip ? [] : [`-${about.ip}`])];
   const follows = moveFirewall(members.join(" "));
   const steps = [
     ...prepareAs("server"),
@@ -167,45 +166,45 @@ async function restore(call: Call): Promise<number> {
   /** As every call will be from now on: this box is the server. */
   const next: Call = {
     ...call,
-    settings: { ...settings, SERVER: box.word, HOST: "", PUBLIC_IP: "", K3S_URL: "", K3S_TOKEN: "" },
-    addresses: { ...call.addresses, servers: [box.ip] },
+    settings: { ...settings, SERVER: word, HOST: "", PUBLIC_IP: "", K3S_URL: "", K3S_TOKEN: "" },
+    addresses: { ...call.addresses, servers: [ip] },
     ...(settings.FIREWALL ? { letIn: members } : {}),
   };
+  const box = boxAt(next, named[0]);
+  const agents = follow.map((agent) => boxAt(next, agent));
+  await watch([box, ...agents]);
 
   // A new agent cannot prove that it is the node of its name; one that cannot be reached is said so when it is to
   // follow. And the server that is gone would count as a peer of all others until it is found silent.
-  const gone = about.ip === box.ip ? [] : [about.ip];
+  const gone = about.ip === ip ? [] : [about.ip];
   const proof = ask("fact proof; test -s /etc/rancher/node/password && echo yes");
   await Promise.all(
     agents.map(async (agent) => {
-      const job = jobFor(next, agent, ui.line(agent.name));
-      const facts = await look(job, [proof]).catch(() => undefined);
+      const facts = await look(agent, [proof]).catch(() => undefined);
       if (facts && !facts.proof?.trim()) gone.push(agent.ip);
     }),
   );
-  const status = await attempt(call, call.script, box, ui.line(box.name), async (line) => {
-    const job = jobFor(next, box, line);
-    const facts = await look(job, steps);
-    if (call.mode !== "apply") return showPlan(call, box, steps, job, facts);
-    const after = await converge(job, steps, facts);
-    await lookAndConverge(job, ...gone.map((ip) => forgotten(whoIs(ip), undefined)), unproven);
-    Object.assign(next.settings, await learn(call, steps, job, after));
-    const values = { SERVER: box.word, K3S_VERSION: about.version };
+  const status = await attempt(call, box, async () => {
+    const now = await bring(call, box, steps);
+    if (!now) return;
+    await lookAndConverge(box, ...gone.map((ip) => forgotten(whoIs(ip), undefined)), unproven);
+    Object.assign(next.settings, await learn(call, steps, box, now.facts));
+    const values = { SERVER: word, K3S_VERSION: about.version };
     const have = readEnv(call.envFile).values;
     for (const [name, value] of Object.entries(values))
       if (have[name] !== value) await updateEnv(call.envFile, { [name]: value });
   });
   if (status !== 0 || call.mode !== "apply") return status;
   // All at once: each waits for the others that the datastore still takes for Ready.
-  const followed = await Promise.all(
-    agents.map((agent) =>
-      attempt(call, "agent", agent, ui.line(agent.name), async (line) => {
-        const job = jobFor(next, agent, line);
-        // It goes back to the backup's release with its server.
-        job.want = { ...job.want, allowed: new Set([...call.flags, "release"]) };
-        await lookAndConverge(job, follows, ...agentSteps);
-      }),
-    ),
+  const followed = await each(
+    call,
+    agents,
+    async (agent) => {
+      // It goes back to the backup's release with its server.
+      agent.want = { ...agent.want, allowed: new Set([...call.flags, "release"]) };
+      await lookAndConverge(agent, follows, ...agentSteps);
+    },
+    "agent",
   );
   const rest = await up(next);
   return worst([...followed, rest]);

@@ -1,12 +1,12 @@
 #!/usr/bin/env -S node --import tsx
 /** The cluster in ten lines, from one round trip to the server. Changes nothing. */
-import { targets } from "../../lib/boxes.ts";
+import { boxes } from "../../lib/boxes.ts";
 import { judge, TOP } from "../../lib/check/diagnose.ts";
 import { ask, type BoxReport, type Cluster, clusterOf, survey, TOP_LOOK } from "../../lib/check/survey.ts";
 import { FRESH, type Node, peerOf } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { plain } from "../../lib/report.ts";
-import type { Call, Target } from "../../lib/script.ts";
+import type { Box, Call } from "../../lib/script.ts";
 
 /** Beside what check asks of a server (which defines kc and api). */
 export const MORE = `
@@ -111,10 +111,10 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
 }
 
 async function status(call: Call): Promise<number> {
-  const [target] = (await targets(call, "SERVER")) as [Target];
-  const [server] = await survey(call, [{ target, role: "server" }], MORE);
+  const [box] = (await boxes(call, "SERVER")) as [Box];
+  const [server] = await survey([{ box, role: "server" }], MORE);
   if (!server || server.error !== undefined) {
-    process.stderr.write(`${target.name}: ${plain(server?.error ?? "")}\n`);
+    process.stderr.write(`${box.name}: ${plain(server?.error ?? "")}\n`);
     return 1;
   }
   const rows = statusOf(clusterOf([{ ...server, tried: server.facts }]), server.facts.pods);

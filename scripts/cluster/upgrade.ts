@@ -4,11 +4,11 @@
  * binary and unit, is restarted, and takes pods again once it is seen to run the new version. The first that fails
  * ends it, and gets its old binary and unit back.
  */
-import { jobFor, targets } from "../../lib/boxes.ts";
+import { boxes } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
-import { converge, type Job, look, lookAndConverge } from "../../lib/converge.ts";
+import { converge, look, lookAndConverge } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
-import { attempt, showPlan, worst } from "../../lib/fleet.ts";
+import { attempt, each, showPlan, worst } from "../../lib/fleet.ts";
 import { CONFIG, REGISTRIES } from "../../lib/k3s/config.ts";
 import { drainedOn, uncordonedOn } from "../../lib/k3s/drain.ts";
 import { firewall } from "../../lib/k3s/firewall.ts";
@@ -27,8 +27,8 @@ import {
   type Role,
   unitPath,
 } from "../../lib/k3s/unit.ts";
-import { type Line, report } from "../../lib/report.ts";
-import type { Call, Target } from "../../lib/script.ts";
+import { watch } from "../../lib/report.ts";
+import type { Box, Call } from "../../lib/script.ts";
 import { givenNow, SettingError } from "../../lib/settings.ts";
 import { raw, sh, waitUntil } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
@@ -130,11 +130,9 @@ rm -rf ${KEPT}`,
 }
 
 interface Member {
-  target: Target;
+  box: Box;
   role: Role;
-  job: Job;
   facts: Facts;
-  line: Line;
   /** What its kubelet says. */
   version: string;
 }
@@ -156,38 +154,32 @@ async function upgrade(call: Call): Promise<number> {
     );
   if (everywhere.some((of) => of.K3S_BIN) && call.origins.K3S_VERSION === "default")
     throw new SettingError("K3S_VERSION is not set: expected the release that K3S_BIN is");
-  const servers = await targets(call, "SERVER");
-  const [server] = servers as [Target];
-  const agents = settings.AGENTS ? await targets(call, "AGENTS") : [];
-  const ui = await report([...servers, ...agents].map((box) => box.name));
+  const servers = await boxes(call, "SERVER");
+  const all = [...servers, ...(await boxes(call, "AGENTS"))];
+  await watch(all);
 
   const members: Member[] = [];
-  const looked = await Promise.all(
-    [...servers, ...agents].map((target, i) =>
-      attempt(call, call.script, target, ui.line(target.name), async (line) => {
-        const role = i < servers.length ? "server" : "agent";
-        const job = jobFor(call, target, line);
-        job.want = { ...job.want, allowed: new Set([...call.flags, "release"]) };
-        const facts = await look(job, [...stepsOf(role), stepsFor(role, "", target.ip).keep]);
-        members[i] = { target, role, job, facts, line, version: "" };
-      }),
-    ),
-  );
+  const looked = await each(call, all, async (box) => {
+    const role = servers.includes(box) ? "server" : "agent";
+    box.want = { ...box.want, allowed: new Set([...call.flags, "release"]) };
+    const facts = await look(box, [...stepsOf(role), stepsFor(role, "", box.ip).keep]);
+    members[all.indexOf(box)] = { box, role, facts, version: "" };
+  });
   if (looked.some((status) => status !== 0)) return worst(looked);
   const [first] = members as [Member];
   let path: string[] = [];
   // As `up` does: the others join by what the first server says, whatever the env file has.
-  const checked = await attempt(call, call.script, server, first.line, async () => {
+  const checked = await attempt(call, first.box, async () => {
     const nodes = nodesOf(first.facts.nodes);
     if (nodes.length === 0) throw new Refusal("The server's API does not answer: run make server");
-    const learned = serverStep.learn?.(first.job.want, first.facts);
+    const learned = serverStep.learn?.(first.box.want, first.facts);
     for (const member of members) {
-      if (member !== first) member.job.want = { ...member.job.want, ...learned };
-      const found = nodeOf(nodes, whoIs(member.target.ip, member.facts));
+      if (member !== first) member.box.want = { ...member.box.want, ...learned };
+      const found = nodeOf(nodes, whoIs(member.box.ip, member.facts));
       const node = found?.is === "anew" ? undefined : found?.node;
       if (!node)
         throw new Refusal(
-          `${member.target.name} is no node of the cluster: make agent HOST=${member.target.word}, or take it out of AGENTS`,
+          `${member.box.name} is no node of the cluster: make agent HOST=${member.box.word}, or take it out of AGENTS`,
         );
       if (!RELEASE.test(node.version))
         throw new Refusal(`Node ${node.name} runs "${node.version}", which is no release of k3s`);
@@ -198,7 +190,7 @@ async function upgrade(call: Call): Promise<number> {
     mayUpgrade(members, path);
   });
   if (checked !== 0) return checked;
-  if (path.length > 1) first.line.says(`by way of ${path.join(", ")}`);
+  if (path.length > 1) first.box.line.says(`by way of ${path.join(", ")}`);
   // Nothing to go through: a run that was cut may have left a node drained.
   for (const release of path.length ? path : [to]) {
     const status = await hop(call, members, release, force);
@@ -210,15 +202,15 @@ async function upgrade(call: Call): Promise<number> {
 
 /** @throws {Refusal} before anything is downloaded or drained, where a box cannot run a release: its cgroups, its kernel. */
 export function mayUpgrade(
-  members: readonly Pick<Member, "target" | "role" | "job" | "facts">[],
+  members: readonly Pick<Member, "box" | "role" | "facts">[],
   path: readonly string[],
 ): void {
-  for (const { target, role, job, facts } of members)
+  for (const { box, role, facts } of members)
     for (const release of path)
       try {
-        planAll(prepareAs(role), { ...job.want, K3S_VERSION: release }, facts);
+        planAll(prepareAs(role), { ...box.want, K3S_VERSION: release }, facts);
       } catch (error) {
-        throw error instanceof Refusal ? new Refusal(`${target.name}: ${error.message}`) : error;
+        throw error instanceof Refusal ? new Refusal(`${box.name}: ${error.message}`) : error;
       }
 }
 
@@ -227,24 +219,17 @@ async function hop(call: Call, members: Member[], release: string, force: boolea
   const due = members.filter(
     (m) => (force && call.settings.K3S_VERSION === release) || compare(m.version, release) <= 0,
   );
-  for (const { job } of due) job.want = { ...job.want, K3S_VERSION: release };
+  for (const { box } of due) box.want = { ...box.want, K3S_VERSION: release };
   const [first] = members as [Member];
   if (call.mode !== "apply") {
     for (const member of due) await preview(call, member, first, force);
     return 0;
   }
-  const ahead = await Promise.all(
-    due.map((member) =>
-      attempt(call, call.script, member.target, member.line, async () => {
-        await lookAndConverge(member.job, downloadAhead);
-      }),
-    ),
-  );
+  const boxesDue = due.map(({ box }) => box);
+  const ahead = await each(call, boxesDue, async (box) => void (await lookAndConverge(box, downloadAhead)));
   if (ahead.some((status) => status !== 0)) return worst(ahead);
   for (const member of due) {
-    const status = await attempt(call, call.script, member.target, member.line, () =>
-      one(member, first, force),
-    );
+    const status = await attempt(call, member.box, () => one(member, first.box, force));
     if (status !== 0) return status;
     member.version = release;
     // Else the next `make up` would put the old release back.
@@ -254,35 +239,34 @@ async function hop(call: Call, members: Member[], release: string, force: boolea
   return 0;
 }
 
-async function preview(call: Call, { target, role, job, version }: Member, first: Member, force: boolean) {
-  const facts = await look(job, [...stepsOf(role), stepsFor(role, version, target.ip).keep]);
-  if (version !== job.want.K3S_VERSION)
-    showPlan(call, first.target, [drainedOn(whoIs(target.ip, facts), force)], first.job, first.facts);
-  showPlan(call, target, stepsOf(role), job, facts);
+async function preview(call: Call, { box, role, version }: Member, first: Member, force: boolean) {
+  const facts = await look(box, [...stepsOf(role), stepsFor(role, version, box.ip).keep]);
+  if (version !== box.want.K3S_VERSION)
+    showPlan(call, first.box, [drainedOn(whoIs(box.ip, facts), force)], first.facts);
+  showPlan(call, box, stepsOf(role), facts);
 }
 
-async function one(member: Member, first: Member, force: boolean): Promise<void> {
-  const { target, role, job, line, version } = member;
-  const { keep, runs, forget, putBack } = stepsFor(role, version, target.ip);
+async function one({ box, role, version }: Member, server: Box, force: boolean): Promise<void> {
+  const { keep, runs, forget, putBack } = stepsFor(role, version, box.ip);
   const all = [...stepsOf(role), runs];
-  const atServer = { ...first.job, progress: line };
-  const release = job.want.K3S_VERSION;
-  const facts = await look(job, [...all, keep]);
-  const drained = drainedOn(whoIs(target.ip, facts), force);
+  const atServer = { ...server, line: box.line };
+  const release = box.want.K3S_VERSION;
+  const facts = await look(box, [...all, keep]);
+  const drained = drainedOn(whoIs(box.ip, facts), force);
   /** By what the box says last: its new kernel is another boot. */
-  const uncordoned = (now: Facts) => uncordonedOn(whoIs(target.ip, now));
+  const uncordoned = (now: Facts) => uncordonedOn(whoIs(box.ip, now));
   const cluster = role === "server" ? facts : await look(atServer, [drained]);
   if (version === release) {
     // What a run that was cut has left: nothing of it is a reason to put anything back.
-    const after = await converge(job, all, facts);
-    const left = facts.kept?.trim() || planAll([uncordoned(facts)], job.want, cluster).length;
+    const after = await converge(box, all, facts);
+    const left = facts.kept?.trim() || planAll([uncordoned(facts)], box.want, cluster).length;
     if (after === facts && !left) return;
   } else {
     await converge(atServer, [drained], cluster);
     try {
-      await converge(job, [keep], facts);
-      const after = await converge(job, all, facts);
-      const node = nodesOf(after.nodes).find(({ externalIp }) => externalIp === target.ip);
+      await converge(box, [keep], facts);
+      const after = await converge(box, all, facts);
+      const node = nodesOf(after.nodes).find(({ externalIp }) => externalIp === box.ip);
       if (node?.version !== release)
         throw new Failure(`The node runs ${node?.version || "nothing"}, not ${release}`);
     } catch (error) {
@@ -295,18 +279,18 @@ async function one(member: Member, first: Member, force: boolean): Promise<void>
       throw new Failure(`${message}. The upgrade ends here; ${how}`, change, output);
     }
   }
-  await lookAndConverge(atServer, uncordoned(await lookAndConverge(job, forget)));
-  line.done(false, `runs ${release}`);
+  await lookAndConverge(atServer, uncordoned(await lookAndConverge(box, forget)));
+  box.line.done(false, `runs ${release}`);
 
   /** Puts the node back to what it ran before; says how that went. */
   async function undo(): Promise<string> {
-    const back = { ...job, want: { ...job.want, K3S_VERSION: version } };
+    const back = { ...box, want: { ...box.want, K3S_VERSION: version } };
     const facts = await look(back, [putBack]);
     const kept = facts.kept?.trim();
     if (kept) await converge(back, [putBack], facts);
     await lookAndConverge(atServer, uncordoned(facts));
     return kept
-      ? `${target.name} runs ${version} again`
+      ? `${box.name} runs ${version} again`
       : `nothing of ${version} was kept there, so nothing was put back`;
   }
 }
