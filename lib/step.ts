@@ -21,16 +21,21 @@ export type Facts<F extends string = string> = { readonly [K in F | BaseFact]?: 
 /** A piece of shell that prints these facts. */
 export type Look<F extends string = never> = string & { prints(fact: F): void };
 
-const declared = new Map<string, readonly string[]>();
+/** The facts that it prints. */
+export type Printed<L extends string> = L extends Look<infer F> ? F : never;
+
+type Words<S extends string> = S extends `${infer First} ${infer Rest}` ? First | Words<Rest> : S;
+
+const declared = new Map<string, string[]>();
 /** The facts that a piece of shell was said to print; a test holds its text to them. */
 export const declaredIn = (look: string): readonly string[] => declared.get(look) ?? [];
 
 /** Names the facts that a piece of shell prints: `fact NAME`, then its text. A plan then has those, and no others. */
 export const prints =
-  <F extends string>(...facts: F[]) =>
-  (text: string): Look<F> => {
-    declared.set(text, facts);
-    return text as Look<F>;
+  <S extends string>(facts: S) =>
+  (text: string): Look<Words<S>> => {
+    declared.set(text, facts.split(" "));
+    return text as Look<Words<S>>;
   };
 
 export interface Change {

@@ -13,7 +13,7 @@ import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/k3
 import { envPath, nodeNameIn, type Role } from "../lib/k3s/unit.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { raw, sh } from "../lib/sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { type Change, type Facts, type Printed, prints, Refusal, step } from "../lib/step.ts";
 import { filledEnv } from "../lib/text.ts";
 import { caIn, passwordIn } from "../lib/token.ts";
 import { annotateAs } from "./annotate.ts";
@@ -23,7 +23,7 @@ import { upgradeKernel } from "./upgrade-kernel.ts";
 
 const ENV = (want: Settings) => `K3S_URL=${want.K3S_URL}\nK3S_TOKEN=@K3S_TOKEN@\n${proxyEnv(want)}`;
 
-export const agent: Step = {
+export const agent = step({
   name: "agent",
   options: ["PUBLIC_IP", "PROXY_MODE", "AGENT_ARGS", ...NODE_SETTINGS, "K3S_URL", "K3S_TOKEN"],
 
@@ -37,7 +37,7 @@ export const agent: Step = {
     examine(want, facts);
     return servicePlan("agent", ENV(want), want, facts, [], moving(want, facts));
   },
-};
+});
 
 /**
  * What the server says to this box before it has joined: /cacerts, the date, and whether the token opens the
@@ -45,7 +45,7 @@ export const agent: Step = {
  * one node, and of modern k3s all: so a taken name or address shows without registering anything. Not asked again
  * once the box has joined with these very credentials.
  */
-function serverLook(want: Settings): string {
+function serverLook(want: Settings) {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
   const password = passwordIn(want.K3S_TOKEN).replace(/["\\]/g, "\\$&");
   const ca = caIn(want.K3S_TOKEN) ?? "";
@@ -53,7 +53,7 @@ function serverLook(want: Settings): string {
     .update(filledEnv(ENV(want), want))
     .digest("hex");
   const name = nodeNameIn(want.AGENT_ARGS);
-  return sh`
+  return prints("cacerts error date door shut taken registered proof")(sh`
 if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined} ] && command -v curl >/dev/null; then (
   dir=$(mktemp -d) && chmod 700 "$dir"
   trap 'rm -rf "$dir"' EXIT
@@ -71,15 +71,18 @@ if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined
     ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node"
     fact registered; ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes"
   fi
-  fact password; test -s /etc/rancher/node/password && echo yes
-) fi`;
+  ${raw(proofLook)}
+) fi`);
 }
+
+/** Has the box the password by which a node of its name proves who it is? */
+export const proofLook = prints("proof")("fact proof; test -s /etc/rancher/node/password && echo yes");
 
 /** Clocks that are more than a day apart, in seconds, are wrong whatever certificates bear with. */
 const CLOCKS = 86_400;
 
 /** @throws {Refusal} or {SettingError} where this box cannot join; nothing was touched. */
-function examine(want: Settings, facts: Facts): void {
+function examine(want: Settings, facts: Facts<Printed<ReturnType<typeof serverLook>>>): void {
   if (facts.cacerts === undefined) return;
   const [ca, url] = [facts.cacerts, want.K3S_URL];
   if (!ca.includes("BEGIN CERTIFICATE")) throw new Refusal(unreachable(url, facts.error ?? ""));
@@ -107,7 +110,7 @@ function examine(want: Settings, facts: Facts): void {
       `${url} does not let this box in: it answers ${door}, try again when it is healthy${facts.shut?.trim() ? ` (${facts.shut.trim()})` : ""}`,
     );
   const [node] = nodesOf(facts.taken);
-  if (!node || facts.password?.trim()) return;
+  if (!node || facts.proof?.trim()) return;
   const name = nodeNameOf("agent", want, facts);
   throw new Refusal(
     `The name ${name} is taken by a node of the cluster (${node.externalIp ?? "no public address"}): rename this box (hostnamectl set-hostname …), or add --node-name to AGENT_ARGS; if it is this box from before it was reinstalled, "make remove HOST=${want.HOST || "…"}" has the cluster forget it`,

@@ -27,72 +27,74 @@ import {
   unitOf,
 } from "../lib/k3s/unit.ts";
 import { raw, sh, waitUntil } from "../lib/sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
 
 /** The server's unit, an empty line, the agent's. */
-const UNITS =
-  "fact units; systemctl show k3s k3s-agent -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic";
+const PROCESSES = prints("processes")(
+  "fact processes; systemctl show k3s k3s-agent -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic",
+);
 
 const OVERWRITE = "flannel.alpha.coreos.com/public-ip-overwrite";
 
 /** The step for a box of a known role; without one, for what runs there. */
-export const annotateAs = (role?: Role): Step => ({
-  name: "annotate",
-  options: ["PUBLIC_IP"],
+export const annotateAs = (role?: Role) =>
+  step({
+    name: "annotate",
+    options: ["PUBLIC_IP"],
 
-  look: () => [binaryLook, nameLook, clusterLook, UNITS],
+    look: () => [binaryLook, nameLook, clusterLook, PROCESSES],
 
-  plan(want, facts) {
-    const [server = "", agent = ""] = (facts.units ?? "").split("\n\n");
-    // An agent of v1.36.3 may be Ready while systemd still has it "activating".
-    const active = (unit: string) => /^ActiveState=(active|activating)$/m.test(unit);
-    const as = role ?? (active(server) ? "server" : active(agent) ? "agent" : undefined);
-    if (!as) throw new Refusal("Neither k3s nor k3s-agent runs on this box: bring it up first");
-    const { generation } = releaseOf(
-      role ? want : { ...want, K3S_VERSION: facts.version?.trim() ?? "" },
-      facts,
-    );
-    if (!generation) return [];
-    const started = startedAt(facts, as === "server" ? server : agent);
-    const name = nodeNameOf(as, want, facts);
-    const node = nodesOf(facts.nodes).find((n) => n.name === name);
-    if (!role && !node)
-      throw new Refusal(
-        silence(facts)
-          ? `The nodes are not known here: ${silence(facts)}`
-          : `The cluster has no node ${name}: is k3s healthy here?`,
+    plan(want, facts) {
+      const [server = "", agent = ""] = (facts.processes ?? "").split("\n\n");
+      // An agent of v1.36.3 may be Ready while systemd still has it "activating".
+      const active = (unit: string) => /^ActiveState=(active|activating)$/m.test(unit);
+      const as = role ?? (active(server) ? "server" : active(agent) ? "agent" : undefined);
+      if (!as) throw new Refusal("Neither k3s nor k3s-agent runs on this box: bring it up first");
+      const { generation } = releaseOf(
+        role ? want : { ...want, K3S_VERSION: facts.version?.trim() ?? "" },
+        facts,
       );
+      if (!generation) return [];
+      const started = startedAt(facts, as === "server" ? server : agent);
+      const name = nodeNameOf(as, want, facts);
+      const node = nodesOf(facts.nodes).find((n) => n.name === name);
+      if (!role && !node)
+        throw new Refusal(
+          silence(facts)
+            ? `The nodes are not known here: ${silence(facts)}`
+            : `The cluster has no node ${name}: is k3s healthy here?`,
+        );
 
-    const ip = want.PUBLIC_IP;
-    const shaken = handshakes(facts, generation, name, as, started);
-    if (generation === "old" && (node?.publicIp !== ip || node.overwrite !== ip))
-      return [
-        {
-          why: `annotate node ${name}: public-ip-overwrite ${node?.overwrite ?? "unset"} -> ${ip}`,
-          sh: sh`${raw(KUBECTL)}
+      const ip = want.PUBLIC_IP;
+      const shaken = handshakes(facts, generation, name, as, started);
+      if (generation === "old" && (node?.publicIp !== ip || node.overwrite !== ip))
+        return [
+          {
+            why: `annotate node ${name}: public-ip-overwrite ${node?.overwrite ?? "unset"} -> ${ip}`,
+            sh: sh`${raw(KUBECTL)}
 kc annotate --overwrite node ${name} ${OVERWRITE}=${ip}`,
-        },
-        // flannel reads the annotation when it starts; the other nodes follow live (v1.17.6, recorded).
-        restart(as, generation, name, want),
-        ...shaken,
-      ];
-    if (!node) return [];
-    if (node.publicIp !== ip)
-      return [
-        {
-          why: `wait until flannel's public-ip of ${name} is ${ip}, not ${node.publicIp ?? "unset"}`,
-          sh: `${KUBECTL}\n${waitUntil(
-            60,
-            sh`kc get node ${name} -o json 2>/dev/null | grep -q ${`"flannel.alpha.coreos.com/public-ip": "${ip}"`}`,
-            sh`echo ${'Does the server run with --flannel-external-ip? "make server" sees to it'}`,
-          )}`,
-          seconds: 90,
-        },
-        ...shaken,
-      ];
-    return shaken;
-  },
-});
+          },
+          // flannel reads the annotation when it starts; the other nodes follow live (v1.17.6, recorded).
+          restart(as, generation, name, want),
+          ...shaken,
+        ];
+      if (!node) return [];
+      if (node.publicIp !== ip)
+        return [
+          {
+            why: `wait until flannel's public-ip of ${name} is ${ip}, not ${node.publicIp ?? "unset"}`,
+            sh: `${KUBECTL}\n${waitUntil(
+              60,
+              sh`kc get node ${name} -o json 2>/dev/null | grep -q ${`"flannel.alpha.coreos.com/public-ip": "${ip}"`}`,
+              sh`echo ${'Does the server run with --flannel-external-ip? "make server" sees to it'}`,
+            )}`,
+            seconds: 90,
+          },
+          ...shaken,
+        ];
+      return shaken;
+    },
+  });
 
 /** Of nodes that join at the same time, in seconds: each waits for the handshakes with those that came before it. */
 const JOINING = 60;
@@ -105,7 +107,7 @@ since=$(($(date +%s) - $(cut -d. -f1 /proc/uptime) + \${since:-0}))
 `;
 
 /** The peers that this node has and must have, each with how it stands. */
-function peersIn(facts: Facts, generation: Generation, name: string, proves: number) {
+function peersIn(facts: Facts<"peers" | "nodes">, generation: Generation, name: string, proves: number) {
   const peers = peersOf(facts.peers).filter((p) => p.interface === interfaceOf(generation));
   const nodes = nodesOf(facts.nodes);
   return expected(nodes, name, Number(facts.now), backendOf(generation)).map((node) => ({
@@ -117,7 +119,7 @@ function peersIn(facts: Facts, generation: Generation, name: string, proves: num
 
 /** Waits for the peers that lack a fresh handshake where they can be; none lacks one: nothing to do. */
 function handshakes(
-  facts: Facts,
+  facts: Facts<"peers" | "nodes">,
   generation: Generation,
   name: string,
   role: Role,

@@ -6,7 +6,7 @@ import { run } from "../lib/k3s/script.ts";
 import { binaryLook, K3S, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { raw, sh } from "../lib/sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
 import { splitWords } from "../lib/text.ts";
 
 /** A release's file for what `uname -m` says, and the architecture by which its checksums and images go. */
@@ -26,7 +26,7 @@ const PART = `${BIN}/.k3s`;
 /** Which images are in place: what they were fetched or pushed as, and their name, size and time then. */
 const RECORD = `${IMAGES}.txt`;
 
-export const downloadK3s: Step = {
+export const downloadK3s = step({
   name: "download-k3s",
   options: ["K3S_VERSION", "K3S_MIRRORS", "K3S_SHA256", "K3S_BIN", "AIRGAP", ...PROXY_SETTINGS],
 
@@ -34,10 +34,10 @@ export const downloadK3s: Step = {
     binaryLook,
     managersLook,
     foldersLook,
-    `fact curl; command -v curl
+    prints("curl kubectl sha256 images")(`fact curl; command -v curl
 fact kubectl; command -v kubectl
 ${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1` : ""}
-${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/null && stat -c '%n %s %Y' k3s-airgap-images-* 2>/dev/null)` : ""}`,
+${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/null && stat -c '%n %s %Y' k3s-airgap-images-* 2>/dev/null)` : ""}`),
   ],
 
   plan(want, facts) {
@@ -86,19 +86,21 @@ ${raw(swap("v1"))}`,
     if (want.AIRGAP && !changes.some((change) => change.push)) changes.push(...images(want, facts));
     return changes;
   },
-};
+});
 
 /**
  * Before the first node is drained every box has what it will run, images too: a mirror that fails stops nothing
  * half-way.
  */
-export const downloadAhead: Step = {
+export const downloadAhead = step({
   name: "download-ahead",
   options: [],
   look: (want) => [
     binaryLook,
     foldersLook,
-    `fact ahead; ls ${partOf(want)}.good 2>/dev/null\nfact images-ahead; ls ${imagesPartOf(want)}.good 2>/dev/null`,
+    prints("ahead images-ahead")(
+      `fact ahead; ls ${partOf(want)}.good 2>/dev/null\nfact images-ahead; ls ${imagesPartOf(want)}.good 2>/dev/null`,
+    ),
   ],
   plan(want, facts) {
     if (want.K3S_BIN || facts.version?.trim() === want.K3S_VERSION) return [];
@@ -114,7 +116,7 @@ export const downloadAhead: Step = {
       ...(want.AIRGAP && !facts["images-ahead"]?.trim() ? [ahead(imagesFile(want, facts))] : []),
     ];
   },
-};
+});
 
 /** A file of a release, and where it is while it is not proven yet. */
 interface File {
@@ -153,7 +155,7 @@ function releaseFor(facts: Facts): [file: string, arch: string] {
 }
 
 /** The images of k3s's own pods, put where k3s looks for them before it asks a registry. */
-function images(want: Settings, facts: Facts): Change[] {
+function images(want: Settings, facts: Facts<"images">): Change[] {
   const [, arch] = releaseFor(facts);
   const { version, generation } = releaseOf(want, facts);
   const [record = "", ...there] = (facts.images ?? "").split("\n");

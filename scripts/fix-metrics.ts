@@ -5,7 +5,7 @@ import { clusterLook, KUBECTL, nodesOf } from "../lib/k3s/nodes.ts";
 import { run } from "../lib/k3s/script.ts";
 import { binaryLook, generationOf } from "../lib/k3s/unit.ts";
 import { raw, sh, waitUntil, writeFile } from "../lib/sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
 
 const FOLDER = "/var/lib/rancher/k3s/server/manifests";
 const PACKAGED = `${FOLDER}/metrics-server/metrics-server-deployment.yaml`;
@@ -17,21 +17,23 @@ const PULL = 600;
 const API = 120;
 const INSECURE = "--kubelet-insecure-tls";
 
-export const fixMetrics: Step = {
+export const fixMetrics = step({
   name: "fix-metrics",
   options: ["SERVER"],
 
   look: () => [
     binaryLook,
     clusterLook,
-    `fact packaged; sed '/^# written /d' ${PACKAGED} 2>/dev/null
+    prints(
+      "packaged own skipped foreign runs ours figures",
+    )(`fact packaged; sed '/^# written /d' ${PACKAGED} 2>/dev/null
 fact own; sed '/^# written /d' ${OWN} 2>/dev/null
 fact skipped; test -e ${PACKAGED}.skip && echo yes
 fact foreign; grep -lsE '^ *"?name"?: *"?metrics-server"?,? *$' ${FOLDER}/*.yaml ${FOLDER}/*.yml ${FOLDER}/*.json | grep -vxF ${OWN}
 fact runs; systemctl is-active k3s
 ${OURS}
 fact ours; [ ! -e ${OWN} ] || { ours && echo yes; }
-fact top; kc top nodes --no-headers 2>/dev/null`,
+fact figures; kc top nodes --no-headers 2>/dev/null`),
   ],
 
   plan(_want, facts): Change[] {
@@ -41,7 +43,7 @@ fact top; kc top nodes --no-headers 2>/dev/null`,
       throw new Refusal("k3s does not run here: fix-metrics runs on a healthy server (make server)");
     }
     if (absent(facts)) return [];
-    const lines = (facts.top ?? "").split("\n");
+    const lines = (facts.figures ?? "").split("\n");
     const answers = (name: string) =>
       lines.some((line) => line.split(/\s+/)[0] === name && !line.includes("<unknown>"));
     const names = nodes.map((node) => node.name);
@@ -51,10 +53,12 @@ fact top; kc top nodes --no-headers 2>/dev/null`,
     const late = changes.length ? names : names.filter((name) => !answers(name));
     return [...changes, ...(late.length ? [wait(late)] : [])];
   },
-};
+});
+
+type MetricsFact = "packaged" | "own" | "skipped" | "foreign" | "ours";
 
 /** Why metrics-server is none of this project's: switched off, or the user's own. */
-function absent({ packaged, own, skipped, foreign }: Facts): string | undefined {
+function absent({ packaged, own, skipped, foreign }: Facts<MetricsFact>): string | undefined {
   if (foreign?.trim()) return `metrics-server is your own: ${foreign.trim()}`;
   if (own) return undefined;
   if (!packaged) return "metrics-server is disabled";
@@ -65,7 +69,7 @@ function absent({ packaged, own, skipped, foreign }: Facts): string | undefined 
  * For old k3s a manifest of our own beside the packaged one, which is left out by a `.skip`: edits of the packaged file
  * or of the deployment are undone when k3s starts (pkg/deploy, both generations; k3s #8052).
  */
-function articles(facts: Facts): Change[] {
+function articles(facts: Facts<MetricsFact>): Change[] {
   const text = facts.packaged ? withArguments(facts.packaged) : (facts.own ?? "");
   if (text === facts.own && facts.skipped?.trim() && facts.ours?.trim()) return [];
   return [
@@ -86,7 +90,7 @@ echo "# written $(date +%s)" >>${OWN}
  * Modern k3s gets its packaged one back, where an upgrade or this project of before has put another in its place: with
  * --flannel-external-ip it asks at the ExternalIP (k3s #6386), which its kubelets' certificates have.
  */
-function packaged(facts: Facts): Change[] {
+function packaged(facts: Facts<MetricsFact>): Change[] {
   if (!facts.own) return [];
   if (facts.packaged)
     return [

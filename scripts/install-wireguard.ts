@@ -6,20 +6,20 @@ import { run } from "../lib/k3s/script.ts";
 import { type Generation, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { raw, sh } from "../lib/sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
 import { SETTINGS } from "../lib/table.ts";
 import { moduleLook, wireguardIn } from "./upgrade-kernel.ts";
 
-export const installWireguard: Step = {
+export const installWireguard = step({
   name: "install-wireguard",
   options: ["K3S_VERSION", "K3S_BIN", "ELREPO_URL", "EPEL_URL", ...PROXY_SETTINGS],
 
   look: () => [
     moduleLook,
     managersLook,
-    `fact tool; command -v wg
-fact half; dpkg-query -W -f '\${db:Status-Status}' wireguard-tools 2>/dev/null | grep -E '^(half|unpacked)'`,
-    `fact loaded; test -d /sys/module/wireguard && echo yes
+    prints("tool half")(`fact tool; command -v wg
+fact half; dpkg-query -W -f '\${db:Status-Status}' wireguard-tools 2>/dev/null | grep -E '^(half|unpacked)'`),
+    prints("loaded probe split glibc")(`fact loaded; test -d /sys/module/wireguard && echo yes
 fact probe; test -d /sys/class/net/${PROBE} && echo yes
 # The package of the running kernel, where a distro has its modules in two.
 fact split; kernel=$(uname -r)
@@ -27,7 +27,7 @@ if ! { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null;
   dpkg-query -W -f '\${Package}\n' "linux-modules-$kernel" 2>/dev/null
   rpm -q kernel-core kernel-uek-core kernel-rt-core kernel-64k-core 2>/dev/null | grep -F -- "-core-$kernel"
 fi
-fact glibc; getconf GNU_LIBC_VERSION 2>/dev/null`,
+fact glibc; getconf GNU_LIBC_VERSION 2>/dev/null`),
   ],
 
   plan(want, facts) {
@@ -41,7 +41,7 @@ fact glibc; getconf GNU_LIBC_VERSION 2>/dev/null`,
       changes.push(proof(releaseOf(want, facts).generation));
     return changes;
   },
-};
+});
 
 /** EPEL has archived el7, whose release package still asks for mirrors that have dropped it. */
 const EPEL7 = "https://archives.fedoraproject.org/pub/archive/epel";
@@ -50,7 +50,7 @@ const EPEL7 = "https://archives.fedoraproject.org/pub/archive/epel";
  * Installs the tools, and `module`, a package. For EL 7 and 8 the tools are in EPEL (a family goes by its glibc), for
  * others in the distro's own lists.
  */
-export function packages(os: Os, module: string | undefined, want: Settings, facts: Facts): Change {
+export function packages(os: Os, module: string | undefined, want: Settings, facts: Facts<"glibc">): Change {
   const names = [...(module ? [module] : []), "wireguard-tools"];
   let before = "";
   const options: string[] = [];
@@ -85,7 +85,7 @@ ${raw(epel)}} || { echo 'No list here has wireguard-tools, and EPEL is not for t
 }
 
 /** The EL whose packages fit: most of the family have numbers of their own, but its glibc. NaN for what is none. */
-function elOf(os: Os, { glibc = "" }: Facts): number {
+function elOf(os: Os, { glibc = "" }: Facts<"glibc">): number {
   if (os.manager !== "yum" && os.manager !== "dnf") return Number.NaN;
   const minor = Number(/^glibc 2\.(\d+)/.exec(glibc)?.[1]);
   return isEl7(os) || minor < 28 ? 7 : minor < 34 ? 8 : 9;
@@ -99,7 +99,7 @@ const ELREPO = "kmod-wireguard";
  * 5.4 and Oracle's UEK too: where a distro splits its modules, it may be in the other half.
  * @throws {Refusal} where only another kernel helps.
  */
-function moduleFor(want: Settings, facts: Facts): string {
+function moduleFor(want: Settings, facts: Facts<"split" | "userspace">): string {
   const kernel = facts.kernel?.trim() ?? "";
   const split = facts.split?.trim().split("\n")[0] ?? "";
   const [major = 0, minor = 0] = kernel.split(".").map(Number);
@@ -116,7 +116,7 @@ function moduleFor(want: Settings, facts: Facts): string {
 }
 
 /** What else has WireGuard where no package brings it to the running kernel. */
-function otherKernel(os: Os, split: boolean, facts: Facts): string {
+function otherKernel(os: Os, split: boolean, facts: Facts<"managers">): string {
   if (isEl7(os)) return "make upgrade-kernel gives CentOS 7 another";
   if (facts.managers?.includes("amazon-linux-extras")) return "amazon-linux-extras install kernel-5.10";
   switch (os.manager) {

@@ -10,22 +10,22 @@ import { envPath, NODE_TOKEN } from "../lib/k3s/unit.ts";
 import type { Box, Call } from "../lib/script.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { raw, sh } from "../lib/sh.ts";
-import { type Change, type Facts, Failure, Refusal, type Step } from "../lib/step.ts";
+import { type Change, type Facts, Failure, prints, Refusal, step } from "../lib/step.ts";
 import { boxNames, nameOf, sha256 } from "../lib/text.ts";
 import { caIn, PASSWORD_SED, passwordIn, passwordOf } from "../lib/token.ts";
 import { prepareAs } from "./agent.ts";
 import { annotateAs } from "./annotate.ts";
 
-export const server: Step = {
+export const server = step({
   name: "server",
   options: ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", ...NODE_SETTINGS, "K3S_DATASTORE_ENDPOINT"],
 
   look: () => [
     ...serviceLook("server"),
     passwordLook,
-    `fact token; cat ${NODE_TOKEN} 2>/dev/null
+    prints("token sqlite external")(`fact token; cat ${NODE_TOKEN} 2>/dev/null
 fact sqlite; test -e /var/lib/rancher/k3s/server/db/state.db && echo yes
-fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo yes`,
+fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo yes`),
   ],
 
   plan(want, facts): Change[] {
@@ -44,7 +44,7 @@ fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo 
       );
     return { K3S_URL: urlOf(want), K3S_TOKEN: token };
   },
-};
+});
 
 const urlOf = (want: Settings) => `https://${want.PUBLIC_IP}:6443`;
 
@@ -66,7 +66,7 @@ export function isFurther(want: Settings): boolean {
  * Lines of the unit's environment.
  * @throws {Refusal} where another datastore would leave the cluster behind.
  */
-function environment(want: Settings, facts: Facts): string {
+function environment(want: Settings, facts: Facts<"sqlite" | "external">): string {
   const base = `# read by k3s.service\n${proxyEnv(want)}`;
   if (want.K3S_DATASTORE_ENDPOINT) {
     if (facts.sqlite?.trim() && !facts.external?.trim())
@@ -87,7 +87,7 @@ function environment(want: Settings, facts: Facts): string {
  * one of them keeps there is found and decrypted by it. v1.17.6 takes it as it stands, not as K10…::server:PASSWORD,
  * and with none keeps its CAs under the hash of nothing, where a second server with a password finds none (seen).
  */
-export function password(want: Settings, facts: Facts): Change[] {
+export function password(want: Settings, facts: Facts<"token" | "password">): Change[] {
   if (!want.K3S_DATASTORE_ENDPOINT) return [];
   const own = isFurther(want) ? "" : facts.token?.trim();
   const known = passwordIn(own || want.K3S_TOKEN);
@@ -111,7 +111,9 @@ mv -f ${PASSWORD}.new ${PASSWORD}`,
 /** The server's own password goes on being the cluster's. */
 export const KEEP_PASSWORD = writePassword(sh`$(sed ${PASSWORD_SED} ${NODE_TOKEN})`);
 /** A fact that \`password\` needs. */
-export const passwordLook = `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`;
+export const passwordLook = prints("password")(
+  `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`,
+);
 
 /** @throws {SettingError} for a box that would become the server of another cluster. */
 function examine({ settings: want }: Call, boxes: readonly Box[]): void {

@@ -7,13 +7,13 @@ import { run } from "../lib/k3s/script.ts";
 import { binaryLook, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { raw, sh, writeFile } from "../lib/sh.ts";
-import { type Change, type Facts, Refusal, type Step } from "../lib/step.ts";
+import { type Change, type Facts, prints, Refusal, type Step, step } from "../lib/step.ts";
 
 /**
  * Does k3s find WireGuard here? It is in Linux since 5.6; elsewhere a module may have it (Debian and Ubuntu have
  * backports). wireguard-go is for the script of old k3s: modern k3s asks the kernel alone (v1.36.3, seen).
  */
-export function wireguardIn(want: Settings, facts: Facts): string | undefined {
+export function wireguardIn(want: Settings, facts: Facts<"module" | "userspace">): string | undefined {
   if (facts.module?.trim()) return `WireGuard is in kernel ${facts.kernel?.trim()}`;
   if (facts.userspace?.trim() && releaseOf(want, facts).generation !== "modern")
     return "wireguard-go is here, WireGuard outside the kernel";
@@ -21,9 +21,11 @@ export function wireguardIn(want: Settings, facts: Facts): string | undefined {
 }
 
 /** Facts about WireGuard in the running kernel, and k3s's release, which says what will do. modprobe -n loads nothing. */
-export const moduleLook = `${binaryLook}fact module; { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null && echo yes
+export const moduleLook = prints(
+  "version flags module userspace",
+)(`${binaryLook}fact module; { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null && echo yes
 fact userspace; test -c /dev/net/tun && command -v wireguard-go
-`;
+`);
 
 /** What el7 knows of kernel-ml: its release as \`uname -r\` would say it, and the boot entry that starts it. */
 const BOOT = sh`grub=/boot/grub2/grub.cfg
@@ -45,7 +47,7 @@ saved_entry() { grub2-editenv list 2>/dev/null | sed -n 's/^saved_entry=//p'; }`
 /** What a kernel and its initramfs may take in /boot, in MiB; rpm does not count the initramfs. */
 const ROOM = 80;
 
-export const upgradeKernel: Step = {
+export const upgradeKernel = step({
   name: "upgrade-kernel",
   options: [
     "SERVER",
@@ -60,7 +62,7 @@ export const upgradeKernel: Step = {
   look: () => [
     moduleLook,
     ...drainLook,
-    `${BOOT}
+    prints("kernel-ml tools entry saved chosen room")(`${BOOT}
 if command -v rpm >/dev/null; then
   fact kernel-ml; kernel_ml
   fact tools; rpm -q kernel-ml-tools kernel-ml-devel kernel-ml-headers >/dev/null 2>&1 && echo yes
@@ -68,7 +70,7 @@ if command -v rpm >/dev/null; then
   fact saved; saved_entry
   fact chosen; stat -L -c %Y /boot/grub2/grubenv 2>/dev/null
   fact room; df -Pk /boot 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }'
-fi`,
+fi`),
   ],
 
   plan(want, facts) {
@@ -105,7 +107,7 @@ fi`,
       },
     ];
   },
-};
+});
 
 /**
  * Steps 1 to 6 of the article. What is there already stays: each may be run again after a cut. ELRepo has

@@ -19,7 +19,7 @@ const welcome: Facts = {
   date: "Mon, 23 Nov 2026 15:20:00 GMT\n",
   door: "200",
   taken: '{"kind":"Status","status":"Failure","reason":"NotFound","code":404}',
-  password: "",
+  proof: "",
 };
 const other = JSON.stringify(node({ name: "a1", ip: "198.51.100.66", n: 3 }));
 
@@ -30,7 +30,7 @@ test("the recorded CA has the hash that the recorded token names", () => {
 describe("an agent is set up", () => {
   const cases: [name: string, over: Facts][] = [
     ["where the server answers, lets the box in, and has no node of its name", {}],
-    ["where the box is in the cluster already and joins it again", { taken: other, password: "yes\n" }],
+    ["where the box is in the cluster already and joins it again", { taken: other, proof: "yes\n" }],
     [
       "where the server has not been asked: the box has joined with these very credentials",
       { cacerts: undefined as unknown as string },

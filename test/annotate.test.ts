@@ -87,15 +87,15 @@ for (const version of [OLD, MODERN]) {
     });
 
     test("are looked at by the role that runs", () => {
-      assert.deepEqual(plan({ units: unitsOf(undefined, service(NOW - 600)) }), []);
-      assert.throws(() => plan({ units: unitsOf().replaceAll("inactive", "failed") }), Refusal);
-      assert.throws(() => plan({ units: "" }), /Neither k3s nor k3s-agent runs/);
+      assert.deepEqual(plan({ processes: unitsOf(undefined, service(NOW - 600)) }), []);
+      assert.throws(() => plan({ processes: unitsOf().replaceAll("inactive", "failed") }), Refusal);
+      assert.throws(() => plan({ processes: "" }), /Neither k3s nor k3s-agent runs/);
     });
 
     const made = version === OLD ? ["wait for"] : [];
     test(`count ${made.length ? "not at all" : "too"} where their handshakes are from before k3s's last start`, () => {
-      assert.deepEqual(verbs(plan({ units: unitsOf(service(NOW - 10)) })), made);
-      assert.deepEqual(verbs(plan({ units: unitsOf(undefined, service(NOW - 10)) })), made);
+      assert.deepEqual(verbs(plan({ processes: unitsOf(service(NOW - 10)) })), made);
+      assert.deepEqual(verbs(plan({ processes: unitsOf(undefined, service(NOW - 10)) })), made);
     });
 
     test("are nobody's where the cluster has no such node; within make server it may be on its way", () => {

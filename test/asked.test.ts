@@ -9,6 +9,7 @@ import { isFault, kubelets, made, reasons, unstarted } from "../lib/check/pods.t
 import { ask, clusterOf, tries } from "../lib/check/survey.ts";
 import { nodesLook, nodesOf, type PodObject } from "../lib/k3s/nodes.ts";
 import { lookScript, reader, whole } from "../lib/protocol.ts";
+import type { Look } from "../lib/step.ts";
 import { type Facts, lacks, MODERN, member, node, programs, temporary, wanted } from "./helpers.ts";
 
 const MANY = 100;
@@ -158,7 +159,7 @@ async function run(text: string, kubectl = true): Promise<{ facts: Facts; mb: nu
   const child = spawn("sh", ["-s"], { env: { ...process.env, PATH }, stdio: ["pipe", "pipe", "ignore"] });
   let said = "";
   child.stdout.setEncoding("utf8").on("data", (chunk) => (said += chunk));
-  child.stdin.end(whole(lookScript([ask(there)], wanted(), "mark")));
+  child.stdin.end(whole(lookScript([ask([there as Look])], wanted(), "mark")));
   let peak = { mb: 0, processes: 0 };
   const sampler = setInterval(() => {
     const now = memory(child.pid as number);

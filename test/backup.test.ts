@@ -191,8 +191,8 @@ describe("a restore", () => {
     const firewall = moveFirewall(`198.51.100.12 ${B1.ip} -${A1.ip}`);
     const seen = { nodes: nodes(A1, B1, B2), nft: "/usr/sbin/nft\n" };
     const want = wanted({ PUBLIC_IP: B1.ip });
-    assert.deepEqual(firewall.plan(want, { ...seen, ours: "\n" }), [], "no rules of ours");
-    const [{ sh } = { sh: "" }] = firewall.plan(want, { ...seen, ours: "firewall\n" });
+    assert.deepEqual(firewall.plan(want, { ...seen, firewalled: "\n" }), [], "no rules of ours");
+    const [{ sh } = { sh: "" }] = firewall.plan(want, { ...seen, firewalled: "firewall\n" });
     assert.match(sh, new RegExp(`elements = \\{ 198\\.51\\.100\\.12, ${B1.ip}, ${B2.ip} \\}`));
   });
 });

@@ -77,11 +77,15 @@ describe("the manifest of our own", () => {
   }
 });
 
-const top = (...names: string[]) => names.map((name) => `${name}   193m   9%   886Mi   22%`).join("\n");
+const figures = (...names: string[]) => names.map((name) => `${name}   193m   9%   886Mi   22%`).join("\n");
 const plan = (version: string, over: Facts) =>
   fixMetrics.plan(
     wanted({ K3S_VERSION: version }),
-    healthy(version, {}, { packaged: manifests[version] as string, top: top("a1", "b1", "b2"), ...over }),
+    healthy(
+      version,
+      {},
+      { packaged: manifests[version] as string, figures: figures("a1", "b1", "b2"), ...over },
+    ),
   );
 const done = (version: string) => ({
   own: withArguments(manifests[version] as string),
@@ -92,7 +96,12 @@ const kinds = (changes: ReturnType<typeof plan>) => changes.map(({ why }) => why
 
 describe("metrics", () => {
   const cases: [name: string, version: string, over: Facts, kinds: string[]][] = [
-    ["of the old release are mended by a manifest, then waited for", OLD, { top: "" }, ["deploy", "wait"]],
+    [
+      "of the old release are mended by a manifest, then waited for",
+      OLD,
+      { figures: "" },
+      ["deploy", "wait"],
+    ],
     [
       "of the old release are mended even while they answer: a restart of k3s would undo less",
       OLD,
@@ -100,7 +109,12 @@ describe("metrics", () => {
       ["deploy", "wait"],
     ],
     ["of the old release that are mended and answer are left alone", OLD, done(OLD), []],
-    ["of the old release that are mended are waited for", OLD, { ...done(OLD), top: top("a1") }, ["wait"]],
+    [
+      "of the old release that are mended are waited for",
+      OLD,
+      { ...done(OLD), figures: figures("a1") },
+      ["wait"],
+    ],
     [
       "of the old release whose .skip is gone are mended again",
       OLD,
@@ -124,7 +138,7 @@ describe("metrics", () => {
       OLD,
       {
         ...done(OLD),
-        top: `${top("a1", "b2")}\nb1     <unknown>                           <unknown>               <unknown>               <unknown>`,
+        figures: `${figures("a1", "b2")}\nb1     <unknown>                           <unknown>               <unknown>               <unknown>`,
       },
       ["wait"],
     ],
@@ -132,10 +146,10 @@ describe("metrics", () => {
     [
       "of the modern release that do not answer are waited for, and nothing is lowered, however long it takes",
       MODERN,
-      { top: "" },
+      { figures: "" },
       ["wait"],
     ],
-    ["of one node that are missing are waited for alone", MODERN, { top: top("a1", "b2") }, ["wait"]],
+    ["of one node that are missing are waited for alone", MODERN, { figures: figures("a1", "b2") }, ["wait"]],
     [
       "of a modern release get k3s's own back where this project or an upgrade had replaced it",
       MODERN,
@@ -154,7 +168,7 @@ describe("metrics", () => {
       { ...done(OLD), packaged: "" },
       ["deploy", "wait"],
     ],
-    ["that are switched off are left off", MODERN, { packaged: "", own: "", top: "" }, []],
+    ["that are switched off are left off", MODERN, { packaged: "", own: "", figures: "" }, []],
     [
       "of a v1.24 with the modern backend are those of a modern one",
       "v1.24.17+k3s1",
@@ -175,13 +189,13 @@ describe("metrics", () => {
       [
         `of ${version} that the user deploys, with a .skip, are the user's`,
         version,
-        { skipped: "yes\n", top: "" },
+        { skipped: "yes\n", figures: "" },
         [],
       ],
       [
         `of ${version} that a manifest of the user's deploys are the user's`,
         version,
-        { foreign: "/var/lib/rancher/k3s/server/manifests/metrics.yaml\n", top: "" },
+        { foreign: "/var/lib/rancher/k3s/server/manifests/metrics.yaml\n", figures: "" },
         [],
       ],
     ]),
@@ -192,23 +206,28 @@ describe("metrics", () => {
     });
 
   test("of no modern release are ever asked without TLS", () => {
-    const cases: Facts[] = [{ top: "" }, done(MODERN), done(OLD), { ...done(OLD), packaged: "" }];
+    const cases: Facts[] = [{ figures: "" }, done(MODERN), done(OLD), { ...done(OLD), packaged: "" }];
     for (const over of cases)
       for (const change of plan(MODERN, over))
         assert.doesNotMatch(change.sh.replaceAll(/grep -cse \S+|\/\^ \*"\S+/g, ""), /--kubelet-insecure-tls/);
   });
 
   test("are waited for where they are missing, by name, and not for a node that is down", () => {
-    assert.match(plan(OLD, { ...done(OLD), top: top("a1") })[0]?.why ?? "", /for b1, b2$/);
+    assert.match(plan(OLD, { ...done(OLD), figures: figures("a1") })[0]?.why ?? "", /for b1, b2$/);
     assert.deepEqual(
-      plan(OLD, { ...done(OLD), nodes: nodes(A1, B1, { ...B2, ready: false }), top: top("a1", "b1") }),
+      plan(OLD, {
+        ...done(OLD),
+        nodes: nodes(A1, B1, { ...B2, ready: false }),
+        figures: figures("a1", "b1"),
+      }),
       [],
     );
   });
 
   test("of a node whose name another's begins with are not taken for its own", () => {
     assert.match(
-      plan(OLD, { ...done(OLD), nodes: nodes(A1, { ...B1, name: "b" }), top: top("a1", "b1") })[0]?.why ?? "",
+      plan(OLD, { ...done(OLD), nodes: nodes(A1, { ...B1, name: "b" }), figures: figures("a1", "b1") })[0]
+        ?.why ?? "",
       /for b$/,
     );
   });
@@ -289,7 +308,13 @@ describe("on the box", () => {
     put(PACKAGED, manifest);
     assert.equal(pass(true), false);
     assert.deepEqual(
-      fixMetrics.plan(wanted(), { ...facts, ...look(), version: MODERN, nodes: nodes(A1), top: top("a1") }),
+      fixMetrics.plan(wanted(), {
+        ...facts,
+        ...look(),
+        version: MODERN,
+        nodes: nodes(A1),
+        figures: figures("a1"),
+      }),
       [],
     );
   });
@@ -314,7 +339,7 @@ ${more}
 *' get pods '*) echo 'metrics-server-1 0/1 ImagePullBackOff 0 9m' ;;
 *) exit 9 ;;
 esac`;
-  const waits = (kubectl: string) => box(kubectl).run(plan(MODERN, { top: top("a1") })[0]?.sh ?? "");
+  const waits = (kubectl: string) => box(kubectl).run(plan(MODERN, { figures: figures("a1") })[0]?.sh ?? "");
 
   test("what is missed is told in the words of metrics-server's log and pods; a node that is not Ready answers for none", () => {
     const line =

@@ -164,7 +164,7 @@ export function healthy(version: string, written: Facts, over: Facts = {}): Fact
     service: service(STARTED),
     enabled: "enabled\n",
     other: "inactive\n",
-    units: unitsOf(service(STARTED)),
+    processes: unitsOf(service(STARTED)),
     interfaces: `eth0\n${running}\nlo\n`,
     nodes: nodes(A1, B1, B2),
     peers: [peer(version, B1, B1.ip, 30), peer(version, B2, B2.ip, 90)].join("\n"),

@@ -247,7 +247,7 @@ function plans(want: Settings, version: string): { steps: readonly Step[]; facts
       uncordonedOn({ ip: B1.ip }),
       forgotten({ ip: B1.ip }, "b1"),
     ].map((step): [Step, Facts] => [step, { left: "x\n" }]),
-    [token, { token: TOKEN, running: "active", rotates: "rotate", door: "200" }] as [Step, Facts],
+    [token, { token: TOKEN, active: "active", rotates: "rotate", opens: "200" }] as [Step, Facts],
     [
       {
         ...token,

@@ -189,7 +189,7 @@ describe("a box is called", () => {
 
   const naming = [
     ...[foreignFirst("agent"), identityAs("agent"), annotateAs(), server, agent, upgradeKernel],
-    ...[uninstall, unproven, copied("x"), token, stepsFor("agent", "", "").putBack, ask(LOOKS.agent)],
+    ...[uninstall, unproven, copied("x"), token, stepsFor("agent", "", "").putBack, ask([LOOKS.agent])],
   ];
   for (const step of naming)
     test(`is looked for on the box by the step that asks for it: ${step.name || "check"}`, () =>
@@ -661,7 +661,7 @@ describe("before a box gets a role", () => {
       other,
     );
     assert.equal(server.learn?.(want, { token: other }).K3S_TOKEN, other);
-    const facts = { token: other, running: "active", rotates: "rotate", door: "200" };
+    const facts = { token: other, active: "active", rotates: "rotate", opens: "200" };
     assert.throws(() => token.plan(known, facts), refused(/This server is another cluster's/));
   });
 });

@@ -6,7 +6,7 @@ import { drainedOn } from "../lib/k3s/drain.ts";
 import { closeAgain, firewallLook, firewallPlan, scriptText } from "../lib/k3s/firewall.ts";
 import { DRAINED } from "../lib/k3s/nodes.ts";
 import { applyScript, lookScript, printed, whole } from "../lib/protocol.ts";
-import type { Step } from "../lib/step.ts";
+import type { Look, Step } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { cleared, copied } from "../scripts/cluster/backup.ts";
 import { forgotten, uninstall } from "../scripts/cluster/remove.ts";
@@ -123,7 +123,7 @@ describe("shellcheck finds nothing to say", { skip }, () => {
     const services = { kubernetes: "10.43.0.1", "kube-dns": "10.43.0.10" };
     const scripts = {
       look: LOOKS[box.role],
-      "look for status of": LOOKS.server + MORE,
+      "look for status of": `${LOOKS.server}\n${MORE}`,
       tries: tries(box, cluster),
       "pods of": made(["a1", "b1"], "abc"),
       "ways of pods of": paths(pods[0] as Pod, pods, services, 1420),
@@ -131,7 +131,7 @@ describe("shellcheck finds nothing to say", { skip }, () => {
     };
     for (const [what, text] of Object.entries(scripts))
       test(`about the ${what} of check, ${box.role}`, () =>
-        check(`#!/bin/sh\n${whole(lookScript([ask(text)], wanted(), "mark"))}`));
+        check(`#!/bin/sh\n${whole(lookScript([ask([text as Look])], wanted(), "mark"))}`));
   }
   test("about the firewall: its look, its changes, its script, and what takes it away", () => {
     const ranges = ["10.42.0.0/16", "10.43.0.0/16"] as const;
@@ -159,7 +159,8 @@ describe("shellcheck finds nothing to say of living with a cluster", { skip }, (
     passwords: "b1\n",
     token: `${TOKEN}\n`,
     rotates: "rotate\n",
-    running: "active\n",
+    running: "k3s\n",
+    active: "active\n",
     database: "yes\n",
     ahead: "",
     folder: "yes\n",

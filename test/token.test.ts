@@ -8,10 +8,10 @@ import { B1, type Facts, MODERN, OLD, prepared, TOKEN, wanted } from "./helpers.
 
 const facts: Facts = {
   ...prepared(MODERN),
-  door: "200",
+  opens: "200",
   token: `${TOKEN}\n`,
   rotates: "   rotate \n",
-  running: "active\n",
+  active: "active\n",
   version: `${MODERN}\n`,
 };
 const other = TOKEN.replace(/.{8}$/, "ffffffff");
@@ -29,7 +29,9 @@ describe("the token", () => {
 
   test("opens the server's door from its next start on: a run that was cut before is finished", () =>
     assert.deepEqual(
-      token.plan(wanted(), { ...facts, token: `${other}\n`, door: "401" }).map(({ why }) => why.slice(0, 11)),
+      token
+        .plan(wanted(), { ...facts, token: `${other}\n`, opens: "401" })
+        .map(({ why }) => why.slice(0, 11)),
       ["restart k3s"],
     ));
 
@@ -76,7 +78,7 @@ describe("the token", () => {
       {},
       /^k3s v1\.17\.6\+k3s1 cannot rotate its token: that came with v1\.25\.15, .* v1\.28\.3/,
     ],
-    ["where no server runs", { running: "failed\n" }, {}, /No k3s server runs/],
+    ["where no server runs", { active: "failed\n" }, {}, /No k3s server runs/],
     ["where there is none", { token: "" }, {}, /No k3s server runs/],
     [
       "where an argument would bring the old one back",

@@ -84,7 +84,7 @@ function member(spec: NodeSpec, steps: readonly Step[], own: Step, over: Facts =
     {
       ...box(spec),
       peers: peers.map((other) => peer(MODERN, other, other.ip, 30)).join("\n"),
-      units: own === server ? unitsOf(running) : unitsOf(undefined, running),
+      processes: own === server ? unitsOf(running) : unitsOf(undefined, running),
       ...over,
     },
   );
@@ -96,12 +96,12 @@ function member(spec: NodeSpec, steps: readonly Step[], own: Step, over: Facts =
   return facts;
 }
 
-const top = ["a1", "b1", "b2"].map((name) => `${name}   193m   9%   886Mi   22%`).join("\n");
+const figures = ["a1", "b1", "b2"].map((name) => `${name}   193m   9%   886Mi   22%`).join("\n");
 const metrics = {
   cas: `server ${TOKEN.slice(3, 67)}\n`,
   token: TOKEN,
   packaged: fixture("metrics-server-v1.36.3.yaml"),
-  top,
+  figures,
 };
 const a1 = () => member(A1, [...serverSteps, fixMetrics], server, metrics);
 const [b1, b2] = [B1, B2].map((spec) => () => member(spec, agentSteps, agent)) as [() => Facts, () => Facts];
@@ -191,7 +191,7 @@ describe("make up", { concurrency: 2 }, () => {
   });
 
   test("waits for an API that does not answer yet, within bounds, and then goes on", async () => {
-    const silent = { ...a1(), nodes: "", runs: "active\n", top: "" };
+    const silent = { ...a1(), nodes: "", runs: "active\n", figures: "" };
     const { status, stderr } = await run("fix-metrics", [], ENV + JOINED, { a1: silent, "a1.after": a1() });
     assert.equal(status, 0, stderr);
     assert.match(stderr, /^a1 +wait until the API answers/m);

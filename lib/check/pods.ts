@@ -6,6 +6,7 @@
 import { look } from "../converge.ts";
 import { API, apiMessage, CURL, itemsOf, type Load, overload, type PodObject } from "../k3s/nodes.ts";
 import { raw, sh } from "../sh.ts";
+import { type Look, prints } from "../step.ts";
 import { TURN } from "./diagnose.ts";
 import { ask, type BoxReport, type Cluster, few, type Member, patience } from "./survey.ts";
 
@@ -28,10 +29,10 @@ export interface Pod {
 }
 
 /** The shell that makes the pods and waits until they run. Should all else fail, the kubelet ends them by itself. */
-export function made(nodes: readonly string[], mark: string): string {
-  return sh`${raw(API)}
+export function made(nodes: readonly string[], mark: string) {
+  return prints("sandbox refused pods services")(sh`${raw(API)}
 image=$(sed -n "s/.*sandbox\(_image\)\{0,1\} = [\"']\([^\"']*\)[\"'].*/\2/p" /var/lib/rancher/k3s/agent/etc/containerd/config.toml 2>/dev/null | head -n 1)
-fact image; echo "$image"
+fact sandbox; echo "$image"
 fact refused
 make() {
   said=$({ api POST ${PODS} ${ONE} >/dev/null; } 2>&1 <<EOF
@@ -62,17 +63,19 @@ ${raw(
 fi
 fact services; for s in default/kubernetes kube-system/kube-dns; do
   echo "$s $(api GET "/api/v1/namespaces/\${s%/*}/services/\${s#*/}" ${ONE} 2>/dev/null | sed -n 's/.*"clusterIP": *"\([0-9.]*\)".*/\1/p' | head -n 1)"
-done`;
+done`);
 }
 
 /** The shell that asks what the kubelet says of pods that do not run. */
-export const reasons = (names: readonly string[]): string =>
-  `${API}\n${names
-    .map(
-      (name) =>
-        sh`fact events-${name}; api GET ${`/api/v1/namespaces/kube-system/events?pretty=false&fieldSelector=involvedObject.name%3D${name}`} ${ONE} 2>/dev/null`,
-    )
-    .join("\n")}`;
+export const reasons = (names: readonly string[]) =>
+  prints(names.map((name) => `events-${name}`).join(" ") as `events-${string}`)(
+    `${API}\n${names
+      .map(
+        (name) =>
+          sh`fact events-${name}; api GET ${`/api/v1/namespaces/kube-system/events?pretty=false&fieldSelector=involvedObject.name%3D${name}`} ${ONE} 2>/dev/null`,
+      )
+      .join("\n")}`,
+  );
 
 interface EventObject {
   type?: string;
@@ -120,11 +123,12 @@ export const isFault = (
 ): boolean => !image && (proven || ((box?.unit.runs ?? 0) > TURN && !overload(box?.load as Load)));
 
 /** The shell that removes them, and waits until they are gone. */
-const gone = (mark: string) => sh`${raw(API)}
+const gone = (mark: string) =>
+  prints("")(sh`${raw(API)}
 api DELETE '${PODS}?labelSelector=run%3D${mark}' ${ONE} >/dev/null 2>&1
 for _ in 1 2 3 4 5 6 7 8 9 10; do
   case $(api GET '${PODS}?pretty=false&limit=1&labelSelector=run%3D${mark}' ${ONE} 2>/dev/null) in *'"containers"'*) sleep 1 ;; *) break ;; esac
-done`;
+done`);
 
 /** CoreDNS's own name, as a question. No part of it has ten letters: bash would end the packet at that byte, a newline. */
 const question = "kube-dns.kube-system.svc.cluster.local"
@@ -133,15 +137,10 @@ const question = "kube-dns.kube-system.svc.cluster.local"
   .join("");
 
 /** The shell that tries, on one box, the ways of its pod. */
-export function paths(
-  own: Pod,
-  pods: readonly Pod[],
-  services: Record<string, string>,
-  size: number,
-): string {
+export function paths(own: Pod, pods: readonly Pod[], services: Record<string, string>, size: number) {
   const others = pods.filter(({ node }) => node !== own.node);
   const { kubernetes, "kube-dns": dns } = services;
-  return sh`
+  return prints("paths")(sh`
 ns=
 for f in /run/netns/*; do
   ip netns exec "\${f##*/}" ip -o -4 addr show 2>/dev/null | grep -qF ${` ${own.ip}/`} && ns=\${f##*/}
@@ -170,14 +169,15 @@ ${raw(
     ...(kubernetes ? [sh`serves ${kubernetes}`] : []),
     ...(dns ? [sh`resolves ${dns}`] : []),
   ]),
-)}fi`;
+)}fi`);
 }
 
 /**
  * The shell that asks each kubelet, through the API, for its pod's log and for a process in it. The image has no program
  * to run: that the kubelet's own end has opened the stream (101) is the answer.
  */
-export const kubelets = (pods: readonly Pod[]): string => sh`${raw(API)}
+export const kubelets = (pods: readonly Pod[]) =>
+  prints("kubelets")(sh`${raw(API)}
 end=$(($(date +%s) + ${ALL}))
 late() { [ "$(date +%s)" -lt "$end" ] || echo "$1 $2 no did not answer in ${ALL} s with all the others"; }
 logs() {
@@ -216,7 +216,7 @@ printf '%s\n' "$said" | sed -n 's/^kubectl //p' | while read -r node pod; do
   said=$(late exec "$node"); [ -z "$said" ] || { echo "$said"; continue; }
   said=$(kc -n kube-system exec "$pod" -- /k3s-across-clouds 2>&1 </dev/null)
   case $said in *'no such file'*|*'not found in'*|*'OCI runtime'*) echo "exec $node yes" ;; *) echo "exec $node no" "$said" | tr '\n' ' '; echo ;; esac
-done`;
+done`);
 
 /**
  * Tries what pods do: each reaches each, the service of the API, and CoreDNS; and logs and exec on every node.
@@ -230,11 +230,11 @@ export async function tryPods(
   const server = members.find(({ role, error }) => role === "server" && error === undefined);
   const nodes = cluster.nodes.filter(({ ready }) => ready).map(({ name }) => name);
   if (!server || nodes.length === 0) return "the API does not answer";
-  const trip = (member: Member, text: string) =>
-    look(member.box, [ask(text)], patience(2 * nodes.length + ALL));
+  const trip = <F extends string>(member: Member, ...looks: Look<F>[]) =>
+    look(member.box, [ask(looks)], patience(2 * nodes.length + ALL));
   try {
     const up = await trip(server, made(nodes, mark));
-    const image = up.image?.trim();
+    const image = up.sandbox?.trim();
     if (!image) return "containerd's configuration on the server names no image for them";
     const objects = itemsOf<PodObject>(up.pods);
     const podOf = (node: string) => objects.find(({ metadata }) => metadata?.name === nameOf(mark, node));
@@ -250,11 +250,11 @@ export async function tryPods(
         const member = members.find(({ box }) => box.name === name) as Member;
         const own = pods.find(({ node }) => node === nodeName);
         const parts = [
-          own ? paths(own, pods, services, wireguard?.mtu ?? 1280) : "",
-          member === server && pods.length ? kubelets(pods) : "",
-        ].filter(Boolean);
+          ...(own ? [paths(own, pods, services, wireguard?.mtu ?? 1280)] : []),
+          ...(member === server && pods.length ? [kubelets(pods)] : []),
+        ];
         if (member.error === undefined && parts.length)
-          member.paths = await trip(member, parts.join("\n")).catch(() => ({}));
+          member.paths = await trip(member, ...parts).catch(() => ({}));
       }),
     );
     const late = nodes.filter((node) => !pods.some((pod) => pod.node === node));

@@ -6,7 +6,7 @@
 import { boxes } from "../boxes.ts";
 import { look } from "../converge.ts";
 import { rangesOf } from "../k3s/config.ts";
-import { blocked, firewallLook, remedy } from "../k3s/firewall.ts";
+import { blocked, firewallLook, type RuleFact, remedy } from "../k3s/firewall.ts";
 import { nodeNameOf } from "../k3s/identity.ts";
 import { MEANT } from "../k3s/journal.ts";
 import {
@@ -35,35 +35,35 @@ import { silent } from "../report.ts";
 import type { Box, Call } from "../script.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh } from "../sh.ts";
-import type { Facts, Step } from "../step.ts";
+import { type Facts, type Look, type Printed, prints, type Step } from "../step.ts";
 import { publicIp } from "../table.ts";
 import { pairs, splitWords } from "../text.ts";
 import { caSed } from "../token.ts";
 
 /** A box of the cluster and what it says. */
-export interface Member {
+export interface Member<F extends string = never> {
   box: Box;
   role: Role;
   /** Why it could not be looked at. */
   error?: string;
-  facts: Facts;
+  facts: Facts<BoxFact | F>;
   /** Its clock less this machine's when it began to speak, in seconds: too little by the way of a packet. */
   clock?: number;
   /** The second trip: what it reached. */
-  tried: Facts;
+  tried: Facts<TriedFact>;
   /** The third, with check's own pods: what they reached. */
-  paths?: Facts;
+  paths?: Facts<TriedFact>;
 }
 
-/** A step that only looks: the facts of `piece`, and no plan. */
-export const ask = (piece: string, options: Step["options"] = []): Step => ({
+/** A step that only looks: no plan. */
+export const ask = <F extends string = never>(looks: Look<F>[], options: Step["options"] = []): Step<F> => ({
   name: "check",
   options,
-  look: () => [piece],
+  look: () => looks,
   plan: () => [],
 });
 
-const boxLook = sh`
+const boxLook = prints("named units wg peers cni disk load starts ipvs resolvers said")(sh`
 ${raw(nameLook)}
 printf '%s say %s\n' "$m" "$(date +%s.%N)"
 fact units; systemctl show k3s k3s-agent -p Id -p ActiveState -p NRestarts -p MainPID -p ExecMainStartTimestampMonotonic
@@ -87,18 +87,23 @@ fact resolvers; for f in /etc/resolv.conf /run/systemd/resolve/resolv.conf; do
 done
 fact said; journalctl -u k3s -u k3s-agent -o cat --no-pager --since -60s -n 5000 2>/dev/null |
   grep -E ${MEANT} | sed -E 's/^time="[^"]*" //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 5 | tac
-`;
+`);
 
-export const LOOKS: Record<Role, string> = {
-  server: `${boxLook}
+export const LOOKS = {
+  server: prints(
+    "named units wg peers cni disk load starts ipvs resolvers said metrics ca nodes api system",
+  )(`${boxLook}
 fact metrics; ls -d /var/lib/rancher/k3s/server/manifests/metrics-server* 2>/dev/null
 fact ca; sha256sum </var/lib/rancher/k3s/server/tls/server-ca.crt 2>/dev/null
 ${nodesLook}
-${systemLook}`,
+${systemLook}`),
   // Of the token only what pins the CA, which is no secret.
-  agent: `${boxLook}
-fact joins; sed -n 's/^K3S_URL=//p; ${caSed("K3S_TOKEN=")}' /etc/systemd/system/k3s-agent.service.env 2>/dev/null`,
+  agent: prints("named units wg peers cni disk load starts ipvs resolvers said joins")(`${boxLook}
+fact joins; sed -n 's/^K3S_URL=//p; ${caSed("K3S_TOKEN=")}' /etc/systemd/system/k3s-agent.service.env 2>/dev/null`),
 };
+
+type BoxFact = Printed<(typeof LOOKS)[Role]> | RuleFact;
+type TriedFact = Printed<ReturnType<typeof tries>> | "paths" | "kubelets" | "unstarted";
 
 /** How long a box may take to say what it knows, in seconds; ssh itself gives up on a dead one after 15. */
 export const PATIENCE = 40;
@@ -117,15 +122,22 @@ export const few = (lines: readonly string[], many = FEW): string =>
 export type Listed = { box: Box; role: Role }[];
 
 /** All boxes side by side, a trip each, with `more` to look at. A box that cannot be looked at carries its error. */
-export async function survey(listed: Listed, more = ""): Promise<Member[]> {
+export async function survey<F extends string = never>(
+  listed: Listed,
+  ...more: Look<F>[]
+): Promise<Member<F>[]> {
   return await Promise.all(
     listed.map(async ({ box, role }) => {
-      const member: Member = { box, role, facts: {}, tried: {} };
+      const member: Member<F> = { box, role, facts: {}, tried: {} };
       const says = (text: string) => {
         member.clock ??= Number(text) - Date.now() / 1000;
       };
       try {
-        member.facts = await look({ ...box, line: { ...silent, says } }, [ask(LOOKS[role] + more)], PATIENCE);
+        member.facts = await look(
+          { ...box, line: { ...silent, says } },
+          [ask<BoxFact | F>([LOOKS[role], ...more])],
+          PATIENCE,
+        );
       } catch (error) {
         member.error = (error as Error).message;
       }
@@ -336,7 +348,7 @@ function seen({ box, role, error, facts, clock, tried, paths }: Member, nodes: N
 
 const numberOf = (text: string | undefined) => (text ? Number(text) : undefined);
 
-function nameOf(role: Role, want: Settings, facts: Facts, nodes: readonly Node[]): string {
+function nameOf(role: Role, want: Settings, facts: Facts<"nodes">, nodes: readonly Node[]): string {
   try {
     return nodeNameOf(role, want, facts, nodes);
   } catch {
@@ -344,7 +356,7 @@ function nameOf(role: Role, want: Settings, facts: Facts, nodes: readonly Node[]
   }
 }
 
-function triedOf(facts: Facts): Tried {
+function triedOf(facts: Facts<TriedFact>): Tried {
   const tried: Tried = {
     tunnel: {},
     kubelet: {},
@@ -405,7 +417,7 @@ export async function listed(call: Call): Promise<Listed> {
 
 /** All boxes, a trip each for what they are and one for what passes between them. */
 export async function surveyAndTry(boxes: Listed) {
-  const members = await survey(boxes, `\n${firewallLook}`);
+  const members = await survey(boxes, firewallLook);
   await tryPaths(members, clusterOf(members));
   return members;
 }
@@ -417,7 +429,7 @@ async function tryPaths(members: readonly Member[], cluster: Cluster): Promise<v
       const box = cluster.boxes.find(({ name }) => name === member.box.name) as BoxReport;
       if (member.error) return;
       try {
-        member.tried = await look(member.box, [ask(tries(box, cluster))], patience(cluster.nodes.length));
+        member.tried = await look(member.box, [ask([tries(box, cluster)])], patience(cluster.nodes.length));
       } catch (error) {
         member.error = (error as Error).message;
       }
@@ -441,7 +453,7 @@ const SIZES = [1412, 1400, 1392, 1380, 1372, 1360, 1340, 1320, 1300, 1280, 1240,
 const WATCH = 7;
 
 /** The shell that tries a box's ways to the others. It sends packets, and leaves nothing behind. */
-export function tries(box: BoxReport, cluster: Cluster): string {
+export function tries(box: BoxReport, cluster: Cluster) {
   const wg = box.wireguard;
   const to = wg ? tunnels(box, cluster) : [];
   const kubelets = box.role === "server" ? cluster.nodes.filter((n) => n.externalIp) : [];
@@ -451,7 +463,7 @@ export function tries(box: BoxReport, cluster: Cluster): string {
   const cidr = own?.node?.args.join(" ").match(/--service-cidr[= ]([\d.]+)\.\d+\//)?.[1] ?? "10.43.0";
   const server = box.role === "server";
   const dead = box.resolvers.filter((ip) => /is (private|the provider)/.test(publicIp(ip) ?? ""));
-  return sh`${raw(server ? API : "")}
+  return prints("tries top topless before after arrived")(sh`${raw(server ? API : "")}
 echoes() { ping -n -c 1 -W 1 \${dont:+-M do} -s "$(($2 - 28))" "$1" >/dev/null 2>&1; }
 through() {
   full=${wg?.mtu ?? 0}
@@ -503,12 +515,14 @@ ${raw(
 )
 printf '%s\n' "$said"
 ${raw(server ? TOP_LOOK : "")}
-${raw(wg ? watch(wg.name, to) : "")}`;
+${raw(wg ? watch(wg.name, to) : "")}`);
 }
 
 /** What metrics-server has of the nodes, and why it has nothing. */
-export const TOP_LOOK = `fact top; { topless=$(api GET '/apis/metrics.k8s.io/v1beta1/nodes?pretty=false' 10 2>&1 >&3); } 3>&1
-fact topless; echo "$topless"`;
+export const TOP_LOOK = prints(
+  "top topless",
+)(`fact top; { topless=$(api GET '/apis/metrics.k8s.io/v1beta1/nodes?pretty=false' 10 2>&1 >&3); } 3>&1
+fact topless; echo "$topless"`);
 
 /**
  * Where a tunnel passes nothing: what WireGuard counts while packets are sent, and whose packets come as far

@@ -29,9 +29,7 @@ export const IMAGES = "/var/lib/rancher/k3s/agent/images";
 
 // Somebody else's registries.yaml may hold passwords: it is not read.
 export const filesLook = prints(
-  "config",
-  "registries",
-  "read",
+  "config registries read",
 )(sh`fact config; stat -c %a ${CONFIG} 2>/dev/null && sha256sum <${CONFIG} | cut -d' ' -f1
 fact registries; if [ "$(head -n 1 ${REGISTRIES} 2>/dev/null)" = ${OURS} ]; then cat ${REGISTRIES}
 elif [ -s ${REGISTRIES} ]; then echo foreign; fi

@@ -3,7 +3,7 @@
 import { isIPv4 } from "node:net";
 import type { Settings } from "../settings.ts";
 import { sh, writeFile } from "../sh.ts";
-import { type Change, type Facts, type Look, prints, Refusal, step } from "../step.ts";
+import { type Change, type Facts, type Printed, prints, Refusal, step } from "../step.ts";
 import { splitWords } from "../text.ts";
 import { rangesOf } from "./config.ts";
 import { clusterLook, nodesOf } from "./nodes.ts";
@@ -45,27 +45,7 @@ const LONG = 300_000;
  * table, and without chains that are k3s's own, which may be thousands.
  */
 export const firewallLook = prints(
-  "firewalld",
-  "firewalld-version",
-  "zones",
-  "rules",
-  "rules--permanent",
-  "sources",
-  "sources--permanent",
-  "ufw",
-  "added",
-  "nft",
-  "card",
-  "ruleset",
-  "iptables",
-  "iptables-legacy",
-  "ip6tables",
-  "ip6tables-legacy",
-  "iploaded",
-  "ip6loaded",
-  "script",
-  "start",
-  "booted",
+  "firewalld firewalld-version zones rules rules--permanent sources sources--permanent ufw added nft card ruleset iptables iptables-legacy ip6tables ip6tables-legacy iploaded ip6loaded script start booted",
 )(sh`state=$(firewall-cmd --state 2>/dev/null)
 fact firewalld; echo "$state"
 if [ "$state" = running ]; then
@@ -112,7 +92,7 @@ fact start; cat ${UNIT} 2>/dev/null
 fact booted; systemctl is-enabled k3s-firewall 2>/dev/null; systemctl is-active k3s-firewall 2>/dev/null
 `);
 
-type RuleFact = typeof firewallLook extends Look<infer F> ? F : never;
+export type RuleFact = Printed<typeof firewallLook>;
 
 type Kind = "firewalld" | "ufw" | "nft";
 const kindOf = (facts: Facts<RuleFact>): Kind =>

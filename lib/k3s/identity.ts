@@ -207,11 +207,7 @@ export function mayGo(
 }
 
 /** Facts for mayBecome and isForeign: each role's unit with its drop-ins, wherever it is, and where else k3s is told of its data. */
-export const unitsLook = prints(
-  "unit-k3s",
-  "unit-k3s-agent",
-  "told",
-)(sh`for name in k3s k3s-agent; do
+export const unitsLook = prints("unit-k3s unit-k3s-agent told")(sh`for name in k3s k3s-agent; do
   fact "unit-$name"; systemctl cat $name.service 2>/dev/null || cat /etc/systemd/system/$name.service 2>/dev/null
 done
 fact told; d=/etc/systemd/system

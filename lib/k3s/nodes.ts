@@ -75,11 +75,7 @@ export const loadLook = prints(
 grep -E '^(MemTotal|MemAvailable|SwapTotal|SwapFree):' /proc/meminfo`);
 
 /** The fact `nodes`; where the API is there and gave none, `api` has the seconds it took and its words. */
-export const nodesLook = prints(
-  "nodes",
-  "api",
-  "load",
-)(sh`${raw(API)}
+export const nodesLook = prints("nodes api load")(sh`${raw(API)}
 fact nodes; began=$(date +%s); failed=
 {
   words=$(
@@ -92,13 +88,7 @@ fact nodes; began=$(date +%s); failed=
 ${raw(loadLook)}`);
 
 /** Facts about the cluster as this box sees it: its nodes, and WireGuard's peers. */
-export const clusterLook = prints(
-  "nodes",
-  "api",
-  "load",
-  "peers",
-  "interfaces",
-)(`${nodesLook}
+export const clusterLook = prints("nodes api load peers interfaces")(`${nodesLook}
 ${peersLook}
 fact interfaces; ls /sys/class/net
 `);

@@ -24,10 +24,7 @@ export interface Os {
  * Facts about package managers: by what is there, for most distros are somebody's family and keep its tools. A tool of
  * another family's may be installed too: of those the first counts, each by the database that is its own.
  */
-export const managersLook = prints(
-  "managers",
-  "image",
-)(`fact managers
+export const managersLook = prints("managers image")(`fact managers
 [ ! -s /var/lib/dpkg/status ] || command -v apt-get
 [ ! -e /var/lib/pacman/local/ALPM_DB_VERSION ] || command -v pacman
 for db in /lib/apk/db /usr/lib/apk/db; do [ ! -s $db/installed ] || command -v apk; done

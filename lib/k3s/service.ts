@@ -57,13 +57,7 @@ export function serviceLook(role: Role) {
   const unit = unitOf(role);
   const other = unitOf(role === "server" ? "agent" : "server");
   const service = prints(
-    "unit",
-    "envfile",
-    "written",
-    "service",
-    "enabled",
-    "other",
-    "ipvs",
+    "unit envfile written service enabled other ipvs",
   )(`fact unit; cat ${unitPath(role)} 2>/dev/null
 fact envfile; stat -c %a ${envPath(role)} 2>/dev/null && sha256sum <${envPath(role)} | cut -d' ' -f1
 fact written; stat -c %Z ${K3S} ${unitPath(role)} ${envPath(role)} 2>/dev/null

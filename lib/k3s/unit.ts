@@ -35,10 +35,7 @@ export function generationOf(version: string, flags?: string): Generation | unde
 }
 
 /** Facts about the binary: its version, and for the releases in between what its help has of the modern way. */
-export const binaryLook = prints(
-  "version",
-  "flags",
-)(sh`said=$(${K3S} --version 2>/dev/null)
+export const binaryLook = prints("version flags")(sh`said=$(${K3S} --version 2>/dev/null)
 fact version; echo "$said" | sed -n 's/^k3s version \(v[^ ]*\).*/\1/p'
 fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-(backend|external-ip)|wireguard-native' ;; esac
 `);

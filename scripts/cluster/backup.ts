@@ -14,43 +14,44 @@ import { watch } from "../../lib/report.ts";
 import type { Box, Call } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
-import { type Change, Failure, Refusal, type Step } from "../../lib/step.ts";
+import { type Change, Failure, prints, Refusal, step } from "../../lib/step.ts";
 import { quoted } from "../../lib/text.ts";
 
 const SERVER = "/var/lib/rancher/k3s/server";
 const FOLDER = "/var/lib/rancher/k3s/backup";
 
 /** What is put into the archive `id` on the server. Its first file, `about`, says what of. */
-export const copied = (id: string): Step => ({
-  name: "backup",
-  options: ["SERVER", "PUBLIC_IP", "BACKUP", "K3S_DATASTORE_ENDPOINT"],
+export const copied = (id: string) =>
+  step({
+    name: "backup",
+    options: ["SERVER", "PUBLIC_IP", "BACKUP", "K3S_DATASTORE_ENDPOINT"],
 
-  look: () => [
-    binaryLook,
-    nameLook,
-    `fact database; ls ${SERVER}/db/state.db 2>/dev/null
-fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`,
-  ],
+    look: () => [
+      binaryLook,
+      nameLook,
+      prints("database made")(`fact database; ls ${SERVER}/db/state.db 2>/dev/null
+fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`),
+    ],
 
-  plan(want, facts): Change[] {
-    if (want.K3S_DATASTORE_ENDPOINT)
-      throw new Refusal(
-        "The cluster is in the database of K3S_DATASTORE_ENDPOINT, which has its own ways of a backup; keep K3S_TOKEN with it, which decrypts the cluster's keys there",
-      );
-    if (facts.made?.trim()) return [];
-    if (!facts.database?.trim())
-      throw new Refusal(
-        `There is no SQLite datastore on this box (${SERVER}/db/state.db): is it the server?`,
-      );
-    const about = [
-      `version=${facts.version?.trim()}`,
-      `node=${nodeNameOf("server", want, facts)}`,
-      `ip=${want.PUBLIC_IP}`,
-    ];
-    return [
-      {
-        why: "copy the datastore, token, certificates and manifests; k3s is paused meanwhile",
-        sh: sh`rm -rf ${FOLDER}
+    plan(want, facts): Change[] {
+      if (want.K3S_DATASTORE_ENDPOINT)
+        throw new Refusal(
+          "The cluster is in the database of K3S_DATASTORE_ENDPOINT, which has its own ways of a backup; keep K3S_TOKEN with it, which decrypts the cluster's keys there",
+        );
+      if (facts.made?.trim()) return [];
+      if (!facts.database?.trim())
+        throw new Refusal(
+          `There is no SQLite datastore on this box (${SERVER}/db/state.db): is it the server?`,
+        );
+      const about = [
+        `version=${facts.version?.trim()}`,
+        `node=${nodeNameOf("server", want, facts)}`,
+        `ip=${want.PUBLIC_IP}`,
+      ];
+      return [
+        {
+          why: "copy the datastore, token, certificates and manifests; k3s is paused meanwhile",
+          sh: sh`rm -rf ${FOLDER}
 mkdir -m 700 ${FOLDER} ${FOLDER}/${id} ${FOLDER}/${id}/db
 cd ${FOLDER}/${id}
 printf '%s\n' ${about} >about
@@ -89,19 +90,19 @@ fi
 umask 077
 tar -czf ../${id}.tar.gz about node-password token tls cred manifests db
 rm -rf ${FOLDER}/${id}`,
-        seconds: 600,
-      },
-    ];
-  },
-});
+          seconds: 600,
+        },
+      ];
+    },
+  });
 
-export const cleared: Step = {
+export const cleared = step({
   name: "clear",
   options: [],
-  look: () => [`fact folder; ls -d ${FOLDER} 2>/dev/null`],
+  look: () => [prints("folder")(`fact folder; ls -d ${FOLDER} 2>/dev/null`)],
   plan: (_want, facts) =>
     facts.folder?.trim() ? [{ why: "remove the copy from the server", sh: `rm -rf ${FOLDER}` }] : [],
-};
+});
 
 async function backup(call: Call): Promise<number> {
   const [server] = (await boxes(call, "SERVER")) as [Box];

@@ -339,7 +339,7 @@ function size(bytes: number): string {
 await run(import.meta, {
   about:
     "Shows the whole cluster, tries what passes between its boxes, and says what is wrong. Changes nothing.",
-  steps: [ask("", ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", "AGENT_ARGS"])],
+  steps: [ask([], ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", "AGENT_ARGS"])],
   readOnly: true,
   flags: {
     json: "one JSON object, for programs",

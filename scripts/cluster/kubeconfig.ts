@@ -14,7 +14,7 @@ import { run } from "../../lib/k3s/script.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Call } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
-import { Failure } from "../../lib/step.ts";
+import { Failure, prints } from "../../lib/step.ts";
 import { caIn } from "../../lib/token.ts";
 import { yamlIn, yamlLines } from "../../lib/yaml.ts";
 
@@ -292,10 +292,12 @@ async function kubeconfig(call: Call): Promise<number> {
   lock(realPath(path))();
   await watch([server]);
   return await attempt(call, server, async () => {
-    const facts = await look(server, [ask("fact config; cat /etc/rancher/k3s/k3s.yaml 2>/dev/null")]);
-    if (!facts.config?.trim())
+    const facts = await look(server, [
+      ask([prints("kubeconfig")("fact kubeconfig; cat /etc/rancher/k3s/k3s.yaml 2>/dev/null")]),
+    ]);
+    if (!facts.kubeconfig?.trim())
       throw new Failure("It has no /etc/rancher/k3s/k3s.yaml: k3s is no server there, or not up yet");
-    const access = accessOf(facts.config, server.ip, server.want.K3S_TOKEN);
+    const access = accessOf(facts.kubeconfig, server.ip, server.want.K3S_TOKEN);
     const use = call.flags.has("use");
     server.line.done(
       !merge(path, access, use),
@@ -307,7 +309,7 @@ async function kubeconfig(call: Call): Promise<number> {
 await run(import.meta, {
   about:
     "Merges the cluster's kubeconfig into yours (KUBECONFIG or ~/.kube/config), under a name of its own.",
-  steps: [ask("", ["SERVER", "PUBLIC_IP"])],
+  steps: [ask([], ["SERVER", "PUBLIC_IP"])],
   host: "SERVER",
   readOnly: true,
   flags: { use: "make it the current context" },

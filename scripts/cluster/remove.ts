@@ -27,7 +27,16 @@ import type { Box, Call } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { quote, raw, sh, waitUntil } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
-import { type Change, type Facts, Failure, Refusal, type Step } from "../../lib/step.ts";
+import {
+  type Change,
+  type Facts,
+  Failure,
+  type Printed,
+  prints,
+  Refusal,
+  type Step,
+  step,
+} from "../../lib/step.ts";
 import { caIn } from "../../lib/token.ts";
 
 const UNITS = [unitPath("server"), unitPath("agent")];
@@ -52,7 +61,7 @@ const MADE = {
 const LINKS = ["kubectl", "crictl", "ctr"].map((name) => `/usr/local/bin/${name}`);
 
 /** k3s goes from a box, with all that it made there; packages and the kernel stay. */
-export const uninstall: Step = {
+export const uninstall = step({
   name: "remove",
   options: ["HOST", "SERVER", "PUBLIC_IP", "SERVER_ARGS"],
 
@@ -60,7 +69,7 @@ export const uninstall: Step = {
     nameLook,
     caLook,
     unitsLook,
-    sh`fact left
+    prints("left volumes links inner running")(sh`fact left
 for path in ${[...UNITS, ...UNITS.map((unit) => `${unit}.env`), ...FILES]}; do
   # An empty folder may be a mount of its own.
   if [ -f "$path" ] || [ -L "$path" ] || [ -n "$(ls -A "$path" 2>/dev/null)" ]; then echo "$path"; fi
@@ -78,7 +87,7 @@ fact inner; at=$(readlink -f /var/lib/rancher/k3s); for path in "$at"/* "$at"/*/
   if [ ! -L "$path" ] || [ ! -d "$path" ]; then continue; fi
   to=$(readlink -f "$path"); case $to in "$at"/*) ;; *) printf '%s leads to %s\n' "$path" "$to" ;; esac
 done
-fact running; for unit in k3s k3s-agent; do systemctl is-active -q $unit 2>/dev/null && echo $unit; done`,
+fact running; for unit in k3s k3s-agent; do systemctl is-active -q $unit 2>/dev/null && echo $unit; done`),
   ],
 
   plan(want, facts): Change[] {
@@ -149,23 +158,27 @@ systemctl daemon-reload`,
       },
     ];
   },
-};
+});
 
 export const PASSWORDS = "/var/lib/rancher/k3s/server/cred/node-passwd";
 
 /** Facts about the cluster's nodes, and of whom a server has the password by which it proves who it is. */
 export const provenLook = [
   clusterLook,
-  sh`fact secrets; kc -n kube-system get secrets -o name 2>/dev/null | sed -n 's/^secret\/\(.*\)\.node-password\.k3s$/\1/p'
-fact passwords; cut -d, -f2 ${PASSWORDS} 2>/dev/null`,
+  prints(
+    "secrets passwords",
+  )(sh`fact secrets; kc -n kube-system get secrets -o name 2>/dev/null | sed -n 's/^secret\/\(.*\)\.node-password\.k3s$/\1/p'
+fact passwords; cut -d, -f2 ${PASSWORDS} 2>/dev/null`),
 ];
+
+type ProvenFact = Printed<(typeof provenLook)[number]>;
 
 /**
  * On the server: the box's node is deleted, and the password by which it proved who it is.
  * @param own the name that the box would join by, where it answers.
  */
-export const forgotten = (box: Who, own: string | undefined): Step => ({
-  ...onNodeOf("forget", box, (found, facts) => {
+export const forgotten = (box: Who, own: string | undefined): Step<ProvenFact> => ({
+  ...onNodeOf<ProvenFact>("forget", box, (found, facts) => {
     const node = found?.node;
     const taken = nodesOf(facts.nodes).some((n) => n.name === own);
     // Of a node that is gone its password may be left, in a file up to v1.19: whoever comes by its name is rejected.
@@ -248,7 +261,7 @@ async function remove(call: Call): Promise<number> {
  */
 export function mayRemove(
   facts: Facts,
-  cluster: Facts,
+  cluster: Facts<"nodes">,
   who: Who,
   token: string,
   role: "server" | "agent",
@@ -288,7 +301,7 @@ async function one(call: Call, servers: readonly Box[], box: Box): Promise<void>
   const name = facts && nodeNameOf(role, box.want, facts);
   const who = whoIs(box.ip, facts);
   const [drained, forget] = [drainedOn(who, force), forgotten(who, name)];
-  const cluster = await look(server, [drained, forget, ask(caLook)]);
+  const cluster = await look(server, [drained, forget, ask([caLook])]);
   const allowing = `make remove HOST=${quote(box.word)} FORCE=1`;
   if (facts) mayRemove(facts, cluster, who, server.want.K3S_TOKEN, role, force, allowing);
   const parts: [Box, Step, Facts][] = [[server, drained, cluster]];

@@ -19,10 +19,10 @@ import { watch } from "../../lib/report.ts";
 import type { Box, Call } from "../../lib/script.ts";
 import { aFile, SettingError } from "../../lib/settings.ts";
 import { raw, sh } from "../../lib/sh.ts";
-import { type Change, Refusal, type Step } from "../../lib/step.ts";
+import { type Change, prints, Refusal, step } from "../../lib/step.ts";
 import { pairs, sha256, splitWords } from "../../lib/text.ts";
 import { caIn } from "../../lib/token.ts";
-import { agentSteps, prepareAs } from "../agent.ts";
+import { agentSteps, prepareAs, proofLook } from "../agent.ts";
 import { server } from "../server.ts";
 import { up } from "../up.ts";
 import { hashOf } from "./backup.ts";
@@ -50,26 +50,27 @@ size=$(awk '{ size += $3 } END { printf "%.0f", size / 1024 }' ../members)
 [ "$size" -lt "$(df -Pk . | awk 'NR == 2 { print $4 }')" ] || no "it takes $size kB, and there is less room here"
 rm -f ../names ../members ../odd`;
 
+const restoredLook = prints("restored")(`fact restored; cat ${BASE}/server/restored 2>/dev/null`);
+
 /** The backup's data in the place of a server's, on a box that has none. Its hash stays, for a run that was cut. */
-export const put = (file: string, hash: string): Step => ({
-  name: "put",
-  options: ["HOST", "PUBLIC_IP", "BACKUP"],
+export const put = (file: string, hash: string) =>
+  step({
+    name: "put",
+    options: ["HOST", "PUBLIC_IP", "BACKUP"],
 
-  look: () => [
-    `fact data; ls -A ${BASE}/server 2>/dev/null\nfact restored; cat ${BASE}/server/restored 2>/dev/null`,
-  ],
+    look: () => [prints("data restored")(`fact data; ls -A ${BASE}/server 2>/dev/null\n${restoredLook}`)],
 
-  plan(_want, facts): Change[] {
-    if (facts.restored?.startsWith(hash)) return [];
-    if (facts.data?.trim())
-      throw new Refusal(
-        `This box has a k3s server's data already (${BASE}/server): a backup is restored on a fresh box`,
-      );
-    return [
-      {
-        why: `put the data of ${file} in place`,
-        push: { file, path: ARRIVED },
-        sh: sh`mkdir -p ${BASE} /etc/rancher/node
+    plan(_want, facts): Change[] {
+      if (facts.restored?.startsWith(hash)) return [];
+      if (facts.data?.trim())
+        throw new Refusal(
+          `This box has a k3s server's data already (${BASE}/server): a backup is restored on a fresh box`,
+        );
+      return [
+        {
+          why: `put the data of ${file} in place`,
+          push: { file, path: ARRIVED },
+          sh: sh`mkdir -p ${BASE} /etc/rancher/node
 rm -rf ${BASE}/server.new
 mkdir -m 700 ${BASE}/server.new
 cd ${BASE}/server.new
@@ -80,20 +81,20 @@ echo ${hash} >restored
 sync
 mv ${BASE}/server.new ${BASE}/server
 rm -f ${ARRIVED}`,
-        seconds: 300,
-      },
-    ];
-  },
-});
+          seconds: 300,
+        },
+      ];
+    },
+  });
 
 /**
  * The passwords by which nodes prove who they are, less this box's: a node that joined anew since the backup has
  * another one, and would be rejected for ever (v1.36.3, seen). Each gives its own again as it follows. Once only.
  */
-export const unproven: Step = {
+export const unproven = step({
   name: "unproven",
   options: [],
-  look: () => [nameLook, ...provenLook, `fact restored; cat ${BASE}/server/restored 2>/dev/null`],
+  look: () => [nameLook, ...provenLook, restoredLook],
   plan(want, facts): Change[] {
     if (!facts.restored || /^passwords$/m.test(facts.restored)) return [];
     const own = nodeNameOf("server", want, facts);
@@ -113,18 +114,23 @@ echo passwords >>${BASE}/server/restored`,
       },
     ];
   },
-};
+});
 
 /**
  * Where the rules of `make firewall` stand, and FIREWALL does not look after them, they go with the server.
  * @param FIREWALL the addresses of all, and -ADDRESS of before.
  */
-export const moveFirewall = (FIREWALL: string): Step => ({
-  ...firewall,
-  look: (want) => [...firewall.look({ ...want, FIREWALL }), `fact ours\n${closeLook(rangesOf(want))}`],
-  plan: (want, facts) =>
-    facts.ours?.trim() && !want.FIREWALL ? firewall.plan({ ...want, FIREWALL }, facts) : [],
-});
+export const moveFirewall = (FIREWALL: string) =>
+  step({
+    name: firewall.name,
+    options: firewall.options,
+    look: (want) => [
+      ...firewall.look({ ...want, FIREWALL }),
+      prints("firewalled")(`fact firewalled\n${closeLook(rangesOf(want))}`),
+    ],
+    plan: (want, facts) =>
+      facts.firewalled?.trim() && !want.FIREWALL ? firewall.plan({ ...want, FIREWALL }, facts) : [],
+  });
 
 async function restore(call: Call): Promise<number> {
   const { settings, origins } = call;
@@ -177,7 +183,7 @@ async function restore(call: Call): Promise<number> {
   // A new agent cannot prove that it is the node of its name; one that cannot be reached is said so when it is to
   // follow. And the server that is gone would count as a peer of all others until it is found silent.
   const gone = about.ip === ip ? [] : [about.ip];
-  const proof = ask("fact proof; test -s /etc/rancher/node/password && echo yes");
+  const proof = ask([proofLook]);
   await Promise.all(
     agents.map(async (agent) => {
       const facts = await look(agent, [proof]).catch(() => undefined);

@@ -7,13 +7,13 @@ import { FRESH, type Node, peerOf } from "../../lib/k3s/nodes.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { plain } from "../../lib/report.ts";
 import type { Box, Call } from "../../lib/script.ts";
+import { prints } from "../../lib/step.ts";
 
 /** Beside what check asks of a server (which defines kc and api). */
-export const MORE = `
-if [ -z "$failed" ]; then
+export const MORE = prints("top topless allpods")(`if [ -z "$failed" ]; then
 ${TOP_LOOK}
-fact pods; kc get pods -A --no-headers 2>/dev/null
-fi`;
+fact allpods; kc get pods -A --no-headers 2>/dev/null
+fi`);
 
 /** A line: what it is about, what is seen, and whether that is as it should be. */
 export type Row = [what: string, text: string, well: boolean];
@@ -117,7 +117,7 @@ async function status(call: Call): Promise<number> {
     process.stderr.write(`${box.name}: ${plain(server?.error ?? "")}\n`);
     return 1;
   }
-  const rows = statusOf(clusterOf([{ ...server, tried: server.facts }]), server.facts.pods);
+  const rows = statusOf(clusterOf([{ ...server, tried: server.facts }]), server.facts.allpods);
   const colour = process.stdout.isTTY && !process.env.NO_COLOR;
   for (const [what, text, well] of rows)
     process.stdout.write(
@@ -128,7 +128,7 @@ async function status(call: Call): Promise<number> {
 
 await run(import.meta, {
   about: "The cluster in ten lines, from one round trip to the server. Changes nothing.",
-  steps: [ask("", ["SERVER", "PUBLIC_IP", "SERVER_ARGS"])],
+  steps: [ask([], ["SERVER", "PUBLIC_IP", "SERVER_ARGS"])],
   host: "SERVER",
   readOnly: true,
   work: status,

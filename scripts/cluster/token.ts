@@ -7,13 +7,13 @@ import { brief, nodeNameOf } from "../../lib/k3s/identity.ts";
 import { run } from "../../lib/k3s/script.ts";
 import { restart } from "../../lib/k3s/service.ts";
 import { binaryLook, generationOf, K3S, NODE_TOKEN, nameLook } from "../../lib/k3s/unit.ts";
-import { type Change, Refusal, type Step } from "../../lib/step.ts";
+import { type Change, prints, Refusal, step } from "../../lib/step.ts";
 import { caIn, PASSWORD_SED } from "../../lib/token.ts";
 import { isFurther, KEEP_PASSWORD, password, passwordLook } from "../server.ts";
 
 const SERVER = "/var/lib/rancher/k3s/server";
 
-export const token: Step = {
+export const token = step({
   name: "token",
   options: ["SERVER", "PUBLIC_IP", "K3S_TOKEN", "K3S_DATASTORE_ENDPOINT"],
 
@@ -22,16 +22,16 @@ export const token: Step = {
     nameLook,
     configsLook(),
     passwordLook,
-    `fact token; cat ${NODE_TOKEN} 2>/dev/null
+    prints("token rotates active opens")(`fact token; cat ${NODE_TOKEN} 2>/dev/null
 fact rotates; ${K3S} token --help 2>/dev/null | grep -oE '^ +rotate '
-fact running; systemctl is-active k3s 2>/dev/null
-fact door; printf 'user = "node:%s"\n' "$(sed '${PASSWORD_SED}; s/["\\\\]/\\\\&/g' ${NODE_TOKEN} 2>/dev/null)" |
-  curl -sS --max-time 10 -K - --cacert ${SERVER}/tls/server-ca.crt -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/client-ca.crt 2>/dev/null`,
+fact active; systemctl is-active k3s 2>/dev/null
+fact opens; printf 'user = "node:%s"\n' "$(sed '${PASSWORD_SED}; s/["\\\\]/\\\\&/g' ${NODE_TOKEN} 2>/dev/null)" |
+  curl -sS --max-time 10 -K - --cacert ${SERVER}/tls/server-ca.crt -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/client-ca.crt 2>/dev/null`),
   ],
 
   plan(want, facts): Change[] {
     const now = facts.token?.trim();
-    if (!now || !/^(de)?activ/.test(facts.running ?? ""))
+    if (!now || !/^(de)?activ/.test(facts.active ?? ""))
       throw new Refusal("No k3s server runs on this box: make server");
     const [ca, asked] = [caIn(now), caIn(want.K3S_TOKEN)];
     if (ca !== asked)
@@ -59,7 +59,7 @@ fact door; printf 'user = "node:%s"\n' "$(sed '${PASSWORD_SED}; s/["\\\\]/\\\\&/
     const given = password(want, facts);
     // The server lets nodes in by the passwords that it has read at its start (v1.36.3, seen): until then by the old one.
     // Or it is not up: an earlier run may be at it still.
-    if (given.length || facts.door?.trim() !== "200") return [...given, start];
+    if (given.length || facts.opens?.trim() !== "200") return [...given, start];
     // What the first server has put into the datastore under the new token, another one finds by no other (v1.36.3 over
     // PostgreSQL, seen).
     if (isFurther(want)) return now === want.K3S_TOKEN ? [] : [start];
@@ -81,7 +81,7 @@ ${K3S} token rotate >/dev/null`,
   },
 
   learn: (want, facts) => (isFurther(want) ? {} : { K3S_TOKEN: facts.token?.trim() ?? "" }),
-};
+});
 
 await run(import.meta, {
   about:

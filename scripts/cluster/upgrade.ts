@@ -32,7 +32,17 @@ import type { Box, Call } from "../../lib/script.ts";
 import { givenNow, SettingError } from "../../lib/settings.ts";
 import { raw, sh, waitUntil } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
-import { type Change, type Facts, Failure, planAll, Refusal, type Step } from "../../lib/step.ts";
+import {
+  type Change,
+  type Facts,
+  Failure,
+  type Printed,
+  planAll,
+  prints,
+  Refusal,
+  type Step,
+  step,
+} from "../../lib/step.ts";
 import { splitWords } from "../../lib/text.ts";
 import { agentSteps, prepareAs } from "../agent.ts";
 import { downloadAhead } from "../download-k3s.ts";
@@ -49,15 +59,18 @@ export function stepsFor(role: Role, running: string, ip: string) {
     binaryLook,
     nameLook,
     clusterLook,
-    `fact kept; cat ${KEPT}/version 2>/dev/null\nfact generation; cat ${KEPT}/generation 2>/dev/null`,
+    prints("kept generation")(
+      `fact kept; cat ${KEPT}/version 2>/dev/null\nfact generation; cat ${KEPT}/generation 2>/dev/null`,
+    ),
   ];
-  const has = (facts: Facts, generation: Generation) =>
+  const has = (facts: Facts<"interfaces">, generation: Generation) =>
     (facts.interfaces ?? "").split("\n").includes(interfaceOf(generation));
-  const nodeIn = (facts: Facts) => nodesOf(facts.nodes).find((node) => node.externalIp === ip);
-  const step = (name: string, plan: Step["plan"]): Step => ({ name, options: [], look, plan });
+  const nodeIn = (facts: Facts<"nodes">) => nodesOf(facts.nodes).find((node) => node.externalIp === ip);
+  const upgradeStep = (name: string, plan: Step<Printed<ReturnType<typeof look>[number]>>["plan"]) =>
+    step({ name, options: [], look, plan });
 
   return {
-    keep: step("keep", (_want, facts) =>
+    keep: upgradeStep("keep", (_want, facts) =>
       // A binary that was put there since its start is not what runs: nothing of it is kept.
       facts.kept?.trim() === running || facts.version?.trim() !== running
         ? []
@@ -76,7 +89,7 @@ mv ${KEPT}.new ${KEPT}`,
           ],
     ),
     /** The kubelet's own word on its version: a binary on the disk proves nothing. */
-    runs: step("runs", (want, facts): Change[] => {
+    runs: upgradeStep("runs", (want, facts): Change[] => {
       const node = nodeIn(facts);
       if (!node || node.version === want.K3S_VERSION) return [];
       return [
@@ -91,10 +104,10 @@ mv ${KEPT}.new ${KEPT}`,
         },
       ];
     }),
-    forget: step("forget", (_want, facts) =>
+    forget: upgradeStep("forget", (_want, facts) =>
       facts.kept?.trim() ? [{ why: "forget the old binary and unit", sh: `rm -rf ${KEPT}` }] : [],
     ),
-    putBack: step("put back", (want, facts): Change[] => {
+    putBack: upgradeStep("put back", (want, facts): Change[] => {
       if (!facts.kept?.trim()) return [];
       const name = nodeNameOf(role, want, facts);
       const old = facts.generation?.trim() === "old";
