@@ -52,11 +52,15 @@ export async function watch(boxes: readonly { name: string; line: Line }[]): Pro
   for (const box of boxes) box.line = ui.line(box.name);
 }
 
+/** When the run began to report: it may have parts with reports of their own. */
+let began: number | undefined;
+
 /** A spinner where one person watches one box on a terminal; else plain lines, each with its box's name. */
 export async function report(names: readonly string[]): Promise<{ line(name: string): Line }> {
   const width = Math.max(...names.map((name) => name.length));
-  const began = Date.now();
-  const seconds = () => `${((Date.now() - began) / 1000).toFixed(1)} s`;
+  began ??= Date.now();
+  const start = began;
+  const seconds = () => `${((Date.now() - start) / 1000).toFixed(1)} s`;
   const alone = names.length === 1 && canSpin(process.stderr, process.env);
   const ora = alone ? (await import("ora")).default : undefined;
   const write = (name: string, text: string) => {

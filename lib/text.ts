@@ -27,7 +27,13 @@ const SECRETS: readonly [RegExp, string][] = [
   [/LS0tLS1CRUdJTi[\w+/]{20,}={0,2}/g, HIDDEN],
   [/\beyJ[\w-]{10,2000}\.[\w-]{10,4000}\.[\w-]{10,2000}/g, HIDDEN],
   [/(?<=\w:\/\/[^\s:/@]{0,256}:)\S{1,512}(?=@)/g, HIDDEN],
+  // With blanks in it, and no port.
+  [/(?<=\w:\/\/[^\s:/@]{0,256}:)(?!\d{1,5}[\s/])[^\n/"'@]{1,512}(?=@)/g, HIDDEN],
   [/(?<=\bhttps?:\/\/)[^\s:/@]{1,256}(?=@)/g, HIDDEN],
+  [
+    /(\bcurl\b[^\n]{0,1000}?\s(?:-u|--user|-U|--proxy-user)(?:=|\s{0,3}))(?:(["'])[^"'\n:]{1,256}:[^"'\n]{1,512}|[^\s"':]{1,256}:[^\s"']{1,512})/g,
+    `$1$2${HIDDEN}`,
+  ],
   [/(?<=[\w.-]:)[^\n:@]{1,256}(?=@(?:tcp|unix)\()/g, HIDDEN],
   [TOKENS, HIDDEN],
   [/(?<=\b(?:Basic|Bearer) {1,3})[\w+/=.~-]{12,4096}/gi, HIDDEN],
@@ -39,6 +45,14 @@ const SECRETS: readonly [RegExp, string][] = [
     new RegExp(
       `(--?(?:[a-z\\d]{1,20}[-_]){0,3}(?:${NAMES})["']?[\\s\\\\]{1,20})(?!["']?(?:-|${WORDS}))${VALUE}`,
       "gi",
+    ),
+    `$1${HIDDEN}`,
+  ],
+  // On the next line, which is no key of its own.
+  [
+    new RegExp(
+      `^([ \\t]{0,40}(?:- )?["']?[\\w.-]{0,40}(?:${NAMES}|key-data|auth)["']?:[ \\t]{0,20}[|>]?[-+]?\\n[ \\t]{1,40})(?!(?:- )?["']?[\\w.-]{1,60}["']?:(?:\\s|$))\\S.*`,
+      "gim",
     ),
     `$1${HIDDEN}`,
   ],

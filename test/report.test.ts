@@ -53,6 +53,12 @@ describe("a token in whatever is printed", () => {
     ["PrivateKey = hunter2="],
     [`-----BEGIN EC PRIVATE KEY-----\nhunter2\n-----END EC PRIVATE KEY-----`],
     ["AWS_SECRET_ACCESS_KEY='hunter2 hunter2'"],
+    // In unusual spellings.
+    ["dial postgres://k3s:hunter2 hunter2@db:5432/k3s"],
+    ["ExecStartPre=/usr/bin/curl -fsS -u k3s:hunter2 https://x/"],
+    ["curl --user 'k3s:hunter2 hunter2' https://x/"],
+    ["token:\n  hunter2"],
+    ["  agent-token: >-\n    hunter2"],
     // With blanks.
     ['Environment="K3S_TOKEN=x hunter2 hunter2" B=c'],
     ["Environment='K3S_TOKEN=x hunter2' B=c"],
@@ -209,4 +215,14 @@ describe("what is said of several boxes", () => {
     ]);
     assert.ok(!lines.join().includes(PASSWORD));
   });
+});
+
+test("the seconds that a line ends with are those of the whole run, whatever its parts", async (t) => {
+  await report(["a1"]);
+  const [now, said] = [Date.now() + 100_000, [] as string[]];
+  t.mock.method(Date, "now", () => now);
+  t.mock.method(process.stderr, "write", (text: string) => said.push(text) > 0);
+  (await report(["a1"])).line("a1").done(false);
+  t.mock.restoreAll();
+  assert.match(said.join(""), /^a1 {2}done in 10\d\.\d s\n$/);
 });
