@@ -1,16 +1,16 @@
-/** Arguments on one line, as programs read them that use urfave/cli, on Go's flags. */
+/** Command line arguments, parsed as urfave/cli (Go's flag package) parses them. */
 
 import { hasToken } from "./token.ts";
 
-/** A flag by its name without dashes; its value, unless the next word is a flag or there is none. */
+/** A flag: its name without dashes, and its value unless it has none. */
 export interface Arg {
   flag: string;
   value: string | undefined;
 }
 
 /**
- * Splits arguments as urfave/cli does, on Go's flags: one dash or two, the value behind = or in the next word. Which
- * flags take no value only the release knows: the word behind one of those is taken for its value.
+ * Splits arguments as urfave/cli does: one dash or two, the value after = or in the next word. Only the release of k3s
+ * knows which flags take no value, so the word after such a flag is read as its value.
  */
 export function parseArgs(args: string): Arg[] {
   const list = args.trim().split(/[ \t]+/);
@@ -18,7 +18,7 @@ export function parseArgs(args: string): Arg[] {
     const [, flag, value] = /^-+([^=]*)(?:=(.*))?$/s.exec(word) ?? [];
     if (!flag) return [];
     const next = list[i + 1];
-    // What is for another program may begin with a dash as well.
+    // A value that is meant for another program may begin with a dash too.
     const none = next?.startsWith("-") && !flag.endsWith("-arg");
     return [{ flag, value: value ?? (none ? undefined : next) }];
   });
@@ -31,7 +31,7 @@ export const lastOf = (args: readonly Arg[], ...flags: string[]): string | undef
 const SECRET =
   /^(token|t|agent-token|cluster-secret|datastore-endpoint|vpn-auth|etcd-s3-(access-key|secret-key|session-token))$/;
 
-/** The first flag that gives away a secret, by its name or by a password or token in its value. */
+/** The first flag that exposes a secret: by its name, or by a password or token in its value. */
 export const secretIn = (args: readonly Arg[]): string | undefined =>
   args.find(
     ({ flag, value = "" }) =>

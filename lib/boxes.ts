@@ -1,4 +1,4 @@
-/** From settings to the boxes of a call: who they are, their addresses, and what each is to be. */
+/** Resolves settings to the boxes of a run: their names, addresses and own settings. */
 
 import { existsSync } from "node:fs";
 import { hostname } from "node:os";
@@ -22,7 +22,7 @@ const isExample = (word: string): boolean => {
   return addressesIn(word).some((address) => given.includes(address));
 };
 
-/** For who has not begun yet: nothing says what the boxes are. */
+/** The message for a new user: no setting names a box yet. */
 export function unnamed(settings: Settings, origins: Origins, envFile: string): string | undefined {
   const { SERVER, AGENTS, PUBLIC_IP } = settings;
   const begun = NAMES.some((name) => "learned" in SETTINGS[name] && settings[name]);
@@ -95,17 +95,17 @@ export async function boxes(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): 
 }
 
 /**
- * Every node has a public address of its own: the lists are held against each other, and an agent against the server.
+ * Each node needs its own public address: SERVER, AGENTS and HOST are compared with each other.
  * @throws {SettingError}
  */
 async function ownAddresses(call: Call, setting: string, found: readonly Place[]): Promise<void> {
   const { settings, origins, script, recipe } = call;
-  // A restored server may have the address of the one that is gone.
+  // A restored server may reuse the old server's address.
   const lists = script === "restore" ? settings.AGENTS : `${settings.SERVER} ${settings.AGENTS}`;
   const others = await Promise.all(
     splitWords(lists).map(async (word) => {
       const [host = "", own] = word.split("=");
-      // What cannot be resolved is told by whom it concerns.
+      // A name that does not resolve is reported where that box is used.
       return { name: nameOf(host), ip: own ?? (await addressOf(host).catch(() => "")) };
     }),
   );
@@ -114,11 +114,11 @@ async function ownAddresses(call: Call, setting: string, found: readonly Place[]
   const elsewhere = setting === "SERVER" ? [] : (recipe.elsewhere?.(settings) ?? []);
   for (const box of found) {
     const other = [...others, ...elsewhere].find(({ name, ip }) => name !== box.name && ip && ip === box.ip);
-    // One box may be named in two ways, unless it is said where it is.
+    // One box may have two names, unless its address is given.
     const said = box.word.includes("=") || (box.host && settings.PUBLIC_IP);
     if (!other) continue;
     const named = setting === "HOST" && !said && others.includes(other);
-    // By the name that the lists have for it, the env file has settings of its own for it.
+    // The env file's settings for one box go by its name in SERVER or AGENTS.
     if (named && box.host) box.name = other.name;
     if (!named)
       throw new SettingError(

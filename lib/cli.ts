@@ -30,7 +30,7 @@ export async function runScript(meta: ImportMeta, recipe: Recipe): Promise<void>
   let ends = false;
   for (const [signal, number] of Object.entries(SIGNALS))
     process.on(signal, () => {
-      // make hands a SIGTERM on to a script that has had it with its process group; a second Ctrl-C does not wait.
+      // The script may get SIGTERM twice, from its process group and from make. A second Ctrl-C exits at once.
       if (ends && signal !== "SIGINT") return;
       if (ends) process.exit(128 + number);
       ends = true;
@@ -41,7 +41,7 @@ export async function runScript(meta: ImportMeta, recipe: Recipe): Promise<void>
     });
   for (const stream of [process.stdout, process.stderr]) {
     const write = stream.write.bind(stream) as (...given: unknown[]) => boolean;
-    // Deno throws where it writes.
+    // Deno throws at the write itself.
     stream.write = (...given: unknown[]) => {
       try {
         return write(...given);
@@ -50,7 +50,7 @@ export async function runScript(meta: ImportMeta, recipe: Recipe): Promise<void>
       }
     };
     stream.on("error", (error: NodeJS.ErrnoException) => {
-      // Nobody reads on, as in `make check | head`: no more than SIGPIPE would say is said. Or its disk is full.
+      // The reader has gone, as in `make check | head` (then exit as SIGPIPE would, silently), or its disk is full.
       const isShut = error.code === "EPIPE";
       if (!isShut && stream === process.stdout) process.stderr.write(`Standard output: ${error.message}\n`);
       void closeAll().finally(() => process.exit(isShut ? 128 + 13 : 1));
@@ -76,10 +76,10 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
     return 0;
   }
   const envFile = envFileBy(process.env.ENV_FILE ?? "");
-  // csh and its like export HOST as this machine's own name.
+  // csh exports HOST as this machine's name.
   const env = { ...process.env, HOST: process.env.HOST === hostname() ? undefined : process.env.HOST };
   const { settings, origins, own } = settle(flags, env, shown(envFile));
-  // In an env file it may be there for other scripts.
+  // In the env file it may be meant for other scripts.
   if (recipe.everyBox && settings.HOST && givenNow(origins, "HOST"))
     throw new SettingError(
       `HOST is ${quoted(settings.HOST)} (${origins.HOST}): expected none, for make ${script} goes to all boxes; ${recipe.everyBox}`,
@@ -106,7 +106,7 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   return await (recipe.work ?? fanOut)(call);
 }
 
-/** @throws {SettingError} for a file that was named and is not there, and for what is no file. */
+/** @throws {SettingError} when ENV_FILE is missing or not a regular file. */
 function envFileBy(named: string): string {
   const path = named || join(PROJECT, ".env");
   const wrong = noFile(path) ?? (named && !existsSync(path) && "not there");
@@ -146,7 +146,7 @@ function flagsOf(argv: string[], switches: Record<string, string>): Record<strin
     const name = /^-[^=]*/.exec(flag)?.[0] ?? "A word without --";
     throw new SettingError(`${name} (flag): expected one of --${known.join(", --")}`);
   };
-  // minimist takes --yes=no for yes, and a "false" that follows for its value.
+  // minimist reads --yes=no as yes, and a following "false" as its value.
   for (const [i, word] of argv.entries()) {
     const [, no, name = ""] = /^--(no-)?([\w-]+)/.exec(word) ?? [];
     const alone = word === `--${name}` && !/^(true|false)$/.test(argv[i + 1] ?? "");
@@ -197,7 +197,7 @@ ${Object.entries(switchesOf(recipe))
 ${wrapped("The env file is .env beside the Makefile, or what ENV_FILE names.", width)}${wrapped("Exit status: 0 done or nothing to do, 1 failed, 2 a setting is wrong and nothing was touched, 130 interrupted (129 by HUP, 143 by TERM).", width)}`;
 }
 
-/** Lines of at most so many columns, each but the first indented. */
+/** Wraps text at this many columns; all lines but the first are indented. */
 function wrapped(text: string, width: number, indent = 0): string {
   const lines = [""];
   for (const word of text.split(/(?<=\S)(?= \S)/)) {

@@ -1,13 +1,13 @@
-/** Look at a box, plan, apply, look again. Here is the one place that changes a box. */
+/** The loop: look at a box, plan, apply, look again. The only place that changes a box. */
 import { applyScript, EARLIER_RUN, lookScript, newMark, reader, whole } from "./protocol.ts";
 import type { Box } from "./script.ts";
 import { type Change, type Facts, Failure, planAll, Refusal, type Step } from "./step.ts";
 import { quoted } from "./text.ts";
 
-/** What a look may take beside its changes, in seconds: a box that hangs must not hang the rest. */
+/** Time limit of a look in seconds, so that one hanging box does not block the others. */
 const LOOK = 120;
 
-/** One trip: facts, and nothing else. @throws {Failure} when the box did not answer to the end. */
+/** One round trip that only reads facts. @throws {Failure} when the answer is incomplete. */
 export async function look<F extends string>(
   box: Box,
   steps: readonly Step<F>[],
@@ -16,7 +16,10 @@ export async function look<F extends string>(
   return (await trip(box, steps, [], seconds)).facts;
 }
 
-/** One trip: the changes, then the facts that confirm them. @throws {Failure} naming the change that failed. */
+/**
+ * One round trip: applies the changes, then reads the facts that confirm them. @throws {Failure} naming the failed
+ * change.
+ */
 async function trip<F extends string>(
   box: Box,
   steps: readonly Step<F>[],
@@ -25,7 +28,7 @@ async function trip<F extends string>(
 ): Promise<{ facts: Facts<F>; waited: boolean }> {
   const mark = newMark();
   const stream = reader(mark, {
-    // A box may say what it likes, of changes that were never sent too.
+    // The box's output is not trusted: it may name changes that were never sent.
     change: (i) => changes[i] && box.line.starts(changes[i].why),
     say: (text) => box.line.says(text, true),
     early: (fact) => box.early?.(fact),
@@ -53,7 +56,7 @@ async function trip<F extends string>(
   return { facts: seen.facts as Facts<F>, waited: seen.waited };
 }
 
-/** What every plan goes by. What a box has not is not printed; what is printed has a form. */
+/** The form of the base facts. A fact that a box does not have is empty. */
 const FORMS: Record<string, RegExp> = {
   uptime: /^\d+(\.\d+)?$/,
   now: /^\d{9,11}\D?/,
@@ -65,7 +68,7 @@ const FORMS: Record<string, RegExp> = {
   addresses: /^(\d+: +\S+ +inet \d[^\n]*(\n|$))+$/,
 };
 
-/** @throws {Failure} for a box whose answers are none: nothing is planned on them. */
+/** @throws {Failure} for malformed base facts: no plan is based on them. */
 function sane(facts: Facts): void {
   for (const [name, form] of Object.entries(FORMS)) {
     const text = facts[name]?.trim();
@@ -74,12 +77,11 @@ function sane(facts: Facts): void {
   }
 }
 
-/** Nodes leave their cluster in turn. */
+/** Boxes whose node has to leave the cluster are handled one at a time. */
 let turn: Promise<unknown> = Promise.resolve();
 
 /**
- * Applies the plan of `steps` and looks again until nothing is left to do. `all` is what each look takes in.
- *
+ * Applies the plan of `steps` and looks again until nothing is left to do. Each look covers the steps `all`.
  * @throws {Failure} when a change fails, or when the same plan is left over after it was applied.
  */
 export async function converge<F extends string>(
@@ -101,7 +103,7 @@ export async function converge<F extends string>(
       turn = mine;
       return await mine;
     }
-    // How long it took not to answer differs from time to time.
+    // The text of `unknown` contains a varying number of seconds.
     const same = JSON.stringify(changes.map(({ unknown: _, ...change }) => change));
     if (same === before || round > 6) {
       const unknown = changes.find((change) => change.unknown)?.unknown;
@@ -118,7 +120,7 @@ export async function converge<F extends string>(
   }
 }
 
-/** A look at the box, and what these steps then find to do. */
+/** Looks at the box, then applies what these steps plan. */
 export const lookAndConverge = async <F extends string>(box: Box, ...steps: Step<F>[]): Promise<Facts<F>> =>
   await converge(box, steps, await look(box, steps));
 
@@ -128,7 +130,7 @@ async function apply<F extends string>(
   changes: Change[],
   facts: Facts<F>,
 ) {
-  /** What comes before a push, a restart or the server's part; it is not worth a look, unless it had to wait. */
+  /** Applies what precedes a push, a restart or a change on the server; no look follows unless it had to wait. */
   const waits = async (some: readonly Change[]) => some.length > 0 && (await trip(box, [], some)).waited;
   const anew = async (waited = true) => ({ facts: await look(box, all), waited });
   const last = changes.at(-1) as Change;
@@ -156,7 +158,7 @@ async function apply<F extends string>(
   return { facts: await rebooted(box, all, facts, last.seconds ?? 600), waited: false };
 }
 
-/** Waits until the box answers with another boot id. @throws {Failure} after `seconds`, with what was last seen of it. */
+/** Waits until the box answers with a new boot id. @throws {Failure} after `seconds`, with the last state seen. */
 async function rebooted<F extends string>(
   box: Box,
   all: readonly Step<F>[],

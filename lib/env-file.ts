@@ -1,4 +1,4 @@
-/** The env file: how it is read, and how settings are written into it without a change to anything else. */
+/** Reads the env file, and writes settings into it without changing anything else. */
 import { isUtf8 } from "node:buffer";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -6,14 +6,14 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { parse } from "dotenv";
 import { ownerOf, realPath, replaceFile, take, tryWrite, Unwritten, unwritten } from "./files.ts";
 
-/** An assignment as dotenv 18 reads it (its LINE, plus the blanks and comment that follow kept apart). */
+/** An assignment as dotenv 18 matches it (its LINE), with trailing whitespace and comment as a separate group. */
 const LINE =
   /^(\uFEFF?[ \t]*(?:export[ \t]+)?([\w.-]+)(?:[ \t]*=[ \t]*?|:[ \t]+?))([ \t]*'(?:\\'|[^'])*'|[ \t]*"(?:\\"|[^"])*"|[ \t]*`(?:\\`|[^`])*`|[^#\r\n]*)(?=[ \t]*(?:#[^\r\n]*)?\r?$)/gm;
 
 /** Lines of a comment, and below them a setting, which may be one more comment. */
 const EXAMPLE = /((?:^# .*\n)*)^(?:# )?(([A-Z][A-Z0-9_]*)=.*)$/gm;
 
-/** What an env file says, and on which line each key stands (1-based). A missing file is an empty one. */
+/** The values of an env file and the line number of each key (from 1). A missing file is empty. */
 export function readEnv(path: string): { values: Record<string, string>; lines: Record<string, number> } {
   const text = textOf(path);
   const lines: Record<string, number> = {};
@@ -35,7 +35,7 @@ export function readExample(path = join(import.meta.dirname, "../env.example")) 
   return found;
 }
 
-/** The first line of which dotenv would drop something without a word: its number, and what would be right. */
+/** The first line of which dotenv would silently drop a part: its number, and what is expected. */
 export function slipIn(path: string): [line: number, right: string] | undefined {
   const text = textOf(path);
   const lineAt = (at: number) => text.slice(0, at).split("\n").length;
@@ -53,11 +53,11 @@ export function slipIn(path: string): [line: number, right: string] | undefined 
 }
 
 /**
- * The text of an env file after some keys are set, or gone where they are undefined: comments, order and every other
- * line stay as they are.
+ * The text of an env file with some keys set, or removed where undefined. Comments, order and all other lines stay
+ * unchanged.
  *
- * @throws {RangeError} where dotenv has no notation for the value (it has no escapes: a value that holds
- * all three kinds of quotes, for instance).
+ * @throws {RangeError} when dotenv cannot represent the value: it has no escapes, so not all three kinds of quotes at
+ * once.
  */
 export function withValues(text: string, values: Record<string, string | undefined>): string {
   let result = text;
@@ -88,10 +88,11 @@ export function withValues(text: string, values: Record<string, string | undefin
 }
 
 /**
- * Sets keys of an env file, or takes them out where they are undefined, under a lock, so that parallel writers lose
- * nothing; the file is 0600 and replaced whole. A link is followed. Without values it is tried whether it can be.
+ * Sets keys of an env file, or removes those that are undefined. It holds a lock, so parallel writers lose nothing; the
+ * file is 0600 and replaced atomically; symlinks are followed. Without values it only tests whether the file can be
+ * written.
  *
- * @throws {Unwritten} when it cannot be, or another living process holds the lock for more than `seconds`.
+ * @throws {Unwritten} when it cannot be written, or another live process holds the lock for more than `seconds`.
  */
 export async function updateEnv(
   path: string,
@@ -119,7 +120,7 @@ export async function updateEnv(
   }
 }
 
-/** @throws {Error} for a file that is no UTF-8: what cannot be read cannot be kept as it is either. */
+/** @throws {Error} for a file that is not UTF-8, since its bytes could not be preserved. */
 function textOf(path: string): string {
   try {
     const bytes = readFileSync(path);
@@ -131,7 +132,7 @@ function textOf(path: string): string {
   }
 }
 
-/** The first line, from 1 on, that is no UTF-8. */
+/** The first line (from 1) that is not UTF-8. */
 function lineOf(bytes: Buffer): number {
   let line = 1;
   for (let from = 0; ; line++) {

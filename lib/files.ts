@@ -1,4 +1,4 @@
-/** Files on this machine: written whole or not at all, and nothing but files. */
+/** Files on the operator's machine: regular files only, replaced atomically. */
 import { randomBytes } from "node:crypto";
 import {
   closeSync,
@@ -24,13 +24,13 @@ import { hostname } from "node:os";
 import { dirname, join, relative } from "node:path";
 import { sha256 } from "./text.ts";
 
-/** A file of this machine could not be written: it is as it was. */
+/** A local file could not be written; it is unchanged. */
 export class Unwritten extends Error {}
 
-/** The last part of what the system says of a path goes: it may be of a name that nobody gave. */
+/** The error without its last part, which may name a temporary file. */
 const reasonOf = (error: unknown): string => (error as Error).message.replace(/, [a-z]+( '.*)?$/s, "");
 
-/** What is wrong with a path that is to be a file, or to become one; a link counts as what it leads to. */
+/** Why a path is not, and cannot become, a regular file; symlinks are followed. */
 export function noFile(path: string): string | undefined {
   try {
     const stat = statSync(path, { throwIfNoEntry: false });
@@ -50,17 +50,17 @@ export function realPath(path: string): string {
   }
 }
 
-/** A path as short as it can be said from here. */
+/** A path relative to the working directory, if it is below it. */
 export const shown = (path: string) => {
   const near = relative(process.cwd(), path);
   return near.startsWith("..") ? path : near;
 };
 
-/** What this process has made and not yet put in its place, or taken away. */
+/** Temporary files of this process that still exist. */
 const own = new Set<string>();
 let watched = false;
 
-/** Process ids mean something on one machine, and in one container of it. */
+/** Identifies the PID namespace: process ids are only comparable within one. */
 const HERE = sha256(
   `${hostname()}${existsSync("/proc/self/ns/pid") && readlinkSync("/proc/self/ns/pid")}`,
 ).slice(0, 6);
@@ -68,8 +68,8 @@ const NAME = /^\.?clouds-([0-9a-f]{6})-(\d+)-[0-9a-f]{8}$/;
 const DAY = 86_400_000;
 
 /**
- * A name for what is there for a while only: the end of this process removes it, and where that was killed the next
- * one that makes such a name in this folder.
+ * A path for a temporary file. It is removed when this process exits; what a killed process left is removed by the next
+ * one that asks for a path in the same folder.
  */
 export function temporary(folder: string, dot = "."): string {
   sweep(folder);
@@ -86,7 +86,7 @@ export function remove(path: string): void {
   try {
     rmSync(path, { recursive: true, force: true });
   } catch {
-    // The next process tries again.
+    // The next process retries.
   }
 }
 
@@ -101,11 +101,11 @@ function sweep(folder: string): void {
       if (left && uid === process.getuid?.()) remove(path);
     }
   } catch {
-    // A folder that may be written but not read, or another process was faster.
+    // The folder is not readable, or another process was faster.
   }
 }
 
-/** Another process that lives. In containers this one may have the number of one that has died. */
+/** Is it another live process? In a container this process may have reused the id of a dead one. */
 function isAnother(pid: number): boolean {
   try {
     return pid !== process.pid && process.kill(pid, 0);
@@ -114,7 +114,7 @@ function isAnother(pid: number): boolean {
   }
 }
 
-/** Writes a new file, 0600, to its last byte. */
+/** Writes and syncs a new file, mode 0600. */
 function writeNew(path: string, text: string | Buffer, like?: { uid: number; gid: number }): void {
   const bytes = Buffer.from(text as string);
   const handle = openSync(path, "wx", 0o600);
@@ -124,7 +124,7 @@ function writeNew(path: string, text: string | Buffer, like?: { uid: number; gid
       if (n === 0) throw new Error("the file system takes no more");
       at += n;
     }
-    // What root replaces stays its owner's.
+    // A file that root replaces keeps its owner.
     if (like && process.getuid?.() === 0) fchownSync(handle, like.uid, like.gid);
     fsyncSync(handle);
     if (fstatSync(handle).size !== bytes.length) throw new Error("the file system has not kept all of it");
@@ -134,10 +134,8 @@ function writeNew(path: string, text: string | Buffer, like?: { uid: number; gid
 }
 
 /**
- * Puts a text in a file's place, 0600, whole or not at all, whatever becomes of this process or the disk. A link is
- * followed.
- *
- * @throws {Unwritten} and the file is as it was.
+ * Replaces a file atomically, mode 0600: a crash or a full disk leaves the old one. Symlinks are followed.
+ * @throws {Unwritten} with the file unchanged.
  */
 export function replaceFile(path: string, text: string | Buffer): void {
   const wrong = noFile(path);
@@ -155,7 +153,7 @@ export function replaceFile(path: string, text: string | Buffer): void {
   syncFolder(file);
 }
 
-/** Gives a whole file, written by `pull` or its like, its name. @throws {Unwritten} where something has the name. */
+/** Syncs a finished temporary file and gives it its name. @throws {Unwritten} when the name is taken. */
 export function putNew(half: string, file: string): void {
   try {
     const handle = openSync(half, "r+");
@@ -169,7 +167,7 @@ export function putNew(half: string, file: string): void {
   syncFolder(file);
 }
 
-/** What the system says of a file, as what it means for that. Deno has no code for some of it, such as EFBIG. */
+/** Turns a system error into an Unwritten for that file. Deno gives some errors, such as EFBIG, no code. */
 export const unwritten = (file: string, error: unknown): unknown =>
   (error as NodeJS.ErrnoException).code || / \(os error \d+\)$/.test((error as Error).message)
     ? new Unwritten(`${file} could not be written, and is unchanged: ${reasonOf(error)}`)
@@ -181,14 +179,13 @@ function syncFolder(file: string): void {
     fsyncSync(folder);
     closeSync(folder);
   } catch {
-    // Not every file system can, and the file is in its place.
+    // Not every file system supports it, and the file is already in place.
   }
 }
 
 /**
- * Writes the file anew as it is, or where there is none a file beside it: as a change of it will be written.
- *
- * @throws {Unwritten} where that will not go.
+ * Tests whether the file can be replaced: rewrites it unchanged, or writes a temporary file beside it.
+ * @throws {Unwritten} when it cannot.
  */
 export function tryWrite(path: string): void {
   const file = realPath(path);
@@ -204,8 +201,8 @@ export function tryWrite(path: string): void {
 }
 
 /**
- * Takes a lock file, which has its owner's process id in it; one of a dead process is taken over. One without an id
- * counts as such after `forgiven` milliseconds. Answers how to give it back, or undefined where another has it.
+ * Takes a lock file that holds its owner's process id. The lock of a dead process is taken over, and one without an id
+ * after `forgiven` milliseconds. Returns the function that releases it, or undefined while another process holds it.
  *
  * @throws {Unwritten}
  */
@@ -225,7 +222,7 @@ export function take(path: string, forgiven: number): (() => void) | undefined {
   }
 }
 
-/** A link makes the lock with its owner's id at once; not every file system has links. */
+/** A hard link creates the lock together with its content; not every file system has hard links. */
 function put(mine: string, path: string): boolean {
   try {
     linkSync(mine, path);
@@ -242,7 +239,7 @@ function put(mine: string, path: string): boolean {
   }
 }
 
-/** Who has a lock; NaN where it does not say. */
+/** Process id of a lock's owner; NaN if the file does not contain one. */
 export function ownerOf(path: string): number {
   try {
     return statSync(path).isFile() ? Number(readFileSync(path, "utf8") || Number.NaN) : Number.NaN;
@@ -257,8 +254,8 @@ function clear(path: string, forgiven: number): boolean {
   const stat = lstatSync(path, { throwIfNoEntry: false });
   if (!stat) return true;
   if (Number.isNaN(owner) ? Date.now() - stat.mtimeMs <= forgiven : isAnother(owner)) return false;
-  // Renamed before it is removed: of two processes that find it stale only one may move it away, and what it moved
-  // away is looked at again, since a third may have locked in between.
+  // Renamed before it is removed: of two processes that find it stale only one can rename it, and checks what it
+  // renamed, since a third may have taken the lock in between.
   const away = temporary(dirname(path));
   try {
     renameSync(path, away);

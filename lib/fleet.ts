@@ -1,4 +1,4 @@
-/** Boxes side by side: one that fails is said with the line that tries it again, and stops none of the others. */
+/** Runs boxes side by side: a failure is reported with the command to retry, and does not stop the others. */
 import { boxes as boxesOf } from "./boxes.ts";
 import { converge, look } from "./converge.ts";
 import { updateEnv } from "./env-file.ts";
@@ -13,7 +13,7 @@ import { type Change, type Facts, Failure, planAll, Refusal, type Step, unforese
 import { SETTINGS, type SettingName } from "./table.ts";
 import { hide, splitWords } from "./text.ts";
 
-/** One recipe on every box of the call, side by side: one that fails stops none of the others. */
+/** Runs a script's steps on every box of the run, side by side; a failure does not stop the others. */
 export async function fanOut(call: Call): Promise<number> {
   const { recipe, settings } = call;
   const known = splitWords(`${settings.SERVER} ${settings.AGENTS}`);
@@ -26,7 +26,7 @@ export async function fanOut(call: Call): Promise<number> {
   recipe.examine?.(call, boxes);
   const others = (await recipe.others?.boxes(call, boxes)) ?? [];
   await watch([...boxes, ...others]);
-  // Who cannot be set up is let in nowhere. Whether it can join shows only when it is let in.
+  // A box that cannot be set up is not let in by the others' firewalls. Whether it can join is known only afterwards.
   const before = recipe.steps.slice(
     0,
     recipe.steps.findIndex(({ name }) => name === call.script),
@@ -46,7 +46,7 @@ export async function fanOut(call: Call): Promise<number> {
     box.line.done(now.nothing, recipe.nothing?.(box.want, now.facts));
     Object.assign(call.settings, learned);
   };
-  // Further servers join by what the first one teaches.
+  // Further servers join with the URL and token of the first.
   const first = recipe.everyServer ? fit.splice(0, 1) : [];
   const done = [...tried, ...(await each(call, first, one))];
   if (worst(done) === 0 || !first.length) done.push(...(await each(call, fit, one)));
@@ -66,7 +66,7 @@ export async function bring(
   return { facts: after, nothing: after === found };
 }
 
-/** Exit status of several boxes: a failure counts more than a wrong setting, which touched nothing. */
+/** Exit status for several boxes: 1 (a failure) takes precedence over 2 (a wrong setting, nothing touched). */
 export const worst = (statuses: readonly number[]): number =>
   statuses.includes(1) ? 1 : Math.max(0, ...statuses);
 
@@ -98,7 +98,7 @@ export async function attempt(
       (type) => error instanceof type,
     );
     const retry = retryLine(call, script, again);
-    // What failed has to be a change: who only waited for another box has no cause of its own.
+    // Causes are looked for only when a change failed, not when the box waited for another one.
     const problems =
       error instanceof Failure && change
         ? ((await call.recipe.causes?.(call, script, again, output, retry)) ?? [])
@@ -110,24 +110,24 @@ export async function attempt(
 
 const takesHost = (step: Step) => step.options.includes("HOST");
 
-/** A value on make's command line: the shell takes the quotes, and make the second $. */
+/** Quotes a value for make's command line: the shell removes the quotes, and make halves each $$. */
 export const forMake = (value: string): string => quote(value.replaceAll("$", () => "$$"));
 
-/** The command that tries it again: what was given for this call is given again, but for secrets. */
+/** The command to retry, with everything given for this run except secrets. */
 function retryLine(call: Call, script: string, box: Box): string {
   const given = NAMES.filter((n) => n !== "HOST" && !("secret" in SETTINGS[n]) && givenNow(call.origins, n));
   const local = call.origins.HOST !== "default" || call.recipe.work ? "HOST=" : "";
-  // A script that looks after a whole cluster is tried again as a whole.
+  // A script for the whole cluster is retried as a whole.
   const whole = script === call.script && call.recipe.work && !call.recipe.steps.some(takesHost);
   const own = [
     whole ? "" : box.host ? `HOST=${quote(box.word)}` : local,
     ...given.map((n) => `${n}=${forMake(call.settings[n])}`),
     ...(script === call.script ? [...call.flags] : []).map((flag) => `${switchOf(flag)}=1`),
-    // What only looked is not done in earnest by a line that was pasted.
+    // A dry run is retried as a dry run.
     call.mode === "dry-run" ? "DRY=1" : call.mode === "print" ? "PRINT=1" : "",
     call.reboot ? "REBOOT=1" : "",
   ];
-  // What the env file cannot say.
+  // Variables that the env file cannot hold.
   const files = ["ENV_FILE", ...(script === "kubeconfig" ? ["KUBECONFIG"] : [])]
     .filter((name) => process.env[name])
     .map((name) => `${name}=${forMake(process.env[name] as string)}`);
@@ -150,7 +150,7 @@ export function showPlan(call: Call, box: Box, steps: readonly Step[], facts: Fa
     );
 }
 
-/** What the steps learned from the facts. @throws {SettingError} where it cannot be a setting's value. */
+/** Settings that the steps learned from the facts. @throws {SettingError} for an invalid value. */
 export function learnedFrom(steps: readonly Step[], box: Box, facts: Facts): Partial<Settings> {
   const values: Partial<Settings> = Object.assign(
     {},
@@ -162,7 +162,7 @@ export function learnedFrom(steps: readonly Step[], box: Box, facts: Facts): Par
   return values;
 }
 
-/** A change as a dry run shows it: the differences of a file have a line each. */
+/** A change as a dry run shows it, with a line for each difference of a file. */
 const planned = ({ why, detail = [] }: Change, i: number) =>
   `  ${i + 1}. ${detail.length ? why.replace(/: .*/, ":") : why}\n${detail.map((line) => `       ${line}\n`).join("")}`;
 

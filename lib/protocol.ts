@@ -1,11 +1,14 @@
-/** The sh that a box is sent, and how what it prints is read. */
+/** The shell scripts that are sent to a box, and the parser for their output. */
 import { randomBytes } from "node:crypto";
 import type { Settings } from "./settings.ts";
 import { raw, sh, type Word } from "./sh.ts";
 import { type Change, type Facts, Failure, type Step } from "./step.ts";
 import type { SettingName } from "./table.ts";
 
-/** Facts that every step may use. uptime before now: so their difference errs to one side only. */
+/**
+ * Facts that every step may use. uptime is read before now, so that the boot time computed from them is never too
+ * early.
+ */
 const BASE = `
 fact uptime; cut -d' ' -f1 /proc/uptime
 fact now; date +%s.%N
@@ -19,10 +22,10 @@ fact systemd; test -d /run/systemd/system && echo yes
 fact addresses; ip -o -4 addr show 2>/dev/null
 `;
 
-/** Two boxes' worth of markers cannot be mixed up with a file's text: the mark is random. */
+/** The mark is random, so that no file's content can contain it. */
 export const newMark = () => `k3s-across-clouds-${randomBytes(8).toString("hex")}`;
 
-/** The script that looks: facts of all steps, in one trip. It never fails: what is not there is not printed. */
+/** The script that prints the facts of all steps in one trip. It never fails; missing facts are left out. */
 export function lookScript(steps: readonly Step[], want: Settings, mark: string): string {
   return sh`m=${mark}
 fact() { printf '\n%s fact %s\n' "$m" "$1"; }
@@ -30,17 +33,16 @@ ${raw(BASE)}${raw([...new Set(steps.flatMap((step) => step.look(want)))].join("\
 printf '\n%s end\n' "$m"`;
 }
 
-/** For a comment, which may quote what a box said: on one line, and for a terminal too. */
+/** Text for a shell comment: on one line, without control characters. */
 const oneLine = (text: string) => text.replace(/[\s\p{C}\p{Zl}\p{Zp}]+/gu, " ");
 
-/** How long an earlier run may go on on a box whose operator it has lost, in seconds. */
+/** How long an earlier run may continue on a box after its operator was lost, in seconds. */
 export const EARLIER_RUN = 900;
 
 /**
- * The script that applies: each change is a shell of its own under \`timeout\`, with the output of both
- * streams in order; the first that fails ends it. A lock keeps out a second operator, and what an earlier
- * run that lost its connection may have left running: after waiting for that one the plan is out of date,
- * and nothing of it is done.
+ * The script that applies changes. Each runs in its own shell under `timeout`, with both output streams in order; the
+ * first failure ends it. A lock keeps out a second operator and an earlier run that lost its connection: after waiting
+ * for the lock the plan is out of date, and nothing is applied.
  */
 export function applyScript(
   changes: readonly Change[],
@@ -48,7 +50,7 @@ export function applyScript(
   secrets: (name: SettingName) => Word,
   reader: "program" | "person" = "program",
 ): string {
-  // A fact may be a secret: it is for the program that asked.
+  // An early fact may be a secret, so a person does not get it.
   const asides =
     reader === "person"
       ? "early() { :; }\nbeat() { :; }"
@@ -96,14 +98,14 @@ ${raw(body.join("\n"))}
 exec 9>&-`;
 }
 
-/** sudo on the family of RHEL leaves /usr/local/bin out of PATH, a plain ssh the folders of root's programs. */
+/** sudo on RHEL drops /usr/local/bin from PATH, and a plain ssh session lacks the sbin folders. */
 const PATH = 'PATH="$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"';
 
-/** Runs only when it has arrived whole: a connection that is cut half-way runs nothing. */
+/** Wraps a script so that it runs only once it has arrived completely. */
 export const whole = (script: string): string =>
   `main() {\nexport LC_ALL=C ${PATH}\n${script}\n}\nmain </dev/null\n`;
 
-/** A plan as one sh script that a person could paste on the box; secrets are to be given in the environment. */
+/** A plan as one sh script for a person to run on the box; secrets are read from the environment. */
 export function printed(changes: readonly Change[]): string {
   const names = [...new Set(changes.flatMap((change) => change.secrets ?? []))];
   const needs = names.map(
@@ -121,10 +123,10 @@ export function printed(changes: readonly Change[]): string {
   return `#!/bin/sh\n${whole([...needs, ...pushes, ...elsewhere, apply, late].join("\n"))}`;
 }
 
-/** How often a box may use the mark on one trip: a step that takes two hours reports every ten seconds. */
+/** Limit of protocol lines per trip: a two-hour step reports every ten seconds. */
 const WORDS = 5000;
 
-/** Cuts what a box printed into markers; text between them goes to the last one. */
+/** Parses the output of a box: marked lines, and the text that belongs to each. */
 export function reader(
   mark: string,
   on: { change?(i: number): void; say?(text: string): void; early?(fact: Facts): void },
@@ -133,7 +135,7 @@ export function reader(
   const seen = {
     facts,
     ended: false,
-    /** Nothing was done, since an earlier run was still at work. */
+    /** Nothing was applied, because an earlier run was still active. */
     waited: false,
     /** The process of an earlier run that did not end. */
     busy: undefined as string | undefined,
@@ -144,7 +146,7 @@ export function reader(
   let words = 0;
   return {
     seen,
-    /** @throws {Failure} for a box whose words of its own are without an end. */
+    /** @throws {Failure} for a box that sends too many protocol lines. */
     line(line: string) {
       if (line.startsWith(`${mark} `) && line !== `${mark} beat` && ++words > WORDS)
         throw new Failure(`The box sent more than ${WORDS} protocol lines`);

@@ -1,20 +1,20 @@
-/** What the operator sees of each box while something runs: a line each, or a spinner where there is one box. */
+/** Progress output on standard error: one line per event, or a spinner for a single box on a terminal. */
 import type { Ora } from "ora";
 import type { Change } from "./step.ts";
 import { redacted } from "./text.ts";
 
-/** What is wrong, and what to do about it: a line each. */
+/** A problem: its cause and its remedy, one line each. */
 export interface Problem {
-  /** The box that is to be mended, as the user names it. */
+  /** The box to fix, as the user names it. */
   box: string;
   cause: string;
   remedy: string;
 }
 
-/** What is said of one box, on standard error. */
+/** Output about one box, on standard error. */
 export interface Line {
   starts(what: string): void;
-  /** `box`: these are the box's words, and are shown as such. */
+  /** `box`: the text comes from the box, and is marked so. */
   says(text: string, box?: true): void;
   waits(what: string): void;
   done(nothing: boolean, why?: string): void;
@@ -30,17 +30,20 @@ export interface Line {
 /** Shows nothing. */
 export const silent: Line = { starts() {}, says() {}, waits() {}, done() {}, failed() {} };
 
-/** What a box said, for a terminal: without secrets, and without what would move its cursor or turn its text round. */
+/** Text from a box, made safe for a terminal: without secrets, control and bidirectional characters. */
 export const plain = (text: string): string =>
   redacted(text).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) => (c === "\n" || c === "\t" ? c : " "));
 
-/** Of a text, in characters: what it costs to look for secrets grows with it. */
+/** Longer texts are cut to this many characters, since redaction takes time. */
 const MUCH = 100_000;
 
-/** Of a line, in characters: what is longer tells nobody more. */
+/** Longer lines are cut to this many characters. */
 const LINE = 2000;
 
-/** A terminal that knows its width (ora divides by it) and is not to be kept plain. @see https://no-color.org */
+/**
+ * Can a spinner be shown: on a terminal with a known width (ora divides by it), without NO_COLOR? @see
+ * https://no-color.org
+ */
 export const canSpin = (
   { isTTY, columns }: { isTTY?: boolean; columns?: number },
   env: Record<string, string | undefined>,
@@ -55,7 +58,7 @@ export async function watch(boxes: readonly { name: string; line: Line }[]): Pro
 /** When the run began to report: it may have parts with reports of their own. */
 let began: number | undefined;
 
-/** A spinner where one person watches one box on a terminal; else plain lines, each with its box's name. */
+/** A spinner for a single box on a terminal; otherwise plain lines, each with its box's name. */
 export async function report(names: readonly string[]): Promise<{ line(name: string): Line }> {
   const width = Math.max(...names.map((name) => name.length));
   began ??= Date.now();
@@ -64,7 +67,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
   const alone = names.length === 1 && canSpin(process.stderr, process.env);
   const ora = alone ? (await import("ora")).default : undefined;
   const write = (name: string, text: string) => {
-    // A second line is a box's words: it must not look like one of ours.
+    // Continuation lines come from the box, and must not look like ours.
     for (const [i, row] of plain(text.slice(0, MUCH)).split("\n").entries())
       process.stderr.write(
         `${name.padEnd(width)}  ${i ? "  | " : ""}${row.length > LINE ? `${row.slice(0, LINE)}…` : row}\n`,
@@ -107,7 +110,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
             .trim()
             .split("\n")
             .filter(Boolean);
-          // Of a line that was written over again and again (dpkg's progress) the last text.
+          // Of a line that was overwritten (dpkg's progress) the last text.
           for (const row of rows.slice(-30)) write(name, `  | ${row.trimEnd().split("\r").at(-1)}`);
           if (change) {
             const command = change.sh.trim().split("\n");

@@ -5,7 +5,7 @@ import type { Shell } from "./shell.ts";
 import type { Facts, Step, Want } from "./step.ts";
 import type { SettingName } from "./table.ts";
 
-/** What a script is: its steps in order, and what to say when there is nothing to do. */
+/** A script: its steps in order, and what the engine has to know about them. */
 export interface Recipe {
   about: string;
   steps: readonly Step[];
@@ -13,37 +13,37 @@ export interface Recipe {
   needs?: Partial<Record<SettingName, string>>;
   /** The setting that names the box when HOST does not. */
   host?: "SERVER";
-  /** With `host`: it is for all servers, and the first one goes before the others. */
+  /** With `host`: runs on all servers, the first one before the others. */
   everyServer?: true;
-  /** It goes to all boxes, whatever HOST says: what there is for one of them. A HOST of the call is refused. */
+  /** Runs on all boxes, so HOST is refused. The text names the command for a single box. */
   everyBox?: string;
-  /** A box's address may be unknown: a step asks for PUBLIC_IP where it needs it. */
+  /** A box's address may be unknown: the step asks for PUBLIC_IP when it needs it. */
   asksLate?: true;
-  /** With `host`: how the boxes must be together. @throws {SettingError} */
+  /** With `host`: checks the boxes against each other. @throws {SettingError} */
   examine?(call: Call, boxes: readonly Box[]): void;
   /** Nodes that it knows of beside those of SERVER and AGENTS. */
   elsewhere?(settings: Settings): { name: string; ip: string }[];
   nothing?(want: Settings, facts: Facts): string;
-  /** Where more is to be done than these steps on each box. Answers the exit status. */
+  /** Replaces the default (the steps on each box). Returns the exit status. */
   work?(call: Call): Promise<number>;
   /** Switches of its own and their help. */
   flags?: Record<string, string>;
-  /** Will it have to write the env file, as far as that can be known before? */
+  /** May this run write the env file? */
   writes?(want: Settings, known: Record<string, string>): boolean;
-  /** It changes nothing on a box: it has no --dry-run, --print and --reboot. */
+  /** It never changes a box, so it has no --dry-run, --print and --reboot. */
   readOnly?: true;
-  /** Boxes beside those of the call that have to follow before anything is done, and how they do. */
+  /** Other boxes that have to be updated along with those of the run, and how. */
   others?: {
     boxes(call: Call, boxes: readonly Box[]): Promise<Box[]>;
     follow(call: Call, others: readonly Box[]): Promise<{ refused: boolean; done: Promise<number[]> }>;
   };
-  /** Why a change failed, as far as the cause is elsewhere than where it shows; `output` is what it said. */
+  /** Looks for the cause of a failed change elsewhere in the cluster; `output` is what the change printed. */
   causes?(call: Call, script: string, box: Box, output: string, retry: string): Promise<Problem[]>;
-  /** What the files that settings name hold, in their settings' places. @throws {SettingError} */
+  /** Replaces settings that name local files by the content of those files. @throws {SettingError} */
   filesOf?(want: Settings): Promise<Partial<Settings>>;
-  /** What has to be known of all boxes before anything is done. @throws {SettingError} */
+  /** Collects what has to be known about all boxes before any is changed. @throws {SettingError} */
   prepare?(call: Call): Promise<void>;
-  /** A box's settings as its steps read them, where they depend on other boxes too. */
+  /** A box's settings for its steps, as far as they depend on other boxes. */
   wantOnBox?(call: Call, name: string, want: Want): Want;
 }
 
@@ -53,9 +53,9 @@ export interface Box {
   host: string;
   /** The public address at which other clouds reach it. */
   ip: string;
-  /** The word that names it in its setting: HOST or HOST=PUBLIC_IP. */
+  /** Its entry in SERVER, AGENTS or HOST: HOST or HOST=PUBLIC_IP. */
   word: string;
-  /** As the user reads it: the host without its user, or this machine's name. */
+  /** Its name in the output: the host without the user, or this machine's host name. */
   name: string;
   /** Its settings: those of all or its own, and what follows from what it is to the others. */
   want: Want;
@@ -78,13 +78,13 @@ export interface Call {
   settings: Settings;
   origins: Origins;
   /**
-   * By a box's name ("" for one that has none here) what it has in place of those: its own lines of the env file,
-   * and what is in the files that are named.
+   * Settings of single boxes by the box's name ("": all others): NAME__BOX of the env file, and the contents of files
+   * that settings name.
    */
   own: Record<string, Partial<Settings>>;
-  /** Public addresses of SERVER and AGENTS, where the boxes have a proxy that must not come between them. */
+  /** Public addresses of SERVER and AGENTS, which have to bypass the boxes' proxy. */
   addresses: { servers: string[]; agents: string[] };
-  /** With FIREWALL: whom each box lets in, and as -ADDRESS whom no longer. */
+  /** With FIREWALL: addresses to let in, and as -ADDRESS those to shut out. */
   letIn?: string[];
   envFile: string;
   mode: Mode;

@@ -6,7 +6,7 @@ import { noFile } from "./files.ts";
 import { apartIn, SETTINGS, type Setting, type SettingName, WITH_PASSWORD } from "./table.ts";
 import { boxNames, quoted } from "./text.ts";
 
-/** A setting is wrong: where it came from, what was found, what would be right. Exit status 2, nothing touched. */
+/** A wrong setting: names its origin, what was found and what is expected. Exit status 2, nothing was touched. */
 export class SettingError extends Error {}
 
 export type Settings = Record<SettingName, string>;
@@ -15,21 +15,21 @@ export const NAMES = Object.keys(SETTINGS) as SettingName[];
 /** Where each value came from, for messages: `flag --host`, `variable HOST`, `.env line 3`, `default`. */
 export type Origins = Record<SettingName, string>;
 
-/** Was it given for this call alone, and not by the env file or a default? */
+/** Was it given for this run only (by a flag or a variable)? */
 export const givenNow = (origins: Origins, name: SettingName): boolean =>
   /^(flag|variable)/.test(origins[name]);
 
 export const flagOf = (name: string): string => name.toLowerCase().replaceAll("_", "-");
 
-/** Is its value to be shown nowhere? */
+/** Must its value never be shown? */
 export const isSecret = (name: string) => "secret" in SETTINGS[name as SettingName];
 
 /**
- * Settings by precedence: flag, environment, env file, default. A value that is set but empty counts. What the
- * env file says for one box, NAME__BOX, counts before its NAME, on that box: `own` has it by the box's name.
+ * Resolves settings by precedence: flag, environment, env file, default. An empty value counts as set. NAME__BOX in the
+ * env file overrides NAME for that box; `own` holds these by box name.
  *
- * @throws {SettingError} for the first value that is wrong, named with its origin, and for a key of the env
- * file that is no setting, or one of a box that is not there: a slip of the pen would be lost.
+ * @throws {SettingError} for the first wrong value, with its origin; also for an unknown key or an unknown box in the
+ * env file, since a typing error would have no effect.
  */
 export function settle(
   flags: Record<string, string>,
@@ -63,7 +63,7 @@ export function settle(
   const [apart, expected] = apartIn(settings) ?? [];
   if (apart) throw new SettingError(`${apart} (${origins[apart]}): expected ${expected}`);
   const boxes = boxNames(`${settings.SERVER} ${settings.AGENTS} ${settings.HOST}`);
-  // A box may have any name.
+  // A box may be called __proto__.
   const own: Record<string, Partial<Settings>> = Object.create(null);
   for (const [key, value] of Object.entries(values)) {
     if (Object.hasOwn(SETTINGS, key)) continue;
@@ -78,13 +78,13 @@ export function settle(
         `${key} (${origin}): expected a box of SERVER, AGENTS or HOST after the __: ${boxes.join(", ") || hostname()}`,
       );
     if (value.trim()) check(name as SettingName, value.trim(), origin);
-    // What was given for this call alone counts for all its boxes.
+    // A flag or variable applies to all boxes of the run.
     if (!givenNow(origins, name as SettingName)) own[box] = { ...own[box], [name]: value.trim() };
   }
   return { settings, origins, own };
 }
 
-/** Is this not what stands on make's command line, which MAKEFLAGS has with a \\ before blanks and each $ twice? */
+/** Did make expand a $ in this value? MAKEFLAGS has the original, with blanks escaped and each $ doubled. */
 function isEaten(name: string, value: string, makeflags = ""): boolean {
   const given = new RegExp(`(?<=(?<!\\\\) )${name}[:?+]*=((?:\\\\[^]|[^\\\\ ])*)`, "g");
   const said = [...makeflags.matchAll(given)].at(-1)?.[1]?.replace(/\\(.|\n)|\$\$/g, (_, c) => c ?? "$");
@@ -100,13 +100,13 @@ function fileAt(path: string): ReturnType<typeof readEnv> {
   }
 }
 
-/** @throws {SettingError} for what is no file: a device has no end, and a pipe waits for ever. */
+/** @throws {SettingError} for anything but a regular file: a device has no end, and a pipe may block forever. */
 export function aFile(name: SettingName, path: string): void {
   const wrong = noFile(path);
   if (wrong) throw new SettingError(`${name} is ${quoted(path)}, which is ${wrong}: expected a file`);
 }
 
-/** @throws {SettingError} when the value is not one this setting can have. Secrets are not repeated. */
+/** @throws {SettingError} for an invalid value; a secret is not repeated in it. */
 export function check(name: SettingName, value: string, origin: string): void {
   const setting: Setting = SETTINGS[name];
   const right = value.length > 4096 ? "at most 4096 characters" : setting.check(value);

@@ -1,6 +1,6 @@
 /** Quoting for POSIX sh, and the shell that waits and that writes a file. */
 
-/** What a terminal would go by in a script that is shown; as printf writes it, and between quotes. */
+/** Control characters as octal escapes for printf, so that a script can be shown on a terminal. */
 const octal = (text: string) =>
   `'"$(printf '${[...Buffer.from(text)].map((byte) => `\\${byte.toString(8).padStart(3, "0")}`).join("")}')"'`;
 

@@ -17,7 +17,7 @@ import { SettingError } from "./settings.ts";
 import { raw, sh } from "./sh.ts";
 import { nameOf } from "./text.ts";
 
-/** The box could not be reached, or would not let us in: nothing was run on it. */
+/** The box could not be reached, or refused the login; nothing was run on it. */
 export class Unreachable extends Error {}
 
 /** A shell on a machine: this one, or another over ssh. */
@@ -35,8 +35,8 @@ export interface Shell {
     onLine: (line: string) => void,
   ): Promise<{ status: number; stderr: string }>;
   /**
-   * Copies a local file to `path` on the box, compressed on the way. What an earlier copy that was cut has left
-   * there is gone on from, so the path should name the content, and a hash decide in the end.
+   * Copies a local file to `path` on the box, compressed in transit. An interrupted copy is resumed, so the path should
+   * identify the content, and the caller has to verify a hash.
    */
   push(file: string, path: string): Promise<void>;
   /** Copies a file of the box to a new file here, 0600. */
@@ -45,32 +45,32 @@ export interface Shell {
   close(): Promise<void>;
 }
 
-/** Printed by a box before anything else runs there: what comes without it is ssh's or sudo's word. */
+/** Printed first by every script: output without it comes from ssh, sudo or the login shell. */
 export const BEGIN = "k3s-across-clouds: begin";
 
-/** What is kept of what a box says before that, in characters. */
+/** How many characters of output before that line are kept. */
 const WORDS = 1000;
 
-/** What a box may say on one trip, in bytes: the JSON of a thousand nodes is half of it. */
+/** Limit of a trip's output in bytes; the JSON of a thousand nodes is half of it. */
 const MUCH = 32e6;
 
-/** And in how many lines: each costs memory of its own. */
+/** Limit of a trip's output in lines, since each costs memory. */
 const LINES = 1e6;
 
-/** What is kept of its standard error, in characters: its end says why. */
+/** How many characters of standard error are kept: the end, which says why. */
 const ERRORS = 64_000;
 
-/** How large a file may be that is copied from a box, in bytes. */
+/** Limit for a file that is copied from a box, in bytes. */
 const FILE = 64e9;
 
 let sockets: string | undefined;
 const opened = new Set<string>();
-/** Ends each ssh that runs: one that is still connecting has no socket by which it could be told. */
+/** Running ssh processes: one that is still connecting has no control socket yet, and has to be killed. */
 const clients = new Set<ChildProcess>();
 
 /**
- * A folder of its own for ssh's sockets. The path of one is at most 104 bytes long (macOS; 108 on Linux), of which
- * ssh takes 40 for %C and 17 more while it makes it; and a blank, % or $ in it would mean something to ssh.
+ * A private folder for ssh's control sockets. A socket's path has at most 104 bytes (macOS; 108 on Linux), of which ssh
+ * needs 40 for %C and 17 more while creating it. ssh would interpret blanks, % and $ in it.
  */
 function folderFor(): string {
   const wanted = process.platform === "darwin" ? "/tmp" : tmpdir();
@@ -91,8 +91,8 @@ function folderFor(): string {
 }
 
 /**
- * Whatever ~/.ssh/config says: no key is taken that is not known, by any way past known_hosts, and a box gets nothing
- * of this machine, neither its agent's keys nor its display, ports and network.
+ * These override ~/.ssh/config: host keys have to be known, and nothing of this machine is forwarded to a box (agent,
+ * display, ports, network).
  */
 const GUARD = {
   StrictHostKeyChecking: "yes",
@@ -107,8 +107,8 @@ const GUARD = {
 };
 
 /**
- * The system's ssh, so that ~/.ssh/config, agents, jump hosts and known_hosts all count. One connection a
- * box: the first command opens it, later ones share it. A dead box is noticed in about 15 s.
+ * The system's ssh, so that ~/.ssh/config, ssh-agent, jump hosts and known_hosts apply. One connection per box: the
+ * first command opens it, later ones share it. A dead box is noticed after about 15 s.
  */
 function ssh(host: string, keys: string): string[] {
   sockets ??= folderFor();
@@ -128,14 +128,14 @@ function ssh(host: string, keys: string): string[] {
 }
 
 /**
- * Options by which a box's host key is one of these fingerprints, whatever known_hosts says. ssh itself asks for the
- * key that was offered (KnownHostsCommand, OpenSSH 8.5 on), within the very connection that it is for: jump hosts and
- * all that ~/.ssh/config says of the box count, where a known_hosts made by ssh-keyscan would pass them by.
+ * Options that accept a host key by these fingerprints instead of known_hosts. ssh checks the offered key within the
+ * same connection (KnownHostsCommand, OpenSSH 8.5 and later), so jump hosts and ~/.ssh/config apply; ssh-keyscan would
+ * ignore both.
  */
 const pinned = (keys: string) => ({
   UserKnownHostsFile: "/dev/null",
   GlobalKnownHostsFile: "/dev/null",
-  // Asked first for no key but the order of algorithms: then the fingerprint is NONE.
+  // ssh first asks for the order of key algorithms, with the fingerprint NONE.
   KnownHostsCommand: `/bin/sh -c 'case " $1 " in *" $2 "*) echo "$3 $4 $5" ;; *) [ "$2" = NONE ] || echo "offers $2" >&2 ;; esac' - "${keys}" %f %H %t %K`,
 });
 
@@ -149,24 +149,24 @@ async function closeEach(): Promise<void> {
   if (sockets) remove(sockets);
 }
 
-/** Runs a command, of one line, as root where sudo does not ask: root's own shell, or `sudo -n`. */
+/** Wraps a one-line command to run as root: directly, or by `sudo -n`. */
 const asRoot = (command: string) =>
   `sh -c ${escaped(sh`if [ "$(id -u)" = 0 ]; then exec sh -c ${command}; else exec sudo -n sh -c ${command}; fi`)}`;
 
 /**
- * A word for whatever login shell a box has: fish and csh read quotes within quotes in ways of their own, but a
- * backslash before what is special means the same to them as to sh.
+ * Quotes a word for any login shell: fish and csh read nested quotes differently from sh, but a backslash means the
+ * same to all.
  */
 const escaped = (word: string) => word.replace(/[^\w@+:,./=\u0080-\uffff-]/g, "\\$&");
 
-/** How long a binary may take to a box, in seconds: 70 MB at 20 kB/s; a larger file as much longer. */
+/** Time limit for copying a file, in seconds: 70 MB at 20 kB/s, more for larger files. */
 const PUSH = 3600;
 
-/** @param keys fingerprints of which one has to be the host key's; empty: known_hosts decides. */
+/** @param keys accepted host key fingerprints; empty: known_hosts decides. */
 export function open(host: string, keys = ""): Shell {
   /**
-   * Runs one command as root, with `input` on its standard input. What it prints is read no faster than `onData` takes
-   * it, and held nowhere, for a box may say more than there is memory.
+   * Runs one command as root, with `input` on its standard input. Output is passed to `onData` with backpressure and
+   * not buffered: a box may send more than fits into memory.
    */
   async function execute(
     command: string,
@@ -175,14 +175,15 @@ export function open(host: string, keys = ""): Shell {
     onData: (chunk: Buffer) => Promise<void> | void,
     most = MUCH,
   ): Promise<{ exitCode: number | null; stderr: string }> {
-    // An upgrade that is interrupted would go on to undo what it has done, by an ssh that outlives it.
+    // After an interrupt nothing new is started: an upgrade would otherwise begin its rollback with an ssh that
+    // outlives it.
     if (closing) await new Promise<never>(() => {});
     const [program = "", ...argv] = host
       ? [...ssh(host, keys), asRoot(command)]
       : ["sh", "-c", asRoot(command)];
     const child = spawn(program, argv);
     if (host) clients.add(child);
-    // A command that ends before it has read everything says why by its status, not by our broken pipe.
+    // If a command ends before it has read its input, its exit status counts, not our broken pipe.
     pipeline(input, child.stdin).catch(() => {});
     let stderr = "";
     const read = async (stream: Readable, most: number, take: (chunk: Buffer) => Promise<void> | void) => {
@@ -238,7 +239,7 @@ export function open(host: string, keys = ""): Shell {
         seconds,
         (chunk) => {
           const text = decoder.write(chunk);
-          // A line without an end is not gone over again with each piece of it.
+          // An unfinished line is not split again with each chunk.
           const lines = text.includes("\n") ? (rest + text).split("\n") : [rest + text];
           rest = lines.pop() as string;
           count += lines.length;
@@ -265,7 +266,7 @@ export function open(host: string, keys = ""): Shell {
       const start = /^\d+$/.test(have) && Number(have) <= size ? Number(have) : 0;
       const packed = /\.(zst|gz)$/.test(file);
       const stream = packed ? new PassThrough() : createGzip({ level: 1 });
-      // A file that cannot be read ends it with an error, and with it the copy.
+      // An unreadable file ends the stream, and with it the copy.
       pipeline(createReadStream(file, { start }), stream).catch(() => {});
       const result = await execute(
         sh`umask 077; ${raw(packed ? "cat" : "gzip -dc")} ${raw(start ? ">>" : ">")}${path}`,
@@ -282,7 +283,7 @@ export function open(host: string, keys = ""): Shell {
       const wrong = (error: Error) => new Unreachable(`Could not write ${file}: ${error.message}`);
       const out = await openFile(file, "wx", 0o600).catch((error) => Promise.reject(wrong(error)));
       const write = (bytes: Buffer) => out.writeFile(bytes).catch((error) => Promise.reject(wrong(error)));
-      // The login shell of some boxes greets: what comes before our own line is not the file's.
+      // Some login shells print a greeting: output before our own line is not part of the file.
       let head: Buffer | undefined = Buffer.alloc(0);
       const result = await execute(
         sh`echo ${BEGIN}; exec cat ${path}`,
@@ -317,8 +318,8 @@ export function open(host: string, keys = ""): Shell {
 }
 
 /**
- * One line on why a box was not reached, and what to do about it: from what ssh or sudo said, and from what the box
- * said in place of running a shell, on standard output (a key's forced command, nologin).
+ * One line on why a box was not reached and what to do: from the output of ssh and sudo, and from what the box printed
+ * instead of running a shell (a forced command, nologin).
  */
 export function reasonOf(host: string, stderr: string, status: number | null, stdout = ""): string {
   const said = lastOf(stderr) || `exit status ${status}`;
@@ -342,7 +343,7 @@ export function reasonOf(host: string, stderr: string, status: number | null, st
   if (/Permission denied/.test(stderr))
     return `${host} refused the login (${said}): check the user and the key`;
   if (!host) return `Could not run a shell: ${said}`;
-  // 255 is ssh's own; any other status is the box's, which has let us in.
+  // 255 is ssh's own status; any other comes from the box, after a successful login.
   if (status === 255 || status === null) return `Could not reach ${host}: ${said}`;
   const words = lastOf(stdout) || lastOf(stderr);
   return `${nameOf(host)} ${words ? `says: ${words}: it ` : ""}accepts the login, but runs no command (exit status ${status})`;
@@ -357,7 +358,7 @@ const lastOf = (text: string) =>
     ?.slice(0, 300);
 
 const USER = "([a-z_][a-z0-9_-]{0,31})";
-/** What boxes say to a login that they do not want, and what to do; a user is taken only by a plain name. */
+/** What boxes print when they refuse a login, and the remedy. Only a plain user name is taken from it. */
 const REMEDIES: readonly [RegExp, (host: string, user?: string) => string][] = [
   [
     // cloud-init's disable_root (AWS, Oracle, OpenStack and others).

@@ -39,9 +39,9 @@ export const prints =
   };
 
 export interface Change {
-  /** What will be done and for what reason, in one line; shown to the user, never with a secret in it. */
+  /** What will be done and why, in one line shown to the user; never contains a secret. */
   why: string;
-  /** Lines that a dry run shows below it: what of a file goes and comes. No secrets here either. */
+  /** Lines that a dry run shows below it: the diff of a file. Never contains a secret. */
   detail?: string[];
   /**
    * The shell that does it, as root, under `set -eu`. `say TEXT` reports progress, `early FACT TEXT` a fact that
@@ -50,7 +50,7 @@ export interface Change {
   sh: string;
   /** Time limit in seconds; default 60. */
   seconds?: number;
-  /** Settings that `sh` reads as shell variables: they travel on stdin and never show. */
+  /** Settings that `sh` reads as shell variables; they are sent over stdin and never shown. */
   secrets?: readonly SettingName[];
   /** A local file that is put on the box before `sh` runs. */
   push?: { file: string; path: string };
@@ -61,11 +61,11 @@ export interface Change {
    * planned there, by what the server itself knows of this box.
    */
   onServer?: Step;
-  /** It takes a node out of its cluster: one box at a time, and none after one that failed. */
+  /** It takes a node out of service: one box at a time, and none after a failure. */
   alone?: true;
   /** Why it could not be seen whether this is still to be done. */
   unknown?: string;
-  /** What follows depends on what this brings to light: look again before planning on. A preview may foresee it. */
+  /** The rest of the plan depends on its result: look again first. "foreseen": a preview may plan on. */
   lookAgain?: true | "foreseen";
   /** What a preview takes for granted of it. */
   assumes?: string;
@@ -82,7 +82,7 @@ export interface Step<F extends string = string> {
   options: readonly SettingName[];
   /** A piece that several steps share is sent once. */
   look(want: Settings): (Look<F> | string)[];
-  /** @throws {Refusal} where the facts say that nothing must be touched. */
+  /** @throws {Refusal} when the facts forbid any change. */
   plan(want: Want, facts: Facts<F>): Change[];
   /** What the operator's env file should remember once the plan is empty. */
   learn?(want: Want, facts: Facts<F>): Partial<Settings>;
@@ -91,10 +91,10 @@ export interface Step<F extends string = string> {
 /** A step whose plan has the facts that its look prints. */
 export const step = <F extends string>(own: Step<F>): Step<F> => own;
 
-/** A step must not go on: the box or the cluster is not as it has to be. Nothing was touched. Exit status 1. */
+/** A step refuses to continue because of the state of the box or the cluster. Nothing was touched. Exit status 1. */
 export class Refusal extends Error {}
 
-/** A change failed on a box, or was made and did not take. */
+/** A change failed on a box, or had no effect. */
 export class Failure extends Error {
   readonly change: Change | undefined;
   readonly output: string;
@@ -105,10 +105,13 @@ export class Failure extends Error {
   }
 }
 
-/** Is what follows this change not known before it is made? */
+/** Is the rest of the plan unknown before this change is made? */
 export const unforeseen = ({ reboot, lookAgain }: Change): boolean => Boolean(reboot) || lookAgain === true;
 
-/** Plans of several steps as one, up to a change after which the box must be looked at anew; a preview goes further. */
+/**
+ * The joined plan of several steps, up to a change after which the box has to be looked at again; a preview may go
+ * further.
+ */
 export function planAll(steps: readonly Step[], want: Want, facts: Facts, preview = false): Change[] {
   const changes: Change[] = [];
   for (const step of steps) {

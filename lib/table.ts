@@ -9,13 +9,13 @@ export interface Setting {
   /** The default. */
   value: string;
   secret?: true;
-  /** One for all boxes: it says which they are, or is the cluster's own. */
+  /** The same for all boxes: it cannot be set for one box. */
   shared?: true;
-  /** Programs of this machine go by it too: from the environment it counts only where make was given it. */
+  /** Other programs use the variable too: from the environment it counts only if it was given to make. */
   ambient?: true;
   /** Written by a script: who has it has begun. */
   learned?: true;
-  /** What would be right, when the (non-empty) value is wrong. */
+  /** What is expected, if the (non-empty) value is wrong. */
   check(value: string): string | undefined;
 }
 
@@ -42,14 +42,14 @@ function args(role: "server" | "agent", value: string): string | undefined {
   const secret = secretIn(list);
   if (secret)
     return `no secret among arguments, which every user of the box can read (--${secret.slice(0, 40)}): K3S_TOKEN, K3S_DATASTORE_ENDPOINT or the file of K3S_CONFIG has it`;
-  // The unit has an argument a line, and a line that begins so is a comment, a lone ; the end of a command.
+  // The unit has one argument per line: a line that starts with # or ; is a comment, and a lone ; ends a command.
   if (/(^|\s)[#;]/.test(value))
     return "arguments that do not begin with # or ;, which systemd would not pass on";
   const refused = refusedIn(role, list);
   if (refused) return `no --${refused[0]}: ${refused[1]}`;
-  // To k3s they are the end of its flags: the rest is dropped without a word.
+  // For k3s these end the flags: it silently drops the rest.
   if (splitWords(value).some((word) => /^-+$/.test(word))) return "arguments, not a lone dash or two";
-  // Likewise a word that no argument can take for its value.
+  // The same holds for a word that is no flag's value.
   const stray = splitWords(value).find(
     (word, i, all) => word[0] !== "-" && (/^(true|false)$/.test(word) || !/^-[^=]*$/.test(all[i - 1] ?? "")),
   );
@@ -59,7 +59,7 @@ function args(role: "server" | "agent", value: string): string | undefined {
     const right = Object.hasOwn(ARGUMENTS, flag) && ARGUMENTS[flag]?.(word);
     if (right) return `${right} after --${flag}`;
   }
-  // Old releases take the last of them, later ones all.
+  // Old releases use the last one, later ones all.
   const twice = ["cluster-cidr", "service-cidr"].find(
     (name) => list.filter(({ flag }) => flag === name).length > 1,
   );
@@ -67,14 +67,14 @@ function args(role: "server" | "agent", value: string): string | undefined {
   return role === "server" ? overlapIn(list) : undefined;
 }
 
-/** Arguments that go further than to k3s: into the cluster's names, and into rules of the boxes' firewalls. */
+/** Arguments that are used elsewhere too: in names of the cluster and in firewall rules. */
 const RANGES = (value: string) =>
   value.split(",").every((one) => networkIn(one)) ? undefined : "networks such as 10.42.0.0/16";
 const ARGUMENTS: Record<string, Setting["check"]> = {
   "cluster-cidr": RANGES,
   "service-cidr": RANGES,
   "cluster-domain": matches(/^[\w.-]+$/, "a domain such as cluster.local"),
-  // The kubelet ends at one that it does not take.
+  // The kubelet exits for one that it does not accept.
   "node-label": (value) => byCommas(label, value),
   "node-taint": (value) => byCommas(taint, value),
   "node-name": matches(/^[A-Za-z\d]([A-Za-z\d.-]{0,251}[A-Za-z\d])?$/, "a name of letters, digits, - and ."),
@@ -87,7 +87,7 @@ const byCommas = (check: Setting["check"], value: string) =>
     .find((wrong) => wrong !== undefined)
     ?.replace("separated by spaces", "separated by commas");
 
-/** A network as node knows it; nothing for what is none. */
+/** Parses a network; undefined if it is none. */
 function networkIn(text: string): BlockList | undefined {
   const [, ip = "", bits] = /^([\da-f.:]+)\/(\d{1,3})$/.exec(text) ?? [];
   const size = { 0: 0, 4: 32, 6: 128 }[isIP(ip)] ?? 0;
@@ -97,7 +97,7 @@ function networkIn(text: string): BlockList | undefined {
   return network;
 }
 
-/** What would be right where networks of pods and of services, given or by default, have addresses in common. */
+/** What is expected when the networks of pods and services overlap. */
 function overlapIn(list: ReturnType<typeof parseArgs>): string | undefined {
   const [pods, services] = [
     ["cluster-cidr", "10.42.0.0/16"],
@@ -117,8 +117,8 @@ function overlapIn(list: ReturnType<typeof parseArgs>): string | undefined {
 export const ETCD =
   "embedded etcd needs its members' private addresses and a few milliseconds between them, which clouds do not give";
 /**
- * k3s's own way to several servers has etcd's members at private addresses, and its clock ticks in milliseconds:
- * upstream does not support it across clouds (k3s docs, "Distributed hybrid or multicloud cluster").
+ * k3s's embedded etcd uses private addresses and timeouts of milliseconds: upstream does not support it across clouds
+ * (k3s docs, "Distributed hybrid or multicloud cluster").
  */
 const serverArgs = (value: string) =>
   parseArgs(value).some(({ flag }) => /^(cluster-init|cluster-reset.*|server|s)$/.test(flag))
@@ -135,7 +135,7 @@ function token(value: string): string | undefined {
   return undefined;
 }
 
-/** A label's value and its key, and a taint's, as the API has them. */
+/** Values and keys of labels and taints, as the API accepts them. */
 export const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
 export const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
 function label(value: string): string | undefined {
@@ -152,7 +152,7 @@ const taint = matches(
   "taints KEY=VALUE:EFFECT or KEY:EFFECT, separated by spaces, with NoSchedule, PreferNoSchedule or NoExecute",
 );
 
-/** The API takes no node that has a key and effect twice. */
+/** The API rejects a node with the same key and effect twice. */
 const twiceIn = (taints: string) => {
   const places = splitWords(taints).map((one) => one.replace(/=[^:]*/, ""));
   const twice = places.find((place, i) => places.indexOf(place) < i);
@@ -175,7 +175,7 @@ const WIREGUARD = "flannel's backend is WireGuard here, between the nodes' publi
 const ADDRESS = "PUBLIC_IP, or HOST=PUBLIC_IP in SERVER and AGENTS, is the node's address";
 const PORTS = "k3s is asked, and let through firewalls, at its own ports of every address";
 const OWN_PORTS = [6443, 10250, 51820, 51821];
-/** Ports as Kubernetes reads them: A-B, A+SIZE or one. What is none it refuses itself. */
+/** A port range as Kubernetes reads it: A-B, A+SIZE or a single port. */
 const holdsOurs = {
   test(value: string): boolean {
     const [, first, sign, more = "0"] = /(?:^|=)(\d+)(?:([-+])(\d+))?$/.exec(value) ?? [];
@@ -184,7 +184,7 @@ const holdsOurs = {
   },
 };
 
-/** What this project gives k3s itself, or goes by: with another value nothing works after the change. */
+/** Arguments that this project sets itself or relies on: other values would break it. */
 const OURS: readonly [flag: RegExp, why: string, value?: Pick<RegExp, "test">][] = [
   [/^(node-ip|i|node-external-ip|advertise-address)$/, ADDRESS],
   [/^kubelet-arg$/, ADDRESS, /^-*node-ip=/],
@@ -212,14 +212,16 @@ const OURS: readonly [flag: RegExp, why: string, value?: Pick<RegExp, "test">][]
   [/^agent-token(-file)?$/, "nodes join by one token, K3S_TOKEN"],
 ]; // biome-ignore format: a table
 
-/** Of those what may say no: it is so in any case. */
+/** Those that may be given as =false, which is how it is anyway. */
 const SWITCHES = /^(with-node-id|no-flannel|docker|rootless|disable-.*)$/;
 
-/** What `k3s agent` does not know, in any release: it ends at such a flag, of its config file too (pkg/configfilearg). */
+/**
+ * Flags that `k3s agent` does not know in any release: it exits for one, in its config file too (pkg/configfilearg).
+ */
 const OF_SERVERS =
   /^(advertise-|agent-token|cluster-(cidr|dns|domain|init|reset)|datastore-|default-local-storage-path|disable$|disable-(agent|apiserver$|controller-manager|etcd|scheduler|cloud-controller|kube-proxy|network-policy|helm-controller)|egress-selector-mode|embedded-registry|etcd-|flannel-(backend|external-ip|ipv6-masq)|helm-|https-listen-port|kine-|kube-(apiserver|cloud-controller|controller|scheduler)|no-deploy|o$|secrets-encryption|service|supervisor-|system-default-registry|tls-san|write-kubeconfig)/;
 
-/** The first flag that a role's k3s must not be given here, by arguments or its config file; and why. */
+/** The first argument that is refused for a role, in arguments or a config file, and why. */
 export function refusedIn(
   role: "server" | "agent" | undefined,
   args: readonly Arg[],
@@ -238,7 +240,7 @@ export function refusedIn(
 /** An ssh destination with a password in it. */
 export const WITH_PASSWORD = /(^|\s)(ssh:\/\/)?[^\s/@]*:(?!\/\/)\S*@/;
 
-/** A leading `-` would be an option to ssh; a destination is a host, user@host, an alias or ssh://… */
+/** A destination is a host, user@host, an alias or ssh://…; a leading - would be an option of ssh. */
 function destination(value: string): string | undefined {
   const [host = "", ip, more] = value.split("=");
   if (WITH_PASSWORD.test(value)) return "no password in it: ssh goes by keys here";
@@ -256,10 +258,10 @@ const PRIVATE: readonly [RegExp, string][] = [
   [/^(22[4-9]|2[3-5]\d)\./, "is not a host's address"],
 ];
 
-/** Those ranges as one expression, for awk too. */
+/** These ranges as one expression, valid for awk too. */
 export const PRIVATE_RANGES = PRIVATE.map(([range]) => range.source.replaceAll("\\d", "[0-9]")).join("|");
 
-/** What would be right, unless `value` is an IPv4 address that other clouds can reach. */
+/** What is expected, unless `value` is an IPv4 address that other clouds can reach. */
 export function publicIp(value: string): string | undefined {
   const octet = "(25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)";
   if (!new RegExp(`^${octet}(\\.${octet}){3}$`).test(value)) return "an IPv4 address such as 203.0.113.10";
@@ -395,7 +397,7 @@ export const SETTINGS = {
     value: "",
     secret: true,
     shared: true,
-    // As an EnvironmentFile of systemd reads it: without quotes nothing in it means anything.
+    // systemd's EnvironmentFile takes such a value literally.
     check: matches(
       /^(postgres|postgresql|mysql|nats|https?):\/\/[^\s\p{Cc}'"\\`]+$/u,
       "postgres://…, mysql://… or https://… (etcd), without spaces, quotes, backslashes or control characters",

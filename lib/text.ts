@@ -1,9 +1,9 @@
-/** Texts that are read from a box, written there, or shown: words, secrets, differences. */
+/** Text functions: splitting into words, redaction of secrets, diffs. */
 import { createHash } from "node:crypto";
 import { hostname } from "node:os";
 import { TOKENS } from "./token.ts";
 
-/** JSON for a terminal: what that would not show, or would go by, is written out; C1, bidi and other marks too. */
+/** JSON that is safe for a terminal: control, bidirectional and other invisible characters are escaped. */
 export const jsonOf = (value: unknown): string =>
   JSON.stringify(value).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (character) =>
     character
@@ -15,13 +15,13 @@ export const jsonOf = (value: unknown): string =>
 const HIDDEN = "********";
 const NAMES =
   "token|secret|passw(?:or)?d|passphrase|datastore[-_]endpoint|vpn[-_]auth|joinkey|access[-_]key(?:[-_]id)?|secret[-_]key|private[-_]?key|api[-_]?key|credentials?";
-/** What speaks of a secret goes on like that. */
+/** Prose about a secret continues with one of these words. */
 const WORDS = "(?:is|are|was|out|or|and|in|into|of|to|from|for|as|must|may|value)\\b";
-// What stands in quotes up to the end of them, or of a line that was cut.
+// Quoted text, up to the closing quote or the end of a truncated line.
 const QUOTED = "(?:(?!\\k<quote>)(?:\\\\.|[^\\n\\\\])){1,4096}";
-// Of a shell's own variables nothing is hidden.
+// References to shell variables are not hidden.
 const VALUE = `(?!["']?\\$[({])(?:(?<quote>\\\\?["'])${QUOTED}(?:\\k<quote>|(?!.))|(?:\\\\(?:x[\\da-f]{2}|[ \\t](?=\\S))|[^\\s"',;&}\\\\]){1,4096})`;
-/** Bounded, since a box may send lines on which the time would grow with the square of their length. */
+/** All repetitions are bounded, since a box may send lines on which the time would grow quadratically. */
 const SECRETS: readonly [RegExp, string][] = [
   [/-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[\sA-Za-z0-9+/=:,-]{0,10000}/g, HIDDEN],
   [/LS0tLS1CRUdJTi[\w+/]{20,}={0,2}/g, HIDDEN],
@@ -37,7 +37,7 @@ const SECRETS: readonly [RegExp, string][] = [
   [/(?<=[\w.-]:)[^\n:@]{1,256}(?=@(?:tcp|unix)\()/g, HIDDEN],
   [TOKENS, HIDDEN],
   [/(?<=\b(?:Basic|Bearer) {1,3})[\w+/=.~-]{12,4096}/gi, HIDDEN],
-  // The quotes may be around the name too, and in a file of variables there may be none.
+  // The quotes may enclose the name too, and an environment file may have none.
   [new RegExp(`((?<quote>\\\\?["'])[\\w.-]{0,40}(?:${NAMES})=)(?!\\$[({])${QUOTED}`, "gi"), `$1${HIDDEN}`],
   [new RegExp(`^([+-]? ?(?:export )?\\w{0,40}(?:${NAMES})=)(?!["']?\\$[({]).+`, "gim"), `$1${HIDDEN}`],
   [new RegExp(`((?:${NAMES})["']?\\s{0,3}=\\s{0,3})${VALUE}`, "gi"), `$1${HIDDEN}`],
@@ -66,10 +66,10 @@ const SECRETS: readonly [RegExp, string][] = [
   [new RegExp(`("[\\w.-]{0,40}(?:${NAMES}|key-data|auth)"\\s?:\\s?)"[^"\\n]{1,4096}"`, "gi"), `$1${HIDDEN}`],
 ];
 
-/** Values that are known to be secret, the longest first. */
+/** Known secret values, longest first. */
 let known: string[] = [];
 
-/** From now on the secrets in these settings show nowhere, in whatever words: tokens and passwords, in addresses too. */
+/** From now on redacted() hides the secrets in these values: tokens and passwords, also those in URLs. */
 export function hide(values: readonly string[]): void {
   const parts = values.flatMap((value) => [
     ...(value.includes("://") ? [] : [value, value.slice(value.lastIndexOf(":") + 1)]),
@@ -82,18 +82,18 @@ export function hide(values: readonly string[]): void {
       return part;
     }
   });
-  // A short word is a part of many others.
+  // A short value would match within many other words.
   const all = new Set([...known, ...parts, ...decoded].filter((part) => part.length >= 6));
   known = [...all].sort((a, b) => b.length - a.length);
 }
 
-/** A text without what is secret in it, whatever printed it: by its form, its name, or because it is known. */
+/** A text with its secrets hidden: known values, secret-looking values, and values of secret-looking names. */
 export function redacted(text: string): string {
   const without = known.reduce((rest, value) => rest.replaceAll(value, HIDDEN), text);
   return SECRETS.reduce((rest, [pattern, hidden]) => rest.replace(pattern, hidden), without);
 }
 
-/** The same for a unit that somebody else has written: what it sets is nobody's business here. */
+/** The same for a unit that this project did not write: its environment is hidden too. */
 const foreign = (unit: string): string =>
   redacted(
     unit
@@ -105,13 +105,13 @@ const foreign = (unit: string): string =>
       ),
   );
 
-/** A value as it was read, cut short. */
+/** A value for a message: quoted, redacted and cut short. */
 export const quoted = (value: string): string => jsonOf(redacted(value.slice(0, 5000)).slice(0, 80));
 
-/** Words between blanks. */
+/** Splits at blanks. */
 export const splitWords = (value: string): string[] => value.split(/[ \t]+/).filter(Boolean);
 
-/** A box as the user reads it: its ssh destination without the user, or this machine's name. */
+/** A box's name in the output: its ssh destination without the user, or this machine's host name. */
 export const nameOf = (host: string): string => host.replace(/^(ssh:\/\/)?([^@]*@)?/, "") || hostname();
 
 /** Names of the boxes of a list such as SERVER's: HOST or HOST=PUBLIC_IP each. */
@@ -131,16 +131,16 @@ export function pairs(text = ""): Record<string, string> {
 /** `@NAME@`: a setting that is secret, in a text that shows. */
 export const SECRET = /@([A-Z0-9_]+)@/g;
 
-/** systemd's EnvironmentFile with its secrets in their places; a backslash in it stands for the character behind it. */
+/** Fills secrets into the text of systemd's EnvironmentFile, where a backslash escapes the next character. */
 export const filledEnv = (text: string, want: Readonly<Record<string, string>>): string =>
   text.replace(SECRET, (_, name) => (want[name] as string).replaceAll("\\", "\\\\"));
 
 /** In hex. */
 export const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");
 
-/** How two texts differ, line by line: `- ` what goes and `+ ` what comes, in the order of the new text. */
+/** A line diff: `- ` removed, `+ ` added, in the order of the new text. */
 export function diff(have: string, text: string): string[] {
-  // A line's continuation is no part of what it says: the last argument has none.
+  // The trailing \ of a continued line is ignored: the last argument has none.
   const [a, b] = [have, text].map((t) => t.split("\n").map((line) => line.replace(/ \\$/, "").trim()));
   const [from, to] = [a as string[], b as string[]];
   // The longest common subsequence of what follows line i of one and line j of the other.
@@ -161,7 +161,10 @@ export function diff(have: string, text: string): string[] {
   return lines;
 }
 
-/** A file that is written anew: its differences for the dry run, and the first of them in one line; and a note. */
+/**
+ * The description of a change that rewrites a file: its diff for the dry run, the first differences in one line, and a
+ * note.
+ */
 export function rewrite(
   path: string,
   have: string | undefined,
@@ -170,7 +173,7 @@ export function rewrite(
 ): { why: string; detail?: string[] } {
   const more = note && `; ${note}`;
   if (!have) return { why: `write ${path}: it is not there${more}` };
-  // Our own files have some forty lines: what is far longer is another text, and not compared line by line.
+  // This project's files have about forty lines: a far longer one is a different text, and not diffed.
   const lines = have.split("\n").length;
   if (lines > 1000)
     return { why: `write ${path}: the present file is a different one, of ${lines} lines${more}` };

@@ -40,10 +40,10 @@ export const agent = step({
 });
 
 /**
- * What the server says to this box before it has joined: /cacerts, the date, and whether the token opens the
- * door. With it k3s hands out k3s-controller's certificate (to any agent, both generations), which may read
- * one node, and of modern k3s all: so a taken name or address shows without registering anything. Not asked again
- * once the box has joined with these very credentials.
+ * What the server answers before this box has joined: /cacerts, the date, and whether it accepts the token. For a valid
+ * token k3s issues k3s-controller's certificate (to any agent, both generations), which may read its node, or on modern
+ * k3s all nodes: so a name or address that is taken shows without registering anything. Not asked again once the box
+ * has joined with the same credentials.
  */
 function serverLook(want: Settings) {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
@@ -78,10 +78,10 @@ if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined
 /** Has the box the password by which a node of its name proves who it is? */
 export const proofLook = prints("proof")("fact proof; test -s /etc/rancher/node/password && echo yes");
 
-/** Clocks that are more than a day apart, in seconds, are wrong whatever certificates bear with. */
+/** Clocks that differ by more than this, in seconds, are wrong even if certificates are still valid. */
 const CLOCKS = 86_400;
 
-/** @throws {Refusal} or {SettingError} where this box cannot join; nothing was touched. */
+/** @throws {Refusal} or {SettingError} when this box cannot join; nothing was touched. */
 function examine(want: Settings, facts: Facts<Printed<ReturnType<typeof serverLook>>>): void {
   if (facts.cacerts === undefined) return;
   const [ca, url] = [facts.cacerts, want.K3S_URL];
@@ -91,8 +91,8 @@ function examine(want: Settings, facts: Facts<Printed<ReturnType<typeof serverLo
     throw new SettingError(
       `K3S_TOKEN belongs to another cluster: it names the CA ${want.K3S_TOKEN.slice(3, 15)}…, ${url} has ${hash.slice(0, 12)}…; was the server set up anew? "make server" writes the present one`,
     );
-  // The CA's beginning is when the server was set up: TLS fails on a clock that is earlier. What it signs ends
-  // after a year.
+  // The CA is valid from when the server was set up: TLS fails on an earlier clock. The certificates that it signs
+  // expire after a year.
   const { validFrom, validTo } = certificate(ca, url);
   const now = Number(facts.now) * 1000;
   const apart = Math.abs(now - Date.parse(facts.date ?? "")) / 1000;
@@ -117,7 +117,7 @@ function examine(want: Settings, facts: Facts<Printed<ReturnType<typeof serverLo
   );
 }
 
-/** @throws {Refusal} for what has the right hash, and is none. */
+/** @throws {Refusal} for a text with the right hash that is not a certificate. */
 function certificate(text: string, url: string): X509Certificate {
   try {
     return new X509Certificate(text);
@@ -126,7 +126,7 @@ function certificate(text: string, url: string): X509Certificate {
   }
 }
 
-/** curl's words for the ways in which a port does not answer, and where to look. */
+/** curl's errors for a port that does not answer, and where to look. */
 function unreachable(url: string, error: string): string {
   const said = error.trim() || "no certificate came";
   const what = /No route to host|prohibited/i.test(error)
@@ -152,7 +152,7 @@ export const prepareAs = (role: Role) => [
   installWireguard,
 ];
 
-/** What brings a box from nothing to an agent that every node can reach. */
+/** All steps from an empty box to an agent that every node can reach. */
 export const agentSteps = [...prepareAs("agent"), agent, annotateAs("agent")];
 
 const FROM_SERVER = 'what "make server" writes; run it first, or copy both lines into';

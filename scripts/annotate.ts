@@ -96,7 +96,10 @@ kc annotate --overwrite node ${name} ${OVERWRITE}=${ip}`,
     },
   });
 
-/** Of nodes that join at the same time, in seconds: each waits for the handshakes with those that came before it. */
+/**
+ * Nodes that were created within this many seconds join at the same time: each waits for handshakes with those created
+ * before it.
+ */
 const JOINING = 60;
 
 /** Shell that sets `since` to when k3s was started, in seconds since 1970. */
@@ -106,7 +109,7 @@ const startedSh = (
 since=$(($(date +%s) - $(cut -d. -f1 /proc/uptime) + \${since:-0}))
 `;
 
-/** The peers that this node has and must have, each with how it stands. */
+/** The peers that this node must have, each with its state. */
 function peersIn(facts: Facts<"peers" | "nodes">, generation: Generation, name: string, proves: number) {
   const peers = peersOf(facts.peers).filter((p) => p.interface === interfaceOf(generation));
   const nodes = nodesOf(facts.nodes);
@@ -117,7 +120,7 @@ function peersIn(facts: Facts<"peers" | "nodes">, generation: Generation, name: 
   }));
 }
 
-/** Waits for the peers that lack a fresh handshake where they can be; none lacks one: nothing to do. */
+/** The wait for peers without a fresh handshake at a valid address; nothing if there are none. */
 function handshakes(
   facts: Facts<"peers" | "nodes">,
   generation: Generation,
@@ -154,10 +157,9 @@ ${raw(
 }
 
 /**
- * The peers this node must have: every other node that is Ready and has done its own part (its flannel
- * address is its public one). A node that is down, or still on its way, is its own call's to mend; so is, of
- * nodes that join side by side, the one that came later. One of the other generation is no peer before it is
- * upgraded too. `now` is in seconds since 1970.
+ * The peers that this node must have: every other node that is Ready and whose flannel address is its public one. A
+ * node that is down or still joining is left to its own run, as is the later one of two that join at the same time. A
+ * node of the other generation is no peer before it is upgraded too. `now` is in seconds since 1970.
  */
 export function expected(
   nodes: readonly Node[],

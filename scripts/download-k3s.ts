@@ -9,7 +9,7 @@ import { raw, sh } from "../lib/sh.ts";
 import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
 import { splitWords } from "../lib/text.ts";
 
-/** A release's file for what `uname -m` says, and the architecture by which its checksums and images go. */
+/** The release's binary for `uname -m`, and the architecture in the names of its checksums and images. */
 const RELEASES: Record<string, [file: string, arch: string]> = {
   x86_64: ["k3s", "amd64"],
   aarch64: ["k3s-arm64", "arm64"],
@@ -20,10 +20,10 @@ const RELEASES: Record<string, [file: string, arch: string]> = {
 
 const BIN = K3S.replace(/\/k3s$/, "");
 
-/** Of the binary's name while it is not proven yet: on the same file system, so that mv is atomic. */
+/** The name of a download that is not verified yet, on the same file system, so that mv is atomic. */
 const PART = `${BIN}/.k3s`;
 
-/** Which images are in place: what they were fetched or pushed as, and their name, size and time then. */
+/** Records which images are in place: their hash, name, size and time. */
 const RECORD = `${IMAGES}.txt`;
 
 export const downloadK3s = step({
@@ -48,7 +48,7 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
           why: "install curl, which downloads and asks the server",
           sh: install(osOf(facts), ["curl", "ca-certificates"]),
           seconds: 600,
-          // Only then can the server be asked, before an agent is begun.
+          // curl is needed to ask the server before an agent is installed.
           lookAgain: "foreseen",
         }),
       );
@@ -89,8 +89,8 @@ ${raw(swap("v1"))}`,
 });
 
 /**
- * Before the first node is drained every box has what it will run, images too: a mirror that fails stops nothing
- * half-way.
+ * Downloads the binary and images to every box before the first node is drained, so that a failing mirror does not stop
+ * an upgrade half-way.
  */
 export const downloadAhead = step({
   name: "download-ahead",
@@ -98,9 +98,8 @@ export const downloadAhead = step({
   look: (want) => [
     binaryLook,
     foldersLook,
-    prints("ahead images-ahead")(
-      `fact ahead; ls ${partOf(want)}.good 2>/dev/null\nfact images-ahead; ls ${imagesPartOf(want)}.good 2>/dev/null`,
-    ),
+    prints("ahead images-ahead")(sh`fact ahead; ls ${`${partOf(want)}.good`} 2>/dev/null
+fact images-ahead; ls ${`${imagesPartOf(want)}.good`} 2>/dev/null`),
   ],
   plan(want, facts) {
     if (want.K3S_BIN || facts.version?.trim() === want.K3S_VERSION) return [];
@@ -118,16 +117,16 @@ export const downloadAhead = step({
   },
 });
 
-/** A file of a release, and where it is while it is not proven yet. */
+/** A file of a release, and its path until it is verified. */
 interface File {
   file: string;
   arch: string;
   part: string;
-  /** In place of what another host says. */
+  /** Replaces the checksum from another host. */
   sha256?: string;
 }
 
-// What was proven by another hash than the one that is asked for now is another file.
+// A file verified by another hash than the wanted one does not count.
 const partOf = ({ K3S_VERSION, K3S_SHA256 }: Settings) =>
   `${PART}-${K3S_VERSION}${K3S_SHA256 && `-${K3S_SHA256}`}.part`;
 const imagesPartOf = (want: Settings) => `${IMAGES}-${want.K3S_VERSION}.part`;
@@ -139,7 +138,7 @@ function binary(want: Settings, facts: Facts): File {
 
 function imagesFile(want: Settings, facts: Facts): File {
   const [, arch] = releaseFor(facts);
-  // A release of the old generation has no other.
+  // Old releases have no other file.
   const ext = releaseOf(want, facts).generation === "old" ? "tar" : "tar.zst";
   return { file: `k3s-airgap-images-${arch}.${ext}`, arch, part: imagesPartOf(want) };
 }
@@ -154,7 +153,7 @@ function releaseFor(facts: Facts): [file: string, arch: string] {
   );
 }
 
-/** The images of k3s's own pods, put where k3s looks for them before it asks a registry. */
+/** The images of k3s's own pods, placed where k3s imports them from. */
 function images(want: Settings, facts: Facts<"images">): Change[] {
   const [, arch] = releaseFor(facts);
   const { version, generation } = releaseOf(want, facts);
@@ -204,17 +203,17 @@ ${raw(put(hash, name))}`,
 const VERIFY = sh`have=$(sha256sum <"$part" | cut -d' ' -f1)
 if [ "$have" != "$sum" ]; then rm -f "$part"; tell "$from: sha256 is $have, expected $sum"; exit 1; fi`;
 
-/** Said at once, and kept for a failure: what one mirror did matters even when the next one works. */
+/** Reported at once, and again on failure: errors of one mirror matter even if the next one works. */
 const TELL = 'tell() { say "$1"; echo "$1"; }\n';
 
-/** The old binary stays until the new one has run and said the version that was asked for. */
+/** The old binary stays until the new one has run and reported the wanted version. */
 const swap = (version: string) => sh`chmod 755 "$part"
 said=$("$part" --version) || { echo "the new binary does not run here: $said"; exit 1; }
 case $said in *${` ${version}`}*) ;; *) echo "the new binary says: $said"; exit 1 ;; esac
 mv -f "$part" ${K3S}
 rm -f "$part.good"`;
 
-/** Who is asked, whatever the port and the notation: a host must not vouch for itself. */
+/** The host of a URL, without port and notation: a host must not verify its own files. */
 export function hostOf(base: string): string {
   const host = new URL(base).hostname.replace(/\.$/, "");
   const [, high, low] = /^\[::(?:ffff:)?([\da-f]{1,4}):([\da-f]{1,4})\]$/.exec(host) ?? [];
@@ -224,9 +223,9 @@ export function hostOf(base: string): string {
 }
 
 /**
- * Tries the bases in order. A base that connects within 10 s and keeps up 20 kB/s is used to its end; one
- * that does not is left for the next, which goes on where it stopped, as does the next run: the hash at the
- * end decides. A base may name the release with + (GitHub) or - (Rancher's mirror, see k3s's install.sh).
+ * Tries the mirrors in order. One that does not connect within 10 s or falls below 20 kB/s is left for the next, which
+ * resumes the download, as does the next run; the hash decides in the end. A mirror may spell the release with +
+ * (GitHub) or - (Rancher's mirror, see k3s's install.sh).
  */
 function fetch({ file, arch, part, sha256 = "" }: File, want: Settings, put: string): string {
   const { K3S_VERSION: version } = want;

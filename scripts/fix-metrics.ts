@@ -10,10 +10,10 @@ import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
 const FOLDER = "/var/lib/rancher/k3s/server/manifests";
 const PACKAGED = `${FOLDER}/metrics-server/metrics-server-deployment.yaml`;
 const OWN = `${FOLDER}/metrics-server-across-clouds.yaml`;
-/** How long metrics-server may take from its start to its first answer, and with its image's pull, in seconds. */
+/** Time limits for metrics-server's first answer, without and with the pull of its image, in seconds. */
 const PATIENCE = 180;
 const PULL = 600;
-/** How long the API may be silent, or no node Ready: on a slow box it is so after a start. */
+/** How long the API may be silent, or no node Ready, after a start on a slow box, in seconds. */
 const API = 120;
 const INSECURE = "--kubelet-insecure-tls";
 
@@ -49,7 +49,7 @@ fact figures; kc top nodes --no-headers 2>/dev/null`),
     const names = nodes.map((node) => node.name);
     const generation = generationOf(facts.version?.trim() ?? "", facts.flags ?? "");
     const changes = generation === "old" ? articles(facts) : generation === "modern" ? packaged(facts) : [];
-    // Until k3s sees a manifest (every 15 s) the pod that it replaces answers; then none does for a minute.
+    // k3s checks manifests every 15 s: until then the old pod answers, afterwards none for about a minute.
     const late = changes.length ? names : names.filter((name) => !answers(name));
     return [...changes, ...(late.length ? [wait(late)] : [])];
   },
@@ -57,7 +57,7 @@ fact figures; kc top nodes --no-headers 2>/dev/null`),
 
 type MetricsFact = "packaged" | "own" | "skipped" | "foreign" | "ours";
 
-/** Why metrics-server is none of this project's: switched off, or the user's own. */
+/** Why metrics-server is left alone: disabled, or the user's own. */
 function absent({ packaged, own, skipped, foreign }: Facts<MetricsFact>): string | undefined {
   if (foreign?.trim()) return `metrics-server is your own: ${foreign.trim()}`;
   if (own) return undefined;
@@ -66,8 +66,8 @@ function absent({ packaged, own, skipped, foreign }: Facts<MetricsFact>): string
 }
 
 /**
- * For old k3s a manifest of our own beside the packaged one, which is left out by a `.skip`: edits of the packaged file
- * or of the deployment are undone when k3s starts (pkg/deploy, both generations; k3s #8052).
+ * Old k3s: our own manifest replaces the packaged one, which a `.skip` file disables: k3s reverts edits of the packaged
+ * file or the deployment at its start (pkg/deploy, both generations; k3s #8052).
  */
 function articles(facts: Facts<MetricsFact>): Change[] {
   const text = facts.packaged ? withArguments(facts.packaged) : (facts.own ?? "");
@@ -79,16 +79,16 @@ function articles(facts: Facts<MetricsFact>): Change[] {
 
 const deploy = (text: string, why: string): Change => ({
   why,
-  // A file that is as it was would not be deployed again before the next start (v1.17.6: by its checksum). A .skip
-  // without it would be the user's.
+  // k3s does not deploy an unchanged file again before its next start (v1.17.6: by checksum). A .skip without our
+  // manifest is the user's.
   sh: sh`${raw(writeFile(OWN, text, "600"))}
 echo "# written $(date +%s)" >>${OWN}
 : >${PACKAGED}.skip`,
 });
 
 /**
- * Modern k3s gets its packaged one back, where an upgrade or this project of before has put another in its place: with
- * --flannel-external-ip it asks at the ExternalIP (k3s #6386), which its kubelets' certificates have.
+ * Modern k3s gets its packaged manifest back if ours replaced it: with --flannel-external-ip metrics-server uses the
+ * ExternalIP (k3s #6386), which the kubelets' certificates contain.
  */
 function packaged(facts: Facts<MetricsFact>): Change[] {
   if (!facts.own) return [];
@@ -96,7 +96,7 @@ function packaged(facts: Facts<MetricsFact>): Change[] {
     return [
       {
         why: `give k3s's own metrics-server back: this k3s needs no other, and no ${INSECURE}`,
-        // It was deployed before, and would not be again before the next start: only another checksum has it deployed.
+        // It was deployed before: only a changed checksum makes k3s deploy it again before the next start.
         sh: sh`rm -f ${PACKAGED}.skip
 echo "# written $(date +%s)" >>${PACKAGED}
 rm -f ${OWN}`,
@@ -123,7 +123,7 @@ export function withArguments(packaged: string): string {
   return lines.join("\n");
 }
 
-/** Nothing is lowered because of a clock: what keeps metrics-server from a kubelet is said, in its own words. */
+/** TLS is not weakened because of a timeout: metrics-server's own error is reported. */
 function wait(silent: string[]): Change {
   return {
     why: `wait until \`kubectl top nodes\` answers for ${silent.join(", ")}`,
@@ -152,7 +152,7 @@ const API_FIRST: Change = {
   lookAgain: true,
 };
 
-/** Does each running pod of metrics-server ask kubelets as our manifest has it, and without one none without TLS? */
+/** Do all running metrics-server pods use our manifest's arguments, or, without one, verify TLS? */
 const OURS = sh`ours() {
   kc -n kube-system get pods -o json 2>/dev/null | awk -v lax="$(grep -cse ${INSECURE} ${OWN})" '
     /"k8s-app": "metrics-server"/ { it = 1; is = 0 }
@@ -161,7 +161,7 @@ const OURS = sh`ours() {
     END { exit !pods || wrong }'
 }`;
 
-/** Every node that is Ready has its line in \`top nodes\`, from a pod of the manifest that counts. */
+/** Every Ready node has a line in `top nodes`, from a pod of the current manifest. */
 const ANSWERED = sh`${raw(KUBECTL)}
 ${raw(OURS)}
 answered() {

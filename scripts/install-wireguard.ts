@@ -33,7 +33,7 @@ fact glibc; getconf GNU_LIBC_VERSION 2>/dev/null`),
   plan(want, facts) {
     const changes: Change[] = [];
     const lacks = !wireguardIn(want, facts);
-    // A dpkg that was cut has put the tool there, and not ended.
+    // An interrupted dpkg has unpacked the tool but not configured it.
     if (!facts.tool?.trim() || facts.half?.trim() || lacks)
       changes.push(packages(osOf(facts), lacks ? moduleFor(want, facts) : undefined, want, facts));
     const outside = !facts.module?.trim() && facts.userspace?.trim();
@@ -43,12 +43,12 @@ fact glibc; getconf GNU_LIBC_VERSION 2>/dev/null`),
   },
 });
 
-/** EPEL has archived el7, whose release package still asks for mirrors that have dropped it. */
+/** EPEL has archived el7; its release package still points to mirrors that dropped it. */
 const EPEL7 = "https://archives.fedoraproject.org/pub/archive/epel";
 
 /**
- * Installs the tools, and `module`, a package. For EL 7 and 8 the tools are in EPEL (a family goes by its glibc), for
- * others in the distro's own lists.
+ * Installs the tools and the package `module`. On EL 7 and 8 the tools are in EPEL (derivatives are recognised by their
+ * glibc), elsewhere in the distro's repositories.
  */
 export function packages(os: Os, module: string | undefined, want: Settings, facts: Facts<"glibc">): Change {
   const names = [...(module ? [module] : []), "wireguard-tools"];
@@ -62,7 +62,7 @@ export function packages(os: Os, module: string | undefined, want: Settings, fac
     const epel = release("epel", `${base}/${file}.noarch.rpm`);
     if (module === ELREPO)
       before += release("elrepo", `${want.ELREPO_URL}/elrepo-release-${el}.el${el}.elrepo.noarch.rpm`);
-    // The tools need nothing else, and of el7's other lists any may be gone.
+    // The tools need no other repository, and any of el7's may be gone.
     if (el === 7) options.push("--disablerepo=*", "--enablerepo=epel");
     before +=
       el === 7
@@ -70,7 +70,7 @@ export function packages(os: Os, module: string | undefined, want: Settings, fac
         : sh`dnf -q ${DEAD} list wireguard-tools >/dev/null 2>&1 || {
 ${raw(epel)}} || { echo 'No list here has wireguard-tools, and EPEL is not for this distro'; exit 1; }
 `;
-    // The release package asks Fedora for a mirror: one that was named is used instead.
+    // The release package uses Fedora's mirror list: EPEL_URL replaces it.
     if (base !== SETTINGS.EPEL_URL.value)
       options.push(
         `--setopt=epel.baseurl=${base}/${el}${el < 8 ? "" : "/Everything"}/$basearch`,
@@ -84,7 +84,9 @@ ${raw(epel)}} || { echo 'No list here has wireguard-tools, and EPEL is not for t
   });
 }
 
-/** The EL whose packages fit: most of the family have numbers of their own, but its glibc. NaN for what is none. */
+/**
+ * The EL version whose packages fit. Derivatives have their own version numbers but EL's glibc. NaN for other distros.
+ */
 function elOf(os: Os, { glibc = "" }: Facts<"glibc">): number {
   if (os.manager !== "yum" && os.manager !== "dnf") return Number.NaN;
   const minor = Number(/^glibc 2\.(\d+)/.exec(glibc)?.[1]);
@@ -135,14 +137,14 @@ function otherKernel(os: Os, split: boolean, facts: Facts<"managers">): string {
   }
 }
 
-/** A repository's release package, by rpm: yum would first load the lists of all repositories. */
+/** Installs a repository's release package by rpm: yum would first load the metadata of all repositories. */
 const release = (name: string, url: string) =>
   `${sh`grep -qs ${`^\\[${name}\\]`} /etc/yum.repos.d/*.repo || rpm -Uvh ${url}`}\n`;
 
-/** The interface that is made for proof: one that a cut run has left is known by it. */
+/** The name of the test interface, by which a leftover of an interrupted run is found. */
 const PROBE = "kac-probe";
 
-/** A tool that is there proves nothing: an interface is made as flannel makes its own, and removed. */
+/** The tool alone proves nothing: creates an interface as flannel does, and removes it. */
 function proof(generation: Generation | undefined): Change {
   const outside = generation === "modern" ? "" : '|| wireguard-go "$name" >/dev/null 2>&1 ';
   return {

@@ -36,7 +36,7 @@ fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo 
     if (isFurther(want)) return {};
     const token = facts.token?.trim();
     if (!token) throw new Failure("The server is healthy but has no node-token");
-    // What the datastore holds shows only now.
+    // The content of the datastore is known only now.
     const [ca, asked] = [caIn(token), caIn(want.K3S_TOKEN)];
     if (asked && ca !== asked && !want.allowed?.has("force"))
       throw new Refusal(
@@ -48,10 +48,7 @@ fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo 
 
 const urlOf = (want: Settings) => `https://${want.PUBLIC_IP}:6443`;
 
-/**
- * Is there a server of this datastore already, another one, that agents are told? The first of SERVER never is
- * such a one: where another is put first, agents follow it.
- */
+/** Is there already another server of this datastore that agents use? The first of SERVER always takes precedence. */
 export function isFurther(want: Settings): boolean {
   const [first] = boxNames(want.SERVER);
   return Boolean(
@@ -62,10 +59,7 @@ export function isFurther(want: Settings): boolean {
   );
 }
 
-/**
- * Lines of the unit's environment.
- * @throws {Refusal} where another datastore would leave the cluster behind.
- */
+/** Lines of the unit's environment. @throws {Refusal} when another datastore would abandon the cluster. */
 function environment(want: Settings, facts: Facts<"sqlite" | "external">): string {
   const base = `# read by k3s.service\n${proxyEnv(want)}`;
   if (want.K3S_DATASTORE_ENDPOINT) {
@@ -83,9 +77,9 @@ function environment(want: Settings, facts: Facts<"sqlite" | "external">): strin
 }
 
 /**
- * The file with the cluster's password, which servers of one datastore must have in common before they start: what
- * one of them keeps there is found and decrypted by it. v1.17.6 takes it as it stands, not as K10…::server:PASSWORD,
- * and with none keeps its CAs under the hash of nothing, where a second server with a password finds none (seen).
+ * The file with the cluster's password, which servers of one datastore must share before they start: it is the key for
+ * the bootstrap data there. v1.17.6 wants the bare password, not K10…::server:PASSWORD; without one it stores its CAs
+ * under an empty password, where a second server with a password does not find them (seen).
  */
 export function password(want: Settings, facts: Facts<"token" | "password">): Change[] {
   if (!want.K3S_DATASTORE_ENDPOINT) return [];
@@ -108,14 +102,14 @@ mv -f ${PASSWORD}.new ${PASSWORD}`,
   ...more,
 });
 
-/** The server's own password goes on being the cluster's. */
+/** The server keeps its own password as the cluster's. */
 export const KEEP_PASSWORD = writePassword(sh`$(sed ${PASSWORD_SED} ${NODE_TOKEN})`);
 /** A fact that \`password\` needs. */
 export const passwordLook = prints("password")(
   `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`,
 );
 
-/** @throws {SettingError} for a box that would become the server of another cluster. */
+/** @throws {SettingError} when the box would become the server of another cluster. */
 function examine({ settings: want }: Call, boxes: readonly Box[]): void {
   const names = boxNames(want.SERVER);
   const other = boxes.find(({ host, name }) => host && names.length && !names.includes(name));
@@ -130,7 +124,7 @@ function examine({ settings: want }: Call, boxes: readonly Box[]): void {
     );
 }
 
-/** What brings a box from nothing to a server whose node others can reach. */
+/** All steps from an empty box to a server whose node others can reach. */
 export const serverSteps = [...prepareAs("server"), server, annotateAs("server")];
 
 await run(import.meta, {

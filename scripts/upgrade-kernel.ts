@@ -20,14 +20,14 @@ export function wireguardIn(want: Settings, facts: Facts<"module" | "userspace">
   return undefined;
 }
 
-/** Facts about WireGuard in the running kernel, and k3s's release, which says what will do. modprobe -n loads nothing. */
+/** Facts about WireGuard in the running kernel, and about k3s's release. modprobe -n loads nothing. */
 export const moduleLook = prints(
   "version flags module userspace",
 )(`${binaryLook}fact module; { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null && echo yes
 fact userspace; test -c /dev/net/tun && command -v wireguard-go
 `);
 
-/** What el7 knows of kernel-ml: its release as \`uname -r\` would say it, and the boot entry that starts it. */
+/** Facts about kernel-ml on el7: its release as `uname -r` prints it, and its boot entry. */
 const BOOT = sh`grub=/boot/grub2/grub.cfg
 if [ -d /sys/firmware/efi ]; then
   for grub in /boot/efi/EFI/*/grub.cfg; do if [ -s "$grub" ]; then break; fi; done
@@ -44,7 +44,7 @@ entry_of() {
 }
 saved_entry() { grub2-editenv list 2>/dev/null | sed -n 's/^saved_entry=//p'; }`;
 
-/** What a kernel and its initramfs may take in /boot, in MiB; rpm does not count the initramfs. */
+/** Space for a kernel and its initramfs in /boot, in MiB; rpm does not count the initramfs. */
 const ROOM = 80;
 
 export const upgradeKernel = step({
@@ -76,7 +76,7 @@ fi`),
   plan(want, facts) {
     const [installed, running, saved] = [facts["kernel-ml"], facts.kernel, facts.saved].map((f) => f?.trim());
     if (wireguardIn(want, facts)) return installed ? uncordonHere(want, facts) : [];
-    // Other distros get WireGuard as a package: install-wireguard's work, and its to prove.
+    // Other distros get WireGuard as a package, from install-wireguard.
     if (!isEl7(osOf(facts))) return [];
     if (!installed && Number(facts.room) < ROOM)
       throw new Refusal(
@@ -110,9 +110,8 @@ fi`),
 });
 
 /**
- * Steps 1 to 6 of the article. What is there already stays: each may be run again after a cut. ELRepo has
- * dropped el7, and the lists of its release package answer no more: with a repository of one's own that
- * package is left out, since it would also enable [elrepo] and break every later yum.
+ * Steps 1 to 6 of the article; each can be run again after an interruption. ELRepo has dropped el7: with
+ * ELREPO_KERNEL_URL its release package is left out, since it would enable the dead [elrepo] and break every later yum.
  */
 function installChanges(elrepo: string, repository: string): Change[] {
   const id = repository ? "k3s-elrepo-kernel" : "elrepo-kernel";
@@ -139,13 +138,13 @@ function installChanges(elrepo: string, repository: string): Change[] {
         }
       : {
           why: "install ELRepo's release package",
-          // By rpm: yum would first load the lists of all repositories, of which CentOS's own may be gone.
+          // By rpm: yum would first load the metadata of all repositories, and CentOS's own may be gone.
           sh: sh`rpm -q elrepo-release >/dev/null || rpm -Uvh ${elrepo}/elrepo-release-7.el7.elrepo.noarch.rpm`,
           seconds: 120,
         },
     {
       why: "install kernel-ml from ELRepo",
-      // One that is there may lack its initramfs or its boot entry, if the power was cut while it was installed.
+      // An installed one may lack its initramfs or boot entry after a power loss.
       sh: sh`gone() { echo ${gone}; exit 1; }
 yum ${only} repolist || gone
 if rpm -q kernel-ml >/dev/null; then yum -y ${only} reinstall kernel-ml || :; fi

@@ -1,4 +1,4 @@
-/** Why a script failed on a box: what check would say of it, else what its journal means. */
+/** Why a script failed on a box: what check finds there, else what its journal says. */
 import { boxAt } from "../boxes.ts";
 import { meaningOf } from "../k3s/journal.ts";
 import type { Role } from "../k3s/unit.ts";
@@ -7,13 +7,13 @@ import type { Box, Call, Recipe } from "../script.ts";
 import { diagnose } from "./diagnose.ts";
 import { clusterOf, listed, type Member, surveyAndTry } from "./survey.ts";
 
-/** For scripts whose failure may have its cause elsewhere than where it shows. */
+/** For scripts whose failure may be caused elsewhere in the cluster. */
 export const causes: Required<Recipe>["causes"] = async (call, script, box, output, retry) => {
-  // That a firewall could not be changed has no cause elsewhere.
+  // A firewall failure has no cause elsewhere.
   if (script === "firewall") return [];
   box.line.says("looks for the cause");
   const role = script === "agent" || script === "annotate" ? "agent" : "server";
-  // An upgrade that failed has put back what ran before: only what it said still tells.
+  // A failed upgrade has been rolled back: only its output tells the cause.
   const problems = script === "upgrade" ? [] : await explain(call, box, role, script);
   const meaning = meaningOf(output, retry);
   return problems.length || !meaning || meaning.remedy.startsWith(`"${retry}"`)
@@ -21,20 +21,17 @@ export const causes: Required<Recipe>["causes"] = async (call, script, box, outp
     : [{ box: box.name, ...meaning }];
 };
 
-/** One that is under way serves all who ask meanwhile: of several boxes that fail, one look is enough. */
+/** Boxes that fail at the same time share one look. */
 let underWay: Promise<Member[]> | undefined;
 
-/**
- * What explains that a script failed on a box: what is wrong with it, else with any other. Not that what the script
- * was to do is still to be done.
- */
+/** Problems that explain a failure: of the box itself, else of any other; without those that the script was to fix. */
 export function causesOf(problems: readonly Problem[], name: string | undefined, script: string): Problem[] {
   const own = problems.filter(({ box }) => box === name);
   const itself = new RegExp(`^make ${script}(?![\\w-])`);
   return (own.length ? own : problems).filter(({ box, remedy }) => box !== name || !itself.test(remedy));
 }
 
-/** Why a script failed on a box, as check would say it. Nothing where that cannot be found out. */
+/** Why a script failed on a box, as check reports it; empty if not known. */
 async function explain(call: Call, failed: Box, role: Role, script: string): Promise<Problem[]> {
   try {
     // Without SERVER the script runs on the failed box itself, and knows no other.

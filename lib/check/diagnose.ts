@@ -1,4 +1,4 @@
-/** From what the boxes of a cluster said to what is wrong and what to do: pure. */
+/** Diagnoses a cluster from its boxes' reports: what is wrong, and what to do. Pure. */
 
 import { rangesOf } from "../k3s/config.ts";
 import { meaningOf } from "../k3s/journal.ts";
@@ -8,28 +8,28 @@ import type { Problem } from "../report.ts";
 import { publicIp } from "../table.ts";
 import type { BoxReport, Cluster } from "./survey.ts";
 
-/** Clocks may differ so much, in seconds: NTP keeps them within one. */
+/** Tolerated difference between clocks, in seconds; NTP keeps them within one. */
 const APART = 5;
 
 /**
- * metrics-server's turn, in seconds: it asks every 15 s, v0.3 every 60, and needs two rounds and its own start
- * before it has figures of a node. As long may a node that joins start its k3s anew.
+ * How long metrics for a node may be missing, in seconds: metrics-server scrapes every 15 s (v0.3: 60), and needs its
+ * start and two scrapes. A joining node may also restart its k3s for as long.
  */
 export const TURN = 150;
 
 /**
- * What was found: the way that does not work, and the ways that it goes by. Where one of those has been found broken
- * before, it is a consequence, and is not reported as a cause of its own.
+ * A finding: the path that does not work, and the paths it depends on. If one of those is broken too, this is a
+ * consequence, and not reported as a cause.
  */
 interface Finding extends Problem {
-  /** Not yet a fault: only a note, and of this proof what has not passed is no fault either. */
+  /** Not a fault yet, only a note; this proof does not count as failed. */
   note?: string;
-  /** `node b1`, `tunnel a1 b1`, `kubelet b1`: whatever others may go by. */
+  /** `node b1`, `tunnel a1 b1`, `kubelet b1`: what others may depend on. */
   breaks: string[];
   by: string[];
 }
 
-/** Ways that others go by, as names. */
+/** Names of paths that others depend on. */
 const tunnel = (a: string, b: string) => `tunnel ${[a, b].sort().join(" ")}`;
 const full = (a: string, b: string) => `full ${tunnel(a, b)}`;
 const pods = (a: string, b: string) => `pods ${tunnel(a, b)}`;
@@ -37,10 +37,10 @@ const between = (a: string, b: string) =>
   a === b ? [`node ${a}`] : [`node ${a}`, `node ${b}`, tunnel(a, b)];
 const betweenPods = (a: string, b: string) => [...between(a, b), full(a, b), pods(a, b)];
 
-/** What is wrong, the ground before what follows from it; nothing for a healthy cluster. */
+/** What is wrong, causes before consequences; empty for a healthy cluster. */
 export const diagnose = (cluster: Cluster): Problem[] => judge(cluster).wrong;
 
-/** What is wrong; what is only worth a note, a line each; and the proofs that cannot be had yet. */
+/** What is wrong, what is worth a note, and the proofs that are not available yet. */
 export function judge(cluster: Cluster): { wrong: Problem[]; notes: string[]; early: string[] } {
   const { boxes } = cluster;
   const broken = new Set<string>();
@@ -50,7 +50,7 @@ export function judge(cluster: Cluster): { wrong: Problem[]; notes: string[]; ea
   const add = (findings: Finding[]) => {
     for (const { breaks, by, note, ...problem } of findings) {
       const followed = by.some((way) => broken.has(way));
-      // A consequence breaks what goes by it too.
+      // A consequence also breaks what depends on it.
       for (const way of breaks) broken.add(way);
       if (note) early.push(note);
       if (!followed && note) notes.push(`${problem.box}: ${problem.cause}`);
@@ -149,7 +149,7 @@ function smallFindings({ boxes, nodes }: Cluster): Finding[] {
         cause,
         remedy,
         breaks: [`${way} ${box.name}`],
-        // The API's service leads to the server, and a box without a healthy k3s has neither rules nor a calm unit.
+        // The API's service depends on the server; a box without a healthy k3s has no rules, and its unit restarts.
         by: way === "service" || way === "starts again" ? [`node ${box.name}`, ...servers] : [],
       })),
     ),
@@ -165,7 +165,7 @@ function smallFindings({ boxes, nodes }: Cluster): Finding[] {
   ];
 }
 
-/** Peers with a fresh handshake where they can be no longer than a moment. */
+/** Peers with a fresh handshake at an address that cannot stay theirs. */
 function endpointFindings(boxes: BoxReport[], nodes: readonly Node[]): Finding[] {
   return boxes.flatMap((a) =>
     boxes.flatMap((b) => {
@@ -186,7 +186,7 @@ function endpointFindings(boxes: BoxReport[], nodes: readonly Node[]): Finding[]
   );
 }
 
-/** What did not answer in time, asked by a box that has more to do than it can: the load is the cause, and said once. */
+/** Timeouts seen by an overloaded box: the load is the cause, reported once. */
 function busyFindings({ boxes }: Cluster, broken: Set<string>): Finding[] {
   return boxes.flatMap((box) => {
     const load = overload(box.load);
@@ -207,14 +207,14 @@ function busyFindings({ boxes }: Cluster, broken: Set<string>): Finding[] {
   });
 }
 
-/** Of the API's words: an answer that did not come in time says nothing of a closed port. */
+/** A timeout of the API does not mean a closed port. */
 const SLOW = /did not answer|time(d )?out|deadline exceeded/i;
 
-/** The line that brings a box to what it should be. */
+/** The command that repairs a box. */
 export const makeLine = (box: Pick<BoxReport, "role" | "word">): string =>
   box.role === "server" ? "make server" : `make agent HOST=${box.word}`;
 
-/** @param by what it may follow from. */
+/** @param by what it may be a consequence of. */
 type Line = [cause: string, remedy: string, by?: string];
 
 /** Why k3s does not run on the box as a node of this cluster. */
@@ -241,7 +241,7 @@ function serviceProblem(box: BoxReport, { boxes, nodes }: Cluster): Line | undef
     ];
   const servers = boxes.filter(({ role }) => role === "server");
   const joins = box.url && new URL(box.url).hostname;
-  // A name may lead to any of them.
+  // A name may resolve to any of them.
   if (joins && publicIp(joins) === undefined && server && !servers.some(({ ip }) => ip === joins))
     return [`it joins ${box.url}, not ${server.name} at ${server.ip}`, again];
   if (box.tried.api === "dropped")
@@ -293,7 +293,7 @@ function serviceProblem(box: BoxReport, { boxes, nodes }: Cluster): Line | undef
     : [`the cluster has no node ${box.nodeName || "of its name"}`, again];
 }
 
-/** Why its peers do not send to the box's public address. */
+/** Why peers do not send to the box's public address. */
 function addressProblem(box: BoxReport, node: Node, { boxes }: Cluster): Line | undefined {
   const again = makeLine(box);
   if (node.externalIp !== box.ip)
@@ -316,7 +316,7 @@ function addressProblem(box: BoxReport, node: Node, { boxes }: Cluster): Line | 
   return [`flannel's address of it is ${is}, not ${box.ip}`, `systemctl restart ${unitOf(box.role)} on it`];
 }
 
-/** What a box has beside its place in the cluster. */
+/** Findings about a box itself: clock, disk, memory, load. */
 function smallProblems(box: BoxReport): Line[] {
   if (box.error !== undefined) return [];
   const lines: Line[] = [];
@@ -345,7 +345,7 @@ function smallProblems(box: BoxReport): Line[] {
       "starts",
     ]);
   const { wireguard, cniMtu = 0 } = box;
-  // v1.17 gives its pods 1500 over 1420 as a matter of course, and they get by.
+  // v1.17 always gives pods an MTU of 1500 over 1420, and they cope.
   if (wireguard?.name === "flannel-wg" && cniMtu > wireguard.mtu)
     lines.push([
       `its pods at cni0 have an MTU of ${cniMtu}, larger than the ${wireguard.mtu} of flannel-wg: large packets of its pods are lost`,
@@ -362,8 +362,8 @@ function smallProblems(box: BoxReport): Line[] {
 }
 
 /**
- * Does systemd start k3s again and again? While a node joins it may, for some time; and one that has run longer than
- * it did before has left that behind.
+ * Does systemd restart k3s in a loop? A joining node may do so for a while, and a k3s that now runs longer than before
+ * has recovered.
  */
 function loops({ starts, unit: { runs } }: BoxReport): "wrong" | "young" | undefined {
   if (runs === undefined || runs >= 60 || starts.length < 3) return undefined;
@@ -398,12 +398,12 @@ const rangesIn = (boxes: readonly BoxReport[]): string => {
   return rangesOf({ SERVER_ARGS: server?.node?.args.join(" ") ?? "" }).join(" and ");
 };
 
-/** Tunnels of boxes that have nothing else: too large packets, closed ports, stale peers. */
+/** Tunnels between otherwise healthy boxes: packet size, closed ports, stale peers. */
 function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Finding[] {
   const ranges = rangesIn(boxes);
   const problems: Finding[] = [];
   const peerAt = (a: BoxReport, b: BoxReport) => peerOf(a.peers, b.node?.podCidr);
-  /** Where nothing could be sent for want of ping, the handshake tells. */
+  /** Without ping the handshake decides. */
   const reach = (a: BoxReport, b: BoxReport) =>
     a.tried.tunnel[b.nodeName] ?? (a.now - (peerAt(a, b)?.handshake ?? 0) > FRESH ? 0 : undefined);
   const lost: [BoxReport, BoxReport][] = [];
@@ -413,7 +413,7 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Finding[] {
     const least = Math.min(...sizes);
     return least < Math.min(a.wireguard?.mtu ?? 0, b.wireguard?.mtu ?? 0) ? [{ a, b, least }] : [];
   });
-  // Where one box is at an end of all of them, its network is the narrow one.
+  // If all of them share one end, that box's network is the limit.
   const at =
     small.length > 1 ? boxes.find((box) => small.every(({ a, b }) => a === box || b === box)) : undefined;
   const ends = boxes.filter((box) => small.some(({ a, b }) => a === box || b === box));
@@ -425,7 +425,7 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Finding[] {
     problems.push({
       box: (at ?? ends.at(-1) ?? first).name,
       cause: `the MTU ${mtu} of ${name} is too large between ${where}: larger packets than ${fits} are lost`,
-      // flannel's wireguard-native takes the card's MTU less 80 (v0.28.4); the old backend's script sets none.
+      // flannel's wireguard-native uses the interface's MTU minus 80 (v0.28.4); the old backend's script sets none.
       remedy:
         name === "flannel.1"
           ? `ip link set flannel.1 mtu ${fits} on every box, after each start of k3s`
@@ -462,7 +462,7 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Finding[] {
     const open = boxes.some((a) => a !== b && (reach(b, a) ?? 0) > 0);
     if (senders.length === 0 || others.length || open) continue;
     const seen = b.tried.arrived?.some((ip) => senders.some((a) => a.ip === ip));
-    // With one sender only, its own outgoing packets may be what is dropped.
+    // With only one sender its outgoing packets may be dropped.
     const elsewhere = senders.length === 1 ? ` (or the one of ${senders[0]?.name} drops what goes out)` : "";
     explained.add(b);
     problems.push({
@@ -527,7 +527,7 @@ function startFindings({ boxes }: Cluster): Finding[] {
   );
 }
 
-/** CoreDNS: where it does not run, no pod anywhere gets a name. */
+/** CoreDNS: while it does not run, no pod can resolve names. */
 function dnsFindings({ boxes, nodes, system }: Cluster): Finding[] {
   const dns = system?.filter(({ app }) => app === "kube-dns") ?? [];
   const server = boxes.find(({ role, error }) => role === "server" && error === undefined);
@@ -551,7 +551,7 @@ function dnsFindings({ boxes, nodes, system }: Cluster): Finding[] {
 
 type Event = [what: string, seconds: number];
 
-/** What has happened to a node last, of what others have to follow. */
+/** The last event of a node that others have to catch up with. */
 function latest(boxes: BoxReport[], server: BoxReport, node: Node | undefined, more: Event[]): Event {
   const box = node && boxOf(boxes, node);
   const runs = ({ unit }: BoxReport) => unit.runs ?? Number.POSITIVE_INFINITY;
@@ -565,13 +565,13 @@ function latest(boxes: BoxReport[], server: BoxReport, node: Node | undefined, m
   return events.sort((a, b) => a[1] - b[1])[0] as Event;
 }
 
-/** Seconds since then; for ever where it is not known, or in a time that is still to come: a clock was set back. */
+/** Seconds since then; infinite if not known, or in the future (a clock was set back). */
 function ago(now: number, then: number): number {
   const seconds = now - then;
   return then && seconds > -APART ? Math.max(0, seconds) : Number.POSITIVE_INFINITY;
 }
 
-/** What `kubectl top nodes` lacks: a note while metrics-server has its turn still before it. */
+/** Nodes missing from `kubectl top nodes`: only a note until metrics-server had time. */
 function topFindings({ boxes, nodes, system }: Cluster, broken: Set<string>): Finding[] {
   const server = boxes.find(({ role }) => role === "server");
   if (!server?.metrics || server.error !== undefined) return [];
@@ -621,7 +621,7 @@ function topFindings({ boxes, nodes, system }: Cluster, broken: Set<string>): Fi
 /** The proof of what `kubectl top nodes` has. */
 export const TOP = "nodes in kubectl top";
 
-/** What pods do not reach, where the boxes themselves do: each kind once, with the boxes it concerns. */
+/** What pods cannot reach although their boxes can: each kind once, with the boxes. */
 function podFindings({ boxes, system }: Cluster): Finding[] {
   const ranges = rangesIn(boxes);
   const failed = (of: (box: BoxReport) => Record<string, boolean>) =>
@@ -656,7 +656,7 @@ function podFindings({ boxes, system }: Cluster): Finding[] {
               `node ${box.name}`,
               `service ${box.name}`,
               "coredns",
-              // Where it runs is not always known; then any broken way from here may be the one to it.
+              // Its node is not always known; then any broken tunnel of this box may be the cause.
               ...(dns?.length ? dns : boxes.map(({ nodeName }) => nodeName)).flatMap((node) =>
                 betweenPods(box.name, name(node)),
               ),
@@ -688,7 +688,7 @@ function podFindings({ boxes, system }: Cluster): Finding[] {
             `kubelet ${name(to)}`,
             `node ${server?.name}`,
             ...(slow ? [`ease ${box.name}`] : []),
-            // Of the two the log is the simpler: what loses it loses a process too.
+            // If logs fail, exec fails for the same reason.
             ...(what === "exec" && box.tried.logs[to] === false ? [`logs ${name(to)}`] : []),
           ],
         };
@@ -724,7 +724,7 @@ function kubeletFindings({ boxes, nodes }: Cluster): Finding[] {
 const named = (boxes: BoxReport[], nodeName: string): string =>
   boxes.find((box) => nodeName && box.nodeName === nodeName)?.name ?? nodeName;
 
-/** The box on which a node runs: of its address, for a host name may be another's. */
+/** The box of a node, by address, since host names may repeat. */
 const boxOf = (boxes: BoxReport[], node: Node) =>
   boxes.find(({ ip }) => ip === node.externalIp) ?? boxes.find(({ nodeName }) => nodeName === node.name);
 

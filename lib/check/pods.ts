@@ -1,6 +1,6 @@
 /**
- * Pods to try the data path with: one a node, of the image that every node has for its pods' sandboxes, and
- * gone again afterwards. What is sent in their name is sent by the box's own tools in the pod's network.
+ * Pods that test the data path: one per node, using the pause image that every node has, removed afterwards. Packets
+ * are sent by the box's own tools in the pod's network namespace.
  */
 
 import { look } from "../converge.ts";
@@ -11,24 +11,24 @@ import { TURN } from "./diagnose.ts";
 import { ask, type BoxReport, type Cluster, few, type Member, patience } from "./survey.ts";
 
 const LABEL = "k3s-across-clouds-check";
-/** How long pods may take until they run, in seconds: an image may have to be fetched. */
+/** Time limit for pods to start, in seconds; an image may have to be pulled. */
 const WAIT = 20;
-/** How many ask the API at a time: a curl is some 10 MB, and a small server's kubelet has other work too. */
+/** Parallel requests to the API: a curl takes about 10 MB, and a small server's kubelet is busy too. */
 const ASKING = 3;
-/** In seconds: how long one question may take, and all of them. */
+/** Time limits in seconds: for one request, and for all. */
 const [ONE, ALL] = [10, 60];
 
 const PODS = "/api/v1/namespaces/kube-system/pods";
 const nameOf = (mark: string, node: string) => `${LABEL}-${mark}-${node}`;
 
-/** A pod that runs. */
+/** A running pod. */
 export interface Pod {
   name: string;
   node: string;
   ip: string;
 }
 
-/** The shell that makes the pods and waits until they run. Should all else fail, the kubelet ends them by itself. */
+/** The shell that creates the pods and waits until they run. activeDeadlineSeconds ends them if nothing else does. */
 export function made(nodes: readonly string[], mark: string) {
   return prints("sandbox refused pods services")(sh`${raw(API)}
 image=$(sed -n "s/.*sandbox\(_image\)\{0,1\} = [\"']\([^\"']*\)[\"'].*/\2/p" /var/lib/rancher/k3s/agent/etc/containerd/config.toml 2>/dev/null | head -n 1)
@@ -66,7 +66,7 @@ fact services; for s in default/kubernetes kube-system/kube-dns; do
 done`);
 }
 
-/** The shell that asks what the kubelet says of pods that do not run. */
+/** The shell that asks for the events of pods that do not run. */
 export const reasons = (names: readonly string[]) =>
   prints(names.map((name) => `events-${name}`).join(" ") as `events-${string}`)(
     `${API}\n${names
@@ -88,8 +88,8 @@ interface EventObject {
 const IMAGE = /ErrImage|ImagePull|InvalidImage|(pull|get|resolv|unpack)\w* (\w+ )*image/i;
 
 /**
- * Why a pod does not run, by the API's object of it and the events about it: an image that cannot be had is no fault of
- * its node; anything else that the kubelet names is. Nothing but waiting proves nothing.
+ * Why a pod does not run, from its object and events. A missing image is not the node's fault, any other reason of the
+ * kubelet is; mere waiting proves nothing.
  */
 export function unstarted(
   pod: PodObject | undefined,
@@ -116,7 +116,7 @@ export function unstarted(
   };
 }
 
-/** A box that has run for some time and has little to do gives no other reason for a pod that does not start. */
+/** An idle box that has run for a while has no other reason for a pod that does not start. */
 export const isFault = (
   { image, proven }: { image: boolean; proven: boolean },
   box: Pick<BoxReport, "unit" | "load"> | undefined,
@@ -130,13 +130,16 @@ for _ in 1 2 3 4 5 6 7 8 9 10; do
   case $(api GET '${PODS}?pretty=false&limit=1&labelSelector=run%3D${mark}' ${ONE} 2>/dev/null) in *'"containers"'*) sleep 1 ;; *) break ;; esac
 done`);
 
-/** CoreDNS's own name, as a question. No part of it has ten letters: bash would end the packet at that byte, a newline. */
+/**
+ * A DNS query for CoreDNS's own name. None of its labels is ten letters long: bash would end the packet at that length
+ * byte, a newline.
+ */
 const question = "kube-dns.kube-system.svc.cluster.local"
   .split(".")
   .map((word) => `\\x${word.length.toString(16).padStart(2, "0")}${word}`)
   .join("");
 
-/** The shell that tries, on one box, the ways of its pod. */
+/** The shell that tests, on one box, what its pod reaches. */
 export function paths(own: Pod, pods: readonly Pod[], services: Record<string, string>, size: number) {
   const others = pods.filter(({ node }) => node !== own.node);
   const { kubernetes, "kube-dns": dns } = services;
@@ -173,8 +176,8 @@ ${raw(
 }
 
 /**
- * The shell that asks each kubelet, through the API, for its pod's log and for a process in it. The image has no program
- * to run: that the kubelet's own end has opened the stream (101) is the answer.
+ * The shell that asks each kubelet, through the API, for its pod's log and for exec. The image has no program to run: a
+ * stream that the kubelet opened (101) is the proof.
  */
 export const kubelets = (pods: readonly Pod[]) =>
   prints("kubelets")(sh`${raw(API)}
@@ -219,8 +222,8 @@ printf '%s\n' "$said" | sed -n 's/^kubectl //p' | while read -r node pod; do
 done`);
 
 /**
- * Tries what pods do: each reaches each, the service of the API, and CoreDNS; and logs and exec on every node.
- * What was found is added to the members. Answers why pods could not be tried, where they could not.
+ * Tests pods: each reaches each, the API's service and CoreDNS; logs and exec work on every node. Results are added to
+ * the members. Returns why pods could not be tested, if so.
  */
 export async function tryPods(
   members: readonly Member[],

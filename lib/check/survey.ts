@@ -1,6 +1,6 @@
 /**
- * The whole cluster as its boxes see it, all at once: what each says of itself in one trip, then what
- * passes between them in a second. Nothing is changed on any box.
+ * Surveys the cluster from all boxes in parallel: a first trip collects facts, a second one tests the paths between
+ * boxes. Changes nothing.
  */
 
 import { boxes } from "../boxes.ts";
@@ -40,18 +40,18 @@ import { publicIp } from "../table.ts";
 import { pairs, splitWords } from "../text.ts";
 import { caSed } from "../token.ts";
 
-/** A box of the cluster and what it says. */
+/** A box of the cluster and its answers. */
 export interface Member<F extends string = never> {
   box: Box;
   role: Role;
   /** Why it could not be looked at. */
   error?: string;
   facts: Facts<BoxFact | F>;
-  /** Its clock less this machine's when it began to speak, in seconds: too little by the way of a packet. */
+  /** Clock offset in seconds (box minus here), too low by one network delay. */
   clock?: number;
-  /** The second trip: what it reached. */
+  /** The second trip: what it reaches. */
   tried: Facts<TriedFact>;
-  /** The third, with check's own pods: what they reached. */
+  /** The third trip, with check's own pods: what they reach. */
   paths?: Facts<TriedFact>;
 }
 
@@ -97,7 +97,7 @@ fact metrics; ls -d /var/lib/rancher/k3s/server/manifests/metrics-server* 2>/dev
 fact ca; sha256sum </var/lib/rancher/k3s/server/tls/server-ca.crt 2>/dev/null
 ${nodesLook}
 ${systemLook}`),
-  // Of the token only what pins the CA, which is no secret.
+  // Only the token's CA hash, which is not secret.
   agent: prints("named units wg peers cni disk load starts ipvs resolvers said joins")(`${boxLook}
 fact joins; sed -n 's/^K3S_URL=//p; ${caSed("K3S_TOKEN=")}' /etc/systemd/system/k3s-agent.service.env 2>/dev/null`),
 };
@@ -105,23 +105,23 @@ fact joins; sed -n 's/^K3S_URL=//p; ${caSed("K3S_TOKEN=")}' /etc/systemd/system/
 type BoxFact = Printed<(typeof LOOKS)[Role]> | RuleFact;
 type TriedFact = Printed<ReturnType<typeof tries>> | "paths" | "kubelets" | "unstarted";
 
-/** How long a box may take to say what it knows, in seconds; ssh itself gives up on a dead one after 15. */
+/** Time limit for a box's facts, in seconds; ssh itself gives up on a dead box after 15. */
 export const PATIENCE = 40;
 
-/** The same where it tries so many ways, a few at a time. */
+/** The same for a number of tests that run a few at a time. */
 export const patience = (ways: number): number => PATIENCE + ways;
 
-/** How many pings and connections a box makes at a time: a hundred at once are 100 MB of its memory. */
+/** Parallel pings and connections on a box: a hundred at once take 100 MB of memory. */
 const FEW = 8;
 
-/** Lines of shell that run side by side, so many at a time. */
+/** Runs lines of shell in parallel, a limited number at a time. */
 export const few = (lines: readonly string[], many = FEW): string =>
   lines.map((line, i) => `  ${line} &\n${(i + 1) % many && i + 1 < lines.length ? "" : "  wait\n"}`).join("");
 
 /** Boxes, and what is to run on each. */
 export type Listed = { box: Box; role: Role }[];
 
-/** All boxes side by side, a trip each, with `more` to look at. A box that cannot be looked at carries its error. */
+/** Looks at all boxes in parallel, also at `more`. A box that cannot be reached carries its error. */
 export async function survey<F extends string = never>(
   listed: Listed,
   ...more: Look<F>[]
@@ -146,7 +146,7 @@ export async function survey<F extends string = never>(
   );
 }
 
-/** A box as it is shown and judged; what it did not say is undefined. */
+/** A box's report, as shown and judged; unknown values are undefined. */
 export interface BoxReport {
   name: string;
   host: string;
@@ -154,80 +154,83 @@ export interface BoxReport {
   ip: string;
   role: Role;
   error: string | undefined;
-  /** The node that k3s runs here as, by the box's name; and the cluster's node of that name, if any. */
+  /** The name of the box's node; and the cluster's node of that name, if any. */
   nodeName: string;
   node: Node | undefined;
   kernel: string | undefined;
-  /** systemd's ActiveState of the role's unit, restarts since boot (unknown to systemd 219), seconds it has run. */
+  /** systemd's ActiveState of the role's unit, restarts since boot (unknown to systemd 219), and uptime in seconds. */
   unit: { state: string; restarts: number | undefined; runs: number | undefined };
-  /** Its clock less this machine's, in seconds. */
+  /** Clock offset in seconds, box minus here. */
   clock: number | undefined;
-  /** systemd's own starts of k3s after it had ended, in the last ten minutes: seconds ago, the first of them first. */
+  /** Restarts of k3s by systemd in the last ten minutes: seconds ago, oldest first. */
   starts: number[];
   /** Percent in use. */
   disk: number | undefined;
   load: Load;
-  /** Why the API gave no list of nodes here, on a server. */
+  /** On a server: why the API gave no list of nodes. */
   silence: string | undefined;
   /** The interface of flannel's WireGuard, its own address, MTU and public key. */
   wireguard: { name: string; mtu: number; key: string; address: string | undefined } | undefined;
-  /** The largest MTU of the pods' ports at their bridge; there is none without a pod. */
+  /** The largest MTU of the pods' ports on the bridge; undefined without a pod. */
   cniMtu: number | undefined;
   peers: Peer[];
   addresses: string[];
-  /** What kube-proxy is to use, by the settings. */
+  /** kube-proxy's mode by the settings. */
   proxyMode: string;
   /** The kernel has ip_vs. */
   ipvs: boolean;
-  /** DNS servers that pods' names end up at. */
+  /** Upstream DNS servers for pods. */
   resolvers: string[];
-  /** sha256 of the cluster's CA: the server's own, or the one that the agent's token names. */
+  /** sha256 of the cluster's CA: the server's own, or the one in the agent's token. */
   ca: string | undefined;
   /** The server that the agent joins. */
   url: string | undefined;
-  /** Lines of the journal's last minute that have a meaning. */
+  /** Known messages in the journal's last minute. */
   said: string;
-  /** What its firewall drops of the cluster's, a sentence each; and what, by its rules, although it passes now. */
+  /**
+   * What its firewall drops of the cluster's traffic, one sentence each; and what its rules drop although it passes
+   * now.
+   */
   blocked: string[];
   latent: string[];
-  /** What mends both. */
+  /** The remedy for both. */
   opens: string;
-  /** metrics-server is part of the server: k3s's own, or fix-metrics'. */
+  /** metrics-server is deployed: k3s's own, or fix-metrics'. */
   metrics: boolean;
   now: number;
   tried: Tried;
 }
 
-/** What was tried from a box, by the name of the other end. */
+/** What was tested from a box, by the name of the other end. */
 export interface Tried {
-  /** The largest packet that passes through the tunnel, in bytes; 0: none does. */
+  /** The largest packet that passes the tunnel, in bytes; 0: none. */
   tunnel: Record<string, number>;
   /** TCP: open, refused, dropped, or another word. */
   kubelet: Record<string, string>;
   api: string | undefined;
   /** The API's service, by kube-proxy's rules. */
   service: string | undefined;
-  /** Nodes for which `kubectl top nodes` has figures; and why there are none, in the API's words. */
+  /** Nodes in `kubectl top nodes`; or the API's error. */
   top: string[];
   topless: string | undefined;
   /** By the resolver's address. */
   resolvers: Record<string, boolean>;
-  /** While packets were lost: bytes received and sent by the peer's public key in some seconds. */
+  /** While packets were lost: bytes received and sent within some seconds, by the peer's public key. */
   passed: Record<string, { received: number; sent: number }>;
-  /** Senders of UDP 51820 that came as far as the network card in those seconds; undefined: nothing could watch. */
+  /** Senders of UDP 51820 seen at the network interface in those seconds; undefined: no tool to watch. */
   arrived: string[] | undefined;
-  /** By the other node: did a packet pass from this box's pod to that one's? */
+  /** By node: did a packet pass from this box's pod to that node's? */
   pods: Record<string, boolean>;
   /** From this box's pod. */
   services: Record<string, boolean>;
   /** From the server, by node. */
   logs: Record<string, boolean>;
   exec: Record<string, boolean>;
-  /** Why not, by `logs NODE` or `exec NODE`, in the API's words. */
+  /** The API's error, by `logs NODE` or `exec NODE`. */
   why: Record<string, string>;
-  /** Nodes on which check's own pod did not start, with the kubelet's words. */
+  /** Nodes on which check's own pod did not start, with the kubelet's reason. */
   unstarted: Record<string, string>;
-  /** Tools that the box has not. */
+  /** Tools that the box lacks. */
   missing: string[];
 }
 
@@ -239,9 +242,9 @@ export interface Cluster {
   system?: SystemPod[] | undefined;
 }
 
-/** What the boxes said, as one. */
+/** Combines the boxes' answers. */
 export function clusterOf(members: readonly Member[]): Cluster {
-  // Several servers have one datastore: the first that answers knows all.
+  // Servers share one datastore: the first that answers is enough.
   const lists = members.filter(({ role }) => role === "server").map(({ facts }) => nodesOf(facts.nodes));
   const nodes = lists.find((list) => list.length) ?? [];
   const system = members.flatMap(({ facts }) => systemOf(facts.system) ?? []);
@@ -253,10 +256,13 @@ export function clusterOf(members: readonly Member[]): Cluster {
   };
 }
 
-/** A box by itself; what its firewall keeps out shows beside the others. */
+/** A box's own report; its firewall is judged together with the others. */
 type Alone = Omit<BoxReport, "blocked" | "latent" | "opens">;
 
-/** What has passed is not blocked: by rules that are not understood here, or as part of a connection from before them. */
+/**
+ * What has passed is not reported as blocked: a rule may be misunderstood here, or the connection is older than the
+ * rules.
+ */
 function firewallOf(
   box: Alone,
   { facts, box: { want } }: Member,
@@ -288,7 +294,7 @@ function firewallOf(
 
 function seen({ box, role, error, facts, clock, tried, paths }: Member, nodes: Node[]): Alone {
   const there = nodes.find(({ externalIp }) => externalIp === box.ip);
-  // Of a box that does not answer only its address tells.
+  // A box that does not answer is found by its address only.
   const name = nameOf(role, { ...box.want, PUBLIC_IP: box.ip }, facts, nodes) || (there?.name ?? "");
   const unit = (facts.units ?? "")
     .split(/\n\n+/)
@@ -415,7 +421,7 @@ export async function listed(call: Call): Promise<Listed> {
   ];
 }
 
-/** All boxes, a trip each for what they are and one for what passes between them. */
+/** Surveys all boxes: one trip for facts, one for the paths between them. */
 export async function surveyAndTry(boxes: Listed) {
   const members = await survey(boxes, firewallLook);
   await tryPaths(members, clusterOf(members));
@@ -437,7 +443,7 @@ async function tryPaths(members: readonly Member[], cluster: Cluster): Promise<v
   );
 }
 
-/** The other nodes by the address of their end of the tunnel: flannel gives it the first of the pods' network. */
+/** The other nodes by the address of their tunnel interface: flannel uses the first of the node's pod network. */
 function tunnels(box: BoxReport, { boxes, nodes }: Cluster): [string, string][] {
   const names = new Map<string, string>();
   for (const { name, podCidr } of nodes)
@@ -447,12 +453,12 @@ function tunnels(box: BoxReport, { boxes, nodes }: Cluster): [string, string][] 
   return [...names];
 }
 
-/** Sizes tried where full ones do not pass, in bytes: the largest that does is the MTU to set. */
+/** Packet sizes to try when full ones do not pass, in bytes: the largest that passes is the MTU to set. */
 const SIZES = [1412, 1400, 1392, 1380, 1372, 1360, 1340, 1320, 1300, 1280, 1240, 1200, 1000, 576, 128];
-/** While packets are lost, seconds of watching: WireGuard repeats a handshake every five. */
+/** Seconds of watching while packets are lost: WireGuard repeats a handshake every five. */
 const WATCH = 7;
 
-/** The shell that tries a box's ways to the others. It sends packets, and leaves nothing behind. */
+/** The shell that tests a box's paths to the others. It sends packets and leaves nothing behind. */
 export function tries(box: BoxReport, cluster: Cluster) {
   const wg = box.wireguard;
   const to = wg ? tunnels(box, cluster) : [];
@@ -518,15 +524,15 @@ ${raw(server ? TOP_LOOK : "")}
 ${raw(wg ? watch(wg.name, to) : "")}`);
 }
 
-/** What metrics-server has of the nodes, and why it has nothing. */
+/** The nodes that metrics-server has figures for, or its error. */
 export const TOP_LOOK = prints(
   "top topless",
 )(`fact top; { topless=$(api GET '/apis/metrics.k8s.io/v1beta1/nodes?pretty=false' 10 2>&1 >&3); } 3>&1
 fact topless; echo "$topless"`);
 
 /**
- * Where a tunnel passes nothing: what WireGuard counts while packets are sent, and whose packets come as far
- * as the network card, before any firewall of the box. The two ends tell who loses them.
+ * For a tunnel that passes nothing: WireGuard's counters while packets are sent, and whose packets reach the network
+ * interface, before any firewall of the box. Both ends together show where they are lost.
  */
 const watch = (name: string, to: [string, string][]) => sh`
 case $said in *' 0

@@ -4,10 +4,11 @@ import { refusedIn } from "../table.ts";
 import { yamlIn } from "../yaml.ts";
 
 /**
- * What k3s takes out of its config file, by YAML 1.1 with merge keys: a list is a flag for each of its values, and
- * `key+` adds to what other files say.
+ * The arguments in a k3s config file (YAML 1.1 with merge keys): a list gives one flag per value, and `key+` appends to
+ * other files.
  *
- * @throws {Error} in one line, for what is no mapping of YAML, or is several documents (k3s reads the first alone).
+ * @throws {Error} with a one-line message, unless it is one YAML mapping (of several documents k3s reads only the
+ * first).
  */
 export function configArgs(text: string): Arg[] {
   const map = yamlIn(text).data;
@@ -23,7 +24,7 @@ export function configArgs(text: string): Arg[] {
 }
 
 const RANGE = "SERVER_ARGS: boxes and their firewalls go by it";
-/** Keys of k3s's config file that this project has to know of, and where they belong; as arguments they are followed. */
+/** Config file keys that have to be settings here, and which. As arguments they are honoured. */
 const ELSEWHERE: Record<string, string> = {
   "node-name": "SERVER_ARGS or AGENT_ARGS: --node-name=…",
   "node-label": "NODE_LABELS",
@@ -40,7 +41,10 @@ const ELSEWHERE: Record<string, string> = {
   "cluster-domain": RANGE,
 };
 
-/** The first key that a role's k3s must not have in a config file, with where it belongs or why; nothing: all are well. */
+/**
+ * The first key that is refused in a role's config file, with the reason or the setting to use; undefined if there is
+ * none.
+ */
 export function wrongIn(role: "server" | "agent" | undefined, args: readonly Arg[]): string | undefined {
   const key = args.find(({ flag }) => Object.hasOwn(ELSEWHERE, flag))?.flag;
   if (key) return `${key}, expected it in ${ELSEWHERE[key]}`;

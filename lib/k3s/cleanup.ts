@@ -1,9 +1,9 @@
-/** What a stopped k3s leaves on a box, and how it is cleared. */
+/** Cleans up what a stopped k3s leaves on a box. */
 
 /**
- * Shell that clears what a stopped k3s leaves running: shims with their pods, mounts, network namespaces,
- * interfaces, iptables and nft rules, as the killall script of k3s's own installer does (v1.36.3), and what that
- * one misses: flannel's rules of v1.17, which bear no name, nftables' tables and kube-router's sets.
+ * Shell that removes what a stopped k3s leaves running: shims with their pods, mounts, network namespaces, interfaces,
+ * iptables and nft rules. It does what k3s-killall.sh does (v1.36.3), and also removes what that misses: the unnamed
+ * iptables rules of v1.17's flannel, nftables tables and kube-router's ipsets.
  */
 export const CLEAR = `for bin in /var/lib/rancher/k3s/data/*/bin; do PATH=$PATH:$bin:$bin/aux; done
 ps -e -o pid= -o ppid= -o args= | awk '
@@ -40,7 +40,7 @@ ipset list -n 2>/dev/null | grep -E '^(inet6:)?KUBE-' | while read -r name; do i
 rm -f /run/flannel/subnet.env
 `;
 
-/** Prints what of that is there, a line each. */
+/** Prints what of that exists, one per line. */
 export const CLEAR_LOOK = `ps -e -o args= | awk '$1 ~ "^/var/lib/rancher/k3s/data/[^/]+/bin/containerd-shim" { print "pods" }'
 awk -v kubelet="$(readlink -f /var/lib/kubelet)" '$2 ~ "^/run/k3s/|^" kubelet "/(pods|plugins)/|^/run/netns/cni-" { print "mounts" }' /proc/self/mounts
 for name in cni0 flannel.1 flannel-v6.1 flannel-wg flannel-wg-v6 kube-ipvs0; do

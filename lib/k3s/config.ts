@@ -1,4 +1,4 @@
-/** What settings make of a node beside its unit: its labels and taints, and files of /etc/rancher/k3s. */
+/** A node's configuration besides its unit: labels, taints, and files in /etc/rancher/k3s. */
 
 import { lastOf, parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
@@ -27,7 +27,7 @@ export const PASSWORD = "/etc/rancher/k3s/across-clouds.token";
 /** Where k3s imports images from when it starts. */
 export const IMAGES = "/var/lib/rancher/k3s/agent/images";
 
-// Somebody else's registries.yaml may hold passwords: it is not read.
+// A registries.yaml that this project did not write may hold passwords, and is not read.
 export const filesLook = prints(
   "config registries read",
 )(sh`fact config; stat -c %a ${CONFIG} 2>/dev/null && sha256sum <${CONFIG} | cut -d' ' -f1
@@ -53,7 +53,7 @@ export function registriesText(mirrors: string): string {
 
 const argument = (args: string, name: string, value: string) => lastOf(parseArgs(args), name) || value;
 
-/** The networks of pods and of services: k3s's own, or what SERVER_ARGS says (which was checked to be networks). */
+/** The networks of pods and services: k3s's defaults, or those of SERVER_ARGS (already validated). */
 export const rangesOf = ({
   SERVER_ARGS,
 }: Pick<Settings, "SERVER_ARGS">): [pods: string, services: string] => [
@@ -62,7 +62,7 @@ export const rangesOf = ({
 ];
 
 /**
- * What must not go by the proxy: k3s reaches its API, kubelets and pods by Go's defaults, which heed it.
+ * NO_PROXY for k3s: its connections to the API, kubelets and pods use Go's defaults, which honour a proxy.
  * @param nodes public addresses of the nodes this one talks to.
  */
 export function noProxy(want: Settings, nodes: readonly string[]): string {
@@ -82,7 +82,9 @@ export const proxyEnv = (want: Settings): string =>
     ? `${want.HTTPS_PROXY && "HTTPS_PROXY=@HTTPS_PROXY@\n"}${want.HTTP_PROXY && "HTTP_PROXY=@HTTP_PROXY@\n"}NO_PROXY=${want.NO_PROXY}\n`
     : "";
 
-/** A change that fetches something by the box's proxy, where there is one; curl and package managers know these names. */
+/**
+ * Lets a change download through the box's proxy, if it has one, by the variables that curl and package managers know.
+ */
 export function byProxy(want: Settings, change: Change): Change {
   const names = (["HTTPS_PROXY", "HTTP_PROXY"] as const).filter((name) => want[name]);
   if (names.length === 0) return change;
@@ -94,7 +96,7 @@ export function byProxy(want: Settings, change: Change): Change {
   };
 }
 
-/** Changes that write files, and the paths that have to go before the next start. */
+/** Changes that write files, and paths to remove before the next start. */
 export function filesPlan(
   generation: Generation,
   version: string,
@@ -128,10 +130,10 @@ export function filesPlan(
 }
 
 /**
- * Changes of a node that is registered already, to be made before its unit is written: k3s sets its labels at
- * each start but takes none away, and taints at its first start only. What was ours before is in the old unit.
+ * Changes for a registered node, made before its unit is written: k3s sets labels at each start but never removes one,
+ * and sets taints at its first start only. The old unit says which ones this project had set.
  *
- * @throws {Refusal} for taints of an agent, which no node may change of itself (NodeRestriction).
+ * @throws {Refusal} for an agent's taints, which a node may not change itself (NodeRestriction).
  */
 export function labelsPlan(
   role: Role,
@@ -155,7 +157,7 @@ export function labelsPlan(
   const extra = values("node-taint", old).filter(
     (taint) => !taints.includes(taint) && node.taints.includes(bare(taint)),
   );
-  // One key and effect has one value: setting it anew is no removal.
+  // A key and effect has one value: setting another one replaces it.
   const place = (taint: string) => taint.replace(/=[^:]*/, "");
   const words = [
     ...extra

@@ -1,4 +1,4 @@
-/** Draining the node that a box is, and giving it pods again. */
+/** Draining and uncordoning a box's node. */
 
 import { SettingError, type Settings } from "../settings.ts";
 import { raw, sh, waitUntil } from "../sh.ts";
@@ -7,7 +7,7 @@ import { type Match, nodeNameOf, nodeOf, RESTARTING, type Who, whoIs } from "./i
 import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./nodes.ts";
 import { K3S, nameLook } from "./unit.ts";
 
-/** Facts about the node that this box is, if it is one; also while k3s is still starting. */
+/** Facts about this box's node, if any; also while k3s is still starting. */
 export const drainLook = [
   prints("roles")(
     "fact roles; for unit in k3s k3s-agent; do systemctl -q is-enabled $unit 2>/dev/null && echo $unit; done",
@@ -16,16 +16,16 @@ export const drainLook = [
   clusterLook,
 ];
 
-/** How long pods may take to leave a node, and a node to come back, in seconds. */
+/** Time limits for draining a node and for its return, in seconds. */
 const PATIENCE = 300;
 /** How long after a boot k3s may take to answer, in seconds: v1.36.3 on two emulated CPUs took 55. */
 const STARTING = 180;
 
-/** The admin's kubectl: an agent's credentials do not allow to drain. */
+/** kubectl as the admin: an agent's credentials do not allow draining. */
 const ADMIN = sh`[ -s /etc/rancher/k3s/k3s.yaml ] || { echo "No k3s server is on this box: SERVER has to name the cluster's"; exit 1; }
 kc() { ${K3S} kubectl --kubeconfig /etc/rancher/k3s/k3s.yaml "$@"; }`;
 
-/** A node that is not Ready has no kubelet to end its pods; one that the user has cordoned is theirs. */
+/** Without a Ready kubelet nothing ends the pods; a node that the user cordoned is left alone. */
 const drainable = (node: Node) => node.ready && (!node.cordoned || node.drained !== undefined);
 
 const givenBack = (name: string) => sh`kc uncordon ${name}
@@ -37,7 +37,7 @@ const inBoot = (name: string, are: string) =>
   /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
   END { exit !(${are}) }`}`;
 
-/** kubectl names what blocks it, and the node then takes pods again. */
+/** On failure kubectl names what blocks it, and the node is uncordoned again. */
 function draining(name: string, boot: string, flags = "", first = ""): Change {
   const mark = (value: string) => sh`kc annotate --overwrite node ${name} ${DRAINED}=${value}`;
   return {
@@ -57,9 +57,8 @@ ${raw(mark(`${boot}.done`))}`,
 }
 
 /**
- * Changes, on the server, that move a node's pods elsewhere. None where it is done, or where no other node takes pods.
- *
- * @param force pods without a controller are deleted too: nothing starts them anew elsewhere.
+ * Changes on the server that drain a node. None if that is done, or if no other node takes pods.
+ * @param force also delete pods without a controller, which nothing starts again.
  */
 export function drain(node: Node, facts: Facts<"nodes">, force: boolean): Change[] {
   const others = nodesOf(facts.nodes).filter((n) => n.name !== node.name && n.ready && !n.cordoned);
@@ -67,7 +66,7 @@ export function drain(node: Node, facts: Facts<"nodes">, force: boolean): Change
   return [draining(node.name, node.boot ?? "", force ? "--force " : "")];
 }
 
-/** Changes, on the server, that let pods come to a node again which was drained here. */
+/** Changes on the server that uncordon a node that this project drained. */
 export function uncordon({ name, drained }: Node): Change[] {
   return drained ? [{ why: `let pods come to node ${name} again`, sh: `${ADMIN}\n${givenBack(name)}` }] : [];
 }
@@ -79,9 +78,8 @@ function nodesAt(facts: Facts<"nodes">): Node[] {
 }
 
 /**
- * A step on the server about a box's node, if it has one, by what the server itself says of its nodes. What the box
- * says of the cluster counts for nothing: it may be another's. Its plan throws {Refusal} for an API that does not
- * answer: nothing must be concluded from that.
+ * A step that runs on the server for a box's node, based on the server's own list of nodes: what the box reports about
+ * the cluster is not trusted. Its plan throws {Refusal} when the API does not answer, since nothing follows from that.
  */
 export const onNodeOf = <F extends string = "nodes">(
   name: string,
@@ -116,20 +114,20 @@ export const drainedOn = (box: Who, force: boolean) =>
 export const uncordonedOn = (box: Who) =>
   onNodeOf("uncordon", box, (found) => (found ? uncordon(found.node) : []));
 
-/** Gives a node its work back on the server, once it is Ready in the box's present boot. */
+/** Uncordons a node on the server once it is Ready in the box's current boot. */
 const uncordonedAfter = (box: Who): Step<"nodes"> => ({
   ...onNodeOf("uncordon", box, () => []),
   plan(_want, facts) {
-    // Until k3s has said so the node has the boot id of before, and its box is told by the machine id.
+    // Until k3s reports the new boot id, the box is recognised by its machine id.
     const node = nodeOf(nodesAt(facts), { ...box, uptime: 0 })?.node;
     return node?.drained && node.drained.boot !== box.boot ? [givingBack(node.name, box.boot ?? "")] : [];
   },
 });
 
-/** The change that uncordons a node once it is Ready in this boot. */
+/** The change that waits until a node is Ready in this boot, then uncordons it. */
 const givingBack = (name: string, boot: string): Change => ({
   why: `uncordon node ${name} once it is Ready`,
-  // A node counts as Ready for 40 s after its kubelet has died: it must have said so since the restart.
+  // A node stays Ready for 40 s after its kubelet has died: the heartbeat must be later than the restart.
   sh: [
     ADMIN,
     waitUntil(
@@ -143,8 +141,8 @@ const givingBack = (name: string, boot: string): Change => ({
 });
 
 /**
- * This box's own node as the box itself sees its cluster, on a server, and whether that is one.
- * @throws {SettingError} where nothing says at which address that is.
+ * This box's node as the box itself sees it, and whether the box is a server.
+ * @throws {SettingError} when the address is not known.
  */
 function here(want: Settings, facts: Facts<"nodes" | "roles">) {
   if (!want.PUBLIC_IP)
@@ -161,10 +159,10 @@ function here(want: Settings, facts: Facts<"nodes" | "roles">) {
 }
 
 /**
- * Moves the pods of this box's own node elsewhere before the box restarts. An agent's word may only spare itself: the
- * server finds the node and decides.
+ * Drains this box's node before the box restarts. An agent's report can only avoid a drain: the server finds the node
+ * and decides.
  *
- * @throws {Refusal} where the server is not known.
+ * @throws {Refusal} when the server is not known.
  */
 export function drainHere(want: Settings, facts: Facts<"nodes" | "roles">): Change[] {
   if (!facts.roles?.trim()) return [];
@@ -173,7 +171,7 @@ export function drainHere(want: Settings, facts: Facts<"nodes" | "roles">): Chan
   const how = { seconds: PATIENCE + 60, alone: true } as const;
   if (isServer) {
     const name = (known && nodeOf(nodesOf(facts.nodes), box)?.node.name) || nodeNameOf("server", want, facts);
-    // A server that cannot see its cluster just now may be a healthy node all the same.
+    // A server whose API is silent at the moment may still be a healthy node.
     const asked = sh`[ "$(kc get node ${name} --no-headers | awk '{ print $2 }')" = Ready ] || exit 0`;
     return [{ ...draining(name, box.boot ?? "", "", known ? "" : `${asked}\n`), ...how }];
   }
@@ -193,8 +191,8 @@ export function drainHere(want: Settings, facts: Facts<"nodes" | "roles">): Chan
 }
 
 /**
- * Gives this box's node its work back after the box's restart, if it was drained here for that; also if that run
- * was cut. One that was drained since is being upgraded or removed.
+ * Uncordons this box's node after the restart that it was drained for, also if that run was interrupted. A node drained
+ * later is being upgraded or removed.
  *
  * @param last nothing follows that would mend a node which is long up and not Ready.
  */

@@ -1,4 +1,4 @@
-/** What a box's own firewall lets through, and what has to be in it: for firewalld, ufw, and nft where neither runs. */
+/** The box's firewall: what it lets through, and the rules to add, for firewalld, ufw, or nft if neither runs. */
 
 import { isIPv4 } from "node:net";
 import type { Settings } from "../settings.ts";
@@ -9,17 +9,17 @@ import { rangesOf } from "./config.ts";
 import { clusterLook, nodesOf } from "./nodes.ts";
 import { type Chain, type End, ends, iptables, nft, type Packet } from "./rules.ts";
 
-/** What nodes say to each other's hosts: API, kubelet, WireGuard. */
+/** Traffic between nodes: API, kubelet, WireGuard. */
 const BETWEEN = [
   ["tcp", 6443],
   ["tcp", 10250],
   ["udp", 51820],
 ] as const;
-/** What pods come by. */
+/** Interfaces of pod traffic. */
 const INTERFACES = ["cni0", "flannel.1", "flannel-wg"];
 /**
- * The world has no business at these: the API and kubelets, and kube-proxy's, the scheduler's and the controller
- * manager's health and metrics, of which v1.17's 10251 and 10252 ask for no credentials; vxlan and WireGuard.
+ * Ports to close to the world: API, kubelet, health and metrics of kube-proxy, scheduler and controller manager
+ * (v1.17's 10251 and 10252 need no credentials), vxlan and WireGuard.
  */
 const CLOSED = {
   tcp: [
@@ -37,12 +37,12 @@ const UNIT = "/etc/systemd/system/k3s-firewall.service";
 const RULE_COMMENT = "k3s-across-clouds";
 const TABLE = "k3s_across_clouds";
 
-/** Of rules, in bytes: more is not read, and so not judged. */
+/** Longer rule sets are not read and not judged, in bytes. */
 const LONG = 300_000;
 
 /**
- * Facts about the firewall that runs, whichever it is, and the kernel's rules: without nat, without kube-proxy's
- * table, and without chains that are k3s's own, which may be thousands.
+ * Facts about the active firewall and the kernel's rules, without nat, kube-proxy's table and k3s's own chains, of
+ * which there may be thousands.
  */
 export const firewallLook = prints(
   "firewalld firewalld-version zones rules rules--permanent sources sources--permanent ufw added nft card ruleset iptables iptables-legacy ip6tables ip6tables-legacy iploaded ip6loaded script start booted",
@@ -105,14 +105,16 @@ const kindOf = (facts: Facts<RuleFact>): Kind =>
 const split = (text = "") => text.split(/\s+/).filter(Boolean);
 const lines = (text = "") => text.split("\n").filter(Boolean);
 
-/** The rules that the kernel has, as far as they were read. What nft shows of iptables' is better told by iptables. */
+/**
+ * The kernel's rules, as far as they were read. Those of iptables are taken from iptables-save rather than from nft.
+ */
 function chainsOf(facts: Facts<RuleFact>): Chain[] {
   const own = (["ip", "ip6"] as const).flatMap((family) =>
     (["", "-legacy"] as const).flatMap((backend) =>
       iptables(facts[`${family}tables${backend}`] ?? "", family, `iptables${backend}`),
     ),
   );
-  // By the chain: iptables leaves out what nft has added to the same table.
+  // Per chain: iptables-save omits chains that nft added to the same table.
   const twice = (["ip", "ip6"] as const).flatMap((family) =>
     (facts[`${family}tables`] ?? "").split(/^\*/m).flatMap((table) => {
       const [name = ""] = /^\w+/.exec(table) ?? [];
@@ -122,7 +124,7 @@ function chainsOf(facts: Facts<RuleFact>): Chain[] {
   return [...own, ...nft(facts.ruleset ?? "", twice)];
 }
 
-/** The chains at a hook that are a manager's: what is put in there by others goes at its next start. */
+/** Base chains that belong to a firewall manager, which drops other rules in them at its next start. */
 const isOf = (chain: Chain, kind: Kind): boolean =>
   (kind === "firewalld" && chain.table === "nft inet firewalld") ||
   (chain.base !== undefined &&
@@ -132,7 +134,7 @@ const isOf = (chain: Chain, kind: Kind): boolean =>
       ].test(text),
     ));
 
-/** Networks of pods, and of services, may be of both families. */
+/** Networks of pods and services may be dual-stack. */
 const eachOf = (ranges: readonly string[]) => ranges.flatMap((range) => range.split(","));
 const ipv4Of = (pods: string) => eachOf([pods]).find((range) => range.includes(".")) ?? "10.42.0.0/16";
 const inPods = (pods: string, host: number) => `${ipv4Of(pods).split(/\.\d+\//)[0]}.${host}`;
@@ -142,7 +144,7 @@ interface Probe {
   packet: Packet;
 }
 
-/** What has to get through: from the nodes to this box, from pods to it, and between pods. */
+/** Packets that must pass: from nodes to this box, from pods to it, and between pods. */
 function wanted(facts: Facts<RuleFact>, nodes: readonly string[], ranges: readonly string[]): Probe[] {
   const own = [...(facts.addresses ?? "").matchAll(/^\d+: +(\S+) +inet ([\d.]+)/gm)];
   const iif = facts.card?.trim() ?? "";
@@ -193,7 +195,7 @@ interface Cut {
   what: string[];
 }
 
-/** What the rules drop of it, or may, by the rule that does. */
+/** What the rules drop, or may drop, by rule. */
 function cuts(chains: readonly Chain[], probes: readonly Probe[]): Cut[] {
   const found = new Map<string, Cut>();
   for (const { what, packet } of probes) {
@@ -212,7 +214,7 @@ function cuts(chains: readonly Chain[], probes: readonly Probe[]): Cut[] {
 const whose = ({ chain }: End, kind: Kind) => (isOf(chain, kind) ? kind : `${chain.table} ${chain.name}`);
 
 function sentence({ end, what }: Cut, kind: Kind): string {
-  // What is kept from the same addresses is said at once.
+  // Ports that are blocked for the same addresses are reported together.
   const ips = new Map<string, string>();
   const ports = new Map<string, string[]>();
   for (const one of what) {
@@ -226,7 +228,7 @@ function sentence({ end, what }: Cut, kind: Kind): string {
   return `${whose(end, kind)} ${how} ${all.sort().join(", and ")} (${end.why})`;
 }
 
-/** Which of the closed ports somebody comes to that no rule names, and by which rule. */
+/** Which of these ports are open to an address that no rule names, and by which rule. */
 function opened(chains: readonly Chain[], facts: Facts<RuleFact>): string[] {
   const [first] = wanted(facts, [""], []) as [Probe];
   const found = new Map<string, number[]>();
@@ -245,7 +247,7 @@ function opened(chains: readonly Chain[], facts: Facts<RuleFact>): string[] {
   return [...found].map(([why, ports]) => `${[...new Set(ports)].join(", ")}/${why}`);
 }
 
-/** What is not known of the rules: they are too long, or nothing here shows them. */
+/** Why the rules are not known: they are too long, or no tool here prints them. */
 function unread(facts: Facts<RuleFact>): string[] {
   const long = (["ruleset", "iptables", "ip6tables", "iptables-legacy", "ip6tables-legacy"] as const).some(
     (name) => (facts[name]?.length ?? 0) >= LONG - 1,
@@ -258,7 +260,7 @@ function unread(facts: Facts<RuleFact>): string[] {
 }
 
 /**
- * What the box's firewall keeps from the cluster, or may keep, a sentence each; none: the rules seen let it work.
+ * What the box's firewall blocks, or may block, of the cluster's traffic, one sentence each.
  * @param nodes public addresses of nodes that must get through.
  * @param ranges networks of pods and services, where they must. @see k3s docs, "Requirements", "Operating Systems"
  */
@@ -274,7 +276,7 @@ export function blocked(
   ];
 }
 
-/** What mends it: `make firewall` where that would, else what it would say. */
+/** The remedy: `make firewall` if that helps, else its refusal. */
 export function remedy(
   facts: Facts<RuleFact>,
   nodes: readonly string[],
@@ -290,7 +292,7 @@ export function remedy(
   }
 }
 
-/** The rules as they will be with ours in them. */
+/** The rules after ours are added. */
 function withOurs(chains: readonly Chain[], facts: Facts<RuleFact>, probes: readonly Probe[]): Chain[] {
   const kind = kindOf(facts);
   const zones = split(facts.zones);
@@ -326,14 +328,14 @@ function withOurs(chains: readonly Chain[], facts: Facts<RuleFact>, probes: read
   });
 }
 
-/** firewalld before 0.7 has no order among rich rules: what denies comes first. */
+/** firewalld before 0.7 has no priorities among rich rules: those that deny come first. */
 const early = (facts: Facts<RuleFact>) => !/^0\.[0-6]\./.test(facts["firewalld-version"] ?? "");
 const rich = (facts: Facts<RuleFact>, ip: string, protocol: string, port: number) =>
   `rule ${early(facts) ? 'priority="-1000" ' : ""}family="ipv4" source address="${ip}" port port="${port}" protocol="${protocol}" accept`;
 const RICH =
   /^\S+ rule (priority="-1000" )?family="ipv4" source address="[\d.]+" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$/;
 
-/** Changes after which the nodes reach each other's k3s and the world does not. ssh is not touched. @throws {Refusal} */
+/** Changes that open k3s's ports to the nodes and close them to the world; ssh is not touched. @throws {Refusal} */
 export function firewallPlan(
   facts: Facts<RuleFact>,
   nodes: readonly string[],
@@ -369,7 +371,7 @@ export function firewallPlan(
 const say = (nodes: readonly string[]) =>
   `open 6443/tcp, 10250/tcp and 51820/udp to ${nodes.join(", ")}, and close k3s's ports to all others`;
 
-/** What firewalld or ufw has to be told. */
+/** Commands for firewalld or ufw. */
 function managed(
   kind: Kind,
   facts: Facts<RuleFact>,
@@ -412,11 +414,12 @@ function managed(
     ];
     const told = (rule: string, how: string) =>
       rule.startsWith("route ") ? `ufw route ${how}${rule.slice(5)}` : `ufw --force ${how} ${rule}`;
-    // The first rule that matches decides, and ours are no use behind a deny: one that is there is not moved.
+    // The first match decides, and ufw does not move an existing rule: a rule of ours behind a deny is deleted and
+    // inserted again.
     const late = now.some(({ end }) => isOf(end.chain, kind)) && rules.every((rule) => ours.includes(rule));
     commands.push(
       ...ours.filter((rule) => late || !rules.includes(rule)).map((rule) => told(rule, "delete")),
-      // There is no place 1 where there is no rule.
+      // ufw cannot insert at position 1 when there are no rules.
       ...rules
         .filter((rule) => late || !ours.includes(rule))
         .map(
@@ -428,7 +431,7 @@ function managed(
   return commands.length ? [{ why: `${kind}: ${say(nodes)}`, sh: commands.join("\n"), seconds: 300 }] : [];
 }
 
-/** A table of our own that closes, and rules in what is nobody's: by a script, at each start of the box. */
+/** Our own table closes the ports, and rules in unmanaged chains open them, by a script at each start of the box. */
 function tabled(
   facts: Facts<RuleFact>,
   nodes: readonly string[],
@@ -467,8 +470,8 @@ systemctl restart k3s-firewall`,
 }
 
 /**
- * The firewall of a box, where FIREWALL asks for it: the nodes reach each other's k3s, the world does not, ssh stays as
- * it is. By then FIREWALL holds the addresses that are known, and -ADDRESS of a node that goes.
+ * The firewall of a box with FIREWALL=yes: k3s's ports are open to the nodes and closed to the world; ssh is not
+ * touched. On a box FIREWALL holds the known addresses, and -ADDRESS for a node that leaves.
  */
 export const firewall = step({
   name: "firewall",
@@ -477,7 +480,7 @@ export const firewall = step({
   plan: (want, facts) => (want.FIREWALL ? firewallPlan(facts, admitted(want, facts), rangesOf(want)) : []),
 });
 
-/** The addresses that are let in: those that are known, and the cluster's own nodes. The rules are IPv4's, as it is. */
+/** The addresses to let in: the known ones and those of the cluster's nodes (IPv4 only). */
 export function admitted(want: Settings, facts: Facts<"nodes">): string[] {
   const known = splitWords(want.FIREWALL);
   const joined = nodesOf(facts.nodes).flatMap(({ externalIp: ip = "" }) => (isIPv4(ip) ? ip : []));
@@ -497,7 +500,7 @@ if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
   done
 fi`;
 
-/** Shell that takes away all of it, and the files: what \`firewallPlan\` made, whichever firewall runs. */
+/** Shell that removes everything that `firewallPlan` added, for any of the three firewalls. */
 export const closeAgain = (
   ranges: readonly [string, string],
 ): string => sh`if [ -e ${UNIT} ] || [ -e ${SCRIPT} ]; then
@@ -525,7 +528,7 @@ if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
   done
 fi`;
 
-/** Sets up the script's work when the box starts, and again when nftables.service has flushed it. */
+/** Runs the script at boot, and again after nftables.service has flushed the rules. */
 export const UNIT_TEXT = `[Unit]
 Description=Who reaches k3s's ports, by k3s-across-clouds
 # These begin by flushing everything, and so does their reload.
@@ -548,7 +551,7 @@ ExecStop=${SCRIPT} stop
 const set = (ranges: readonly (readonly [number, number])[]) =>
   `{ ${ranges.map(([from, to]) => (from === to ? from : `${from}-${to}`)).join(", ")} }`;
 
-/** The script of a box without firewalld and ufw: a table of our own, and a way through chains that drop. */
+/** The script for a box without firewalld and ufw: our own table, and accept rules in chains that drop. */
 export const scriptText = (nodes: readonly string[], pods: string): string => `#!/bin/sh
 # Written by k3s-across-clouds, make firewall.
 set -eu

@@ -1,4 +1,4 @@
-/** What stands in k3s's way on a box and is not ours: ports that something else has, config files of somebody else. */
+/** Obstacles for k3s on a box: ports used by other programs, and config files that this project did not write. */
 
 import { check, SettingError, type Settings } from "../settings.ts";
 import { sh } from "../sh.ts";
@@ -11,14 +11,14 @@ import { nameLook, type Role, releaseOf } from "./unit.ts";
 
 const FOLDER = "/etc/rancher/k3s";
 
-/** Before anything else is done to a box: k3s would be started, and die or go by what others have written. */
+/** Checked before anything is changed: k3s would exit, or follow config files of others. */
 export const foreignFirst = (role: Role): Step<"ports" | "configs" | "token"> => ({
   name: "foreign",
   options: [],
   look: () => [nameLook, portsLook, configsLook()],
   plan(want, facts) {
     portsFree(role, want, facts);
-    // What is learned of a server in the end, it has had from the beginning where it is there already.
+    // A server that exists already has had its token from the start.
     const token = role === "server" && facts.token?.replace(/\n+$/, "");
     if (token) check("K3S_TOKEN", token, "this server's own");
     const wrong = wrongIn(role, configIn("K3S_CONFIG", want.K3S_CONFIG));
@@ -45,7 +45,7 @@ export const foreignFirst = (role: Role): Step<"ports" | "configs" | "token"> =>
   },
 });
 
-/** @throws {Refusal} for what k3s could not read either. */
+/** @throws {Refusal} for a file that k3s could not read either. */
 function configIn(path: string, text: string): ReturnType<typeof configArgs> {
   try {
     return configArgs(text);
@@ -56,7 +56,7 @@ function configIn(path: string, text: string): ReturnType<typeof configArgs> {
   }
 }
 
-/** Others' config files, in base64: they may hold secrets, and what they will. */
+/** Config files of others, in base64: they may contain secrets, or anything else. */
 export const configsLook = (folder = FOLDER): Look<"configs"> =>
   prints("configs")(sh`fact configs; for f in ${folder}/config.yaml ${folder}/config.yaml.d/*; do
   case $f in ${CONFIG.replace(FOLDER, folder)}) continue ;; *.[yY][mM][lL] | *.[yY][aA][mM][lL]) ;; *) continue ;; esac
@@ -70,13 +70,13 @@ const configsIn = (facts: Facts<"configs">): [path: string, text: string][] =>
     return path ? [[path, Buffer.from(text, "base64").toString()]] : [];
   });
 
-/** What k3s is told by them. @throws {Refusal} for what it could not read. */
+/** The arguments in them. @throws {Refusal} for a file that k3s could not read. */
 export const foreignArgs = (facts: Facts): ReturnType<typeof configArgs> =>
   configsIn(facts).flatMap(([path, text]) => configIn(`${path} on this box`, text));
 
 /**
- * Who listens at k3s's ports, a line each: protocol, port, and an interface or a process and its name. What belongs to
- * k3s's unit, its WireGuard interfaces and what an old flannel has started, is left out.
+ * Who uses k3s's ports, one per line: protocol, port, and an interface or a process with its name; without k3s's own
+ * processes and WireGuard interfaces.
  */
 export const portsLook = prints(
   "ports",
@@ -97,7 +97,7 @@ export const portsLook = prints(
 done
 `);
 
-/** @throws {Refusal} naming who has a port that this role's k3s needs. */
+/** @throws {Refusal} naming the program that uses a port which this role needs. */
 function portsFree(role: Role, want: Settings, facts: Facts<"ports">): void {
   const needed = ["udp 51820", "tcp 10250"];
   if (role === "server") needed.push("tcp 6443");

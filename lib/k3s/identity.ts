@@ -1,4 +1,4 @@
-/** Who a box is: the settings' address, its boot id and machine id, and the CA of its cluster, held against each other. */
+/** Who a box is: its address, boot id, machine id and cluster CA, checked against each other. */
 
 import { parseArgs, secretIn } from "../args.ts";
 import type { Settings } from "../settings.ts";
@@ -21,7 +21,7 @@ import {
   WRITTEN_BY,
 } from "./unit.ts";
 
-/** A box by the settings' address, and by what it says of itself; one that is gone says nothing. */
+/** A box by its address in the settings and by what it reports; a box that is gone reports nothing. */
 export interface Who {
   ip: string;
   boot?: string;
@@ -37,25 +37,25 @@ export const whoIs = (ip: string, facts: Facts = {}): Who => ({
   uptime: Number(facts.uptime),
 });
 
-/** After its restart a box's node still has the old boot id, and counts as Ready: until k3s has said so, in seconds. */
+/** For how long after a restart a node may still have the old boot id and be Ready, in seconds. */
 export const RESTARTING = 180;
 
 export interface Match {
   node: Node;
   /**
-   * `restarted`: the same machine in another boot, of which k3s has not told the cluster yet. `anew`: nothing of it is
-   * the node's, which is not Ready: the box was reinstalled, or the node's own is off.
+   * `restarted`: the same machine in a new boot that k3s has not reported yet. `anew`: nothing of the box matches the
+   * node, which is not Ready: the box was reinstalled, or the node's box is off.
    */
   is: "same" | "restarted" | "anew";
 }
 
 /**
- * The cluster's node of a box. Machine ids alone prove nothing (copies of an image have one), nor do boot ids (any
- * agent may write its own): node and box must agree, and nobody else may claim what is theirs.
+ * The node of a box. Machine ids prove nothing (copies of an image share one), nor do boot ids (an agent may write its
+ * own): box and node have to agree, and no other node may claim the same.
  *
- * @param nodes as the server has them, if anything is to follow on it.
- * @returns nothing where the cluster knows neither the address nor the box.
- * @throws {Refusal} where they do not agree.
+ * @param nodes the server's list, if anything destructive is to follow.
+ * @returns undefined when the cluster knows neither the address nor the box.
+ * @throws {Refusal} when they do not agree.
  */
 export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }: Who): Match | undefined {
   const at = nodes.filter((n) => n.externalIp === ip || n.internalIp === ip);
@@ -64,7 +64,7 @@ export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }
     throw new Refusal(
       `Nodes ${at.map(({ name }) => name).join(" and ")} have one address, ${ip}: which one is this box? Delete the other (kubectl delete node …), then again`,
     );
-  // Containers of one host may share a boot id.
+  // Containers of one host share a boot id.
   const sure = node?.boot === boot && node?.machine !== undefined && node.machine === machine;
   const twin = boot && !sure ? nodes.find((n) => n.boot === boot && n !== node) : undefined;
   if (twin)
@@ -82,9 +82,10 @@ export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }
 }
 
 /**
- * May a box join at its address? A node of it that is not Ready may be this box's, from before it was reinstalled; the
- * machine id of one that is proves nothing, but that of two names it is the one of this box.
- * @throws {Refusal} where it is another box's.
+ * May a box join at its address? A node with this address that is not Ready may be this box before it was reinstalled.
+ * Of several nodes with this address, the machine id tells which one is this box.
+ *
+ * @throws {Refusal} when the address belongs to another box.
  */
 function addressFree(nodes: readonly Node[], who: Who): void {
   const at = nodes.filter((n) => n.externalIp === who.ip || n.internalIp === who.ip);
@@ -103,10 +104,10 @@ const ownIn = (nodes: readonly Node[], { ip, boot, machine }: Who) =>
   );
 
 /**
- * The name under which k3s registers a box: `--node-name` of the settings, or of the box's unit; the name of the node
- * that it is already, whatever the box is called by now; or the host name in lower case (os.Hostname, kubelet).
+ * The name under which k3s registers a box: `--node-name` of the settings or of the box's unit; else the name of its
+ * existing node; else the host name in lower case (os.Hostname, kubelet).
  *
- * @throws {Refusal} for one that Kubernetes would not take.
+ * @throws {Refusal} for a name that Kubernetes does not accept.
  */
 export function nodeNameOf(
   role: Role,
@@ -128,13 +129,13 @@ export function nodeNameOf(
   return name;
 }
 
-/** The CAs by which a box is part of a cluster: of a server's data, and of what an agent has joined or is to join. */
+/** The cluster CAs on a box: of a server's data, and of the cluster that an agent has joined or is to join. */
 export interface Cas {
   server: string[];
   agent: string[];
 }
 
-/** A fact for casOf: hashes alone. A token names the CA's root, k3s's own CA has nothing else; both are looked at. */
+/** The fact for casOf: hashes only. A token contains the hash of the root CA. */
 export const caLook = prints("cas")(sh`fact cas; d=/var/lib/rancher/k3s
 for role in server/tls agent; do
   [ ! -s $d/$role/server-ca.crt ] || echo "\${role%/*} $(sha256sum <$d/$role/server-ca.crt | cut -d' ' -f1)"
@@ -151,19 +152,18 @@ export function casOf(facts: Facts<"cas">): Cas {
   return { server: of("server"), agent: of("agent") };
 }
 
-/** A CA as it is shown. */
+/** A CA in a message. */
 export const brief = (hash: string | undefined): string => (hash ? `${hash.slice(0, 12)}…` : "none");
 
 const share = (some: readonly string[], others: readonly string[]) => some.some((ca) => others.includes(ca));
 
 /**
- * May k3s go from a box, as one of this cluster?
- *
- * @param cluster hashes of the cluster's CA, as far as they are known.
+ * Checks that a box belongs to this cluster before k3s is removed from it.
+ * @param cluster known hashes of the cluster's CA.
  * @param role what the box is by the settings.
- * @param known the cluster has a node of this box.
- * @param force it was told so: a server that the cluster does not know, and what no CA proves.
- * @param allowing what would tell so.
+ * @param known the cluster has a node for this box.
+ * @param force also remove an unknown server, or a box whose cluster is not known.
+ * @param allowing the switch that would allow it.
  * @throws {Refusal} for another cluster's box.
  */
 export function mayGo(
@@ -206,7 +206,10 @@ export function mayGo(
     );
 }
 
-/** Facts for mayBecome and isForeign: each role's unit with its drop-ins, wherever it is, and where else k3s is told of its data. */
+/**
+ * Facts for mayBecome and isForeign: each role's unit with its drop-ins, and other places that name k3s's data
+ * directory.
+ */
 export const unitsLook = prints("unit-k3s unit-k3s-agent told")(sh`for name in k3s k3s-agent; do
   fact "unit-$name"; systemctl cat $name.service 2>/dev/null || cat /etc/systemd/system/$name.service 2>/dev/null
 done
@@ -224,21 +227,21 @@ done
 [ -e /var/lib/rancher/k3s/agent/server-ca.crt ] || echo no-agent
 `);
 
-/** Of those that it wrote before it marked them: k3s's own installer has other words, and a - before the file's name. */
+/** Units that this project wrote before it marked them; those of k3s's installer differ. */
 const BEFORE = [
   /^EnvironmentFile=\/etc\/systemd\/system\/k3s(-agent)?\.service\.env$/m,
   /^# Limits other than infinity cost performance: the kernel would have to count\.$/m,
 ];
 
-/** A unit that is there, and that this project has not written. */
+/** Is there a unit that this project did not write? */
 export const isForeign = (unit = ""): boolean =>
   unit.trim() !== "" && !unit.split("\n").includes(WRITTEN_BY) && !BEFORE.every((line) => line.test(unit));
 
-/** As systemd reads it: a line that goes on, comments within it, and blanks before a name and around its =. */
+/** As systemd parses it: continued lines, comments within them, and blanks around names and =. */
 const plainly = (unit: string) =>
   unit.replace(/\\\r?\n(?:[ \t]*[#;].*\n)*/g, " ").replace(/^[ \t]*(\w+)[ \t]*=[ \t]*/gm, "$1=");
 
-/** The words of a unit's last ExecStart, without the program and what systemd's quotes are for. */
+/** The arguments of a unit's last ExecStart, unquoted. */
 export function argumentsIn(unit: string): string[] {
   const [, line = ""] =
     [...plainly(unit).matchAll(/^ExecStart=[-@:+!]*\S*([^\n]*)$/gm)].findLast(
@@ -249,7 +252,7 @@ export function argumentsIn(unit: string): string[] {
 
 const DATA = "/var/lib/rancher/k3s";
 
-/** Where a unit's k3s keeps its cluster, if that is not where this project's does. */
+/** The data directory of a unit's k3s, if it is not the default. */
 function elsewhere(unit: string, told = ""): string | undefined {
   const foreign = isForeign(unit);
   const set = [...plainly(unit).matchAll(/^Environment=(.*)$/gm)].map(([, line]) => line).join(" ");
@@ -271,7 +274,7 @@ function elsewhere(unit: string, told = ""): string | undefined {
   return undefined;
 }
 
-/** A foreign unit's arguments as they may be shown. */
+/** A foreign unit's arguments, without secrets. */
 const shown = (args: readonly string[]) =>
   args
     .map((word) => {
@@ -284,13 +287,13 @@ type UnitFact = "unit-k3s" | "unit-k3s-agent" | "told";
 const unitFact = (facts: Facts<UnitFact>, role: Role) => facts[`unit-${unitOf(role)}`] ?? "";
 
 /**
- * @param goes arguments of this project's own unit.
- * @throws {Refusal} for a box whose unit somebody else has written, unless it is told to take it over; and never where
- * its cluster is elsewhere, since a new and empty one would begin.
+ * @param goes arguments of this project's unit.
+ * @throws {Refusal} for a unit that this project did not write, unless TAKE_OVER allows it; always if its data are
+ * elsewhere, since k3s would start a new, empty cluster.
  */
 function notForeign(role: Role, want: Want, facts: Facts<UnitFact>, goes: readonly string[]): void {
   const unit = unitFact(facts, role);
-  // By another config file, a script or a variable: what is not here is elsewhere, or has never been.
+  // Another config file, a script or a variable may name it: without data here they are elsewhere, or were never made.
   const [lack, file] =
     role === "server" ? ["no-database", "server/db/state.db"] : ["no-agent", "agent/server-ca.crt"];
   const missing = isForeign(unit) && facts.told?.split("\n").includes(lack);
@@ -315,10 +318,7 @@ function notForeign(role: Role, want: Want, facts: Facts<UnitFact>, goes: readon
   );
 }
 
-/**
- * May this box become, or go on as, what it is to be, in the cluster that K3S_TOKEN names?
- * @throws {Refusal}
- */
+/** May this box take, or keep, its role in the cluster of K3S_TOKEN? @throws {Refusal} */
 export function mayBecome(role: Role, want: Want, facts: Facts, goes: readonly string[]): void {
   const other = role === "server" ? "agent" : "server";
   if (unitFact(facts, other).trim())
@@ -345,7 +345,7 @@ export function mayBecome(role: Role, want: Want, facts: Facts, goes: readonly s
     );
 }
 
-/** What is said where an agent leaves a cluster for another one. */
+/** The message for an agent that would move to another cluster. */
 export function moving(want: Settings, facts: Facts): string {
   const [have, asked] = [casOf(facts).agent, caIn(want.K3S_TOKEN)];
   return have.length && !share(have, asked ? [asked] : [])
@@ -383,13 +383,13 @@ function rightRelease(
     );
 }
 
-/** The switches by which a box may change its cluster, or what looks after its unit. */
+/** The switches that allow moving a box to another cluster and taking over a foreign unit. */
 export const ALLOWED = {
   force: "an agent moves to another cluster, or a new cluster's token takes the place of K3S_TOKEN",
   "take-over": "write this project's unit over one that is not its own, where the data stays where it is",
 };
 
-/** Before anything is done to a box that is to have a role. */
+/** Checked before a box is changed. */
 export const identityAs = (role: Role): Step<UnitFact | "cas" | "nodes" | "registered"> => ({
   name: "identity",
   options: [],
@@ -400,7 +400,7 @@ export const identityAs = (role: Role): Step<UnitFact | "cas" | "nodes" | "regis
       addressFree([facts.nodes, facts.registered].flatMap(nodesOf), whoIs(want.PUBLIC_IP, facts));
     mayBecome(role, want, facts, [
       ...argsOf(role, generation, want, want.PROXY_MODE, nodeNameOf(role, want, facts)),
-      // What K3S_CONFIG says of it stays as well, and is read later.
+      // K3S_CONFIG is checked later.
       ...cgroupArgs(role, version, { ...want, K3S_CONFIG: "" }, facts),
     ]);
     rightRelease(role, want, facts);

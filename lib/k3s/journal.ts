@@ -4,18 +4,18 @@ interface Word {
   /** An extended regular expression, for grep on the box and for RegExp here. */
   said: string;
   cause: string;
-  /** `make`'s line is put in place of AGAIN. */
+  /** AGAIN stands for the command to retry. */
   remedy: string;
-  /** k3s says it again and again without ever giving up. */
+  /** k3s retries forever. */
   forever?: true;
 }
 
-/** metrics-server's words on a node: v0.3.6's, and those of v0.5 and later (pkg/scraper). */
+/** metrics-server's errors about a node, in v0.3.6 and in v0.5 and later (pkg/scraper). */
 const SCRAPE = "(Failed to scrape node|unable to fully (scrape|collect) metrics)";
 
 /**
- * What k3s says in its journal, and metrics-server in its log, and what it means (v1.17.6 and v1.36.3, recorded). Of a
- * line, the first that fits counts.
+ * Messages of k3s's journal and metrics-server's log, and what they mean (v1.17.6 and v1.36.3, recorded). The first
+ * match of a line counts.
  */
 const WORDS: readonly Word[] = [
   {
@@ -146,17 +146,17 @@ const WORDS: readonly Word[] = [
   },
 ];
 
-/** For grep -E on the box: lines that have a meaning here. */
+/** For grep -E on the box: the known messages. */
 export const MEANT = WORDS.map(({ said }) => said.replaceAll("'", "."))
   .join("|")
   .replace(/^-|\|-/g, (s) => s.replace("-", "[-]"));
 
-/** For grep -E: what k3s repeats for ever (the wait for its health ends there). */
+/** For grep -E: messages that k3s repeats forever, at which waiting ends. */
 export const HOPELESS = WORDS.filter(({ forever }) => forever)
   .map(({ said }) => said.replaceAll("'", "."))
   .join("|");
 
-/** What lines of k3s's journal mean: the last one that has a meaning counts. `again` is the line that mends the box. */
+/** The meaning of journal lines: the last known one counts. `again` is the command to retry. */
 export function meaningOf(text: string, again: string): { cause: string; remedy: string } | undefined {
   for (const line of text.split("\n").reverse()) {
     const word = WORDS.find(({ said }) => new RegExp(said).test(line));

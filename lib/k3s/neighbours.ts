@@ -1,4 +1,4 @@
-/** With FIREWALL: boxes beside those of a call, whose firewalls let them in, or those that have left no longer. */
+/** With FIREWALL: updates the firewalls of the other boxes when a box joins or leaves. */
 
 import { boxAt, boxes } from "../boxes.ts";
 import { look } from "../converge.ts";
@@ -8,7 +8,7 @@ import { type Facts, Failure, planAll, Refusal } from "../step.ts";
 import { boxNames } from "../text.ts";
 import { firewall } from "./firewall.ts";
 
-/** With FIREWALL: the boxes of SERVER and AGENTS beside those of this call, which are let in there. */
+/** With FIREWALL: the boxes of SERVER and AGENTS that are not part of this run. */
 async function boxesBeside(call: Call, those: readonly Box[]): Promise<Box[]> {
   if (!call.letIn) return [];
   const all = { ...call, settings: { ...call.settings, PUBLIC_IP: "" } };

@@ -7,10 +7,9 @@ import { KEY, PRIVATE_RANGES, publicIp, WORD } from "../table.ts";
 import { K3S, NAME } from "./unit.ts";
 
 /**
- * The shell function `kc`: kubectl with what this box may read the nodes with: the admin's where a server runs; on an
- * agent k3s-controller's, which lists nodes on modern k3s, or the kubelet's own, which could before v1.32
- * (AuthorizeNodeWithSelectors). So an agent is checked, and annotated, without going to the server. A k3s.yaml there
- * is left from another life of the box, or leads to another cluster.
+ * The shell function `kc`: kubectl with credentials that may read nodes: the admin's on a server; on an agent those of
+ * k3s-controller (modern k3s), or of the kubelet, which could before v1.32 (AuthorizeNodeWithSelectors). So an agent is
+ * checked, and annotated, without the server. A k3s.yaml on an agent is a leftover or belongs to another cluster.
  */
 export const KUBECTL = sh`kc() {
   agent=/var/lib/rancher/k3s/agent
@@ -38,9 +37,9 @@ const TLS = "/var/lib/rancher/k3s/server/tls";
 export const CURL = sh`curl -q -sS --noproxy '*' --cacert ${TLS}/server-ca.crt --cert ${TLS}/client-admin.crt --key ${TLS}/client-admin.key`;
 
 /**
- * The shell function `api METHOD PATH [SECONDS]`, for a server: the API's answer, asked by curl, for each kubectl is
- * 139 MB while it runs (v1.36.3). A POST's body is its input. On failure its one line on standard error says why.
- * kubectl is the way out where curl is missing, or cannot read the key (CentOS 7's, of elliptic curves).
+ * The shell function `api METHOD PATH [SECONDS]`, for a server: asks the API by curl, since a kubectl takes 139 MB
+ * (v1.36.3). A POST reads its body from standard input. On failure it prints one line to standard error. kubectl is the
+ * fallback where curl is missing or cannot use the key (CentOS 7 and EC keys).
  */
 export const API = sh`${raw(KUBECTL)}
 apiurl=$(sed -n 's/^ *server: *//p' /etc/rancher/k3s/k3s.yaml 2>/dev/null | head -n 1)
@@ -68,13 +67,13 @@ api() {
   printf %s "$body" | kc "$@"
 }`;
 
-/** What a box has to do, and with what: load averages, cores, memory and swap. */
+/** The fact `load`: load averages, cores, memory and swap. */
 export const loadLook = prints(
   "load",
 )(`fact load; cat /proc/loadavg; getconf _NPROCESSORS_ONLN 2>/dev/null || nproc
 grep -E '^(MemTotal|MemAvailable|SwapTotal|SwapFree):' /proc/meminfo`);
 
-/** The fact `nodes`; where the API is there and gave none, `api` has the seconds it took and its words. */
+/** The fact `nodes`; if the API gave none, `api` has the seconds it took and its error. */
 export const nodesLook = prints("nodes api load")(sh`${raw(API)}
 fact nodes; began=$(date +%s); failed=
 {
@@ -93,7 +92,7 @@ ${peersLook}
 fact interfaces; ls /sys/class/net
 `);
 
-/** A pod of CoreDNS's or metrics-server's: what a cluster's own health hangs on. */
+/** A pod of CoreDNS or metrics-server. */
 export interface SystemPod {
   app: "kube-dns" | "metrics-server";
   name: string;
@@ -126,7 +125,7 @@ export interface PodObject {
   };
 }
 
-/** Items of a list as the API gives it; none where the text is no such list. */
+/** Items of a list from the API; none if the text is not such a list. */
 export function itemsOf<T>(json = ""): T[] {
   try {
     const { items } = JSON.parse(json);
@@ -161,7 +160,7 @@ export function systemOf(json = ""): SystemPod[] | undefined {
   });
 }
 
-/** How busy a box is; what it did not say is undefined. Percents are of what is in use. */
+/** The load of a box; unknown values are undefined. Percentages are of what is in use. */
 export interface Load {
   average: number | undefined;
   cores: number | undefined;
@@ -184,7 +183,7 @@ export function loadOf({ load = "" }: Facts<"load">): Load {
   };
 }
 
-/** That a box has more to do than it can, with its figures. A load of one a core is a busy box, and no more. */
+/** The message for an overloaded box, with figures. A load of one per core is merely busy. */
 export function overload({ average, cores = 1, memory = 0, swap = 0 }: Load): string | undefined {
   if ((average ?? 0) < 2 * cores && memory < 95 && swap < 75) return undefined;
   const figures = [
@@ -195,7 +194,7 @@ export function overload({ average, cores = 1, memory = 0, swap = 0 }: Load): st
   return `the box is overloaded (${figures.join(", ")})`;
 }
 
-/** What the API, or a kubelet behind it, answered in place of what was asked for: its words, in short. */
+/** An error of the API, or of a kubelet behind it, shortened. */
 export const apiMessage = (said: string): string =>
   (/"message": ?"((?:[^"\\]|\\.)*)/.exec(said)?.[1] ?? said)
     .replaceAll('\\"', '"')
@@ -203,7 +202,7 @@ export const apiMessage = (said: string): string =>
     .trim()
     .slice(0, 300);
 
-/** Why the API gave no list of nodes, where there is one: then no node is known to be missing. */
+/** Why the API gave no list of nodes: then no node is known to be missing. */
 export function silence(facts: Facts<"api" | "nodes" | "load">): string | undefined {
   const [, seconds, said] = /^(\d+) (.*)/s.exec(facts.api?.trim() ?? "") ?? [];
   if (said === undefined || nodesOf(facts.nodes).length) return undefined;
@@ -217,8 +216,8 @@ export function silence(facts: Facts<"api" | "nodes" | "load">): string | undefi
 }
 
 /**
- * Marks a node that this project drains, so that a run which was cut is taken up and no node of the user's is
- * uncordoned: with the box's boot id then, and `.done` behind it when no pods are left.
+ * The annotation on a node that this project drains, so that an interrupted run is resumed and no node that the user
+ * cordoned is uncordoned. Its value is the box's boot id at that time, with `.done` appended once no pods are left.
  */
 export const DRAINED = "k3s-across-clouds/drained";
 
@@ -234,7 +233,7 @@ export interface Node {
   drained: { boot: string; done: boolean } | undefined;
   /** When it joined, in seconds since 1970 by the server's clock. */
   created: number;
-  /** When its kubelet last said so, in seconds since 1970 by the node's own clock. */
+  /** The kubelet's last heartbeat, in seconds since 1970 by the node's clock. */
   heartbeat: number;
   internalIp: string | undefined;
   externalIp: string | undefined;
@@ -245,7 +244,7 @@ export interface Node {
   version: string;
   /** The arguments that k3s really got, secrets masked by k3s (its annotation node-args). */
   args: string[];
-  /** What the kubelet runs short of: MemoryPressure, DiskPressure, PIDPressure. */
+  /** Pressure conditions: MemoryPressure, DiskPressure, PIDPressure. */
   pressure: string[];
   labels: Record<string, string>;
   /** `key=value:Effect` or `key:Effect`. */
@@ -275,7 +274,7 @@ interface NodeObject {
   };
 }
 
-/** As the API server itself would have them; any agent may write annotations. */
+/** Only values that the API server would accept: any agent may write annotations. */
 const IP = /^[0-9a-f.:]{2,39}$/;
 const BOOT = /^[0-9a-f-]{36}$/;
 const MACHINE = /^[0-9a-f]{32}$/;
@@ -283,7 +282,7 @@ const CIDR = /^[0-9a-f.:]{2,39}\/\d{1,3}$/;
 export const VERSION = /^v[\w.+-]{1,60}$/;
 const only = (pattern: RegExp, value: unknown): string | undefined =>
   typeof value === "string" && pattern.test(value) ? value : undefined;
-/** Digits and dots alone may still be a name that nft, say, would look up. */
+/** Digits and dots may still be a name that nft would resolve. */
 export const address = (value: unknown): string | undefined => {
   const ip = only(IP, value);
   return ip && isIP(ip) ? ip : undefined;
@@ -299,8 +298,8 @@ const record = (value: unknown): Record<string, string> =>
   );
 
 /**
- * Nodes out of the JSON of a NodeList or of one Node; none where the text is neither. What is no address, label or
- * taint as the API would have it is left out: it reaches other boxes' shells, and commands that people paste.
+ * Parses nodes from the JSON of a NodeList or Node; none if the text is neither. Invalid addresses, labels and taints
+ * are left out, since they reach other boxes' shells and commands that people paste.
  */
 export function nodesOf(json = ""): Node[] {
   try {
@@ -377,14 +376,14 @@ export interface Peer {
 /** Seconds after which WireGuard drops a session; while keepalives flow it is renewed every 120. */
 export const FRESH = 180;
 
-/** The peer behind which a node's pods are: WireGuard has at most one for a network. */
+/** The peer for a node's pod network: WireGuard has at most one for a network. */
 export const peerOf = (peers: readonly Peer[], podCidr = "-"): Peer | undefined =>
   peers.find(({ allowedIps }) => allowedIps.includes(podCidr));
 
 /**
- * How the peer of a node stands. WireGuard follows a peer to where it speaks from: a fresh handshake, later than
- * `proves`, is the proof, and another endpoint than the node's own address (a NAT that keeps old flows, or gives them
- * another port) is worth a note. Wrong is one at which it can be no longer than a moment: private, or another node's.
+ * The state of a node's peer. WireGuard follows a peer to the address it sends from, so a handshake later than `proves`
+ * is the proof. An endpoint other than the node's address (a NAT that keeps old flows or changes ports) is worth a
+ * note; a private one, or another node's, is wrong.
  */
 export function standing(
   peer: Peer | undefined,
@@ -409,8 +408,8 @@ export const addressesOf = ({ publicIp, externalIp }: Node): string[] =>
   [publicIp, externalIp].filter((ip) => ip !== undefined);
 
 /**
- * The same as a condition of awk's, on a line of `wg show IF dump`; `own` and `others` are variables of it: the node's
- * address, and those of the other nodes between blanks.
+ * The same as an awk condition on a line of `wg show IF dump`; its variable `own` is the node's address, `others` those
+ * of the other nodes between blanks.
  */
 export const STANDS = `{ at = $3; sub(/:[0-9]+$/, "", at) }
   NR > 1 && index("," $4 ",", "," c ",") && $5 > oldest {
@@ -418,7 +417,7 @@ export const STANDS = `{ at = $3; sub(/:[0-9]+$/, "", at) }
   }
   END { exit !found }`;
 
-/** Peers out of the fact `peers`: lines of `wg show IF dump` less the first, each behind its interface. @see wg(8) */
+/** Parses the fact `peers`: lines of `wg show IF dump` without the first, each preceded by its interface. @see wg(8) */
 export function peersOf(dump = ""): Peer[] {
   return dump
     .split("\n")

@@ -1,4 +1,4 @@
-/** What a box has for installing packages, and where it lets nothing be written. */
+/** Package managers of a box, and its read-only folders. */
 import { raw, sh } from "../sh.ts";
 import { type Facts, prints, Refusal } from "../step.ts";
 import { pairs } from "../text.ts";
@@ -16,13 +16,13 @@ export interface Os {
   name: string;
   /** Undefined where none of them is there. */
   manager: Manager | undefined;
-  /** What changes the packages of a box whose /usr is read-only; "" where nothing does. */
+  /** The tool that installs packages where /usr is read-only; "" if there is none. */
   image: string | undefined;
 }
 
 /**
- * Facts about package managers: by what is there, for most distros are somebody's family and keep its tools. A tool of
- * another family's may be installed too: of those the first counts, each by the database that is its own.
+ * Facts about package managers, found by what is installed, since most distros derive from another and keep its tools.
+ * A tool of another family may be installed too: the first one whose database exists counts.
  */
 export const managersLook = prints("managers image")(`fact managers
 [ ! -s /var/lib/dpkg/status ] || command -v apt-get
@@ -71,7 +71,7 @@ export function osOf(facts: Facts<"managers" | "image">): Os {
 export const isEl7 = ({ id, like, major }: Os): boolean =>
   major === 7 && [id, ...like].some((name) => /^(rhel|centos|fedora)$/.test(name));
 
-/** dnf and yum go on without a list that is gone. */
+/** Lets dnf and yum skip a repository that is gone. */
 export const DEAD = "--setopt=*.skip_if_unavailable=1";
 
 /** CentOS 7's mirrors went in 2024. */
@@ -79,11 +79,11 @@ const VAULT = `The mirrors of CentOS 7 are gone, its packages are at vault.cento
 sed -i 's/^mirrorlist/#&/; s|^#* *baseurl=http://mirror.centos.org|baseurl=http://vault.centos.org|' /etc/yum.repos.d/CentOS-*.repo`;
 
 /**
- * Shell that installs packages without a question. Another apt at work (cloud-init's, on a new box) is waited for;
- * what a dpkg that was cut has left half done is ended first, else apt refuses. A list that is gone, somebody else's
- * mostly, is no reason not to try: the installation's own status decides.
+ * Shell that installs packages non-interactively. It waits for another running apt (cloud-init's, on a new box) and
+ * completes an interrupted dpkg first, since apt would refuse. A repository that is gone is ignored: the exit status of
+ * the installation decides.
  *
- * @throws {Refusal} where packages are not installed so, with what is missing.
+ * @throws {Refusal} for an unsupported package manager, naming what is missing.
  */
 export function install(os: Os, packages: readonly string[], options: readonly string[] = []): string {
   if (os.image !== undefined) {
@@ -112,7 +112,7 @@ apt-get -q -y -o DPkg::Lock::Timeout=120 --no-install-recommends install ${names
     case "dnf":
       return sh`dnf -y ${DEAD} install ${names}`;
     case "zypper":
-      // 102, 103 and 106: it is installed; a restart is due, or a list was left out.
+      // 102, 103 and 106 mean installed: a restart is due, or a repository was skipped.
       return sh`zypper --non-interactive install --no-recommends ${names} || case $? in 10[236]) ;; *) exit 1 ;; esac`;
     case "apk":
       return sh`apk add ${names}`;
@@ -126,7 +126,10 @@ pacman -S --noconfirm --needed ${names}`;
   }
 }
 
-/** Facts about k3s's folders: those that cannot be written. One that is not there yet is made in the next above it. */
+/**
+ * The fact `readonly`: k3s's folders that cannot be written. For a missing folder its nearest existing parent is
+ * tested.
+ */
 export const foldersLook = prints(
   "readonly",
 )(`fact readonly; for folder in /usr/local/bin /etc/systemd/system /var/lib/rancher; do
@@ -136,7 +139,7 @@ export const foldersLook = prints(
 done
 `);
 
-/** @throws {Refusal} before anything is done, where one of these folders could not be written at the end. */
+/** @throws {Refusal} before anything is changed, when one of these folders cannot be written. */
 export function writable(facts: Facts<"readonly">, ...folders: string[]): void {
   const folder = (facts.readonly ?? "").split("\n").find((name) => folders.includes(name));
   if (folder)

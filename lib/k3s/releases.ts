@@ -1,8 +1,8 @@
-/** Releases of k3s in their order, and the way from one to another. */
+/** Releases of k3s: their order, and upgrade paths. */
 import { SettingError } from "../settings.ts";
 import { Refusal } from "../step.ts";
 
-/** A release of each minor version that one may have to pass through (docs.k3s.io/release-notes, 2026-05). */
+/** One release of each minor version, for upgrade paths (docs.k3s.io/release-notes, 2026-05). */
 const RELEASES = [
   ...["v1.18.20+k3s1", "v1.19.16+k3s1", "v1.20.15+k3s1", "v1.21.14+k3s1", "v1.22.17+k3s1", "v1.23.17+k3s1"],
   ...["v1.24.17+k3s1", "v1.25.16+k3s4", "v1.26.15+k3s1", "v1.27.16+k3s1", "v1.28.15+k3s1", "v1.29.15+k3s1"],
@@ -33,10 +33,11 @@ export function compare(a: string, b: string): number {
 }
 
 /**
- * The releases to go through from what runs, an older and a newest one where an upgrade was cut, to `to`. What is
- * done of `steps` is left out, so that the same call may be repeated.
+ * The releases to pass through from the running ones (two after an interrupted upgrade) to `to`. Completed ones of
+ * `steps` are left out, so that the same command can be repeated.
  *
- * @throws {SettingError} where steps lead elsewhere, {Refusal} for a way back or a jump, unless forced.
+ * @throws {SettingError} for steps that do not lead to `to`, {Refusal} for a downgrade or a skipped minor version,
+ * unless forced.
  */
 export function pathOf(
   running: readonly string[],

@@ -1,21 +1,21 @@
-/** What the kernel's packet filter does with a packet: the rules of nft and of iptables, judged in their order. */
+/** Simulates the kernel's packet filter: what the rules of nft and iptables do with a packet, in their order. */
 
-/** The first packet of a connection, as it comes to the box. */
+/** The first packet of a connection, as it arrives at the box. */
 export interface Packet {
   hook: "input" | "forward";
   family: "ip" | "ip6";
-  /** Its network card; "" where that is not known. */
+  /** Its interface; "" if not known. */
   iif: string;
   oif: string;
-  /** Where it is from; "" for somebody whom no rule names. */
+  /** Its source; "" for an address that no rule names. */
   from: string;
-  /** The addresses that it may be sent to; none where they are not known. */
+  /** Its possible destinations; none if not known. */
   to: readonly string[];
   protocol: "tcp" | "udp";
   port: number;
 }
 
-/** undefined: it depends on what is not known here. */
+/** undefined: not known here. */
 type Truth = boolean | undefined;
 type Test = (packet: Packet) => Truth;
 type Verdict = "accept" | "drop" | "return" | "unclear" | { to: string; goto: boolean };
@@ -23,25 +23,25 @@ type Verdict = "accept" | "drop" | "return" | "unclear" | { to: string; goto: bo
 interface Rule {
   text: string;
   tests: Test[];
-  /** A verdict map has several, each with a test of its own; a rule that only counts or logs has none. */
+  /** A verdict map has several, each with its own test; a rule that only counts or logs has none. */
   ends: readonly (readonly [Test | undefined, Verdict])[];
 }
 
 export interface Chain {
-  /** Whose it is, such as "iptables" or "nft inet filter"; chains of one name are told apart by it. */
+  /** Its owner, such as "iptables" or "nft inet filter", which distinguishes chains of the same name. */
   table: string;
   name: string;
   rules: Rule[];
-  /** Of a chain at which the kernel begins. */
+  /** Only for base chains. */
   base?: { hook: string; priority: number; policy: "accept" | "drop"; card?: string };
 }
 
-/** What may become of a packet in one chain, and why. */
+/** A possible outcome for a packet in one chain, and its reason. */
 export interface End {
   verdict: "accept" | "drop" | "unclear";
-  /** The rule, or the policy, as one may look for it. */
+  /** The rule or policy, as the user can find it. */
   why: string;
-  /** Whether it is certain that no other end is reached. */
+  /** Is no other outcome possible? */
   sure: boolean;
   chain: Chain;
 }
@@ -62,7 +62,7 @@ function within(ip: string, net: string): Truth {
   const size = bits.includes(".") ? 2 ** 32 - number(bits) : 2 ** (32 - Number(bits));
   const first = Math.floor(number(base) / size) * size;
   const last = high ? number(high) : first + size - 1;
-  // So much of the world is not "somebody".
+  // A range of at least this size does not count as naming an address.
   if (!ip) return last - first >= 2 ** 32 - 1 ? true : last - first >= 2 ** 25 ? undefined : false;
   return first <= number(ip) && number(ip) <= last;
 }
@@ -74,7 +74,7 @@ function portIn(port: number, ports: string): Truth {
   if (Number.isNaN(from) || Number.isNaN(to)) return undefined;
   return (from as number) <= port && port <= ((to as number) || 65_535);
 }
-/** Nodes send from a high port, whichever; somebody chooses. */
+/** Nodes send from an arbitrary high port; a stranger can choose the port. */
 const sentFrom = ({ from }: Packet, ports: string): Truth =>
   portIn(1024, ports) && portIn(65_535, ports)
     ? true
@@ -97,21 +97,21 @@ const sentTo = (packet: Packet, word: string): Truth => {
   const each = packet.to.map((ip) => within(ip, word));
   return each.length && each.every((truth) => truth === each[0]) ? each[0] : undefined;
 };
-/** Kinds of address that the kernel's routes give: it is the box's own where a packet is for the box. */
+/** Address types by the routing table: LOCAL for packets to the box itself. */
 const kindOf = (packet: Packet, word: string): Truth =>
   /^local$/i.test(word)
     ? packet.hook === "input"
     : /^unicast$/i.test(word)
       ? packet.hook === "forward"
       : false;
-/** Of a SYN: are the flags of `mask` those of `right`? */
+/** Does a SYN match the TCP flags `right` under `mask`? */
 const flagsAre = (mask: string, right: string): boolean => {
   const [m, r] = [mask, right].map((text) => new Set(text.toLowerCase().match(/[a-z]+/g) ?? []));
   const has = (set: Set<string> | undefined, flag: string) => Boolean(set?.has(flag) || set?.has("all"));
   return [...(r ?? [])].every((flag) => flag === "syn" || flag === "none") && has(m, "syn") === has(r, "syn");
 };
 
-/** What iptables-save of either backend prints. KUBE- and CNI- chains are k3s's own, and may be left out. */
+/** Parses the output of iptables-save (either backend). KUBE- and CNI- chains are k3s's own and may be missing. */
 export function iptables(text: string, family: "ip" | "ip6", name: string): Chain[] {
   const chains: Chain[] = [];
   let table = "";
@@ -137,7 +137,7 @@ export function iptables(text: string, family: "ip" | "ip6", name: string): Chai
 }
 
 const TARGETS: Record<string, Verdict> = { ACCEPT: "accept", DROP: "drop", REJECT: "drop", RETURN: "return" };
-/** Of iptables' targets those after which the next rule is asked. */
+/** iptables targets after which evaluation continues. */
 const GOES_ON =
   /^(LOG|NFLOG|ULOG|MARK|CONNMARK|CLASSIFY|TCPMSS|TOS|DSCP|SET|CT|NOTRACK|TRACE|AUDIT|CHECKSUM|TTL|HL|LED|TCPOPTSTRIP|SECMARK|CONNSECMARK|IDLETIMER|RATEEST)$/;
 const UNCLEAR = /^(QUEUE|NFQUEUE|SYNPROXY|TPROXY|TARPIT|STEAL|CLUSTERIP|ECHO|MIRROR)$/;
@@ -225,14 +225,14 @@ const PRIORITIES: Record<string, number> = {
   ...{ raw: -300, mangle: -150, dstnat: -100, filter: 0, security: 50, srcnat: 100 },
 };
 
-/** What `nft list ruleset` prints, less the chains of `without` ("ip filter INPUT"). */
+/** Parses the output of `nft list ruleset`, without the chains in `without` ("ip filter INPUT"). */
 export function nft(text: string, without: readonly string[] = []): Chain[] {
   const chains: Chain[] = [];
   let table = "";
   let asleep = false;
   let chain: Chain | undefined;
   let sets: Record<string, string> = {};
-  // The elements of a named set go on on lines of their own.
+  // The elements of a named set continue on further lines.
   for (const line of text.replace(/,\n\s+/g, ", ").split("\n")) {
     const [, at] = /^table (\S+ \S+)/.exec(line) ?? [];
     const [, kind, name = ""] = /^\t(chain|set|map) (\S+) \{/.exec(line) ?? [];
@@ -268,7 +268,7 @@ function priorityOf(text: string): number {
   return name ? (PRIORITIES[name] ?? 0) + Number(`${sign ?? ""}${more ?? 0}`) : Number(text);
 }
 
-/** What is compared, by its first words; a longer one goes before its beginning. */
+/** Match keys by their first words; a longer one comes before its prefix. */
 const KEYS: Record<string, (p: Packet, word: string) => Truth> = {
   "ip saddr": (p, word) => p.family === "ip" && within(p.from, word),
   "ip6 saddr": (p, word) => p.family === "ip6" && within(p.from, word),
@@ -345,7 +345,7 @@ function nftRule(text: string, family: string, sets: Record<string, string>): Ru
     const values = valuesOf();
     if (!values) {
       tests.push(() => undefined);
-      // So is every verdict of the map.
+      // Then every verdict of the map is possible.
       if (verdicts) ends.push([undefined, "unclear"]);
       return true;
     }
@@ -357,7 +357,7 @@ function nftRule(text: string, family: string, sets: Record<string, string>): Ru
       const named: Test[] = [];
       for (const value of values) {
         const [key = "", verdict = ""] = value.split(" : ");
-        // Whatever the others do not have, wherever it stands among them.
+        // The default case applies where no other does, wherever it stands.
         const test = key === "*" ? (p: Packet) => not(any(named.map((one) => one(p)))) : is(key);
         if (key !== "*") named.push(test);
         const [what, to = ""] = verdict.split(" ");
@@ -401,7 +401,7 @@ function nftRule(text: string, family: string, sets: Record<string, string>): Ru
       words.shift();
       const end = verdictOf(head, words[0] ?? "");
       if (end) ends.push([undefined, end]);
-      // `with tcp reset`, `with icmp type …`: these are no matches.
+      // `with tcp reset`, `with icmp type …` are not matches.
       if (words[0] === "with") words.splice(0, words[2] === "type" ? 4 : 3);
       rest();
     } else if (!compare()) {
@@ -424,12 +424,12 @@ const verdictOf = (word: string, to: string): Verdict | undefined =>
           ? "unclear"
           : undefined;
 
-/** k3s's own, which decide only about what is k3s's. */
+/** k3s's own chains only concern k3s's own traffic. */
 const K3S = /^(KUBE|CNI)-/;
 
 type Way = { verdict: End["verdict"] | "return"; why: string };
 
-/** All ends that a packet may come to in a chain, in the order of its rules. */
+/** All possible outcomes for a packet in a chain, in rule order. */
 function walk(chain: Chain, chains: readonly Chain[], packet: Packet, depth = 0): Way[] {
   const ways: Way[] = [];
   for (const rule of chain.rules) {
@@ -462,7 +462,7 @@ function walk(chain: Chain, chains: readonly Chain[], packet: Packet, depth = 0)
   return [...ways, { verdict: "return", why: "" }];
 }
 
-/** Where a packet comes by on its way in, at all hooks; with what may become of it at each. */
+/** The base chains that a packet passes on its way in, with its possible outcomes at each. */
 export function ends(chains: readonly Chain[], packet: Packet): End[][] {
   const hooks = ["ingress", "prerouting", packet.hook];
   const order = ({ base }: Chain) => hooks.indexOf(base?.hook as string) * 1e6 + (base?.priority ?? 0);

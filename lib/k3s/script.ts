@@ -1,4 +1,4 @@
-/** What every script tells the engine of k3s: the files that its settings name, and how boxes depend on each other. */
+/** What the engine is told about k3s: files that settings name, and how boxes depend on each other. */
 import { isUtf8 } from "node:buffer";
 import { createHash } from "node:crypto";
 import { createReadStream, existsSync, readFileSync } from "node:fs";
@@ -17,7 +17,7 @@ import { firewall } from "./firewall.ts";
 export const run = (meta: ImportMeta, recipe: Recipe): Promise<void> =>
   runScript(meta, { ...recipe, filesOf, prepare, wantOnBox });
 
-/** Whom boxes let in, and what must not go by their proxy: the addresses of all. */
+/** Addresses of all boxes, for the firewall and NO_PROXY. */
 async function prepare(call: Call): Promise<void> {
   const { recipe, settings, own } = call;
   const declared = settings.FIREWALL && recipe.steps.includes(firewall);
@@ -33,18 +33,18 @@ async function prepare(call: Call): Promise<void> {
   if (declared) call.letIn = [...call.addresses.servers, ...call.addresses.agents];
 }
 
-/** @throws {SettingError} for a box whose address is not known, or not public. */
+/** @throws {SettingError} for a box without a known public address. */
 async function addressesOf(call: Call, setting: "SERVER" | "AGENTS"): Promise<string[]> {
   return (await boxes(call, setting)).map(({ ip }) => ip).sort();
 }
 
-/** A box's settings, by what it is to the others. */
+/** A box's settings, as far as they depend on the other boxes. */
 export function wantOnBox(call: Call, name: string, want: Want): Want {
   const { settings, addresses } = call;
   const servers = boxNames(settings.SERVER);
   const isServer = call.recipe.host === "SERVER" || servers.includes(name);
   const own = call.own[name] ?? call.own[""];
-  // The networks of pods and services are what the server's arguments say, on every other box too.
+  // The server's arguments define the networks of pods and services for all boxes.
   const theirs = isServer ? undefined : call.own[servers[0] as string]?.SERVER_ARGS;
   const result = {
     ...want,
@@ -53,14 +53,14 @@ export function wantOnBox(call: Call, name: string, want: Want): Want {
   };
   if (want.HTTPS_PROXY || want.HTTP_PROXY) {
     const url = /^https:\/\/([\w.-]+)/.exec(want.K3S_URL)?.[1] ?? "";
-    // An agent has to do with no other agent but through WireGuard.
+    // Agents reach each other only through WireGuard.
     const nodes = [...addresses.servers, ...(isServer ? addresses.agents : []), url, want.PUBLIC_IP];
     result.NO_PROXY = noProxy(result, nodes);
   }
   return result;
 }
 
-/** What the files that settings name hold: K3S_BIN's hash, and K3S_CONFIG's text. @throws {SettingError} */
+/** Reads the files that settings name: the hash of K3S_BIN, the text of K3S_CONFIG. @throws {SettingError} */
 async function filesOf(want: Settings): Promise<Partial<Settings>> {
   return {
     ...(want.K3S_BIN ? { K3S_SHA256: await hashOf(want), AIRGAP: await imagesBeside(want) } : {}),
@@ -68,7 +68,9 @@ async function filesOf(want: Settings): Promise<Partial<Settings>> {
   };
 }
 
-/** @throws {SettingError} when the file cannot be read, is not as k3s reads it, or holds what belongs into a setting. */
+/**
+ * @throws {SettingError} when the file cannot be read, k3s could not parse it, or it contains what has to be a setting.
+ */
 function configIn({ K3S_CONFIG }: Settings): string {
   aFile("K3S_CONFIG", K3S_CONFIG);
   try {
@@ -110,7 +112,8 @@ function sha256Of(path: string): Promise<string> {
 /**
  * AIRGAP, and below it the airgap images beside K3S_BIN, a line each: sha256 and path; the smallest file of each
  * architecture.
- * @throws {SettingError} where there are none and AIRGAP asks for them.
+ *
+ * @throws {SettingError} when there are none and AIRGAP requires them.
  */
 async function imagesBeside({ K3S_BIN, AIRGAP }: Settings): Promise<string> {
   const folder = dirname(K3S_BIN);

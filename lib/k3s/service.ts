@@ -1,4 +1,4 @@
-/** k3s as a systemd unit on its box: what has to be done so that it runs as wanted, and is healthy. */
+/** k3s as a systemd unit: changes that make it run as configured, and the wait until it is healthy. */
 
 import type { Settings } from "../settings.ts";
 import { raw, sh, writeFile } from "../sh.ts";
@@ -31,7 +31,7 @@ import {
   unitText,
 } from "./unit.ts";
 
-/** Before anything else is done to a box that is to run k3s: neither Alpine's OpenRC nor every cgroup will do. */
+/** Checked before a box is changed: k3s needs systemd (not OpenRC) and suitable cgroups. */
 export const systemdFirst = step({
   name: "systemd",
   options: [],
@@ -52,7 +52,7 @@ export const systemdFirst = step({
 type HealthFact = "nodes" | "interfaces" | "service";
 type ServiceFact = HealthFact | "other" | "envfile" | "unit" | "written" | "read" | "enabled" | "version";
 
-/** Facts about the service of a role on its box, and the cluster's nodes as that box can see them. */
+/** Facts about a role's service, and the cluster's nodes as its box sees them. */
 export function serviceLook(role: Role) {
   const unit = unitOf(role);
   const other = unitOf(role === "server" ? "agent" : "server");
@@ -86,18 +86,18 @@ export function onCard(ip: string, facts: Facts): boolean {
     .some(([, device, , address]) => device !== "lo" && address?.split("/")[0] === ip);
 }
 
-/** ipvs is wanted, but the kernel lacks it: iptables, as kube-proxy itself would do (v1.17.6, recorded). */
+/** Without ip_vs in the kernel kube-proxy falls back to iptables (v1.17.6, recorded). */
 const lacksIpvs = (want: Settings, facts: Facts<"ipvs">): boolean =>
   want.PROXY_MODE === "ipvs" && !facts.ipvs?.trim();
 
-/** How a healthy node is told of; with what of the settings could not be had. */
+/** The message for a healthy node, with the settings that could not be applied. */
 export function healthySaying(role: Role, want: Settings, facts: Facts): string {
   const name = nodeNameOf(role, want, facts);
   const proxy = lacksIpvs(want, facts) ? "; its kernel has no ip_vs, so kube-proxy uses iptables" : "";
   return `k3s ${releaseOf(want, facts).version} is up to date, node ${name} is Ready${proxy}`;
 }
 
-/** Why the node is not healthy yet; systemd's word is not asked: a looping k3s is "active" too. */
+/** Why the node is not healthy yet. systemd's state does not count: a k3s that restarts in a loop is "active" too. */
 export function ailments(
   name: string,
   ip: string,
@@ -105,12 +105,12 @@ export function ailments(
   facts: Facts<HealthFact>,
 ): string[] {
   const node = nodesOf(facts.nodes).find((n) => n.name === name);
-  // What the API did not say in time is unknown, and not missing.
+  // If the API did not answer in time, the node is unknown, not missing.
   if (!node) return [silence(facts) ? "the API gave no list of nodes" : `node ${name} is not registered`];
   const started = startedAt(facts) ?? Number.POSITIVE_INFINITY;
   return [
     node.ready ? "" : `node ${name} is not Ready`,
-    // A node counts as Ready for 40 s after its kubelet has died: it must have said so since this start.
+    // A node stays Ready for 40 s after its kubelet has died: the heartbeat must be later than this start.
     node.heartbeat >= Math.floor(started) - 1 ? "" : `node ${name} has not reported since its last start`,
     node.externalIp === ip ? "" : `ExternalIP of ${name} is ${node.externalIp ?? "not set"}, not ${ip}`,
     (facts.interfaces ?? "").split("\n").includes(interfaceOf(generation))
@@ -120,12 +120,12 @@ export function ailments(
 }
 
 /**
- * Changes that make a role's unit run as wanted: its two files, then one restart if what runs is older than
- * what is on disk (so a run that was cut between the two is finished by the next), then health.
+ * Changes that make a role's unit run as configured: its two files, then one restart if the process is older than the
+ * files (so the next run completes an interrupted one), then a health check.
  *
  * @param env lines of the EnvironmentFile; `@NAME@` stands for a setting that is secret.
- * @param before what else has to be made before the next start.
- * @param note what its environment changes beside what it says.
+ * @param before changes that have to precede the next start.
+ * @param note what a changed environment means.
  */
 export function servicePlan(
   role: Role,
@@ -188,8 +188,8 @@ ${raw(writeFile(unitPath(role), text))}`,
   if (changes.length) writable(facts, "/etc/systemd/system", "/var/lib/rancher");
 
   const started = startedAt(facts);
-  // ctime in whole seconds; half a second of grace for what was written just before this start. What was
-  // written in the future was written by a clock that has been set back since.
+  // ctime has whole seconds: half a second of tolerance for files written just before this start. A time in the future
+  // comes from a clock that was set back since.
   const stale = `${facts.written}\n${facts.read}`
     .split("\n")
     .some((s) => Number(s) > Math.floor((started ?? 0) + 0.5) && Number(s) <= Number(facts.now));
@@ -198,7 +198,7 @@ ${raw(writeFile(unitPath(role), text))}`,
   const border = (facts.interfaces ?? "")
     .split("\n")
     .includes(interfaceOf(generation === "old" ? "modern" : "old"));
-  // Another binary is put in place before this change.
+  // The new binary is already in place.
   const newBinary = facts.version?.trim() !== version;
   const due =
     changes.length + gone.length > 0 || down || stale || border || newBinary || NeedDaemonReload === "yes";
@@ -222,15 +222,15 @@ ${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0))}`,
   return changes;
 }
 
-/** After so many seconds a node that started with another ExternalIP has it: v1.17.6 took up to 60. */
+/** Seconds until a changed ExternalIP shows: v1.17.6 took up to 60. */
 const SETTLES = 120;
 
 /** How long a node may take to become healthy, in seconds: v1.36.3 on two emulated CPUs took 168, starved ones 460. */
 const WAIT = 600;
 
 /**
- * The change that (re)starts a unit and waits until its node is healthy. Over the border of the generations
- * (`clear`) the other one's pods and interface go first: both of flannel's interfaces listen on 51820.
+ * The change that (re)starts a unit and waits until its node is healthy. Between the generations (`clear`) the other
+ * one's pods and interface are removed first: both of flannel's interfaces listen on 51820.
  */
 export function restart(
   role: Role,
@@ -244,7 +244,7 @@ export function restart(
   }: { verb?: string; gone?: readonly string[]; clear?: boolean } = {},
 ): Change {
   const unit = unitOf(role);
-  // In one change: a run that is cut between the two would leave a k3s that runs by what is no longer there.
+  // One change: a run interrupted in between would leave a running k3s whose files are gone.
   const remove = gone.length ? `${sh`rm -f ${gone}`}\n` : "";
   const cleared = clear
     ? sh`timeout 60 systemctl stop ${unit} || systemctl kill -s KILL ${unit}
@@ -266,8 +266,8 @@ ${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "serve
 }
 
 /**
- * Tells the token as soon as it opens the server's door, so that agents join while the server's own node gets
- * Ready. Not on old k3s, which annotate restarts once more.
+ * Reports the token as soon as the server accepts it, so that agents join while the server's own node becomes Ready.
+ * Not on old k3s, which annotate restarts once more.
  */
 const DOOR = sh`if [ -z "\${open-}" ] && token=$(cat ${NODE_TOKEN} 2>/dev/null) && [ -n "$token" ]; then
     door=$(printf 'user = "node:%s"\n' "$(printf %s "${raw(passwordOf("token"))}" | sed 's/["\\]/\\&/g')" |
@@ -278,24 +278,24 @@ const DOOR = sh`if [ -z "\${open-}" ] && token=$(cat ${NODE_TOKEN} 2>/dev/null) 
 `;
 
 /**
- * Shell that removes an empty node password: k3s that could not write it to a full disk asks with it for ever, and no
- * server takes it (pkg/agent/config, ensureNodePassword, both generations). One of the last seconds may still be filled.
+ * Shell that removes an empty node password file: k3s that could not write it to a full disk uses it forever, and no
+ * server accepts it (pkg/agent/config, ensureNodePassword, both generations). A new file may still be filled.
  */
 export const withoutEmpty = (password = "/etc/rancher/node/password"): string =>
   sh`[ -s ${password} ] || [ ! -e ${password} ] || [ $(($(date +%s) - $(stat -c %Y ${password}))) -lt 5 ] || rm -f ${password}`;
 
 /**
- * The time of the oldest handshake that proves something, in seconds since 1970. v1.17 makes its key and flannel.1 anew
- * some time after `started`, its start: until then those of the process before are seen.
+ * The earliest time of a handshake that counts, in seconds since 1970. v1.17 recreates its key and flannel.1 some time
+ * after `started`, its start: until then the previous process's are seen.
  */
 export const oldest = (generation: Generation, now: number, started = 0): number =>
   Math.max(now - FRESH, generation === "old" ? Math.floor(started) - 2 : 0);
 
-/** The same as shell that sets `oldest`, by its `since` for the start. */
+/** The same as shell: sets `oldest` from `since`, the start. */
 export const oldestSh = (generation: Generation): string =>
   sh`oldest=$(($(date +%s) - ${FRESH}))${raw(generation === "old" ? `; [ "$oldest" -ge $((since - 2)) ] || oldest=$((since - 2))` : "")}`;
 
-/** Waits for a healthy node, says how it goes, and on failure prints the journal's lines that matter. */
+/** Waits for a healthy node, reports progress, and on failure prints the relevant journal lines. */
 function healthSh(
   name: string,
   generation: Generation,

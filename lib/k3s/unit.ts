@@ -1,4 +1,4 @@
-/** k3s's releases as they differ for us, its arguments, and its systemd unit. */
+/** The two generations of k3s, its arguments, and its systemd unit. */
 
 import { lastOf, parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
@@ -10,7 +10,7 @@ import { compare } from "./releases.ts";
 
 export const K3S = "/usr/local/bin/k3s";
 
-/** k3s has two ways of doing WireGuard, and this project one for each. */
+/** k3s has two ways of using WireGuard. */
 export type Generation = "old" | "modern";
 export type Role = "server" | "agent";
 
@@ -18,13 +18,13 @@ export type Role = "server" | "agent";
 export const interfaceOf = (generation: Generation): string =>
   generation === "old" ? "flannel.1" : "flannel-wg";
 
-/** flannel's name for its backend, on a node: nodes of the other one are no peers. */
+/** flannel's backend in a node's annotation: nodes with the other backend are not peers. */
 export const backendOf = (generation: Generation): string =>
   generation === "old" ? "extension" : "wireguard";
 
 /**
- * Which way a k3s release goes. From v1.23 to v1.25 the names of both exist, so the binary is asked:
- * `flags` is what its help has of the modern way; without it the answer is not known yet.
+ * The generation of a k3s release. From v1.23 to v1.25 both backends' names exist, so the binary's help decides:
+ * `flags` has its lines about the modern one; without it the generation is not known yet.
  */
 export function generationOf(version: string, flags?: string): Generation | undefined {
   const minor = Number(/^v1\.(\d+)\./.exec(version)?.[1]);
@@ -34,7 +34,7 @@ export function generationOf(version: string, flags?: string): Generation | unde
   return flags.includes("--flannel-external-ip") && flags.includes("wireguard-native") ? "modern" : "old";
 }
 
-/** Facts about the binary: its version, and for the releases in between what its help has of the modern way. */
+/** Facts about the binary: its version, and for v1.23 to v1.25 the lines of its help about the modern backend. */
 export const binaryLook = prints("version flags")(sh`said=$(${K3S} --version 2>/dev/null)
 fact version; echo "$said" | sed -n 's/^k3s version \(v[^ ]*\).*/\1/p'
 fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-(backend|external-ip)|wireguard-native' ;; esac
@@ -45,7 +45,7 @@ export const nameLook = prints("named")(
   sh`fact named; sed -n 's/.*[[:space:]]--node-name=\([a-z0-9.-]*\).*/\1/p' /etc/systemd/system/k3s.service /etc/systemd/system/k3s-agent.service 2>/dev/null`,
 );
 
-/** Which k3s the box will run: the wanted release, or what a pushed K3S_BIN said of itself, once it is there. */
+/** The release that the box will run: K3S_VERSION, or what a pushed K3S_BIN reported. */
 export function releaseOf(
   want: Settings,
   facts: Facts<"version" | "flags" | "sha256">,
@@ -53,7 +53,7 @@ export function releaseOf(
   const installed = facts.version?.trim();
   const there = facts.sha256 === undefined || facts.sha256.trim() === want.K3S_SHA256;
   const version = want.K3S_BIN && there ? (installed ?? "") : want.K3S_VERSION;
-  // Every release's help has --flannel-backend: one without it is no help.
+  // Every release's help has --flannel-backend: otherwise it is not the help.
   const asked = installed === version && facts.flags?.includes("--flannel-backend");
   const generation = generationOf(version, asked ? facts.flags : undefined);
   return generation ? { version, generation } : { version };
@@ -65,14 +65,14 @@ export const cgroupLook = prints(
 )(`fact cgroup; stat -fc %T /sys/fs/cgroup 2>/dev/null; cat /sys/fs/cgroup/cgroup.controllers 2>/dev/null
 `);
 
-/** The cgroup version and, of v2, the controllers; undefined where the box does not say. An old stat knows v2 by number. */
+/** The cgroup version, and v2's controllers; undefined if not known. An old stat prints v2's number. */
 function cgroupOf(facts: Facts<"cgroup">): { version: 1 | 2; controllers: string[] } | undefined {
   const [type = "", controllers = ""] = facts.cgroup?.trim().split("\n") ?? [];
   if (!type) return undefined;
   return { version: /^cgroup2fs$|63677270/.test(type) ? 2 : 1, controllers: splitWords(controllers) };
 }
 
-/** Why a release of k3s cannot run on a box with these cgroups, and what would be right. */
+/** Why a release of k3s cannot run with a box's cgroups, and the remedy. */
 export function cgroupFault(release: string, facts: Facts): string | undefined {
   const cgroup = cgroupOf(facts);
   if (!release || cgroup?.version !== 2) return undefined;
@@ -86,7 +86,7 @@ export function cgroupFault(release: string, facts: Facts): string | undefined {
   return `This box's cgroup v2 has no ${missing.join(", ")} controller, which k3s needs: ${how}; then restart it`;
 }
 
-/** Since v1.35 the kubelet ends on cgroup v1 unless it is told not to (KubeletConfiguration's failCgroupV1). */
+/** Since v1.35 the kubelet exits on cgroup v1 unless failCgroupV1 is false (KubeletConfiguration). */
 export function cgroupArgs(role: Role, release: string, want: Settings, facts: Facts): string[] {
   if (cgroupOf(facts)?.version !== 1 || Number(release.split(".")[1]) < 35) return [];
   const own = [
@@ -102,13 +102,13 @@ export const nodeNameIn = (args: string): string | undefined =>
   lastOf(parseArgs(args), "node-name")?.toLowerCase();
 
 /**
- * The article's `--node-ip <public_ip>` for both generations, with the public address put on `lo` first
- * where no network card has it. It gives every node a unique InternalIP even when two clouds use the same
- * private address, and lets a box reach its own public address without hairpin NAT. Without the address on
- * `lo`, v1.17.6 dies with "host IP unknown" until its node has addresses by luck.
+ * The article's `--node-ip <public_ip>` for both generations, with the public address put on `lo` first where no
+ * network card has it. It gives every node a unique InternalIP even when two clouds use the same private address, and
+ * lets a box reach its own public address without hairpin NAT. Without the address on `lo`, v1.17.6 dies with "host IP
+ * unknown" until its node has addresses by luck.
  *
  * @param name of the node, which stays when the box gets another host name.
- * @param more what its box needs; the user's own come last.
+ * @param more arguments that the box needs; the user's own come last.
  */
 export function argsOf(
   role: Role,
@@ -162,7 +162,7 @@ export function unitText(
     ...(args.some((a) => a.endsWith("proxy-mode=ipvs"))
       ? ["ExecStartPre=-/sbin/modprobe -a ip_vs ip_vs_rr"]
       : []),
-    // The label is how an address that is this box's no longer is found, and goes.
+    // The label finds an address that is no longer this box's, to remove it.
     ...(onCard
       ? []
       : [
