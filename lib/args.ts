@@ -9,8 +9,8 @@ export interface Arg {
 }
 
 /**
- * Splits arguments as urfave/cli does: one dash or two, the value after = or in the next word. Only the release of k3s
- * knows which flags take no value, so the word after such a flag is read as its value.
+ * Splits arguments as urfave/cli does: one dash or two, the value after = or in the next word. Which flags
+ * take no value is known to the program alone, so the word after such a flag is read as its value.
  */
 export function parseArgs(args: string): Arg[] {
   const list = args.trim().split(/[ \t]+/);

@@ -26,15 +26,18 @@ export type Printed<L extends string> = L extends Look<infer F> ? F : never;
 
 type Words<S extends string> = S extends `${infer First} ${infer Rest}` ? First | Words<Rest> : S;
 
-const declared = new Map<string, string[]>();
-/** The facts that a piece of shell was said to print; a test holds its text to them. */
-export const declaredIn = (look: string): readonly string[] => declared.get(look) ?? [];
-
-/** Names the facts that a piece of shell prints: `fact NAME`, then its text. A plan then has those, and no others. */
+/**
+ * Names the facts that a piece of shell prints (`fact NAME`, then its text): a plan then has those, and no others.
+ * @throws {Error} when the text prints another one too.
+ */
 export const prints =
   <S extends string>(facts: S) =>
   (text: string): Look<Words<S>> => {
-    declared.set(text, facts.split(" "));
+    const named = facts.split(" ");
+    const unnamed = [...text.matchAll(/\bfact ([a-z][\w-]*)/g)].find(
+      ([, name]) => !named.includes(name as string),
+    );
+    if (unnamed) throw new Error(`prints("${facts}") does not name the ${unnamed[0]}`);
     return text as Look<Words<S>>;
   };
 

@@ -7,7 +7,7 @@ import { applyScript, printed, reader, whole } from "../lib/protocol.ts";
 import { silent } from "../lib/report.ts";
 import { quote } from "../lib/sh.ts";
 import { type Shell, Unreachable } from "../lib/shell.ts";
-import { type Change, Failure, planAll, Refusal, type Step } from "../lib/step.ts";
+import { type Change, Failure, planAll, prints, Refusal, type Step } from "../lib/step.ts";
 import { boxOf, type Facts, has, lacks, look, shell, TOKEN, temporary, wanted } from "./helpers.ts";
 
 const SHELLS = [["sh"], ["dash"], ["bash"], ["busybox", "sh"]].filter(([name]) => has(name as string));
@@ -474,4 +474,12 @@ test("a printed plan holds nothing that a terminal would go by, and no line that
   assert.equal(status, 0);
   assert.ok(stdout.includes(said), stdout);
   assert.notEqual(plan(), plan());
+});
+
+test("a look that prints a fact which it does not name ends the script at its start", () => {
+  assert.equal(prints("os arch")("fact os; cat x\nfact arch; y"), "fact os; cat x\nfact arch; y");
+  assert.throws(
+    () => prints("os")("fact os; cat x\nfact arch; y"),
+    /prints\("os"\) does not name the fact arch/,
+  );
 });
