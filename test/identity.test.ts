@@ -702,6 +702,10 @@ describe("the release of a node", () => {
       cluster(list(OLDER, OLDER, { ready: false })),
       newer,
     ],
+    [
+      "that joins may be newer than the node of a server that is gone",
+      said(nodes({ ...A1, version: OLDER, labels: role, ready: false })),
+    ],
     ["is what a K3S_BIN says, once it is there", cluster(list(MODERN, OLDER)), undefined, { K3S_BIN: "k3s" }],
     ["changes by make upgrade", cluster(list(OLDER, OLDER)), undefined, { allowed: new Set(["release"]) }],
     ["does not change by FORCE=1", cluster(list(MODERN, OLDER)), upgrade, { allowed: new Set(["force"]) }],

@@ -347,6 +347,8 @@ describe("a kubeconfig", () => {
     "with two documents": `${OWN}---\nkind: Config\n`,
     "of another kind": OWN.replace("kind: Config", "kind: Pod"),
     "that is text": "hello\n",
+    "that ends within a block of text, without its newline": `${OWN.replace(/users:[\s\S]*/, "")}users:\n- name: z\n  user:\n    token: |\n      abc`,
+    "with a key that has nothing": "apiVersion: v1\nkind: Config\n? clusters\nusers: []\n",
     "with uneven lists": OWN.replace("  name: work\ncurrent", " name: work\ncurrent"),
   };
   for (const [name, own] of Object.entries(bad))

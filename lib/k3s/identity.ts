@@ -373,7 +373,9 @@ function rightRelease(
       `Node ${own.name} runs k3s ${own.version}, and K3S_VERSION is ${wanted}: make upgrade K3S_VERSION=${wanted} replaces it, drained and one node at a time; if that is not what you want, set K3S_VERSION=${own.version} in the env file`,
     );
   const server = nodes.find(
-    ({ labels, version }) =>
+    // A server that is gone may have left its node.
+    ({ labels, version, ready }) =>
+      ready &&
       (labels["node-role.kubernetes.io/control-plane"] || labels["node-role.kubernetes.io/master"]) &&
       compare(version, wanted) < 0,
   );
