@@ -13,13 +13,17 @@ import { publicIp, SETTINGS, type SettingName } from "./table.ts";
 import { nameOf, splitWords } from "./text.ts";
 
 const addressesIn = (text: string): string[] => text.match(/\d+(\.\d+){3}/g) ?? [];
-/** Does a box have an address of env.example? It would be timed out on. Who edited that file has others in it. */
+const DOCUMENTATION = /^(198\.51\.100|203\.0\.113)\./;
+/**
+ * Does a word have an address of env.example, which would be timed out on? The file is read for addresses of its ranges
+ * alone; who edited it has others in it.
+ */
 const isExample = (word: string): boolean => {
+  const suspect = addressesIn(word).filter((ip) => DOCUMENTATION.test(ip));
+  if (!suspect.length) return false;
   const { SERVER, AGENTS } = readExample();
-  const given = addressesIn(`${SERVER?.example} ${AGENTS?.example}`).filter((ip) =>
-    /^(198\.51\.100|203\.0\.113)\./.test(ip),
-  );
-  return addressesIn(word).some((address) => given.includes(address));
+  const given = addressesIn(`${SERVER?.example} ${AGENTS?.example}`);
+  return suspect.some((ip) => given.includes(ip));
 };
 
 /** The message for a new user: no setting names a box yet. */

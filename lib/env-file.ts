@@ -13,11 +13,13 @@ const LINE =
 /** Lines of a comment, and below them a setting, which may be one more comment. */
 const EXAMPLE = /((?:^# .*\n)*)^(?:# )?(([A-Z][A-Z0-9_]*)=.*)$/gm;
 
+const lineAt = (text: string, at: number): number => text.slice(0, at).split("\n").length;
+
 /** The values of an env file and the line number of each key (from 1). A missing file is empty. */
 export function readEnv(path: string): { values: Record<string, string>; lines: Record<string, number> } {
   const text = textOf(path);
   const lines: Record<string, number> = {};
-  for (const m of text.matchAll(LINE)) lines[m[2] as string] = text.slice(0, m.index).split("\n").length;
+  for (const m of text.matchAll(LINE)) lines[m[2] as string] = lineAt(text, m.index);
   return { values: parse(text), lines };
 }
 
@@ -38,14 +40,13 @@ export function readExample(path = join(import.meta.dirname, "../env.example")) 
 /** The first line of which dotenv would silently drop a part: its number, and what is expected. */
 export function slipIn(path: string): [line: number, right: string] | undefined {
   const text = textOf(path);
-  const lineAt = (at: number) => text.slice(0, at).split("\n").length;
   const lines = new Map<string, number>();
   for (const { 0: all, 2: key = "", 3: value = "", index } of text.matchAll(LINE)) {
-    const before = lines.get(key);
-    if (before) return [lineAt(index), `${key} once, and line ${before} has it too`];
-    lines.set(key, lineAt(index));
+    const [line, before] = [lineAt(text, index), lines.get(key)];
+    if (before) return [line, `${key} once, and line ${before} has it too`];
+    lines.set(key, line);
     if (text[index + all.length] === "#" && /[^\s"'`]$/.test(value))
-      return [lineAt(index), "a blank before the # of a comment, or quotes around the value that has it"];
+      return [line, "a blank before the # of a comment, or quotes around the value that has it"];
   }
   const rest = text.replace(LINE, (all) => all.replace(/[^\n]/g, "")).split("\n");
   const at = rest.findIndex((line) => /^\s*[^#\s]/.test(line));

@@ -12,14 +12,13 @@ import {
   type Facts,
   healthy,
   MODERN,
+  OLD,
   prepared,
   programs,
   shell,
   temporary,
   wanted,
 } from "./helpers.ts";
-
-const OLD = "v1.17.6+k3s1";
 
 test("releases are in the order in which they were made", () => {
   const order = ["v1.17.6+k3s1", "v1.17.17+k3s1", "v1.18.2-rc1+k3s1", "v1.18.2-rc2+k3s1", "v1.18.2+k3s1"];

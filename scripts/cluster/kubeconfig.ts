@@ -147,11 +147,12 @@ export function withAccess(text: string, { name, cluster, user }: Access, use: b
   if (!text.endsWith("\n") && endsInBlock(map))
     no("it ends within a block of text, to which a newline would be added: end its last line");
   let result = text;
-  if (Object.keys(config).length === 0) {
+  const empty = Object.keys(config).length === 0;
+  if (empty) {
     result += text && !text.endsWith("\n") ? "\n" : "";
     result += 'apiVersion: v1\nkind: Config\npreferences: {}\ncurrent-context: ""\n';
   }
-  const wanted = structuredClone(configIn(result).config);
+  const wanted = structuredClone(empty ? configIn(result).config : config);
   for (const key of LISTS) {
     const list = wanted[key] ?? [];
     const at = list.findIndex((one) => one.name === name);
