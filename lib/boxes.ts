@@ -5,7 +5,7 @@ import { hostname } from "node:os";
 import { readExample } from "./env-file.ts";
 import { shown } from "./files.ts";
 import { silent } from "./report.ts";
-import type { Box, Call } from "./script.ts";
+import type { Box, Run } from "./script.ts";
 import { NAMES, type Origins, SettingError, type Settings } from "./settings.ts";
 import { addressOf, open } from "./shell.ts";
 import type { Want } from "./step.ts";
@@ -15,8 +15,8 @@ import { nameOf, splitWords } from "./text.ts";
 const addressesIn = (text: string): string[] => text.match(/\d+(\.\d+){3}/g) ?? [];
 const DOCUMENTATION = /^(198\.51\.100|203\.0\.113)\./;
 /**
- * Does a word have an address of env.example, which would be timed out on? The file is read for addresses of its ranges
- * alone; who edited it has others in it.
+ * Does a word contain an address of env.example, which would only time out? The file is read only if the address is in a
+ * range for documentation: a user may have put real addresses into it.
  */
 const isExample = (word: string): boolean => {
   const suspect = addressesIn(word).filter((ip) => DOCUMENTATION.test(ip));
@@ -35,16 +35,16 @@ export function unnamed(settings: Settings, origins: Origins, envFile: string): 
   return `No servers are named yet: ${copy}say which in SERVER and AGENTS; or try make rehearse. On the box itself: PUBLIC_IP=…, its address for other clouds`;
 }
 
-/** Where a box is, and what it is called. */
+/** A box's destination, address and name. */
 type Place = Pick<Box, "host" | "ip" | "word" | "name">;
 
 /**
- * Boxes of a setting, each with the address at which other clouds reach it. Of HOST and SERVER there is at least one:
- * an empty one is this machine.
+ * The boxes of a setting, each with the address at which other clouds reach it. An empty HOST or SERVER means this
+ * machine.
  * @throws {SettingError}
  */
-export async function boxes(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): Promise<Box[]> {
-  const { settings, origins } = call;
+export async function boxes(run: Run, setting: "HOST" | "SERVER" | "AGENTS"): Promise<Box[]> {
+  const { settings, origins } = run;
   if (setting === "AGENTS" && !settings.AGENTS) return [];
   const list = splitWords(settings[setting]);
   if (setting !== "HOST" && list.some(isExample))
@@ -52,7 +52,7 @@ export async function boxes(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): 
       `${setting} is "${settings[setting]}" (${origins[setting]}): that is the example from env.example; edit SERVER and AGENTS first`,
     );
   const known = splitWords(`${settings.SERVER} ${settings.AGENTS}`).map((word) => word.split("="));
-  const needsIp = call.recipe.steps.some((step) => step.options.includes("PUBLIC_IP"));
+  const needsIp = run.script.steps.some((step) => step.options.includes("PUBLIC_IP"));
   if (settings.PUBLIC_IP && setting !== "AGENTS" && list.length > 1)
     throw new SettingError(
       `PUBLIC_IP (${origins.PUBLIC_IP}): expected one box, not ${list.join(", ")}; write HOST=PUBLIC_IP for each`,
@@ -66,11 +66,11 @@ export async function boxes(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): 
         ((setting !== "AGENTS" && settings.PUBLIC_IP) ||
           known.find(([h = "", ip]) => nameOf(h) === name && host && ip)?.[1]);
       if (given || !needsIp) return { host, ip: given ?? "", word, name };
-      const late = call.recipe.asksLate && { host, ip: "", word, name };
+      const late = run.script.asksLate && { host, ip: "", word, name };
       if (!host && late) return late;
       if (!host)
         throw new SettingError(
-          unnamed(settings, origins, call.envFile) ??
+          unnamed(settings, origins, run.envFile) ??
             "PUBLIC_IP is not set: expected the address at which other clouds reach this machine",
         );
       const ip = await addressOf(host).catch((error) => {
@@ -94,18 +94,18 @@ export async function boxes(call: Call, setting: "HOST" | "SERVER" | "AGENTS"): 
         `${setting} (${origins[setting]}): expected each box once, but ${twin.host} and ${box.host} are the same`,
       );
   }
-  if (needsIp) await ownAddresses(call, setting, found);
-  return found.map((place) => boxAt(call, place));
+  if (needsIp) await ownAddresses(run, setting, found);
+  return found.map((place) => boxAt(run, place));
 }
 
 /**
  * Each node needs its own public address: SERVER, AGENTS and HOST are compared with each other.
  * @throws {SettingError}
  */
-async function ownAddresses(call: Call, setting: string, found: readonly Place[]): Promise<void> {
-  const { settings, origins, script, recipe } = call;
+async function ownAddresses(run: Run, setting: string, found: readonly Place[]): Promise<void> {
+  const { settings, origins, script } = run;
   // A restored server may reuse the old server's address.
-  const lists = script === "restore" ? settings.AGENTS : `${settings.SERVER} ${settings.AGENTS}`;
+  const lists = run.name === "restore" ? settings.AGENTS : `${settings.SERVER} ${settings.AGENTS}`;
   const others = await Promise.all(
     splitWords(lists).map(async (word) => {
       const [host = "", own] = word.split("=");
@@ -115,14 +115,14 @@ async function ownAddresses(call: Call, setting: string, found: readonly Place[]
   );
   if (setting === "AGENTS" && !settings.SERVER && settings.PUBLIC_IP)
     others.push({ name: hostname(), ip: settings.PUBLIC_IP });
-  const elsewhere = setting === "SERVER" ? [] : (recipe.elsewhere?.(settings) ?? []);
+  const elsewhere = setting === "SERVER" ? [] : (script.elsewhere?.(settings) ?? []);
   for (const box of found) {
     const other = [...others, ...elsewhere].find(({ name, ip }) => name !== box.name && ip && ip === box.ip);
-    // One box may have two names, unless its address is given.
+    // A box may have two names, unless its address is given.
     const said = box.word.includes("=") || (box.host && settings.PUBLIC_IP);
     if (!other) continue;
     const named = setting === "HOST" && !said && others.includes(other);
-    // The env file's settings for one box go by its name in SERVER or AGENTS.
+    // The env file's settings for one box use its name in SERVER or AGENTS.
     if (named && box.host) box.name = other.name;
     if (!named)
       throw new SettingError(
@@ -131,19 +131,19 @@ async function ownAddresses(call: Call, setting: string, found: readonly Place[]
   }
 }
 
-/** The box there, as this call has it. */
-export function boxAt(call: Call, { host, ip, word, name }: Place): Box {
-  const { settings, own } = call;
-  const all = () => ({ ...call.settings, ...(own[name] ?? own[""]) });
+/** The box at a place, with its settings in this run. */
+export function boxAt(run: Run, { host, ip, word, name }: Place): Box {
+  const { settings, own } = run;
+  const all = () => ({ ...run.settings, ...(own[name] ?? own[""]) });
   const server = (splitWords(all().SERVER)[0] ?? "").split("=")[0] as string;
   let given: Want | undefined;
   return {
     ...{ host, ip, word, name },
-    // By what is known now: which boxes it lets in, and what a first server teaches, shows late.
+    // Computed when it is read: the addresses to let in, and what the first server reports, are known late.
     get want() {
       if (given) return given;
-      const want = { ...all(), HOST: host, PUBLIC_IP: ip, allowed: call.flags };
-      return call.recipe.wantOnBox?.(call, name, want) ?? want;
+      const want = { ...all(), HOST: host, PUBLIC_IP: ip, allowed: run.flags };
+      return run.script.wantOnBox?.(run, name, want) ?? want;
     },
     set want(want) {
       given = want;
@@ -151,6 +151,6 @@ export function boxAt(call: Call, { host, ip, word, name }: Place): Box {
     shell: open(host, all().HOST_KEY),
     server: open(server, own[nameOf(server)]?.HOST_KEY ?? settings.HOST_KEY),
     line: silent,
-    mayReboot: Boolean(host) || call.reboot,
+    mayReboot: Boolean(host) || run.reboot,
   };
 }

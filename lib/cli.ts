@@ -8,8 +8,8 @@ import { unnamed } from "./boxes.ts";
 import { readEnv, readExample, updateEnv } from "./env-file.ts";
 import { noFile, shown, Unwritten } from "./files.ts";
 import { fanOut } from "./fleet.ts";
-import { plain } from "./report.ts";
-import { type Call, type Recipe, switchOf } from "./script.ts";
+import { forTerminal } from "./report.ts";
+import { type Run, type Script, switchOf } from "./script.ts";
 import { flagOf, givenNow, isSecret, NAMES, SettingError, settle } from "./settings.ts";
 import { quote } from "./sh.ts";
 import { closeAll } from "./shell.ts";
@@ -24,7 +24,7 @@ const SIGNALS = { SIGHUP: 1, SIGINT: 2, SIGQUIT: 3, SIGTERM: 15 };
  * Runs a script when it is the program itself, not an import. Exit status: 0 done or nothing to do, 1 failed,
  * 2 a setting is wrong (nothing was touched), 128 and a signal's number: interrupted.
  */
-export async function runScript(meta: ImportMeta, recipe: Recipe): Promise<void> {
+export async function runScript(meta: ImportMeta, script: Script): Promise<void> {
   // import.meta.main is missing in Node 20.
   if (!process.argv[1] || realpathSync(process.argv[1]) !== realpathSync(meta.filename)) return;
   let ends = false;
@@ -57,22 +57,22 @@ export async function runScript(meta: ImportMeta, recipe: Recipe): Promise<void>
     });
   }
   try {
-    process.exitCode = await main(meta, recipe);
+    process.exitCode = await main(meta, script);
   } catch (error) {
     const isSetting = error instanceof SettingError;
     if (!isSetting && !(error instanceof Unwritten)) throw error;
-    process.stderr.write(`${plain(error.message).replaceAll(/[\n\t]/g, " ")}\n`);
+    process.stderr.write(`${forTerminal(error.message).replaceAll(/[\n\t]/g, " ")}\n`);
     process.exitCode = isSetting ? 2 : 1;
   } finally {
     await closeAll();
   }
 }
 
-async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
-  const script = /([\w-]+)\.ts$/.exec(meta.filename)?.[1] as string;
-  const flags = flagsOf(process.argv.slice(2), switchesOf(recipe));
+async function main(meta: ImportMeta, script: Script): Promise<number> {
+  const name = /([\w-]+)\.ts$/.exec(meta.filename)?.[1] as string;
+  const flags = flagsOf(process.argv.slice(2), switchesOf(script));
   if (flags.help) {
-    process.stdout.write(help(script, relative(PROJECT, meta.filename), recipe));
+    process.stdout.write(help(name, relative(PROJECT, meta.filename), script));
     return 0;
   }
   const envFile = envFileBy(process.env.ENV_FILE ?? "");
@@ -80,30 +80,30 @@ async function main(meta: ImportMeta, recipe: Recipe): Promise<number> {
   const env = { ...process.env, HOST: process.env.HOST === hostname() ? undefined : process.env.HOST };
   const { settings, origins, own } = settle(flags, env, shown(envFile));
   // In the env file it may be meant for other scripts.
-  if (recipe.everyBox && settings.HOST && givenNow(origins, "HOST"))
+  if (script.everyBox && settings.HOST && givenNow(origins, "HOST"))
     throw new SettingError(
-      `HOST is ${quoted(settings.HOST)} (${origins.HOST}): expected none, for make ${script} goes to all boxes; ${recipe.everyBox}`,
+      `HOST is ${quoted(settings.HOST)} (${origins.HOST}): expected none, since make ${name} runs on all boxes; ${script.everyBox}`,
     );
-  const needs = Object.entries(recipe.needs ?? {}).find(([name]) => !settings[name as SettingName]);
-  const none = recipe.work || needs ? unnamed(settings, origins, envFile) : undefined;
+  const needs = Object.entries(script.needs ?? {}).find(([name]) => !settings[name as SettingName]);
+  const none = script.work || needs ? unnamed(settings, origins, envFile) : undefined;
   if (none) throw new SettingError(none);
   if (needs) throw new SettingError(`${needs[0]} is not set: expected ${needs[1]} ${shown(envFile)}`);
-  if (!flags.print && !flags["dry-run"] && recipe.writes?.(settings, readEnv(envFile).values))
+  if (!flags.print && !flags["dry-run"] && script.writes?.(settings, readEnv(envFile).values))
     await tryEnv(envFile);
   own[""] = {};
   for (const name of Object.keys(own))
-    own[name] = { ...own[name], ...(await recipe.filesOf?.({ ...settings, ...own[name] })) };
+    own[name] = { ...own[name], ...(await script.filesOf?.({ ...settings, ...own[name] })) };
   const secrets = NAMES.filter(isSecret);
   hide([settings, ...Object.values(own)].flatMap((of) => secrets.flatMap((name) => of[name] ?? [])));
   const mode = flags.print ? "print" : flags["dry-run"] ? "dry-run" : "apply";
-  const call: Call = {
-    ...{ script, recipe, settings, origins, own, envFile, mode },
+  const run: Run = {
+    ...{ name, script, settings, origins, own, envFile, mode },
     addresses: { servers: [], agents: [] },
     reboot: Boolean(flags.reboot),
-    flags: new Set(Object.keys(recipe.flags ?? {}).filter((name) => flags[name])),
+    flags: new Set(Object.keys(script.flags ?? {}).filter((name) => flags[name])),
   };
-  await recipe.prepare?.(call);
-  return await (recipe.work ?? fanOut)(call);
+  await script.prepare?.(run);
+  return await (script.work ?? fanOut)(run);
 }
 
 /** @throws {SettingError} when ENV_FILE is missing or not a regular file. */
@@ -127,15 +127,15 @@ async function tryEnv(path: string): Promise<void> {
 }
 
 const MODES = {
-  "dry-run": "print the plan, change nothing",
-  print: "print the plan as a sh script",
-  reboot: "restart this machine where a step needs it",
+  "dry-run": "show the plan, change nothing",
+  print: "print the plan as a shell script",
+  reboot: "reboot this machine if a step needs it",
 };
 
-const switchesOf = (recipe: Recipe): Record<string, string> => ({
-  ...(recipe.readOnly ? {} : MODES),
-  ...recipe.flags,
-  help: "this text",
+const switchesOf = (script: Script): Record<string, string> => ({
+  ...(script.readOnly ? {} : MODES),
+  ...script.flags,
+  help: "show this help",
 });
 
 function flagsOf(argv: string[], switches: Record<string, string>): Record<string, string> {
@@ -167,16 +167,16 @@ function flagsOf(argv: string[], switches: Record<string, string>): Record<strin
   return flags;
 }
 
-function help(script: string, file: string, recipe: Recipe): string {
-  const boxes = recipe.work ? (recipe.host ?? "AGENTS") : "HOST";
+function help(name: string, file: string, script: Script): string {
+  const boxes = script.work ? (script.host ?? "AGENTS") : "HOST";
   const names = NAMES.filter(
-    (n) => n === boxes || n === "HOST_KEY" || recipe.steps.some((step) => step.options.includes(n)),
+    (n) => n === boxes || n === "HOST_KEY" || script.steps.some((step) => step.options.includes(n)),
   );
   const usage = [
     names.includes("HOST") ? "HOST=…" : "",
     "SETTING=…",
-    recipe.readOnly ? "" : "DRY=1 | PRINT=1",
-    ...Object.keys(recipe.flags ?? {}).map((flag) => `${switchOf(flag)}=1`),
+    script.readOnly ? "" : "DRY=1 | PRINT=1",
+    ...Object.keys(script.flags ?? {}).map((flag) => `${switchOf(flag)}=1`),
   ].filter(Boolean);
   const width = Math.max(60, process.stdout.columns || 80);
   const row = (left: string, right: string) => wrapped(`  ${left.padEnd(26)} ${right}`, width, 29);
@@ -185,16 +185,16 @@ function help(script: string, file: string, recipe: Recipe): string {
     some.map((n) => row(`--${flagOf(n)} …`, words[n]?.help ?? "")).join("");
   // What is the cluster's, most calls have to do with.
   const [first, rare] = [true, false].map((is) => names.filter((n) => "shared" in SETTINGS[n] === is));
-  return `${wrapped(recipe.about, width)}
-${wrapped(`Usage: make ${script} ${usage.map((word) => `[${word}]`).join(" ")}`, width, 7)}   or: node --import tsx ${file} [flags]
+  return `${wrapped(script.about, width)}
+${wrapped(`Usage: make ${name} ${usage.map((word) => `[${word}]`).join(" ")}`, width, 7)}   or: node --import tsx ${file} [flags]
    or: deno run -A ${file} [flags]
 
-${wrapped(`Settings, each a flag, an environment variable or a line of the env file (--${flagOf(names[0] as string)} is ${names[0]}):`, width)}${rows(first ?? [])}
+${wrapped(`Settings, each as a flag, an environment variable or a line in the env file (--${flagOf(names[0] as string)} is ${names[0]}):`, width)}${rows(first ?? [])}
 ${rare?.length ? `Rarely needed:\n${rows(rare)}\n` : ""}Flags:
-${Object.entries(switchesOf(recipe))
+${Object.entries(switchesOf(script))
   .map(([flag, text]) => row(`--${flag}`, text))
   .join("")}
-${wrapped("The env file is .env beside the Makefile, or what ENV_FILE names.", width)}${wrapped("Exit status: 0 done or nothing to do, 1 failed, 2 a setting is wrong and nothing was touched, 130 interrupted (129 by HUP, 143 by TERM).", width)}`;
+${wrapped("The env file is .env beside the Makefile, or the one that ENV_FILE names.", width)}${wrapped("Exit status: 0 success or nothing to do, 1 failed, 2 a setting is wrong and nothing was changed, 130 interrupted (129 by HUP, 143 by TERM).", width)}`;
 }
 
 /** Wraps text at this many columns; all lines but the first are indented. */

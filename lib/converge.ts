@@ -1,5 +1,5 @@
 /** The loop: look at a box, plan, apply, look again. The only place that changes a box. */
-import { applyScript, EARLIER_RUN, lookScript, newMark, reader, whole } from "./protocol.ts";
+import { applyScript, EARLIER_RUN, lookScript, newMark, reader, wrapInMain } from "./protocol.ts";
 import type { Box } from "./script.ts";
 import { type Change, type Facts, Failure, planAll, Refusal, type Step } from "./step.ts";
 import { quoted } from "./text.ts";
@@ -34,7 +34,7 @@ async function trip<F extends string>(
     early: (fact) => box.early?.(fact),
   });
   const apply = changes.length ? applyScript(changes, mark, (name) => box.want[name]) : "";
-  const script = whole(`${apply}\n${lookScript(steps, box.want, mark)}`);
+  const script = wrapInMain(`${apply}\n${lookScript(steps, box.want, mark)}`);
   const seconds = changes.reduce((sum, change) => sum + (change.seconds ?? 60), extra);
   const { status, stderr } = await box.shell.run(script, seconds, stream.line);
   const { seen } = stream;
@@ -44,15 +44,15 @@ async function trip<F extends string>(
       seen.failed.status === 124
         ? `timed out after ${change?.seconds ?? 60} s`
         : `exit status ${seen.failed.status}`;
-    throw new Failure(`${change?.why ?? "A change that was not asked for"} (${how})`, change, seen.output);
+    throw new Failure(`${change?.why ?? "An unknown change"} (${how})`, change, seen.output);
   }
   if (seen.busy !== undefined)
     throw new Failure(
-      `An earlier run is still at work on this box after ${EARLIER_RUN} s: wait, or end it there (kill ${seen.busy})`,
+      `An earlier run is still active on this box after ${EARLIER_RUN} s: wait, or end it there (kill ${seen.busy})`,
     );
   if (!seen.ended)
     throw new Failure(`The connection was lost (exit status ${status})`, undefined, seen.output + stderr);
-  sane(seen.facts);
+  checkForms(seen.facts);
   return { facts: seen.facts as Facts<F>, waited: seen.waited };
 }
 
@@ -69,7 +69,7 @@ const FORMS: Record<string, RegExp> = {
 };
 
 /** @throws {Failure} for malformed base facts: no plan is based on them. */
-function sane(facts: Facts): void {
+function checkForms(facts: Facts<string>): void {
   for (const [name, form] of Object.entries(FORMS)) {
     const text = facts[name]?.trim();
     if (text && !form.test(text))
@@ -77,7 +77,7 @@ function sane(facts: Facts): void {
   }
 }
 
-/** Boxes whose node has to leave the cluster are handled one at a time. */
+/** Boxes whose node is taken out of service are changed one at a time. */
 let turn: Promise<unknown> = Promise.resolve();
 
 /**
@@ -97,7 +97,7 @@ export async function converge<F extends string>(
     if (changes.length === 0) return now;
     if (!myTurn && changes.some((change) => change.alone)) {
       const others = turn.catch(() => {
-        throw new Refusal("Not restarted: another node of this call has failed before it");
+        throw new Refusal("Not restarted, because another node of this run has failed");
       });
       const mine = others.then(async () => converge(box, steps, await look(box, all), all, true));
       turn = mine;
@@ -130,13 +130,13 @@ async function apply<F extends string>(
   changes: Change[],
   facts: Facts<F>,
 ) {
-  /** Applies what precedes a push, a restart or a change on the server; no look follows unless it had to wait. */
+  /** Applies the changes before a push, a restart or a change on the server. True: it waited for an earlier run instead. */
   const waits = async (some: readonly Change[]) => some.length > 0 && (await trip(box, [], some)).waited;
   const anew = async (waited = true) => ({ facts: await look(box, all), waited });
   const last = changes.at(-1) as Change;
   if (last.reboot && !box.mayReboot) {
     if (await waits(changes.filter((change) => change !== last && !change.alone))) return await anew();
-    throw new Refusal(`${last.why}: restart this machine (or add --reboot), then run the same again`);
+    throw new Refusal(`${last.why}: restart this machine (or add --reboot), then run this again`);
   }
   let from = 0;
   for (const [i, change] of changes.entries()) {
@@ -166,7 +166,7 @@ async function rebooted<F extends string>(
   seconds: number,
 ): Promise<Facts<F>> {
   const began = Date.now();
-  const since = (time: number) => `${Math.round((time - began) / 1000)} s after the order`;
+  const since = (time: number) => `${Math.round((time - began) / 1000)} s after the restart was ordered`;
   let seen = began;
   let silence = "";
   await box.shell.close();
@@ -185,7 +185,7 @@ async function rebooted<F extends string>(
   const kernel = `kernel ${facts.kernel?.trim()}, boot ${facts.boot?.trim()}`;
   throw new Failure(
     silence
-      ? `The box did not come back within ${seconds} s of its restart. Last seen ${since(seen)}, still with ${kernel}; since then: ${silence}. Look at its console at the vendor's: if the new kernel does not start there, choose the old one in the boot menu`
-      : `The box did not restart within ${seconds} s: ${since(seen)} it still answered with ${kernel}. "systemctl list-jobs" there says what it waits for`,
+      ? `The box did not come back within ${seconds} s of its restart. Last seen ${since(seen)}, still with ${kernel}; since then: ${silence}. Look at its console at the vendor: if the new kernel does not boot, select the old one in the boot menu`
+      : `The box did not restart within ${seconds} s: ${since(seen)} it still answered with ${kernel}. "systemctl list-jobs" on it shows what it waits for`,
   );
 }

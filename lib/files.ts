@@ -1,9 +1,10 @@
 /** Files on the operator's machine: regular files only, replaced atomically. */
-import { randomBytes } from "node:crypto";
+import { createHash, randomBytes } from "node:crypto";
 import {
   closeSync,
   constants,
   copyFileSync,
+  createReadStream,
   existsSync,
   fchownSync,
   fstatSync,
@@ -40,6 +41,13 @@ export function noFile(path: string): string | undefined {
   } catch (error) {
     return (error as NodeJS.ErrnoException).code === "ELOOP" ? "a link that leads to itself" : undefined;
   }
+}
+
+/** The sha256 of a file, in hex. */
+export async function hashOf(path: string): Promise<string> {
+  const hash = createHash("sha256");
+  for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
+  return hash.digest("hex");
 }
 
 export function realPath(path: string): string {
@@ -210,11 +218,8 @@ export function take(path: string, forgiven: number): (() => void) | undefined {
   const mine = temporary(dirname(path));
   try {
     writeNew(mine, String(process.pid));
-    for (const again of [true, false]) {
-      if (put(mine, path)) return () => remove(path);
-      if (again && !clear(path, forgiven)) return undefined;
-    }
-    return undefined;
+    const taken = put(mine, path) || (clear(path, forgiven) && put(mine, path));
+    return taken ? () => remove(path) : undefined;
   } catch (error) {
     throw unwritten(path, error);
   } finally {
@@ -224,19 +229,16 @@ export function take(path: string, forgiven: number): (() => void) | undefined {
 
 /** A hard link creates the lock together with its content; not every file system has hard links. */
 function put(mine: string, path: string): boolean {
-  try {
-    linkSync(mine, path);
-    return true;
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === "EEXIST") return false;
-  }
-  try {
-    copyFileSync(mine, path, constants.COPYFILE_EXCL);
-    return true;
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === "EEXIST") return false;
-    throw error;
-  }
+  let failure: unknown;
+  for (const make of [linkSync, (a: string, b: string) => copyFileSync(a, b, constants.COPYFILE_EXCL)])
+    try {
+      make(mine, path);
+      return true;
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code === "EEXIST") return false;
+      failure = error;
+    }
+  throw failure;
 }
 
 /** Process id of a lock's owner; NaN if the file does not contain one. */

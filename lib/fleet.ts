@@ -1,11 +1,11 @@
-/** Runs boxes side by side: a failure is reported with the command to retry, and does not stop the others. */
+/** Runs on several boxes in parallel: a failure is reported with the command to retry, and does not stop the others. */
 import { boxes as boxesOf } from "./boxes.ts";
 import { converge, look } from "./converge.ts";
 import { updateEnv } from "./env-file.ts";
 import { Unwritten } from "./files.ts";
-import { printed } from "./protocol.ts";
-import { plain, watch } from "./report.ts";
-import { type Box, type Call, switchOf } from "./script.ts";
+import { asScript } from "./protocol.ts";
+import { forTerminal, watch } from "./report.ts";
+import { type Box, type Run, switchOf } from "./script.ts";
 import { check, givenNow, isSecret, NAMES, SettingError, type Settings } from "./settings.ts";
 import { quote } from "./sh.ts";
 import { Unreachable } from "./shell.ts";
@@ -13,55 +13,55 @@ import { type Change, type Facts, Failure, planAll, Refusal, type Step, unforese
 import { SETTINGS, type SettingName } from "./table.ts";
 import { hide, splitWords } from "./text.ts";
 
-/** Runs a script's steps on every box of the run, side by side; a failure does not stop the others. */
-export async function fanOut(call: Call): Promise<number> {
-  const { recipe, settings } = call;
+/** Runs a script's steps on every box of the run, in parallel; a failure does not stop the others. */
+export async function fanOut(run: Run): Promise<number> {
+  const { script, settings } = run;
   const known = splitWords(`${settings.SERVER} ${settings.AGENTS}`);
-  if (call.origins.HOST === "default" && recipe.host !== "SERVER" && known.length)
+  if (run.origins.HOST === "default" && script.host !== "SERVER" && known.length)
     throw new SettingError(
       `HOST is not set: expected some of ${known.join(", ")}, or HOST= (empty) for this machine`,
     );
-  let boxes = await boxesOf(call, call.origins.HOST === "default" ? (recipe.host ?? "HOST") : "HOST");
-  if (recipe.host && !recipe.everyServer && call.origins.HOST === "default") boxes = boxes.slice(0, 1);
-  recipe.examine?.(call, boxes);
-  const others = (await recipe.others?.boxes(call, boxes)) ?? [];
+  let boxes = await boxesOf(run, run.origins.HOST === "default" ? (script.host ?? "HOST") : "HOST");
+  if (script.host && !script.everyServer && run.origins.HOST === "default") boxes = boxes.slice(0, 1);
+  script.examine?.(run, boxes);
+  const others = (await script.others?.boxes(run, boxes)) ?? [];
   await watch([...boxes, ...others]);
-  // A box that cannot be set up is not let in by the others' firewalls. Whether it can join is known only afterwards.
-  const before = recipe.steps.slice(
+  // The others' firewalls do not admit a box that cannot be set up. Whether it can join is known only afterwards.
+  const before = script.steps.slice(
     0,
-    recipe.steps.findIndex(({ name }) => name === call.script),
+    script.steps.findIndex(({ name }) => name === run.name),
   );
-  const tried = await each(call, others.length ? boxes : [], async (box) => {
+  const tried = await each(run, others.length ? boxes : [], async (box) => {
     planAll(before, box.want, await look(box, before));
   });
   const [lost, fit] = [boxes.filter((_, i) => tried[i]), boxes.filter((_, i) => !tried[i])];
-  if (!fit.length || (lost.length && recipe.everyServer)) return worst(tried);
-  call.letIn = call.letIn?.filter((ip) => !lost.some((box) => box.ip === ip));
-  const following = await recipe.others?.follow(call, others);
+  if (!fit.length || (lost.length && script.everyServer)) return worst(tried);
+  run.letIn = run.letIn?.filter((ip) => !lost.some((box) => box.ip === ip));
+  const following = await script.others?.follow(run, others);
   if (following?.refused) return 1;
   const one = async (box: Box) => {
-    const now = await bring(call, box, recipe.steps);
+    const now = await bring(run, box, script.steps);
     if (!now) return;
-    const learned = await learn(call, recipe.steps, box, now.facts);
-    box.line.done(now.nothing, recipe.nothing?.(box.want, now.facts));
-    Object.assign(call.settings, learned);
+    const learned = await learn(run, script.steps, box, now.facts);
+    box.line.done(now.nothing, script.nothing?.(box.want, now.facts));
+    Object.assign(run.settings, learned);
   };
   // Further servers join with the URL and token of the first.
-  const first = recipe.everyServer ? fit.splice(0, 1) : [];
-  const done = [...tried, ...(await each(call, first, one))];
-  if (worst(done) === 0 || !first.length) done.push(...(await each(call, fit, one)));
+  const first = script.everyServer ? fit.splice(0, 1) : [];
+  const done = [...tried, ...(await each(run, first, one))];
+  if (worst(done) === 0 || !first.length) done.push(...(await each(run, fit, one)));
   return worst([...done, ...((await following?.done) ?? [])]);
 }
 
-/** Brings a box through steps, from a look at it on. A dry run shows what that would be, and answers nothing. */
-export async function bring(
-  call: Call,
+/** Looks at a box and applies the plan of these steps. A dry run shows the plan, and returns undefined. */
+export async function bring<F extends string>(
+  run: Run,
   box: Box,
-  steps: readonly Step[],
-  facts?: Facts,
-): Promise<{ facts: Facts; nothing: boolean } | undefined> {
+  steps: readonly Step<F>[],
+  facts?: Facts<F>,
+): Promise<{ facts: Facts<F>; nothing: boolean } | undefined> {
   const found = facts ?? (await look(box, steps));
-  if (call.mode !== "apply") return void showPlan(call, box, steps, found);
+  if (run.mode !== "apply") return void showPlan(run, box, steps, found);
   const after = await converge(box, steps, found);
   return { facts: after, nothing: after === found };
 }
@@ -71,22 +71,22 @@ export const worst = (statuses: readonly number[]): number =>
   statuses.includes(1) ? 1 : Math.max(0, ...statuses);
 
 /**
- * Does a part on each box, side by side, and answers their exit statuses; a failure is said with the line that tries it
- * again, and stops none of the others.
+ * Calls `part` for each box in parallel, and returns their exit statuses. A failure is reported with the command to
+ * retry, and does not stop the others.
  */
 export const each = (
-  call: Call,
+  run: Run,
   boxes: readonly Box[],
   part: (box: Box) => Promise<void>,
-  script = call.script,
-): Promise<number[]> => Promise.all(boxes.map((box) => attempt(call, box, () => part(box), script)));
+  script = run.name,
+): Promise<number[]> => Promise.all(boxes.map((box) => attempt(run, box, () => part(box), script)));
 
-/** The same on one box. `again` is the box that is tried again in its place. */
+/** The same for one box. `again`: the box in the command to retry, if it is another one. */
 export async function attempt(
-  call: Call,
+  run: Run,
   box: Box,
   part: () => Promise<void>,
-  script = call.script,
+  script = run.name,
   again = box,
 ): Promise<number> {
   try {
@@ -97,11 +97,11 @@ export async function attempt(
     const known = [Failure, Refusal, Unreachable, Unwritten, SettingError].some(
       (type) => error instanceof type,
     );
-    const retry = retryLine(call, script, again);
+    const retry = retryLine(run, script, again);
     // Causes are looked for only when a change failed, not when the box waited for another one.
     const problems =
       error instanceof Failure && change
-        ? ((await call.recipe.causes?.(call, script, again, output, retry)) ?? [])
+        ? ((await run.script.causes?.(run, script, again, output, retry)) ?? [])
         : [];
     box.line.failed(message, change, known ? output : (error as Error).stack, retry, problems);
     return error instanceof SettingError ? 2 : 1;
@@ -114,18 +114,18 @@ const takesHost = (step: Step) => step.options.includes("HOST");
 export const forMake = (value: string): string => quote(value.replaceAll("$", () => "$$"));
 
 /** The command to retry, with everything given for this run except secrets. */
-function retryLine(call: Call, script: string, box: Box): string {
-  const given = NAMES.filter((n) => n !== "HOST" && !("secret" in SETTINGS[n]) && givenNow(call.origins, n));
-  const local = call.origins.HOST !== "default" || call.recipe.work ? "HOST=" : "";
+function retryLine(run: Run, script: string, box: Box): string {
+  const given = NAMES.filter((n) => n !== "HOST" && !("secret" in SETTINGS[n]) && givenNow(run.origins, n));
+  const local = run.origins.HOST !== "default" || run.script.work ? "HOST=" : "";
   // A script for the whole cluster is retried as a whole.
-  const whole = script === call.script && call.recipe.work && !call.recipe.steps.some(takesHost);
+  const whole = script === run.name && run.script.work && !run.script.steps.some(takesHost);
   const own = [
     whole ? "" : box.host ? `HOST=${quote(box.word)}` : local,
-    ...given.map((n) => `${n}=${forMake(call.settings[n])}`),
-    ...(script === call.script ? [...call.flags] : []).map((flag) => `${switchOf(flag)}=1`),
+    ...given.map((n) => `${n}=${forMake(run.settings[n])}`),
+    ...(script === run.name ? [...run.flags] : []).map((flag) => `${switchOf(flag)}=1`),
     // A dry run is retried as a dry run.
-    call.mode === "dry-run" ? "DRY=1" : call.mode === "print" ? "PRINT=1" : "",
-    call.reboot ? "REBOOT=1" : "",
+    run.mode === "dry-run" ? "DRY=1" : run.mode === "print" ? "PRINT=1" : "",
+    run.reboot ? "REBOOT=1" : "",
   ];
   // Variables that the env file cannot hold.
   const files = ["ENV_FILE", ...(script === "kubeconfig" ? ["KUBECONFIG"] : [])]
@@ -134,16 +134,17 @@ function retryLine(call: Call, script: string, box: Box): string {
   return ["make", script, ...own, ...files].filter(Boolean).join(" ");
 }
 
-export function showPlan(call: Call, box: Box, steps: readonly Step[], facts: Facts): void {
+/** Shows the plan of a dry run, or prints it as a script. */
+export function showPlan(run: Run, box: Box, steps: readonly Step[], facts: Facts): void {
   const changes: Change[] = planAll(steps, box.want, facts, true);
-  if (call.mode === "print")
+  if (run.mode === "print")
     process.stdout.write(
-      changes.length ? `# on ${box.name}\n${printed(changes)}` : `# on ${box.name}: nothing to do\n`,
+      changes.length ? `# on ${box.name}\n${asScript(changes)}` : `# on ${box.name}: nothing to do\n`,
     );
   else
     process.stdout.write(
       changes.length
-        ? plain(
+        ? forTerminal(
             `${box.name}: ${changes.length} to do\n${changes.map(planned).join("")}${changes.some(unforeseen) ? "  … then look again\n" : ""}${changes.map(({ assumes }) => (assumes ? `  … if ${assumes}\n` : "")).join("")}`,
           )
         : `${box.name}: nothing to do\n`,
@@ -168,12 +169,12 @@ const planned = ({ why, detail = [] }: Change, i: number) =>
 
 /** Writes what the steps learned to the env file. */
 export async function learn(
-  call: Call,
+  run: Run,
   steps: readonly Step[],
   box: Box,
   facts: Facts,
 ): Promise<Partial<Settings>> {
   const values = learnedFrom(steps, box, facts);
-  if (Object.keys(values).length) await updateEnv(call.envFile, values as Record<string, string>);
+  if (Object.keys(values).length) await updateEnv(run.envFile, values as Record<string, string>);
   return values;
 }

@@ -25,12 +25,15 @@ fact addresses; ip -o -4 addr show 2>/dev/null
 /** The mark is random, so that no file's content can contain it. */
 export const newMark = () => `k3s-across-clouds-${randomBytes(8).toString("hex")}`;
 
-/** The script that prints the facts of all steps in one trip. It never fails; missing facts are left out. */
+/**
+ * The script that prints the facts of all steps in one trip. It never fails; missing facts are left out. sed gathers what
+ * would leave as a packet a line.
+ */
 export function lookScript(steps: readonly Step[], want: Settings, mark: string): string {
   return sh`m=${mark}
 fact() { printf '\n%s fact %s\n' "$m" "$1"; }
-${raw(BASE)}${raw([...new Set(steps.flatMap((step) => step.look(want)))].join("\n"))}
-printf '\n%s end\n' "$m"`;
+{ ${raw(BASE)}${raw([...new Set(steps.flatMap((step) => step.look(want)))].join("\n"))}
+printf '\n%s end\n' "$m"; } | sed ''`;
 }
 
 /** Text for a shell comment: on one line, without control characters. */
@@ -102,11 +105,11 @@ exec 9>&-`;
 const PATH = 'PATH="$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"';
 
 /** Wraps a script so that it runs only once it has arrived completely. */
-export const whole = (script: string): string =>
+export const wrapInMain = (script: string): string =>
   `main() {\nexport LC_ALL=C ${PATH}\n${script}\n}\nmain </dev/null\n`;
 
 /** A plan as one sh script for a person to run on the box; secrets are read from the environment. */
-export function printed(changes: readonly Change[]): string {
+export function asScript(changes: readonly Change[]): string {
   const names = [...new Set(changes.flatMap((change) => change.secrets ?? []))];
   const needs = names.map(
     (name) => `: "\${${name}:?is a secret: set it before you run this}"; export ${name}`,
@@ -120,7 +123,7 @@ export function printed(changes: readonly Change[]): string {
   const here = changes.filter((change) => !change.onServer);
   const late = `[ -z "$waited" ] || { echo 'Another run has just ended on this box: run the same again'; exit 1; }`;
   const apply = applyScript(here, newMark(), (name) => raw(`"$${name}"`), "person");
-  return `#!/bin/sh\n${whole([...needs, ...pushes, ...elsewhere, apply, late].join("\n"))}`;
+  return `#!/bin/sh\n${wrapInMain([...needs, ...pushes, ...elsewhere, apply, late].join("\n"))}`;
 }
 
 /** Limit of protocol lines per trip: a two-hour step reports every ten seconds. */
@@ -129,7 +132,7 @@ const WORDS = 5000;
 /** Parses the output of a box: marked lines, and the text that belongs to each. */
 export function reader(
   mark: string,
-  on: { change?(i: number): void; say?(text: string): void; early?(fact: Facts): void },
+  on: { change?(i: number): void; say?(text: string): void; early?(fact: Facts<string>): void },
 ) {
   const facts: Record<string, string> = {};
   const seen = {

@@ -31,7 +31,7 @@ export interface Line {
 export const silent: Line = { starts() {}, says() {}, waits() {}, done() {}, failed() {} };
 
 /** Text from a box, made safe for a terminal: without secrets, control and bidirectional characters. */
-export const plain = (text: string): string =>
+export const forTerminal = (text: string): string =>
   redacted(text).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) => (c === "\n" || c === "\t" ? c : " "));
 
 /** Longer texts are cut to this many characters, since redaction takes time. */
@@ -68,7 +68,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
   const ora = alone ? (await import("ora")).default : undefined;
   const write = (name: string, text: string) => {
     // Continuation lines come from the box, and must not look like ours.
-    for (const [i, row] of plain(text.slice(0, MUCH)).split("\n").entries())
+    for (const [i, row] of forTerminal(text.slice(0, MUCH)).split("\n").entries())
       process.stderr.write(
         `${name.padEnd(width)}  ${i ? "  | " : ""}${row.length > LINE ? `${row.slice(0, LINE)}…` : row}\n`,
       );
@@ -82,7 +82,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
         if (!ora) return write(name, text);
         last = text;
         spinner ??= ora({ stream: process.stderr }).start();
-        spinner.text = plain(`${name}: ${text}`).replaceAll("\n", " ");
+        spinner.text = forTerminal(`${name}: ${text}`).replaceAll("\n", " ");
       };
       const finish = () => {
         if (spinner && last) spinner.succeed();
@@ -94,7 +94,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
           show(what);
         },
         says(text, box) {
-          if (spinner) spinner.text = plain(`${name}: ${last} (${text})`).replaceAll("\n", " ");
+          if (spinner) spinner.text = forTerminal(`${name}: ${last} (${text})`).replaceAll("\n", " ");
           else write(name, `  ${box ? "| " : ""}${text}`);
         },
         waits: (what) => show(`waits for ${what}`),

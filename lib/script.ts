@@ -1,4 +1,4 @@
-/** What a script declares, one call of it, and the boxes that it is for. */
+/** What a script declares, one run of it, and the boxes that it is for. */
 import type { Line, Problem } from "./report.ts";
 import type { Origins, Settings } from "./settings.ts";
 import type { Shell } from "./shell.ts";
@@ -6,7 +6,7 @@ import type { Facts, Step, Want } from "./step.ts";
 import type { SettingName } from "./table.ts";
 
 /** A script: its steps in order, and what the engine has to know about them. */
-export interface Recipe {
+export interface Script {
   about: string;
   steps: readonly Step[];
   /** Settings that must not be empty, and where they come from. */
@@ -20,12 +20,12 @@ export interface Recipe {
   /** A box's address may be unknown: the step asks for PUBLIC_IP when it needs it. */
   asksLate?: true;
   /** With `host`: checks the boxes against each other. @throws {SettingError} */
-  examine?(call: Call, boxes: readonly Box[]): void;
+  examine?(run: Run, boxes: readonly Box[]): void;
   /** Nodes that it knows of beside those of SERVER and AGENTS. */
   elsewhere?(settings: Settings): { name: string; ip: string }[];
-  nothing?(want: Settings, facts: Facts): string;
+  nothing?(want: Settings, facts: Facts<string>): string;
   /** Replaces the default (the steps on each box). Returns the exit status. */
-  work?(call: Call): Promise<number>;
+  work?(run: Run): Promise<number>;
   /** Switches of its own and their help. */
   flags?: Record<string, string>;
   /** May this run write the env file? */
@@ -34,20 +34,20 @@ export interface Recipe {
   readOnly?: true;
   /** Other boxes that have to be updated along with those of the run, and how. */
   others?: {
-    boxes(call: Call, boxes: readonly Box[]): Promise<Box[]>;
-    follow(call: Call, others: readonly Box[]): Promise<{ refused: boolean; done: Promise<number[]> }>;
+    boxes(run: Run, boxes: readonly Box[]): Promise<Box[]>;
+    follow(run: Run, others: readonly Box[]): Promise<{ refused: boolean; done: Promise<number[]> }>;
   };
   /** Looks for the cause of a failed change elsewhere in the cluster; `output` is what the change printed. */
-  causes?(call: Call, script: string, box: Box, output: string, retry: string): Promise<Problem[]>;
+  causes?(run: Run, script: string, box: Box, output: string, retry: string): Promise<Problem[]>;
   /** Replaces settings that name local files by the content of those files. @throws {SettingError} */
   filesOf?(want: Settings): Promise<Partial<Settings>>;
   /** Collects what has to be known about all boxes before any is changed. @throws {SettingError} */
-  prepare?(call: Call): Promise<void>;
+  prepare?(run: Run): Promise<void>;
   /** A box's settings for its steps, as far as they depend on other boxes. */
-  wantOnBox?(call: Call, name: string, want: Want): Want;
+  wantOnBox?(run: Run, name: string, want: Want): Want;
 }
 
-/** A machine of this call, with all that concerns it. Made once, by boxes(); then it travels. */
+/** A machine of this run, with all that concerns it. Made once, by boxes(); then it travels. */
 export interface Box {
   /** Its ssh destination; empty for this machine. */
   host: string;
@@ -65,16 +65,17 @@ export interface Box {
   /** What the user sees of it; nothing, as long as nobody has given it one. */
   line: Line;
   /** A fact that a change reports before it has ended. */
-  early?(fact: Facts): void;
+  early?(fact: Facts<string>): void;
   /** Restart it where a change needs it (over ssh: yes; this machine: only with --reboot). */
   mayReboot: boolean;
 }
 
 type Mode = "apply" | "dry-run" | "print";
 
-export interface Call {
-  script: string;
-  recipe: Recipe;
+export interface Run {
+  /** The script's name. */
+  name: string;
+  script: Script;
   settings: Settings;
   origins: Origins;
   /**
@@ -89,7 +90,7 @@ export interface Call {
   envFile: string;
   mode: Mode;
   reboot: boolean;
-  /** The recipe's own switches that were given. */
+  /** The script's own switches that were given. */
   flags: ReadonlySet<string>;
 }
 

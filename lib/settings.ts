@@ -109,7 +109,8 @@ export function aFile(name: SettingName, path: string): void {
 /** @throws {SettingError} for an invalid value; a secret is not repeated in it. */
 export function check(name: SettingName, value: string, origin: string): void {
   const setting: Setting = SETTINGS[name];
-  const right = value.length > 4096 ? "at most 4096 characters" : setting.check(value);
+  const most = name === "AGENTS" ? 16384 : 4096; // a box takes some 20
+  const right = value.length > most ? `at most ${most} characters` : setting.check(value);
   if (right === undefined) return;
   const shown =
     setting.secret || secretIn(parseArgs(value)) || WITH_PASSWORD.test(value) ? "" : ` is ${quoted(value)}`;

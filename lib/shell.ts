@@ -11,7 +11,7 @@ import { PassThrough, Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { StringDecoder } from "node:string_decoder";
 import { createGzip } from "node:zlib";
-import { $, kill } from "zx";
+import { $, kill } from "zx/core";
 import { remove, temporary } from "./files.ts";
 import { SettingError } from "./settings.ts";
 import { raw, sh } from "./sh.ts";
@@ -48,8 +48,8 @@ export interface Shell {
 /** Printed first by every script: output without it comes from ssh, sudo or the login shell. */
 export const BEGIN = "k3s-across-clouds: begin";
 
-/** How many characters of output before that line are kept. */
-const WORDS = 1000;
+/** How many bytes of output before that line are kept: the end, which says why. */
+const GREETING = 1000;
 
 /** Limit of a trip's output in bytes; the JSON of a thousand nodes is half of it. */
 const MUCH = 32e6;
@@ -121,6 +121,8 @@ function ssh(host: string, keys: string): string[] {
     ControlMaster: "auto",
     ControlPath: `${sockets}/%C`,
     ControlPersist: 60,
+    // A look is some 15 kB of shell, more than fits into a connection's first round trip.
+    Compression: "yes",
     ...GUARD,
     ...(keys ? pinned(keys) : {}),
   };
@@ -160,13 +162,20 @@ const asRoot = (command: string) =>
 const escaped = (word: string) => word.replace(/[^\w@+:,./=\u0080-\uffff-]/g, "\\$&");
 
 /** Time limit for copying a file, in seconds: 70 MB at 20 kB/s, more for larger files. */
-const PUSH = 3600;
+const COPY = 3600;
+
+/** How a command ended; one that did not begin left its login shell's words alone. */
+interface Ended {
+  status: number | null;
+  stderr: string;
+  greeting?: string;
+}
 
 /** @param keys accepted host key fingerprints; empty: known_hosts decides. */
 export function open(host: string, keys = ""): Shell {
   /**
    * Runs one command as root, with `input` on its standard input. Output is passed to `onData` with backpressure and
-   * not buffered: a box may send more than fits into memory.
+   * not buffered: a box may send more than fits into memory. What comes before our own line is a login shell's greeting.
    */
   async function execute(
     command: string,
@@ -174,32 +183,39 @@ export function open(host: string, keys = ""): Shell {
     seconds: number,
     onData: (chunk: Buffer) => Promise<void> | void,
     most = MUCH,
-  ): Promise<{ exitCode: number | null; stderr: string }> {
+  ): Promise<Ended> {
     // After an interrupt nothing new is started: an upgrade would otherwise begin its rollback with an ssh that
     // outlives it.
     if (closing) await new Promise<never>(() => {});
-    const [program = "", ...argv] = host
-      ? [...ssh(host, keys), asRoot(command)]
-      : ["sh", "-c", asRoot(command)];
+    const rooted = asRoot(sh`echo ${BEGIN}; ${raw(command)}`);
+    const [program = "", ...argv] = host ? [...ssh(host, keys), rooted] : ["sh", "-c", rooted];
     const child = spawn(program, argv);
     if (host) clients.add(child);
     // If a command ends before it has read its input, its exit status counts, not our broken pipe.
     pipeline(input, child.stdin).catch(() => {});
+    let greeting: Buffer | undefined = Buffer.alloc(0);
+    const decoder = new StringDecoder("utf8");
     let stderr = "";
-    const read = async (stream: Readable, most: number, take: (chunk: Buffer) => Promise<void> | void) => {
-      let said = 0;
+    const read = async (stream: Readable, take: (chunk: Buffer) => Promise<void> | void) => {
+      let size = 0;
       for await (const chunk of stream) {
-        said += chunk.length;
-        if (said > most)
-          throw new Unreachable(`The box sent more than ${most / 1e6} MB, far more than expected`);
+        size += chunk.length;
+        const limit = stream === child.stdout && !greeting ? most : MUCH;
+        if (size > limit)
+          throw new Unreachable(`The box sent more than ${limit / 1e6} MB, far more than expected`);
         await take(chunk);
       }
     };
-    const decoder = new StringDecoder("utf8");
     const all = Promise.all([
       once(child, "close").then(([code]) => code as number | null),
-      read(child.stdout, most, onData),
-      read(child.stderr, MUCH, (chunk) => {
+      read(child.stdout, (chunk) => {
+        if (!greeting) return onData(chunk);
+        const said = Buffer.concat([greeting, chunk]);
+        const at = said.indexOf(`${BEGIN}\n`);
+        greeting = at < 0 ? said.subarray(-GREETING) : undefined;
+        return at < 0 ? undefined : onData(said.subarray(at + BEGIN.length + 1));
+      }),
+      read(child.stderr, (chunk) => {
         stderr = (stderr + decoder.write(chunk)).slice(-ERRORS);
       }),
     ]);
@@ -209,10 +225,10 @@ export function open(host: string, keys = ""): Shell {
       timer = setTimeout(() => reject(new Unreachable(why)), seconds * 1000);
     });
     try {
-      const [exitCode] = await Promise.race([all, late]);
-      return { exitCode, stderr };
+      const [status] = await Promise.race([all, late]);
+      return { status, stderr, ...(greeting && { greeting: greeting.toString() }) };
     } catch (error) {
-      if (child.pid === undefined) return { exitCode: null, stderr: (error as Error).message };
+      if (child.pid === undefined) return { status: null, stderr: (error as Error).message, greeting: "" };
       // Not awaited: a killed client of a shared connection may keep its pipes open (runtimes differ).
       all.catch(() => {});
       child.stdout.destroy();
@@ -228,93 +244,59 @@ export function open(host: string, keys = ""): Shell {
   return {
     host,
     async run(script, seconds, onLine) {
-      let begun = false;
-      let before = "";
       let rest = "";
       let count = 0;
       const decoder = new StringDecoder("utf8");
-      const result = await execute(
-        sh`echo ${BEGIN}; exec sh -s`,
-        Readable.from([script]),
-        seconds,
-        (chunk) => {
-          const text = decoder.write(chunk);
-          // An unfinished line is not split again with each chunk.
-          const lines = text.includes("\n") ? (rest + text).split("\n") : [rest + text];
-          rest = lines.pop() as string;
-          count += lines.length;
-          if (count > LINES) throw new Unreachable(`The box sent more than ${LINES} lines`);
-          for (const line of lines) {
-            if (begun) onLine(line);
-            else if (line.endsWith(BEGIN)) begun = true;
-            else before = `${before}\n${line}`.slice(-WORDS);
-          }
-        },
-      );
-      if (begun && rest) onLine(rest);
-      if (!begun) throw new Unreachable(reasonOf(host, result.stderr, result.exitCode, `${before}\n${rest}`));
-      return { status: result.exitCode ?? 1, stderr: result.stderr };
+      const result = await execute("exec sh -s", Readable.from([script]), seconds, (chunk) => {
+        const text = decoder.write(chunk);
+        // An unfinished line is not split again with each chunk.
+        const lines = text.includes("\n") ? (rest + text).split("\n") : [rest + text];
+        rest = lines.pop() as string;
+        count += lines.length;
+        if (count > LINES) throw new Unreachable(`The box sent more than ${LINES} lines`);
+        lines.forEach(onLine);
+      });
+      if (rest) onLine(rest);
+      const { status, stderr, greeting } = result;
+      if (greeting !== undefined) throw new Unreachable(reasonOf(host, stderr, status, greeting));
+      return { status: status ?? 1, stderr };
     },
     async push(file, path) {
-      let text = "";
-      const there = sh`echo ${BEGIN}; mkdir -p ${dirname(path)}; wc -c 2>/dev/null <${path} || echo 0`;
+      let have = "";
+      const there = sh`mkdir -p ${dirname(path)}; wc -c 2>/dev/null <${path} || echo 0`;
       await execute(there, Readable.from([]), 60, (said) => {
-        text = (text + said).slice(-WORDS);
+        have = (have + said).slice(-GREETING);
       });
-      const have = text.split(`${BEGIN}\n`)[1]?.trim() ?? "";
       const { size } = statSync(file);
-      const start = /^\d+$/.test(have) && Number(have) <= size ? Number(have) : 0;
+      const start = /^\s*\d+\s*$/.test(have) && Number(have) <= size ? Number(have) : 0;
       const packed = /\.(zst|gz)$/.test(file);
       const stream = packed ? new PassThrough() : createGzip({ level: 1 });
       // An unreadable file ends the stream, and with it the copy.
       pipeline(createReadStream(file, { start }), stream).catch(() => {});
-      const result = await execute(
-        sh`umask 077; ${raw(packed ? "cat" : "gzip -dc")} ${raw(start ? ">>" : ">")}${path}`,
-        stream,
-        Math.max(PUSH, size / 20_000),
-        () => {},
-      );
-      if (result.exitCode !== 0)
-        throw new Unreachable(
-          `Could not push ${file}: ${result.stderr.trim() || `exit status ${result.exitCode}`}`,
-        );
+      const write = sh`umask 077; ${raw(packed ? "cat" : "gzip -dc")} ${raw(start ? ">>" : ">")}${path}`;
+      checkCopy(`push ${file}`, await execute(write, stream, Math.max(COPY, size / 20_000), () => {}));
     },
     async pull(path, file) {
-      const wrong = (error: Error) => new Unreachable(`Could not write ${file}: ${error.message}`);
-      const out = await openFile(file, "wx", 0o600).catch((error) => Promise.reject(wrong(error)));
-      const write = (bytes: Buffer) => out.writeFile(bytes).catch((error) => Promise.reject(wrong(error)));
-      // Some login shells print a greeting: output before our own line is not part of the file.
-      let head: Buffer | undefined = Buffer.alloc(0);
-      const result = await execute(
-        sh`echo ${BEGIN}; exec cat ${path}`,
-        Readable.from([]),
-        PUSH,
-        async (chunk) => {
-          if (!head) return await write(chunk);
-          head = Buffer.concat([head, chunk]);
-          const at = head.indexOf(`${BEGIN}\n`);
-          if (at >= 0) {
-            const first = head.subarray(at + BEGIN.length + 1);
-            head = undefined;
-            await write(first);
-          } else if (head.length > 1e6) throw new Unreachable("The box said 1 MB, and nothing of the file");
-        },
-        FILE,
-      ).finally(() => out.close());
-      if (result.exitCode !== 0)
-        throw new Unreachable(
-          `Could not copy ${path}: ${result.stderr.trim() || `exit status ${result.exitCode}`}`,
-        );
+      const wrong = (error: Error) => {
+        throw new Unreachable(`Could not write ${file}: ${error.message}`);
+      };
+      const out = await openFile(file, "wx", 0o600).catch(wrong);
+      const write = (bytes: Buffer) => out.writeFile(bytes).catch(wrong);
+      const copy = execute(sh`exec cat ${path}`, Readable.from([]), COPY, write, FILE);
+      checkCopy(`copy ${path}`, await copy.finally(() => out.close()));
     },
     async close() {
       if (!host || !opened.has(host)) return;
-      await $({
-        quiet: true,
-        nothrow: true,
-        stdio: "ignore",
-      })`${ssh(host, "").toSpliced(-2, 0, "-O", "exit")}`;
+      const leave = ssh(host, "").toSpliced(-2, 0, "-O", "exit");
+      await $({ quiet: true, nothrow: true, stdio: "ignore" })`${leave}`;
     },
   };
+}
+
+/** @throws {Unreachable} unless the command of a copy began, and ended well. */
+function checkCopy(what: string, { status, stderr, greeting }: Ended): void {
+  if (status !== 0 || greeting !== undefined)
+    throw new Unreachable(`Could not ${what}: ${stderr.trim() || `exit status ${status}`}`);
 }
 
 /**
@@ -349,13 +331,7 @@ export function reasonOf(host: string, stderr: string, status: number | null, st
   return `${nameOf(host)} ${words ? `says: ${words}: it ` : ""}accepts the login, but runs no command (exit status ${status})`;
 }
 
-const lastOf = (text: string) =>
-  text
-    .split("\n")
-    .map((line) => line.trim())
-    .filter(Boolean)
-    .at(-1)
-    ?.slice(0, 300);
+const lastOf = (text: string) => text.trim().split("\n").at(-1)?.trim().slice(0, 300);
 
 const USER = "([a-z_][a-z0-9_-]{0,31})";
 /** What boxes print when they refuse a login, and the remedy. Only a plain user name is taken from it. */

@@ -15,19 +15,19 @@ type BaseFact =
   | "systemd"
   | "addresses";
 
-/** What a box printed about itself: a fact's name and its text. What it has not, or was not asked for, is undefined. */
-export type Facts<F extends string = string> = { readonly [K in F | BaseFact]?: string };
+/** What a box reported: text by fact name. Facts that it lacks, or was not asked for, are undefined. */
+export type Facts<F extends string = never> = { readonly [K in F | BaseFact]?: string };
 
 /** A piece of shell that prints these facts. */
 export type Look<F extends string = never> = string & { prints(fact: F): void };
 
-/** The facts that it prints. */
+/** The facts that a look prints. */
 export type Printed<L extends string> = L extends Look<infer F> ? F : never;
 
 type Words<S extends string> = S extends `${infer First} ${infer Rest}` ? First | Words<Rest> : S;
 
 /**
- * Names the facts that a piece of shell prints (`fact NAME`, then its text): a plan then has those, and no others.
+ * Declares the facts that a piece of shell prints (`fact NAME`, then its text): a plan can read only declared ones.
  * @throws {Error} when the text prints another one too.
  */
 export const prints =
@@ -48,33 +48,33 @@ export interface Change {
   detail?: string[];
   /**
    * The shell that does it, as root, under `set -eu`. `say TEXT` reports progress, `early FACT TEXT` a fact that
-   * others wait for; `beat`, now and then in a long wait, ends it when the operator is gone.
+   * others wait for; `beat`, called regularly in a long wait, ends it when the operator's connection is lost.
    */
   sh: string;
   /** Time limit in seconds; default 60. */
   seconds?: number;
   /** Settings that `sh` reads as shell variables; they are sent over stdin and never shown. */
   secrets?: readonly SettingName[];
-  /** A local file that is put on the box before `sh` runs. */
+  /** A local file that is copied to the box before `sh` runs. */
   push?: { file: string; path: string };
   /** The box restarts after this change: wait for its new boot id, then look again. */
   reboot?: true;
   /**
-   * A step on the cluster's server in place of `sh`, for what an agent's credentials do not allow: it is looked at and
-   * planned there, by what the server itself knows of this box.
+   * A step that runs on the cluster's server instead of `sh`, for what an agent's credentials do not allow. It is planned
+   * from what the server itself knows about this box.
    */
   onServer?: Step;
-  /** It takes a node out of service: one box at a time, and none after a failure. */
+  /** It takes a node out of service: done on one box at a time, and on none after a failure. */
   alone?: true;
-  /** Why it could not be seen whether this is still to be done. */
+  /** Why it could not be determined whether this is still needed. */
   unknown?: string;
-  /** The rest of the plan depends on its result: look again first. "foreseen": a preview may plan on. */
+  /** The rest of the plan depends on its result: look again first. "foreseen": a preview need not stop here. */
   lookAgain?: true | "foreseen";
-  /** What a preview takes for granted of it. */
+  /** What a preview assumes about its result. */
   assumes?: string;
 }
 
-/** Settings, and what this call may do: force and take-over by a word of its own, release by the script that it is. */
+/** Settings, and what this run may do: `force` and `take-over` by its switches, `release` by the script itself. */
 export type Want = Settings & { allowed?: ReadonlySet<string> };
 
 /** One step of the deployment. `look` prints facts and changes nothing; `plan` is pure. */
@@ -83,13 +83,16 @@ export interface Step<F extends string = string> {
   name: string;
   /** Settings it reads, for its flags and --help. */
   options: readonly SettingName[];
-  /** A piece that several steps share is sent once. */
+  /** Identical pieces of several steps are sent once. */
   look(want: Settings): (Look<F> | string)[];
   /** @throws {Refusal} when the facts forbid any change. */
   plan(want: Want, facts: Facts<F>): Change[];
   /** What the operator's env file should remember once the plan is empty. */
   learn?(want: Want, facts: Facts<F>): Partial<Settings>;
 }
+
+/** The facts of steps: `FactsOf<(typeof steps)[number]>`. */
+export type FactsOf<S> = Facts<S extends Step<infer F> ? F : never>;
 
 /** A step whose plan has the facts that its look prints. */
 export const step = <F extends string>(own: Step<F>): Step<F> => own;
@@ -108,14 +111,19 @@ export class Failure extends Error {
   }
 }
 
-/** Is the rest of the plan unknown before this change is made? */
+/** Is the rest of the plan unknown until this change is made? */
 export const unforeseen = ({ reboot, lookAgain }: Change): boolean => Boolean(reboot) || lookAgain === true;
 
 /**
- * The joined plan of several steps, up to a change after which the box has to be looked at again; a preview may go
+ * The combined plan of several steps, up to a change after which the box has to be looked at again; a preview may go
  * further.
  */
-export function planAll(steps: readonly Step[], want: Want, facts: Facts, preview = false): Change[] {
+export function planAll<F extends string>(
+  steps: readonly Step<F>[],
+  want: Want,
+  facts: Facts<F>,
+  preview = false,
+): Change[] {
   const changes: Change[] = [];
   for (const step of steps) {
     changes.push(...step.plan(want, facts));

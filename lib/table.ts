@@ -1,4 +1,4 @@
-/** The table of the settings: what each may hold. Of lib/*.ts this file alone knows k3s. */
+/** The table of the settings and their valid values. The only file of lib/*.ts that knows k3s. */
 import { BlockList, isIP } from "node:net";
 import { type Arg, lastOf, parseArgs, secretIn } from "./args.ts";
 import { withValues } from "./env-file.ts";
@@ -11,29 +11,61 @@ export interface Setting {
   secret?: true;
   /** The same for all boxes: it cannot be set for one box. */
   shared?: true;
-  /** Other programs use the variable too: from the environment it counts only if it was given to make. */
+  /** Other programs use the variable too: from the environment it is read only if it was given to make. */
   ambient?: true;
-  /** Written by a script: who has it has begun. */
+  /** Written by a script: if it is set, a cluster exists. */
   learned?: true;
-  /** What is expected, if the (non-empty) value is wrong. */
+  /** Returns what is expected if the (non-empty) value is wrong. */
   check(value: string): string | undefined;
 }
 
-const matches = (pattern: RegExp, right: string) => (value: string) =>
-  pattern.test(value) ? undefined : right;
-const url = (value: string) =>
-  /^https?:\/\/[\w.:[\]-]+(\/[\w.,:/%+~@-]*)?$/.test(value) && URL.canParse(value)
-    ? undefined
-    : "an http:// or https:// address without spaces or quotes";
-const each = (check: Setting["check"]) => (value: string) =>
-  splitWords(value)
-    .map(check)
-    .find((wrong) => wrong !== undefined);
+type Check = Setting["check"];
+const matches =
+  (pattern: RegExp, right: string): Check =>
+  (value) =>
+    pattern.test(value) ? undefined : right;
+const firstWrong = (words: readonly string[], check: Check) =>
+  words.map(check).find((wrong) => wrong !== undefined);
+const each =
+  (check: Check): Check =>
+  (value) =>
+    firstWrong(splitWords(value), check);
+const byCommas =
+  (check: Check): Check =>
+  (value) =>
+    firstWrong(value.split(","), check)?.replace("separated by spaces", "separated by commas");
+
+const file = matches(/^\P{Cc}+$/u, "the path of a file, without control characters");
+const yes = matches(/^yes$/, "yes, or nothing");
 const release = matches(
   /^v1\.(1[7-9]|[2-9]\d)\.\d+(-rc\d+)?\+k3s\d+$/,
   "a release of v1.17 or later, such as v1.36.2+k3s1",
 );
-const file = matches(/^\P{Cc}+$/u, "the path of a file, without control characters");
+const fingerprint = matches(
+  /^SHA256:[A-Za-z0-9+/]{43}$/,
+  'fingerprints SHA256:…, as "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub" says on the box',
+);
+const url: Check = (value) =>
+  /^https?:\/\/[\w.:[\]-]+(\/[\w.,:/%+~@-]*)?$/.test(value) && URL.canParse(value)
+    ? undefined
+    : "an http:// or https:// address without spaces or quotes";
+
+/** Values and keys of labels and taints, as the API accepts them. */
+export const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
+export const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
+function label(value: string): string | undefined {
+  if (!new RegExp(`^${KEY}=(${WORD})?$`).test(value)) return "labels KEY=VALUE, separated by spaces";
+  const owned = /^([^/]*\.)?(kubernetes|k8s)\.io\//.test(value);
+  const own =
+    /^([^/]*\.)?(kubelet|node)\.kubernetes\.io\/|^(topology|failure-domain\.beta)\.kubernetes\.io\/(zone|region)=/;
+  return owned && !own.test(value)
+    ? `labels that a node may give itself, and ${value.split("=")[0]} is none (NodeRestriction)`
+    : undefined;
+}
+const taint = matches(
+  new RegExp(`^${KEY}(=(${WORD})?)?:(NoSchedule|PreferNoSchedule|NoExecute)$`),
+  "taints KEY=VALUE:EFFECT or KEY:EFFECT, separated by spaces, with NoSchedule, PreferNoSchedule or NoExecute",
+);
 
 function args(role: "server" | "agent", value: string): string | undefined {
   if (!/^([^\p{Cc}'"`\\]|\t)*$/u.test(value))
@@ -67,45 +99,41 @@ function args(role: "server" | "agent", value: string): string | undefined {
   return role === "server" ? overlapIn(list) : undefined;
 }
 
+const network: Check = (value) => (networkIn(value) ? undefined : "networks such as 10.42.0.0/16");
 /** Arguments that are used elsewhere too: in names of the cluster and in firewall rules. */
-const RANGES = (value: string) =>
-  value.split(",").every((one) => networkIn(one)) ? undefined : "networks such as 10.42.0.0/16";
-const ARGUMENTS: Record<string, Setting["check"]> = {
-  "cluster-cidr": RANGES,
-  "service-cidr": RANGES,
+const ARGUMENTS: Record<string, Check> = {
+  "cluster-cidr": byCommas(network),
+  "service-cidr": byCommas(network),
   "cluster-domain": matches(/^[\w.-]+$/, "a domain such as cluster.local"),
   // The kubelet exits for one that it does not accept.
-  "node-label": (value) => byCommas(label, value),
-  "node-taint": (value) => byCommas(taint, value),
+  "node-label": byCommas(label),
+  "node-taint": byCommas(taint),
   "node-name": matches(/^[A-Za-z\d]([A-Za-z\d.-]{0,251}[A-Za-z\d])?$/, "a name of letters, digits, - and ."),
 };
 
-const byCommas = (check: Setting["check"], value: string) =>
-  value
-    .split(",")
-    .map(check)
-    .find((wrong) => wrong !== undefined)
-    ?.replace("separated by spaces", "separated by commas");
+const family = (ip: string) => (isIP(ip) === 4 ? "ipv4" : "ipv6");
 
 /** Parses a network; undefined if it is none. */
 function networkIn(text: string): BlockList | undefined {
   const [, ip = "", bits] = /^([\da-f.:]+)\/(\d{1,3})$/.exec(text) ?? [];
-  const size = { 0: 0, 4: 32, 6: 128 }[isIP(ip)] ?? 0;
-  if (!size || Number(bits) < 1 || Number(bits) > size) return undefined;
+  if (!isIP(ip) || Number(bits) < 1 || Number(bits) > (isIP(ip) === 4 ? 32 : 128)) return undefined;
   const network = new BlockList();
-  network.addSubnet(ip, Number(bits), size === 32 ? "ipv4" : "ipv6");
+  network.addSubnet(ip, Number(bits), family(ip));
   return network;
 }
 
-/** What is expected when the networks of pods and services overlap. */
-function overlapIn(list: ReturnType<typeof parseArgs>): string | undefined {
-  const [pods, services] = [
-    ["cluster-cidr", "10.42.0.0/16"],
-    ["service-cidr", "10.43.0.0/16"],
-  ].map(([flag = "", own = ""]) => (lastOf(list, flag) || own).split(",")) as [string[], string[]];
+/** The networks of pods and services among a server's arguments, or k3s's defaults. */
+export const rangesIn = (args: readonly Arg[]): [pods: string, services: string] => [
+  lastOf(args, "cluster-cidr") || "10.42.0.0/16",
+  lastOf(args, "service-cidr") || "10.43.0.0/16",
+];
+
+/** What is expected when they overlap. */
+function overlapIn(args: readonly Arg[]): string | undefined {
+  const [pods, services] = rangesIn(args).map((networks) => networks.split(",")) as [string[], string[]];
   const within = (one: string, other: string) => {
     const ip = one.replace(/\/.*/, "");
-    return networkIn(other)?.check(ip, isIP(ip) === 4 ? "ipv4" : "ipv6");
+    return networkIn(other)?.check(ip, family(ip));
   };
   for (const one of pods)
     for (const other of services)
@@ -114,7 +142,7 @@ function overlapIn(list: ReturnType<typeof parseArgs>): string | undefined {
   return undefined;
 }
 
-export const ETCD =
+const ETCD =
   "embedded etcd needs its members' private addresses and a few milliseconds between them, which clouds do not give";
 /**
  * k3s's embedded etcd uses private addresses and timeouts of milliseconds: upstream does not support it across clouds
@@ -134,23 +162,6 @@ function token(value: string): string | undefined {
   }
   return undefined;
 }
-
-/** Values and keys of labels and taints, as the API accepts them. */
-export const WORD = "[A-Za-z0-9]([\\w.-]{0,61}[A-Za-z0-9])?";
-export const KEY = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?${WORD}`;
-function label(value: string): string | undefined {
-  if (!new RegExp(`^${KEY}=(${WORD})?$`).test(value)) return "labels KEY=VALUE, separated by spaces";
-  const owned = /^([^/]*\.)?(kubernetes|k8s)\.io\//.test(value);
-  const own =
-    /^([^/]*\.)?(kubelet|node)\.kubernetes\.io\/|^(topology|failure-domain\.beta)\.kubernetes\.io\/(zone|region)=/;
-  return owned && !own.test(value)
-    ? `labels that a node may give itself, and ${value.split("=")[0]} is none (NodeRestriction)`
-    : undefined;
-}
-const taint = matches(
-  new RegExp(`^${KEY}(=(${WORD})?)?:(NoSchedule|PreferNoSchedule|NoExecute)$`),
-  "taints KEY=VALUE:EFFECT or KEY:EFFECT, separated by spaces, with NoSchedule, PreferNoSchedule or NoExecute",
-);
 
 /** The API rejects a node with the same key and effect twice. */
 const twiceIn = (taints: string) => {
@@ -212,7 +223,7 @@ const OURS: readonly [flag: RegExp, why: string, value?: Pick<RegExp, "test">][]
   [/^agent-token(-file)?$/, "nodes join by one token, K3S_TOKEN"],
 ]; // biome-ignore format: a table
 
-/** Those that may be given as =false, which is how it is anyway. */
+/** Flags that may be given as =false, which is their default. */
 const SWITCHES = /^(with-node-id|no-flannel|docker|rootless|disable-.*)$/;
 
 /**
@@ -237,7 +248,7 @@ export function refusedIn(
   return undefined;
 }
 
-/** An ssh destination with a password in it. */
+/** Matches an ssh destination with a password in it. */
 export const WITH_PASSWORD = /(^|\s)(ssh:\/\/)?[^\s/@]*:(?!\/\/)\S*@/;
 
 /** A destination is a host, user@host, an alias or ssh://…; a leading - would be an option of ssh. */
@@ -271,128 +282,42 @@ export function publicIp(value: string): string | undefined {
 
 /** Every setting: flags and the env file's keys come from here, what each is for and an example from env.example. */
 export const SETTINGS = {
-  SERVER: {
-    value: "",
-    shared: true,
-    check: each(destination),
-  },
-  AGENTS: {
-    value: "",
-    shared: true,
-    check: each(destination),
-  },
-  HOST: {
-    value: "",
-    shared: true,
-    check: each(destination),
-  },
-  HOST_KEY: {
-    value: "",
-    check: each(
-      matches(
-        /^SHA256:[A-Za-z0-9+/]{43}$/,
-        'fingerprints SHA256:…, as "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub" says on the box',
-      ),
-    ),
-  },
-  PUBLIC_IP: {
-    value: "",
-    shared: true,
-    check: publicIp,
-  },
-  K3S_VERSION: {
-    value: "v1.36.2+k3s1",
-    shared: true,
-    check: release,
-  },
-  STEPS: {
-    value: "",
-    shared: true,
-    check: each(release),
-  },
+  SERVER: { value: "", shared: true, check: each(destination) },
+  AGENTS: { value: "", shared: true, check: each(destination) },
+  HOST: { value: "", shared: true, check: each(destination) },
+  HOST_KEY: { value: "", check: each(fingerprint) },
+  PUBLIC_IP: { value: "", shared: true, check: publicIp },
+  K3S_VERSION: { value: "v1.36.2+k3s1", shared: true, check: release },
+  STEPS: { value: "", shared: true, check: each(release) },
   K3S_MIRRORS: {
     value: "https://github.com/k3s-io/k3s/releases/download https://rancher-mirror.rancher.cn/k3s",
     check: each(url),
   },
-  K3S_SHA256: {
-    value: "",
-    check: matches(/^[0-9a-f]{64}$/, "64 lower-case hex digits"),
-  },
-  K3S_BIN: {
-    value: "",
-    check: file,
-  },
+  K3S_SHA256: { value: "", check: matches(/^[0-9a-f]{64}$/, "64 lower-case hex digits") },
+  K3S_BIN: { value: "", check: file },
   PROXY_MODE: {
     value: "iptables",
     check: matches(/^(iptables|ipvs|nftables)$/, "iptables, ipvs or nftables"),
   },
-  SERVER_ARGS: {
-    value: "",
-    check: serverArgs,
-  },
-  AGENT_ARGS: {
-    value: "",
-    check: (value) => args("agent", value),
-  },
-  NODE_LABELS: {
-    value: "",
-    check: each(label),
-  },
-  NODE_TAINTS: {
-    value: "",
-    check: (value) => each(taint)(value) ?? twiceIn(value),
-  },
-  FIREWALL: {
-    value: "",
-    shared: true,
-    check: matches(/^yes$/, "yes, or nothing"),
-  },
-  AIRGAP: {
-    value: "",
-    check: matches(/^yes$/, "yes, or nothing"),
-  },
-  REGISTRY_MIRRORS: {
-    value: "",
-    check: each(mirror),
-  },
-  HTTPS_PROXY: {
-    value: "",
-    secret: true,
-    ambient: true,
-    check: proxy,
-  },
-  HTTP_PROXY: {
-    value: "",
-    secret: true,
-    ambient: true,
-    check: proxy,
-  },
+  SERVER_ARGS: { value: "", check: serverArgs },
+  AGENT_ARGS: { value: "", check: (value) => args("agent", value) },
+  NODE_LABELS: { value: "", check: each(label) },
+  NODE_TAINTS: { value: "", check: (value) => each(taint)(value) ?? twiceIn(value) },
+  FIREWALL: { value: "", shared: true, check: yes },
+  AIRGAP: { value: "", check: yes },
+  REGISTRY_MIRRORS: { value: "", check: each(mirror) },
+  HTTPS_PROXY: { value: "", secret: true, ambient: true, check: proxy },
+  HTTP_PROXY: { value: "", secret: true, ambient: true, check: proxy },
   NO_PROXY: {
     value: "",
     ambient: true,
     check: matches(/^[\w.,:/*-]+$/, "names, addresses and ranges, separated by commas"),
   },
-  K3S_CONFIG: {
-    value: "",
-    check: file,
-  },
-  BACKUP: {
-    value: "",
-    shared: true,
-    check: file,
-  },
-  ELREPO_URL: {
-    value: "https://www.elrepo.org",
-    check: url,
-  },
-  ELREPO_KERNEL_URL: {
-    value: "",
-    check: url,
-  },
-  EPEL_URL: {
-    value: "https://dl.fedoraproject.org/pub/epel",
-    check: url,
-  },
+  K3S_CONFIG: { value: "", check: file },
+  BACKUP: { value: "", shared: true, check: file },
+  ELREPO_URL: { value: "https://www.elrepo.org", check: url },
+  ELREPO_KERNEL_URL: { value: "", check: url },
+  EPEL_URL: { value: "https://dl.fedoraproject.org/pub/epel", check: url },
   K3S_DATASTORE_ENDPOINT: {
     value: "",
     secret: true,
@@ -409,18 +334,12 @@ export const SETTINGS = {
     learned: true,
     check: matches(/^https:\/\/[\w.-]+(:\d+)?$/, "an address such as https://203.0.113.10:6443"),
   },
-  K3S_TOKEN: {
-    value: "",
-    secret: true,
-    shared: true,
-    learned: true,
-    check: token,
-  },
+  K3S_TOKEN: { value: "", secret: true, shared: true, learned: true, check: token },
 } satisfies Record<string, Setting>;
 
 export type SettingName = keyof typeof SETTINGS;
 
-/** The first setting that does not go with the others, and what would be right. */
+/** The first setting that contradicts the others, and what would be right. */
 export function apartIn(settings: Record<SettingName, string>): [SettingName, string] | undefined {
   const { SERVER, AGENTS, K3S_DATASTORE_ENDPOINT } = settings;
   const servers = splitWords(SERVER);

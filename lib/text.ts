@@ -105,8 +105,8 @@ const foreign = (unit: string): string =>
       ),
   );
 
-/** A value for a message: quoted, redacted and cut short. */
-export const quoted = (value: string): string => jsonOf(redacted(value.slice(0, 5000)).slice(0, 80));
+/** A value for a message: quoted, redacted and cut short; the patterns of secrets end at 4096 characters. */
+export const quoted = (value: string): string => jsonOf(redacted(value.slice(0, 4096)).slice(0, 80));
 
 /** Splits at blanks. */
 export const splitWords = (value: string): string[] => value.split(/[ \t]+/).filter(Boolean);
@@ -119,7 +119,7 @@ export const boxNames = (list: string): string[] =>
   splitWords(list).map((word) => nameOf(word.split("=")[0] as string));
 
 /** `systemctl show` and other KEY=value lines. */
-export function pairs(text = ""): Record<string, string> {
+export function parseKeyValues(text = ""): Record<string, string> {
   return Object.fromEntries(
     text.split("\n").flatMap((line) => {
       const at = line.indexOf("=");

@@ -31,3 +31,7 @@ export const passwordIn = (token: string): string => token.replace(/^[^:]*::[^:]
 /** The same for sed, and for sh of the token in a variable. */
 export const PASSWORD_SED = "s/^[^:]*::[^:]*://";
 export const passwordOf = (variable: string): string => `\${${variable}#*::*:}`;
+
+/** Shell that gives curl's -K - a password of nodes: a word of shell, escaped for curl's quotes by CURL_SED. */
+export const asNode = (password: string): string => `printf 'user = "node:%s"\\n' ${password} |`;
+export const CURL_SED = String.raw`s/["\\]/\\&/g`;

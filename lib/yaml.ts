@@ -1,5 +1,9 @@
 /** YAML as programs in Go read it: version 1.1, with merge keys. */
-import { YAML } from "zx";
+import { createRequire } from "node:module";
+import type { YAML as Yaml } from "zx";
+
+/** Loaded when it is needed: the whole of zx takes 0.1 s. */
+const yaml = (): typeof Yaml => createRequire(import.meta.url)("zx").YAML;
 
 const AS_GO = { version: "1.1", merge: true } as const;
 
@@ -8,8 +12,8 @@ const AS_GO = { version: "1.1", merge: true } as const;
  *
  * @throws {Error} in one line, for what is no YAML, or is several documents; for aliases that lead nowhere or to too much.
  */
-export function yamlIn(text: string): { document: ReturnType<typeof YAML.parseDocument>; data: unknown } {
-  const document = YAML.parseDocument(text, AS_GO);
+export function yamlIn(text: string): { document: ReturnType<typeof Yaml.parseDocument>; data: unknown } {
+  const document = yaml().parseDocument(text, AS_GO);
   const [wrong] = document.errors;
   if (wrong?.code === "MULTIPLE_DOCS")
     throw new Error("it has several documents, of which the first alone is read");
@@ -19,4 +23,4 @@ export function yamlIn(text: string): { document: ReturnType<typeof YAML.parseDo
 
 /** A value in lines of block style. */
 export const yamlLines = (value: unknown): string[] =>
-  new YAML.Document(value, AS_GO).toString({ lineWidth: 0 }).trimEnd().split("\n");
+  new (yaml().Document)(value, AS_GO).toString({ lineWidth: 0 }).trimEnd().split("\n");

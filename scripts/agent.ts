@@ -1,21 +1,21 @@
 #!/usr/bin/env -S node --import tsx
-/** Step 5 of 7: a healthy k3s agent that has joined the server. Brings the box through steps 1 to 3 too. */
+/** Step 5 of 7: a healthy k3s agent that has joined the server. Includes steps 1 to 3. */
 import { createHash, X509Certificate } from "node:crypto";
 import { causes } from "../lib/check/causes.ts";
 import { NODE_SETTINGS, proxyEnv } from "../lib/k3s/config.ts";
-import { firewall } from "../lib/k3s/firewall.ts";
+import { firewall } from "../lib/k3s/firewall/firewall.ts";
+import { neighbours } from "../lib/k3s/firewall/neighbours.ts";
 import { foreignFirst } from "../lib/k3s/foreign.ts";
 import { ALLOWED, caLook, identityAs, moving, nodeNameOf } from "../lib/k3s/identity.ts";
-import { neighbours } from "../lib/k3s/neighbours.ts";
-import { nodesOf } from "../lib/k3s/nodes.ts";
-import { run } from "../lib/k3s/script.ts";
-import { healthySaying, serviceLook, servicePlan, systemdFirst } from "../lib/k3s/service.ts";
+import { CONCERNS, nodesOf, SHAPE } from "../lib/k3s/nodes.ts";
+import { main } from "../lib/k3s/script.ts";
+import { healthyMessage, serviceLook, servicePlan, systemdFirst } from "../lib/k3s/service.ts";
 import { envPath, nodeNameIn, type Role } from "../lib/k3s/unit.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
-import { raw, sh } from "../lib/sh.ts";
+import { quote, raw, sh } from "../lib/sh.ts";
 import { type Change, type Facts, type Printed, prints, Refusal, step } from "../lib/step.ts";
 import { filledEnv } from "../lib/text.ts";
-import { caIn, passwordIn } from "../lib/token.ts";
+import { asNode, caIn, passwordIn } from "../lib/token.ts";
 import { annotateAs } from "./annotate.ts";
 import { downloadK3s } from "./download-k3s.ts";
 import { installWireguard } from "./install-wireguard.ts";
@@ -40,10 +40,10 @@ export const agent = step({
 });
 
 /**
- * What the server answers before this box has joined: /cacerts, the date, and whether it accepts the token. For a valid
- * token k3s issues k3s-controller's certificate (to any agent, both generations), which may read its node, or on modern
- * k3s all nodes: so a name or address that is taken shows without registering anything. Not asked again once the box
- * has joined with the same credentials.
+ * Queries the server before this box joins: /cacerts, the date, and whether it accepts the token. For a valid token k3s
+ * issues k3s-controller's certificate (to any agent, both generations), which allows to read the box's own node, or on
+ * modern k3s all nodes: a name or address that is taken is found without registering anything. Skipped once the box has
+ * joined with the same credentials.
  */
 function serverLook(want: Settings) {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
@@ -64,18 +64,27 @@ if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined
   fact date; sed -n 's/^[Dd]ate: //p' "$dir/head" 2>/dev/null
   # The password is only for the CA that the token names.
   if [ "$(sha256sum <"$dir/ca" | cut -d' ' -f1)" = ${ca} ]; then
-    fact door; printf 'user = "node:%s"\n' ${password} |
+    fact door; ${raw(asNode(quote(password)))}
       ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
     fact shut; cat "$dir/error"
     fact taken; node=${name || raw('"$(uname -n | tr "[:upper:]" "[:lower:]")"')}
     ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node"
-    fact registered; ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes"
+    fact registered; ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes?pretty=false" | { ${raw(SHAPE)}; } |
+      concerns '' joining ${want.PUBLIC_IP}
   fi
   ${raw(proofLook)}
 ) fi`);
 }
 
-/** Has the box the password by which a node of its name proves who it is? */
+/** The server asked once more, with what it has taught the operator since the box was looked at. */
+export const admission = step({
+  name: "agent",
+  options: [],
+  look: (want) => [CONCERNS, serverLook(want)],
+  plan: () => [],
+});
+
+/** Does the box have its node password, with which a node of its name authenticates? */
 export const proofLook = prints("proof")("fact proof; test -s /etc/rancher/node/password && echo yes");
 
 /** Clocks that differ by more than this, in seconds, are wrong even if certificates are still valid. */
@@ -89,7 +98,7 @@ function examine(want: Settings, facts: Facts<Printed<ReturnType<typeof serverLo
   const hash = createHash("sha256").update(ca).digest("hex");
   if (want.K3S_TOKEN.slice(3, 67) !== hash)
     throw new SettingError(
-      `K3S_TOKEN belongs to another cluster: it names the CA ${want.K3S_TOKEN.slice(3, 15)}…, ${url} has ${hash.slice(0, 12)}…; was the server set up anew? "make server" writes the present one`,
+      `K3S_TOKEN belongs to another cluster: it names the CA ${want.K3S_TOKEN.slice(3, 15)}…, ${url} has ${hash.slice(0, 12)}…; if the server was reinstalled, "make server" writes the current token`,
     );
   // The CA is valid from when the server was set up: TLS fails on an earlier clock. The certificates that it signs
   // expire after a year.
@@ -98,22 +107,22 @@ function examine(want: Settings, facts: Facts<Printed<ReturnType<typeof serverLo
   const apart = Math.abs(now - Date.parse(facts.date ?? "")) / 1000;
   if (now < Date.parse(validFrom) || now > Date.parse(validTo) || apart > CLOCKS)
     throw new Refusal(
-      `This box's clock says ${new Date(now).toISOString()}, the server's ${facts.date?.trim()}; its certificates hold from ${validFrom} to ${validTo}: set the clock that is wrong (timedatectl set-ntp true)`,
+      `This box's clock says ${new Date(now).toISOString()}, the server's ${facts.date?.trim()}; its certificates are valid from ${validFrom} to ${validTo}: correct the wrong clock (timedatectl set-ntp true)`,
     );
   const door = facts.door?.trim();
   if (door === "401" || door === "403")
     throw new SettingError(
-      `K3S_TOKEN is not valid: ${url} answers ${door}; "make server" writes the present one`,
+      `K3S_TOKEN is not valid: ${url} answers ${door}; "make server" writes the current token`,
     );
   if (door !== "200")
     throw new Refusal(
-      `${url} does not let this box in: it answers ${door}, try again when it is healthy${facts.shut?.trim() ? ` (${facts.shut.trim()})` : ""}`,
+      `${url} does not accept this box: it answers ${door}; try again when it is healthy${facts.shut?.trim() ? ` (${facts.shut.trim()})` : ""}`,
     );
   const [node] = nodesOf(facts.taken);
   if (!node || facts.proof?.trim()) return;
   const name = nodeNameOf("agent", want, facts);
   throw new Refusal(
-    `The name ${name} is taken by a node of the cluster (${node.externalIp ?? "no public address"}): rename this box (hostnamectl set-hostname …), or add --node-name to AGENT_ARGS; if it is this box from before it was reinstalled, "make remove HOST=${want.HOST || "…"}" has the cluster forget it`,
+    `The name ${name} is taken by a node of the cluster (${node.externalIp ?? "no public address"}): rename this box (hostnamectl set-hostname …), or add --node-name to AGENT_ARGS; if it is this box before it was reinstalled, run "make remove HOST=${want.HOST || "…"}" first`,
   );
 }
 
@@ -122,13 +131,13 @@ function certificate(text: string, url: string): X509Certificate {
   try {
     return new X509Certificate(text);
   } catch (error) {
-    throw new Refusal(`${url}/cacerts has no certificate that can be read: ${(error as Error).message}`);
+    throw new Refusal(`${url}/cacerts is not a valid certificate: ${(error as Error).message}`);
   }
 }
 
 /** curl's errors for a port that does not answer, and where to look. */
 function unreachable(url: string, error: string): string {
-  const said = error.trim() || "no certificate came";
+  const said = error.trim() || "no certificate received";
   const what = /No route to host|prohibited/i.test(error)
     ? "a firewall rejects it: open 6443/tcp in the server's firewall (make firewall) and security group"
     : /refused|Failed to connect.*(after|Couldn't)/.test(error) && !/timed? ?out/i.test(error)
@@ -157,14 +166,14 @@ export const agentSteps = [...prepareAs("agent"), agent, annotateAs("agent")];
 
 const FROM_SERVER = 'what "make server" writes; run it first, or copy both lines into';
 
-await run(import.meta, {
-  about: "Joins a box to the server: binary, kernel, WireGuard, unit, and a node that is Ready.",
+await main(import.meta, {
+  about: "Makes a box a k3s agent: binary, kernel, WireGuard, unit. Waits until its node is Ready.",
   steps: agentSteps,
   flags: ALLOWED,
   needs: { K3S_URL: FROM_SERVER, K3S_TOKEN: FROM_SERVER },
-  nothing: (want, facts) => healthySaying("agent", want, facts),
+  nothing: (want, facts) => healthyMessage("agent", want, facts),
   elsewhere: ({ K3S_URL }) => [
-    { name: "the server, by K3S_URL,", ip: /^https:\/\/([\w.-]+)/.exec(K3S_URL)?.[1] ?? "" },
+    { name: "the server (K3S_URL)", ip: /^https:\/\/([\w.-]+)/.exec(K3S_URL)?.[1] ?? "" },
   ],
   others: neighbours,
   causes,

@@ -1,5 +1,5 @@
 #!/usr/bin/env -S node --import tsx
-/** Step 6 of 7: every peer reaches this node at its public address. Old k3s is told by an annotation and a restart. */
+/** Step 6 of 7: every peer reaches this node at its public address. Old k3s needs an annotation and a restart. */
 import { causes } from "../lib/check/causes.ts";
 import { nodeNameOf } from "../lib/k3s/identity.ts";
 import {
@@ -8,14 +8,18 @@ import {
   KUBECTL,
   type Node,
   nodesOf,
+  oldest,
+  oldestSh,
   peerOf,
   peersOf,
   STANDS,
   silence,
   standing,
+  startedSh,
+  WATCH,
 } from "../lib/k3s/nodes.ts";
-import { run } from "../lib/k3s/script.ts";
-import { oldest, oldestSh, restart, startedAt } from "../lib/k3s/service.ts";
+import { main } from "../lib/k3s/script.ts";
+import { restart, startedAt } from "../lib/k3s/service.ts";
 import {
   backendOf,
   binaryLook,
@@ -42,7 +46,7 @@ export const annotateAs = (role?: Role) =>
     name: "annotate",
     options: ["PUBLIC_IP"],
 
-    look: () => [binaryLook, nameLook, clusterLook, PROCESSES],
+    look: () => [...(role ? [] : ["others=whole"]), binaryLook, nameLook, clusterLook, PROCESSES],
 
     plan(want, facts) {
       const [server = "", agent = ""] = (facts.processes ?? "").split("\n\n");
@@ -61,7 +65,7 @@ export const annotateAs = (role?: Role) =>
       if (!role && !node)
         throw new Refusal(
           silence(facts)
-            ? `The nodes are not known here: ${silence(facts)}`
+            ? `The list of nodes is not available on this box: ${silence(facts)}`
             : `The cluster has no node ${name}: is k3s healthy here?`,
         );
 
@@ -83,9 +87,9 @@ kc annotate --overwrite node ${name} ${OVERWRITE}=${ip}`,
         return [
           {
             why: `wait until flannel's public-ip of ${name} is ${ip}, not ${node.publicIp ?? "unset"}`,
-            sh: `${KUBECTL}\n${waitUntil(
+            sh: `${WATCH}\n${waitUntil(
               60,
-              sh`kc get node ${name} -o json 2>/dev/null | grep -q ${`"flannel.alpha.coreos.com/public-ip": "${ip}"`}`,
+              sh`changed ${name} 5; echo "$node" | grep -qF ${` public-ip=${ip} `}`,
               sh`echo ${'Does the server run with --flannel-external-ip? "make server" sees to it'}`,
             )}`,
             seconds: 90,
@@ -97,25 +101,18 @@ kc annotate --overwrite node ${name} ${OVERWRITE}=${ip}`,
   });
 
 /**
- * Nodes that were created within this many seconds join at the same time: each waits for handshakes with those created
- * before it.
+ * A node that was created less than this many seconds ago is still joining: it waits for handshakes only with nodes
+ * created before it.
  */
 const JOINING = 60;
 
-/** Shell that sets `since` to when k3s was started, in seconds since 1970. */
-const startedSh = (
-  role: Role,
-) => sh`since=$(systemctl show ${unitOf(role)} -p ExecMainStartTimestampMonotonic | sed 's/.*=//; s/[0-9]\{6\}$//')
-since=$(($(date +%s) - $(cut -d. -f1 /proc/uptime) + \${since:-0}))
-`;
-
-/** The peers that this node must have, each with its state. */
+/** The expected peers of this node, each with its state. */
 function peersIn(facts: Facts<"peers" | "nodes">, generation: Generation, name: string, proves: number) {
   const peers = peersOf(facts.peers).filter((p) => p.interface === interfaceOf(generation));
   const nodes = nodesOf(facts.nodes);
   return expected(nodes, name, Number(facts.now), backendOf(generation)).map((node) => ({
     node,
-    others: nodes.filter((other) => other.name !== node.name).flatMap(addressesOf),
+    others: [...new Set(nodes.filter((other) => other.name !== node.name).flatMap(addressesOf))].sort(),
     ...standing(peerOf(peers, node.podCidr), node, nodes, proves),
   }));
 }
@@ -135,7 +132,7 @@ function handshakes(
   return [
     {
       why: `wait for a fresh handshake with ${missing.map(({ node }) => node.name).join(", ")} at the public address${wrong.length ? ` (${wrong.join("; ")})` : ""}`,
-      sh: sh`${raw(generation === "old" ? startedSh(role) : "")}late() {
+      sh: sh`${raw(generation === "old" ? startedSh(unitOf(role)) : "")}late() {
   ${raw(oldestSh(generation))}
   while read -r name c own others; do
     wg show ${interfaceOf(generation)} dump | awk -v c="$c" -v own="$own" -v others=" $others " -v oldest="$oldest" '
@@ -157,9 +154,9 @@ ${raw(
 }
 
 /**
- * The peers that this node must have: every other node that is Ready and whose flannel address is its public one. A
- * node that is down or still joining is left to its own run, as is the later one of two that join at the same time. A
- * node of the other generation is no peer before it is upgraded too. `now` is in seconds since 1970.
+ * The expected peers of a node: every other node that is Ready and whose flannel address is its public one. A node that
+ * is down or still joining is checked by its own run, as is the later one of two that join at the same time. A node of
+ * the other generation is not a peer until it is upgraded too. `now` is in seconds since 1970.
  */
 export function expected(
   nodes: readonly Node[],
@@ -186,16 +183,16 @@ export function expected(
 
 export const annotate = annotateAs();
 
-await run(import.meta, {
+await main(import.meta, {
   about:
-    "Has every peer reach this node at its public address: by annotation on old k3s, else it only checks.",
+    "Makes every peer reach this node at its public address: by annotation on old k3s; else only verifies.",
   steps: [annotate],
   nothing: (want, facts) => {
     const fresh = peersOf(facts.peers).filter((p) => p.allowedIps.length);
     const { generation = "modern" } = releaseOf({ ...want, K3S_VERSION: facts.version?.trim() ?? "" }, facts);
     const own = nodesOf(facts.nodes).find(({ externalIp }) => externalIp === want.PUBLIC_IP);
     const notes = peersIn(facts, generation, own?.name ?? "", 0).flatMap(({ node, note }) =>
-      note ? [`; ${node.name} speaks from ${note}`] : [],
+      note ? [`; ${node.name} sends from ${note}`] : [],
     );
     return `every handshake is fresh, at public addresses (${fresh.map((p) => p.endpoint).join(", ") || "no peers yet"})${notes.join("")}`;
   },

@@ -2,7 +2,7 @@
 /** Step 1 of 7: a verified k3s binary at /usr/local/bin/k3s, and kubectl beside it. */
 import { byProxy, IMAGES, PROXY_SETTINGS } from "../lib/k3s/config.ts";
 import { foldersLook, install, managersLook, osOf, writable } from "../lib/k3s/packages.ts";
-import { run } from "../lib/k3s/script.ts";
+import { main } from "../lib/k3s/script.ts";
 import { binaryLook, K3S, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { raw, sh } from "../lib/sh.ts";
@@ -10,13 +10,13 @@ import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
 import { splitWords } from "../lib/text.ts";
 
 /** The release's binary for `uname -m`, and the architecture in the names of its checksums and images. */
-const RELEASES: Record<string, [file: string, arch: string]> = {
-  x86_64: ["k3s", "amd64"],
-  aarch64: ["k3s-arm64", "arm64"],
-  arm64: ["k3s-arm64", "arm64"],
-  armv7l: ["k3s-armhf", "arm"],
-  armv6l: ["k3s-armhf", "arm"],
-};
+const RELEASES = new Map<string, [file: string, arch: string]>([
+  ["x86_64", ["k3s", "amd64"]],
+  ["aarch64", ["k3s-arm64", "arm64"]],
+  ["arm64", ["k3s-arm64", "arm64"]],
+  ["armv7l", ["k3s-armhf", "arm"]],
+  ["armv6l", ["k3s-armhf", "arm"]],
+]);
 
 const BIN = K3S.replace(/\/k3s$/, "");
 
@@ -54,15 +54,11 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
       );
     const have = facts.version?.trim() || undefined;
     if (want.K3S_BIN) {
-      // cli.ts has put the file's own hash into K3S_SHA256.
-      const part = `${PART}-${want.K3S_SHA256.slice(0, 12)}.part`;
+      // filesOf() has put the file's own hash into K3S_SHA256.
       if (facts.sha256?.trim() !== want.K3S_SHA256)
         changes.push({
           why: `put ${want.K3S_BIN} in place${have ? ` of ${have}` : ""}`,
-          push: { file: want.K3S_BIN, path: part },
-          sh: sh`${raw(TELL)}part=${part}; from=${want.K3S_BIN}; sum=${want.K3S_SHA256}
-${raw(VERIFY)}
-${raw(swap("v1"))}`,
+          ...pushed(want.K3S_BIN, want.K3S_SHA256, PART, swap("v1")),
           seconds: 120,
           lookAgain: "foreseen",
           assumes: `${want.K3S_BIN} is k3s ${want.K3S_VERSION}`,
@@ -146,7 +142,7 @@ function imagesFile(want: Settings, facts: Facts): File {
 /** @throws {Refusal} for an architecture that k3s is not built for. */
 function releaseFor(facts: Facts): [file: string, arch: string] {
   const machine = facts.arch?.trim() ?? "";
-  const release = Object.hasOwn(RELEASES, machine) && RELEASES[machine];
+  const release = RELEASES.get(machine);
   if (release) return release;
   throw new Refusal(
     `k3s has no release for ${machine || "an unknown"} architecture: give a K3S_BIN of your own`,
@@ -176,7 +172,7 @@ mv "$part" ${IMAGES}/${name}
       }),
     ];
   }
-  // cli.ts has looked for them: below the setting a line each, sha256 and path.
+  // filesOf() has looked for them: below the setting a line each, sha256 and path.
   const [asked, ...rows] = want.AIRGAP.split("\n");
   const row = rows.find((line) => line.includes(`k3s-airgap-images-${arch}.`));
   if (!row && !asked) return [];
@@ -187,17 +183,18 @@ mv "$part" ${IMAGES}/${name}
   if (generation === "old" && !name.endsWith(".tar"))
     throw new Refusal(`k3s ${version} imports no ${name}: unpack it to a .tar beside it, and move it away`);
   if (isThere(hash, name)) return [];
-  const part = `${IMAGES}-${hash.slice(0, 12)}.part`;
-  return [
-    {
-      why: `put ${name} in place`,
-      push: { file, path: part },
-      sh: sh`${raw(TELL)}part=${part}; from=${file}; sum=${hash}
+  return [{ why: `put ${name} in place`, ...pushed(file, hash, IMAGES, put(hash, name)), seconds: 300 }];
+}
+
+/** Puts a local file beside its place on the box; there it is verified before `put` runs. */
+function pushed(file: string, hash: string, beside: string, put: string): Pick<Change, "push" | "sh"> {
+  const part = `${beside}-${hash.slice(0, 12)}.part`;
+  return {
+    push: { file, path: part },
+    sh: sh`${raw(TELL)}part=${part}; from=${file}; sum=${hash}
 ${raw(VERIFY)}
-${raw(put(hash, name))}`,
-      seconds: 300,
-    },
-  ];
+${raw(put)}`,
+  };
 }
 
 const VERIFY = sh`have=$(sha256sum <"$part" | cut -d' ' -f1)
@@ -300,7 +297,7 @@ echo ${`No mirror gave a good ${file === "k3s" ? "binary" : file}. What came is 
 exit 1`;
 }
 
-await run(import.meta, {
-  about: "Downloads k3s, checks it against another host's word, and puts it in place.",
+await main(import.meta, {
+  about: "Downloads k3s, verifies it by a checksum from another host, and installs it.",
   steps: [downloadK3s],
 });

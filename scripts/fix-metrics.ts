@@ -1,8 +1,9 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 7 of 7: `kubectl top` answers for every node. Runs on the server. */
 import { causes } from "../lib/check/causes.ts";
-import { clusterLook, KUBECTL, nodesOf } from "../lib/k3s/nodes.ts";
-import { run } from "../lib/k3s/script.ts";
+import { FIGURES, figuresOf, TOP_LOOK } from "../lib/check/survey.ts";
+import { clusterLook, NODES, nodesOf } from "../lib/k3s/nodes.ts";
+import { main } from "../lib/k3s/script.ts";
 import { binaryLook, generationOf } from "../lib/k3s/unit.ts";
 import { raw, sh, waitUntil, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
@@ -25,15 +26,15 @@ export const fixMetrics = step({
     binaryLook,
     clusterLook,
     prints(
-      "packaged own skipped foreign runs ours figures",
+      "packaged own skipped foreign runs ours",
     )(`fact packaged; sed '/^# written /d' ${PACKAGED} 2>/dev/null
 fact own; sed '/^# written /d' ${OWN} 2>/dev/null
 fact skipped; test -e ${PACKAGED}.skip && echo yes
 fact foreign; grep -lsE '^ *"?name"?: *"?metrics-server"?,? *$' ${FOLDER}/*.yaml ${FOLDER}/*.yml ${FOLDER}/*.json | grep -vxF ${OWN}
 fact runs; systemctl is-active k3s
 ${OURS}
-fact ours; [ ! -e ${OWN} ] || { ours && echo yes; }
-fact figures; kc top nodes --no-headers 2>/dev/null`),
+fact ours; [ ! -e ${OWN} ] || { ours && echo yes; }`),
+    TOP_LOOK,
   ],
 
   plan(_want, facts): Change[] {
@@ -43,14 +44,12 @@ fact figures; kc top nodes --no-headers 2>/dev/null`),
       throw new Refusal("k3s does not run here: fix-metrics runs on a healthy server (make server)");
     }
     if (absent(facts)) return [];
-    const lines = (facts.figures ?? "").split("\n");
-    const answers = (name: string) =>
-      lines.some((line) => line.split(/\s+/)[0] === name && !line.includes("<unknown>"));
+    const told = figuresOf(facts.top);
     const names = nodes.map((node) => node.name);
     const generation = generationOf(facts.version?.trim() ?? "", facts.flags ?? "");
     const changes = generation === "old" ? articles(facts) : generation === "modern" ? packaged(facts) : [];
     // k3s checks manifests every 15 s: until then the old pod answers, afterwards none for about a minute.
-    const late = changes.length ? names : names.filter((name) => !answers(name));
+    const late = changes.length ? names : names.filter((name) => !told.includes(name));
     return [...changes, ...(late.length ? [wait(late)] : [])];
   },
 });
@@ -142,9 +141,9 @@ function wait(silent: string[]): Change {
 
 const API_FIRST: Change = {
   why: "wait until the API answers and a node is Ready",
-  sh: `${KUBECTL}\n${waitUntil(
+  sh: `${NODES}\n${waitUntil(
     API,
-    "kc get nodes --no-headers 2>/dev/null | grep -q ' Ready'",
+    "nodes '' | grep -qF ' Ready'",
     sh`echo ${`Not after ${API} s:`}; kc get nodes`,
     "beat",
   )}`,
@@ -153,20 +152,23 @@ const API_FIRST: Change = {
 };
 
 /** Do all running metrics-server pods use our manifest's arguments, or, without one, verify TLS? */
-const OURS = sh`ours() {
-  kc -n kube-system get pods -o json 2>/dev/null | awk -v lax="$(grep -cse ${INSECURE} ${OWN})" '
-    /"k8s-app": "metrics-server"/ { it = 1; is = 0 }
+const OURS = sh`pods() {
+  api GET '/api/v1/namespaces/kube-system/pods?pretty=true&labelSelector=k8s-app%3Dmetrics-server' 10 2>/dev/null
+}
+ours() {
+  pods | awk -v lax="$(grep -cse ${INSECURE} ${OWN})" '
     /^ *"${INSECURE}/ { is = 1 }
-    /"phase":/ { if (it && /Running/) { pods++; wrong += is != (lax > 0) } it = 0 }
+    /^ *"phase":/ { if (/Running/) { pods++; wrong += is != (lax > 0) } is = 0 }
     END { exit !pods || wrong }'
 }`;
 
 /** Every Ready node has a line in `top nodes`, from a pod of the current manifest. */
-const ANSWERED = sh`${raw(KUBECTL)}
+const ANSWERED = sh`${raw(NODES)}
 ${raw(OURS)}
 answered() {
-  ready=$(kc get nodes --no-headers 2>/dev/null | awk '$2 ~ /^Ready/ { print $1 }')
-  told=$(kc top nodes --no-headers 2>/dev/null | awk '!/<unknown>/ { print $1 }')
+  told=$(api GET ${FIGURES} 10 2>/dev/null | grep -o '"metadata":{"name":"[^"]*' | sed 's/.*"//')
+  [ -n "$told" ] || return 1
+  ready=$(nodes '' | awk '$2 ~ /^Ready/ { print $1 }')
   [ -n "$ready" ] && ! printf '%s\n' "$ready" | grep -qvxF -e "$told" && ours
 }
 try() {
@@ -177,7 +179,7 @@ try() {
     if [ "$now" -ge "$end" ]; then
       [ "$now" -lt $((began + ${PULL})) ] || return 1
       # Its image is still on its way.
-      kc get pods -A --no-headers 2>/dev/null | grep -q 'metrics-server-.* ContainerCreating ' || return 1
+      pods | grep -q '"reason": "ContainerCreating"' || return 1
       end=$((now + 60))
     fi
     sleep 1
@@ -185,8 +187,9 @@ try() {
 }
 try`;
 
-await run(import.meta, {
-  about: "Has `kubectl top` answer for every node: on old k3s by a manifest that survives restarts.",
+await main(import.meta, {
+  about:
+    "Makes `kubectl top` list every node: on old k3s by a manifest that survives restarts; else only verifies.",
   steps: [fixMetrics],
   host: "SERVER",
   nothing: (_want, facts) => absent(facts) ?? "`kubectl top nodes` answers for every node",

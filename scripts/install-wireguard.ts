@@ -2,7 +2,7 @@
 /** Step 3 of 7: WireGuard's tools, its module where the kernel has none, and proof that an interface can be made. */
 import { byProxy, PROXY_SETTINGS } from "../lib/k3s/config.ts";
 import { DEAD, install, isEl7, managersLook, type Os, osOf } from "../lib/k3s/packages.ts";
-import { run } from "../lib/k3s/script.ts";
+import { main } from "../lib/k3s/script.ts";
 import { type Generation, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { raw, sh } from "../lib/sh.ts";
@@ -15,7 +15,7 @@ export const installWireguard = step({
   options: ["K3S_VERSION", "K3S_BIN", "ELREPO_URL", "EPEL_URL", ...PROXY_SETTINGS],
 
   look: () => [
-    moduleLook,
+    ...moduleLook,
     managersLook,
     prints("tool half")(`fact tool; command -v wg
 fact half; dpkg-query -W -f '\${db:Status-Status}' wireguard-tools 2>/dev/null | grep -E '^(half|unpacked)'`),
@@ -160,8 +160,8 @@ ip link del "$name"`,
   };
 }
 
-await run(import.meta, {
+await main(import.meta, {
   about:
-    "Installs WireGuard's tools by the distro's package manager and proves that an interface can be made.",
+    "Installs wireguard-tools from the distribution's packages, and verifies that an interface can be created.",
   steps: [installWireguard],
 });

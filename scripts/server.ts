@@ -1,13 +1,13 @@
 #!/usr/bin/env -S node --import tsx
-/** Step 4 of 7: a healthy k3s server on its public address. Brings the box through steps 1 to 3 too. */
+/** Step 4 of 7: a healthy k3s server on its public address. Includes steps 1 to 3. */
 import { causes } from "../lib/check/causes.ts";
 import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/k3s/config.ts";
+import { neighbours } from "../lib/k3s/firewall/neighbours.ts";
 import { ALLOWED, brief } from "../lib/k3s/identity.ts";
-import { neighbours } from "../lib/k3s/neighbours.ts";
-import { run } from "../lib/k3s/script.ts";
-import { healthySaying, serviceLook, servicePlan } from "../lib/k3s/service.ts";
+import { main } from "../lib/k3s/script.ts";
+import { healthyMessage, serviceLook, servicePlan } from "../lib/k3s/service.ts";
 import { envPath, NODE_TOKEN } from "../lib/k3s/unit.ts";
-import type { Box, Call } from "../lib/script.ts";
+import type { Box, Run } from "../lib/script.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { raw, sh } from "../lib/sh.ts";
 import { type Change, type Facts, Failure, prints, Refusal, step } from "../lib/step.ts";
@@ -33,14 +33,14 @@ fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo 
   },
 
   learn(want, facts) {
-    if (isFurther(want)) return {};
+    if (joinsExistingDatastore(want)) return {};
     const token = facts.token?.trim();
     if (!token) throw new Failure("The server is healthy but has no node-token");
     // The content of the datastore is known only now.
     const [ca, asked] = [caIn(token), caIn(want.K3S_TOKEN)];
     if (asked && ca !== asked && !want.allowed?.has("force"))
       throw new Refusal(
-        `The server's cluster has the CA ${brief(ca)}, K3S_TOKEN names ${brief(asked)}, another cluster: it stays as it is. FORCE=1 has the server's token take its place`,
+        `The server's cluster has the CA ${brief(ca)}, but K3S_TOKEN belongs to another cluster (CA ${brief(asked)}), and is not changed. FORCE=1 replaces it with the server's token`,
       );
     return { K3S_URL: urlOf(want), K3S_TOKEN: token };
   },
@@ -49,7 +49,7 @@ fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo 
 const urlOf = (want: Settings) => `https://${want.PUBLIC_IP}:6443`;
 
 /** Is there already another server of this datastore that agents use? The first of SERVER always takes precedence. */
-export function isFurther(want: Settings): boolean {
+export function joinsExistingDatastore(want: Settings): boolean {
   const [first] = boxNames(want.SERVER);
   return Boolean(
     want.K3S_DATASTORE_ENDPOINT &&
@@ -59,13 +59,13 @@ export function isFurther(want: Settings): boolean {
   );
 }
 
-/** Lines of the unit's environment. @throws {Refusal} when another datastore would abandon the cluster. */
+/** Lines of the unit's environment. @throws {Refusal} when a change of datastore would abandon the cluster. */
 function environment(want: Settings, facts: Facts<"sqlite" | "external">): string {
   const base = `# read by k3s.service\n${proxyEnv(want)}`;
   if (want.K3S_DATASTORE_ENDPOINT) {
     if (facts.sqlite?.trim() && !facts.external?.trim())
       throw new Refusal(
-        "This server's cluster is in its own SQLite: with K3S_DATASTORE_ENDPOINT it would start a new, empty one. Take it down first, or leave the setting out",
+        "This server's cluster is in its own SQLite: with K3S_DATASTORE_ENDPOINT it would start a new, empty one. Take it down first, or remove the setting",
       );
     return `${base}K3S_DATASTORE_ENDPOINT=@K3S_DATASTORE_ENDPOINT@\nK3S_TOKEN_FILE=${PASSWORD}\n`;
   }
@@ -83,7 +83,7 @@ function environment(want: Settings, facts: Facts<"sqlite" | "external">): strin
  */
 export function password(want: Settings, facts: Facts<"token" | "password">): Change[] {
   if (!want.K3S_DATASTORE_ENDPOINT) return [];
-  const own = isFurther(want) ? "" : facts.token?.trim();
+  const own = joinsExistingDatastore(want) ? "" : facts.token?.trim();
   const known = passwordIn(own || want.K3S_TOKEN);
   const have = facts.password?.trim();
   if (known ? have === `600\n${sha256(known)}` : have?.startsWith("600\n")) return [];
@@ -102,15 +102,15 @@ mv -f ${PASSWORD}.new ${PASSWORD}`,
   ...more,
 });
 
-/** The server keeps its own password as the cluster's. */
+/** Stores the server's own password as the cluster's. */
 export const KEEP_PASSWORD = writePassword(sh`$(sed ${PASSWORD_SED} ${NODE_TOKEN})`);
-/** A fact that \`password\` needs. */
+/** The fact that `password` reads. */
 export const passwordLook = prints("password")(
   `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`,
 );
 
 /** @throws {SettingError} when the box would become the server of another cluster. */
-function examine({ settings: want }: Call, boxes: readonly Box[]): void {
+function examine({ settings: want }: Run, boxes: readonly Box[]): void {
   const names = boxNames(want.SERVER);
   const other = boxes.find(({ host, name }) => host && names.length && !names.includes(name));
   if (other && !want.K3S_DATASTORE_ENDPOINT)
@@ -127,15 +127,15 @@ function examine({ settings: want }: Call, boxes: readonly Box[]): void {
 /** All steps from an empty box to a server whose node others can reach. */
 export const serverSteps = [...prepareAs("server"), server, annotateAs("server")];
 
-await run(import.meta, {
-  about: "Makes a box the k3s server: binary, kernel, WireGuard, unit, and a node that is Ready.",
+await main(import.meta, {
+  about: "Makes a box the k3s server: binary, kernel, WireGuard, unit. Waits until its node is Ready.",
   steps: serverSteps,
   host: "SERVER",
   everyServer: true,
   writes: (_want, known) => !known.K3S_URL || !known.K3S_TOKEN,
   flags: ALLOWED,
   examine,
-  nothing: (want, facts) => healthySaying("server", want, facts),
+  nothing: (want, facts) => healthyMessage("server", want, facts),
   others: neighbours,
   causes,
 });

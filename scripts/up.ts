@@ -1,135 +1,166 @@
 #!/usr/bin/env -S node --import tsx
-/** All seven steps on SERVER and all AGENTS, side by side in one process. */
+/** All seven steps on SERVER and all AGENTS, in parallel in one process. */
 import { boxes } from "../lib/boxes.ts";
 import { causes } from "../lib/check/causes.ts";
 import { converge, look } from "../lib/converge.ts";
 import { attempt, learn, learnedFrom, showPlan, worst } from "../lib/fleet.ts";
 import { ALLOWED, casOf } from "../lib/k3s/identity.ts";
-import { run } from "../lib/k3s/script.ts";
+import { main } from "../lib/k3s/script.ts";
 import { watch } from "../lib/report.ts";
-import type { Box, Call } from "../lib/script.ts";
+import type { Box, Run } from "../lib/script.ts";
 import type { Settings } from "../lib/settings.ts";
-import { type Facts, Failure, planAll, type Step } from "../lib/step.ts";
-import { agentSteps, prepareAs } from "./agent.ts";
+import { type FactsOf, Failure, planAll } from "../lib/step.ts";
+import { admission, agentSteps, prepareAs } from "./agent.ts";
+import { annotateAs } from "./annotate.ts";
 import { fixMetrics } from "./fix-metrics.ts";
 import { server as serverStep, serverSteps } from "./server.ts";
 
-/** What the server's box is looked at for: fix-metrics comes last, when all nodes are there. */
+/** The steps of the server's box: fix-metrics runs last, when all nodes have joined. */
 const allSteps = [...serverSteps, fixMetrics];
+/** What is left for the server once all others are up: its handshakes with them, and their figures. */
+const lastSteps = [annotateAs("server"), fixMetrics];
 
-/** What others wait for: it is passed once, by whom they wait for. */
-function gate<T>() {
-  let pass = (_: T) => {};
-  const passed = new Promise<T>((done) => {
-    pass = done;
-  });
-  return { passed, pass };
+type Step = (typeof allSteps)[number] | (typeof agentSteps)[number];
+type Facts = FactsOf<Step>;
+
+/** The state of the first server, on which the other boxes depend. */
+export interface First {
+  /** It was looked at and not refused: the existing nodes, with which the others must not conflict, are known. */
+  looked?: true;
+  /** It has changes to make, for which the others wait. */
+  begun?: boolean;
+  /** K3S_URL and K3S_TOKEN, once it accepts other nodes; its own node may not be Ready yet. */
+  learned?: Partial<Settings>;
+  failed?: true;
 }
 
-/** Agents and further servers are prepared while the first server starts; they wait only for its token. */
-export async function up(call: Call): Promise<number> {
-  const [server, ...further] = (await boxes(call, "SERVER")) as [Box, ...Box[]];
-  const agents = await boxes(call, "AGENTS");
+/** Another box, after its first look. */
+export interface Other {
+  /** It belongs to some cluster. Without a token it is not known whether to this one: it is not changed until then. */
+  ofUnknown: boolean;
+  prepared?: true;
+  /** Its last look used the K3S_URL and K3S_TOKEN that the server reported. */
+  informed?: boolean;
+}
+
+type Next = "wait" | "wait for the token" | "prepare" | "look again" | "join" | Failure;
+
+/** What another box does next; called again whenever the first server's state changes. Pure. */
+export function next(first: First, other: Other): Next {
+  if (first.failed)
+    return new Failure(`${other.prepared ? "Not joined" : "Left as it is"}: the server is not up`);
+  if (!first.looked) return "wait";
+  if (!first.learned) {
+    if (!other.prepared && !other.ofUnknown) return "prepare";
+    return first.begun ? "wait for the token" : "wait";
+  }
+  return other.informed ? "join" : "look again";
+}
+
+/**
+ * Did its look ask the right server with the right token, and was that accepted? The env file may have had no token or
+ * another cluster's, or the server was not up yet.
+ */
+const isInformed = (want: Settings, { cacerts, door }: Facts, learned: Partial<Settings> = {}): boolean =>
+  learned.K3S_URL === want.K3S_URL &&
+  learned.K3S_TOKEN === want.K3S_TOKEN &&
+  (cacerts === undefined || door?.trim() === "200");
+
+/** Others are prepared while the first server starts; they wait only for its token. */
+export async function up(run: Run): Promise<number> {
+  const [server, ...further] = (await boxes(run, "SERVER")) as [Box, ...Box[]];
+  const agents = await boxes(run, "AGENTS");
   await watch([server, ...further, ...agents]);
+
+  const first: First = {};
+  let notify = () => {};
+  let updated = Promise.resolve();
+  const update = (more: First) => {
+    Object.assign(first, more);
+    notify();
+    updated = new Promise((done) => {
+      notify = done;
+    });
+  };
+  update({});
 
   let facts: Facts = {};
   let changed = false;
-  let learned: Partial<Settings> | undefined;
-  /** The server has been looked at, and may go on: it knows the nodes that the others must not be. */
-  const looked = gate<void>();
-  /** The server has something to do, for which the others then wait. */
-  const begun = gate<void>();
-  const told = gate<Facts>();
-  /** The server lets agents in, though its own node may not be Ready yet. */
-  const opened = told.passed.then((fact) => {
-    learned = learnedFrom([serverStep], server, fact);
-  });
   const serverUp = attempt(
-    call,
+    run,
     server,
     async () => {
-      server.early = told.pass;
+      server.early = (fact) => update({ learned: learnedFrom([serverStep], server, fact) });
       facts = await look(server, allSteps);
-      if (call.mode !== "apply") return showPlan(call, server, facts.nodes ? allSteps : serverSteps, facts);
-      const due = planAll(serverSteps, server.want, facts);
-      looked.pass();
-      if (due.length) begun.pass();
+      if (run.mode !== "apply") return showPlan(run, server, facts.nodes ? allSteps : serverSteps, facts);
+      update({ looked: true, begun: planAll(serverSteps, server.want, facts).length > 0 });
       const after = await converge(server, serverSteps, facts, allSteps);
-      learned = await learn(call, serverSteps, server, after);
+      update({ learned: await learn(run, serverSteps, server, after) });
       changed ||= after !== facts;
       if (after !== facts && agents.length + further.length)
         server.line.waits("the others: the server is up");
       facts = after;
     },
     "server",
-  );
+  ).then((status) => {
+    if (status) update({ failed: true });
+    return status;
+  });
 
-  const join = (box: Box, script: string, steps: readonly Step[]) =>
-    attempt(
-      call,
-      box,
-      async () => {
-        const { line } = box;
-        const said = await look(box, steps);
-        const lacks = await Promise.race([looked.passed, serverUp]);
-        if (lacks && call.mode === "apply") throw new Failure("Left as it is: the server is not up");
-        const first = facts.nodes ? { ...said, registered: facts.nodes } : said;
-        if (call.mode !== "apply") {
-          await serverUp;
-          // A server that has none yet makes a new one, unless a datastore has it.
-          const { K3S_TOKEN, K3S_DATASTORE_ENDPOINT } = call.settings;
-          const known = facts.boot && !K3S_DATASTORE_ENDPOINT ? "" : K3S_TOKEN;
-          const token = facts.token?.trim() || known || "(the server's)";
-          box.want = { ...box.want, K3S_URL: `https://${server.ip}:6443`, K3S_TOKEN: token };
-          // What it was told by another server, or of another token, counts for nothing.
-          const { cacerts, ...rest } = first;
-          return showPlan(call, box, steps, token === K3S_TOKEN ? first : rest);
-        }
-        // Nothing is done to a box of some cluster before it is known which one it is to be in.
-        const waits = !box.want.K3S_TOKEN && casOf(first).agent.length > 0;
-        const role = steps === serverSteps ? "server" : "agent";
-        let own = waits ? first : await converge(box, prepareAs(role), first, steps);
-        await Promise.race([opened, begun.passed, serverUp]);
-        if (!learned) line.waits("the server's token");
-        await Promise.race([opened, serverUp]);
-        if (!learned) throw new Failure("Not joined: the server is not up");
-        // The look above asked the server by what the env file knew: nothing, or perhaps another cluster; or too early.
-        const shut = own.cacerts !== undefined && own.door?.trim() !== "200";
-        if (shut || learned.K3S_URL !== box.want.K3S_URL || learned.K3S_TOKEN !== box.want.K3S_TOKEN) {
-          box.want = { ...box.want, ...learned };
-          own = await look(box, steps);
-        }
-        const joined = converge(box, steps, own);
-        // What still runs on this box then ends with the connection.
-        const lost = serverUp.then((status) => {
-          if (status) throw new Failure("Not joined: the server did not come up");
-          return joined;
-        });
-        const after = await Promise.race([joined, lost]);
-        changed ||= after !== first;
-        line.done(after === first);
-      },
-      script,
-    );
+  const join = async (box: Box, steps: readonly Step[]) => {
+    const seen = await look(box, steps);
+    if (run.mode !== "apply") await serverUp;
+    else while (!first.looked && !first.failed) await updated;
+    const begun = facts.nodes ? { ...seen, registered: facts.nodes } : seen;
+    if (run.mode !== "apply") return preview(run, box, steps, begun, server, facts);
+    let own = begun;
+    const other: Other = { ofUnknown: !box.want.K3S_TOKEN && casOf(own).agent.length > 0 };
+    for (;;) {
+      other.informed ||= isInformed(box.want, own, first.learned);
+      const todo = next(first, other);
+      if (todo instanceof Failure) throw todo;
+      if (todo === "join") break;
+      if (todo === "prepare") {
+        own = await converge(box, prepareAs(steps === serverSteps ? "server" : "agent"), own, steps);
+        other.prepared = true;
+      } else if (todo === "look again") {
+        box.want = { ...box.want, ...first.learned };
+        // Only what the server says is new to an agent; what another one has said no longer counts.
+        const { cacerts: _, registered: __, ...known } = own;
+        own = steps === agentSteps ? { ...known, ...(await look(box, [admission])) } : await look(box, steps);
+        other.informed = true;
+      } else {
+        if (todo === "wait for the token") box.line.waits("the server's token");
+        await updated;
+      }
+    }
+    const joined = converge(box, steps, own);
+    // What still runs on this box ends with the connection.
+    const lost = serverUp.then((status) => {
+      if (status) throw new Failure("Not joined: the server did not come up");
+      return joined;
+    });
+    const after = await Promise.race([joined, lost]);
+    changed ||= after !== begun;
+    box.line.done(after === begun);
+  };
   const othersUp = [
-    ...further.map((box) => join(box, "server", serverSteps)),
-    ...agents.map((box) => join(box, "agent", agentSteps)),
+    ...further.map((box) => attempt(run, box, () => join(box, serverSteps), "server")),
+    ...agents.map((box) => attempt(run, box, () => join(box, agentSteps), "agent")),
   ];
-
-  opened.catch(() => {}); // where there is nobody else, the server's own part says it
   const statuses = await Promise.all([serverUp, ...othersUp]);
   const failed = [...further, ...agents].filter((_, i) => statuses[i + 1] !== 0).map((box) => box.name);
   const state = failed.length
     ? `up to date, except ${failed.join(", ")} (see above)`
     : "the cluster is up to date";
-  if (statuses[0] === 0 && call.mode === "apply")
+  if (statuses[0] === 0 && run.mode === "apply")
     statuses.push(
       await attempt(
-        call,
+        run,
         server,
         async () => {
-          if (changed) facts = await look(server, allSteps);
-          const after = await converge(server, allSteps, facts);
+          if (changed) facts = { ...facts, ...(await look(server, lastSteps)) };
+          const after = await converge(server, lastSteps, facts);
           server.line.done(!changed && after === facts, state);
         },
         fixMetrics.name,
@@ -138,7 +169,19 @@ export async function up(call: Call): Promise<number> {
   return worst(statuses);
 }
 
-await run(import.meta, {
+/** Shows the plan of a box that would join. */
+function preview(run: Run, box: Box, steps: readonly Step[], own: Facts, server: Box, facts: Facts): void {
+  // A server without a token generates one, unless its datastore has one already.
+  const { K3S_TOKEN, K3S_DATASTORE_ENDPOINT } = run.settings;
+  const known = facts.boot && !K3S_DATASTORE_ENDPOINT ? "" : K3S_TOKEN;
+  const token = facts.token?.trim() || known || "(the server's)";
+  box.want = { ...box.want, K3S_URL: `https://${server.ip}:6443`, K3S_TOKEN: token };
+  // The answers of another server, or about another token, are ignored.
+  const { cacerts, ...rest } = own;
+  showPlan(run, box, steps, token === K3S_TOKEN ? own : rest);
+}
+
+await main(import.meta, {
   about:
     "Brings up the whole cluster. Agents are prepared while the server starts, and wait only for its token.",
   steps: [...allSteps, ...agentSteps],

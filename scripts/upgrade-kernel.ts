@@ -3,7 +3,7 @@
 import { byProxy, PROXY_SETTINGS } from "../lib/k3s/config.ts";
 import { drainHere, drainLook, uncordonHere } from "../lib/k3s/drain.ts";
 import { isEl7, osOf } from "../lib/k3s/packages.ts";
-import { run } from "../lib/k3s/script.ts";
+import { main } from "../lib/k3s/script.ts";
 import { binaryLook, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { raw, sh, writeFile } from "../lib/sh.ts";
@@ -21,11 +21,14 @@ export function wireguardIn(want: Settings, facts: Facts<"module" | "userspace">
 }
 
 /** Facts about WireGuard in the running kernel, and about k3s's release. modprobe -n loads nothing. */
-export const moduleLook = prints(
-  "version flags module userspace",
-)(`${binaryLook}fact module; { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null && echo yes
+export const moduleLook = [
+  binaryLook,
+  prints("module userspace")(
+    `fact module; { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null && echo yes
 fact userspace; test -c /dev/net/tun && command -v wireguard-go
-`);
+`,
+  ),
+] as const;
 
 /** Facts about kernel-ml on el7: its release as `uname -r` prints it, and its boot entry. */
 const BOOT = sh`grub=/boot/grub2/grub.cfg
@@ -60,7 +63,7 @@ export const upgradeKernel = step({
   ],
 
   look: () => [
-    moduleLook,
+    ...moduleLook,
     ...drainLook,
     prints("kernel-ml tools entry saved chosen room")(`${BOOT}
 if command -v rpm >/dev/null; then
@@ -187,8 +190,8 @@ const byItself: Step = {
       : upgradeKernel.plan(want, facts),
 };
 
-await run(import.meta, {
-  about: "Gives CentOS 7 a kernel with WireGuard, as the article's nine steps do, and restarts into it.",
+await main(import.meta, {
+  about: "Installs a kernel with WireGuard on CentOS 7, in the article's nine steps, and reboots into it.",
   steps: [byItself],
   asksLate: true,
   nothing: (want, facts) =>

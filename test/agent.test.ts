@@ -94,7 +94,7 @@ describe("an agent is not set up, and nothing is touched", () => {
       "where the clock is before the CA's beginning",
       Refusal,
       { now: String(Date.parse("2026-11-23T15:00:00Z") / 1000) },
-      /clock says 2026-11-23T15:00:00\.000Z, the server's Mon, 23 Nov 2026 15:20:00 GMT.*set the clock/,
+      /clock says 2026-11-23T15:00:00\.000Z, the server's Mon, 23 Nov 2026 15:20:00 GMT.*correct the wrong clock/,
     ],
     [
       "where the clock is after the CA's end",
@@ -109,7 +109,7 @@ describe("an agent is not set up, and nothing is touched", () => {
       /^K3S_TOKEN is not valid: .* answers 401/,
     ],
     ["where the token may not come in", SettingError, { door: "403" }, /^K3S_TOKEN is not valid/],
-    ["where the server is not well", Refusal, { door: "503" }, /it answers 503, try again/],
+    ["where the server is not well", Refusal, { door: "503" }, /it answers 503; try again/],
     [
       "where the connection broke",
       Refusal,
@@ -126,7 +126,7 @@ describe("an agent is not set up, and nothing is touched", () => {
       "where the clock is two years ahead, past what the server's certificate holds",
       Refusal,
       { now: String(Date.parse("2028-11-23T15:20:00Z") / 1000), door: "000" },
-      /clock says 2028.*set the clock that is wrong/,
+      /clock says 2028.*correct the wrong clock/,
     ],
     [
       "where the box's name is another node's",
@@ -156,7 +156,7 @@ describe("the server is asked from the box", () => {
   function asked(settings = known) {
     const folder = temporary();
     const curl = `printf '%s\\n' "$*" >>${folder}/args
-case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n' ;; */nodes/*) echo "{}" ;; */nodes) echo "all" ;; esac`;
+case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n' ;; */nodes/*) echo "{}" ;; */nodes?pretty=false) echo '{"all":1}' ;; esac`;
     const facts = look([agent], settings, { PATH: programs(folder, { curl }) });
     const read = (name: string) =>
       look([{ look: () => [`fact x; cat ${folder}/${name} 2>/dev/null`] }], want).x ?? "";
@@ -166,7 +166,7 @@ case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n'
   test("for its CA, for the token's word, for a node of this name, and for all, in bounded time", () => {
     const { facts, args, stdin } = asked();
     assert.deepEqual([facts.cacerts, facts.door], ["pem\n", "200"]);
-    assert.equal(facts.registered, "all\n");
+    assert.equal(facts.registered, '{"all":1}\n');
     assert.equal(args.trim().split("\n").length, 4);
     for (const line of args.trim().split("\n")) assert.match(line, /--connect-timeout \d+ --max-time \d+/);
     assert.match(args, /\/v1-k3s\/client-k3s-controller\.crt/);

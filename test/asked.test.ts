@@ -1,37 +1,60 @@
 /** What check asks of a server: by real shells and curl, of an API of a hundred nodes that is made up here. */
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
-import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { createServer, type IncomingMessage } from "node:http";
 import type { AddressInfo } from "node:net";
 import { after, before, describe, test } from "node:test";
 import { isFault, kubelets, made, reasons, unstarted } from "../lib/check/pods.ts";
-import { ask, clusterOf, tries } from "../lib/check/survey.ts";
-import { nodesLook, nodesOf, type PodObject } from "../lib/k3s/nodes.ts";
-import { lookScript, reader, whole } from "../lib/protocol.ts";
-import type { Look } from "../lib/step.ts";
-import { type Facts, lacks, MODERN, member, node, programs, temporary, wanted } from "./helpers.ts";
+import { ask, clusterOf, survey, surveyAndTry } from "../lib/check/survey.ts";
+import { itemsOf, nodesOf, type PodObject } from "../lib/k3s/nodes.ts";
+import type { Role } from "../lib/k3s/unit.ts";
+import { lookScript, reader, wrapInMain } from "../lib/protocol.ts";
+import { type Look, prints } from "../lib/step.ts";
+import {
+  answering,
+  boxOf,
+  type Facts,
+  lacks,
+  MODERN,
+  member,
+  node,
+  programs,
+  shell,
+  temporary,
+  wanted,
+} from "./helpers.ts";
 
 const MANY = 100;
 /** Everything on this machine: addresses of its loopback stand for nodes. */
 const SPECS = Array.from({ length: MANY }, (_, i) => ({ name: `n${i}`, ip: `127.0.${i}.1`, n: i }));
-const LIST = JSON.stringify({
-  kind: "NodeList",
-  items: SPECS.map((spec) => ({
-    ...node(spec),
-    spec: { podCIDR: `127.1.${spec.n}.0/24` },
-    padding: "x".repeat(9000),
-  })),
-});
+/** The first of these nodes, as the API gives them: an item says no kind. */
+const listOf = (many: number) =>
+  JSON.stringify({
+    kind: "NodeList",
+    metadata: { resourceVersion: "1" },
+    items: SPECS.slice(0, many).map((spec) => {
+      const { metadata, status } = node(spec);
+      return {
+        metadata,
+        spec: { podCIDR: `127.1.${spec.n}.0/24` },
+        status: { ...status, images: [{ names: ["x".repeat(9000)] }] },
+      };
+    }),
+  });
+/** How many nodes there are. */
+let count = MANY;
 
 const pods: Record<string, PodObject> = {};
 /** Nodes by what is wrong with them. */
 let broken: Record<string, "log 502" | "log hangs" | "exec 502" | "sandbox" | "image" | "refused"> = {};
 let atOnce = 0;
 let most = 0;
+let questions = 0;
 
 const server = createServer((q, r) => {
   most = Math.max(most, ++atOnce);
+  questions++;
   r.on("close", () => atOnce--);
   const answer = (code: number, body: object | string) => {
     r.writeHead(code, { "content-type": "application/json" });
@@ -39,9 +62,12 @@ const server = createServer((q, r) => {
   };
   const fail = (code: number, message: string) => answer(code, { kind: "Status", message, code });
   const { pathname, searchParams } = new URL(q.url ?? "", "http://x");
-  if (pathname === "/api/v1/nodes") return answer(200, LIST);
+  if (pathname === "/api/v1/nodes") return answer(200, listOf(count));
   if (pathname === "/apis/metrics.k8s.io/v1beta1/nodes")
-    return answer(200, { kind: "NodeMetricsList", items: SPECS.map(({ name }) => ({ metadata: { name } })) });
+    return answer(200, {
+      kind: "NodeMetricsList",
+      items: SPECS.slice(0, count).map(({ name }) => ({ metadata: { name } })),
+    });
   if (pathname.includes("/services/"))
     return answer(200, JSON.stringify({ spec: { clusterIP: "10.43.0.1" } }, null, 2));
   if (pathname.endsWith("/events")) {
@@ -85,8 +111,10 @@ async function create(
   if (how === "refused") return fail(403, `pods "${name}" is forbidden: exceeded quota`);
   const waiting = { waiting: { reason: how === "image" ? "ImagePullBackOff" : "ContainerCreating" } };
   const runs = how !== "sandbox" && how !== "image";
+  const { metadata, spec } = pod;
   pods[name] = {
-    ...pod,
+    metadata: { ...metadata, managedFields: [{ manager: "curl", fieldsV1: { "f:spec": {} } }] },
+    spec,
     status: {
       phase: runs ? "Running" : "Pending",
       ...(runs ? { podIP: "127.0.0.1" } : {}),
@@ -128,6 +156,21 @@ function memory(root: number): { mb: number; processes: number } {
   return { mb: kb / 1024, processes };
 }
 
+/** What check starts on a box. */
+const COUNTED = `awk bash cat curl cut date df getconf grep head ip journalctl ls modprobe nft nproc od ping
+sed sha256sum sort systemctl tail timeout tr ufw uname wc wg`.split(/\s/);
+
+/** So many nodes are in the cluster, and all but the box's own are peers of its WireGuard. */
+function nodesAre(many: number) {
+  count = many;
+  const peers = SPECS.slice(1, many).map(({ ip, n }) => ({ ip, n, key: `${n}`.padEnd(43, "k") }));
+  writeFileSync(`${root}/allowed`, peers.map(({ n, key }) => `${key}=\t10.42.${n}.0/24\n`).join(""));
+  const dump = peers.map(
+    ({ ip, n, key }) => `${key}=\t(none)\t${ip}:51820\t10.42.${n}.0/24\t1795446681\t99180\t99272\t25\n`,
+  );
+  writeFileSync(`${root}/dump`, `own\n${dump.join("")}`);
+}
+
 const root = temporary();
 let PATH = "";
 before(async () => {
@@ -143,23 +186,58 @@ before(async () => {
 exec /usr/bin/curl "$@"`,
     k3s: `echo "kubectl $*" >>${root}/kubectl; exit 1`,
     systemctl: "case $* in *k3s-agent) echo inactive ;; *) echo active ;; esac",
-    ping: "exec sleep 0.2",
+    ping: `[ -e ${root}/lost ] || exec sleep 0.2
+case $* in *-W*) printf + >>${root}/lost; sleep 0.2; printf - >>${root}/lost ;; esac
+exit 1`,
+    wg: `case $* in *flannel.1*) exit 1 ;; *allowed-ips) cat ${root}/allowed ;; *dump) cat ${root}/dump ;; esac`,
   });
+  const counted = COUNTED.map((name) => [
+    name,
+    `printf . >>${root}/started; PATH=${PATH}; command -v ${name} >/dev/null || exit 127; exec ${name} "$@"`,
+  ]);
+  PATH = `${programs(`${root}/counted`, Object.fromEntries(counted)).split(":")[0]}:${PATH}`;
+  mkdirSync(`${root}/net/flannel-wg`, { recursive: true });
+  writeFileSync(`${root}/net/flannel-wg/mtu`, "1420\n");
+  writeFileSync(`${root}/env`, "K3S_URL=https://127.0.0.1:1\n");
+  nodesAre(MANY);
 });
 after(() => server.close());
 
+/** The script that check sends a box for the survey. */
+async function sent(role: Role): Promise<string> {
+  const scripts: string[] = [];
+  await surveyAndTry([{ box: boxOf({ ip: "198.51.100.11", shell: answering({}, scripts) }), role }]);
+  assert.equal(scripts.length, 1);
+  return scripts[0]?.replace(/^m=.*$/m, "m=mark") ?? "";
+}
+
+interface Ran {
+  facts: Facts;
+  mb: number;
+  processes: number;
+  /** Programs that were started, questions to the API, and bytes of the answer. */
+  cost: { programs: number; questions: number; bytes: number };
+}
+
 /** What a piece of check's finds on this machine, as a box's shell would run it; and what that took. */
-async function run(text: string, kubectl = true): Promise<{ facts: Facts; mb: number; processes: number }> {
+const run = (text: string, kubectl = true) =>
+  runScript(wrapInMain(lookScript([ask([text as Look])], wanted(), "mark")), kubectl);
+
+async function runScript(text: string, kubectl = true): Promise<Ran> {
   const there = text
+    .replaceAll("/sys/class/net", `${root}/net`)
+    .replaceAll("/etc/systemd/system/k3s-agent.service.env", `${root}/env`)
     .replaceAll("/var/lib/rancher/k3s/server/tls", `${root}/tls`)
     .replaceAll("/var/lib/rancher/k3s/agent/etc/containerd/config.toml", `${root}/config.toml`)
     .replaceAll("/etc/rancher/k3s/k3s.yaml", `${root}/k3s.yaml`)
     .replaceAll("/usr/local/bin/k3s", `${root}/bin/k3s`);
   const stream = reader("mark", {});
+  writeFileSync(`${root}/started`, "");
+  questions = 0;
   const child = spawn("sh", ["-s"], { env: { ...process.env, PATH }, stdio: ["pipe", "pipe", "ignore"] });
   let said = "";
   child.stdout.setEncoding("utf8").on("data", (chunk) => (said += chunk));
-  child.stdin.end(whole(lookScript([ask([there as Look])], wanted(), "mark")));
+  child.stdin.end(there);
   let peak = { mb: 0, processes: 0 };
   const sampler = setInterval(() => {
     const now = memory(child.pid as number);
@@ -170,35 +248,72 @@ async function run(text: string, kubectl = true): Promise<{ facts: Facts; mb: nu
   for (const line of said.replace(/\n$/, "").split("\n")) stream.line(line);
   assert.ok(stream.seen.ended, said.slice(-500));
   if (kubectl) assert.ok(!readdirSync(root).includes("kubectl"), "kubectl was asked");
-  return { facts: stream.seen.facts, ...peak };
+  const cost = { programs: statSync(`${root}/started`).size, questions, bytes: said.length };
+  return { facts: stream.seen.facts, ...peak, cost };
 }
 
 const some = (names: string[]) => names.map((name) => ({ name: `p-${name}`, node: name, ip: "127.0.0.1" }));
 const skip = lacks("curl", "bash", "timeout") || (process.platform !== "linux" && "needs /proc");
 
 describe("of a hundred nodes", { skip, concurrency: 1 }, () => {
-  const boxes = () =>
-    clusterOf([
-      member(MODERN, { ...SPECS[0], name: "a1", ip: "198.51.100.11" } as (typeof SPECS)[0], {
-        nodes: LIST,
-        addresses: "",
-      }),
-    ]);
-  const pieces: [what: string, text: () => string, proves: (facts: Facts) => void][] = [
-    ["the list", () => nodesLook, ({ nodes }) => assert.equal(nodesOf(nodes).length, MANY)],
+  const asked: [what: string, role: Role, proves: (facts: Facts, many: number) => void][] = [
     [
-      "tunnels, kubelets and metrics",
-      () => {
-        const cluster = boxes();
-        const [box] = cluster.boxes;
-        return tries(box as NonNullable<typeof box>, cluster);
-      },
-      ({ tries, top }) => {
-        assert.equal(tries?.match(/^tunnel n\d+ 1420$/gm)?.length, MANY);
-        assert.equal(tries?.match(/^kubelet n\d+ refused$/gm)?.length, MANY);
-        assert.equal(JSON.parse(top ?? "").items.length, MANY);
+      "a server",
+      "server",
+      ({ nodes, tries, ports, top }, many) => {
+        assert.equal(nodesOf(nodes).length, many);
+        assert.equal(tries?.match(/^tunnel 10\.42\.\d+\.0 1420$/gm)?.length, many - 1);
+        assert.equal(ports?.match(/^kubelet 127\.0\.\d+\.1 refused$/gm)?.length, many);
+        assert.equal(JSON.parse(top ?? "").items.length, many);
       },
     ],
+    [
+      "an agent",
+      "agent",
+      ({ nodes, tries, peers }, many) => {
+        assert.equal(nodes, undefined);
+        assert.equal(peers?.trim().split("\n").length, many - 1);
+        assert.equal(tries?.match(/^tunnel 10\.42\.\d+\.0 1420$/gm)?.length, many - 1);
+        assert.match(tries ?? "", /^api server refused$/m);
+      },
+    ],
+  ];
+  for (const [what, role, proves] of asked)
+    test(`${what} is surveyed with less than 100 MB, and each node more costs it three programs and a line or two`, async (t) => {
+      const text = await sent(role);
+      const ran: Ran[] = [];
+      for (const many of [3, MANY]) {
+        nodesAre(many);
+        const one = await runScript(text);
+        proves(one.facts, many);
+        t.diagnostic(`${what} of ${many} nodes: ${JSON.stringify({ ...one.cost, mb: one.mb })}`);
+        ran.push(one);
+      }
+      const [few, all] = ran as [Ran, Ran];
+      const more = (of: keyof Ran["cost"]) => (all.cost[of] - few.cost[of]) / (MANY - 3);
+      assert.ok(all.mb > 0 && all.mb < 100, `${all.mb} MB in ${all.processes} processes`);
+      assert.equal(all.cost.questions, few.cost.questions);
+      assert.ok(more("programs") <= 3, `${more("programs")} programs a node`);
+      assert.ok(more("bytes") < (role === "server" ? 1500 : 200), `${more("bytes")} bytes a node`);
+    });
+
+  test("a box whose tunnels are all lost sends no more than 150 pings at a time", async () => {
+    const text = await sent("agent");
+    nodesAre(MANY);
+    writeFileSync(`${root}/lost`, "");
+    const { facts } = await runScript(text);
+    const signs = readFileSync(`${root}/lost`, "utf8");
+    rmSync(`${root}/lost`);
+    let [pings, most] = [0, 0];
+    for (const sign of signs) {
+      pings += sign === "+" ? 1 : -1;
+      most = Math.max(most, pings);
+    }
+    assert.equal(facts.tries?.match(/^tunnel 10\.42\.\d+\.0 0$/gm)?.length, MANY - 1);
+    assert.ok(most > 8 && most <= 150, `${most} at a time`);
+  });
+
+  const pieces: [what: string, text: () => string, proves: (facts: Facts) => void][] = [
     [
       "pods",
       () =>
@@ -207,7 +322,9 @@ describe("of a hundred nodes", { skip, concurrency: 1 }, () => {
           "abc",
         ),
       ({ pods, refused, services }) => {
-        assert.equal(JSON.parse(pods ?? "").items.length, MANY);
+        const items = itemsOf<PodObject>(pods);
+        assert.equal(items.filter(({ status }) => status?.phase === "Running").length, MANY);
+        assert.doesNotMatch(pods ?? "", /managedFields|"spec"/);
         assert.equal(refused ?? "", "");
         assert.match(services ?? "", /^default\/kubernetes 10\.43\.0\.1$/m);
       },
@@ -224,10 +341,10 @@ describe("of a hundred nodes", { skip, concurrency: 1 }, () => {
   for (const [what, text, proves] of pieces)
     test(`a server is asked for ${what} with less than 100 MB, at most three questions at a time and no kubectl`, async (t) => {
       most = 0;
-      const { facts, mb, processes } = await run(text());
+      const { facts, mb, processes, cost } = await run(text());
       proves(facts);
       t.diagnostic(
-        `${what}: at most ${mb.toFixed(1)} MB in ${processes} processes, ${most} questions at a time`,
+        `${what}: at most ${mb.toFixed(1)} MB in ${processes} processes, ${most} questions at a time, ${JSON.stringify(cost)}`,
       );
       assert.ok(mb > 0 && mb < 100, `${mb} MB in ${processes} processes`);
       assert.ok(most <= 3, `${most} at a time`);
@@ -314,4 +431,19 @@ describe("what a kubelet does not do", { skip, concurrency: 1 }, () => {
     assert.match(facts.kubelets ?? "", /^exec n0 yes\nexec n1 yes$/m);
     assert.doesNotMatch(facts.kubelets ?? "", /^kubectl/m);
   });
+});
+
+test("a box's clock is read when its trip ends, however long it took and however late its lines came", async () => {
+  const own = {
+    ...boxOf().shell,
+    run: async (script: string, _: number, onLine: (line: string) => void) => {
+      const { status, stdout, stderr } = shell(script);
+      for (const line of stdout.split("\n")) onLine(line);
+      return { status: status ?? 1, stderr };
+    },
+  };
+  const slow = prints("wg")("fact wg; sleep 4");
+  const [member] = await survey([{ box: boxOf({ shell: own }), role: "agent" as const }], () => [slow]);
+  assert.equal(member?.error, undefined);
+  assert.ok(Math.abs(member?.clock ?? 99) < 2, `${member?.clock}`);
 });

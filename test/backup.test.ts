@@ -3,8 +3,8 @@ import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { Refusal } from "../lib/step.ts";
-import { copied } from "../scripts/cluster/backup.ts";
-import { moveFirewall, put, unproven } from "../scripts/cluster/restore.ts";
+import { archive } from "../scripts/cluster/backup.ts";
+import { forgetPasswords, moveFirewall, placeData } from "../scripts/cluster/restore.ts";
 import { A1, B1, B2, MODERN, nodes, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const facts = prepared(MODERN, { database: "/var/lib/rancher/k3s/server/db/state.db\n" });
@@ -36,11 +36,11 @@ describe("a backup", () => {
   const want = wanted({ K3S_VERSION: MODERN });
 
   test("is refused where there is no SQLite datastore", () =>
-    assert.throws(() => copied("x").plan(want, { ...facts, database: "" }), Refusal));
+    assert.throws(() => archive("x").plan(want, { ...facts, database: "" }), Refusal));
 
   test("is refused where the cluster is in another database, with what to keep", () =>
     assert.throws(
-      () => copied("x").plan({ ...want, K3S_DATASTORE_ENDPOINT: "postgres://u:p@h/k3s" }, facts),
+      () => archive("x").plan({ ...want, K3S_DATASTORE_ENDPOINT: "postgres://u:p@h/k3s" }, facts),
       (error) => error instanceof Refusal && /keep K3S_TOKEN with it/.test(error.message),
     ));
 
@@ -48,7 +48,7 @@ describe("a backup", () => {
     test(`of a server that ${runs ? "runs stops it, copies, and lets it go on" : "is down"} holds all that a restore needs, for root only`, () => {
       const { root } = server();
       // k3s counts while it may; what the copy sees must not change.
-      const sh = under(root, copied("x").plan(want, facts)[0]?.sh);
+      const sh = under(root, archive("x").plan(want, facts)[0]?.sh);
       const PATH = programs(join(root, "bin"), { systemctl: `echo MainPID=$PID` });
       const { status, stdout, stderr } = shell(
         `${runs ? "sleep 30 & PID=$!" : "PID=0"}; export PID
@@ -60,8 +60,8 @@ ${sh}) || exit 1
       );
       assert.equal(status, 0, stderr);
       if (runs) assert.match(stdout, /sleeping/);
-      const archive = join(root, "var/lib/rancher/k3s/backup/x.tar.gz");
-      const list = shell(`tar -tzf ${archive}; stat -c %a ${archive}; tar -xzOf ${archive} about`).stdout;
+      const file = join(root, "var/lib/rancher/k3s/backup/x.tar.gz");
+      const list = shell(`tar -tzf ${file}; stat -c %a ${file}; tar -xzOf ${file} about`).stdout;
       for (const name of ["about", "node-password", "token", "tls/server-ca.key", "manifests/own.yaml"])
         assert.match(list, new RegExp(`^${name}$`, "m"));
       assert.match(list, /^db\/state\.db\n?(db\/)?/m);
@@ -75,7 +75,7 @@ ${sh}) || exit 1
 });
 
 describe("a restore", () => {
-  const data = put("./backup.tar.gz", "abc");
+  const data = placeData("./backup.tar.gz", "abc");
   const want = wanted();
 
   test("puts a backup where no server's data are, and what it has put it leaves alone", () => {
@@ -89,7 +89,7 @@ describe("a restore", () => {
 
   test("has on the box what was in the backup", () => {
     const { root } = server();
-    const made = under(root, copied("x").plan(want, facts)[0]?.sh);
+    const made = under(root, archive("x").plan(want, facts)[0]?.sh);
     const PATH = programs(join(root, "bin"), { systemctl: "echo MainPID=0" });
     assert.equal(shell(`set -eu\n${made}`, ["sh", "-s"], { PATH }).status, 0);
     const fresh = temporary();
@@ -179,12 +179,16 @@ describe("a restore", () => {
       restored: "abc\n",
       secrets: "a1\nb1\n",
     });
-    const [change] = unproven.plan(want, facts);
+    const [change] = forgetPasswords.plan(want, facts);
     assert.match(change?.sh ?? "", /delete secret b1\.node-password\.k3s /);
     assert.doesNotMatch(change?.sh ?? "", /delete secret a1/);
-    assert.deepEqual(unproven.plan(want, { ...facts, restored: "abc\npasswords\n" }), []);
+    assert.deepEqual(forgetPasswords.plan(want, { ...facts, restored: "abc\npasswords\n" }), []);
     assert.deepEqual(data.plan(want, { data: "x", restored: "abc\npasswords\n" }), []);
-    assert.deepEqual(unproven.plan(want, { ...facts, restored: "" }), [], "a server that was never restored");
+    assert.deepEqual(
+      forgetPasswords.plan(want, { ...facts, restored: "" }),
+      [],
+      "a server that was never restored",
+    );
   });
 
   test("opens the rules of make firewall to the server's new address, where they stand, and closes the old one", () => {

@@ -2,13 +2,14 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { causesOf } from "../lib/check/causes.ts";
 import { diagnose, judge } from "../lib/check/diagnose.ts";
-import { clusterOf, type Member, tries } from "../lib/check/survey.ts";
+import { clusterOf, type Member, surveyAndTry } from "../lib/check/survey.ts";
 import { MEANT, meaningOf } from "../lib/k3s/journal.ts";
 import type { Settings } from "../lib/settings.ts";
 import { jsonOf } from "../lib/text.ts";
 import { merged, reportOf, verdict } from "../scripts/cluster/check.ts";
 import {
   A1,
+  answering,
   B1,
   B2,
   type Facts,
@@ -111,7 +112,7 @@ describe("a healthy cluster", () => {
         nodes: facts.nodes ?? "",
         units: units("k3s", "active", 7),
       },
-      tried: { tries: ["a1", "b2"].map((name) => `tunnel ${name} 1420`).join("\n") },
+      tried: { tries: [A1, B2].map(({ n }) => `tunnel 10.42.${n}.0 1420`).join("\n") },
     };
     const joins = `https://${B1.ip}:6443\n${"c1".repeat(32)}`;
     assert.deepEqual(problemsOf([a1, second, { ...b2, facts: { ...b2.facts, joins } }]), []);
@@ -162,14 +163,14 @@ describe("a broken cluster is told its cause and what to do:", () => {
         list({ ...A1, version: OLD }, { ...B1, version: OLD, public: "192.168.0.11", overwrite: "" }, B2),
       ),
       "b1",
-      /flannel's address of it is 192\.168\.0\.11, a private address: it is not annotated/,
+      /flannel's address for it is 192\.168\.0\.11, a private address: it is not annotated/,
       /^make annotate HOST=b1$/,
     ],
     [
       "an annotation without a restart after it, old k3s",
       boxes(OLD, list({ ...A1, version: OLD }, { ...B1, version: OLD, public: "192.168.0.11" }, B2)),
       "b1",
-      /it was annotated and not restarted since/,
+      /it was annotated, but k3s was not restarted since/,
       /make annotate HOST=b1/,
     ],
     [
@@ -225,7 +226,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       }),
       "b1",
       /UDP 51820 is closed by its own firewall/,
-      /look there for what drops it/,
+      /find what drops them there/,
     ],
     [
       "UDP 51820 closed by the security group",
@@ -292,14 +293,14 @@ describe("a broken cluster is told its cause and what to do:", () => {
         b2: ways("b2", { b1: 1372 }),
       }),
       "b1",
-      /MTU 1420 of flannel-wg is too large between it and its peers: larger packets than 1372 are lost/,
+      /MTU 1420 of flannel-wg is too large between it and its peers: packets larger than 1372 are lost/,
       /network card's MTU to 1452/,
     ],
     [
       "an MTU that is too large between two boxes, old k3s",
       boxes(OLD, { a1: ways("a1", { b2: 1280 }) }),
       "b2",
-      /MTU 1420 of flannel\.1 is too large between a1, b2: larger packets than 1280/,
+      /MTU 1420 of flannel\.1 is too large between a1, b2: packets larger than 1280/,
       /ip link set flannel\.1 mtu 1280/,
     ],
     [
@@ -366,7 +367,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       "metrics-server that misses a node",
       boxes(MODERN, { a1: ways("a1", {}, { top: figures("a1") }) }),
       "a1",
-      /"kubectl top nodes" has nothing of b1, b2/,
+      /"kubectl top nodes" does not list b1, b2/,
       /make fix-metrics/,
     ],
     [
@@ -401,7 +402,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /make agent HOST=b1/,
     ],
     [
-      "a unit that starts again and again",
+      "a unit that restarts repeatedly",
       boxes(MODERN, {
         b1: {
           facts: {
@@ -411,7 +412,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
         },
       }),
       "b1",
-      /starts again and again \(12 times in 254 s\)/,
+      /restarts repeatedly \(12 times in 254 s\)/,
       /make agent HOST=b1/,
     ],
     [
@@ -490,7 +491,7 @@ test("what did not pass for a reason that shows on no box is wrong too", () => {
   } = verdict(clusterOf([a1, b1, b2]), undefined);
   assert.match(
     problem?.cause ?? "",
-    /^full-size packets through the tunnels: 6 of 7, and no cause was found/,
+    /^full-size packets through the tunnels: 6 of 9, and no cause was found/,
   );
   assert.deepEqual(more, []);
   assert.deepEqual(verdict(clusterOf(boxes(MODERN)), "no image"), { problems: [], notes: [] });
@@ -518,7 +519,7 @@ describe("what check's own pods found", () => {
   const cases: [rows: string, box: string, cause: RegExp][] = [
     ["pod b2 no", "b1", /its pods do not reach the pods of b2, although the boxes reach each other/],
     ["service kubernetes no", "b1", /its pods do not reach the service kubernetes/],
-    ["service DNS no", "b1", /its pods get no answer of CoreDNS/],
+    ["service DNS no", "b1", /its pods get no answer from CoreDNS/],
   ];
   for (const [rows, box, cause] of cases)
     test(`is said: ${rows}`, () => {
@@ -538,6 +539,12 @@ describe("what check's own pods found", () => {
         ["b2", `kubectl ${what} does not work on it`, []],
       );
     });
+
+  test("is said once where neither logs nor exec work", () => {
+    const [a1] = pods("logs b2 no\nexec b2 no\nlogs a1 yes\nexec a1 yes") as [Member];
+    const causes = problemsOf([a1, ...boxes(MODERN).slice(1)]).map(({ box, cause }) => `${box}: ${cause}`);
+    assert.deepEqual(causes, ["b2: kubectl logs does not work on it"]);
+  });
 
   test("is shown as what passed, and without pods as what could not be tested", () => {
     const cluster = clusterOf(pods("pod b2 yes\npod a1 yes\nservice DNS yes\nlogs b1 yes\nexec b1 yes"));
@@ -623,7 +630,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
       }),
       [
         ["b1", /MTU 1420/],
-        ["b2", /its pods get no answer of CoreDNS/],
+        ["b2", /its pods get no answer from CoreDNS/],
       ],
     ],
     [
@@ -733,7 +740,7 @@ describe("asked at once after a join or a restart, check", () => {
     [
       "says the seconds since an agent's start",
       without({}, { units: runs("k3s-agent", 33) }),
-      /^a1: "kubectl top nodes" has nothing of b1 yet: k3s of b1 was started 3[34] s ago, and metrics-server may take 150$/,
+      /^a1: "kubectl top nodes" does not list b1 yet: k3s of b1 was started 3[34] s ago, and metrics-server may take 150$/,
     ],
     [
       "says the seconds since the server's start",
@@ -754,13 +761,13 @@ describe("asked at once after a join or a restart, check", () => {
     [
       "is a fault where a start is in a time to come",
       without({ system: pod("metrics-server", started(900)) }),
-      /nothing of b1$/,
+      /does not list b1$/,
       true,
     ],
     [
       "is a fault when metrics-server has had its turn",
       without({}, { units: runs("k3s-agent", 170) }),
-      /nothing of b1$/,
+      /does not list b1$/,
       true,
     ],
     [
@@ -770,7 +777,7 @@ describe("asked at once after a join or a restart, check", () => {
           containerStatuses: [{ state: { waiting: { reason: "ImagePullBackOff" } } }],
         }),
       }),
-      /has nothing of b1, and metrics-server does not run \(ImagePullBackOff\)$/,
+      /does not list b1, and metrics-server does not run \(ImagePullBackOff\)$/,
       true,
     ],
     [
@@ -856,7 +863,7 @@ describe("on a busy server", () => {
         ["b2", "kubectl exec of it: did not answer in 10 s"],
       ],
     );
-    for (const { remedy } of problems) assert.match(remedy, /^make check again/);
+    for (const { remedy } of problems) assert.match(remedy, /^run make check again/);
   });
 
   test("the API's own words are said of what it refuses", () => {
@@ -881,7 +888,7 @@ describe("on a busy server", () => {
         problems.map((problem) => [problem.box, problem.cause]),
         [["a1", cause]],
       );
-      assert.equal(/^end what loads it/.test(problems[0]?.remedy ?? ""), load === BUSY);
+      assert.equal(/^stop what overloads it/.test(problems[0]?.remedy ?? ""), load === BUSY);
     });
 
   test("of two, the one that does not answer is named, and the nodes are known by the other", () => {
@@ -1131,14 +1138,43 @@ test("what explains a failure is never that the command which failed is still to
     assert.deepEqual(causesOf(problems, "b1", script), told, `${script}: ${JSON.stringify(problems)}`);
 });
 
-test("what a box tries are the ways to the others, and what it is told of them cannot become its shell", () => {
-  const evil = { ...B1, name: "b1;reboot", ip: "$(reboot)" };
-  const cluster = clusterOf(boxes(MODERN, list(A1, evil as NodeSpec, B2)));
-  const [server, b1] = cluster.boxes.map((box) => tries(box, cluster));
-  assert.doesNotMatch(`${server}${b1}`, /reboot/);
-  assert.match(server ?? "", /through b2 10\.42\.2\.0 &/);
-  assert.match(server ?? "", /knock kubelet b2 198\.51\.101\.12 10250 &/);
-  assert.match(b1 ?? "", /knock api server 198\.51\.100\.11 6443 &/);
+/** What check sends to each of these boxes, of a cluster with these nodes. */
+async function sentTo(specs: NodeSpec[], args?: string[]): Promise<Record<string, string[]>> {
+  const sent = Object.fromEntries(specs.map(({ name }) => [name, [] as string[]]));
+  const json = nodes(...specs.map((spec) => ({ ...spec, ...(args && { args }) })));
+  await surveyAndTry(
+    specs.map((spec) => {
+      const { box, role, facts } = member(MODERN, spec, spec.name === "a1" ? { nodes: json } : {});
+      return { box: { ...box, shell: answering(facts, sent[spec.name]) }, role };
+    }),
+  );
+  return sent;
+}
+
+describe("what check asks of the boxes", () => {
+  const many = [
+    A1,
+    ...Array.from({ length: 99 }, (_, i) => ({ name: `n${i}`, ip: `198.51.102.${i + 1}`, n: i + 1 })),
+  ];
+
+  test("is one question a box, which is as long in a cluster of a hundred nodes as in one of three", async () => {
+    const length = (sent: Record<string, string[]>) => [
+      ...new Set(
+        Object.entries(sent).map(([name, texts]) => `${name === "a1"} ${texts.map((text) => text.length)}`),
+      ),
+    ];
+    const lengths = length(await sentTo([A1, B1, B2]));
+    assert.deepEqual(length(await sentTo(many)), lengths);
+    assert.match(lengths.join(), /^true \d+,false \d+$/, "one length for the server, one for all agents");
+  });
+
+  test("is asked again for the API's service alone, where the server's own files name the services' network", async () => {
+    const sent = await sentTo([A1, B1, B2], ["server", "--service-cidr=10.99.0.0/16"]);
+    for (const [, again, ...more] of Object.values(sent)) {
+      assert.match(again ?? "", /serves 10\.99\.0\.1$/m);
+      assert.deepEqual(more, []);
+    }
+  });
 });
 
 test("its JSON says the same and has no character that a terminal would obey", () => {

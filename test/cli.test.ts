@@ -5,7 +5,7 @@ import { describe, test } from "node:test";
 import { boxAt } from "../lib/boxes.ts";
 import { rangesOf } from "../lib/k3s/config.ts";
 import { wantOnBox } from "../lib/k3s/script.ts";
-import type { Call } from "../lib/script.ts";
+import type { Run } from "../lib/script.ts";
 import { flagOf, NAMES, settle } from "../lib/settings.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { fileOf, program, programs, ROOT, SCRIPT_FILES, TOKEN, temporary } from "./helpers.ts";
@@ -167,7 +167,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
           "agent",
           ["--host", "203.0.113.50"],
           "K3S_URL=https://203.0.113.50:6443\nK3S_TOKEN=TOKEN\n",
-          /^HOST .* but the server, by K3S_URL, and 203\.0\.113\.50 have/,
+          /^HOST .* but the server \(K3S_URL\) and 203\.0\.113\.50 have/,
         ],
       ] as [string, string, string[], string, RegExp][]
     ).map(([name, script, args, file, line]): (typeof cases)[number] => [
@@ -470,7 +470,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       ["--yes"],
       { HOST: "b1" },
       "SERVER=a1=203.0.113.11\nAGENTS=b1=198.51.101.11\n",
-      /^HOST is "b1" \(variable HOST\): expected none, for make down goes to all boxes; make remove HOST=… removes one\n$/,
+      /^HOST is "b1" \(variable HOST\): expected none, since make down runs on all boxes; make remove HOST=… removes one\n$/,
     ],
     [
       "an upgrade of one box, which would go to all",
@@ -478,7 +478,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       ["--host", "b1"],
       {},
       "SERVER=a1=203.0.113.11\nAGENTS=b1=198.51.101.11\n",
-      /^HOST is "b1" \(flag --host\): expected none, for make upgrade goes to all boxes; one at a time/,
+      /^HOST is "b1" \(flag --host\): expected none, since make upgrade runs on all boxes; one at a time/,
     ],
     [
       "up of one box, which would bring up all",
@@ -486,7 +486,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       [],
       { HOST: "b9" },
       "SERVER=a1=203.0.113.11\nAGENTS=b1=198.51.101.11\n",
-      /^HOST is "b9" \(variable HOST\): expected none, for make up goes to all boxes; make agent HOST=… brings up one\n$/,
+      /^HOST is "b9" \(variable HOST\): expected none, since make up runs on all boxes; make agent HOST=… brings up one\n$/,
     ],
     ...["up", "down", "upgrade"].map((script): (typeof cases)[number] => [
       `${script} with a HOST of the env file, which is there for other scripts`,
@@ -612,9 +612,9 @@ describe("what a box is told", () => {
   const wantOf = (name: string, ip: string, file: string) => {
     const path = join(temporary(), ".env");
     writeFileSync(path, `SERVER=root@a1=${A1}\nAGENTS="b1 b2"\n${file}`);
-    const call: Call = {
+    const call: Run = {
       ...settle({}, {}, path),
-      ...{ script: "up", recipe: { about: "", steps: agentSteps, wantOnBox }, envFile: path, mode: "apply" },
+      ...{ name: "up", script: { about: "", steps: agentSteps, wantOnBox }, envFile: path, mode: "apply" },
       addresses: { servers: [A1], agents: [B1, "198.51.101.12"] },
       reboot: false,
       flags: new Set(),

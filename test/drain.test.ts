@@ -239,14 +239,15 @@ describe("before it is upgraded or removed", () => {
     ));
 });
 
-/** What the shell of a change asks of kubectl, line by line; `answers` is a case statement over its words. */
+/** What the shell of a change asks of kubectl, without a curl, line by line; `answers` is a case statement over its words. */
 function asks(text: string, version: string, answers = "") {
   const folder = temporary();
   const kubectl = `shift; [ "$1 $2" = "--kubeconfig ${folder}/config" ] && shift 2
+[ "$1" = --request-timeout=10s ] && shift
 echo "$*" >>${folder}/asked
 case $* in ${answers} *) ;; esac`;
   const k3s = `case $1 in --version) echo 'k3s version ${version} (abc)' ;; kubectl) ${kubectl} ;; esac`;
-  const PATH = programs(folder, { k3s, sleep: ":" });
+  const PATH = programs(folder, { k3s, sleep: ":", systemctl: "echo active" });
   const script = text
     .replaceAll("/usr/local/bin/k3s", `${folder}/k3s`)
     .replaceAll("/etc/rancher/k3s/k3s.yaml", `${folder}/config`);
@@ -264,6 +265,16 @@ describe("kubectl", () => {
   const restarted = cluster({ cordoned: true, drained: BEFORE });
   const backSh = does(uncordonHere(want, facts({ cordoned: true, drained: BEFORE })), restarted)[0]?.sh ?? "";
   const DRAIN = (flag: string) => `drain b1 --ignore-daemonsets ${flag} --timeout=300s`;
+  const asked = (name: string) => `get --raw /api/v1/nodes/${name}?pretty=false`;
+  /** A node as the API gives it. */
+  const state = (
+    name: "a1" | "b1",
+    { cordoned = false, ...over }: Partial<NodeSpec> & { cordoned?: boolean },
+  ) => {
+    const own = node({ ...(name === "a1" ? A1 : B1), ...over });
+    Object.assign(own.spec, cordoned ? { unschedulable: true } : {});
+    return `"${asked(name)}") echo '${JSON.stringify(own)}' ;;`;
+  };
 
   for (const [version, flag] of [
     [OLD, "--delete-local-data"],
@@ -283,14 +294,15 @@ describe("kubectl", () => {
 
   test("that finds the node of a blind box not Ready, or cordoned, leaves it", () => {
     const blind = drainHere(atServer, { ...onServer, nodes: "" })[0]?.sh ?? "";
-    for (const [status, drained] of [
-      ["Ready", true],
-      ["NotReady", false],
-      ["Ready,SchedulingDisabled", false],
+    for (const [over, drained] of [
+      [{}, true],
+      [{ ready: false }, false],
+      [{ cordoned: true }, false],
     ] as const) {
-      const { asked } = asks(blind, MODERN, `"get node"*) echo 'a1 ${status} <none> 1d' ;;`);
-      assert.equal(asked().includes(DRAIN("--delete-emptydir-data").replace("b1", "a1")), drained, status);
+      const { asked } = asks(blind, MODERN, state("a1", over));
+      assert.equal(asked().includes(DRAIN("--delete-emptydir-data").replace("b1", "a1")), drained);
     }
+    assert.equal(asks(blind, MODERN, "get*) exit 1 ;;").asked().length, 1);
   });
 
   test("that cannot drain has the node as it was, and the user told", () => {
@@ -305,17 +317,12 @@ describe("kubectl", () => {
   });
 
   test("gives a node back once it is Ready in another boot, and only then", () => {
-    const state = (boot: string, ready: string) =>
-      `"get node"*) printf '%s\\n' '"lastHeartbeatTime": "x",' '"status": "${ready}",' '"type": "Ready"' '"bootID": "${boot}",' ;;`;
-    const back = asks(backSh, MODERN, state(BOOT, "True"));
+    const back = asks(backSh, MODERN, state("b1", { boot: BOOT, cordoned: true }));
     assert.equal(back.status, 0);
-    assert.deepEqual(back.asked(), ["get node b1 -o json", "uncordon b1", `annotate node b1 ${DRAINED}-`]);
+    assert.deepEqual(back.asked(), [asked("b1"), "uncordon b1", `annotate node b1 ${DRAINED}-`]);
     const soon = backSh.replace("+ 300", "+ 1");
-    for (const [boot, ready] of [
-      [BEFORE, "True"],
-      [BOOT, "Unknown"],
-    ] as const) {
-      const { status, stdout, asked } = asks(soon, MODERN, state(boot, ready));
+    for (const over of [{ boot: BEFORE }, { boot: BOOT, ready: false }]) {
+      const { status, stdout, asked } = asks(soon, MODERN, state("b1", over));
       assert.equal(status, 1);
       assert.match(stdout, /Node b1 is not Ready after its restart, and is still cordoned: .*run this again/);
       assert.equal(asked().includes("uncordon b1"), false);

@@ -477,11 +477,11 @@ describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("fl
       const lib = (name: string) => JSON.stringify(pathToFileURL(join(ROOT, "lib", name)).href);
       writeFileSync(
         driver,
-        `const { run } = await import(${lib("k3s/script.ts")});
+        `const { main } = await import(${lib("k3s/script.ts")});
 const { updateEnv } = await import(${lib("env-file.ts")});
-await run(import.meta, { about: "", steps: [], work: async (call) => {
+await main(import.meta, { about: "", steps: [], work: async (run) => {
   console.log("begins");
-  await updateEnv(call.envFile, { K3S_VERSION: "v1.36.2+k3s1" }, 50);
+  await updateEnv(run.envFile, { K3S_VERSION: "v1.36.2+k3s1" }, 50);
   return 0;
 } });`,
       );

@@ -1,6 +1,9 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import * as firewall from "../lib/k3s/firewall.ts";
+import { type Chain, drops, ends, type Packet } from "../lib/k3s/firewall/chains.ts";
+import * as firewall from "../lib/k3s/firewall/firewall.ts";
+import * as own from "../lib/k3s/firewall/own.ts";
+import { iptables, nft } from "../lib/k3s/firewall/rules.ts";
 import { Refusal } from "../lib/step.ts";
 import { type Facts, fixture, look, programs, shell, temporary, wanted } from "./helpers.ts";
 
@@ -9,7 +12,7 @@ const NODES = [A, B];
 const RANGES = ["10.42.0.0/16", "10.43.0.0/16"] as const;
 const blocked = (facts: Facts, nodes = NODES) => firewall.blocked(facts, nodes, RANGES);
 const firewallPlan = (facts: Facts, nodes = NODES) => firewall.firewallPlan(facts, nodes, RANGES);
-const scriptText = (nodes: string[]) => firewall.scriptText(nodes, RANGES[0]);
+const scriptText = (nodes: string[]) => own.scriptText(nodes, RANGES[0]);
 const shOf = (facts: Facts, nodes = NODES) =>
   firewallPlan(facts, nodes)
     .map(({ sh }) => sh)
@@ -169,6 +172,11 @@ describe("rules are judged in their order, up to the first that decides", () => 
       [],
     ],
     [
+      "a drop of whatever begins a connection",
+      chain("in", "input", "accept", "tcp flags & (fin | syn | rst | ack) == syn ip saddr @ours drop"),
+      [/drops 6443\/tcp, 10250\/tcp from 198\.51\.100\.11, 198\.51\.101\.11 \(tcp flags/],
+    ],
+    [
       "a match that is not known",
       chain("in", "input", "accept", 'osf name "Linux" drop'),
       [/^nft inet mine in may drop/],
@@ -247,6 +255,103 @@ describe("rules are judged in their order, up to the first that decides", () => 
     });
 });
 
+describe("what a rule says of a packet is known for each match", () => {
+  /** From node A to port 6443 of a box whose card is eth0; a stranger's has no address. */
+  const node: Packet = {
+    ...{ hook: "input", family: "ip", iif: "eth0", oif: "", from: A },
+    ...{ to: ["192.168.0.12"], protocol: "tcp", port: 6443 },
+  };
+  const others: Record<string, Partial<Packet>> = {
+    node: {},
+    stranger: { from: "" },
+    udp: { protocol: "udp", port: 51820 },
+    pod: { hook: "forward", iif: "cni0", oif: "flannel-wg", from: "10.42.0.5", to: ["10.42.1.6"], port: 80 },
+    v6: { family: "ip6", from: "", to: [] },
+    "several addresses": { to: ["192.168.0.12", "192.168.1.12"] },
+    "unknown card": { iif: "" },
+  };
+  const judged = (chains: Chain[], whose: string) => {
+    const met = ends(chains, { ...node, ...others[whose] });
+    return met.some(drops)
+      ? "drops"
+      : met.flat().every(({ verdict }) => verdict === "accept")
+        ? "lets"
+        : "may drop";
+  };
+  const iptablesCases: [rule: string, says: string][] = [
+    ["-o eth0", "lets node, lets pod"],
+    ["-o flannel-wg", "lets node, drops pod"],
+    ["-p tcp -m multiport --ports 22,443", "may drop node, lets udp"],
+    ["-m conntrack --ctstatus DNAT", "lets node"],
+    ["-m conntrack --ctstatus CONFIRMED", "may drop node"],
+    ["-m addrtype --src-type UNICAST", "drops node"],
+    ["-m addrtype --dst-type LOCAL", "drops node, lets pod"],
+    ["-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN", "drops node, lets udp"],
+    ["-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK NONE", "lets node"],
+    ["-p tcp -m tcp ! --syn", "lets node"],
+    ["-m iprange --src-range 198.51.100.1-198.51.100.20", "drops node, lets stranger"],
+    ["-s 198.51.100.0/255.255.255.0", "drops node, lets stranger"],
+    ["-s 196.0.0.0/6", "drops node, may drop stranger"],
+    ["-s 0.0.0.0/0", "drops node, drops stranger"],
+    ["-d 192.168.0.0/24", "drops node, may drop several addresses"],
+    ["-d 192.168.0.0/16", "drops several addresses"],
+    ["-p tcp -m tcp --sport 1024:65535", "drops node, drops stranger"],
+    ["-p tcp -m tcp --sport 1:1023", "lets node, may drop stranger"],
+    ["-p tcp -m tcp --sport 1024:", "drops node"],
+    ["-p tcp -m tcp --dport 6000:", "drops node"],
+    ["-p tcp -m tcp --dport what", "may drop node"],
+    ["-i eth1", "lets node, may drop unknown card"],
+    ["-i cni+", "lets node, drops pod, lets unknown card"],
+  ];
+  const each = (says: string) =>
+    says.split(", ").map((one) => {
+      const [, verdict = "", whose = ""] = /^(drops|lets|may drop) (.*)$/.exec(one) ?? [];
+      return { one, verdict, whose };
+    });
+  for (const [rule, says] of iptablesCases)
+    for (const { one, verdict, whose } of each(says))
+      test(`-A INPUT ${rule} -j DROP: ${one}`, () => {
+        const text = filter("ACCEPT", ...["INPUT", "FORWARD"].map((name) => `${name} ${rule} -j DROP`));
+        assert.equal(judged(iptables(text, "iptables"), whose), verdict);
+      });
+  const nftCases: [rule: string, says: string][] = [
+    ["ip6 saddr fd00::/8", "lets node, lets v6"],
+    ["ip6 saddr ::/0", "lets node, drops v6"],
+    ["ip6 daddr fd00::1", "lets node, may drop v6"],
+    ["ip protocol tcp", "drops node, lets udp, lets v6"],
+    ["ip6 nexthdr tcp", "lets node, drops v6"],
+    ["meta protocol ip6", "lets node, drops v6"],
+    ["meta pkttype broadcast", "lets node"],
+    ["meta pkttype host", "drops node"],
+    ['oifname "flannel-wg"', "lets node, drops pod"],
+    ["th dport 6443", "drops node, lets udp"],
+    ["tcp sport 1024-65535", "drops node, lets udp"],
+    ["udp sport 53", "lets node, lets udp"],
+    ["tcp flags syn", "drops node, lets udp"],
+    ["tcp flags syn / fin,syn,rst,ack", "drops node, lets udp"],
+    ["tcp flags != syn / fin,syn,rst,ack", "lets node"],
+    ["ct status dnat", "lets node"],
+    ["ct status confirmed", "may drop node"],
+    ["ct direction original", "drops node"],
+    ["ct state established,new", "drops node"],
+    ["ip saddr & 255.0.0.0 == 198.0.0.0", "may drop node"],
+    ["ip saddr 198.51.100.0 / 24", "may drop node"],
+    ["ip saddr $nodes", "may drop node"],
+    ["update @seen { ip saddr timeout 5m }", "may drop node"],
+    ["ct mark set 0x1", "drops node"],
+    ["tcp dport vmap { 6443 : continue }", "drops node"],
+    ["queue num 1", "may drop node"],
+  ];
+  for (const [rule, says] of nftCases)
+    for (const { one, verdict, whose } of each(says))
+      test(`${rule} drop: ${one}`, () => {
+        const text = ["input", "forward"]
+          .map((hook) => chain(hook, hook, "accept", `${rule} drop`))
+          .join("\n");
+        assert.equal(judged(nft(text), whose), verdict);
+      });
+});
+
 test("networks of both families are each let in by themselves, wherever that is", () => {
   const ranges = ["10.42.0.0/16,fd42::/56", "10.43.0.0/16,fd43::/112"] as const;
   for (const facts of [recorded("firewalld-fresh"), recorded("ufw-fresh"), { ...BOX, ruleset: "" }]) {
@@ -269,12 +374,13 @@ describe("firewalld", () => {
       /^firewalld drops 6443\/tcp, 10250\/tcp, 51820\/udp from .*, and everything from 10\.42\.0\.0\/16 \(reject/,
     );
     const commands = shOf(fresh);
-    assert.equal(commands.length, 2 * (6 + 2));
-    for (const command of commands)
-      assert.match(
-        command,
-        /^firewall-cmd -q (--permanent )?--zone=(public --add-rich-rule='rule priority="-1000" family|trusted --add-source)=/,
-      );
+    const six = `( '--add-rich-rule=rule priority="-1000" family="ipv4" source [^']* accept'){6}`;
+    const kinds = ["", "--permanent "].flatMap((when) => [
+      new RegExp(`^firewall-cmd -q ${when}--zone=public${six}$`),
+      new RegExp(`^firewall-cmd -q ${when}--zone=trusted( --add-source=[0-9./]+){2}$`),
+    ]);
+    assert.equal(commands.length, kinds.length);
+    for (const [i, kind] of kinds.entries()) assert.match(commands[i] ?? "", kind);
   });
   test("with all of it is left alone", () => {
     assert.deepEqual(blocked(done), []);
@@ -282,20 +388,23 @@ describe("firewalld", () => {
   });
   test("that only forgets at the next start is put right", () => {
     const commands = shOf({ ...done, "rules--permanent": "" });
-    assert.equal(commands.length, 6);
-    for (const command of commands)
-      assert.match(command, /^firewall-cmd -q --permanent --zone=public --add-rich-rule=/);
+    assert.equal(commands.length, 1);
+    assert.match(
+      commands[0] ?? "",
+      /^firewall-cmd -q --permanent --zone=public( '--add-rich-rule=rule [^']*'){6}$/,
+    );
   });
   test("loses a node that has left, and keeps rules that are not ours", () => {
     const commands = shOf({ ...done, rules: `${done.rules}public rule service name="dns" accept\n` }, [A]);
-    assert.equal(commands.length, 6);
-    for (const command of commands) assert.match(command, new RegExp(`--remove-rich-rule='rule .*${B}`));
+    assert.equal(commands.length, 2);
+    for (const command of commands)
+      assert.match(command, new RegExp(`--zone=public( '--remove-rich-rule=rule [^']*"${B}"[^']*'){3}$`));
   });
   test("has ours before a rule that denies, and in each zone; who is let in by a service or a range is shut out", () => {
     const many = recorded("firewalld-many");
     assert.match(blocked(many).join("\n"), /firewalld drops .*\(meta nfproto ipv4 tcp dport 10250 drop\)/);
     const commands = shOf(many);
-    assert.ok(commands.some((command) => command.includes("--zone=work --add-rich-rule=")));
+    assert.ok(commands.some((command) => command.includes("--zone=work '--add-rich-rule=")));
     assert.deepEqual(whys(many), ["firewalld", "nft"]);
     const after = recorded("firewalld-many-done");
     assert.deepEqual(blocked(after), []);
@@ -307,7 +416,7 @@ describe("firewalld", () => {
     );
   });
   test("before 0.7 has no order among its rules", () =>
-    assert.match(shOf({ ...fresh, "firewalld-version": "0.6.3\n" })[0] ?? "", /rule='rule family=/));
+    assert.match(shOf({ ...fresh, "firewalld-version": "0.6.3\n" })[0] ?? "", /-rule=rule family=/));
 });
 
 describe("ufw", () => {
@@ -402,7 +511,7 @@ describe("nft", () => {
       "iptables-nft-save":
         "printf '*nat\\n:KUBE-SVC-X - [0:0]\\n-A KUBE-SVC-X -j KUBE-SEP-Y\\n*filter\\n:INPUT ACCEPT [0:0]\\n:KUBE-FW - [0:0]\\n-A INPUT -j DROP\\n-A KUBE-FW -j DROP\\n'",
     });
-    const facts = look([{ look: () => [firewall.firewallLook] }], wanted(), { PATH });
+    const facts = look([{ look: () => firewall.firewallLooks }], wanted(), { PATH });
     assert.equal(
       facts.ruleset?.trim(),
       `table ip filter {\n\tchain INPUT {\n\t\tjump KUBE-SVC-X\n\t}\n}\n${mine}`,
@@ -414,7 +523,7 @@ describe("nft", () => {
   const written = (): Facts => ({
     ...BOX,
     script: scriptText(NODES),
-    start: firewall.UNIT_TEXT,
+    start: own.UNIT_TEXT,
     booted: "enabled\nactive\n",
     ruleset: OURS,
   });

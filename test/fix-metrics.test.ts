@@ -10,10 +10,12 @@ import {
   B1,
   B2,
   type Facts,
+  figures,
   fixture,
   healthy,
   look,
   MODERN,
+  node,
   nodes,
   OLD,
   programs,
@@ -77,15 +79,10 @@ describe("the manifest of our own", () => {
   }
 });
 
-const figures = (...names: string[]) => names.map((name) => `${name}   193m   9%   886Mi   22%`).join("\n");
 const plan = (version: string, over: Facts) =>
   fixMetrics.plan(
     wanted({ K3S_VERSION: version }),
-    healthy(
-      version,
-      {},
-      { packaged: manifests[version] as string, figures: figures("a1", "b1", "b2"), ...over },
-    ),
+    healthy(version, {}, { packaged: manifests[version] as string, top: figures("a1", "b1", "b2"), ...over }),
   );
 const done = (version: string) => ({
   own: withArguments(manifests[version] as string),
@@ -96,12 +93,7 @@ const kinds = (changes: ReturnType<typeof plan>) => changes.map(({ why }) => why
 
 describe("metrics", () => {
   const cases: [name: string, version: string, over: Facts, kinds: string[]][] = [
-    [
-      "of the old release are mended by a manifest, then waited for",
-      OLD,
-      { figures: "" },
-      ["deploy", "wait"],
-    ],
+    ["of the old release are mended by a manifest, then waited for", OLD, { top: "" }, ["deploy", "wait"]],
     [
       "of the old release are mended even while they answer: a restart of k3s would undo less",
       OLD,
@@ -112,7 +104,7 @@ describe("metrics", () => {
     [
       "of the old release that are mended are waited for",
       OLD,
-      { ...done(OLD), figures: figures("a1") },
+      { ...done(OLD), top: figures("a1") },
       ["wait"],
     ],
     [
@@ -136,20 +128,17 @@ describe("metrics", () => {
     [
       "of a node that kubectl calls <unknown> are waited for",
       OLD,
-      {
-        ...done(OLD),
-        figures: `${figures("a1", "b2")}\nb1     <unknown>                           <unknown>               <unknown>               <unknown>`,
-      },
+      { ...done(OLD), top: figures("a1", "b2") },
       ["wait"],
     ],
     ["of the modern release that answer are left alone", MODERN, {}, []],
     [
       "of the modern release that do not answer are waited for, and nothing is lowered, however long it takes",
       MODERN,
-      { figures: "" },
+      { top: "" },
       ["wait"],
     ],
-    ["of one node that are missing are waited for alone", MODERN, { figures: figures("a1", "b2") }, ["wait"]],
+    ["of one node that are missing are waited for alone", MODERN, { top: figures("a1", "b2") }, ["wait"]],
     [
       "of a modern release get k3s's own back where this project or an upgrade had replaced it",
       MODERN,
@@ -168,7 +157,7 @@ describe("metrics", () => {
       { ...done(OLD), packaged: "" },
       ["deploy", "wait"],
     ],
-    ["that are switched off are left off", MODERN, { packaged: "", own: "", figures: "" }, []],
+    ["that are switched off are left off", MODERN, { packaged: "", own: "", top: "" }, []],
     [
       "of a v1.24 with the modern backend are those of a modern one",
       "v1.24.17+k3s1",
@@ -189,13 +178,13 @@ describe("metrics", () => {
       [
         `of ${version} that the user deploys, with a .skip, are the user's`,
         version,
-        { skipped: "yes\n", figures: "" },
+        { skipped: "yes\n", top: "" },
         [],
       ],
       [
         `of ${version} that a manifest of the user's deploys are the user's`,
         version,
-        { foreign: "/var/lib/rancher/k3s/server/manifests/metrics.yaml\n", figures: "" },
+        { foreign: "/var/lib/rancher/k3s/server/manifests/metrics.yaml\n", top: "" },
         [],
       ],
     ]),
@@ -206,19 +195,19 @@ describe("metrics", () => {
     });
 
   test("of no modern release are ever asked without TLS", () => {
-    const cases: Facts[] = [{ figures: "" }, done(MODERN), done(OLD), { ...done(OLD), packaged: "" }];
+    const cases: Facts[] = [{ top: "" }, done(MODERN), done(OLD), { ...done(OLD), packaged: "" }];
     for (const over of cases)
       for (const change of plan(MODERN, over))
         assert.doesNotMatch(change.sh.replaceAll(/grep -cse \S+|\/\^ \*"\S+/g, ""), /--kubelet-insecure-tls/);
   });
 
   test("are waited for where they are missing, by name, and not for a node that is down", () => {
-    assert.match(plan(OLD, { ...done(OLD), figures: figures("a1") })[0]?.why ?? "", /for b1, b2$/);
+    assert.match(plan(OLD, { ...done(OLD), top: figures("a1") })[0]?.why ?? "", /for b1, b2$/);
     assert.deepEqual(
       plan(OLD, {
         ...done(OLD),
         nodes: nodes(A1, B1, { ...B2, ready: false }),
-        figures: figures("a1", "b1"),
+        top: figures("a1", "b1"),
       }),
       [],
     );
@@ -226,8 +215,8 @@ describe("metrics", () => {
 
   test("of a node whose name another's begins with are not taken for its own", () => {
     assert.match(
-      plan(OLD, { ...done(OLD), nodes: nodes(A1, { ...B1, name: "b" }), figures: figures("a1", "b1") })[0]
-        ?.why ?? "",
+      plan(OLD, { ...done(OLD), nodes: nodes(A1, { ...B1, name: "b" }), top: figures("a1", "b1") })[0]?.why ??
+        "",
       /for b$/,
     );
   });
@@ -265,7 +254,8 @@ describe("on the box", () => {
         .replaceAll("/var/lib/rancher", `${root}/var`)
         .replaceAll("/etc/rancher", `${root}/etc`)
         .replaceAll("/usr/local/bin/k3s", `${root}/bin/k3s`)
-        .replaceAll(/began \+ \d+/g, "began + 2");
+        .replaceAll("began + 180", "began + 2")
+        .replaceAll("began + 600", "began + 30");
     const put = (path: string, text: string) => {
       mkdirSync(dirname(there(path)), { recursive: true });
       writeFileSync(there(path), text);
@@ -313,7 +303,7 @@ describe("on the box", () => {
         ...look(),
         version: MODERN,
         nodes: nodes(A1),
-        figures: figures("a1"),
+        top: figures("a1"),
       }),
       [],
     );
@@ -328,18 +318,30 @@ describe("on the box", () => {
     assert.equal(look().foreign?.trim(), at(`${FOLDER}/mine.yaml\n${FOLDER}/mine.json`));
   });
 
-  const KUBECTL = (log: string, more = "") => `shift 4
+  /** What kubectl says of a1 and b1, which are Ready, and b2; `tops` have figures, and the pod these arguments. */
+  const KUBECTL = (
+    log: string,
+    { tops = ["a1", "b2"], args = ["--cert-dir=/tmp"], reason = "" } = {},
+  ) => `shift 4
 case "$*" in
-${more}
-'get nodes'*) printf '%s\\n' 'a1 Ready x' 'b1 Ready x' 'b2 NotReady x' ;;
+'get --raw /api/v1/nodes?'*) echo '${JSON.stringify({ kind: "NodeList", items: [A1, B1, { ...B2, ready: false }].map(node) })}' ;;
+'get --raw /apis/metrics'*) if [ -e "$0.pulls" ]; then echo '${figures("a1", "b1")}'; else echo '${figures(...tops)}'; fi ;;
+'get --raw /api/v1/namespaces/kube-system/pods?pretty=true&labelSelector=k8s-app%3Dmetrics-server') cat <<'E'
+${JSON.stringify({ kind: "PodList", items: [pod(args)] }, null, 2)}${reason && `\n"reason": "${reason}"`}
+E
+[ -z "${reason}" ] || : >"$0.pulls" ;;
 'top nodes'*) printf '%s\\n' 'a1 1m 1% 1Mi 1%' 'b2 1m 1% 1Mi 1%' 'b1 <unknown> <unknown>' ;;
 *' logs '*) ${log} ;;
 *' describe '*) printf '%s\\n' 'Name: x' 'Events:' '  Warning  Failed  kubelet  Error: ErrImagePull' ;;
-*' get pods '*json*) printf '%s\\n' '"k8s-app": "metrics-server"' '  "--cert-dir=/tmp"' '"phase": "Running"' ;;
 *' get pods '*) echo 'metrics-server-1 0/1 ImagePullBackOff 0 9m' ;;
 *) exit 9 ;;
 esac`;
-  const waits = (kubectl: string) => box(kubectl).run(plan(MODERN, { figures: figures("a1") })[0]?.sh ?? "");
+  const pod = (args: string[]) => ({
+    metadata: { name: "metrics-server-1", labels: { "k8s-app": "metrics-server" } },
+    spec: { containers: [{ args }], affinity: { matchLabels: { "k8s-app": "metrics-server" } } },
+    status: { phase: "Running" },
+  });
+  const waits = (kubectl: string) => box(kubectl).run(plan(MODERN, { top: figures("a1") })[0]?.sh ?? "");
 
   test("what is missed is told in the words of metrics-server's log and pods; a node that is not Ready answers for none", () => {
     const line =
@@ -358,10 +360,14 @@ esac`;
   });
 
   test("metrics of every Ready node end the wait, but not from a pod that asks without TLS", () => {
-    const all = "'top nodes'*) printf '%s\\n' 'b1 1m 1% 1Mi 1%' 'a1 1m 1% 1Mi 1%' ;;";
-    assert.equal(waits(KUBECTL("exit 1", all)).status, 0);
-    const lax = `*' get pods '*json*) printf '%s\\n' '"k8s-app": "metrics-server"' '  "--kubelet-insecure-tls",' '"phase": "Running"' ;;`;
-    assert.equal(waits(KUBECTL("exit 1", `${all}\n${lax}`)).status, 1);
+    const tops = ["b1", "a1"];
+    assert.equal(waits(KUBECTL("exit 1", { tops })).status, 0);
+    assert.equal(waits(KUBECTL("exit 1", { tops, args: ["--kubelet-insecure-tls"] })).status, 1);
+  });
+
+  test("the wait goes on while a pod of metrics-server waits for its image, not for another reason", () => {
+    assert.equal(waits(KUBECTL("exit 1", { reason: "ContainerCreating" })).status, 0);
+    assert.equal(waits(KUBECTL("exit 1", { reason: "ImagePullBackOff" })).status, 1);
   });
 });
 

@@ -84,7 +84,8 @@ describe("a port that k3s needs, and something else has", () => {
       seen(`tcp    LISTEN     0      128       *:6443                  *:*                   users:(("nginx",pid=12,fd=6),("nginx",pid=11,fd=6))`, "", "", { 12: "3:cpu:/\n1:name=systemd:/system.slice/nginx.service" }),
       "tcp 6443 12 nginx\n",
     ],
-    ["another address's", seen(`tcp LISTEN 0 5 127.0.0.1:10250 0.0.0.0:* users:(("my kubelet",pid=7,fd=3))`, ""), "tcp 10250 7 my kubelet\n"],
+    ["another address's", seen(`tcp LISTEN 0 5 127.0.0.1:10250 0.0.0.0:* users:(("my kubelet",pid=7,fd=3))`, "", "", { 7: "0::/user.slice" }), "tcp 10250 7 my kubelet\n"],
+    ["one that has ended since", seen(`tcp LISTEN 0 5 *:10250 *:* users:(("k3s-agent",pid=7,fd=3))`, ""), ""],
     [
       "k3s's own, and another port",
       seen(`tcp LISTEN 0 4096 *:6443 *:* users:(("k3s-server",pid=12,fd=6))\ntcp LISTEN 0 4096 *:10250 *:* users:(("k3s-agent",pid=13,fd=6))\ntcp LISTEN 0 4096 *:16443 *:* users:(("x",pid=14,fd=6))`, "", "", {

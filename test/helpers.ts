@@ -6,7 +6,7 @@ import { after } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Member } from "../lib/check/survey.ts";
 import { interfaceOf, type Role, unitOf, unitPath } from "../lib/k3s/unit.ts";
-import { lookScript, reader, whole } from "../lib/protocol.ts";
+import { lookScript, reader, wrapInMain } from "../lib/protocol.ts";
 import { silent } from "../lib/report.ts";
 import type { Box } from "../lib/script.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
@@ -179,6 +179,19 @@ export const boxOf = (over: Partial<Box> = {}): Box => {
   return { ...place, want: wanted(), shell: nobody, server: nobody, line: silent, mayReboot: true, ...over };
 };
 
+/** A shell of a box that answers every look by these facts, and keeps what it was sent. */
+export const answering = (facts: Facts, sent: string[] = []): Shell => ({
+  ...boxOf().shell,
+  run: async (script, _, onLine) => {
+    sent.push(script);
+    const mark = /^m=(\S+)$/m.exec(script)?.[1];
+    for (const [name, text] of Object.entries(facts))
+      for (const line of [`${mark} fact ${name}`, ...text.split("\n")]) onLine(line);
+    onLine(`${mark} end`);
+    return { status: 0, stderr: "" };
+  },
+});
+
 /** A box of a1, b1 and b2 as `check` finds it in a healthy cluster; a1 is the server. */
 export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried: Facts = {}) {
   const others = [A1, B1, B2].filter(({ name }) => name !== spec.name);
@@ -189,6 +202,12 @@ export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried
     [iface, keyOf(name), "(none)", `${ip}:51820`, `10.42.${n}.0/24`, NOW - 30, 4096, 123_456, 25].join("\t"),
   );
   const ways = others.map(({ name }) => `tunnel ${name} 1420`);
+  /** As the box says it: by the tunnel's address. */
+  const byAddress = (tries = "") =>
+    [A1, B1, B2].reduce(
+      (text, { name, n }) => text.replaceAll(`tunnel ${name} `, `tunnel 10.42.${n}.0 `),
+      tries,
+    );
   const reached =
     role === "server" ? [A1, B1, B2].map(({ name }) => `kubelet ${name} open`) : ["api server open"];
   return {
@@ -216,9 +235,9 @@ export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried
       ...facts,
     },
     tried: {
-      tries: [...ways, ...reached].join("\n"),
       ...(role === "server" ? { top: figures("a1", "b1", "b2") } : {}),
       ...tried,
+      tries: byAddress(tried.tries ?? [...ways, ...reached].join("\n")),
     },
   } satisfies Member;
 }
@@ -279,7 +298,7 @@ export const planned = (steps: readonly Step[], want: Settings, facts: Facts): C
 /** What the real look script says, run by this machine's sh. */
 export function look(steps: readonly Pick<Step, "look">[], want: Settings, env: Facts = {}): Facts {
   const stream = reader("mark", {});
-  const { stdout } = shell(whole(lookScript(steps as Step[], want, "mark")), ["sh", "-s"], env);
+  const { stdout } = shell(wrapInMain(lookScript(steps as Step[], want, "mark")), ["sh", "-s"], env);
   const lines = stdout.split("\n");
   if (lines.at(-1) === "") lines.pop();
   for (const line of lines) stream.line(line);

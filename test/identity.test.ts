@@ -21,9 +21,9 @@ import { planAll, Refusal, type Want } from "../lib/step.ts";
 import { caIn } from "../lib/token.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
 import { annotateAs } from "../scripts/annotate.ts";
-import { copied } from "../scripts/cluster/backup.ts";
+import { archive } from "../scripts/cluster/backup.ts";
 import { mayRemove, uninstall } from "../scripts/cluster/remove.ts";
-import { unproven } from "../scripts/cluster/restore.ts";
+import { forgetPasswords } from "../scripts/cluster/restore.ts";
 import { token } from "../scripts/cluster/token.ts";
 import { stepsFor } from "../scripts/cluster/upgrade.ts";
 import { server, serverSteps } from "../scripts/server.ts";
@@ -103,14 +103,14 @@ describe("the node of a box", () => {
       B2.ip,
       box(B2),
       [A1, { ...B1, external: B2.ip }, B2],
-      /Nodes b1 and b2 have one address/,
+      /Nodes b1 and b2 have the same address/,
     ],
     [
       "also where the box is gone, and one claims it inside",
       B2.ip,
       {},
       [{ ...A1, ip: B2.ip, external: "192.0.2.1" }, B2],
-      /Nodes a1 and b2 have one address/,
+      /Nodes a1 and b2 have the same address/,
     ],
     [
       "is nobody's where two claim the boot id, by a slip in the address",
@@ -189,7 +189,14 @@ describe("a box is called", () => {
 
   const naming = [
     ...[foreignFirst("agent"), identityAs("agent"), annotateAs(), server, agent, upgradeKernel],
-    ...[uninstall, unproven, copied("x"), token, stepsFor("agent", "", "").putBack, ask([LOOKS.agent])],
+    ...[
+      uninstall,
+      forgetPasswords,
+      archive("x"),
+      token,
+      stepsFor("agent", "", "").putBack,
+      ask([...LOOKS.agent]),
+    ],
   ];
   for (const step of naming)
     test(`is looked for on the box by the step that asks for it: ${step.name || "check"}`, () =>
@@ -300,7 +307,7 @@ describe("remove takes k3s from", () => {
       b1(`agent ${OWN}\n`),
       cluster(B1, { ...B2, external: B1.ip }),
       { force: true },
-      /Nodes b1 and b2 have one address/,
+      /Nodes b1 and b2 have the same address/,
     ],
     [
       "no agent where nothing tells of the cluster",
@@ -474,7 +481,7 @@ describe("before a box gets a role", () => {
       "server",
       known,
       {},
-      /K3S_TOKEN belongs to a cluster \(CA abababababab…\), and this box has no server's data.*FORCE=1 begins a new cluster/,
+      /K3S_TOKEN belongs to a cluster \(CA abababababab…\), and this box has no server's data.*FORCE=1 starts a new cluster/,
       "force",
     ],
     [
@@ -482,7 +489,7 @@ describe("before a box gets a role", () => {
       "server",
       known,
       { cas: `server ${OTHER}\n` },
-      /the server of another cluster: that has the CA cdcdcdcdcdcd….*FORCE=1/,
+      /the server of another cluster: its CA is cdcdcdcdcdcd….*FORCE=1/,
       "force",
     ],
     [
@@ -496,7 +503,7 @@ describe("before a box gets a role", () => {
       "agent",
       known,
       { cas: `agent ${OTHER}\n` },
-      /an agent of another cluster: that has the CA cdcdcdcdcdcd…, this one abababababab…\. FORCE=1 moves it/,
+      /an agent of another cluster: its CA is cdcdcdcdcdcd…, this cluster's abababababab…\. FORCE=1 moves it/,
       "force",
     ],
     [
@@ -504,7 +511,7 @@ describe("before a box gets a role", () => {
       "agent",
       wanted({ K3S_TOKEN: "(the server's)" }),
       { cas: `agent ${OTHER}\n` },
-      /this one a new one\. FORCE=1/,
+      /this cluster's a new one\. FORCE=1/,
       "force",
     ],
     [
@@ -612,7 +619,7 @@ describe("before a box gets a role", () => {
   ];
   for (const [name, told, words] of agents) {
     const facts = { "unit-k3s-agent": official("agent"), told };
-    const refusal = new RegExp(`has its data ${words.source}: here it would start a new, empty node`);
+    const refusal = new RegExp(`has its data ${words.source}: this would start a new, empty node`);
     cases.push([`nor is an agent whose data are where ${name}`, "agent", known, facts, refusal]);
   }
   for (const [name, facts, words] of away) {
@@ -638,7 +645,7 @@ describe("before a box gets a role", () => {
     const fresh = prepared("", { tool: "", curl: "" });
     const moved = { ...fresh, cas: `agent ${OTHER}\n` };
     assert.throws(() => planAll(agentSteps, known, moved), refused(/FORCE=1 moves it/));
-    assert.throws(() => planAll(serverSteps, known, fresh), refused(/FORCE=1 begins a new cluster/));
+    assert.throws(() => planAll(serverSteps, known, fresh), refused(/FORCE=1 starts a new cluster/));
   });
 
   test("a move is in the plan", () => {
@@ -654,7 +661,7 @@ describe("before a box gets a role", () => {
     const other = TOKEN.replace(OWN, OTHER);
     assert.throws(
       () => server.learn?.(known, { token: other }),
-      refused(/another cluster: it stays as it is\. FORCE=1/),
+      refused(/another cluster \(CA \w+…\), and is not changed\. FORCE=1/),
     );
     assert.equal(
       server.learn?.({ ...known, allowed: new Set(["force"]) }, { token: other }).K3S_TOKEN,

@@ -1,9 +1,10 @@
 import assert from "node:assert/strict";
 import { mkdirSync, writeFileSync } from "node:fs";
 import { describe, test } from "node:test";
+import fc from "fast-check";
 import { nodeNameOf } from "../lib/k3s/identity.ts";
-import { DRAINED, nodesLook, nodesOf, overload, peersOf, silence } from "../lib/k3s/nodes.ts";
-import { ailments, onCard } from "../lib/k3s/service.ts";
+import { DRAINED, NODES, nodesLook, nodesOf, overload, peersOf, SHAPE, silence } from "../lib/k3s/nodes.ts";
+import { healthProblems, onCard } from "../lib/k3s/service.ts";
 import { argsOf, type Generation, generationOf, releaseOf, unitOf, unitText } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { diff } from "../lib/text.ts";
@@ -13,6 +14,7 @@ import {
   B1,
   fixture,
   IP,
+  lacks,
   look,
   MODERN,
   NOW,
@@ -21,6 +23,7 @@ import {
   prepared,
   programs,
   service,
+  shell,
   temporary,
   wanted,
 } from "./helpers.ts";
@@ -296,7 +299,7 @@ describe("a node is healthy", () => {
       service: service(NOW - 600),
       ...over,
     });
-  const cases: [name: string, over: Record<string, string>, ill: RegExp | undefined][] = [
+  const cases: [name: string, over: Record<string, string>, problem: RegExp | undefined][] = [
     ["when it is Ready, reports, and has its address and interface", {}, undefined],
     ["only once it is registered", { nodes: nodes(B1) }, /a1 is not registered/],
     ["only when it is Ready", { nodes: nodes({ ...A1, ready: false }) }, /not Ready/],
@@ -322,11 +325,11 @@ describe("a node is healthy", () => {
       /not reported/,
     ],
   ];
-  for (const [name, over, ill] of cases)
+  for (const [name, over, problem] of cases)
     test(name, () => {
-      const ills = ailments("a1", IP, "modern", facts(over));
-      if (ill === undefined) assert.deepEqual(ills, []);
-      else assert.match(ills.join(", "), ill);
+      const problems = healthProblems("a1", IP, "modern", facts(over));
+      if (problem === undefined) assert.deepEqual(problems, []);
+      else assert.match(problems.join(", "), problem);
     });
 });
 
@@ -365,8 +368,8 @@ describe("an API without a list of nodes", () => {
       const facts = { nodes: "", load, ...(said ? { api: said } : {}) };
       if (silent) assert.match(silence(facts) ?? "", silent);
       else assert.equal(silence(facts), undefined);
-      const ills = ailments("a1", IP, "modern", facts).join();
-      assert.equal(ills, silent ? "the API gave no list of nodes" : "node a1 is not registered");
+      const problems = healthProblems("a1", IP, "modern", facts).join();
+      assert.equal(problems, silent ? "the API gave no list of nodes" : "node a1 is not registered");
     });
 
   test("is not silent where the list came after all", () =>
@@ -386,7 +389,7 @@ describe("an API without a list of nodes", () => {
   });
 
   /** The real look of a server, on whose disk are the admin's key and k3s.yaml. */
-  const asked = (curl: string, k3s = "exit 1", agent = "inactive") => {
+  const asked = (curl: string, k3s = "exit 1", agent = "inactive", users = ["k3s-controller", "kubelet"]) => {
     const root = temporary();
     mkdirSync(`${root}/tls`);
     writeFileSync(`${root}/tls/client-admin.key`, "key");
@@ -396,6 +399,7 @@ describe("an API without a list of nodes", () => {
       .replaceAll("/etc/rancher/k3s/k3s.yaml", `${root}/k3s.yaml`)
       .replaceAll("/usr/local/bin/k3s", `${root}/bin/k3s`)
       .replaceAll("/var/lib/rancher/k3s/agent", root);
+    for (const user of users) writeFileSync(`${root}/client-${user}.key`, "key");
     writeFileSync(`${root}/kubelet.kubeconfig`, "    server: https://127.0.0.1:6444\n");
     const PATH = programs(`${root}/bin`, {
       curl,
@@ -423,9 +427,19 @@ describe("an API without a list of nodes", () => {
     const k3s = `echo '${nodes(A1)}'`;
     for (const curl of ["exit 58", "exit 127"])
       assert.equal(nodesOf(asked(curl, k3s).nodes)[0]?.name, "a1", curl);
-    assert.equal(nodesOf(asked("exit 7", k3s, "active").nodes)[0]?.name, "a1");
+    assert.equal(nodesOf(asked("exit 7", k3s, "active", []).nodes)[0]?.name, "a1");
     const said = asked("exit 58", "echo 'error: context deadline exceeded' >&2; exit 1");
     assert.match(said.api ?? "", /deadline exceeded/);
+  });
+
+  test("is asked on an agent by k3s-controller, then by the kubelet where that one may not, never by the admin", () => {
+    const as = (name: string) => `case $* in *client-${name}.crt*) printf '%s\\n200' '${nodes(A1)}' ;;
+*6444/api*) printf '%s\\n403' '{"message":"forbidden"}' ;; *) exit 7 ;; esac`;
+    for (const name of ["k3s-controller", "kubelet"])
+      assert.equal(nodesOf(asked(as(name), "exit 1", "active").nodes)[0]?.name, "a1", name);
+    const none = asked(as("admin"), `echo '${nodes(A1)}'`, "active");
+    assert.equal(none.nodes, "");
+    assert.match(silence(none) ?? "", /^the API does not answer: forbidden/);
   });
 
   test("never has its key on a command line, and no proxy or .curlrc between", () => {
@@ -437,6 +451,141 @@ describe("an API without a list of nodes", () => {
       /"args":"-q -sS --noproxy \* --cacert \S+ --cert \S+ --key \S+client-admin\.key -m 20 -X GET .*https:\/\/127\.0\.0\.1:6555\/api\/v1\/nodes/,
     );
   });
+});
+
+describe("nodes shaped down on the box", () => {
+  const list = fixture("nodes-raw-v1.36.3.json");
+  const shaped = (json: string, sed = "sed") => {
+    const { stdout, stderr } = shell(
+      `{ ${SHAPE.replaceAll("sed ", `${sed} `)}\n} <<'EOF'\n${json.trim()}\nEOF`,
+    );
+    assert.equal(stderr, "");
+    return stdout;
+  };
+  /** The list with something else in its second node. */
+  const withStatus = (more: object) => {
+    const parsed = JSON.parse(list);
+    Object.assign(parsed.items[1].status, more);
+    return JSON.stringify(parsed);
+  };
+  const images = (...names: string[]) => ({ images: [{ names, sizeBytes: 1 }] });
+  const nasty = '}]}},{"metadata":{"name":"x"},"spec":{},"nodeInfo":{}}]}';
+  const { nodeInfo } = JSON.parse(list).items[1].status;
+  const cases: [what: string, json: string, most: number][] = [
+    ["a list", list, list.length / 2],
+    ["one node", JSON.stringify({ kind: "Node", apiVersion: "v1", ...JSON.parse(list).items[0] }), 3000],
+    ["images, however many", withStatus({ images: Array(50).fill({ names: [`a@${"b".repeat(200)}`] }) }), 6000],
+    ["an image whose name looks like JSON", withStatus(images(nasty, "a}]", '"')), list.length / 2],
+    ["what else a node says that looks like JSON", withStatus({ nodeInfo: { ...nodeInfo, osImage: nasty } }), list.length],
+    ["a node's swap", withStatus({ nodeInfo: { ...nodeInfo, swap: { capacity: 1 } } }), list.length / 2],
+    ["what kubectl prints", JSON.stringify(JSON.parse(list), null, 4), Number.POSITIVE_INFINITY],
+    ["a list without nodes", '{"kind":"NodeList","apiVersion":"v1","metadata":{},"items":[]}', 100],
+  ]; // biome-ignore format: a table
+  /** Lists of nodes with strings that look like JSON. */
+  const lists = () => {
+    const part = fc.constantFrom(
+      ...[
+        '"',
+        "\\",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        " ",
+        "a",
+        "é",
+        '},{"metadata":{',
+        ',"reason":"x","message":"y"',
+      ],
+      ...['"capacity":{', '"nodeInfo":{', ']},"spec":{', '"images":[', "}}]}"],
+    );
+    const nasty = fc.string({ unit: part, maxLength: 6 });
+    const at = "2026-11-27T00:00:00Z";
+    const node = fc.record({
+      metadata: fc.record({
+        name: fc.constantFrom("a1", "b-2", "c.3"),
+        annotations: fc.dictionary(fc.oneof(nasty, fc.constant("k3s.io/node-args")), nasty),
+        labels: fc.dictionary(fc.constantFrom("a", "capacity", "images", "message", "reason"), nasty),
+        managedFields: fc.array(fc.record({ manager: nasty }), { maxLength: 1 }),
+      }),
+      spec: fc.record({
+        podCIDR: fc.constant("10.42.1.0/24"),
+        taints: fc.array(fc.record({ key: nasty, effect: nasty })),
+      }),
+      status: fc.record({
+        capacity: fc.dictionary(fc.constant("cpu"), nasty),
+        conditions: fc.uniqueArray(
+          fc.record({
+            ...{ type: fc.constantFrom("Ready", "DiskPressure"), status: fc.constantFrom("True", "False") },
+            ...{
+              lastHeartbeatTime: fc.constant(at),
+              lastTransitionTime: fc.constant(at),
+              reason: nasty,
+              message: nasty,
+            },
+          }),
+          { selector: ({ type }) => type },
+        ),
+        addresses: fc.array(
+          fc.record({ type: fc.constantFrom("InternalIP", "ExternalIP"), address: fc.ipV4() }),
+        ),
+        nodeInfo: fc.record({
+          osImage: nasty,
+          swap: fc.constant({ capacity: 1 }),
+          kubeletVersion: fc.constant(MODERN),
+        }),
+        images: fc.array(fc.record({ names: fc.array(nasty), sizeBytes: fc.nat() })),
+      }),
+    });
+    return fc.array(node, { maxLength: 4 });
+  };
+  const listOf = (items: unknown[]) =>
+    JSON.stringify({ kind: "NodeList", apiVersion: "v1", metadata: {}, items });
+  test("are the same to the reader, whatever stands in their strings", () => {
+    const same = (items: unknown[]) =>
+      assert.deepEqual(nodesOf(shaped(listOf(items))), nodesOf(listOf(items)));
+    fc.assert(fc.property(lists(), same), { numRuns: 150 });
+  });
+
+  /** What the shell that waits reads of them, and what the reader does. */
+  const waited = (json: string, awk = "awk") =>
+    shell(
+      `${NODES.replace("awk -v", `${awk} -v`)}\napiuser() { :; }\napi() { cat <<'EOF'\n${json}\nEOF\n}\nnodes`,
+    ).stdout;
+  const lines = (json: string) =>
+    nodesOf(json)
+      .map(
+        ({ name, ready, cordoned, boot, version, heartbeat, externalIp, publicIp }) =>
+          `${name} ${ready ? "Ready" : "NotReady"}${cordoned ? ",SchedulingDisabled" : ""} boot=${boot ?? "-"} version=${version || "-"} beat=${heartbeat ? new Date(heartbeat * 1000).toISOString().replace(".000", "") : "-"} external-ip=${externalIp ?? "-"} public-ip=${publicIp ?? "-"} .\n`,
+      )
+      .join("");
+  test("are the same to what waits for them, whatever stands in their strings", () => {
+    const same = (items: unknown[]) => assert.equal(waited(listOf(items)), lines(listOf(items)));
+    fc.assert(fc.property(lists(), same), { numRuns: 150 });
+    const [a1, b1] = JSON.parse(list).items;
+    b1.spec.unschedulable = true;
+    b1.status.conditions.find(({ type }: { type: string }) => type === "Ready").status = "Unknown";
+    b1.metadata.labels = { type: "Ready", status: "True", bootID: "x", ...b1.metadata.labels };
+    for (const awk of lacks("busybox") ? ["awk"] : ["awk", "busybox awk"])
+      for (const json of [
+        list.trim(),
+        listOf([a1, b1]),
+        listOf([]),
+        JSON.stringify({ kind: "Node", apiVersion: "v1", ...b1 }),
+      ])
+        assert.equal(waited(json, awk), lines(json));
+  });
+
+  for (const [what, json, most] of cases)
+    test(`are the same to the reader: ${what}`, () => {
+      for (const sed of lacks("busybox") ? ["sed"] : ["sed", "busybox sed"]) {
+        const less = shaped(json, sed);
+        assert.deepEqual(nodesOf(less), nodesOf(json));
+        assert.ok(less.length <= most, `${less.length} of ${json.length}`);
+      }
+    });
 });
 
 test("the public address counts as on the card only where a card has exactly it", () => {

@@ -53,12 +53,12 @@ function make(words: string[], env: Record<string, string> = {}, has: Record<str
   return { status, stdout: stdout.replace(/ +/g, " ").trim(), stderr };
 }
 
-test("make help lists every script once: the seven steps in their order, then the life of a cluster", () => {
+test("make help lists every script once: the seven steps in their order, then the operation of a cluster", () => {
   const groups = execFileSync(MAKE, ["help"], { cwd: ROOT, encoding: "utf8" }).trim().split("\n\n").slice(1);
   const listed = groups.map((group) => group.split("\n").map((line) => line.trim().split(/ {2,}/)));
   assert.deepEqual(
     listed.map(([heading]) => heading?.[0]),
-    ["The seven steps, in their order", "The life of a cluster", "Rehearsal", "Development"],
+    ["The seven steps, in their order", "Operating a cluster", "Rehearsal", "Development"],
   );
   const [steps, life] = listed.map((group) => group.slice(1).map(([target]) => target));
   const SEVEN = "download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics up";

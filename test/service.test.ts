@@ -3,7 +3,7 @@ import { createHash } from "node:crypto";
 import { existsSync, readFileSync, utimesSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { healthySaying, systemdFirst, withoutEmpty } from "../lib/k3s/service.ts";
+import { healthyMessage, systemdFirst, withoutEmpty } from "../lib/k3s/service.ts";
 import { type Role, unitOf, unitPath } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { quote } from "../lib/sh.ts";
@@ -133,6 +133,8 @@ for (const step of [server, agent] as const)
           assert.deepEqual(verbs(plan), ["wait until"]);
           assert.match(plan[0]?.why ?? "", why);
           assert.doesNotMatch(plan[0]?.sh ?? "", /systemctl (re)?start/);
+          // The wait believes no heartbeat that the next look would not.
+          assert.match(plan[0]?.sh ?? "", new RegExp(`; since=${NOW - 1800 + 1};`));
         });
 
       test("of a box whose name another box's node has is refused", () => {
@@ -201,7 +203,10 @@ for (const step of [server, agent] as const)
         );
         assert.doesNotMatch(step.plan(ipvs, fresh)[1]?.sh ?? "", /proxy-mode/);
         assert.match(step.plan(ipvs, fresh)[1]?.why ?? "", /this kernel has no ip_vs: iptables instead$/);
-        assert.match(healthySaying(step.name as Role, ipvs, fresh), /no ip_vs, so kube-proxy uses iptables$/);
+        assert.match(
+          healthyMessage(step.name as Role, ipvs, fresh),
+          /no ip_vs, so kube-proxy uses iptables$/,
+        );
         assert.deepEqual(step.plan(ipvs, well()), [], "so there nothing changes");
       });
 
@@ -229,8 +234,8 @@ for (const step of [server, agent] as const)
 
 test("a box without systemd is refused before anything is installed there, Alpine's OpenRC by its name", () => {
   for (const [os, openrc, text] of [
-    ["alpine-3.20", "yes\n", /Alpine Linux v3\.20 is run by OpenRC, not by systemd.*nothing was installed/],
-    ["debian-12", "", /Debian GNU\/Linux 12 \(bookworm\) is run by something else, not by systemd/],
+    ["alpine-3.20", "yes\n", /Alpine Linux v3\.20 uses OpenRC instead of systemd.*Nothing was installed/],
+    ["debian-12", "", /Debian GNU\/Linux 12 \(bookworm\) uses another init system instead of systemd/],
   ] as const)
     for (const steps of [serverSteps, agentSteps, prepareAs("agent")]) {
       const facts = prepared(OLD, {

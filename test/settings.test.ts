@@ -201,6 +201,19 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
   ],
 };
 
+describe("a setting may be", () => {
+  const RIGHT: [what: string, name: "HOST_KEY" | "SERVER_ARGS", value: string][] = [
+    ["two fingerprints", "HOST_KEY", `SHA256:${"a".repeat(43)} SHA256:${"b".repeat(43)}`],
+    [
+      "a taint with a value, and one without",
+      "SERVER_ARGS",
+      "--node-taint=a=b:NoSchedule --node-taint x/y:NoExecute",
+    ],
+  ];
+  for (const [what, name, value] of RIGHT)
+    test(what, () => assert.doesNotThrow(() => check(name, value, "a flag")));
+});
+
 /** Not IPv4 addresses as everyone reads them, and ones that other clouds cannot reach, with the reason. */
 const NOT_ADDRESSES = [
   "0x7f.1",
@@ -360,6 +373,12 @@ describe("a wrong value", () => {
   test("of any length is cut short in its message", () => {
     assert.ok(refusal("PROXY_MODE", "x".repeat(100_000)).length < 300);
     assert.match(refusal("SERVER_ARGS", "x".repeat(5000)), /at most 4096 characters/);
+    const boxes = (n: number) =>
+      Array.from({ length: n }, (_, i) => `box${i}=198.51.100.${i % 250}`).join(" ");
+    check("AGENTS", boxes(500), "here");
+    assert.match(refusal("AGENTS", boxes(900)), /at most 16384 characters/);
+    for (const long of [`h1 password="${"Zq ".repeat(1500)}"`, `h1 token=${"Zq".repeat(6000)}`])
+      assert.doesNotMatch(refusal("AGENTS", long), /Zq/);
   });
 });
 

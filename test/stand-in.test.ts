@@ -15,8 +15,8 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { API } from "../lib/k3s/nodes.ts";
-import { lacks, shell } from "./helpers.ts";
+import { API, CURL, WATCH } from "../lib/k3s/nodes.ts";
+import { lacks, shell, temporary } from "./helpers.ts";
 import { cgroupFault, kubeletFault, parseToken } from "./stand-in/agent.ts";
 import {
   defaultInterface,
@@ -798,12 +798,18 @@ describe("the binary's stand-in", () => {
     const text = standIn("v1.17.6+k3s1");
     assert.match(
       text,
-      /^#!\/bin\/sh\nexec env NODE_COMPILE_CACHE=\S+ NODE_COMPILE_CACHE_PORTABLE=1 \/opt\/k3s-stand-in\/node --no-warnings \/opt\/k3s-stand-in\/k3s\.ts 'v1\.17\.6\+k3s1' "\$0" "\$@"\nexit 126\n#/,
+      /^#!\/bin\/sh\ncase .*\n'; exit ;; esac\nexec env NODE_COMPILE_CACHE=\S+ NODE_COMPILE_CACHE_PORTABLE=1 \/opt\/k3s-stand-in\/node --no-warnings \/opt\/k3s-stand-in\/k3s\.ts 'v1\.17\.6\+k3s1' "\$0" "\$@"\nexit 126\n#/,
     );
     assert.ok(text.length > 3_000_000 && text.length < 3_300_000);
     assert.equal(text, standIn("v1.17.6+k3s1"));
     assert.notEqual(text, standIn("v1.36.3+k3s1"));
   });
+  for (const gen of generations)
+    test(`${gen}: its launcher says the version by itself`, () => {
+      const file = join(temporary(), "k3s");
+      writeFileSync(file, standIn(VERSION[gen]), { mode: 0o755 });
+      assert.equal(shell(`exec ${file} --version`).stdout, versionText(VERSION[gen]));
+    });
   test("its files go with their fixtures", () => {
     const to = boxFiles().map((f) => f.to);
     for (const name of ["k3s.ts", "fixtures/k3s-server-help-v1.17.6.txt"])
@@ -915,6 +921,37 @@ describe("the binary's stand-in", () => {
         const asked = shell(`${api}\napi GET '/api/v1/nodes?pretty=false'; api GET /api/v1/nodes/nope`);
         assert.equal(JSON.parse(asked.stdout).kind, "NodeList", asked.stderr);
         assert.match(asked.stderr, /^404 .*nodes \\?"nope\\?" not found/m);
+        // A watch tells of a node as it is, then of each change at once, and of nothing before the time is over.
+        const patient = WATCH.replace(API, api);
+        const made = {
+          metadata: { name: "w1", labels: {}, annotations: {} },
+          spec: {},
+          status: { conditions: [], addresses: [] },
+        };
+        const said = shell(`${patient}
+turn() { began=$(date +%s%N); changed w1 "$1"; echo "$((($(date +%s%N) - began) / 1000000)) \${node%% boot*}"; }
+patch() { ${CURL} -X PATCH -H 'Content-Type: application/merge-patch+json' -d "$1" "$apiurl/api/v1/nodes/w1"; }
+turn 1
+{ sleep 1; echo '${JSON.stringify(made)}' | api POST /api/v1/nodes; } >/dev/null &
+turn 9; turn 1
+{ sleep 1; patch '{"spec":{"unschedulable":true}}'; } >/dev/null &
+turn 9
+{ sleep 1; api DELETE /api/v1/nodes/w1; } >/dev/null &
+turn 9; turn 1
+watch() { ${CURL} -m 5 "$apiurl/api/v1/nodes?watch=1&$1"; }
+watch timeoutSeconds=1; watch resourceVersion=1`);
+        const took = said.stdout.split("\n").map((line) => Number(/^\d+/.exec(line)?.[0]));
+        assert.deepEqual(
+          said.stdout.split("\n").slice(0, 6).map((line) => line.replace(/^\d+ /, "")),
+          ["", "w1 NotReady", "w1 NotReady", "w1 NotReady,SchedulingDisabled", "", ""],
+          said.stdout + said.stderr,
+        ); // biome-ignore format: a list
+        for (const [i, ms] of [1000, 1000, 1000, 1000, 1000, 1000].entries())
+          assert.ok(took[i]! >= ms - 300 && took[i]! < 5000, said.stdout);
+        assert.match(
+          said.stdout,
+          /\n\{"type":"ERROR","object":\{"kind":"Status",.*"message":"too old resource version: 1 \(\d+\)","reason":"Expired","code":410\}\}\n$/,
+        );
         const missing = k3s(
           VERSION[gen],
           "k3s",

@@ -3,7 +3,7 @@ import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { converge, look as lookAt } from "../lib/converge.ts";
-import { applyScript, printed, reader, whole } from "../lib/protocol.ts";
+import { applyScript, asScript, reader, wrapInMain } from "../lib/protocol.ts";
 import { silent } from "../lib/report.ts";
 import { quote } from "../lib/sh.ts";
 import { type Shell, Unreachable } from "../lib/shell.ts";
@@ -24,7 +24,7 @@ function apply(changes: Change[], lock = join(temporary(), "lock")) {
     say: (text) => events.push(text),
     early: (fact) => events.push(JSON.stringify(fact)),
   });
-  const { status, stdout } = shell(whole(script.replaceAll(LOCK, lock)));
+  const { status, stdout } = shell(wrapInMain(script.replaceAll(LOCK, lock)));
   for (const line of stdout.split("\n")) stream.line(line);
   return { status, events, stdout, ...stream.seen };
 }
@@ -92,7 +92,7 @@ env | grep -c '[b]::server:0123' || true`;
     const file = join(temporary(), "file");
     const wait = `i=0; while [ $i -lt 50 ]; do beat; i=$((i + 1)); sleep 0.1; done; touch ${file}`;
     shell(`sh -s <<'SCRIPT' | head -n 3 >/dev/null
-${whole(applyScript([change(wait)], "mark", () => "").replaceAll(LOCK, join(temporary(), "lock")))}
+${wrapInMain(applyScript([change(wait)], "mark", () => "").replaceAll(LOCK, join(temporary(), "lock")))}
 SCRIPT`);
     assert.equal(existsSync(file), false);
   });
@@ -143,7 +143,7 @@ SCRIPT`);
       const folder = temporary();
       const text = `i=0; while [ $i -lt 2000 ]; do echo "package $i of many, each with a line of its own"; i=$((i + 1)); done`;
       const changes = [change(`${text}\ntouch ${folder}/ended`), change(`touch ${folder}/begun`)];
-      const script = whole(applyScript(changes, "mark", () => "").replaceAll(LOCK, `${folder}/lock`));
+      const script = wrapInMain(applyScript(changes, "mark", () => "").replaceAll(LOCK, `${folder}/lock`));
       writeFileSync(`${folder}/script`, script);
       shell(`${argv.join(" ")} <${folder}/script 2>/dev/null | head -n 2; flock ${folder}/lock true`);
       assert.equal(existsSync(`${folder}/ended`), true, `the change ends, in ${argv}`);
@@ -161,7 +161,7 @@ SCRIPT`);
 test("a script that was cut off on its way runs nothing of it", () => {
   const folder = temporary();
   const changes = [1, 2, 3].map((n) => change(`touch ${folder}/change-${n}`));
-  const script = whole(`touch ${folder}/began\n${applyScript(changes, "mark", () => "")}\n`).replaceAll(
+  const script = wrapInMain(`touch ${folder}/began\n${applyScript(changes, "mark", () => "")}\n`).replaceAll(
     LOCK,
     `${folder}/lock`,
   );
@@ -212,14 +212,14 @@ describe("facts", () => {
 describe("a printed plan", () => {
   test("tells a person nothing that is for the program", () => {
     const lock = join(temporary(), "lock");
-    const text = printed([change(`early token ${TOKEN}; beat; echo done`)]).replaceAll(LOCK, lock);
+    const text = asScript([change(`early token ${TOKEN}; beat; echo done`)]).replaceAll(LOCK, lock);
     const { stdout } = shell(text);
     assert.equal(stdout.includes(TOKEN), false);
     assert.match(stdout, /^done$/m);
   });
 
   test("names its secrets and holds none", () => {
-    const text = printed([change('printf %s "$K3S_TOKEN"', { secrets: ["K3S_TOKEN"] })]);
+    const text = asScript([change('printf %s "$K3S_TOKEN"', { secrets: ["K3S_TOKEN"] })]);
     assert.match(text, /^#!\/bin\/sh\n/);
     assert.doesNotMatch(text, /K10/);
     const { status, stderr } = shell(text);
@@ -229,7 +229,7 @@ describe("a printed plan", () => {
 
   test("does on the box what apply does", { skip }, () => {
     const folder = temporary();
-    const text = printed([change(`printf %s "$K3S_TOKEN" >${folder}/file`, { secrets: ["K3S_TOKEN"] })]);
+    const text = asScript([change(`printf %s "$K3S_TOKEN" >${folder}/file`, { secrets: ["K3S_TOKEN"] })]);
     const { status, stderr } = shell(text.replaceAll(LOCK, `${folder}/lock`), ["sh", "-s"], {
       K3S_TOKEN: TOKEN,
     });
@@ -239,7 +239,7 @@ describe("a printed plan", () => {
 
   test("says what has to be copied first", () => {
     assert.match(
-      printed([change(":", { push: { file: "./k3s", path: "/tmp/k3s" } })]),
+      asScript([change(":", { push: { file: "./k3s", path: "/tmp/k3s" } })]),
       /# first copy \.\/k3s to \/tmp\/k3s/,
     );
   });
@@ -330,7 +330,7 @@ describe("a box is brought to what is wanted", { skip }, () => {
     const { box } = fakeBox(temporary());
     await assert.rejects(
       lookAt(box(), [{ ...wants("/x", ""), look: () => ["exit 7"] }]),
-      /connection was lost \(exit status 7\)/,
+      /connection was lost/,
     );
   });
 
@@ -388,14 +388,14 @@ describe("a restart", { skip }, () => {
   test("from which a box does not come back is told with what was last seen of it", async () => {
     await assert.rejects(
       restart(2),
-      /did not come back within 2 s of its restart. Last seen 0 s after the order, still with kernel 3.10, boot old; since then: Could not reach b1: Connection timed out. Look at its console/,
+      /did not come back within 2 s of its restart. Last seen 0 s after the restart was ordered, still with kernel 3.10, boot old; since then: Could not reach b1: Connection timed out. Look at its console/,
     );
   });
 
   test("that does not happen is told as that", async () => {
     await assert.rejects(
       restart(2, "old"),
-      /did not restart within 2 s: \d+ s after the order it still answered.*list-jobs/,
+      /did not restart within 2 s: \d+ s after the restart was ordered it still answered.*list-jobs/,
     );
   });
 });
@@ -446,14 +446,14 @@ describe("a node that has to leave its cluster for a while", { skip }, () => {
     assert.match(String((bad as PromiseRejectedResult).reason), /exit status 1/);
     assert.match(
       String((next as PromiseRejectedResult).reason),
-      /Not restarted: another node of this call has failed/,
+      /Not restarted, because another node of this run has failed/,
     );
     assert.deepEqual(log(folder), ["bad drains on the server", "bad works"]);
   });
 });
 
 test("a printed plan names what has to be done on the server, and does not do it here", () => {
-  const text = printed([change("", { onServer: wants("/x", ""), why: "drain it" }), change("echo here")]);
+  const text = asScript([change("", { onServer: wants("/x", ""), why: "drain it" }), change("echo here")]);
   assert.match(text, /^# first, on the server: drain it$/m);
   assert.match(text, /^echo here$/m);
 });
@@ -468,7 +468,7 @@ test("a plan ends at a restart, and where the box must be looked at anew", () =>
 
 test("a printed plan holds nothing that a terminal would go by, and no line that a box can know ends a part of it", () => {
   const said = "x\u001b[2J\u202e\nk3s-across-clouds\necho canary";
-  const plan = () => printed([change(`printf %s ${quote(said)}`, { why: `write ${said}` })]);
+  const plan = () => asScript([change(`printf %s ${quote(said)}`, { why: `write ${said}` })]);
   assert.doesNotMatch(plan(), /(?!\n)[\p{Cc}\p{Cf}]/u);
   const { status, stdout } = shell(plan().replaceAll(LOCK, join(temporary(), "lock")));
   assert.equal(status, 0);

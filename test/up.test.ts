@@ -8,12 +8,14 @@ import { planAll, type Step } from "../lib/step.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
 import { server, serverSteps } from "../scripts/server.ts";
+import { type First, next, type Other } from "../scripts/up.ts";
 import {
   A1,
   B1,
   B2,
   box,
   type Facts,
+  figures,
   fileOf,
   filesAfter,
   fixture,
@@ -96,12 +98,11 @@ function member(spec: NodeSpec, steps: readonly Step[], own: Step, over: Facts =
   return facts;
 }
 
-const figures = ["a1", "b1", "b2"].map((name) => `${name}   193m   9%   886Mi   22%`).join("\n");
 const metrics = {
   cas: `server ${TOKEN.slice(3, 67)}\n`,
   token: TOKEN,
   packaged: fixture("metrics-server-v1.36.3.yaml"),
-  figures,
+  top: figures("a1", "b1", "b2"),
 };
 const a1 = () => member(A1, [...serverSteps, fixMetrics], server, metrics);
 const [b1, b2] = [B1, B2].map((spec) => () => member(spec, agentSteps, agent)) as [() => Facts, () => Facts];
@@ -191,7 +192,7 @@ describe("make up", { concurrency: 2 }, () => {
   });
 
   test("waits for an API that does not answer yet, within bounds, and then goes on", async () => {
-    const silent = { ...a1(), nodes: "", runs: "active\n", figures: "" };
+    const silent = { ...a1(), nodes: "", runs: "active\n", top: "" };
     const { status, stderr } = await run("fix-metrics", [], ENV + JOINED, { a1: silent, "a1.after": a1() });
     assert.equal(status, 0, stderr);
     assert.match(stderr, /^a1 +wait until the API answers/m);
@@ -215,6 +216,83 @@ test("make upgrade-kernel does not end while the node that it drained is cordone
   const args = ["--host", `b1=${B1.ip}`, "--dry-run"];
   const { stdout, stderr } = await run("upgrade-kernel", args, ENV + JOINED, { b1: cordoned });
   assert.match(stdout, /^b1: 1 to do\n {2}1\. uncordon node b1 once it is Ready/, stderr);
+});
+
+describe("within make up, another box", () => {
+  const learned = { K3S_URL: "https://192.0.2.1:6443", K3S_TOKEN: "K10" };
+  const fresh: Other = { ofUnknown: false };
+  const cases: [string, First, Other, ReturnType<typeof next> | RegExp][] = [
+    ["waits until the first server was looked at", {}, fresh, "wait"],
+    ["is prepared while the first server starts", { looked: true, begun: true }, fresh, "prepare"],
+    ["is prepared while an up-to-date server is confirmed", { looked: true }, fresh, "prepare"],
+    [
+      "waits for the token once it is prepared",
+      { looked: true, begun: true },
+      { ...fresh, prepared: true },
+      "wait for the token",
+    ],
+    [
+      "waits in silence where the server has nothing to do",
+      { looked: true },
+      { ...fresh, prepared: true },
+      "wait",
+    ],
+    [
+      "is not prepared while it is of some cluster, and no token says of which",
+      { looked: true, begun: true },
+      { ofUnknown: true },
+      "wait for the token",
+    ],
+    [
+      "is looked at again where its look knew another token",
+      { looked: true, learned },
+      { ...fresh, prepared: true },
+      "look again",
+    ],
+    [
+      "is looked at again before anything is done to it where it may be of another cluster",
+      { looked: true, learned },
+      { ofUnknown: true },
+      "look again",
+    ],
+    [
+      "joins before the first server is Ready",
+      { looked: true, begun: true, learned },
+      { ...fresh, prepared: true, informed: true },
+      "join",
+    ],
+    [
+      "joins without a pause where the token is known",
+      { looked: true, learned },
+      { ...fresh, informed: true },
+      "join",
+    ],
+    ["is left as it is where the server failed at its first look", { failed: true }, fresh, /^Left as it is/],
+    [
+      "is left as it is where the server failed before it was prepared",
+      { looked: true, begun: true, failed: true },
+      fresh,
+      /^Left as it is/,
+    ],
+    [
+      "is not joined where the server failed while it was prepared",
+      { looked: true, begun: true, failed: true },
+      { ...fresh, prepared: true },
+      /^Not joined: the server is not up/,
+    ],
+    [
+      "is not joined to a server that gave its token and then failed",
+      { looked: true, begun: true, learned, failed: true },
+      { ...fresh, prepared: true, informed: true },
+      /^Not joined: the server is not up/,
+    ],
+  ];
+  for (const [name, first, other, expected] of cases)
+    test(name, () => {
+      const todo = next(first, other);
+      if (expected instanceof RegExp) assert.match((todo as Error).message, expected);
+      else assert.equal(todo, expected);
+    });
 });
 
 describe("the dry run of make up", { concurrency: 2 }, () => {
@@ -337,7 +415,7 @@ describe("FIREWALL=yes", { concurrency: 2 }, () => {
   test("has nobody let in a box that is refused, or cannot be reached, and the rest joins", async () => {
     const b3 = fresh("b3", OPEN);
     for (const [b2, args, why] of [
-      [{ ...boxes().b2, systemd: "" }, [], /^b2 .*not by systemd/m],
+      [{ ...boxes().b2, systemd: "" }, [], /^b2 .*instead of systemd/m],
       [undefined, ["--dry-run"], /^b2 .*No route to host/m],
     ] as const) {
       const { b2: _, ...rest } = boxes();

@@ -5,7 +5,7 @@ import { describe, test } from "node:test";
 import { compare, pathOf } from "../lib/k3s/releases.ts";
 import { SettingError } from "../lib/settings.ts";
 import { Refusal } from "../lib/step.ts";
-import { mayUpgrade, stepsFor } from "../scripts/cluster/upgrade.ts";
+import { mayUpgrade, nextHop, type Progress, stepsFor } from "../scripts/cluster/upgrade.ts";
 import {
   B1,
   boxOf,
@@ -63,6 +63,50 @@ describe("before anything is downloaded or drained an upgrade", () => {
       ));
   test("goes on where every box can run every release of its way", () =>
     mayUpgrade([fine, member({ cgroup: "tmpfs\n" })], ["v1.18.20+k3s1", "v1.34.2+k3s1", MODERN]));
+});
+
+describe("an upgrade", () => {
+  const [V1, V2, V3] = ["v1.34.1+k3s1", "v1.35.1+k3s1", "v1.36.1+k3s1"];
+  interface Case {
+    name: string;
+    /** What each box runs; servers first. */
+    running: string[];
+    way: string[];
+    force?: boolean;
+    /** What goes wrong: the action and the box. */
+    fails?: string;
+    does: string;
+  }
+  /** All that it does, to its end: d of a download and u of an upgrade, the boxes, and the release's minor version. */
+  const run = ({ running, way, force = false, fails = "" }: Case) => {
+    const boxes = running.map((version, i): Progress & { name: string } => ({ name: `${i}`, version }));
+    for (const said: string[] = []; said.length < 20; ) {
+      const todo = nextHop(boxes, way, force);
+      if (typeof todo === "string") return [...said, todo].join(" ");
+      const { does, release, due } = todo;
+      said.push(`${does[0]}${due.map(({ name }) => name).join("")}:${release.slice(3, 5)}`);
+      for (const box of due)
+        if (fails === `${does[0]}${box.name}:${release.slice(3, 5)}`) box.failed = true;
+        else if (does === "download") box.ahead = release;
+        else box.version = box.done = release;
+    }
+    return "endless";
+  };
+  const cases: Case[] = [
+    { name: "downloads for all boxes, then takes one after the other, servers first", running: [V2, V2, V2], way: [V3], does: "d012:36 u0:36 u1:36 u2:36 finish" },
+    { name: "ends every release on all boxes before it begins the next one", running: [V1, V1], way: [V2, V3], does: "d01:35 u0:35 u1:35 d01:36 u0:36 u1:36 finish" },
+    { name: "goes on where it was cut: a box that runs the release is asked again, since it may be drained still", running: [V3, V2], way: [V3], does: "d01:36 u0:36 u1:36 finish" },
+    { name: "skips a box that is past a release of the way", running: [V2, V1, V3], way: [V2, V3], does: "d01:35 u0:35 u1:35 d012:36 u0:36 u1:36 u2:36 finish" },
+    { name: "asks every box where all run the release", running: [V3, V3], way: [V3], does: "d01:36 u0:36 u1:36 finish" },
+    { name: "takes no box back", running: [V3, V2], way: [V2], does: "d1:35 u1:35 finish" },
+    { name: "takes all boxes back with FORCE=1", running: [V3, V2, V3], way: [V2], force: true, does: "d012:35 u0:35 u1:35 u2:35 finish" },
+    { name: "takes back with FORCE=1 at its end alone, not at a release of the way", running: [V1, V3], way: [V1, V2], force: true, does: "d0:34 u0:34 d01:35 u0:35 u1:35 finish" },
+    { name: "drains no box where a download fails", running: [V2, V2, V2], way: [V3], fails: "d1:36", does: "d012:36 end" },
+    { name: "ends with the first box that fails", running: [V2, V2, V2], way: [V3], fails: "u1:36", does: "d012:36 u0:36 u1:36 end" },
+    { name: "ends with it on the way too, before the next release", running: [V1, V1], way: [V2, V3], fails: "u1:35", does: "d01:35 u0:35 u1:35 end" },
+    { name: "finishes at once where no box is due", running: [V3], way: [V2], does: "finish" },
+  ]; // biome-ignore format: a table
+  for (const it of cases) test(it.name, () => assert.equal(run(it), it.does));
 });
 
 describe("the way of an upgrade", () => {

@@ -3,18 +3,18 @@ import { boxAt } from "../boxes.ts";
 import { meaningOf } from "../k3s/journal.ts";
 import type { Role } from "../k3s/unit.ts";
 import type { Problem } from "../report.ts";
-import type { Box, Call, Recipe } from "../script.ts";
+import type { Box, Run, Script } from "../script.ts";
 import { diagnose } from "./diagnose.ts";
 import { clusterOf, listed, type Member, surveyAndTry } from "./survey.ts";
 
 /** For scripts whose failure may be caused elsewhere in the cluster. */
-export const causes: Required<Recipe>["causes"] = async (call, script, box, output, retry) => {
+export const causes: Required<Script>["causes"] = async (run, script, box, output, retry) => {
   // A firewall failure has no cause elsewhere.
   if (script === "firewall") return [];
   box.line.says("looks for the cause");
   const role = script === "agent" || script === "annotate" ? "agent" : "server";
   // A failed upgrade has been rolled back: only its output tells the cause.
-  const problems = script === "upgrade" ? [] : await explain(call, box, role, script);
+  const problems = script === "upgrade" ? [] : await explain(run, box, role, script);
   const meaning = meaningOf(output, retry);
   return problems.length || !meaning || meaning.remedy.startsWith(`"${retry}"`)
     ? problems
@@ -32,12 +32,12 @@ export function causesOf(problems: readonly Problem[], name: string | undefined,
 }
 
 /** Why a script failed on a box, as check reports it; empty if not known. */
-async function explain(call: Call, failed: Box, role: Role, script: string): Promise<Problem[]> {
+async function explain(run: Run, failed: Box, role: Role, script: string): Promise<Problem[]> {
   try {
     // Without SERVER the script runs on the failed box itself, and knows no other.
-    const boxes = call.settings.SERVER ? await listed(call) : [];
+    const boxes = run.settings.SERVER ? await listed(run) : [];
     const known = boxes.some(({ box }) => box.host === failed.host);
-    if (!known) boxes.push({ box: boxAt(call, failed), role });
+    if (!known) boxes.push({ box: boxAt(run, failed), role });
     const look = (known && underWay) || surveyAndTry(boxes);
     if (known) underWay = look;
     const members = await look.finally(() => {

@@ -18,16 +18,28 @@ const APART = 5;
 export const TURN = 150;
 
 /**
- * A finding: the path that does not work, and the paths it depends on. If one of those is broken too, this is a
- * consequence, and not reported as a cause.
+ * A finding: the paths that do not work, and the paths that they depend on. If one of those is broken too, this is a
+ * consequence of it, and not reported.
  */
 interface Finding extends Problem {
-  /** Not a fault yet, only a note; this proof does not count as failed. */
+  /** Not a problem yet, only a note: the test of this name does not count as failed. */
   note?: string;
   /** `node b1`, `tunnel a1 b1`, `kubelet b1`: what others may depend on. */
   breaks: string[];
   by: string[];
 }
+
+/** No finding where a condition does not hold. */
+type Findings = (Finding | false | "" | undefined)[];
+
+const finding = (
+  box: string,
+  cause: string,
+  remedy: string,
+  breaks: string[] = [],
+  by: string[] = [],
+  note?: string,
+): Finding => ({ box, cause, remedy, breaks, by, ...(note ? { note } : {}) });
 
 /** Names of paths that others depend on. */
 const tunnel = (a: string, b: string) => `tunnel ${[a, b].sort().join(" ")}`;
@@ -37,18 +49,24 @@ const between = (a: string, b: string) =>
   a === b ? [`node ${a}`] : [`node ${a}`, `node ${b}`, tunnel(a, b)];
 const betweenPods = (a: string, b: string) => [...between(a, b), full(a, b), pods(a, b)];
 
+/** Remedies that several findings share. */
+const RELIEVE = "stop what overloads it (see top), or add cores or memory; then run make check";
+const restart = ({ role }: BoxReport, where = " on it") => `systemctl restart ${unitOf(role)}${where}`;
+
 /** What is wrong, causes before consequences; empty for a healthy cluster. */
 export const diagnose = (cluster: Cluster): Problem[] => judge(cluster).wrong;
 
-/** What is wrong, what is worth a note, and the proofs that are not available yet. */
+/** Problems, notes, and the tests whose results are not available yet. */
 export function judge(cluster: Cluster): { wrong: Problem[]; notes: string[]; early: string[] } {
   const { boxes } = cluster;
   const broken = new Set<string>();
   const wrong: Problem[] = [];
   const notes = notesOf(cluster);
   const early: string[] = [];
-  const add = (findings: Finding[]) => {
-    for (const { breaks, by, note, ...problem } of findings) {
+  const add = (findings: Findings) => {
+    for (const one of findings) {
+      if (!one) continue;
+      const { breaks, by, note, ...problem } = one;
       const followed = by.some((way) => broken.has(way));
       // A consequence also breaks what depends on it.
       for (const way of breaks) broken.add(way);
@@ -58,7 +76,7 @@ export function judge(cluster: Cluster): { wrong: Problem[]; notes: string[]; ea
     }
   };
   add(boxFindings(cluster));
-  add(addressFindings(cluster, broken));
+  for (const box of boxes) if (!broken.has(`node ${box.name}`)) add([addressFinding(box, cluster)]);
   add(smallFindings(cluster));
   const sound = boxes.filter(
     (box) => box.error === undefined && !broken.has(`node ${box.name}`) && box.wireguard,
@@ -75,137 +93,76 @@ export function judge(cluster: Cluster): { wrong: Problem[]; notes: string[]; ea
 }
 
 /** Each box by itself: does k3s run on it, as a node of this cluster? */
-function boxFindings(cluster: Cluster): Finding[] {
+function boxFindings(cluster: Cluster): Findings {
   const { boxes } = cluster;
   const clock = median(boxes.flatMap((box) => box.clock ?? []));
-  const server = boxes.find(({ role }) => role === "server");
-  const findings: Finding[] = boxes.flatMap((box): Finding[] => {
-    const node = `node ${box.name}`;
-    const say = (cause: string, remedy: string, breaks = [node], by: string[] = []): Finding => ({
-      box: box.name,
-      cause,
-      remedy,
-      breaks,
-      by,
-    });
-    if (box.error !== undefined) return [say(box.error, `see that "ssh ${box.host}" works from here`)];
-    const ahead = Math.round((box.clock ?? clock) - clock);
-    const problem = serviceProblem(box, cluster);
-    return [
-      ...(boxes.length > 1 && Math.abs(ahead) > APART
-        ? [
-            say(
-              `its clock is ${Math.abs(ahead)} s ${ahead < 0 ? "behind" : "ahead of"} the others'`,
-              "timedatectl set-ntp true on it",
-              [`clock ${box.name}`],
-            ),
-          ]
-        : []),
-      ...(problem
-        ? [
-            say(
-              problem[0],
-              problem[1],
-              [node],
-              problem[2] === "clock"
-                ? [`clock ${box.name}`]
-                : problem[2] === "server" && server && server !== box
-                  ? [`node ${server.name}`]
-                  : [],
-            ),
-          ]
-        : []),
-      ...(box.blocked.length ? [say(box.blocked.join("; "), box.opens)] : []),
-    ];
-  });
-  for (const [a, b] of pairs(boxes))
-    if (a.wireguard?.key && a.wireguard.key === b.wireguard?.key)
-      findings.push({
-        box: b.name,
-        cause: `it has the same WireGuard key as ${a.name}: one was cloned from the other`,
-        remedy: `on ${b.name}: rm -f /run/flannel/wgkey && systemctl restart ${unitOf(b.role)}; then restart k3s on the others`,
-        breaks: [`node ${a.name}`, `node ${b.name}`],
-        by: [],
-      });
-  return findings;
-}
-
-function addressFindings(cluster: Cluster, broken: Set<string>): Finding[] {
-  return cluster.boxes.flatMap((box) => {
-    if (broken.has(`node ${box.name}`) || !box.node) return [];
-    const problem = addressProblem(box, box.node, cluster);
-    return problem
-      ? [{ box: box.name, cause: problem[0], remedy: problem[1], breaks: [`node ${box.name}`], by: [] }]
-      : [];
-  });
-}
-
-function smallFindings({ boxes, nodes }: Cluster): Finding[] {
-  const servers = boxes.filter(({ role }) => role === "server").map(({ name }) => `node ${name}`);
   return [
-    ...boxes.flatMap((box) =>
-      smallProblems(box).map(([cause, remedy, way = ""]) => ({
-        box: box.name,
-        cause,
-        remedy,
-        breaks: [`${way} ${box.name}`],
-        // The API's service depends on the server; a box without a healthy k3s has no rules, and its unit restarts.
-        by: way === "service" || way === "starts again" ? [`node ${box.name}`, ...servers] : [],
-      })),
+    ...boxes.flatMap((box): Findings => {
+      const node = [`node ${box.name}`];
+      if (box.error !== undefined)
+        return [finding(box.name, box.error, `make sure that "ssh ${box.host}" works from here`, node)];
+      const ahead = Math.round((box.clock ?? clock) - clock);
+      return [
+        boxes.length > 1 &&
+          Math.abs(ahead) > APART &&
+          finding(
+            box.name,
+            `its clock is ${Math.abs(ahead)} s ${ahead < 0 ? "behind" : "ahead of"} the others'`,
+            "run timedatectl set-ntp true on it",
+            [`clock ${box.name}`],
+          ),
+        serviceFinding(box, cluster),
+        box.blocked.length > 0 && finding(box.name, box.blocked.join("; "), box.opens, node),
+      ];
+    }),
+    ...pairs(boxes).map(
+      ([a, b]) =>
+        a.wireguard?.key &&
+        a.wireguard.key === b.wireguard?.key &&
+        finding(
+          b.name,
+          `it has the same WireGuard key as ${a.name}: one was cloned from the other`,
+          `on ${b.name}: rm -f /run/flannel/wgkey && ${restart(b, "")}; then restart k3s on the others`,
+          [`node ${a.name}`, `node ${b.name}`],
+        ),
     ),
-    ...nodes
-      .filter((node) => !boxOf(boxes, node) && !node.ready)
-      .map((node) => ({
-        box: node.name,
-        cause: "this node is not Ready, and is in neither SERVER nor AGENTS",
-        remedy: `add it to AGENTS, or: kubectl delete node ${node.name}`,
-        breaks: [`node ${node.name}`],
-        by: [],
-      })),
   ];
 }
 
 /** Peers with a fresh handshake at an address that cannot stay theirs. */
-function endpointFindings(boxes: BoxReport[], nodes: readonly Node[]): Finding[] {
-  return boxes.flatMap((a) =>
-    boxes.flatMap((b) => {
-      if (a === b || !b.node) return [];
+const endpointFindings = (boxes: BoxReport[], nodes: readonly Node[]): Findings =>
+  boxes.flatMap((a) =>
+    boxes.map((b) => {
+      if (a === b || !b.node) return undefined;
       const { wrong } = standing(peerOf(a.peers, b.node.podCidr), b.node, nodes, a.now - FRESH);
-      return wrong
-        ? [
-            {
-              box: a.name,
-              cause: `its WireGuard has ${b.name} at ${wrong}`,
-              remedy: `systemctl restart ${unitOf(a.role)} on it: flannel sets its peers anew`,
-              breaks: [tunnel(a.name, b.name)],
-              by: between(a.name, b.name),
-            },
-          ]
-        : [];
+      return (
+        wrong &&
+        finding(
+          a.name,
+          `its WireGuard has ${b.name} at ${wrong}`,
+          `${restart(a)}: flannel then sets its peers again`,
+          [tunnel(a.name, b.name)],
+          between(a.name, b.name),
+        )
+      );
     }),
   );
-}
 
 /** Timeouts seen by an overloaded box: the load is the cause, reported once. */
-function busyFindings({ boxes }: Cluster, broken: Set<string>): Finding[] {
-  return boxes.flatMap((box) => {
+const busyFindings = ({ boxes }: Cluster, broken: Set<string>): Findings =>
+  boxes.map((box) => {
     const load = overload(box.load);
     const slow = Object.entries(box.tried.why).filter(([what, how]) => {
       const name = named(boxes, what.split(" ")[1] ?? "");
       return SLOW.test(how) && !broken.has(`kubelet ${name}`) && !broken.has(`node ${name}`);
-    });
-    if (!load || slow.length === 0) return [];
-    return [
-      {
-        box: box.name,
-        cause: `${load}: ${slow.length} ${slow.length === 1 ? "question" : "questions"} did not answer in time`,
-        remedy: "end what loads it (top shows it), or give it more cores or memory; then make check",
-        breaks: [`ease ${box.name}`],
-        by: [],
-      },
-    ];
+    }).length;
+    const questions = slow === 1 ? "question" : "questions";
+    return (
+      load &&
+      slow > 0 &&
+      finding(box.name, `${load}: ${slow} ${questions} did not answer in time`, RELIEVE, [`ease ${box.name}`])
+    );
   });
-}
 
 /** A timeout of the API does not mean a closed port. */
 const SLOW = /did not answer|time(d )?out|deadline exceeded/i;
@@ -214,156 +171,181 @@ const SLOW = /did not answer|time(d )?out|deadline exceeded/i;
 export const makeLine = (box: Pick<BoxReport, "role" | "word">): string =>
   box.role === "server" ? "make server" : `make agent HOST=${box.word}`;
 
-/** @param by what it may be a consequence of. */
-type Line = [cause: string, remedy: string, by?: string];
-
-/** Why k3s does not run on the box as a node of this cluster. */
-function serviceProblem(box: BoxReport, { boxes, nodes }: Cluster): Line | undefined {
-  const server = boxes.find(({ role }) => role === "server");
+/** Why k3s does not run on the box as a node of this cluster: the first cause that holds. */
+function serviceFinding(box: BoxReport, { boxes, nodes }: Cluster): Findings[number] {
+  const servers = boxes.filter(({ role }) => role === "server");
+  const [server] = servers;
+  const { state, runs } = box.unit;
+  const { api } = box.tried;
   const unit = unitOf(box.role);
   const again = makeLine(box);
-  const well = box.unit.runs !== undefined && box.node?.ready;
-  if (
-    box.unit.state === "unknown" ||
-    (box.unit.state === "inactive" && box.unit.runs === undefined && !box.node)
-  )
-    return [`k3s does not run on it: ${unit} is not set up or not started`, again];
+  const healthy = runs !== undefined && box.node?.ready;
+  const say = (cause: string, remedy: string, by: string[] = []) =>
+    finding(box.name, cause, remedy, [`node ${box.name}`], by);
+  const byServer = server && server !== box ? [`node ${server.name}`] : [];
   const other = boxes.find((b) => b !== box && b.ip === box.node?.externalIp);
-  if (other)
-    return [
-      `its host name ${box.nodeName} is taken: that node is the box ${other.name} at ${other.ip}`,
-      `hostnamectl set-hostname another name on it, then ${again}`,
-    ];
-  if (box.role === "agent" && box.ca && server?.ca && box.ca !== server.ca)
-    return [
-      `its K3S_TOKEN belongs to another cluster: it names the CA ${box.ca.slice(0, 12)}…, the server has ${server.ca.slice(0, 12)}…`,
-      `make server, then ${again}`,
-    ];
-  const servers = boxes.filter(({ role }) => role === "server");
   const joins = box.url && new URL(box.url).hostname;
-  // A name may resolve to any of them.
-  if (joins && publicIp(joins) === undefined && server && !servers.some(({ ip }) => ip === joins))
-    return [`it joins ${box.url}, not ${server.name} at ${server.ip}`, again];
-  if (box.tried.api === "dropped")
-    return [
-      "it does not reach the server's 6443/tcp: packets are dropped",
-      "open 6443/tcp in the server's security group and firewall for this box's address",
-      "server",
-    ];
-  if (box.tried.api && box.tried.api !== "open" && !well)
-    return [
-      `it does not reach the server's 6443/tcp (${box.tried.api})`,
-      "make server: k3s has to run there",
-      "server",
-    ];
-  const absent =
-    box.node?.args.some((arg) => arg === `--node-ip=${box.ip}` || arg === box.ip) &&
-    !box.addresses.includes(box.ip);
-  if (absent)
-    return [
-      `--node-ip is ${box.ip}, and no interface of the box has it: k3s dies with "host IP unknown"`,
-      again,
-    ];
-  const silent: Line | undefined = box.silence
-    ? [
-        box.silence,
-        overload(box.load)
-          ? "end what loads it (top shows it), or give it more cores or memory; then make check"
-          : again,
-      ]
-    : undefined;
-  if (well) return silent;
+  const silent = box.silence && say(box.silence, overload(box.load) ? RELIEVE : again);
   const meaning = meaningOf(box.said, again);
-  if (meaning)
-    return [
-      meaning.cause,
-      meaning.remedy,
-      meaning.cause.startsWith("its clock")
-        ? "clock"
-        : meaning.cause === "it does not reach the server's 6443/tcp"
-          ? "server"
-          : "",
-    ];
-  if (box.unit.runs === undefined) return [`${unit} does not run (systemd: ${box.unit.state})`, again];
-  if (silent) return silent;
-  if (nodes.length === 0 && box.role === "server") return ["the API does not answer on it", again];
-  if (nodes.length === 0) return undefined;
-  return box.node
-    ? [`node ${box.nodeName} is not Ready`, `${again} waits for it and shows the journal`]
-    : [`the cluster has no node ${box.nodeName || "of its name"}`, again];
+  const causes: Findings = [
+    (state === "unknown" || (state === "inactive" && runs === undefined && !box.node)) &&
+      say(`k3s does not run on it: ${unit} is not set up or not started`, again),
+    other &&
+      say(
+        `its host name ${box.nodeName} is taken: that node is the box ${other.name} at ${other.ip}`,
+        `hostnamectl set-hostname another name on it, then ${again}`,
+      ),
+    box.role === "agent" &&
+      box.ca &&
+      server?.ca &&
+      box.ca !== server.ca &&
+      say(
+        `its K3S_TOKEN belongs to another cluster: it names the CA ${box.ca.slice(0, 12)}…, the server has ${server.ca.slice(0, 12)}…`,
+        `make server, then ${again}`,
+      ),
+    // A name may resolve to any of them.
+    joins &&
+      publicIp(joins) === undefined &&
+      server &&
+      !servers.some(({ ip }) => ip === joins) &&
+      say(`it joins ${box.url}, not ${server.name} at ${server.ip}`, again),
+    api === "dropped" &&
+      say(
+        "it does not reach the server's 6443/tcp: packets are dropped",
+        "open 6443/tcp in the server's security group and firewall for this box's address",
+        byServer,
+      ),
+    api &&
+      api !== "open" &&
+      !healthy &&
+      say(`it does not reach the server's 6443/tcp (${api})`, "make server: k3s has to run there", byServer),
+    box.node?.args.some((arg) => arg === `--node-ip=${box.ip}` || arg === box.ip) &&
+      !box.addresses.includes(box.ip) &&
+      say(
+        `--node-ip is ${box.ip}, and no interface of the box has it: k3s exits with "host IP unknown"`,
+        again,
+      ),
+    !healthy &&
+      meaning &&
+      say(
+        meaning.cause,
+        meaning.remedy,
+        meaning.cause.startsWith("its clock")
+          ? [`clock ${box.name}`]
+          : meaning.cause === "it does not reach the server's 6443/tcp"
+            ? byServer
+            : [],
+      ),
+    !healthy && runs === undefined && say(`${unit} does not run (systemd: ${state})`, again),
+    silent,
+    !healthy &&
+      (nodes.length === 0
+        ? box.role === "server" && say("the API does not answer on it", again)
+        : box.node
+          ? say(`node ${box.nodeName} is not Ready`, `${again} waits for it and shows the journal`)
+          : say(`the cluster has no node ${box.nodeName || "of its name"}`, again)),
+  ];
+  return causes.find(Boolean);
 }
 
 /** Why peers do not send to the box's public address. */
-function addressProblem(box: BoxReport, node: Node, { boxes }: Cluster): Line | undefined {
-  const again = makeLine(box);
+function addressFinding(box: BoxReport, { boxes }: Cluster): Findings[number] {
+  const { node } = box;
+  const say = (cause: string, remedy: string) => finding(box.name, cause, remedy, [`node ${box.name}`]);
+  if (!node) return;
   if (node.externalIp !== box.ip)
-    return [`its ExternalIP is ${node.externalIp ?? "not set"}, not ${box.ip}`, again];
-  if (node.publicIp === box.ip) return undefined;
-  const is = node.publicIp
-    ? `${node.publicIp}${publicIp(node.publicIp) ? ", a private address" : ""}`
-    : "not set";
+    return say(`its ExternalIP is ${node.externalIp ?? "not set"}, not ${box.ip}`, makeLine(box));
+  if (node.publicIp === box.ip) return;
+  const is = `flannel's address for it is ${node.publicIp ?? "not set"}${node.publicIp && publicIp(node.publicIp) ? ", a private address" : ""}`;
   if (generationOf(node.version, "") === "old")
-    return [
-      `flannel's address of it is ${is}: ${node.overwrite === box.ip ? "it was annotated and not restarted since" : "it is not annotated with its public one"}`,
+    return say(
+      `${is}: ${node.overwrite === box.ip ? "it was annotated, but k3s was not restarted since" : "it is not annotated with its public address"}`,
       `make annotate HOST=${box.word}`,
-    ];
-  const server = boxes.find(({ role }) => role === "server");
-  if (server?.node && !server.node.args.includes("--flannel-external-ip"))
-    return [
-      `flannel's address of it is ${is}: without --flannel-external-ip k3s ${server.node.version} deletes the annotation public-ip-overwrite at each start`,
-      "make server, then systemctl restart k3s-agent on the agents",
-    ];
-  return [`flannel's address of it is ${is}, not ${box.ip}`, `systemctl restart ${unitOf(box.role)} on it`];
+    );
+  const server = boxes.find(({ role }) => role === "server")?.node;
+  return server && !server.args.includes("--flannel-external-ip")
+    ? say(
+        `${is}: without --flannel-external-ip k3s ${server.version} deletes the annotation public-ip-overwrite at each start`,
+        "make server, then systemctl restart k3s-agent on the agents",
+      )
+    : say(`${is}, not ${box.ip}`, restart(box));
 }
 
-/** Findings about a box itself: clock, disk, memory, load. */
-function smallProblems(box: BoxReport): Line[] {
-  if (box.error !== undefined) return [];
-  const lines: Line[] = [];
-  const ipvs = box.proxyMode === "ipvs" || box.node?.args.some((arg) => arg.endsWith("proxy-mode=ipvs"));
-  if (ipvs && !box.ipvs)
-    lines.push([
-      `ipvs is asked for, but its kernel ${box.kernel} has no ip_vs: kube-proxy uses iptables`,
-      "PROXY_MODE=iptables, or a kernel with ip_vs on it",
-    ]);
-  for (const [ip, answers] of Object.entries(box.tried.resolvers))
-    if (!answers)
-      lines.push([
-        `its DNS upstream ${ip} is a private address that does not answer: where CoreDNS runs there, no pod resolves outside names`,
-        `put a resolver that answers into its /etc/resolv.conf, then systemctl restart ${unitOf(box.role)}`,
-      ]);
-  if (box.tried.service && box.tried.service !== "open")
-    lines.push([
-      `it does not reach the API's service (${box.tried.service}): kube-proxy's rules, or 6443 at the server's public address`,
-      `systemctl restart ${unitOf(box.role)} on it`,
-      "service",
-    ]);
-  for (const what of box.node?.pressure ?? [])
-    lines.push([
-      `the kubelet reports ${what} (disk ${box.disk ?? "?"} %, memory ${box.load.memory ?? "?"} % in use)`,
-      "make room on it",
-      "starts",
-    ]);
-  const { wireguard, cniMtu = 0 } = box;
-  // v1.17 always gives pods an MTU of 1500 over 1420, and they cope.
-  if (wireguard?.name === "flannel-wg" && cniMtu > wireguard.mtu)
-    lines.push([
-      `its pods at cni0 have an MTU of ${cniMtu}, larger than the ${wireguard.mtu} of flannel-wg: large packets of its pods are lost`,
-      `restart the box, which starts its pods anew (or: systemctl restart ${unitOf(box.role)}, and delete its pods)`,
-      "cni",
-    ]);
-  if (loops(box) === "wrong")
-    lines.push([
-      `${unitOf(box.role)} starts again and again (${box.starts.length} times in ${Math.round(Math.max(...box.starts))} s)`,
-      `${makeLine(box)} shows the journal`,
-      "starts again",
-    ]);
-  return lines;
+/** A box's clock, disk, memory and load, and nodes that are no box of the settings. */
+function smallFindings({ boxes, nodes }: Cluster): Findings {
+  const servers = boxes.filter(({ role }) => role === "server").map(({ name }) => `node ${name}`);
+  return [
+    ...boxes.flatMap((box): Findings => {
+      if (box.error !== undefined) return [];
+      const { node, tried, load, wireguard, cniMtu = 0, starts } = box;
+      const say = (cause: string, remedy: string, breaks?: string, by?: string[]) =>
+        finding(box.name, cause, remedy, breaks ? [`${breaks} ${box.name}`] : [], by);
+      // The API's service depends on the server; a box without a healthy k3s has no rules, and its unit restarts.
+      const by = [`node ${box.name}`, ...servers];
+      const ipvs = box.proxyMode === "ipvs" || node?.args.some((arg) => arg.endsWith("proxy-mode=ipvs"));
+      return [
+        ipvs &&
+          !box.ipvs &&
+          say(
+            `ipvs is configured, but its kernel ${box.kernel} has no ip_vs: kube-proxy uses iptables`,
+            "PROXY_MODE=iptables, or a kernel with ip_vs on it",
+          ),
+        ...Object.entries(tried.resolvers).map(
+          ([ip, answers]) =>
+            !answers &&
+            say(
+              `its DNS upstream ${ip} is a private address that does not answer: where CoreDNS runs there, no pod resolves outside names`,
+              `put a resolver that answers into its /etc/resolv.conf, then ${restart(box, "")}`,
+            ),
+        ),
+        tried.service &&
+          tried.service !== "open" &&
+          say(
+            `it does not reach the API's service (${tried.service}): kube-proxy's rules, or 6443 at the server's public address`,
+            restart(box),
+            "service",
+            by,
+          ),
+        ...(node?.pressure ?? []).map((what) =>
+          say(
+            `the kubelet reports ${what} (disk ${box.disk ?? "?"} %, memory ${load.memory ?? "?"} % in use)`,
+            "make room on it",
+            "starts",
+          ),
+        ),
+        // v1.17 always gives pods an MTU of 1500 over 1420, and they cope.
+        wireguard?.name === "flannel-wg" &&
+          cniMtu > wireguard.mtu &&
+          say(
+            `its pods at cni0 have an MTU of ${cniMtu}, larger than the ${wireguard.mtu} of flannel-wg: large packets of its pods are lost`,
+            `restart the box, which recreates its pods (or: ${restart(box, "")}, and delete its pods)`,
+          ),
+        loops(box) === "wrong" &&
+          say(
+            `${unitOf(box.role)} restarts repeatedly (${starts.length} times in ${Math.round(Math.max(...starts))} s)`,
+            `${makeLine(box)} shows the journal`,
+            "starts again",
+            by,
+          ),
+      ];
+    }),
+    ...nodes.map(
+      (node) =>
+        !boxOf(boxes, node) &&
+        !node.ready &&
+        finding(
+          node.name,
+          "this node is not Ready, and is in neither SERVER nor AGENTS",
+          `add it to AGENTS, or: kubectl delete node ${node.name}`,
+          [`node ${node.name}`],
+        ),
+    ),
+  ];
 }
 
 /**
- * Does systemd restart k3s in a loop? A joining node may do so for a while, and a k3s that now runs longer than before
- * has recovered.
+ * Does systemd restart k3s repeatedly? A node that is joining may do so for a while, and a k3s that now runs longer than
+ * before has recovered.
  */
 function loops({ starts, unit: { runs } }: BoxReport): "wrong" | "young" | undefined {
   if (runs === undefined || runs >= 60 || starts.length < 3) return undefined;
@@ -371,26 +353,22 @@ function loops({ starts, unit: { runs } }: BoxReport): "wrong" | "young" | undef
   return Math.max(...starts) < TURN || runs > longest ? "young" : "wrong";
 }
 
-/** What is worth a line, and no fault. */
-function notesOf({ boxes, nodes }: Cluster): string[] {
-  return boxes.flatMap((box) => [
-    ...(box.latent.length
-      ? [
-          `${box.name}: by its rules ${box.latent.join("; ")}; it passes now, and may not after a restart: ${box.opens}`,
-        ]
-      : []),
-    ...(loops(box) === "young"
-      ? [
-          `${box.name}: ${unitOf(box.role)} was started ${box.starts.length} times in ${Math.round(Math.max(...box.starts))} s, and has run for ${Math.round(box.unit.runs ?? 0)} s since`,
-        ]
-      : []),
-    ...(box.error === undefined ? nodes : []).flatMap((node) => {
-      if (node.name === box.nodeName) return [];
-      const { note } = standing(peerOf(box.peers, node.podCidr), node, nodes, box.now - FRESH);
-      return note ? [`${box.name}: ${node.name} sends from ${note}`] : [];
-    }),
-  ]);
-}
+/** Notes: worth a line, but no problem. */
+const notesOf = ({ boxes, nodes }: Cluster): string[] =>
+  boxes.flatMap((box) => {
+    const { latent, opens, starts, unit, now, error } = box;
+    const away = (error === undefined ? nodes : []).filter(({ name }) => name !== box.nodeName);
+    return [
+      latent.length > 0 &&
+        `by its rules ${latent.join("; ")}; this passes now, but may not after a restart: ${opens}`,
+      loops(box) === "young" &&
+        `${unitOf(box.role)} was started ${starts.length} times in ${Math.round(Math.max(...starts))} s, and has run for ${Math.round(unit.runs ?? 0)} s since`,
+      ...away.map((node) => {
+        const { note } = standing(peerOf(box.peers, node.podCidr), node, nodes, now - FRESH);
+        return note && `${node.name} sends from ${note}`;
+      }),
+    ].flatMap((note) => (note ? [`${box.name}: ${note}`] : []));
+  });
 
 /** The cluster's networks of pods and of services, by what its server got. */
 const rangesIn = (boxes: readonly BoxReport[]): string => {
@@ -399,180 +377,168 @@ const rangesIn = (boxes: readonly BoxReport[]): string => {
 };
 
 /** Tunnels between otherwise healthy boxes: packet size, closed ports, stale peers. */
-function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Finding[] {
-  const ranges = rangesIn(boxes);
-  const problems: Finding[] = [];
+function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
   const peerAt = (a: BoxReport, b: BoxReport) => peerOf(a.peers, b.node?.podCidr);
   /** Without ping the handshake decides. */
   const reach = (a: BoxReport, b: BoxReport) =>
     a.tried.tunnel[b.nodeName] ?? (a.now - (peerAt(a, b)?.handshake ?? 0) > FRESH ? 0 : undefined);
+  const findings: Findings = [sizeFinding(boxes, reach)];
   const lost: [BoxReport, BoxReport][] = [];
-
-  const small = pairs(boxes).flatMap(([a, b]) => {
-    const sizes = [reach(a, b), reach(b, a)].filter((size) => size !== undefined && size > 0) as number[];
-    const least = Math.min(...sizes);
-    return least < Math.min(a.wireguard?.mtu ?? 0, b.wireguard?.mtu ?? 0) ? [{ a, b, least }] : [];
-  });
-  // If all of them share one end, that box's network is the limit.
-  const at =
-    small.length > 1 ? boxes.find((box) => small.every(({ a, b }) => a === box || b === box)) : undefined;
-  const ends = boxes.filter((box) => small.some(({ a, b }) => a === box || b === box));
-  const fits = Math.min(...small.map(({ least }) => least));
-  const [first] = ends;
-  if (first?.wireguard) {
-    const { name, mtu } = first.wireguard;
-    const where = at ? "it and its peers" : ends.map((box) => box.name).join(", ");
-    problems.push({
-      box: (at ?? ends.at(-1) ?? first).name,
-      cause: `the MTU ${mtu} of ${name} is too large between ${where}: larger packets than ${fits} are lost`,
-      // flannel's wireguard-native uses the interface's MTU minus 80 (v0.28.4); the old backend's script sets none.
-      remedy:
-        name === "flannel.1"
-          ? `ip link set flannel.1 mtu ${fits} on every box, after each start of k3s`
-          : `set the network card's MTU to ${fits + 80} on every box, in its network's configuration too; then restart k3s`,
-      breaks: small.map(({ a, b }) => full(a.name, b.name)),
-      by: [],
-    });
+  for (const [a, b] of pairs(boxes, true)) {
+    if (!b.node?.ready) continue;
+    const [there, back] = [peerAt(a, b), peerAt(b, a)];
+    const way = [tunnel(a.name, b.name)];
+    if (!there) findings.push(finding(a.name, `its WireGuard has no peer ${b.name}`, restart(a), way));
+    else if (b.wireguard?.key && there.key !== b.wireguard.key)
+      findings.push(
+        reach(a, b) === 0 &&
+          finding(a.name, `it has an old WireGuard key of ${b.name}`, restart(b, ` on ${b.name}`), way),
+      );
+    else if (reach(a, b) === 0 && back?.key === a.wireguard?.key && !broken.has(tunnel(a.name, b.name)))
+      lost.push([a, b]);
   }
-
-  for (const a of boxes)
-    for (const b of boxes) {
-      if (a === b || !b.node?.ready) continue;
-      const [there, back] = [peerAt(a, b), peerAt(b, a)];
-      if (!there || (b.wireguard?.key && there.key !== b.wireguard.key)) {
-        if (reach(a, b) === 0 || !there)
-          problems.push({
-            box: a.name,
-            cause: there ? `it has an old WireGuard key of ${b.name}` : `its WireGuard has no peer ${b.name}`,
-            remedy: `systemctl restart ${there ? `${unitOf(b.role)} on ${b.name}` : `${unitOf(a.role)} on it`}`,
-            breaks: [tunnel(a.name, b.name)],
-            by: [],
-          });
-      } else if (reach(a, b) === 0 && back?.key === a.wireguard?.key && !broken.has(tunnel(a.name, b.name)))
-        lost.push([a, b]);
-    }
 
   /** Did packets that a sent arrive at b's WireGuard in the seconds that both were watched? */
   const arrives = (a: BoxReport, b: BoxReport) => (b.tried.passed[a.wireguard?.key ?? ""]?.received ?? 0) > 0;
-  const dropped = lost.filter(([a, b]) => !arrives(a, b));
   const explained = new Set<BoxReport>();
   for (const b of boxes) {
-    const senders = dropped.filter(([, to]) => to === b).map(([from]) => from);
-    const others = boxes.filter((a) => a !== b && arrives(a, b));
-    const open = boxes.some((a) => a !== b && (reach(b, a) ?? 0) > 0);
-    if (senders.length === 0 || others.length || open) continue;
+    const senders = lost.filter(([a, to]) => to === b && !arrives(a, b)).map(([a]) => a);
+    const passes = boxes.some((a) => a !== b && (arrives(a, b) || (reach(b, a) ?? 0) > 0));
+    if (senders.length === 0 || passes) continue;
+    explained.add(b);
     const seen = b.tried.arrived?.some((ip) => senders.some((a) => a.ip === ip));
     // With only one sender its outgoing packets may be dropped.
     const elsewhere = senders.length === 1 ? ` (or the one of ${senders[0]?.name} drops what goes out)` : "";
-    explained.add(b);
-    problems.push({
-      box: b.name,
-      breaks: senders.map((a) => tunnel(a.name, b.name)),
-      by: [],
-      ...(seen
-        ? {
-            cause:
-              "UDP 51820 is closed by its own firewall: its peers' packets reach its network card, not WireGuard",
-            remedy:
-              "look there for what drops it, beside the rules that are read here, which do not: eBPF, an agent of the vendor's",
-          }
-        : b.tried.arrived
-          ? {
-              cause: "UDP 51820 is closed before it: its peers' packets do not reach its network card",
-              remedy: `open 51820/udp in the security group of ${b.name}${elsewhere}`,
-            }
-          : {
-              cause: "UDP 51820 is closed on its side: its peers' packets do not arrive",
-              remedy: `open 51820/udp in the security group and the firewall of ${b.name}${elsewhere}`,
-            }),
-    });
+    const [where, remedy] = seen
+      ? [
+          "by its own firewall: its peers' packets reach its network card, not WireGuard",
+          "find what drops them there; the rules read here do not: perhaps eBPF, or a vendor's agent",
+        ]
+      : b.tried.arrived
+        ? [
+            "before it: its peers' packets do not reach its network card",
+            `open 51820/udp in the security group of ${b.name}${elsewhere}`,
+          ]
+        : [
+            "on its side: its peers' packets do not arrive",
+            `open 51820/udp in the security group and the firewall of ${b.name}${elsewhere}`,
+          ];
+    const ways = senders.map((a) => tunnel(a.name, b.name));
+    findings.push(finding(b.name, `UDP 51820 is closed ${where}`, remedy, ways));
   }
   for (const [a, b] of pairs(boxes)) {
-    if (explained.has(a) || explained.has(b)) continue;
     const ways = lost.filter(([x, y]) => (x === a && y === b) || (x === b && y === a));
-    if (ways.length === 0) continue;
-    const deaf = ways.every(([x, y]) => arrives(x, y));
-    problems.push({
-      box: b.name,
-      breaks: [tunnel(a.name, b.name)],
-      by: [],
-      ...(deaf
-        ? {
-            cause: `WireGuard passes between it and ${a.name}, but nothing answers behind it: a firewall on one of them drops what comes out of the tunnel`,
-            remedy: `trust ${ranges} in the firewalls of both`,
-          }
-        : {
-            cause: `it and ${a.name} do not reach each other at ${b.ip} and ${a.ip}, while others do`,
-            remedy:
-              "in one cloud: does its NAT lead public addresses back inside (hairpin)? else open 51820/udp for each other's addresses",
-          }),
-    });
+    if (explained.has(a) || explained.has(b) || ways.length === 0) continue;
+    const [cause, remedy] = ways.every(([x, y]) => arrives(x, y))
+      ? [
+          `WireGuard passes between it and ${a.name}, but nothing answers behind it: a firewall on one of them drops what comes out of the tunnel`,
+          `trust ${rangesIn(boxes)} in the firewalls of both`,
+        ]
+      : [
+          `it and ${a.name} do not reach each other at ${b.ip} and ${a.ip}, while others do`,
+          "within one cloud: does its NAT support hairpin? otherwise open 51820/udp for each other's addresses",
+        ];
+    findings.push(finding(b.name, cause, remedy, [tunnel(a.name, b.name)]));
   }
-  return problems;
+  return findings;
 }
 
-/** Nodes on which no pod starts, in the kubelet's words. */
-function startFindings({ boxes }: Cluster): Finding[] {
-  return boxes.flatMap(({ tried }) =>
-    Object.entries(tried.unstarted).map(([node, said]) => {
-      const name = named(boxes, node);
-      return {
-        box: name,
-        cause: `no pod starts on it: ${said}`,
-        remedy: "mend what the kubelet says there; journalctl -u k3s -u k3s-agent on it has more",
-        breaks: [`starts ${name}`],
-        by: [`node ${name}`, `starts ${name}`],
-      };
-    }),
+/** Tunnels that pass packets, but none of their MTU. */
+function sizeFinding(
+  boxes: BoxReport[],
+  reach: (a: BoxReport, b: BoxReport) => number | undefined,
+): Findings[number] {
+  const small = pairs(boxes).flatMap(([a, b]) => {
+    const least = Math.min(...[reach(a, b), reach(b, a)].flatMap((size) => size || []));
+    return least < Math.min(a.wireguard?.mtu ?? 0, b.wireguard?.mtu ?? 0) ? [{ a, b, least }] : [];
+  });
+  const ends = boxes.filter((box) => small.some(({ a, b }) => a === box || b === box));
+  const [first] = ends;
+  if (!first?.wireguard) return;
+  // If all of them share one end, that box's network is the limit.
+  const at = small.length > 1 && boxes.find((box) => small.every(({ a, b }) => a === box || b === box));
+  const fits = Math.min(...small.map(({ least }) => least));
+  const { name, mtu } = first.wireguard;
+  const where = at ? "it and its peers" : ends.map((box) => box.name).join(", ");
+  return finding(
+    (at || ends.at(-1) || first).name,
+    `the MTU ${mtu} of ${name} is too large between ${where}: packets larger than ${fits} are lost`,
+    // flannel's wireguard-native uses the interface's MTU minus 80 (v0.28.4); the old backend's script sets none.
+    name === "flannel.1"
+      ? `ip link set flannel.1 mtu ${fits} on every box, after each start of k3s`
+      : `set the network card's MTU to ${fits + 80} on every box, in its network's configuration too; then restart k3s`,
+    small.map(({ a, b }) => full(a.name, b.name)),
   );
 }
 
+/** Nodes on which no pod starts, in the kubelet's words. */
+const startFindings = ({ boxes }: Cluster): Findings =>
+  boxes.flatMap(({ tried }) =>
+    Object.entries(tried.unstarted).map(([node, said]) => {
+      const name = named(boxes, node);
+      return finding(
+        name,
+        `no pod starts on it: ${said}`,
+        "fix what the kubelet reports; journalctl -u k3s -u k3s-agent on it shows more",
+        [`starts ${name}`],
+        [`node ${name}`, `starts ${name}`],
+      );
+    }),
+  );
+
 /** CoreDNS: while it does not run, no pod can resolve names. */
-function dnsFindings({ boxes, nodes, system }: Cluster): Finding[] {
+function dnsFindings({ boxes, nodes, system }: Cluster): Findings {
   const dns = system?.filter(({ app }) => app === "kube-dns") ?? [];
   const server = boxes.find(({ role, error }) => role === "server" && error === undefined);
   const [first] = dns;
   if (!first || !server || dns.some(({ ready }) => ready)) return [];
   const where = named(boxes, first.node ?? "");
   const node = nodes.find(({ name }) => name === first.node);
-  const [what, seconds] = latest(boxes, server, node, [["CoreDNS was made", ago(server.now, first.created)]]);
+  const [what, seconds] = latest(boxes, server, node, [
+    ["CoreDNS was created", ago(server.now, first.created)],
+  ]);
   const state = `CoreDNS does not run (${first.reason ?? "not Ready"}): no pod of the cluster resolves a name`;
+  const early = seconds < TURN;
   return [
-    {
-      box: where || server.name,
-      cause: seconds < TURN ? `${state} yet; ${what} ${Math.round(seconds)} s ago` : state,
-      remedy: `kubectl -n kube-system describe pod ${first.name}`,
-      breaks: ["coredns"],
-      by: where ? [`node ${where}`, `starts ${where}`] : [],
-      ...(seconds < TURN ? { note: "DNS from the pods of every node" } : {}),
-    },
+    finding(
+      where || server.name,
+      early ? `${state} yet; ${what} ${Math.round(seconds)} s ago` : state,
+      `kubectl -n kube-system describe pod ${first.name}`,
+      ["coredns"],
+      where ? [`node ${where}`, `starts ${where}`] : [],
+      early ? "DNS from the pods of every node" : undefined,
+    ),
   ];
 }
 
 type Event = [what: string, seconds: number];
 
-/** The last event of a node that others have to catch up with. */
+/** The latest event on which the state of a node depends. */
 function latest(boxes: BoxReport[], server: BoxReport, node: Node | undefined, more: Event[]): Event {
   const box = node && boxOf(boxes, node);
   const runs = ({ unit }: BoxReport) => unit.runs ?? Number.POSITIVE_INFINITY;
   const events: Event[] = [
     [`k3s of ${server.name} was started`, runs(server)],
     ...(box ? [[`k3s of ${box.name} was started`, runs(box)] as Event] : []),
-    ...(node ? ([[`${node.name} joined`, ago(server.now, node.created)]] as Event[]) : []),
-    ...(node ? ([[`${node.name} became Ready`, ago(server.now, node.readySince)]] as Event[]) : []),
+    ...(node
+      ? ([
+          [`${node.name} joined`, ago(server.now, node.created)],
+          [`${node.name} became Ready`, ago(server.now, node.readySince)],
+        ] as Event[])
+      : []),
     ...more,
   ];
   return events.sort((a, b) => a[1] - b[1])[0] as Event;
 }
 
-/** Seconds since then; infinite if not known, or in the future (a clock was set back). */
+/** Seconds since then; infinite if unknown or in the future (a clock was set back). */
 function ago(now: number, then: number): number {
   const seconds = now - then;
   return then && seconds > -APART ? Math.max(0, seconds) : Number.POSITIVE_INFINITY;
 }
 
 /** Nodes missing from `kubectl top nodes`: only a note until metrics-server had time. */
-function topFindings({ boxes, nodes, system }: Cluster, broken: Set<string>): Finding[] {
+function topFindings({ boxes, nodes, system }: Cluster, broken: Set<string>): Findings {
   const server = boxes.find(({ role }) => role === "server");
   if (!server?.metrics || server.error !== undefined) return [];
   const own = system?.filter(({ app }) => app === "metrics-server") ?? [];
@@ -590,134 +556,130 @@ function topFindings({ boxes, nodes, system }: Cluster, broken: Set<string>): Fi
   const began: Event[] = own.map(({ started, created }) =>
     started
       ? ["metrics-server was started", ago(server.now, started)]
-      : ["metrics-server was made", ago(server.now, created)],
+      : ["metrics-server was created", ago(server.now, created)],
   );
   const last = (node: Node) => latest(boxes, server, node, began);
   const young = missing.filter((node) => last(node)[1] < TURN);
   const late = missing.filter((node) => !young.includes(node));
   const nothing = (some: Node[]) =>
-    `"kubectl top nodes" has nothing of ${some.map(({ name }) => name).join(", ")}`;
+    `"kubectl top nodes" does not list ${some.map(({ name }) => name).join(", ")}`;
   const down = pod && !pod.ready ? ` and metrics-server does not run (${pod.reason ?? "not Ready"})` : "";
-  const same = { box: server.name, breaks: [], by: [] };
-  const findings: Finding[] = [];
-  if (late.length)
-    findings.push({
-      ...same,
-      cause: `${nothing(late)}${down && `,${down}`}`,
-      remedy: down ? `kubectl -n kube-system describe pod ${pod?.name}` : "make fix-metrics",
-    });
-  if (young.length) {
-    const [what, seconds] = young.map(last).sort((a, b) => a[1] - b[1])[0] as Event;
-    findings.push({
-      ...same,
-      cause: `${nothing(young)} yet: ${what} ${Math.round(seconds)} s ago, and metrics-server may take ${TURN}`,
-      remedy: "make check again then",
-      note: TOP,
-    });
-  }
-  return findings;
+  const [soonest] = young.map(last).sort((a, b) => a[1] - b[1]);
+  return [
+    late.length > 0 &&
+      finding(
+        server.name,
+        `${nothing(late)}${down && `,${down}`}`,
+        down ? `kubectl -n kube-system describe pod ${pod?.name}` : "make fix-metrics",
+      ),
+    soonest &&
+      finding(
+        server.name,
+        `${nothing(young)} yet: ${soonest[0]} ${Math.round(soonest[1])} s ago, and metrics-server may take ${TURN}`,
+        "run make check again then",
+        [],
+        [],
+        TOP,
+      ),
+  ];
 }
 
-/** The proof of what `kubectl top nodes` has. */
+/** The name of the test of `kubectl top nodes`. */
 export const TOP = "nodes in kubectl top";
 
-/** What pods cannot reach although their boxes can: each kind once, with the boxes. */
-function podFindings({ boxes, system }: Cluster): Finding[] {
-  const ranges = rangesIn(boxes);
-  const failed = (of: (box: BoxReport) => Record<string, boolean>) =>
+/** What pods cannot reach although their boxes can. */
+function podFindings({ boxes, system }: Cluster): Findings {
+  const failed = (of: (tried: BoxReport["tried"]) => Record<string, boolean>) =>
     boxes.flatMap((box) =>
-      Object.entries(box.error === undefined ? of(box) : {}).flatMap(([to, fine]) =>
-        fine ? [] : [{ box, to }],
+      Object.entries(box.error === undefined ? of(box.tried) : {}).flatMap(([to, fine]) =>
+        fine ? [] : [{ box, to, name: named(boxes, to) }],
       ),
     );
-  const name = (nodeName: string) => named(boxes, nodeName);
   const server = boxes.find(({ role, error }) => role === "server" && error === undefined);
   const dns = system
     ?.filter(({ app, ready }) => app === "kube-dns" && ready)
     .flatMap(({ node }) => node ?? []);
+  // Its node is not always known; then any broken tunnel of this box may be the cause.
+  const dnsNodes = dns?.length ? dns : boxes.map(({ nodeName }) => nodeName);
   return [
-    ...failed(({ tried }) => tried.pods)
-      .filter(({ box, to }) => (box.tried.tunnel[to] ?? 1) > 0)
-      .map(({ box, to }) => ({
-        box: box.name,
-        cause: `its pods do not reach the pods of ${to}, although the boxes reach each other`,
-        remedy: `a firewall on one of them drops what is forwarded: trust ${ranges} on both`,
-        breaks: [pods(box.name, name(to))],
-        by: [...between(box.name, name(to)), full(box.name, name(to))],
-      })),
-    ...failed(({ tried }) => tried.services).map(({ box, to }) =>
-      to === "DNS"
-        ? {
-            box: box.name,
-            cause: "its pods get no answer of CoreDNS",
-            remedy: "kubectl -n kube-system get pods -o wide -l k8s-app=kube-dns: does it run, and where?",
-            breaks: [],
-            by: [
-              `node ${box.name}`,
-              `service ${box.name}`,
-              "coredns",
-              // Its node is not always known; then any broken tunnel of this box may be the cause.
-              ...(dns?.length ? dns : boxes.map(({ nodeName }) => nodeName)).flatMap((node) =>
-                betweenPods(box.name, name(node)),
-              ),
-            ],
-          }
-        : {
-            box: box.name,
-            cause: `its pods do not reach the service ${to}: kube-proxy's rules, or 6443 at the server's public address`,
-            remedy: `systemctl restart ${unitOf(box.role)} on it`,
-            breaks: [],
-            by: [`node ${box.name}`, `service ${box.name}`],
-          },
+    ...failed(({ pods }) => pods).map(
+      ({ box, to, name }) =>
+        (box.tried.tunnel[to] ?? 1) > 0 &&
+        finding(
+          box.name,
+          `its pods do not reach the pods of ${to}, although the boxes reach each other`,
+          `a firewall on one of them drops what is forwarded: trust ${rangesIn(boxes)} on both`,
+          [pods(box.name, name)],
+          [...between(box.name, name), full(box.name, name)],
+        ),
     ),
+    ...failed(({ services }) => services).map(({ box, to }) => {
+      const by = [`node ${box.name}`, `service ${box.name}`];
+      return to === "DNS"
+        ? finding(
+            box.name,
+            "its pods get no answer from CoreDNS",
+            "kubectl -n kube-system get pods -o wide -l k8s-app=kube-dns: does it run, and where?",
+            [],
+            [...by, "coredns", ...dnsNodes.flatMap((node) => betweenPods(box.name, named(boxes, node)))],
+          )
+        : finding(
+            box.name,
+            `its pods do not reach the service ${to}: kube-proxy's rules, or 6443 at the server's public address`,
+            restart(box),
+            [],
+            by,
+          );
+    }),
     ...(["logs", "exec"] as const).flatMap((what) =>
-      failed(({ tried }) => tried[what]).map(({ box, to }) => {
+      failed((tried) => tried[what]).map(({ box, to, name }) => {
         const why = box.tried.why[`${what} ${to}`] ?? "";
         const slow = SLOW.test(why);
-        return {
-          box: name(to),
-          cause: slow
+        return finding(
+          name,
+          slow
             ? `kubectl ${what} of it: ${why}`
             : `kubectl ${what} does not work on it${why ? `: ${why}` : ""}`,
-          remedy: slow
-            ? "make check again; if it stays so: 10250/tcp for the server, and 6443/tcp on the server for it, have to be open"
+          slow
+            ? "run make check again; if that stays: open 10250/tcp for the server, and 6443/tcp on the server for it"
             : "open 10250/tcp for the server, and 6443/tcp on the server for it; then make agent",
-          breaks: [],
-          by: [
-            `node ${name(to)}`,
-            `kubelet ${name(to)}`,
+          [`${what} ${name}`],
+          [
+            `node ${name}`,
+            `kubelet ${name}`,
             `node ${server?.name}`,
             ...(slow ? [`ease ${box.name}`] : []),
             // If logs fail, exec fails for the same reason.
-            ...(what === "exec" && box.tried.logs[to] === false ? [`logs ${name(to)}`] : []),
+            ...(what === "exec" ? [`logs ${name}`] : []),
           ],
-        };
+        );
       }),
     ),
   ];
 }
 
 /** Kubelets that the server does not reach. */
-function kubeletFindings({ boxes, nodes }: Cluster): Finding[] {
+function kubeletFindings({ boxes, nodes }: Cluster): Findings {
   const server = boxes.find(({ role }) => role === "server");
   if (!server || server.error !== undefined) return [];
-  return nodes.flatMap((node): Finding[] => {
+  return nodes.map((node) => {
     const how = server.tried.kubelet[node.name];
     const box = boxOf(boxes, node);
     const name = box?.name ?? node.name;
-    if (!node.ready || !how || how === "open") return [];
-    return [
-      {
-        box: name,
-        cause: `its kubelet cannot be reached at ${node.externalIp}:10250 (${how}): no logs, exec and metrics`,
-        remedy:
-          how === "refused"
-            ? `${box ? makeLine(box) : "restart k3s there"}: nothing listens`
-            : "open 10250/tcp in its security group and firewall for the nodes' addresses",
-        breaks: [`kubelet ${name}`],
-        by: box === server ? [] : [`node ${name}`],
-      },
-    ];
+    return (
+      node.ready &&
+      how &&
+      how !== "open" &&
+      finding(
+        name,
+        `its kubelet cannot be reached at ${node.externalIp}:10250 (${how}): no logs, exec and metrics`,
+        how === "refused"
+          ? `${box ? makeLine(box) : "restart k3s there"}: nothing listens`
+          : "open 10250/tcp in its security group and firewall for the nodes' addresses",
+        [`kubelet ${name}`],
+        box === server ? [] : [`node ${name}`],
+      )
+    );
   });
 }
 
@@ -728,10 +690,11 @@ const named = (boxes: BoxReport[], nodeName: string): string =>
 const boxOf = (boxes: BoxReport[], node: Node) =>
   boxes.find(({ ip }) => ip === node.externalIp) ?? boxes.find(({ nodeName }) => nodeName === node.name);
 
-function pairs<T>(list: T[]): [T, T][] {
-  return list.flatMap((a, i) => list.slice(i + 1).map((b): [T, T] => [a, b]));
-}
+/** All pairs, and with `both` each in both orders. */
+const pairs = <T>(list: T[], both = false): [T, T][] =>
+  list.flatMap((a, i) => (both ? list.filter((b) => b !== a) : list.slice(i + 1)).map((b): [T, T] => [a, b]));
 
-function median(numbers: number[]): number {
+/** The median, of an even number the lower one. */
+export function median(numbers: number[]): number {
   return [...numbers].sort((a, b) => a - b)[Math.floor((numbers.length - 1) / 2)] ?? 0;
 }

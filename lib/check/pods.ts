@@ -8,7 +8,7 @@ import { API, apiMessage, CURL, itemsOf, type Load, overload, type PodObject } f
 import { raw, sh } from "../sh.ts";
 import { type Look, prints } from "../step.ts";
 import { TURN } from "./diagnose.ts";
-import { ask, type BoxReport, type Cluster, few, type Member, patience } from "./survey.ts";
+import { ask, type BoxReport, few, type Member, patience, type reportsOf } from "./survey.ts";
 
 const LABEL = "k3s-across-clouds-check";
 /** Time limit for pods to start, in seconds; an image may have to be pulled. */
@@ -21,6 +21,13 @@ const [ONE, ALL] = [10, 60];
 const PODS = "/api/v1/namespaces/kube-system/pods";
 const nameOf = (mark: string, node: string) => `${LABEL}-${mark}-${node}`;
 
+/** The shell function that sets `up` to the seconds since the boot, without a process. */
+const UP = `up() { read -r up _ </proc/uptime; up=\${up%.*}; }`;
+
+/** Shell that takes from pods, as `?pretty=false` gives them, what is long and not read: a pod a line. */
+const STATUS = String.raw`sed 's/},{"metadata":{/},\
+{"metadata":{/g' | sed -E 's/(,"managedFields":\[.*\])?\},"spec":\{.*\},"status":\{/},"status":{/'`;
+
 /** A running pod. */
 export interface Pod {
   name: string;
@@ -31,6 +38,7 @@ export interface Pod {
 /** The shell that creates the pods and waits until they run. activeDeadlineSeconds ends them if nothing else does. */
 export function made(nodes: readonly string[], mark: string) {
   return prints("sandbox refused pods services")(sh`${raw(API)}
+${raw(UP)}
 image=$(sed -n "s/.*sandbox\(_image\)\{0,1\} = [\"']\([^\"']*\)[\"'].*/\2/p" /var/lib/rancher/k3s/agent/etc/containerd/config.toml 2>/dev/null | head -n 1)
 fact sandbox; echo "$image"
 fact refused
@@ -52,14 +60,15 @@ ${raw(
     ASKING,
   ),
 )}  fact pods
-  end=$(($(date +%s) + ${WAIT}))
+  up; end=$((up + ${WAIT}))
   while :; do
     said=$(api GET '${PODS}?pretty=false&labelSelector=run%3D${mark}' ${ONE} 2>/dev/null)
     settled=$(printf '%s\n' "$said" | grep -oE '"phase": ?"(Running|Failed)"|"reason": ?"(ErrImage|ImagePull|InvalidImage)' | wc -l)
-    if [ "$settled" -ge ${nodes.length} ] || [ "$(date +%s)" -ge "$end" ]; then break; fi
+    up
+    if [ "$settled" -ge ${nodes.length} ] || [ "$up" -ge "$end" ]; then break; fi
     sleep 1
   done
-  printf '%s\n' "$said"
+  printf '%s\n' "$said" | ${raw(STATUS)}
 fi
 fact services; for s in default/kubernetes kube-system/kube-dns; do
   echo "$s $(api GET "/api/v1/namespaces/\${s%/*}/services/\${s#*/}" ${ONE} 2>/dev/null | sed -n 's/.*"clusterIP": *"\([0-9.]*\)".*/\1/p' | head -n 1)"
@@ -181,14 +190,19 @@ ${raw(
  */
 export const kubelets = (pods: readonly Pod[]) =>
   prints("kubelets")(sh`${raw(API)}
-end=$(($(date +%s) + ${ALL}))
-late() { [ "$(date +%s)" -lt "$end" ] || echo "$1 $2 no did not answer in ${ALL} s with all the others"; }
+${raw(UP)}
+up; end=$((up + ${ALL}))
+late() {
+  up
+  [ "$up" -ge "$end" ] || return
+  echo "$1 $2 no did not answer in ${ALL} s with all the others"
+}
 logs() {
-  said=$(late logs "$1"); [ -z "$said" ] || { echo "$said"; return; }
+  ! late logs "$1" || return 0
   if said=$(api GET "${PODS}/$2/log" ${ONE} 2>&1 >/dev/null); then echo "logs $1 yes"; else echo "logs $1 no" "$said"; fi
 }
 runs() {
-  said=$(late exec "$1"); [ -z "$said" ] || { echo "$said"; return; }
+  ! late exec "$1" || return 0
   said=$(
     {
       ${raw(CURL)} --http1.1 -N -i -m ${ONE} -H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' \
@@ -216,7 +230,7 @@ ${raw(
 printf '%s\n' "$said" | grep -v '^kubectl '
 # Where curl cannot: one kubectl after the other.
 printf '%s\n' "$said" | sed -n 's/^kubectl //p' | while read -r node pod; do
-  said=$(late exec "$node"); [ -z "$said" ] || { echo "$said"; continue; }
+  ! late exec "$node" || continue
   said=$(kc -n kube-system exec "$pod" -- /k3s-across-clouds 2>&1 </dev/null)
   case $said in *'no such file'*|*'not found in'*|*'OCI runtime'*) echo "exec $node yes" ;; *) echo "exec $node no" "$said" | tr '\n' ' '; echo ;; esac
 done`);
@@ -227,7 +241,7 @@ done`);
  */
 export async function tryPods(
   members: readonly Member[],
-  cluster: Cluster,
+  cluster: ReturnType<typeof reportsOf>,
   mark: string,
 ): Promise<string | undefined> {
   const server = members.find(({ role, error }) => role === "server" && error === undefined);

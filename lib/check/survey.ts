@@ -1,27 +1,24 @@
 /**
- * Surveys the cluster from all boxes in parallel: a first trip collects facts, a second one tests the paths between
- * boxes. Changes nothing.
+ * Surveys the cluster from all boxes in parallel: one trip a box collects facts and tests the paths to the others, which
+ * the box knows by its WireGuard, its unit and, on a server, the API. Changes nothing.
  */
 
 import { boxes } from "../boxes.ts";
 import { look } from "../converge.ts";
 import { rangesOf } from "../k3s/config.ts";
-import { blocked, firewallLook, type RuleFact, remedy } from "../k3s/firewall.ts";
+import { blocked, firewallLooks, type RuleFact, remedy } from "../k3s/firewall/firewall.ts";
 import { nodeNameOf } from "../k3s/identity.ts";
 import { MEANT } from "../k3s/journal.ts";
 import {
-  API,
   address as addressIn,
   apiMessage,
   FRESH,
   itemsOf,
-  type Load,
   loadLook,
   loadOf,
   type Node,
   nodesLook,
   nodesOf,
-  type Peer,
   peerOf,
   peersLook,
   peersOf,
@@ -32,12 +29,12 @@ import {
 } from "../k3s/nodes.ts";
 import { nameLook, type Role, unitOf } from "../k3s/unit.ts";
 import { silent } from "../report.ts";
-import type { Box, Call } from "../script.ts";
+import type { Box, Run } from "../script.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh } from "../sh.ts";
 import { type Facts, type Look, type Printed, prints, type Step } from "../step.ts";
-import { publicIp } from "../table.ts";
-import { pairs, splitWords } from "../text.ts";
+import { PRIVATE_RANGES, publicIp } from "../table.ts";
+import { parseKeyValues, splitWords } from "../text.ts";
 import { caSed } from "../token.ts";
 
 /** A box of the cluster and its answers. */
@@ -49,9 +46,9 @@ export interface Member<F extends string = never> {
   facts: Facts<BoxFact | F>;
   /** Clock offset in seconds (box minus here), too low by one network delay. */
   clock?: number;
-  /** The second trip: what it reaches. */
+  /** What it reaches. */
   tried: Facts<TriedFact>;
-  /** The third trip, with check's own pods: what they reach. */
+  /** The second trip, with check's own pods: what they reach. */
   paths?: Facts<TriedFact>;
 }
 
@@ -63,47 +60,47 @@ export const ask = <F extends string = never>(looks: Look<F>[], options: Step["o
   plan: () => [],
 });
 
-const boxLook = prints("named units wg peers cni disk load starts ipvs resolvers said")(sh`
+const boxLook = prints("named units wg peers cni disk load starts ipvs said")(sh`
 ${raw(nameLook)}
-printf '%s say %s\n' "$m" "$(date +%s.%N)"
 fact units; systemctl show k3s k3s-agent -p Id -p ActiveState -p NRestarts -p MainPID -p ExecMainStartTimestampMonotonic
 fact wg; for i in flannel.1 flannel-wg; do
-  [ ! -d /sys/class/net/$i ] || echo "$i $(cat /sys/class/net/$i/mtu) $(wg show $i public-key 2>/dev/null)"
+  ! { read -r mtu </sys/class/net/$i/mtu; } 2>/dev/null || echo "$i $mtu $(wg show $i public-key 2>/dev/null)"
 done
 ${raw(peersLook)}
 # A bridge without a port has the kernel's 1500 whatever it was made with (v1.36.3, seen).
-fact cni; cat /sys/class/net/cni0/brif/*/../mtu 2>/dev/null | sort -n | tail -n 1
+fact cni; awk '$1 > most { most = $1 } END { if (most) print most }' /sys/class/net/cni0/brif/*/../mtu 2>/dev/null
 fact disk; df -Pk /var/lib/rancher 2>/dev/null || df -Pk /
 ${raw(loadLook)}
 # systemd's own lines: of 219 "holdoff time over, scheduling restart", later "Scheduled restart job".
 fact starts; journalctl _PID=1 UNIT=k3s.service UNIT=k3s-agent.service -o short-unix --no-pager --since -600s 2>/dev/null |
-  grep -iE 'scheduled restart job|scheduling restart' | cut -d. -f1 | tail -n 30
+  awk 'tolower($0) ~ /scheduled restart job|scheduling restart/ { sub(/\..*/, ""); print }' | tail -n 30
 fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
-# As k3s picks it (pkg/agent/config): a resolver that is not the host's own, else 8.8.8.8.
-fact resolvers; for f in /etc/resolv.conf /run/systemd/resolve/resolv.conf; do
-  list=$(sed -n 's/^nameserver[[:space:]]*//p' $f 2>/dev/null)
-  case $list in ''|127.*|*'
-127.'*|169.254.*) ;; *) echo "$list"; break ;; esac
-done
 fact said; journalctl -u k3s -u k3s-agent -o cat --no-pager --since -60s -n 5000 2>/dev/null |
-  grep -E ${MEANT} | sed -E 's/^time="[^"]*" //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 5 | tac
+  grep -E ${MEANT} | awk '{ sub(/^time="[^"]*" /, ""); said[NR] = $0; last[$0] = NR }
+    END {
+      for (i = NR; i && few < 5; i--) if (last[said[i]] == i) kept[++few] = substr(said[i], 1, 400)
+      while (few) print kept[few--]
+    }'
 `);
 
-export const LOOKS = {
-  server: prints(
-    "named units wg peers cni disk load starts ipvs resolvers said metrics ca nodes api system",
-  )(`${boxLook}
+const serverLook = prints("metrics ca nodes api load system")(`
 fact metrics; ls -d /var/lib/rancher/k3s/server/manifests/metrics-server* 2>/dev/null
 fact ca; sha256sum </var/lib/rancher/k3s/server/tls/server-ca.crt 2>/dev/null
 ${nodesLook}
-${systemLook}`),
-  // Only the token's CA hash, which is not secret.
-  agent: prints("named units wg peers cni disk load starts ipvs resolvers said joins")(`${boxLook}
-fact joins; sed -n 's/^K3S_URL=//p; ${caSed("K3S_TOKEN=")}' /etc/systemd/system/k3s-agent.service.env 2>/dev/null`),
-};
+${systemLook}`);
 
-type BoxFact = Printed<(typeof LOOKS)[Role]> | RuleFact;
-type TriedFact = Printed<ReturnType<typeof tries>> | "paths" | "kubelets" | "unstarted";
+/** Only the token's CA hash, which is not secret. */
+const agentLook = prints("joins")(
+  `joins=$(sed -n 's/^K3S_URL=//p; ${caSed("K3S_TOKEN=")}' /etc/systemd/system/k3s-agent.service.env 2>/dev/null)
+fact joins; echo "$joins"`,
+);
+
+/** What a box is asked for, by its role. */
+export const LOOKS = { server: [boxLook, serverLook], agent: [boxLook, agentLook] } as const;
+
+type BoxFact = Printed<(typeof LOOKS)[Role][number]> | RuleFact;
+/** What tries() and its companions print, and the second trip. */
+type TriedFact = Printed<ReturnType<typeof tries> | typeof answersLook> | "paths" | "kubelets" | "unstarted";
 
 /** Time limit for a box's facts, in seconds; ssh itself gives up on a dead box after 15. */
 export const PATIENCE = 40;
@@ -111,20 +108,27 @@ export const PATIENCE = 40;
 /** The same for a number of tests that run a few at a time. */
 export const patience = (ways: number): number => PATIENCE + ways;
 
-/** Parallel pings and connections on a box: a hundred at once take 100 MB of memory. */
-const FEW = 8;
+/** Parallel pings and connections on a box: a hundred at once take 100 MB of memory (a third, where each starts more). */
+const FEW = 24;
 
-/** Runs lines of shell in parallel, a limited number at a time. */
+/** Runs lines of shell in parallel, in as many lanes at most. */
 export const few = (lines: readonly string[], many = FEW): string =>
-  lines.map((line, i) => `  ${line} &\n${(i + 1) % many && i + 1 < lines.length ? "" : "  wait\n"}`).join("");
+  `${lines
+    .slice(0, many)
+    .map((_, lane) => `  {\n    ${lines.filter((_, i) => i % many === lane).join("\n    ")}\n  } &\n`)
+    .join("")}  wait\n`;
 
 /** Boxes, and what is to run on each. */
 export type Listed = { box: Box; role: Role }[];
 
-/** Looks at all boxes in parallel, also at `more`. A box that cannot be reached carries its error. */
+/** The box's clock, as the last of a trip: what a look prints before may come late. */
+const CLOCK = `printf '%s say %s\\n' "$m" "$(date +%s.%N)"` as Look;
+
+/** Asks all boxes in parallel. A box that cannot be reached carries its error. */
 export async function survey<F extends string = never>(
   listed: Listed,
-  ...more: Look<F>[]
+  looks: (role: Role) => readonly Look<BoxFact | F>[],
+  seconds = PATIENCE,
 ): Promise<Member<F>[]> {
   return await Promise.all(
     listed.map(async ({ box, role }) => {
@@ -135,8 +139,8 @@ export async function survey<F extends string = never>(
       try {
         member.facts = await look(
           { ...box, line: { ...silent, says } },
-          [ask<BoxFact | F>([LOOKS[role], ...more])],
-          PATIENCE,
+          [ask<BoxFact | F>([...looks(role), CLOCK])],
+          seconds,
         );
       } catch (error) {
         member.error = (error as Error).message;
@@ -147,46 +151,7 @@ export async function survey<F extends string = never>(
 }
 
 /** A box's report, as shown and judged; unknown values are undefined. */
-export interface BoxReport {
-  name: string;
-  host: string;
-  word: string;
-  ip: string;
-  role: Role;
-  error: string | undefined;
-  /** The name of the box's node; and the cluster's node of that name, if any. */
-  nodeName: string;
-  node: Node | undefined;
-  kernel: string | undefined;
-  /** systemd's ActiveState of the role's unit, restarts since boot (unknown to systemd 219), and uptime in seconds. */
-  unit: { state: string; restarts: number | undefined; runs: number | undefined };
-  /** Clock offset in seconds, box minus here. */
-  clock: number | undefined;
-  /** Restarts of k3s by systemd in the last ten minutes: seconds ago, oldest first. */
-  starts: number[];
-  /** Percent in use. */
-  disk: number | undefined;
-  load: Load;
-  /** On a server: why the API gave no list of nodes. */
-  silence: string | undefined;
-  /** The interface of flannel's WireGuard, its own address, MTU and public key. */
-  wireguard: { name: string; mtu: number; key: string; address: string | undefined } | undefined;
-  /** The largest MTU of the pods' ports on the bridge; undefined without a pod. */
-  cniMtu: number | undefined;
-  peers: Peer[];
-  addresses: string[];
-  /** kube-proxy's mode by the settings. */
-  proxyMode: string;
-  /** The kernel has ip_vs. */
-  ipvs: boolean;
-  /** Upstream DNS servers for pods. */
-  resolvers: string[];
-  /** sha256 of the cluster's CA: the server's own, or the one in the agent's token. */
-  ca: string | undefined;
-  /** The server that the agent joins. */
-  url: string | undefined;
-  /** Known messages in the journal's last minute. */
-  said: string;
+export interface BoxReport extends ReturnType<typeof reportAlone> {
   /**
    * What its firewall drops of the cluster's traffic, one sentence each; and what its rules drop although it passes
    * now.
@@ -195,43 +160,6 @@ export interface BoxReport {
   latent: string[];
   /** The remedy for both. */
   opens: string;
-  /** metrics-server is deployed: k3s's own, or fix-metrics'. */
-  metrics: boolean;
-  now: number;
-  tried: Tried;
-}
-
-/** What was tested from a box, by the name of the other end. */
-export interface Tried {
-  /** The largest packet that passes the tunnel, in bytes; 0: none. */
-  tunnel: Record<string, number>;
-  /** TCP: open, refused, dropped, or another word. */
-  kubelet: Record<string, string>;
-  api: string | undefined;
-  /** The API's service, by kube-proxy's rules. */
-  service: string | undefined;
-  /** Nodes in `kubectl top nodes`; or the API's error. */
-  top: string[];
-  topless: string | undefined;
-  /** By the resolver's address. */
-  resolvers: Record<string, boolean>;
-  /** While packets were lost: bytes received and sent within some seconds, by the peer's public key. */
-  passed: Record<string, { received: number; sent: number }>;
-  /** Senders of UDP 51820 seen at the network interface in those seconds; undefined: no tool to watch. */
-  arrived: string[] | undefined;
-  /** By node: did a packet pass from this box's pod to that node's? */
-  pods: Record<string, boolean>;
-  /** From this box's pod. */
-  services: Record<string, boolean>;
-  /** From the server, by node. */
-  logs: Record<string, boolean>;
-  exec: Record<string, boolean>;
-  /** The API's error, by `logs NODE` or `exec NODE`. */
-  why: Record<string, string>;
-  /** Nodes on which check's own pod did not start, with the kubelet's reason. */
-  unstarted: Record<string, string>;
-  /** Tools that the box lacks. */
-  missing: string[];
 }
 
 /** The cluster: the boxes of the settings, and all nodes that the API knows. */
@@ -242,13 +170,24 @@ export interface Cluster {
   system?: SystemPod[] | undefined;
 }
 
-/** Combines the boxes' answers. */
-export function clusterOf(members: readonly Member[]): Cluster {
+/** Combines the boxes' answers, but for their firewalls: to judge those takes the longest. */
+export function reportsOf(members: readonly Member[]) {
   // Servers share one datastore: the first that answers is enough.
   const lists = members.filter(({ role }) => role === "server").map(({ facts }) => nodesOf(facts.nodes));
   const nodes = lists.find((list) => list.length) ?? [];
+  const alone = members.map((member) => reportAlone(member, nodes));
+  const boxes = alone.map((box, i) =>
+    members[i]?.tried.tries === undefined
+      ? box
+      : { ...box, tried: { ...box.tried, tunnel: tunnelsOf(box, alone, nodes) } },
+  );
+  return { boxes, nodes };
+}
+
+/** Combines the boxes' answers. */
+export function clusterOf(members: readonly Member[]): Cluster {
+  const { boxes, nodes } = reportsOf(members);
   const system = members.flatMap(({ facts }) => systemOf(facts.system) ?? []);
-  const boxes = members.map((member) => seen(member, nodes));
   return {
     boxes: boxes.map((box, i) => ({ ...box, ...firewallOf(box, members[i] as Member, boxes, nodes) })),
     nodes,
@@ -256,17 +195,14 @@ export function clusterOf(members: readonly Member[]): Cluster {
   };
 }
 
-/** A box's own report; its firewall is judged together with the others. */
-type Alone = Omit<BoxReport, "blocked" | "latent" | "opens">;
-
 /**
  * What has passed is not reported as blocked: a rule may be misunderstood here, or the connection is older than the
  * rules.
  */
 function firewallOf(
-  box: Alone,
+  box: ReturnType<typeof reportAlone>,
   { facts, box: { want } }: Member,
-  boxes: readonly Alone[],
+  boxes: readonly ReturnType<typeof reportAlone>[],
   nodes: readonly Node[],
 ) {
   const passes = (node: Node) => {
@@ -292,13 +228,14 @@ function firewallOf(
   return { blocked: now, latent, opens };
 }
 
-function seen({ box, role, error, facts, clock, tried, paths }: Member, nodes: Node[]): Alone {
+/** A box's own report; its firewall is judged together with the others. */
+function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, nodes: Node[]) {
   const there = nodes.find(({ externalIp }) => externalIp === box.ip);
   // A box that does not answer is found by its address only.
   const name = nameOf(role, { ...box.want, PUBLIC_IP: box.ip }, facts, nodes) || (there?.name ?? "");
   const unit = (facts.units ?? "")
     .split(/\n\n+/)
-    .map(pairs)
+    .map(parseKeyValues)
     .find(({ Id }) => Id === `${unitOf(role)}.service`);
   const started = Number(unit?.MainPID) ? Number(unit?.ExecMainStartTimestampMonotonic) / 1e6 : 0;
   const [, wg, mtu, key] =
@@ -312,22 +249,29 @@ function seen({ box, role, error, facts, clock, tried, paths }: Member, nodes: N
     ip: box.ip,
     role,
     error,
+    /** The name of the box's node; and the cluster's node of that name, if any. */
     nodeName: name,
     node: nodes.find((node) => node.name === name),
     kernel: facts.kernel?.trim(),
+    /** systemd's ActiveState of the role's unit, restarts since boot (unknown to systemd 219), and uptime in seconds. */
     unit: {
       state: unit?.ActiveState ?? "unknown",
       restarts: unit?.NRestarts === undefined ? undefined : Number(unit.NRestarts),
       runs: started ? Number(facts.uptime) - started : undefined,
     },
+    /** Clock offset in seconds, box minus here. */
     clock,
+    /** Percent in use. */
     disk: numberOf(/(\d+)%/.exec(facts.disk ?? "")?.[1]),
     load: loadOf(facts),
+    /** On a server: why the API gave no list of nodes. */
     silence: role === "server" ? silence(facts) : undefined,
+    /** Restarts of k3s by systemd in the last ten minutes: seconds ago, oldest first. */
     starts: (facts.starts ?? "")
       .split("\n")
       .filter((row) => /^\d+$/.test(row))
       .map((row) => Math.max(0, Number(facts.now) - Number(row))),
+    /** The interface of flannel's WireGuard, its own address, MTU and public key. */
     wireguard: wg
       ? {
           name: wg,
@@ -336,19 +280,27 @@ function seen({ box, role, error, facts, clock, tried, paths }: Member, nodes: N
           address: addressIn(addresses.find(([, device]) => device === wg)?.[3]?.split("/")[0]),
         }
       : undefined,
+    /** The largest MTU of the pods' ports on the bridge; undefined without a pod. */
     cniMtu: numberOf(facts.cni?.trim()),
     peers: peersOf(facts.peers).filter((peer) => peer.interface === wg),
     addresses: addresses.flatMap(([, , , address]) => address?.split("/")[0] ?? []),
+    /** kube-proxy's mode by the settings. */
     proxyMode: box.want.PROXY_MODE,
+    /** The kernel has ip_vs. */
     ipvs: Boolean(facts.ipvs?.trim()),
-    resolvers: splitWords((facts.resolvers ?? "").replaceAll("\n", " ")),
+    /** Upstream DNS servers for pods. */
+    resolvers: splitWords((tried.resolvers ?? "").replaceAll("\n", " ")),
+    /** sha256 of the cluster's CA: the server's own, or the one in the agent's token. */
     ca:
       role === "server" ? facts.ca?.split(" ")[0]?.trim() : joins.find((word) => /^[0-9a-f]{64}$/.test(word)),
+    /** The server that the agent joins. */
     url: joins.find((word) => word.startsWith("http") && URL.canParse(word)),
+    /** Known messages in the journal's last minute. */
     said: facts.said?.trim() ?? "",
+    /** metrics-server is deployed: k3s's own, or fix-metrics'. */
     metrics: Boolean(facts.metrics?.trim()),
     now: Number(facts.now),
-    tried: triedOf({ ...tried, ...paths }),
+    tried: triedOf({ ...tried, ...paths }, nodes),
   };
 }
 
@@ -362,95 +314,147 @@ function nameOf(role: Role, want: Settings, facts: Facts<"nodes">, nodes: readon
   }
 }
 
-function triedOf(facts: Facts<TriedFact>): Tried {
-  const tried: Tried = {
-    tunnel: {},
-    kubelet: {},
-    api: undefined,
-    service: undefined,
-    top: itemsOf<{ metadata?: { name?: string } }>(facts.top).flatMap(({ metadata }) => metadata?.name ?? []),
-    topless: facts.topless?.trim() ? apiMessage(facts.topless.trim()) : undefined,
-    resolvers: {},
-    passed: {},
-    arrived: undefined,
-    pods: {},
-    services: {},
-    logs: {},
-    exec: {},
-    why: {},
-    unstarted: {},
-    missing: [],
-  };
-  for (const row of `${facts.tries ?? ""}\n${facts.paths ?? ""}\n${facts.kubelets ?? ""}\n${facts.unstarted ?? ""}`.split(
-    "\n",
-  )) {
-    const [what, name = "", ...rest] = row.split(" ");
-    const how = rest.join(" ");
-    if (what === "tunnel") tried.tunnel[name] = Number(how);
-    else if (what === "kubelet") tried.kubelet[name] = how;
-    else if (what === "api") tried.api = how;
-    else if (what === "proxied") tried.service = how;
-    else if (what === "resolver") tried.resolvers[name] = how === "yes";
-    else if (what === "pod") tried.pods[name] = how === "yes";
-    else if (what === "service") tried.services[name] = how === "yes";
-    else if (what === "unstarted") tried.unstarted[name] = how;
-    else if (what === "logs" || what === "exec") {
-      tried[what][name] = how === "yes";
-      if (how !== "yes") tried.why[`${what} ${name}`] = apiMessage(how.replace(/^no ?/, ""));
-    } else if (what === "without") tried.missing.push(name);
-  }
+/** What was tested from a box, by the name of the other end. Without nodes there are no rules of kube-proxy to test. */
+function triedOf(facts: Facts<TriedFact>, nodes: readonly Node[]) {
+  const { tries, ports, paths, kubelets, unstarted } = facts;
+  const rows = [tries, ports, paths, kubelets, unstarted].flatMap((text) =>
+    (text ?? "").split("\n").map((row) => row.split(" ")),
+  );
+  const named = (what: string) =>
+    rows.flatMap(([is, name = "", ...how]): [string, string][] =>
+      is === what ? [[name, how.join(" ")]] : [],
+    );
+  const words = (what: string): Record<string, string> => Object.fromEntries(named(what));
+  const passed = (what: string): Record<string, boolean> =>
+    Object.fromEntries(named(what).map(([name, how]) => [name, how === "yes"]));
+  const errors = (what: string) =>
+    named(what).flatMap(([name, how]): [string, string][] =>
+      how === "yes" ? [] : [[`${what} ${name}`, apiMessage(how.replace(/^no ?/, ""))]],
+    );
   const bytes = (text = "") =>
-    new Map(text.split("\n").map((row) => [row.split("\t")[0], row.split("\t").slice(1).map(Number)]));
-  const [before, after] = [bytes(facts.before), bytes(facts.after)];
-  for (const [key, [received = 0, sent = 0]] of after) {
-    const [r = 0, s = 0] = before.get(key) ?? [];
-    if (key) tried.passed[key] = { received: received - r, sent: sent - s };
-  }
+    new Map(
+      text
+        .split("\n")
+        .map((row) => [row.split("\t")[0] ?? "", row.split("\t").slice(1).map(Number)] as const),
+    );
+  const before = bytes(facts.before);
   const arrived = facts.arrived?.trim().split("\n").filter(Boolean);
-  if (arrived && !arrived.includes("?")) tried.arrived = arrived;
-  return tried;
+  return {
+    /** The largest packet that passes the tunnel, in bytes; 0: none. */
+    tunnel: Object.fromEntries(named("tunnel").map(([name, size]): [string, number] => [name, Number(size)])),
+    /** TCP: open, refused, dropped, or another word. */
+    kubelet: Object.fromEntries(
+      named("kubelet").map(([at, how]) => [
+        nodes.find(({ externalIp }) => externalIp === at)?.name ?? at,
+        how,
+      ]),
+    ),
+    api: named("api").at(-1)?.[1],
+    /** The API's service, by kube-proxy's rules. */
+    service: nodes.length ? named("proxied").at(-1)?.[1] : undefined,
+    /** Nodes in `kubectl top nodes`; or the API's error. */
+    top: figuresOf(facts.top),
+    topless: facts.topless?.trim() ? apiMessage(facts.topless.trim()) : undefined,
+    /** By the resolver's address, of those that are near or nowhere. */
+    resolvers: Object.fromEntries(
+      Object.entries(passed("resolver")).filter(([ip]) =>
+        /is (private|the provider)/.test(publicIp(ip) ?? ""),
+      ),
+    ),
+    /** While packets were lost: bytes received and sent within some seconds, by the peer's public key. */
+    passed: Object.fromEntries(
+      [...bytes(facts.after)].flatMap(([key, [received = 0, sent = 0]]) => {
+        const [r = 0, s = 0] = before.get(key) ?? [];
+        return key ? [[key, { received: received - r, sent: sent - s }] as const] : [];
+      }),
+    ),
+    /** Senders of UDP 51820 seen at the network interface in those seconds; undefined: no tool to watch. */
+    arrived: arrived?.includes("?") ? undefined : arrived,
+    /** By node: did a packet pass from this box's pod to that node's? */
+    pods: passed("pod"),
+    /** From this box's pod. */
+    services: passed("service"),
+    /** From the server, by node. */
+    logs: passed("logs"),
+    exec: passed("exec"),
+    /** The API's error, by `logs NODE` or `exec NODE`. */
+    why: Object.fromEntries([...errors("logs"), ...errors("exec")]),
+    /** Nodes on which check's own pod did not start, with the kubelet's reason. */
+    unstarted: words("unstarted"),
+    /** Tools that the box lacks. */
+    missing: named("without").flatMap(([name]) => (name === "kube-proxy" && !nodes.length ? [] : [name])),
+  };
 }
 
 /** The boxes of the settings. @throws {SettingError} */
-export async function listed(call: Call): Promise<Listed> {
-  const servers = await boxes(call, "SERVER");
-  const agents = await boxes(call, "AGENTS");
+export async function listed(run: Run): Promise<Listed> {
+  const servers = await boxes(run, "SERVER");
+  const agents = await boxes(run, "AGENTS");
   return [
     ...servers.map((box) => ({ box, role: "server" as const })),
     ...agents.map((box) => ({ box, role: "agent" as const })),
   ];
 }
 
-/** Surveys all boxes: one trip for facts, one for the paths between them. */
-export async function surveyAndTry(boxes: Listed) {
-  const members = await survey(boxes, firewallLook);
-  await tryPaths(members, clusterOf(members));
-  return members;
-}
-
-/** The second trip, all boxes side by side: packets through every tunnel, kubelets, the API, resolvers. */
-async function tryPaths(members: readonly Member[], cluster: Cluster): Promise<void> {
-  await Promise.all(
+/** Surveys all boxes in one trip each, and tries the paths between them: tunnels, kubelets, the API, resolvers. */
+export async function surveyAndTry(boxes: Listed): Promise<Member[]> {
+  const [server] = boxes.filter(({ role }) => role === "server");
+  const guess = serviceOf(server?.box.want.SERVER_ARGS);
+  const looks = {
+    // What the API may take long for comes last: both ends of a lost tunnel are watched at the same time.
+    server: [boxLook, tries("server", guess), serverLook, answersLook],
+    agent: [...LOOKS.agent, tries("agent", guess, server?.box.ip)],
+  };
+  const found = await survey<TriedFact>(
+    boxes,
+    (role) => [...looks[role], ...firewallLooks],
+    patience(20 + boxes.length),
+  );
+  const members = found.map((member) => ({ ...member, tried: member.facts }));
+  const known = reportsOf(members).boxes.find(({ role, node }) => role === "server" && node)?.node;
+  const real = known ? serviceOf(known.args.join(" ")) : guess;
+  // A service network that only the server's own files name is known late.
+  if (real === guess) return members;
+  const again = ask([
+    prints("ports")(sh`${raw(KNOCK)}
+fact ports; [ -z "$has" ] || serves ${real}`),
+  ]);
+  return await Promise.all(
     members.map(async (member) => {
-      const box = cluster.boxes.find(({ name }) => name === member.box.name) as BoxReport;
-      if (member.error) return;
+      if (member.error) return member;
       try {
-        member.tried = await look(member.box, [ask([tries(box, cluster)])], patience(cluster.nodes.length));
+        const { ports } = await look(member.box, [again], PATIENCE);
+        return { ...member, tried: { ...member.tried, ports: `${member.tried.ports ?? ""}\n${ports}` } };
       } catch (error) {
-        member.error = (error as Error).message;
+        return { ...member, error: (error as Error).message };
       }
     }),
   );
 }
 
-/** The other nodes by the address of their tunnel interface: flannel uses the first of the node's pod network. */
-function tunnels(box: BoxReport, { boxes, nodes }: Cluster): [string, string][] {
-  const names = new Map<string, string>();
-  for (const { name, podCidr } of nodes)
-    if (name !== box.nodeName && podCidr) names.set(name, podCidr.replace(/\/.*/, ""));
-  for (const { nodeName, wireguard } of boxes)
-    if (nodeName && nodeName !== box.nodeName && wireguard?.address) names.set(nodeName, wireguard.address);
-  return [...names];
+/** The API's service has the first address of the services' network. */
+const serviceOf = (args = "") => `${/--service-cidr[= ]([\d.]+)\.\d+\//.exec(args)?.[1] ?? "10.43.0"}.1`;
+
+/**
+ * Sizes of the packets that passed to each other node. A box tries its peers by their tunnel's address: flannel uses the
+ * first of the node's pod network. To what is no peer of its nothing passes.
+ */
+function tunnelsOf(
+  { nodeName, wireguard, tried }: ReturnType<typeof reportAlone>,
+  boxes: readonly ReturnType<typeof reportAlone>[],
+  nodes: readonly Node[],
+): Record<string, number> {
+  const at = new Map(nodes.map(({ name, podCidr }) => [name, podCidr?.replace(/\/.*/, "")]));
+  for (const box of boxes)
+    if (box.nodeName && box.wireguard?.address) at.set(box.nodeName, box.wireguard.address);
+  at.delete(nodeName);
+  const none = wireguard && !tried.missing.includes("ping") ? 0 : undefined;
+  return Object.fromEntries(
+    [...at].flatMap(([name, ip]): [string, number][] => {
+      const size = ip ? (tried.tunnel[ip] ?? none) : undefined;
+      return size === undefined ? [] : [[name, size]];
+    }),
+  );
 }
 
 /** Packet sizes to try when full ones do not pass, in bytes: the largest that passes is the MTU to set. */
@@ -458,26 +462,8 @@ const SIZES = [1412, 1400, 1392, 1380, 1372, 1360, 1340, 1320, 1300, 1280, 1240,
 /** Seconds of watching while packets are lost: WireGuard repeats a handshake every five. */
 const WATCH = 7;
 
-/** The shell that tests a box's paths to the others. It sends packets and leaves nothing behind. */
-export function tries(box: BoxReport, cluster: Cluster) {
-  const wg = box.wireguard;
-  const to = wg ? tunnels(box, cluster) : [];
-  const kubelets = box.role === "server" ? cluster.nodes.filter((n) => n.externalIp) : [];
-  const own = cluster.boxes.find(({ role }) => role === "server");
-  const [, host = own?.ip, port = "6443"] = /^https:\/\/([\w.-]+)(?::(\d+))?$/.exec(box.url ?? "") ?? [];
-  // The API's service has the first address of the services' network.
-  const cidr = own?.node?.args.join(" ").match(/--service-cidr[= ]([\d.]+)\.\d+\//)?.[1] ?? "10.43.0";
-  const server = box.role === "server";
-  const dead = box.resolvers.filter((ip) => /is (private|the provider)/.test(publicIp(ip) ?? ""));
-  return prints("tries top topless before after arrived")(sh`${raw(server ? API : "")}
-echoes() { ping -n -c 1 -W 1 \${dont:+-M do} -s "$(($2 - 28))" "$1" >/dev/null 2>&1; }
-through() {
-  full=${wg?.mtu ?? 0}
-  if echoes "$2" $full || echoes "$2" $full; then size=$full
-  else size=$(for n in ${SIZES}; do { echoes "$2" "$n" && echo "$n"; } & done | sort -n | tail -n 1); fi
-  echo "tunnel $1 \${size:-0}"
-}
-knock() {
+/** Shell functions that try what listens; `has` is empty where they cannot. */
+const KNOCK = `knock() {
   # shellcheck disable=SC2016
   for s in 3 5; do # what is only slow gets a second, longer try
     said=$(timeout $s bash -c ': <"/dev/tcp/$1/$2"' - "$3" "$4" 2>&1)
@@ -486,6 +472,30 @@ knock() {
   done
   case $code,$said in 0,*) how=open ;; 124,*) how=dropped ;; *refused*) how=refused ;; *) how=\${said##*: } ;; esac
   echo "$1 $2 $how"
+}
+serves() {
+  case $(knock proxy '' 127.0.0.1 10256) in
+    *open) knock proxied kubernetes "$1" 443 ;;
+    *) echo without kube-proxy ;;
+  esac
+}
+has=yes; for c in bash timeout; do command -v $c >/dev/null || has=; done`;
+
+/**
+ * The shell that tests a box's paths to the others, by what the box knows of them itself, so that its length is the same
+ * for any number of nodes. It sends packets and leaves nothing behind. On an agent it follows agentLook.
+ *
+ * @param service the address of the API's service.
+ * @param api the server's address, for an agent whose unit does not name one.
+ */
+export const tries = (role: Role, service: string, api = "") =>
+  prints("resolvers tries before after arrived")(sh`${raw(KNOCK)}
+echoes() { ping -n -c 1 -W 1 \${dont:+-M do} -s "$(($2 - 28))" "$1" >/dev/null 2>&1; }
+through() { if echoes "$1" "$mtu" || echoes "$1" "$mtu"; then echo "tunnel $1 $mtu"; else echo "$1"; fi; }
+fits() {
+  case $1 in tunnel*) echo "$1"; return ;; esac
+  size=$(for n in ${SIZES}; do { echoes "$1" "$n" && echo "$n"; } & done | sort -n | tail -n 1)
+  echo "tunnel $1 \${size:-0}"
 }
 resolves() {
   for _ in 1 2; do
@@ -496,62 +506,72 @@ printf "\x13\x37\x01\0\0\x01\0\0\0\0\0\0\0\0\x02\0\x01" >&3; head -c 3 <&3' - "$
   done
   echo "resolver $1 no"
 }
-serves() {
-  case $(knock proxy '' 127.0.0.1 10256) in
-    *open) knock proxied kubernetes ${cidr}.1 443 ;;
-    *) echo without kube-proxy ;;
-  esac
+# A command with each line, so many at a time.
+few() {
+  i=0
+  while read -r line; do
+    "$2" "$line" &
+    i=$((i + 1))
+    [ $((i % $1)) != 0 ] || wait
+  done
+  wait
 }
+# As k3s picks it (pkg/agent/config): a resolver that is not the host's own, else 8.8.8.8.
+fact resolvers; dns=; for f in /etc/resolv.conf /run/systemd/resolve/resolv.conf; do
+  list=$(sed -n 's/^nameserver[[:space:]]*//p' $f 2>/dev/null)
+  case $list in ''|127.*|*'
+127.'*|169.254.*) ;; *) echo "$list"; dns=$list; break ;; esac
+done
 fact tries
-has=yes; for c in bash timeout; do command -v $c >/dev/null || { echo "without $c"; has=; }; done
-ping=yes; command -v ping >/dev/null || { echo "without ping"; ping=; }
+wg=; for i in flannel.1 flannel-wg; do ! { read -r size </sys/class/net/$i/mtu; } 2>/dev/null || wg=$i mtu=$size; done
+for c in bash timeout ping; do command -v $c >/dev/null || echo "without $c"; done
 dont=; ping -n -c 1 -W 1 -M "do" 127.0.0.1 >/dev/null 2>&1 && dont=yes
 said=$(
-  if [ -n "$ping" ]; then :
-${raw(few(to.map(([name, ip]) => sh`through ${name} ${ip}`)))}  fi
-  if [ -n "$has" ]; then :
-${raw(
-  few([
-    ...kubelets.map((n) => sh`knock kubelet ${n.name} ${n.externalIp as string} 10250`),
-    ...(box.role === "agent" && host ? [sh`knock api server ${host} ${port}`] : []),
-    ...dead.map((ip) => sh`resolves ${ip}`),
-    ...(cluster.nodes.length ? ["serves"] : []),
-  ]),
-)}  fi
+  if [ -n "$wg" ] && command -v ping >/dev/null; then
+    wg show "$wg" allowed-ips 2>/dev/null | sed -n 's/^[^[:space:]]*[[:space:]]*\([0-9.]*\)\/.*/\1/p' |
+      few ${FEW} through | few ${FEW / 3} fits &
+  fi
+  if [ -n "$has" ]; then
+${raw(role === "agent" ? knocksAt(api) : "")}
+    for ip in $(printf '%s\n' "$dns" | grep -E ${PRIVATE_RANGES}); do resolves "$ip" & done
+    serves ${service} &
+  fi
+  wait
 )
 printf '%s\n' "$said"
-${raw(server ? TOP_LOOK : "")}
-${raw(wg ? watch(wg.name, to) : "")}`);
-}
+${raw(watch)}`);
+
+/** The server that an agent joins. */
+const knocksAt = (api: string) => sh`    host=${api} port=6443
+    for url in $joins; do
+      at=\${url#https://}
+      case $url,$at in
+        "$at",*|*,*[!A-Za-z0-9_.:-]*) ;;
+        *) host=\${at%%:*}; [ "$host" = "$at" ] || port=\${at#*:} ;;
+      esac
+    done
+    [ -z "$host" ] || knock api server "$host" "$port" &`;
+
+/** What `kubectl top nodes` asks the API for. */
+export const FIGURES = "/apis/metrics.k8s.io/v1beta1/nodes?pretty=false";
 
 /** The nodes that metrics-server has figures for, or its error. */
-export const TOP_LOOK = prints(
-  "top topless",
-)(`fact top; { topless=$(api GET '/apis/metrics.k8s.io/v1beta1/nodes?pretty=false' 10 2>&1 >&3); } 3>&1
+export const TOP_LOOK = prints("top topless")(sh`fact top; { topless=$(api GET ${FIGURES} 10 2>&1 >&3); } 3>&1
 fact topless; echo "$topless"`);
 
-/**
- * For a tunnel that passes nothing: WireGuard's counters while packets are sent, and whose packets reach the network
- * interface, before any firewall of the box. Both ends together show where they are lost.
- */
-const watch = (name: string, to: [string, string][]) => sh`
-case $said in *' 0
-'*|*' 0')
-  fact before; wg show ${name} transfer
-  lost=$(
-    {
-${raw(to.map(([node, ip]) => `      ${sh`case $said in *${`tunnel ${node} 0`}*) ping -n -w ${WATCH} ${ip} & ;; esac`}\n`).join(""))}      wait
-    } >/dev/null 2>&1 &
-    python=; for p in python3 /usr/libexec/platform-python python; do command -v $p >/dev/null && python=$p; done
-    # shellcheck disable=SC2016
-    if command -v perl >/dev/null; then timeout 20 perl -e ${PERL}
-    elif [ -n "$python" ]; then timeout 20 $python -c ${PYTHON}
-    else sleep ${WATCH}; echo '?'; fi
-    wait
-  )
-  fact after; wg show ${name} transfer
-  fact arrived; echo "$lost" ;;
-esac`;
+/** The names of the nodes in the fact `top`. */
+export const figuresOf = (top?: string): string[] =>
+  itemsOf<{ metadata?: { name?: string } }>(top).flatMap(({ metadata }) => metadata?.name ?? []);
+
+/** On a server whose API answers: the shell that knocks at every kubelet, and asks for figures. */
+const answersLook = prints("ports top topless")(sh`if [ -z "$failed" ]; then
+fact ports
+kubelet() { knock kubelet "$1" "$1" 10250; }
+# One a node: its kubelet may name any number.
+[ -z "$has" ] || printf '%s\n' "$list" | sed 's/},{"metadata":{/},\
+{"metadata":{/g' | awk 'match($0, /"type":"ExternalIP","address":"[0-9.]+/) { print substr($0, RSTART + 31, RLENGTH - 31) }' | few ${FEW} kubelet
+${raw(TOP_LOOK)}
+fi`);
 
 /** Senders of UDP 51820 to this box, from a packet socket (17; 0x800 is IPv4; type 4 is outgoing). */
 const PERL = `socket(S, 17, 2, unpack("S", pack("n", 0x800))) or do { print "?\\n"; exit };
@@ -577,3 +597,23 @@ while time.time() < end:
     if len(p) < 28 or a[2] == 4 or p[9] != 17: continue
     if p[h + 2] * 256 + p[h + 3] == 51820: seen.add(".".join(map(str, p[12:16])))
 for ip in seen: print(ip)`;
+
+/**
+ * For a tunnel that passes nothing: WireGuard's counters while packets are sent, and whose packets reach the network
+ * interface, before any firewall of the box. Both ends together show where they are lost.
+ */
+const watch = sh`lost=$(printf '%s\n' "$said" | sed -n 's/^tunnel \(.*\) 0$/\1/p')
+if [ -n "$lost" ]; then
+  fact before; wg show "$wg" transfer
+  from=$(
+    { for ip in $lost; do ping -n -w ${WATCH} "$ip" & done; wait; } >/dev/null 2>&1 &
+    python=; for p in python3 /usr/libexec/platform-python python; do command -v $p >/dev/null && python=$p; done
+    # shellcheck disable=SC2016
+    if command -v perl >/dev/null; then timeout 20 perl -e ${PERL}
+    elif [ -n "$python" ]; then timeout 20 $python -c ${PYTHON}
+    else sleep ${WATCH}; echo '?'; fi
+    wait
+  )
+  fact after; wg show "$wg" transfer
+  fact arrived; echo "$from"
+fi`;

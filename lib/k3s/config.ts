@@ -4,6 +4,7 @@ import { lastOf, parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal } from "../step.ts";
+import { rangesIn } from "../table.ts";
 import { rewrite, sha256, splitWords } from "../text.ts";
 import { KUBECTL, nodesOf } from "./nodes.ts";
 import type { Generation, Role } from "./unit.ts";
@@ -51,15 +52,8 @@ export function registriesText(mirrors: string): string {
   return `${OURS}\nmirrors:\n${rows.join("")}`;
 }
 
-const argument = (args: string, name: string, value: string) => lastOf(parseArgs(args), name) || value;
-
-/** The networks of pods and services: k3s's defaults, or those of SERVER_ARGS (already validated). */
-export const rangesOf = ({
-  SERVER_ARGS,
-}: Pick<Settings, "SERVER_ARGS">): [pods: string, services: string] => [
-  argument(SERVER_ARGS, "cluster-cidr", "10.42.0.0/16"),
-  argument(SERVER_ARGS, "service-cidr", "10.43.0.0/16"),
-];
+/** The networks of pods and services. */
+export const rangesOf = ({ SERVER_ARGS }: Pick<Settings, "SERVER_ARGS">) => rangesIn(parseArgs(SERVER_ARGS));
 
 /**
  * NO_PROXY for k3s: its connections to the API, kubelets and pods use Go's defaults, which honour a proxy.
@@ -71,7 +65,7 @@ export function noProxy(want: Settings, nodes: readonly string[]): string {
     "127.0.0.0/8",
     ...rangesOf(want),
     ".svc",
-    `.${argument(want.SERVER_ARGS, "cluster-domain", "cluster.local")}`,
+    `.${lastOf(parseArgs(want.SERVER_ARGS), "cluster-domain") || "cluster.local"}`,
   ];
   return [...new Set([...want.NO_PROXY.split(","), ...own, ...nodes].filter(Boolean))].join(",");
 }

@@ -3,8 +3,8 @@
 import { SettingError, type Settings } from "../settings.ts";
 import { raw, sh, waitUntil } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, type Step } from "../step.ts";
-import { type Match, nodeNameOf, nodeOf, RESTARTING, type Who, whoIs } from "./identity.ts";
-import { clusterLook, DRAINED, KUBECTL, type Node, nodesOf } from "./nodes.ts";
+import { type Match, nodeNameOf, nodeOf, nodesAt, RESTARTING, type Who, whoIs } from "./identity.ts";
+import { API, clusterLook, DRAINED, NODES, type Node, nodesOf, WATCH } from "./nodes.ts";
 import { K3S, nameLook } from "./unit.ts";
 
 /** Facts about this box's node, if any; also while k3s is still starting. */
@@ -23,30 +23,24 @@ const STARTING = 180;
 
 /** kubectl as the admin: an agent's credentials do not allow draining. */
 const ADMIN = sh`[ -s /etc/rancher/k3s/k3s.yaml ] || { echo "No k3s server is on this box: SERVER has to name the cluster's"; exit 1; }
-kc() { ${K3S} kubectl --kubeconfig /etc/rancher/k3s/k3s.yaml "$@"; }`;
+admin() { ${K3S} kubectl --kubeconfig /etc/rancher/k3s/k3s.yaml "$@"; }`;
 
 /** Without a Ready kubelet nothing ends the pods; a node that the user cordoned is left alone. */
 const drainable = (node: Node) => node.ready && (!node.cordoned || node.drained !== undefined);
 
-const givenBack = (name: string) => sh`kc uncordon ${name}
-kc annotate node ${name} ${DRAINED}-`;
-
-/** Shell that is true where a node's `ready` and `boot` are as awk is to find them. */
-const inBoot = (name: string, are: string) =>
-  sh`kc get node ${name} -o json | awk -F'"' ${`
-  /"bootID":/ { boot = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status }
-  END { exit !(${are}) }`}`;
+const givenBack = (name: string) => sh`admin uncordon ${name}
+admin annotate node ${name} ${DRAINED}-`;
 
 /** On failure kubectl names what blocks it, and the node is uncordoned again. */
 function draining(name: string, boot: string, flags = "", first = ""): Change {
-  const mark = (value: string) => sh`kc annotate --overwrite node ${name} ${DRAINED}=${value}`;
+  const mark = (value: string) => sh`admin annotate --overwrite node ${name} ${DRAINED}=${value}`;
   return {
     why: `drain node ${name}, for ${PATIENCE} s at most`,
     sh: sh`${raw(ADMIN)}
 ${raw(first)}${raw(mark(boot))}
 # The flag's name is of v1.20.
 case $(${K3S} --version) in *'k3s version v1.1'[789].*) scratch=--delete-local-data ;; *) scratch=--delete-emptydir-data ;; esac
-kc drain ${name} --ignore-daemonsets "$scratch" ${raw(flags)}--timeout=${PATIENCE}s || {
+admin drain ${name} --ignore-daemonsets "$scratch" ${raw(flags)}--timeout=${PATIENCE}s || {
   ${raw(givenBack(name).replace("\n", "\n  "))}
   echo 'Move by hand what stays (kubectl drain), and run this again: a node that you have cordoned is taken as it is'
   exit 1
@@ -71,7 +65,8 @@ export function uncordon({ name, drained }: Node): Change[] {
   return drained ? [{ why: `let pods come to node ${name} again`, sh: `${ADMIN}\n${givenBack(name)}` }] : [];
 }
 
-function nodesAt(facts: Facts<"nodes">): Node[] {
+/** The server's list of nodes. @throws {Refusal} where its API does not answer. */
+export function serverNodes(facts: Facts<"nodes">): Node[] {
   const nodes = nodesOf(facts.nodes);
   if (nodes.length === 0) throw new Refusal("The server's API does not answer: run make server");
   return nodes;
@@ -90,14 +85,14 @@ export const onNodeOf = <F extends string = "nodes">(
   options: [],
   look: () => [clusterLook],
   plan(_want, facts) {
-    const found = nodeOf(nodesAt(facts), box);
+    const found = nodeOf(serverNodes(facts), box);
     if (found?.is !== "restarted" || !found.node.ready) return plan(found, facts);
     return [
       {
         why: `wait until node ${found.node.name} says that its box has restarted`,
-        sh: `${KUBECTL}\n${waitUntil(
+        sh: `${WATCH}\n${waitUntil(
           RESTARTING,
-          inBoot(found.node.name, `ready != "True" || boot == "${box.boot}"`),
+          sh`changed ${found.node.name} 5; ! echo "$node" | grep -F ' Ready' | grep -qvF ${` boot=${box.boot} `}`,
           sh`echo ${"It is Ready, and in another boot than this box: two machines have one machine id (/etc/machine-id)"}`,
         )}`,
         seconds: RESTARTING + 60,
@@ -119,7 +114,7 @@ const uncordonedAfter = (box: Who): Step<"nodes"> => ({
   ...onNodeOf("uncordon", box, () => []),
   plan(_want, facts) {
     // Until k3s reports the new boot id, the box is recognised by its machine id.
-    const node = nodeOf(nodesAt(facts), { ...box, uptime: 0 })?.node;
+    const node = nodeOf(serverNodes(facts), { ...box, uptime: 0 })?.node;
     return node?.drained && node.drained.boot !== box.boot ? [givingBack(node.name, box.boot ?? "")] : [];
   },
 });
@@ -129,10 +124,11 @@ const givingBack = (name: string, boot: string): Change => ({
   why: `uncordon node ${name} once it is Ready`,
   // A node stays Ready for 40 s after its kubelet has died: the heartbeat must be later than the restart.
   sh: [
+    WATCH,
     ADMIN,
     waitUntil(
       PATIENCE,
-      inBoot(name, `ready == "True" && boot == "${boot}"`),
+      sh`changed ${name} 5; echo "$node" | grep -F ' Ready' | grep -qF ${` boot=${boot} `}`,
       sh`echo ${`Node ${name} is not Ready after its restart, and is still cordoned: make check says why; run this again once it is Ready (or kubectl uncordon ${name})`}`,
     ),
     givenBack(name),
@@ -154,7 +150,7 @@ function here(want: Settings, facts: Facts<"nodes" | "roles">) {
     isServer: facts.roles?.split("\n")[0] === "k3s",
     known: nodes.length > 0,
     box: whoIs(want.PUBLIC_IP, facts),
-    node: nodes.find((n) => n.externalIp === want.PUBLIC_IP || n.internalIp === want.PUBLIC_IP),
+    node: nodesAt(nodes, want.PUBLIC_IP)[0],
   };
 }
 
@@ -172,8 +168,10 @@ export function drainHere(want: Settings, facts: Facts<"nodes" | "roles">): Chan
   if (isServer) {
     const name = (known && nodeOf(nodesOf(facts.nodes), box)?.node.name) || nodeNameOf("server", want, facts);
     // A server whose API is silent at the moment may still be a healthy node.
-    const asked = sh`[ "$(kc get node ${name} --no-headers | awk '{ print $2 }')" = Ready ] || exit 0`;
-    return [{ ...draining(name, box.boot ?? "", "", known ? "" : `${asked}\n`), ...how }];
+    const asked = sh`${raw(NODES)}
+nodes ${name} | grep -qF ' Ready ' || exit 0
+`;
+    return [{ ...draining(name, box.boot ?? "", "", known ? "" : asked), ...how }];
   }
   if (want.SERVER)
     return [
@@ -204,8 +202,8 @@ export function uncordonHere(want: Settings, facts: Facts<"nodes" | "roles">, la
     return [
       {
         why: "wait until the cluster says whether this node is drained",
-        sh: sh`${raw(KUBECTL)}
-until kc get nodes >/dev/null 2>&1; do
+        sh: sh`${raw(API)}
+until apiuser; api GET '/api/v1/nodes?limit=1' 10 >/dev/null 2>&1; do
   [ "$(cut -d. -f1 /proc/uptime)" -lt ${STARTING} ] || { echo 'k3s does not answer here: if this node was drained it is still cordoned; run this again once it does (or kubectl uncordon)'; exit 1; }
   sleep 2
 done`,

@@ -87,6 +87,8 @@ export const portsLook = prints(
   print $1, port, pid ? pid : "-", name
 }' | sort -u | while read -r protocol port pid name; do
   ! grep -qsE '/k3s(-agent)?\.service' "/proc/$pid/cgroup" || continue
+  # One that ended since, as a k3s that its unit starts again does, holds no port.
+  [ "$pid" = - ] || [ -d "/proc/$pid" ] || continue
   if [ "$protocol" = udp ]; then
     link=$(wg show all listen-port 2>/dev/null | awk -v port="$port" '$2 == port { print $1 }' | head -n 1)
     # Without wg: the kernel's own socket is of one of its WireGuard interfaces.

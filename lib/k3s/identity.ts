@@ -21,7 +21,7 @@ import {
   WRITTEN_BY,
 } from "./unit.ts";
 
-/** A box by its address in the settings and by what it reports; a box that is gone reports nothing. */
+/** The identity of a box: its address in the settings, and what it reports; a box that is gone reports nothing. */
 export interface Who {
   ip: string;
   boot?: string;
@@ -43,11 +43,15 @@ export const RESTARTING = 180;
 export interface Match {
   node: Node;
   /**
-   * `restarted`: the same machine in a new boot that k3s has not reported yet. `anew`: nothing of the box matches the
-   * node, which is not Ready: the box was reinstalled, or the node's box is off.
+   * `restarted`: the same machine after a reboot that k3s has not reported yet. `anew`: neither id of the box matches the
+   * node, which is not Ready: the box was reinstalled, or the node belongs to a box that is off.
    */
   is: "same" | "restarted" | "anew";
 }
+
+/** The nodes with an address. */
+export const nodesAt = (nodes: readonly Node[], ip: string): Node[] =>
+  nodes.filter((node) => node.externalIp === ip || node.internalIp === ip);
 
 /**
  * The node of a box. Machine ids prove nothing (copies of an image share one), nor do boot ids (an agent may write its
@@ -58,18 +62,18 @@ export interface Match {
  * @throws {Refusal} when they do not agree.
  */
 export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }: Who): Match | undefined {
-  const at = nodes.filter((n) => n.externalIp === ip || n.internalIp === ip);
+  const at = nodesAt(nodes, ip);
   const [node, other] = at;
   if (other)
     throw new Refusal(
-      `Nodes ${at.map(({ name }) => name).join(" and ")} have one address, ${ip}: which one is this box? Delete the other (kubectl delete node …), then again`,
+      `Nodes ${at.map(({ name }) => name).join(" and ")} have the same address, ${ip}: delete the one that is not this box (kubectl delete node …), then run this again`,
     );
   // Containers of one host share a boot id.
   const sure = node?.boot === boot && node?.machine !== undefined && node.machine === machine;
   const twin = boot && !sure ? nodes.find((n) => n.boot === boot && n !== node) : undefined;
   if (twin)
     throw new Refusal(
-      `This box is not at ${ip} by the cluster: its boot id is that of node ${twin.name}, at ${twin.externalIp ?? twin.internalIp ?? "no address"}: is ${ip} another box's address?`,
+      `The address ${ip} is not this box's in the cluster: its boot id is that of node ${twin.name}, at ${twin.externalIp ?? twin.internalIp ?? "no address"}. Is ${ip} the address of another box?`,
     );
   if (!node) return undefined;
   if (!boot || node.boot === boot) return { node, is: "same" };
@@ -88,7 +92,7 @@ export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }
  * @throws {Refusal} when the address belongs to another box.
  */
 function addressFree(nodes: readonly Node[], who: Who): void {
-  const at = nodes.filter((n) => n.externalIp === who.ip || n.internalIp === who.ip);
+  const at = nodesAt(nodes, who.ip);
   const own = at.filter((n) => n.machine === who.machine);
   const node = (own.length ? own : at).find(({ ready }) => ready);
   if (node) nodeOf([node], who);
@@ -96,12 +100,7 @@ function addressFree(nodes: readonly Node[], who: Who): void {
 
 /** Nodes at a box's address that are of this machine. */
 const ownIn = (nodes: readonly Node[], { ip, boot, machine }: Who) =>
-  nodes.filter(
-    (n) =>
-      ip &&
-      (n.externalIp === ip || n.internalIp === ip) &&
-      ((n.boot && n.boot === boot) || (n.machine && n.machine === machine)),
-  );
+  nodesAt(nodes, ip).filter((n) => (n.boot && n.boot === boot) || (n.machine && n.machine === machine));
 
 /**
  * The name under which k3s registers a box: `--node-name` of the settings or of the box's unit; else the name of its
@@ -125,7 +124,7 @@ export function nodeNameOf(
     (more ? undefined : node?.name) ??
     (facts.hostname?.trim() ?? "").toLowerCase();
   if (!NAME.test(name))
-    throw new Refusal(`"${name}" cannot be a node's name: give the box another (hostnamectl set-hostname …)`);
+    throw new Refusal(`"${name}" is not a valid node name: rename the box (hostnamectl set-hostname …)`);
   return name;
 }
 
@@ -179,7 +178,7 @@ export function mayGo(
     const where = elsewhere(unit, facts.told);
     if (where)
       throw new Refusal(
-        `k3s on this box (${unitOf(role)}) has its data ${where}, where nothing is removed from here: k3s-uninstall.sh of its installer does it`,
+        `k3s on this box (${unitOf(role)}) has its data ${where}, which is never removed by this project: use the k3s-uninstall.sh of its installer`,
       );
     if (isForeign(unit) && !known && !force)
       throw new Refusal(
@@ -189,7 +188,7 @@ export function mayGo(
   const { server, agent } = casOf(facts);
   const anothers = (what: string, cas: readonly string[]) => {
     throw new Refusal(
-      `k3s on this box is ${what} of another cluster (CA ${brief(cas[0])}, this cluster's ${brief(cluster[0])}): make down with the env file of that one takes it away`,
+      `k3s on this box is ${what} of another cluster (CA ${brief(cas[0])}, this cluster's ${brief(cluster[0])}): make down with that cluster's env file removes it`,
     );
   };
   if (cluster.length) {
@@ -202,13 +201,13 @@ export function mayGo(
     );
   if (server.length && role === "agent" && !known && !force)
     throw new Refusal(
-      `This box has a server's data, with the same CA, and the cluster does not know it: is it the server that was, or one in use? ${allowing} removes it with its datastore`,
+      `This box has a server's data, with the same CA, but is no node of the cluster: is it a former server, or one in use? ${allowing} removes it with its datastore`,
     );
 }
 
 /**
- * Facts for mayBecome and isForeign: each role's unit with its drop-ins, and other places that name k3s's data
- * directory.
+ * Facts for mayBecome and isForeign: each role's unit with its drop-ins, and data directories of k3s that are set
+ * elsewhere.
  */
 export const unitsLook = prints("unit-k3s unit-k3s-agent told")(sh`for name in k3s k3s-agent; do
   fact "unit-$name"; systemctl cat $name.service 2>/dev/null || cat /etc/systemd/system/$name.service 2>/dev/null
@@ -293,7 +292,7 @@ const unitFact = (facts: Facts<UnitFact>, role: Role) => facts[`unit-${unitOf(ro
  */
 function notForeign(role: Role, want: Want, facts: Facts<UnitFact>, goes: readonly string[]): void {
   const unit = unitFact(facts, role);
-  // Another config file, a script or a variable may name it: without data here they are elsewhere, or were never made.
+  // It may be set in another config file, a script or a variable: without data here, the data is elsewhere or missing.
   const [lack, file] =
     role === "server" ? ["no-database", "server/db/state.db"] : ["no-agent", "agent/server-ca.crt"];
   const missing = isForeign(unit) && facts.told?.split("\n").includes(lack);
@@ -301,7 +300,7 @@ function notForeign(role: Role, want: Want, facts: Facts<UnitFact>, goes: readon
     elsewhere(unit, facts.told) ?? (missing ? `elsewhere: there is no ${DATA}/${file}` : undefined);
   if (where)
     throw new Refusal(
-      `k3s is on this box already (${unitOf(role)}), and has its data ${where}: here it would start a new, empty ${role === "server" ? "cluster" : "node"}. It is left as it is; k3s-uninstall.sh of its installer removes it`,
+      `k3s is already installed on this box (${unitOf(role)}), and has its data ${where}: this would start a new, empty ${role === "server" ? "cluster" : "node"}. It is not changed; the k3s-uninstall.sh of its installer removes it`,
     );
   if (!isForeign(unit) || want.allowed?.has("take-over")) return;
   const gone: string[] = [];
@@ -314,16 +313,16 @@ function notForeign(role: Role, want: Want, facts: Facts<UnitFact>, goes: readon
     if (!goes.includes(word)) gone.push(word);
   }
   throw new Refusal(
-    `${unitOf(role)}.service on this box was not written by this project. TAKE_OVER=1 writes its own in its place${gone.length ? `, and drops these arguments: ${shown(gone)}` : ""}`,
+    `${unitOf(role)}.service on this box was not written by this project. TAKE_OVER=1 replaces it${gone.length ? `, and drops these arguments: ${shown(gone)}` : ""}`,
   );
 }
 
-/** May this box take, or keep, its role in the cluster of K3S_TOKEN? @throws {Refusal} */
+/** May this box take or keep its role in the cluster of K3S_TOKEN? @throws {Refusal} */
 export function mayBecome(role: Role, want: Want, facts: Facts, goes: readonly string[]): void {
   const other = role === "server" ? "agent" : "server";
   if (unitFact(facts, other).trim())
     throw new Refusal(
-      `This box runs ${unitOf(other)}, or is set up to: it cannot be ${unitOf(role)} as well; make remove, or make down, takes it away`,
+      `This box runs ${unitOf(other)}, or is set up to: it cannot be ${unitOf(role)} as well; make remove or make down removes it`,
     );
   notForeign(role, want, facts, goes);
   if (want.allowed?.has("force")) return;
@@ -331,17 +330,17 @@ export function mayBecome(role: Role, want: Want, facts: Facts, goes: readonly s
   const have = casOf(facts)[role];
   if (role === "agent" && want.K3S_TOKEN && moving(want, facts))
     throw new Refusal(
-      `This box is an agent of another cluster: that has the CA ${brief(have[0])}, this one ${asked ? brief(asked) : "a new one"}. FORCE=1 moves it to this one`,
+      `This box is an agent of another cluster: its CA is ${brief(have[0])}, this cluster's ${asked ? brief(asked) : "a new one"}. FORCE=1 moves it to this cluster`,
     );
   if (role === "agent" || !asked || share(have, [asked])) return;
   if (have.length)
     throw new Refusal(
-      `This box is the server of another cluster: that has the CA ${brief(have[0])}, K3S_TOKEN names ${brief(asked)}. Is SERVER right? FORCE=1 goes on, and its token takes the place of K3S_TOKEN`,
+      `This box is the server of another cluster: its CA is ${brief(have[0])}, K3S_TOKEN names ${brief(asked)}. Is SERVER right? FORCE=1 continues, and replaces K3S_TOKEN with its token`,
     );
   // A further server gets the cluster's CA from the datastore.
   if (!want.K3S_DATASTORE_ENDPOINT)
     throw new Refusal(
-      `K3S_TOKEN belongs to a cluster (CA ${brief(asked)}), and this box has no server's data: this would start a new, empty cluster and replace K3S_TOKEN. Is SERVER right? make restore brings a backup here; FORCE=1 begins a new cluster`,
+      `K3S_TOKEN belongs to a cluster (CA ${brief(asked)}), and this box has no server's data: this would start a new, empty cluster and replace K3S_TOKEN. Is SERVER right? make restore restores a backup here; FORCE=1 starts a new cluster`,
     );
 }
 
@@ -354,8 +353,8 @@ export function moving(want: Settings, facts: Facts): string {
 }
 
 /**
- * A node that runs gets another release by make upgrade alone, which drains it; and no agent joins that is newer than
- * its server, which Kubernetes does not support. What a K3S_BIN is shows only where it is.
+ * Only make upgrade, which drains, changes the release of a running node; and no agent may join that is newer than its
+ * server, which Kubernetes does not support. The release of a K3S_BIN is known only on the box.
  * @throws {Refusal}
  */
 function rightRelease(
@@ -370,7 +369,7 @@ function rightRelease(
   const wanted = want.K3S_VERSION;
   if (own && own.version !== wanted)
     throw new Refusal(
-      `Node ${own.name} runs k3s ${own.version}, and K3S_VERSION is ${wanted}: make upgrade K3S_VERSION=${wanted} replaces it, drained and one node at a time; if that is not what you want, set K3S_VERSION=${own.version} in the env file`,
+      `Node ${own.name} runs k3s ${own.version}, and K3S_VERSION is ${wanted}: make upgrade K3S_VERSION=${wanted} upgrades it, drained and one node at a time; to keep ${own.version}, set K3S_VERSION=${own.version} in the env file`,
     );
   const server = nodes.find(
     // A server that is gone may have left its node.
@@ -387,8 +386,8 @@ function rightRelease(
 
 /** The switches that allow moving a box to another cluster and taking over a foreign unit. */
 export const ALLOWED = {
-  force: "an agent moves to another cluster, or a new cluster's token takes the place of K3S_TOKEN",
-  "take-over": "write this project's unit over one that is not its own, where the data stays where it is",
+  force: "move an agent to another cluster, or replace K3S_TOKEN with the token of a new cluster",
+  "take-over": "replace a k3s unit that this project did not write; k3s's data is kept",
 };
 
 /** Checked before a box is changed. */

@@ -13,6 +13,8 @@ interface Word {
 /** metrics-server's errors about a node, in v0.3.6 and in v0.5 and later (pkg/scraper). */
 const SCRAPE = "(Failed to scrape node|unable to fully (scrape|collect) metrics)";
 
+const NEW_TOKEN = '"make server" writes the current token, then AGAIN';
+
 /**
  * Messages of k3s's journal and metrics-server's log, and what they mean (v1.17.6 and v1.36.3, recorded). The first
  * match of a line counts.
@@ -44,19 +46,19 @@ const WORDS: readonly Word[] = [
   {
     said: "token (CA hash )?does not match",
     cause: "its K3S_TOKEN belongs to another cluster, or the server was reinstalled",
-    remedy: '"make server" writes the present token, then AGAIN',
+    remedy: NEW_TOKEN,
     forever: true,
   },
   {
     said: "token is not valid|server is not ready: .*not authorized",
     cause: "the password in its K3S_TOKEN is wrong",
-    remedy: '"make server" writes the present token, then AGAIN',
+    remedy: NEW_TOKEN,
     forever: true,
   },
   {
     said: "invalid token format|token credentials are the wrong format",
     cause: "its K3S_TOKEN is not a k3s token",
-    remedy: '"make server" writes the present token, then AGAIN',
+    remedy: NEW_TOKEN,
     forever: true,
   },
   {
@@ -73,7 +75,7 @@ const WORDS: readonly Word[] = [
   {
     said: "x509: certificate signed by unknown authority|is not trusted",
     cause: "the server at its K3S_URL is another one, or was reinstalled",
-    remedy: '"make server" writes the present token, then AGAIN',
+    remedy: NEW_TOKEN,
   },
   {
     said: "failed to get CA certs",
@@ -146,15 +148,14 @@ const WORDS: readonly Word[] = [
   },
 ];
 
-/** For grep -E on the box: the known messages. */
-export const MEANT = WORDS.map(({ said }) => said.replaceAll("'", "."))
-  .join("|")
-  .replace(/^-|\|-/g, (s) => s.replace("-", "[-]"));
+/** For grep -E on the box, in single quotes and not to be taken for an option. */
+const pattern = (words: readonly Word[]): string =>
+  words.map(({ said }) => said.replaceAll("'", ".").replace(/^-/, "[-]")).join("|");
 
-/** For grep -E: messages that k3s repeats forever, at which waiting ends. */
-export const HOPELESS = WORDS.filter(({ forever }) => forever)
-  .map(({ said }) => said.replaceAll("'", "."))
-  .join("|");
+/** The known messages. */
+export const MEANT = pattern(WORDS);
+/** Messages that k3s repeats forever, at which waiting ends. */
+export const HOPELESS = pattern(WORDS.filter(({ forever }) => forever));
 
 /** The meaning of journal lines: the last known one counts. `again` is the command to retry. */
 export function meaningOf(text: string, again: string): { cause: string; remedy: string } | undefined {

@@ -4,7 +4,7 @@ import { isIP } from "node:net";
 import { raw, sh } from "../sh.ts";
 import { type Facts, prints } from "../step.ts";
 import { KEY, PRIVATE_RANGES, publicIp, WORD } from "../table.ts";
-import { K3S, NAME } from "./unit.ts";
+import { type Generation, K3S, NAME } from "./unit.ts";
 
 /**
  * The shell function `kc`: kubectl with credentials that may read nodes: the admin's on a server; on an agent those of
@@ -26,45 +26,148 @@ export const KUBECTL = sh`kc() {
   return 1
 }`;
 
-/** WireGuard's peers, never the private key. */
-export const peersLook = prints("peers")(
-  'fact peers; for i in flannel.1 flannel-wg; do wg show "$i" dump 2>/dev/null | sed "1d;s/^/$i\t/"; done',
-);
-
-const TLS = "/var/lib/rancher/k3s/server/tls";
-
-/** curl as the admin, on a server: the key stays in k3s's own file, of mode 0600. */
-export const CURL = sh`curl -q -sS --noproxy '*' --cacert ${TLS}/server-ca.crt --cert ${TLS}/client-admin.crt --key ${TLS}/client-admin.key`;
+/** Seconds after which WireGuard drops a session; while keepalives flow it is renewed every 120. */
+export const FRESH = 180;
 
 /**
- * The shell function `api METHOD PATH [SECONDS]`, for a server: asks the API by curl, since a kubectl takes 139 MB
+ * The earliest time of a handshake that counts, in seconds since 1970. v1.17 recreates its key and flannel.1 some time
+ * after `started`, its start: until then the previous process's are seen.
+ */
+export const oldest = (generation: Generation, now: number, started = 0): number =>
+  Math.max(now - FRESH, generation === "old" ? Math.floor(started) - 2 : 0);
+
+/** The same as shell code: computes `oldest` from `since`, the time of the start. */
+export const oldestSh = (generation: Generation): string =>
+  sh`oldest=$(($(date +%s) - ${FRESH}))${raw(generation === "old" ? `; [ "$oldest" -ge $((since - 2)) ] || oldest=$((since - 2))` : "")}`;
+
+/** Shell that sets `since` to when a unit was started, in seconds since 1970. */
+export const startedSh = (unit: string): string =>
+  sh`since=$(systemctl show ${unit} -p ExecMainStartTimestampMonotonic | sed 's/.*=//; s/[0-9]\{6\}$//')
+since=$(($(date +%s) - $(cut -d. -f1 /proc/uptime) + \${since:-0}))
+`;
+
+/** WireGuard's peers, never the private key. */
+const PEERS = 'for i in flannel.1 flannel-wg; do wg show "$i" dump 2>/dev/null | sed "1d;s/^/$i\t/"; done';
+export const peersLook = prints("peers")(`fact peers; ${PEERS}`);
+
+/**
+ * curl as the user of `api`, whose certificate and key stay in k3s's own files of mode 0600: the admin on a server. On an
+ * agent k3s-controller may read a node, and on modern k3s list them; the kubelet could list them before v1.32.
+ */
+export const CURL = `curl -q -sS --noproxy '*' --cacert "$tls/server-ca.crt" --cert "$tls/$user.crt" --key "$tls/$user.key"`;
+
+/**
+ * The shell function `api METHOD PATH [SECONDS]`: asks the API by curl, since a kubectl takes 0.2 s of CPU and 139 MB
  * (v1.36.3). A POST reads its body from standard input. On failure it prints one line to standard error. kubectl is the
- * fallback where curl is missing or cannot use the key (CentOS 7 and EC keys).
+ * fallback where curl is missing or cannot use the key (CentOS 7 and EC keys). `apiuser` finds out anew by what: files
+ * that k3s writes at its start, v1.17.6's agent with another port each time.
  */
 export const API = sh`${raw(KUBECTL)}
-apiurl=$(sed -n 's/^ *server: *//p' /etc/rancher/k3s/k3s.yaml 2>/dev/null | head -n 1)
+apiuser() {
+  tls=/var/lib/rancher/k3s/server/tls; user=client-admin; users=$user; config=/etc/rancher/k3s/k3s.yaml
+  case $(systemctl is-active k3s-agent 2>/dev/null) in active | activating) false ;; *) [ -s $tls/$user.key ] ;; esac || {
+    tls=/var/lib/rancher/k3s/agent; users='client-k3s-controller client-kubelet'; config=$tls/kubelet.kubeconfig
+  }
+  apiurl=$(sed -n 's/^ *server: *//p' "$config" 2>/dev/null | head -n 1)
+}
+apiuser
 api() {
-  path=$2; patience=\${3:-20}; body=
+  path=$2; patience=\${3:-20}; body=; refused=
   case $1 in POST) verb=create; body=$(cat) ;; DELETE) verb=delete ;; *) verb="get" ;; esac
   set -- -X "$1"
   [ -z "$body" ] || set -- "$@" -H 'Content-Type: application/json' --data-binary @-
-  answer=$(printf %s "$body" | ${raw(CURL)} -m "$patience" "$@" -w '\n%{http_code}' "\${apiurl:-https://127.0.0.1:6443}$path" 2>/dev/null)
-  case $? in
-    0)
-      code=$(printf %s "$answer" | tail -n 1)
-      answer=\${answer%"$code"}
-      case $code in
-        2*) printf '%s\n' "$answer"; return ;;
-        401) ;; # a curl that gave no certificate
-        *) printf '%s %s\n' "$code" "$answer" | tr '\n' ' ' | cut -c1-600 >&2; return 1 ;;
-      esac ;;
-    7) echo 'it refuses connections' >&2; return 1 ;;
-    28) echo "did not answer in $patience s" >&2; return 1 ;;
-    52|56) echo 'it closes connections' >&2; return 1 ;;
-  esac
+  for user in $users; do
+    [ -s "$tls/$user.key" ] || continue
+    answer=$(printf %s "$body" | ${raw(CURL)} -m "$patience" "$@" -w '\n%{http_code}' "\${apiurl:-https://127.0.0.1:6443}$path" 2>/dev/null)
+    case $? in
+      0)
+        code=$(printf %s "$answer" | tail -n 1)
+        answer=\${answer%"$code"}
+        case $code in
+          2*) printf '%s\n' "$answer"; return ;;
+          401) refused=; break ;; # a curl that gave no certificate
+          403) refused="$code $answer" ;;
+          *) refused="$code $answer"; break ;;
+        esac ;;
+      7) refused='it refuses connections'; break ;;
+      28) refused="did not answer in $patience s"; break ;;
+      52 | 56) refused='it closes connections'; break ;;
+      *) break ;;
+    esac
+  done
+  [ -z "$refused" ] || { printf %s "$refused" | tr '\n' ' ' | cut -c1-600 >&2; return 1; }
   set -- "$verb" --raw "$path"
   [ -z "$body" ] || set -- "$@" -f -
   printf %s "$body" | kc "$@"
+}`;
+
+/**
+ * Shell that shapes nodes, as `?pretty=false` gives them, down to about what nodesOf() reads, a line each: without
+ * images and managedFields, most of a node's 6 to 20 kB. Any other text passes as it is. The quotes within a string are
+ * escaped, so none can pass for a key.
+ */
+export const SHAPE = String.raw`sed 's/},{"metadata":{/},\
+{"metadata":{/g' | sed -E '/^\{("kind":"Node|"metadata":\{)/!b
+s/,"managedFields":\[.*\]\},"spec":\{/},"spec":{/
+s/("nodeInfo":\{("[^"\\]*"|[^"{}]|\{("[^"\\]*"|[^"{}])*\})*\}),".*\}\}(,|\]\})?$/\1}}\4/
+s/"(capacity|allocatable)":\{("[^"\\]*"|[:,])*\},//g
+s/("lastTransitionTime":"[^"\\]*"),"reason":"[^"\\]*","message":"[^"\\]*"\}/\1}/g'`;
+
+/**
+ * The shell function `nodes [NAME]`, for what waits for a node: a line a node, with the status in kubectl's words, as
+ * `b1 Ready,SchedulingDisabled boot=… version=… beat=… external-ip=… public-ip=… .`. What a node may not have said is `-`, and no value has a
+ * blank. A node ends with the next one's metadata; what stands last counts, since labels stand before conditions.
+ */
+export const NODES = sh`${raw(API)}
+words() {
+  awk -v RS='}' '
+    function of(key, value) {
+      if (!match($0, "\"" key "\": *\"[^\"]*")) return value
+      value = substr($0, RSTART, RLENGTH); sub(/.*"/, "", value); gsub(/[^0-9A-Za-z.:+-]/, "?", value)
+      return value
+    }
+    function ends() {
+      if (name) print name, (ready == "True" ? "Ready" : "NotReady") cordoned, "boot=" boot, "version=" version, "beat=" beat, "external-ip=" external, "public-ip=" flannel, "."
+    }
+    /"metadata":."name":/ { ends(); name = of("name"); boot = version = beat = external = flannel = "-"; ready = cordoned = "" }
+    { boot = of("bootID", boot); version = of("kubeletVersion", version); flannel = of("flannel.alpha.coreos.com/public-ip", flannel) }
+    of("type") == "Ready" { ready = of("status"); beat = of("lastHeartbeatTime") }
+    of("type") == "ExternalIP" && external == "-" { external = of("address") }
+    /"unschedulable":true/ { cordoned = ",SchedulingDisabled" }
+    END { ends() }'
+}
+nodes() {
+  apiuser
+  api GET "/api/v1/nodes\${1:+/$1}?pretty=false" 10 2>/dev/null | words
+}`;
+
+/**
+ * The shell function `changed NAME SECONDS`: $node is what `nodes NAME` says, as soon as that is not what it was, or after
+ * SECONDS. It watches as the last of `users`: the kubelet may watch its own node in both generations, even before there is
+ * one. Where curl cannot, or the watch ended early or said nothing, it asks once, and a second passes.
+ */
+export const WATCH = sh`${raw(NODES)}
+node=; seen=
+changed() {
+  [ -n "$seen" ] || apiuser
+  user=\${users##* }
+  # A watch begins with the node as it is, if there is one: grep passes over what is known, and curl is ended with the
+  # first line that is new. Without one it says how much it got, and in what time: a server that stops ends it early. A shell may say whom it saw end.
+  line=$(
+    exec 2>/dev/null
+    sh -c 'echo $$; exec "$@"' - ${raw(CURL)} -f -N -m "$2" -w '%{size_download} %{http_code} %{time_total}' \
+      "\${apiurl:-https://127.0.0.1:6443}/api/v1/nodes?pretty=false&watch=1&fieldSelector=metadata.name%3D$1" | {
+      read -r curl
+      grep -m 1 -vF "\"resourceVersion\":\"$seen\""
+      kill "$curl"
+    }
+  ) || :
+  case $line in
+    '{"type":"DELETED"'*) node=; seen= ;;
+    [1-9]*" 200 $2."*) ;;
+    '{"type":"'[AM]*'}') seen=\${line#*'"resourceVersion":"'}; seen=\${seen%%'"'*}; node=$(printf '%s\n' "$line" | words) ;;
+    *) seen=; node=$(nodes "$1"); sleep 1 ;;
+  esac
 }`;
 
 /** The fact `load`: load averages, cores, memory and swap. */
@@ -73,22 +176,87 @@ export const loadLook = prints(
 )(`fact load; cat /proc/loadavg; getconf _NPROCESSORS_ONLN 2>/dev/null || nproc
 grep -E '^(MemTotal|MemAvailable|SwapTotal|SwapFree):' /proc/meminfo`);
 
-/** The fact `nodes`; if the API gave none, `api` has the seconds it took and its error. */
-export const nodesLook = prints("nodes api load")(sh`${raw(API)}
-fact nodes; began=$(date +%s); failed=
+/**
+ * The shell function `concerns [OLDEST] [JOINING ADDRESS]`: reads WireGuard's peers, as peersLook prints them, then
+ * shaped nodes, and prints what of both concerns an agent: servers, and whoever has no handshake with it at its public
+ * address later than OLDEST. So what agents say grows with their number, not with its square (issue 14). Of the others
+ * it prints names and addresses if somebody has no handshake, or if $others is "names". Before the agent has joined it
+ * prints servers and nodes with its ADDRESS, and no peers. It passes on as it is what it cannot read, all if $others is
+ * "whole", and all with peers of both generations.
+ */
+export const CONCERNS = String.raw`concerns() { awk -v oldest="$1" -v joining="$2" -v ip="$3" -v others="${"$"}{others:-}" -v mark="$m" '
+function text(key,   start, value) {
+  if (!(start = index($0, key "\""))) return ""
+  value = substr($0, start + length(key) + 1)
+  return substr(value, 1, index(value, "\"") - 1)
+}
+function add(node) { printf "%s%s", (added++ ? ",\n" : ""), node }
+$0 == "" { next }
+/^[^ {}]/ {
+  peer[++peers] = $0; split($0, field, "\t"); nets = split(field[5], net, ",")
+  if (!(field[1] in kind)) { kind[field[1]]; kinds++ }
+  sub(/:[0-9]+$/, "", field[4])
+  for (i = 1; i <= nets; i++) { by[net[i]] = peers; at[net[i]] = field[4]; shaken[net[i]] = field[6] }
+  next
+}
+!list && !whole {
+  if (kinds < 2 && others != "whole" && match($0, /^[{].*"items":\[/)) {
+    list = 1; print substr($0, 1, RLENGTH); $0 = substr($0, RLENGTH + 1)
+  } else whole = 1
+}
+whole { print; next }
 {
-  words=$(
-    case $(systemctl is-active k3s-agent 2>/dev/null) in active|activating) false ;; *) [ -s ${TLS}/client-admin.key ] ;; esac &&
-      { api GET '/api/v1/nodes?pretty=false' 2>&1 >&3; exit; }
-    kc get nodes -o json 2>&1 >&3
-  ) || failed=yes
-} 3>&1
-[ -z "$failed" ] || [ -z "$words" ] || { fact api; echo "$(($(date +%s) - began)) $words" | cut -c1-600; }
+  sub(/(,|\]\})$/, "")
+  if ($0 == "") next
+  external = text("\"type\":\"ExternalIP\",\"address\":")
+  cidr = text("\"spec\":{\"podCIDR\":")
+  proven = joining
+  if (cidr in by && at[cidr] == external && shaken[cidr] > oldest &&
+      external == text("\"flannel.alpha.coreos.com/public-ip\":")) proven = 1
+  if (!proven) unproven++
+  if (!proven || (ip && index($0, "\"" ip "\"")) || /"node-role.kubernetes.io\/(control-plane|master)":/) { add($0); next }
+  if (cidr in by) done[by[cidr]]
+  rest[++left] = "{\"metadata\":{\"name\":\"" text("\"name\":") \
+    "\"},\"status\":{\"addresses\":[{\"type\":\"ExternalIP\",\"address\":\"" external "\"}]}}"
+}
+END {
+  # The first one without a peer is the box itself.
+  if (others || unproven > 1) for (i = 1; i <= left; i++) add(rest[i])
+  if (list) print "\n]}"
+  if (joining) exit
+  printf "\n%s fact peers\n", mark
+  for (i = 1; i <= peers; i++) if (!(i in done)) print peer[i]
+}'
+}`;
+
+/** The fact `nodes`; if the API gave none, `api` has the seconds it took and its error. */
+const nodesBy = (form: string) =>
+  prints("nodes api load")(sh`${raw(API)}
+fact nodes; began=$(date +%s); failed=
+list=$(api GET '/api/v1/nodes?pretty=false' 2>&1) || failed=yes
+if [ -z "$failed" ]; then
+  printf '%s\n' "$list" | grep '^[{ }]' | ${raw(form)}
+elif [ -n "$list" ]; then
+  fact api; echo "$(($(date +%s) - began)) $list" | cut -c1-600
+fi
 ${raw(loadLook)}`);
 
-/** Facts about the cluster as this box sees it: its nodes, and WireGuard's peers. */
-export const clusterLook = prints("nodes api load peers interfaces")(`${nodesLook}
-${peersLook}
+export const nodesLook = nodesBy(SHAPE);
+
+/**
+ * Facts about the cluster as this box sees it: its nodes, and WireGuard's peers; on an agent what concerns it alone.
+ * The variable `others` set before has it say more: names, whole.
+ */
+export const clusterLook = prints("nodes api load peers interfaces")(sh`peers=$(${raw(PEERS)})
+${raw(CONCERNS)}
+own() {
+  case $tls in */server/tls) cat; fact peers; printf '%s\n' "$peers"; return ;; esac
+  # Which generation runs is not asked here: the old one's rule is the stricter.
+  ${raw(startedSh("k3s-agent"))}  ${raw(oldestSh("old"))}
+  { printf '%s\n' "$peers"; cat; } | concerns "$oldest"
+}
+${raw(nodesBy(`{ ${SHAPE}; } | own`))}
+[ -z "$failed" ] || { fact peers; printf '%s\n' "$peers"; }
 fact interfaces; ls /sys/class/net
 `);
 
@@ -372,9 +540,6 @@ export interface Peer {
   received: number;
   sent: number;
 }
-
-/** Seconds after which WireGuard drops a session; while keepalives flow it is renewed every 120. */
-export const FRESH = 180;
 
 /** The peer for a node's pod network: WireGuard has at most one for a network. */
 export const peerOf = (peers: readonly Peer[], podCidr = "-"): Peer | undefined =>

@@ -1,7 +1,7 @@
 /** Package managers of a box, and its read-only folders. */
 import { raw, sh } from "../sh.ts";
 import { type Facts, prints, Refusal } from "../step.ts";
-import { pairs } from "../text.ts";
+import { parseKeyValues } from "../text.ts";
 
 export type Manager = "apt" | "yum" | "dnf" | "zypper" | "apk" | "pacman";
 
@@ -42,16 +42,10 @@ const MANAGERS: Record<string, Manager> = {
   yum: "yum",
 };
 
-const programs = (text = "") =>
-  text
-    .trim()
-    .split("\n")
-    .map((path) => path.replace(/.*\//, ""));
+const programs = (paths = "") => paths.replace(/.*\//g, "").trim().split("\n");
 
 export function osOf(facts: Facts<"managers" | "image">): Os {
-  const release = Object.fromEntries(
-    Object.entries(pairs(facts.os)).map(([k, v]) => [k, v.trim().replace(/^(["'])(.*)\1$/, "$2")]),
-  );
+  const release = parseKeyValues(facts.os?.replace(/=[^\S\n]*(["']?)(.*?)\1[^\S\n]*$/gm, "=$2"));
   const { ID: id = "", VERSION_ID: version = "" } = release;
   const [image] = programs(facts.image);
   return {

@@ -1,55 +1,55 @@
 /** What the engine is told about k3s: files that settings name, and how boxes depend on each other. */
 import { isUtf8 } from "node:buffer";
-import { createHash } from "node:crypto";
-import { createReadStream, existsSync, readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { boxes } from "../boxes.ts";
 import { runScript } from "../cli.ts";
-import type { Call, Recipe } from "../script.ts";
+import { hashOf } from "../files.ts";
+import type { Run, Script } from "../script.ts";
 import { aFile, SettingError, type Settings } from "../settings.ts";
 import type { Want } from "../step.ts";
 import { boxNames, splitWords } from "../text.ts";
 import { configArgs, wrongIn } from "./args.ts";
 import { noProxy } from "./config.ts";
-import { firewall } from "./firewall.ts";
+import { firewall } from "./firewall/firewall.ts";
 
 /** Runs a script when it is the program itself, not an import. */
-export const run = (meta: ImportMeta, recipe: Recipe): Promise<void> =>
-  runScript(meta, { ...recipe, filesOf, prepare, wantOnBox });
+export const main = (meta: ImportMeta, script: Script): Promise<void> =>
+  runScript(meta, { ...script, filesOf, prepare, wantOnBox });
 
 /** Addresses of all boxes, for the firewall and NO_PROXY. */
-async function prepare(call: Call): Promise<void> {
-  const { recipe, settings, own } = call;
-  const declared = settings.FIREWALL && recipe.steps.includes(firewall);
+async function prepare(run: Run): Promise<void> {
+  const { script, settings, own } = run;
+  const declared = settings.FIREWALL && script.steps.includes(firewall);
   if (declared || [settings, ...Object.values(own)].some((of) => of.HTTPS_PROXY || of.HTTP_PROXY))
-    call.addresses = {
+    run.addresses = {
       servers: settings.SERVER
-        ? await addressesOf(call, "SERVER")
-        : recipe.work
+        ? await addressesOf(run, "SERVER")
+        : script.work
           ? splitWords(settings.PUBLIC_IP)
           : [],
-      agents: await addressesOf(call, "AGENTS"),
+      agents: await addressesOf(run, "AGENTS"),
     };
-  if (declared) call.letIn = [...call.addresses.servers, ...call.addresses.agents];
+  if (declared) run.letIn = [...run.addresses.servers, ...run.addresses.agents];
 }
 
 /** @throws {SettingError} for a box without a known public address. */
-async function addressesOf(call: Call, setting: "SERVER" | "AGENTS"): Promise<string[]> {
-  return (await boxes(call, setting)).map(({ ip }) => ip).sort();
+async function addressesOf(run: Run, setting: "SERVER" | "AGENTS"): Promise<string[]> {
+  return (await boxes(run, setting)).map(({ ip }) => ip).sort();
 }
 
 /** A box's settings, as far as they depend on the other boxes. */
-export function wantOnBox(call: Call, name: string, want: Want): Want {
-  const { settings, addresses } = call;
+export function wantOnBox(run: Run, name: string, want: Want): Want {
+  const { settings, addresses } = run;
   const servers = boxNames(settings.SERVER);
-  const isServer = call.recipe.host === "SERVER" || servers.includes(name);
-  const own = call.own[name] ?? call.own[""];
+  const isServer = run.script.host === "SERVER" || servers.includes(name);
+  const own = run.own[name] ?? run.own[""];
   // The server's arguments define the networks of pods and services for all boxes.
-  const theirs = isServer ? undefined : call.own[servers[0] as string]?.SERVER_ARGS;
+  const theirs = isServer ? undefined : run.own[servers[0] as string]?.SERVER_ARGS;
   const result = {
     ...want,
     SERVER_ARGS: own?.SERVER_ARGS ?? theirs ?? settings.SERVER_ARGS,
-    FIREWALL: call.letIn?.join(" ") ?? "",
+    FIREWALL: run.letIn?.join(" ") ?? "",
   };
   if (want.HTTPS_PROXY || want.HTTP_PROXY) {
     const url = /^https:\/\/([\w.-]+)/.exec(want.K3S_URL)?.[1] ?? "";
@@ -63,7 +63,7 @@ export function wantOnBox(call: Call, name: string, want: Want): Want {
 /** Reads the files that settings name: the hash of K3S_BIN, the text of K3S_CONFIG. @throws {SettingError} */
 async function filesOf(want: Settings): Promise<Partial<Settings>> {
   return {
-    ...(want.K3S_BIN ? { K3S_SHA256: await hashOf(want), AIRGAP: await imagesBeside(want) } : {}),
+    ...(want.K3S_BIN ? { K3S_SHA256: await binaryHash(want), AIRGAP: await imagesBeside(want) } : {}),
     ...(want.K3S_CONFIG ? { K3S_CONFIG: configIn(want) } : {}),
   };
 }
@@ -86,7 +86,7 @@ function configIn({ K3S_CONFIG }: Settings): string {
 }
 
 /** @throws {SettingError} when the file cannot be read or is not the one K3S_SHA256 names. */
-async function hashOf({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
+async function binaryHash({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
   aFile("K3S_BIN", K3S_BIN);
   const have = await sha256Of(K3S_BIN).catch((error) => {
     throw new SettingError(`K3S_BIN is "${K3S_BIN}": ${error.message}`);
@@ -99,12 +99,7 @@ async function hashOf({ K3S_BIN, K3S_SHA256 }: Settings): Promise<string> {
 const hashes = new Map<string, Promise<string>>();
 /** Several boxes may name one file, and it may be large. */
 function sha256Of(path: string): Promise<string> {
-  const read = async () => {
-    const hash = createHash("sha256");
-    for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
-    return hash.digest("hex");
-  };
-  const known = hashes.get(path) ?? read();
+  const known = hashes.get(path) ?? hashOf(path);
   hashes.set(path, known);
   return known;
 }

@@ -4,13 +4,13 @@ import type { Settings } from "../settings.ts";
 import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, step } from "../step.ts";
 import type { SettingName } from "../table.ts";
-import { filledEnv, pairs, quoted, rewrite, SECRET, sha256 } from "../text.ts";
-import { passwordOf } from "../token.ts";
+import { filledEnv, parseKeyValues, quoted, rewrite, SECRET, sha256 } from "../text.ts";
+import { asNode, CURL_SED, passwordOf } from "../token.ts";
 import { CLEAR } from "./cleanup.ts";
 import { filesLook, filesPlan, labelsPlan } from "./config.ts";
 import { nodeNameOf } from "./identity.ts";
 import { HOPELESS } from "./journal.ts";
-import { clusterLook, FRESH, KUBECTL, nodesOf, silence } from "./nodes.ts";
+import { clusterLook, nodesOf, oldestSh, silence, WATCH } from "./nodes.ts";
 import { foldersLook, writable } from "./packages.ts";
 import {
   argsOf,
@@ -44,7 +44,7 @@ export const systemdFirst = step({
     }
     const name = /^PRETTY_NAME="?([^"\n]*)/m.exec(facts.os ?? "")?.[1] ?? "This box";
     throw new Refusal(
-      `${name} is run by ${facts.openrc?.trim() ? "OpenRC" : "something else"}, not by systemd: k3s is a systemd unit here, so take a distro that has it; nothing was installed`,
+      `${name} uses ${facts.openrc?.trim() ? "OpenRC" : "another init system"} instead of systemd, which runs k3s here: choose a distribution with systemd. Nothing was installed`,
     );
   },
 });
@@ -71,14 +71,14 @@ fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } &&
 
 /** When a service's process started, in seconds since 1970; undefined when it is not running. */
 export function startedAt(facts: Facts<"service">, shown = facts.service): number | undefined {
-  const service = pairs(shown);
+  const service = parseKeyValues(shown);
   const since = Number(service.ExecMainStartTimestampMonotonic) / 1e6;
   // A modern agent may be Ready while systemd still has it "activating" (v1.36.3 on a slow box, seen).
   if (!Number(service.MainPID) || !since) return undefined;
   return Number(facts.now) - (Number(facts.uptime) - since);
 }
 
-/** Is the public address on a network card (and not only on \`lo\`, where our unit puts it)? */
+/** Is the public address on a network interface (other than `lo`, where our unit puts it)? */
 export function onCard(ip: string, facts: Facts): boolean {
   return (facts.addresses ?? "")
     .split("\n")
@@ -91,14 +91,14 @@ const lacksIpvs = (want: Settings, facts: Facts<"ipvs">): boolean =>
   want.PROXY_MODE === "ipvs" && !facts.ipvs?.trim();
 
 /** The message for a healthy node, with the settings that could not be applied. */
-export function healthySaying(role: Role, want: Settings, facts: Facts): string {
+export function healthyMessage(role: Role, want: Settings, facts: Facts): string {
   const name = nodeNameOf(role, want, facts);
   const proxy = lacksIpvs(want, facts) ? "; its kernel has no ip_vs, so kube-proxy uses iptables" : "";
   return `k3s ${releaseOf(want, facts).version} is up to date, node ${name} is Ready${proxy}`;
 }
 
 /** Why the node is not healthy yet. systemd's state does not count: a k3s that restarts in a loop is "active" too. */
-export function ailments(
+export function healthProblems(
   name: string,
   ip: string,
   generation: Generation,
@@ -123,9 +123,9 @@ export function ailments(
  * Changes that make a role's unit run as configured: its two files, then one restart if the process is older than the
  * files (so the next run completes an interrupted one), then a health check.
  *
- * @param env lines of the EnvironmentFile; `@NAME@` stands for a setting that is secret.
- * @param before changes that have to precede the next start.
- * @param note what a changed environment means.
+ * @param env lines of the EnvironmentFile; `@NAME@` is replaced by a secret setting.
+ * @param before changes that must be made before the next start.
+ * @param note the reason why the environment changes.
  */
 export function servicePlan(
   role: Role,
@@ -145,7 +145,7 @@ export function servicePlan(
     MainPID = "",
     ExecMainStartTimestampMonotonic: since = "",
     NeedDaemonReload,
-  } = pairs(facts.service);
+  } = parseKeyValues(facts.service);
   const told = /^\d+$/.test(MainPID) && (MainPID === "0" || /^\d+$/.test(since));
   if (facts.service?.trim() && !told)
     throw new Refusal(
@@ -193,7 +193,7 @@ ${raw(writeFile(unitPath(role), text))}`,
   const stale = `${facts.written}\n${facts.read}`
     .split("\n")
     .some((s) => Number(s) > Math.floor((started ?? 0) + 0.5) && Number(s) <= Number(facts.now));
-  const ills = ailments(name, want.PUBLIC_IP, generation, facts);
+  const problems = healthProblems(name, want.PUBLIC_IP, generation, facts);
   const down = started === undefined || facts.enabled?.trim() !== "enabled";
   const border = (facts.interfaces ?? "")
     .split("\n")
@@ -205,16 +205,17 @@ ${raw(writeFile(unitPath(role), text))}`,
   const other = nodesOf(facts.nodes).find((node) => node.name === name)?.externalIp;
   if (!due && other && other !== want.PUBLIC_IP && Number(facts.now) - started > SETTLES)
     throw new Refusal(
-      `Node ${name} has the public address ${other}, this box ${want.PUBLIC_IP}: another box has its name`,
+      `Node ${name} has the public address ${other}, this box ${want.PUBLIC_IP}: another box has the same name`,
     );
   if (due)
     changes.push(
       restart(role, generation, name, want, { verb: down ? "start" : "restart", gone, clear: border }),
     );
-  else if (ills.length)
+  else if (problems.length)
     changes.push({
-      why: `wait until node ${name} is healthy: ${ills.join(", ")}`,
-      sh: sh`unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=0; stand=0
+      why: `wait until node ${name} is healthy: ${problems.join(", ")}`,
+      // Of this start, as healthProblems() counts it: a heartbeat of the process before proves nothing.
+      sh: sh`unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=${Math.floor(started) + 1}; stand=0
 ${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0))}`,
       seconds: WAIT + 60,
       ...(silence(facts) ? { unknown: silence(facts) as string } : {}),
@@ -222,7 +223,7 @@ ${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0))}`,
   return changes;
 }
 
-/** Seconds until a changed ExternalIP shows: v1.17.6 took up to 60. */
+/** Seconds until a changed ExternalIP is visible: v1.17.6 took up to 60. */
 const SETTLES = 120;
 
 /** How long a node may take to become healthy, in seconds: v1.36.3 on two emulated CPUs took 168, starved ones 460. */
@@ -257,8 +258,9 @@ ${raw(CLEAR)}`
 # v1.36.3 with a wrong backend dies a second after it was up. It makes no interface, but where one is left from
 # before, only time tells: k3s has to stand for five seconds.
 [ ! -d /sys/class/net/${interfaceOf(generation)} ] || stand=5
+# --no-reload: one reload for both.
+systemctl --no-reload enable ${unit} >/dev/null 2>&1
 systemctl daemon-reload
-systemctl enable ${unit} >/dev/null 2>&1
 ${raw(cleared)}systemctl restart --no-block ${unit}
 ${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "server" && generation === "modern" && verb === "start" ? DOOR : ""))}`,
     seconds: WAIT + 60,
@@ -270,7 +272,7 @@ ${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "serve
  * Not on old k3s, which annotate restarts once more.
  */
 const DOOR = sh`if [ -z "\${open-}" ] && token=$(cat ${NODE_TOKEN} 2>/dev/null) && [ -n "$token" ]; then
-    door=$(printf 'user = "node:%s"\n' "$(printf %s "${raw(passwordOf("token"))}" | sed 's/["\\]/\\&/g')" |
+    door=$(${raw(asNode(`"$(printf %s "${passwordOf("token")}" | sed '${CURL_SED}')"`))}
       curl -s -K - --cacert /var/lib/rancher/k3s/server/tls/server-ca.crt --max-time 5 -o /dev/null -w '%{http_code}' \
         https://127.0.0.1:6443/v1-k3s/client-k3s-controller.crt) || :
     if [ "$door" = 200 ]; then open=yes; early token "$token"; fi
@@ -284,17 +286,6 @@ const DOOR = sh`if [ -z "\${open-}" ] && token=$(cat ${NODE_TOKEN} 2>/dev/null) 
 export const withoutEmpty = (password = "/etc/rancher/node/password"): string =>
   sh`[ -s ${password} ] || [ ! -e ${password} ] || [ $(($(date +%s) - $(stat -c %Y ${password}))) -lt 5 ] || rm -f ${password}`;
 
-/**
- * The earliest time of a handshake that counts, in seconds since 1970. v1.17 recreates its key and flannel.1 some time
- * after `started`, its start: until then the previous process's are seen.
- */
-export const oldest = (generation: Generation, now: number, started = 0): number =>
-  Math.max(now - FRESH, generation === "old" ? Math.floor(started) - 2 : 0);
-
-/** The same as shell: sets `oldest` from `since`, the start. */
-export const oldestSh = (generation: Generation): string =>
-  sh`oldest=$(($(date +%s) - ${FRESH}))${raw(generation === "old" ? `; [ "$oldest" -ge $((since - 2)) ] || oldest=$((since - 2))` : "")}`;
-
 /** Waits for a healthy node, reports progress, and on failure prints the relevant journal lines. */
 function healthSh(
   name: string,
@@ -303,16 +294,9 @@ function healthSh(
   peers: number,
   meanwhile = "",
 ): string {
-  return sh`${raw(KUBECTL)}
-began=$(date +%s); starts=0; was=; up=
+  return sh`${raw(WATCH)}
+began=$(date +%s); starts=0; was=; asked=
 nap() { sleep 0.5 2>/dev/null || sleep 1; }
-# A second, or less when systemd hears just then that k3s is up.
-pause() {
-  for _ in 1 2; do
-    nap
-    [ -n "$up" ] || [ "$(systemctl is-active "$unit")" != active ] || { up=yes; return 0; }
-  done
-}
 fail() {
   echo "$1"
   echo "journal of $unit since then, what matters of it:"
@@ -322,28 +306,31 @@ fail() {
     sed -E 's/^time="[^"]*" //; s/^[EF][0-9]{4} [0-9:.]+ +[0-9]+ //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 12 | tac
   exit 1
 }
+sleep 1
 while :; do
-  pause
   beat
   ${raw(withoutEmpty())}
   now=$(date +%s)
-  ${raw(meanwhile)}p=$(systemctl show "$unit" -p MainPID | cut -d= -f2)
-  if [ "$p" != "$pid" ]; then pid=$p; since=$now; [ "$p" = 0 ] || starts=$((starts + 1)); fi
-  [ "$starts" -lt 5 ] || fail "$unit starts again and again"
-  if [ "$(journalctl -u "$unit" -o cat --no-pager --since "@$began" | grep -cE ${HOPELESS})" -ge 3 ]; then
-    fail "$unit cannot go on"
+  ${raw(meanwhile)}if [ "$now" != "$asked" ]; then
+    asked=$now
+    p=$(systemctl show "$unit" -p MainPID); p=\${p#*=}
+    if [ "$p" != "$pid" ]; then pid=$p; since=$now; [ "$p" = 0 ] || starts=$((starts + 1)); fi
+    [ "$starts" -lt 5 ] || fail "$unit starts again and again"
+    if [ "$(journalctl -u "$unit" -o cat --no-pager --since "@$began" | grep -cE ${HOPELESS})" -ge 3 ]; then
+      fail "$unit cannot go on"
+    fi
   fi
-  # kubectl costs a small box a good part of a second: it is asked when it can say yes.
-  state=; [ ! -d /sys/class/net/${interfaceOf(generation)} ] || state=$(kc get node ${name} -o json 2>/dev/null | awk -F'"' '
-    /"lastHeartbeatTime":/ { beat = $4 } /"status":/ { status = $4 } /"type": "Ready"/ { ready = status " " beat }
-    /"address":/ { address = $4 } /"type": "ExternalIP"/ { ip = address } END { print ready, ip }') || state=
-  read -r ready beat ip <<END
-$state
-END
-  case $ready in True) shown=Ready ;; '') shown='not registered yet' ;; *) shown='not Ready' ;; esac
-  [ -d /sys/class/net/${interfaceOf(generation)} ] || shown='no ${interfaceOf(generation)} yet'
-  [ "$ip" = ${want.PUBLIC_IP} ] || [ -z "$ready" ] || shown="$shown, ExternalIP \${ip:-not set}"
-  if [ "$ready" = True ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ] && [ "$ip" = ${want.PUBLIC_IP} ]; then
+  if [ -d /sys/class/net/${interfaceOf(generation)} ]; then
+    changed ${name} 2
+    case $node in *' Ready'*) shown=Ready ;; '') shown='not registered yet' ;; *) shown='not Ready' ;; esac
+  else
+    nap
+    node=; shown='no ${interfaceOf(generation)} yet'
+  fi
+  ip=\${node#* external-ip=}; ip=\${ip%% *}; beat=\${node#* beat=}; beat=\${beat%% *}
+  [ "$ip" != - ] || ip='not set'
+  [ "$ip" = ${want.PUBLIC_IP} ] || [ -z "$node" ] || shown="$shown, ExternalIP $ip"
+  if [ "$shown" = Ready ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ]; then
     [ $((now - since)) -lt "$stand" ] || break
   fi
   [ "$shown" = "$was" ] || say "node ${name}: $shown"

@@ -1,17 +1,16 @@
 #!/usr/bin/env -S node --import tsx
 /** The server's datastore, token, certificates and manifests, in a file on this machine: all that `restore` needs. */
-import { createHash } from "node:crypto";
-import { createReadStream, lstatSync } from "node:fs";
+import { lstatSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { boxes } from "../../lib/boxes.ts";
 import { lookAndConverge } from "../../lib/converge.ts";
-import { putNew, remove, temporary, tryWrite } from "../../lib/files.ts";
+import { hashOf, putNew, remove, temporary, tryWrite } from "../../lib/files.ts";
 import { attempt, bring } from "../../lib/fleet.ts";
 import { nodeNameOf } from "../../lib/k3s/identity.ts";
-import { run } from "../../lib/k3s/script.ts";
+import { main } from "../../lib/k3s/script.ts";
 import { binaryLook, nameLook } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
-import type { Box, Call } from "../../lib/script.ts";
+import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { sh } from "../../lib/sh.ts";
 import { type Change, Failure, prints, Refusal, step } from "../../lib/step.ts";
@@ -20,8 +19,8 @@ import { quoted } from "../../lib/text.ts";
 const SERVER = "/var/lib/rancher/k3s/server";
 const FOLDER = "/var/lib/rancher/k3s/backup";
 
-/** What is put into the archive `id` on the server. Its first file, `about`, says what of. */
-export const copied = (id: string) =>
+/** Packs the archive `id` on the server. Its first file, `about`, describes the backup. */
+export const archive = (id: string) =>
   step({
     name: "backup",
     options: ["SERVER", "PUBLIC_IP", "BACKUP", "K3S_DATASTORE_ENDPOINT"],
@@ -104,14 +103,14 @@ export const cleared = step({
     facts.folder?.trim() ? [{ why: "remove the copy from the server", sh: `rm -rf ${FOLDER}` }] : [],
 });
 
-async function backup(call: Call): Promise<number> {
-  const [server] = (await boxes(call, "SERVER")) as [Box];
+async function backup(run: Run): Promise<number> {
+  const [server] = (await boxes(run, "SERVER")) as [Box];
   const id = new Date().toISOString().replace(/[-:]|\.\d+/g, "");
-  const file = call.settings.BACKUP || join(dirname(call.envFile), `k3s-${server.name}-${id}.tar.gz`);
-  freeName(file, call.settings.BACKUP ? call.origins.BACKUP : "default");
+  const file = run.settings.BACKUP || join(dirname(run.envFile), `k3s-${server.name}-${id}.tar.gz`);
+  freeName(file, run.settings.BACKUP ? run.origins.BACKUP : "default");
   await watch([server]);
-  return await attempt(call, server, async () => {
-    const now = await bring(call, server, [copied(id)]);
+  return await attempt(run, server, async () => {
+    const now = await bring(run, server, [archive(id)]);
     if (!now) return;
     const made = now.facts.made?.trim();
     server.line.says(`copies it to ${file}`);
@@ -122,7 +121,7 @@ async function backup(call: Call): Promise<number> {
       if (have !== made) throw new Failure(`The copy for ${file} has sha256 ${have}, not ${made}`);
       putNew(part, file);
     } catch (error) {
-      // Where this cannot clear the server, the next backup does.
+      // If this cleanup on the server fails, the next backup does it.
       await lookAndConverge(server, cleared).catch(() => {});
       throw error;
     } finally {
@@ -134,7 +133,7 @@ async function backup(call: Call): Promise<number> {
   });
 }
 
-/** @throws {SettingError} where a new file of this name cannot be made. */
+/** @throws {SettingError} when no new file of this name can be created. */
 function freeName(file: string, origin: string): void {
   const says = (what: string) => new SettingError(`BACKUP is ${quoted(file)} (${origin}): ${what}`);
   if (lstatSync(file, { throwIfNoEntry: false }))
@@ -146,16 +145,9 @@ function freeName(file: string, origin: string): void {
   }
 }
 
-/** The sha256 of a file here. */
-export async function hashOf(path: string): Promise<string> {
-  const hash = createHash("sha256");
-  for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
-  return hash.digest("hex");
-}
-
-await run(import.meta, {
+await main(import.meta, {
   about: "Copies the server's SQLite datastore, token, certificates and manifests to a file on this machine.",
-  steps: [copied("")],
+  steps: [archive("")],
   host: "SERVER",
   work: backup,
 });

@@ -1,8 +1,8 @@
 #!/usr/bin/env -S node --import tsx
-/** The whole cluster in one look, and what is wrong with it. Changes nothing. */
+/** Examines the whole cluster and reports what is wrong with it. Changes nothing. */
 import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
-import { judge, TOP } from "../../lib/check/diagnose.ts";
+import { judge, median, TOP } from "../../lib/check/diagnose.ts";
 import { tryPods } from "../../lib/check/pods.ts";
 import {
   ask,
@@ -10,30 +10,30 @@ import {
   type Cluster,
   clusterOf,
   listed,
+  reportsOf,
   surveyAndTry,
 } from "../../lib/check/survey.ts";
 import { FRESH, overload, peerOf, standing } from "../../lib/k3s/nodes.ts";
-import { run } from "../../lib/k3s/script.ts";
-import { type Problem, plain } from "../../lib/report.ts";
-import type { Call } from "../../lib/script.ts";
+import { main } from "../../lib/k3s/script.ts";
+import { forTerminal, type Problem } from "../../lib/report.ts";
+import type { Run } from "../../lib/script.ts";
 import { jsonOf, redacted } from "../../lib/text.ts";
 
-/** With --watch, seconds between two looks. */
+/** Seconds between two rounds of --watch. */
 const PAUSE = 5;
 
-async function check(call: Call): Promise<number> {
-  const boxes = await listed(call);
-  const watch = call.flags.has("watch");
+async function check(run: Run): Promise<number> {
+  const boxes = await listed(run);
+  const watch = run.flags.has("watch");
   for (;;) {
     const members = await surveyAndTry(boxes);
-    let cluster = clusterOf(members);
-    // Pods come and go in seconds: not every few of them.
+    // Starting test pods takes seconds: not in each round.
     const mark = randomBytes(3).toString("hex");
-    const podless = watch ? "not with --watch" : await tryPods(members, cluster, mark);
-    cluster = clusterOf(members);
+    const podless = watch ? "not with --watch" : await tryPods(members, reportsOf(members), mark);
+    const cluster = clusterOf(members);
     const { problems, notes } = verdict(cluster, podless);
     const { stdout } = process;
-    if (call.flags.has("json")) stdout.write(`${jsonOf(asJson(cluster, problems, notes, podless))}\n`);
+    if (run.flags.has("json")) stdout.write(`${jsonOf(asJson(cluster, problems, notes, podless))}\n`);
     else
       stdout.write(
         `${watch ? `${stdout.isTTY ? "\x1b[H\x1b[J" : "\n"}${new Date().toISOString()}\n\n` : ""}${reportOf(cluster, problems, stdout.isTTY ? stdout : {}, podless, notes)}`,
@@ -43,7 +43,7 @@ async function check(call: Call): Promise<number> {
   }
 }
 
-/** What is wrong; also what did not pass for a reason that is not known here. */
+/** The problems, including failed tests whose cause is not known. */
 export function verdict(
   cluster: Cluster,
   podless: string | undefined,
@@ -60,7 +60,7 @@ export function verdict(
   return { problems, notes };
 }
 
-/** A line of the report on what was tried: what passed, and what could not be tried and why. */
+/** A line of the report on a test: how many passed, or why it could not run. */
 interface Proof {
   what: string;
   passed: number;
@@ -122,7 +122,7 @@ export function proofsOf({ boxes, nodes }: Cluster, podless: string | undefined)
   ];
 }
 
-/** What programs read. */
+/** The JSON output. */
 function asJson(
   { boxes, nodes }: Cluster,
   problems: Problem[],
@@ -149,13 +149,13 @@ interface Cell {
 }
 type Row = (Cell | string)[];
 
-/** Where the report goes: a terminal has a width; a pipe gets every column whole, and no colour. */
+/** The output: a terminal has a width; a pipe gets all columns in full, without colour. */
 interface Page {
   columns?: number;
   isTTY?: boolean;
 }
 
-/** The report as text: tables, what was proved, and what is wrong. */
+/** The report as text: tables, tests that passed, and problems. */
 export function reportOf(
   cluster: Cluster,
   problems: readonly Problem[],
@@ -172,7 +172,7 @@ export function reportOf(
   const tables = [nodeTable(cluster), boxTable(cluster), wireguardTable(cluster, width)]
     .filter((rows) => rows.length > 1)
     .map((rows) => lay(rows, width, red, bold));
-  // What does not pass although nothing is wrong has its time still to come, as a note says.
+  // A test that fails although nothing is wrong is one that is too early; a note says so.
   const failed = problems.length ? red("FAIL ") : "later";
   const proofs = proofsOf(cluster, podless).flatMap(({ what, passed, of, untested }) => [
     ...(of ? [`${passed === of ? green("ok   ") : failed} ${what}: ${passed} of ${of}`] : []),
@@ -186,10 +186,10 @@ export function reportOf(
   return `${[...tables, [...proofs, ...notes.map((text) => `note  ${shown(text)}`)], last].map((lines) => lines.join("\n")).join("\n\n")}\n`;
 }
 
-/** What a box said, in one line. */
-const shown = (text: string) => plain(text).replaceAll(/[\n\t]/g, " ");
+/** A box's message in one line. */
+const shown = (text: string) => forTerminal(text).replaceAll(/[\n\t]/g, " ");
 
-/** What is wrong in the same way with several boxes, said once. */
+/** Merges the same problem of several boxes into one. */
 export function merged(problems: readonly Problem[]): Problem[] {
   const one = new Map<string, Problem>();
   for (const { box, cause, remedy } of problems) {
@@ -199,7 +199,7 @@ export function merged(problems: readonly Problem[]): Problem[] {
   return [...one.values()];
 }
 
-/** Columns as wide as their longest cell; where the page is too narrow, the widest is cut. */
+/** A table with columns as wide as their longest cell; if the page is too narrow, the widest column is cut. */
 function lay(
   rows: Row[],
   width: number,
@@ -230,7 +230,7 @@ function lay(
 
 const SHORT = (value: string | number | undefined) => (value === undefined ? "-" : String(value));
 
-/** Every node of the cluster, and every box of the settings that is none. */
+/** The nodes of the cluster, and the boxes of the settings that are not nodes. */
 function nodeTable({ boxes, nodes }: Cluster): Row[] {
   const others = boxes.filter(({ node }) => !node);
   return [
@@ -251,16 +251,15 @@ function nodeTable({ boxes, nodes }: Cluster): Row[] {
   ];
 }
 
-/** What every box of the settings says of itself. */
+/** The state of each box of the settings. */
 function boxTable({ boxes }: Cluster): Row[] {
-  const clocks = boxes.flatMap(({ clock }) => clock ?? []).sort((a, b) => a - b);
-  const middle = clocks[Math.floor((clocks.length - 1) / 2)] ?? 0;
+  const middle = median(boxes.flatMap(({ clock }) => clock ?? []));
   return [
     ["box", "k3s", "kernel", "unit", "restarts", "up", "clock", "disk", "mem", "load"],
     ...boxes.map((box): Row => {
       const { state, restarts, runs } = box.unit;
       const ahead = box.clock === undefined ? undefined : box.clock - middle;
-      // An agent of v1.36.3 tells systemd minutes after its node is Ready, when nothing hurries it (seen).
+      // An agent of v1.36.3 may notify systemd minutes after its node is Ready (seen).
       const up = state === "active" || (state === "activating" && box.node?.ready);
       return [
         box.name,
@@ -321,7 +320,7 @@ function wireguardTable({ boxes, nodes }: Cluster, width: number): Row[] {
   ];
 }
 
-/** A time in at most three characters: 59s, 12m, 23h, 40d; below ten with a digit more, if asked for. */
+/** A duration in at most three characters: 59s, 12m, 23h, 40d; below ten with one decimal, if asked for. */
 function span(seconds: number, digits = 0): string {
   if (seconds < 99.5) return `${seconds.toFixed(seconds < 9.95 ? digits : 0)}s`;
   if (seconds < 5970) return `${Math.round(seconds / 60)}m`;
@@ -336,9 +335,9 @@ function size(bytes: number): string {
   return `${unit && value < 9.95 ? value.toFixed(1) : Math.round(value)}${unit}`;
 }
 
-await run(import.meta, {
+await main(import.meta, {
   about:
-    "Shows the whole cluster, tries what passes between its boxes, and says what is wrong. Changes nothing.",
+    "Shows the whole cluster, tests the connections between its boxes, and diagnoses problems. Changes nothing.",
   steps: [ask([], ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", "AGENT_ARGS"])],
   readOnly: true,
   flags: {

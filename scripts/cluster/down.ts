@@ -6,68 +6,111 @@ import { look } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { bring, each, showPlan, worst } from "../../lib/fleet.ts";
 import { casOf, mayGo } from "../../lib/k3s/identity.ts";
-import { run } from "../../lib/k3s/script.ts";
+import { main } from "../../lib/k3s/script.ts";
+import type { Role } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
-import type { Box, Call } from "../../lib/script.ts";
-import { SettingError } from "../../lib/settings.ts";
+import type { Box, Run } from "../../lib/script.ts";
+import { SettingError, type Settings } from "../../lib/settings.ts";
 import { type Facts, planAll } from "../../lib/step.ts";
 import { caIn } from "../../lib/token.ts";
 import { uninstall } from "./remove.ts";
 
-async function down(call: Call): Promise<number> {
-  if (call.origins.SERVER === "default")
+/** A box from which k3s is to be removed, with its facts if it answers. */
+interface Leaving {
+  box: Box;
+  role: Role;
+  facts?: Facts;
+}
+
+/**
+ * Decides which boxes must not be removed, and which have something to remove, for the question to the user. One that
+ * must not be removed stops the run: the settings may name another cluster. One that does not answer stops no other.
+ *
+ * @param leaving the boxes, the first server first.
+ */
+export function decide(
+  leaving: readonly Leaving[],
+  settings: Pick<Settings, "K3S_TOKEN">,
+  force: boolean,
+): { refused: Map<Box, unknown>; full: Box[] } {
+  const asked = caIn(settings.K3S_TOKEN);
+  const ca = asked ? [asked] : casOf(leaving[0]?.facts ?? {}).server;
+  const refused = new Map<Box, unknown>();
+  const full: Box[] = [];
+  for (const { box, role, facts } of leaving) {
+    if (!facts) continue;
+    try {
+      mayGo(facts, force ? [] : ca, role, false, force);
+    } catch (why) {
+      refused.set(box, why);
+    }
+    if (planAll([uninstall], box.want, facts).length) full.push(box);
+  }
+  return { refused, full };
+}
+
+/**
+ * The settings that are deleted from the env file once k3s is `gone` from every box: URL and token of the cluster. In a
+ * shared datastore the cluster continues to exist, and they are kept.
+ */
+export function outdated(
+  leaving: readonly Leaving[],
+  settings: Pick<Settings, "K3S_DATASTORE_ENDPOINT">,
+  env: Record<string, string>,
+  gone: readonly Box[],
+): string[] {
+  const over = leaving.every(({ box }) => gone.includes(box)) && !settings.K3S_DATASTORE_ENDPOINT;
+  const own = leaving.some(
+    ({ box, role }) => role === "server" && env.K3S_URL?.trim() === `https://${box.ip}:6443`,
+  );
+  return ["K3S_URL", "K3S_TOKEN"].filter((name) => over && own && env[name] !== undefined);
+}
+
+async function down(run: Run): Promise<number> {
+  const { settings, mode, envFile } = run;
+  const [yes, force] = [run.flags.has("yes"), run.flags.has("force")];
+  if (run.origins.SERVER === "default")
     throw new SettingError(
       "SERVER is not set: expected the box that is to lose its cluster, or SERVER= (empty) for this machine",
     );
-  const servers = await boxesOf(call, "SERVER");
-  if (call.mode === "apply" && !call.flags.has("yes") && !process.stdin.isTTY)
+  const servers = await boxesOf(run, "SERVER");
+  if (mode === "apply" && !yes && !process.stdin.isTTY)
     throw new SettingError(
       "This removes a whole cluster, and asks first: run it on a terminal, or add YES=1",
     );
-  const boxes = [...servers, ...(await boxesOf(call, "AGENTS"))];
+  const boxes = [...servers, ...(await boxesOf(run, "AGENTS"))];
   await watch(boxes);
   const found = new Map<Box, Facts>();
-  const looked = await each(call, boxes, async (box) => {
+  const looked = await each(run, boxes, async (box) => {
     found.set(box, await look(box, [uninstall]));
   });
-  // One that must not go stops all: the settings may be those of another cluster.
-  const force = call.flags.has("force");
-  const ca = [...found].flatMap(([box, facts]) => (box === servers[0] ? casOf(facts).server : []));
-  const asked = caIn(call.settings.K3S_TOKEN);
-  const cluster = force ? [] : asked ? [asked] : ca;
-  const examined = await each(call, [...found.keys()], async (box) => {
-    const facts = found.get(box) as Facts;
-    mayGo(facts, cluster, servers.includes(box) ? "server" : "agent", false, force);
-    if (call.mode !== "apply") showPlan(call, box, [uninstall], facts);
+  const leaving = boxes.map((box, i): Leaving => {
+    return { box, role: i < servers.length ? "server" : "agent", facts: found.get(box) };
   });
-  if (call.mode !== "apply" || worst(examined) !== 0) return worst([...looked, ...examined]);
-  const full = [...found].filter(([box, facts]) => planAll([uninstall], box.want, facts).length);
-  if (full.length && !call.flags.has("yes") && !(await agreed(full.map(([box]) => box.name)))) return 1;
-  const gone = new Set<Box>();
-  const removed = await each(call, [...found.keys()], async (box) => {
-    const now = await bring(call, box, [uninstall], found.get(box));
+  const there = [...found.keys()];
+  const { refused, full } = decide(leaving, settings, force);
+  const examined = await each(run, there, async (box) => {
+    if (refused.has(box)) throw refused.get(box);
+    if (mode !== "apply") showPlan(run, box, [uninstall], found.get(box) as Facts);
+  });
+  if (mode !== "apply" || worst(examined) !== 0) return worst([...looked, ...examined]);
+  if (full.length && !yes && !(await agreed(full.map(({ name }) => name)))) return 1;
+  const removed = await each(run, there, async (box) => {
+    const now = await bring(run, box, [uninstall], found.get(box));
     box.line.done(Boolean(now?.nothing), "no k3s on this box");
-    gone.add(box);
   });
-  // A box that could not be reached is known by them when its turn comes.
-  if (boxes.every((box) => gone.has(box))) await forget(call, servers);
+  const gone = there.filter((_, i) => removed[i] === 0);
+  const forgotten = outdated(leaving, settings, readEnv(envFile).values, gone);
+  if (forgotten.length) {
+    await updateEnv(envFile, Object.fromEntries(forgotten.map((name) => [name, undefined])));
+    process.stderr.write(`${forgotten.join(" and ")} went from ${envFile} too\n`);
+  }
   return worst([...looked, ...removed]);
-}
-
-/** What joins boxes to a cluster that is no more goes from the env file. In a shared datastore it goes on living. */
-async function forget(call: Call, servers: readonly Box[]): Promise<void> {
-  const { K3S_URL, K3S_TOKEN } = readEnv(call.envFile).values;
-  const own = servers.some(({ ip }) => K3S_URL?.trim() === `https://${ip}:6443`);
-  if (!own || call.settings.K3S_DATASTORE_ENDPOINT) return;
-  await updateEnv(call.envFile, { K3S_URL: undefined, K3S_TOKEN: undefined });
-  process.stderr.write(
-    `K3S_URL${K3S_TOKEN === undefined ? "" : " and K3S_TOKEN"} went from ${call.envFile} too\n`,
-  );
 }
 
 async function agreed(names: string[]): Promise<boolean> {
   const terminal = createInterface({ input: process.stdin, output: process.stderr });
-  // The terminal is read raw: Ctrl-C comes as a key, and Ctrl-D leaves the question open.
+  // The terminal is in raw mode: Ctrl-C arrives as a key, and Ctrl-D does not end the question.
   terminal.once("SIGINT", () => process.emit("SIGINT"));
   const closed = new Promise<string>((done) => terminal.once("close", () => done("")));
   const asked = terminal.question(
@@ -80,10 +123,13 @@ async function agreed(names: string[]): Promise<boolean> {
   return false;
 }
 
-await run(import.meta, {
-  about: "Removes k3s and all its data from SERVER and all AGENTS, after asking.",
+await main(import.meta, {
+  about: "Removes k3s and all its data from SERVER and all AGENTS, after confirmation.",
   steps: [{ ...uninstall, options: ["SERVER", "PUBLIC_IP", "SERVER_ARGS"] }],
-  flags: { yes: "do not ask", force: "also a box of another cluster, and k3s that somebody else has set up" },
+  flags: {
+    yes: "do not ask",
+    force: "also remove a box of another cluster, or a k3s that this project did not install",
+  },
   writes: (want, known) => Boolean(known.K3S_URL) && !want.K3S_DATASTORE_ENDPOINT,
   everyBox: "make remove HOST=… removes one",
   work: down,

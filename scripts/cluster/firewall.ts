@@ -1,23 +1,23 @@
 #!/usr/bin/env -S node --import tsx
-/** The firewall of each box: the nodes reach each other's k3s, the world does not, ssh stays as it is. */
+/** The firewall of each box: opens k3s's ports to the nodes and closes them to the world; ssh is not touched. */
 import { boxes } from "../../lib/boxes.ts";
 import { bring, each, worst } from "../../lib/fleet.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
-import { admitted, blocked, firewall } from "../../lib/k3s/firewall.ts";
-import { run } from "../../lib/k3s/script.ts";
+import { admitted, blocked, firewall } from "../../lib/k3s/firewall/firewall.ts";
+import { main } from "../../lib/k3s/script.ts";
 import { watch } from "../../lib/report.ts";
-import type { Call } from "../../lib/script.ts";
+import type { Run } from "../../lib/script.ts";
 
-async function everywhere(call: Call): Promise<number> {
+async function everywhere(run: Run): Promise<number> {
   const cluster = [
-    ...(call.settings.SERVER ? await boxes(call, "SERVER") : []),
-    ...(await boxes(call, "AGENTS")),
+    ...(run.settings.SERVER ? await boxes(run, "SERVER") : []),
+    ...(await boxes(run, "AGENTS")),
   ];
-  const those = call.origins.HOST === "default" && cluster.length ? cluster : await boxes(call, "HOST");
-  call.letIn = [...cluster, ...those].map(({ ip }) => ip);
+  const those = run.origins.HOST === "default" && cluster.length ? cluster : await boxes(run, "HOST");
+  run.letIn = [...cluster, ...those].map(({ ip }) => ip);
   await watch(those);
-  const done = await each(call, those, async (box) => {
-    const now = await bring(call, box, [firewall]);
+  const done = await each(run, those, async (box) => {
+    const now = await bring(run, box, [firewall]);
     if (!now) return;
     const doubts = blocked(now.facts, admitted(box.want, now.facts), rangesOf(box.want));
     box.line.done(
@@ -28,9 +28,9 @@ async function everywhere(call: Call): Promise<number> {
   return worst(done);
 }
 
-await run(import.meta, {
+await main(import.meta, {
   about:
-    "Opens what nodes need of each other in each box's firewall (firewalld, ufw, iptables or nft), and closes the rest.",
+    "Opens k3s's ports to the other nodes in each box's firewall (firewalld, ufw, iptables or nft), and closes them to all others.",
   steps: [{ ...firewall, options: ["SERVER", "AGENTS", "HOST", "PUBLIC_IP", "SERVER_ARGS"] }],
   work: everywhere,
 });

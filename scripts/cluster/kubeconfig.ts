@@ -1,5 +1,5 @@
 #!/usr/bin/env -S node --import tsx
-/** The cluster's kubeconfig, merged into the user's own under a name of its own. */
+/** Merges the cluster's kubeconfig into the user's own, as a separate context. */
 import { createHash, createPrivateKey, X509Certificate } from "node:crypto";
 import { existsSync, mkdirSync, readFileSync, statSync } from "node:fs";
 import { homedir } from "node:os";
@@ -10,15 +10,15 @@ import { ask } from "../../lib/check/survey.ts";
 import { look } from "../../lib/converge.ts";
 import { noFile, realPath, replaceFile, take, unwritten } from "../../lib/files.ts";
 import { attempt } from "../../lib/fleet.ts";
-import { run } from "../../lib/k3s/script.ts";
+import { main } from "../../lib/k3s/script.ts";
 import { watch } from "../../lib/report.ts";
-import type { Box, Call } from "../../lib/script.ts";
+import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { Failure, prints } from "../../lib/step.ts";
 import { caIn } from "../../lib/token.ts";
 import { yamlIn, yamlLines } from "../../lib/yaml.ts";
 
-/** What a kubeconfig has of one cluster. */
+/** The entries of one cluster in a kubeconfig. */
 export interface Access {
   name: string;
   cluster: Record<string, string>;
@@ -26,12 +26,12 @@ export interface Access {
 }
 
 /**
- * What the server's k3s.yaml gives, with the public address in place of 127.0.0.1. k3s writes it in one form
- * only (v1.17.6 with a password, v1.36.3 with a certificate): what is not of it is not taken, and nothing that
- * kubectl could not read, for one such entry and it reads none of the user's other clusters either.
+ * The access that the server's k3s.yaml gives, with the public address instead of 127.0.0.1. k3s writes that file in one
+ * form only (v1.17.6 with a password, v1.36.3 with a certificate). Anything else is rejected: with one invalid entry
+ * kubectl could not read the user's other clusters either.
  *
- * @param token the cluster's, which names its CA.
- * @throws {Failure} when the text is not k3s's.
+ * @param token the cluster's token, which has the hash of its CA.
+ * @throws {Failure} when the text is not in that form.
  */
 export function accessOf(text: string, ip: string, token: string): Access {
   const no = (why: string): never => {
@@ -56,7 +56,7 @@ export function accessOf(text: string, ip: string, token: string): Access {
       return no(`its ${name} cannot be read`);
     }
   };
-  /** Base64 of PEM, as Go reads it too: nothing but whole blocks. */
+  /** Base64 of PEM that Go reads too: complete blocks only. */
   const pem = (name: string, kind: string): string[] => {
     const said = Buffer.from(field(name), "base64");
     const block = `-----BEGIN ${kind}-----\n[A-Za-z0-9+/=\n]+\n-----END ${kind}-----\n`;
@@ -100,14 +100,14 @@ const LISTS = ["clusters", "contexts", "users"] as const;
 type Entry = { name: string } & { [kind in "cluster" | "context" | "user"]?: Record<string, unknown> };
 type Config = Record<(typeof LISTS)[number], Entry[]> & { "current-context"?: string };
 
-/** A kubeconfig that cannot be edited. Nothing was touched. */
+/** The kubeconfig cannot be edited. Nothing was touched. */
 const no = (why: string): never => {
   throw new SettingError(
     `cannot be merged into: ${why}; expected what kubectl reads ("kubectl config view --raw" prints it so)`,
   );
 };
 
-/** @throws {SettingError} for what kubectl would not read, or would read of two entries only one. */
+/** @throws {SettingError} for a text that kubectl would not read, or with two entries of one name. */
 function configIn(text: string) {
   let read: ReturnType<typeof yamlIn>;
   try {
@@ -131,10 +131,10 @@ function configIn(text: string) {
 }
 
 /**
- * A kubeconfig's text with this cluster in it: its three entries are added or replaced, and every other byte
- * stays. `use` makes it the current context. What came of it is read again: it must say that, and nothing else anew.
+ * Adds this cluster's three entries to a kubeconfig's text, or replaces them; all other bytes are kept. `use` makes it the
+ * current context. The result is parsed again and must differ from the original in these entries only.
  *
- * @throws {SettingError} for a text that cannot be edited so, or has something else by this cluster's name.
+ * @throws {SettingError} for a text that cannot be edited like that, or that uses the cluster's name for something else.
  */
 export function withAccess(text: string, { name, cluster, user }: Access, use: boolean): string {
   const entries = {
@@ -156,7 +156,7 @@ export function withAccess(text: string, { name, cluster, user }: Access, use: b
   for (const key of LISTS) {
     const list = wanted[key] ?? [];
     const at = list.findIndex((one) => one.name === name);
-    // What the user added to it, a namespace say, stays as long as what matters is right.
+    // The user's additions, such as a namespace, are kept as long as the rest is right.
     if (at >= 0 && holds(list[at], entries[key])) continue;
     list.splice(at < 0 ? list.length : at, 1, entries[key]);
     wanted[key] = list;
@@ -171,7 +171,7 @@ export function withAccess(text: string, { name, cluster, user }: Access, use: b
   return result;
 }
 
-/** Is its last value a block whose final newline Go does not read where the file has none, and this parser does? */
+/** Is its last value a block scalar? If the file has no final newline, this parser reads one in it and Go does not. */
 function endsInBlock(map: { items?: unknown[] } | undefined): boolean {
   // biome-ignore lint/suspicious/noExplicitAny: nodes of the YAML library
   let node: any = map;
@@ -179,13 +179,13 @@ function endsInBlock(map: { items?: unknown[] } | undefined): boolean {
   return /^BLOCK/.test(node?.type) && node.value.endsWith("\n");
 }
 
-/** Has a value all that another has? */
+/** Does a value contain everything that another has? */
 const holds = (have: unknown, want: unknown): boolean =>
   want instanceof Object
     ? Object.entries(want).every(([key, value]) => holds(Object(have)[key], value))
     : have === want;
 
-/** @throws {SettingError} where the user has something else by the name that this cluster goes by. */
+/** @throws {SettingError} when the user has something else under this cluster's name. */
 function foreign(config: Partial<Config>, name: string, server: string): void {
   const [cluster, context, user] = LISTS.map((key) => config[key]?.find((one) => one.name === name));
   const at = `${cluster?.cluster?.server}`;
@@ -198,8 +198,8 @@ function foreign(config: Partial<Config>, name: string, server: string): void {
 }
 
 /**
- * The text with a value of its mapping: a name, or an entry of a list, in the place of the one at `at` or behind all. It
- * is written in lines, as kubectl does; within brackets, and in place of an alias, as JSON.
+ * Sets a value of the text's mapping: a name, or an entry of a list, which replaces the one at `at` or is appended. It is
+ * written in block style, as kubectl does; within brackets, and instead of an alias, as JSON.
  */
 function withValue(text: string, key: string, value: string | object, at = -1): string {
   const { map } = configIn(text);
@@ -210,7 +210,7 @@ function withValue(text: string, key: string, value: string | object, at = -1): 
   const indent = (from: number) =>
     eol + " ".repeat(text.slice(text.lastIndexOf("\n", from - 1) + 1, from).replace("\uFEFF", "").length);
   const put = ([from, to]: number[], what: string) => text.slice(0, from) + what + text.slice(to);
-  /** Lines of their own from there on, as far in as what stands at `like`. */
+  /** Inserts lines there, indented like the text at `like`. */
   const insert = (from: number, like: number, lines: string[]) => {
     const own = lines.map((line) => indent(like) + line).join("") + eol;
     return put([from, from], from && text[from - 1] !== "\n" ? own : own.slice(eol.length));
@@ -234,14 +234,14 @@ function withValue(text: string, key: string, value: string | object, at = -1): 
   if (!have) return no("its style leaves no place for more");
   const [from, to] = have.range;
   if (from < to && isName) return put(have.range, value);
-  // An empty list goes, and what stands behind it on its line stays.
+  // An empty list is removed; a comment after it is kept.
   if (from < to) return withValue(put([text.slice(0, from).trimEnd().length, to], ""), key, value);
   const colon = text.indexOf(":", pair.key.range[1]) + 1;
   if (isName) return put([colon, colon], ` ${value}`);
   return insert(text.indexOf("\n", colon) + 1 || text.length, start, item);
 }
 
-/** Where kubectl would look first. @throws {SettingError} for what is no file. */
+/** The file that kubectl would read first. @throws {SettingError} when it is not a regular file. */
 function pathOf(): string {
   const named = (process.env.KUBECONFIG ?? "").split(delimiter).find(Boolean);
   const path = named ?? join(homedir(), ".kube", "config");
@@ -252,10 +252,10 @@ function pathOf(): string {
 }
 
 /**
- * Merges under kubectl's own lock; a link is followed. Before the first change the file is kept as FILE.before-k3s-across-clouds.
- * Answers whether anything had to be changed.
+ * Merges while holding kubectl's own lock; a link is followed. Before the first change the file is copied to
+ * FILE.before-k3s-across-clouds. Returns whether anything had to be changed.
  *
- * @throws {SettingError} for a file that is locked or cannot be edited; it is as it was.
+ * @throws {SettingError} for a file that is locked or cannot be edited; it is unchanged then.
  */
 export function merge(given: string, access: Access, use: boolean): boolean {
   const path = realPath(given);
@@ -284,7 +284,7 @@ export function merge(given: string, access: Access, use: boolean): boolean {
   }
 }
 
-/** Takes kubectl's own lock, which has nothing in it, and says not whether its owner lives. @throws {SettingError} */
+/** Takes kubectl's own lock, an empty file, which does not tell whether its owner still runs. @throws {SettingError} */
 function lock(path: string): () => void {
   const file = `${path}.lock`;
   let release: (() => void) | undefined;
@@ -298,20 +298,20 @@ function lock(path: string): () => void {
   throw new SettingError(`${path} is locked: expected no ${file}; remove it if no kubectl is at work`);
 }
 
-async function kubeconfig(call: Call): Promise<number> {
-  const [server] = (await boxes(call, "SERVER")) as [Box];
+async function kubeconfig(run: Run): Promise<number> {
+  const [server] = (await boxes(run, "SERVER")) as [Box];
   const path = pathOf();
-  // Before the box is asked.
+  // Is it locked? Found out before the box is queried.
   lock(realPath(path))();
   await watch([server]);
-  return await attempt(call, server, async () => {
+  return await attempt(run, server, async () => {
     const facts = await look(server, [
       ask([prints("kubeconfig")("fact kubeconfig; cat /etc/rancher/k3s/k3s.yaml 2>/dev/null")]),
     ]);
     if (!facts.kubeconfig?.trim())
       throw new Failure("It has no /etc/rancher/k3s/k3s.yaml: k3s is no server there, or not up yet");
     const access = accessOf(facts.kubeconfig, server.ip, server.want.K3S_TOKEN);
-    const use = call.flags.has("use");
+    const use = run.flags.has("use");
     server.line.done(
       !merge(path, access, use),
       `context ${access.name} in ${path}; ${use ? "kubectl uses it" : `kubectl --context ${access.name} get nodes`}`,
@@ -319,9 +319,8 @@ async function kubeconfig(call: Call): Promise<number> {
   });
 }
 
-await run(import.meta, {
-  about:
-    "Merges the cluster's kubeconfig into yours (KUBECONFIG or ~/.kube/config), under a name of its own.",
+await main(import.meta, {
+  about: "Merges the cluster's kubeconfig into yours (KUBECONFIG or ~/.kube/config), as a separate context.",
   steps: [ask([], ["SERVER", "PUBLIC_IP"])],
   host: "SERVER",
   readOnly: true,

@@ -1,5 +1,5 @@
 #!/usr/bin/env -S node --import tsx
-/** Takes boxes out of the cluster: pods go elsewhere, k3s goes from the box, and the cluster forgets its node. */
+/** Removes boxes from the cluster: drains them, uninstalls k3s, and deletes their nodes. */
 import { boxes } from "../../lib/boxes.ts";
 import { ask } from "../../lib/check/survey.ts";
 import { look } from "../../lib/converge.ts";
@@ -7,7 +7,8 @@ import { attempt, bring, worst } from "../../lib/fleet.ts";
 import { CLEAR, CLEAR_LOOK } from "../../lib/k3s/cleanup.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { drainedOn, onNodeOf } from "../../lib/k3s/drain.ts";
-import { closeAgain, closeLook } from "../../lib/k3s/firewall.ts";
+import { closeAgain, closeLook } from "../../lib/k3s/firewall/firewall.ts";
+import { neighbours } from "../../lib/k3s/firewall/neighbours.ts";
 import {
   caLook,
   casOf,
@@ -18,12 +19,11 @@ import {
   type Who,
   whoIs,
 } from "../../lib/k3s/identity.ts";
-import { neighbours } from "../../lib/k3s/neighbours.ts";
-import { clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
-import { run } from "../../lib/k3s/script.ts";
+import { API, clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
+import { main } from "../../lib/k3s/script.ts";
 import { nameLook, unitPath } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
-import type { Box, Call } from "../../lib/script.ts";
+import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { quote, raw, sh, waitUntil } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
@@ -45,7 +45,7 @@ const FILES = [
   ...["/var/log/pods", "/var/log/containers", "/etc/rancher/k3s", "/etc/rancher/node"],
   ...["/usr/local/bin/k3s", raw("/usr/local/bin/.k3s*")],
 ];
-/** What k3s makes in those that may be a link to a disk of the user's, on which more may be. */
+/** What k3s creates in folders that may be links to a user's disk, where other files may be. */
 const MADE = {
   "/var/lib/rancher/k3s": "agent data server storage",
   "/var/lib/kubelet":
@@ -60,7 +60,7 @@ const MADE = {
 };
 const LINKS = ["kubectl", "crictl", "ctr"].map((name) => `/usr/local/bin/${name}`);
 
-/** k3s goes from a box, with all that it made there; packages and the kernel stay. */
+/** Uninstalls k3s from a box, with everything that it created there; packages and the kernel stay. */
 export const uninstall = step({
   name: "remove",
   options: ["HOST", "SERVER", "PUBLIC_IP", "SERVER_ARGS"],
@@ -91,11 +91,10 @@ fact running; for unit in k3s k3s-agent; do systemctl is-active -q $unit 2>/dev/
   ],
 
   plan(want, facts): Change[] {
-    const left = [...new Set((facts.left ?? "").split("\n").filter(Boolean))];
-    if (left.length === 0) return [];
-    const volumes = (facts.volumes ?? "").split("\n").filter(Boolean).length;
-    const running = (facts.running ?? "").split("\n").filter(Boolean);
     const list = (text = "") => text.split("\n").filter(Boolean);
+    const left = [...new Set(list(facts.left))];
+    if (left.length === 0) return [];
+    const [volumes, running] = [list(facts.volumes).length, list(facts.running)];
     const links = [
       ...list(facts.links).map((link) => `; ${link}: what k3s has made there goes, the rest stays`),
       ...list(facts.inner).map((link) => `; ${link}, which stays with all that is in it: delete it yourself`),
@@ -124,8 +123,8 @@ ${raw(CLEAR)}`,
         : []),
       {
         why: `remove k3s's units, binary and data${volumes ? `, with ${volumes} local volumes of pods` : ""}${links.join("")}`,
-        // The units go last: what is cut before is begun anew, and they know which address is theirs on lo. One that has
-        // gone is nothing to do: systemd must not remember it as failed by then.
+        // The units go last: they hold the address on lo, and an interrupted run starts over. Once they are gone nothing
+        // is left to do, so systemd must have forgotten the failed unit by then.
         sh: sh`ip=$(sed -n 's/^ExecStartPre=.*ip addr replace \([0-9.]*\/32\) dev lo.*/\1/p' ${UNITS} 2>/dev/null || :)
 [ -z "$ip" ] || ip addr del "$ip" dev lo 2>/dev/null || :
 for path in ${LINKS}; do
@@ -160,28 +159,39 @@ systemctl daemon-reload`,
   },
 });
 
-export const PASSWORDS = "/var/lib/rancher/k3s/server/cred/node-passwd";
+const PASSWORDS = "/var/lib/rancher/k3s/server/cred/node-passwd";
 
-/** Facts about the cluster's nodes, and of whom a server has the password by which it proves who it is. */
+/** Shell that deletes the node password secrets of these nodes. */
+export const dropSecrets = (names: readonly string[]): string => sh`${raw(KUBECTL)}
+kc -n kube-system delete secret ${names.map((name) => `${name}.node-password.k3s`)} --ignore-not-found`;
+
+/** Shell that filters the file of node passwords: keeps this node's (==), or all others (!=). */
+export const keepPasswords = (which: "==" | "!=", name: string): string => sh`[ ! -e ${PASSWORDS} ] || {
+  (umask 077; awk -F, -v name=${name} ${`$2 ${which} name`} ${PASSWORDS} >${PASSWORDS}.new)
+  mv -f ${PASSWORDS}.new ${PASSWORDS}
+}`;
+
+/** Facts about the cluster's nodes, and the names whose node password a server has. */
 export const provenLook = [
   clusterLook,
   prints(
     "secrets passwords",
-  )(sh`fact secrets; kc -n kube-system get secrets -o name 2>/dev/null | sed -n 's/^secret\/\(.*\)\.node-password\.k3s$/\1/p'
+  )(sh`fact secrets; api GET '/api/v1/namespaces/kube-system/secrets?pretty=false' 2>/dev/null |
+  grep -o '"metadata":{"name":"[^"]*\.node-password\.k3s"' | sed 's/.*:"//; s/\.node-password.*//'
 fact passwords; cut -d, -f2 ${PASSWORDS} 2>/dev/null`),
 ];
 
 type ProvenFact = Printed<(typeof provenLook)[number]>;
 
 /**
- * On the server: the box's node is deleted, and the password by which it proved who it is.
- * @param own the name that the box would join by, where it answers.
+ * On the server: deletes the box's node and its node password.
+ * @param own the name under which the box would join, if it answers.
  */
 export const forgotten = (box: Who, own: string | undefined): Step<ProvenFact> => ({
   ...onNodeOf<ProvenFact>("forget", box, (found, facts) => {
     const node = found?.node;
     const taken = nodesOf(facts.nodes).some((n) => n.name === own);
-    // Of a node that is gone its password may be left, in a file up to v1.19: whoever comes by its name is rejected.
+    // The password of a deleted node may remain (in a file up to v1.19): a new node of that name would be rejected.
     const name = node?.name ?? (taken ? undefined : own);
     if (!name) return [];
     const has = (fact: "secrets" | "passwords") => (facts[fact] ?? "").split("\n").includes(name);
@@ -190,14 +200,14 @@ export const forgotten = (box: Who, own: string | undefined): Step<ProvenFact> =
         ? [
             {
               why: `delete node ${name}`,
-              // k3s has to let go of it; of several servers the one that does may be the one that went, and its lease
-              // is of 45 s (v1.36.3, seen).
+              // k3s has to remove its finalizer. With several servers the leader may be the one that was removed, and its
+              // lease lasts 45 s (v1.36.3, seen).
               sh: [
-                KUBECTL,
+                API,
                 sh`kc delete node ${name} --ignore-not-found --wait=false`,
                 waitUntil(
                   120,
-                  sh`nodes=$(kc get nodes -o name) && ! printf '%s\n' "$nodes" | grep -qxF ${`node/${name}`}`,
+                  sh`list=$(api GET ${`/api/v1/nodes?fieldSelector=metadata.name%3D${name}&pretty=false`}) && ! printf %s "$list" | grep -qF ${`"metadata":{"name":"${name}"`}`,
                   sh`echo ${"The cluster does not let go of it: kubectl get node -o yaml shows its finalizers"}`,
                 ),
               ].join("\n"),
@@ -209,8 +219,7 @@ export const forgotten = (box: Who, own: string | undefined): Step<ProvenFact> =
         ? [
             {
               why: `delete the password secret of ${name}`,
-              sh: sh`${raw(KUBECTL)}
-kc -n kube-system delete secret ${name}.node-password.k3s --ignore-not-found`,
+              sh: dropSecrets([name]),
             },
           ]
         : []),
@@ -218,8 +227,7 @@ kc -n kube-system delete secret ${name}.node-password.k3s --ignore-not-found`,
         ? [
             {
               why: `delete the password of ${name}`,
-              sh: sh`(umask 077; awk -F, -v name=${name} '$2 != name' ${PASSWORDS} >${PASSWORDS}.new)
-mv -f ${PASSWORDS}.new ${PASSWORDS}`,
+              sh: keepPasswords("!=", name),
             },
           ]
         : []),
@@ -228,12 +236,12 @@ mv -f ${PASSWORDS}.new ${PASSWORDS}`,
   look: () => provenLook,
 });
 
-async function remove(call: Call): Promise<number> {
-  const { settings, origins } = call;
+async function remove(run: Run): Promise<number> {
+  const { settings, origins } = run;
   if (origins.HOST === "default")
     throw new SettingError(`HOST is not set: expected the box to remove, some of ${settings.AGENTS}`);
-  const leaving = await boxes(call, "HOST");
-  const servers = await boxes({ ...call, settings: { ...settings, PUBLIC_IP: "" } }, "SERVER");
+  const leaving = await boxes(run, "HOST");
+  const servers = await boxes({ ...run, settings: { ...settings, PUBLIC_IP: "" } }, "SERVER");
   const [server] = servers as [Box];
   if (leaving.some((box) => box.host === server.host || box.ip === server.ip))
     throw new SettingError(
@@ -243,20 +251,20 @@ async function remove(call: Call): Promise<number> {
     );
   await watch(leaving);
   const statuses: number[] = [];
-  // One after the other: pods of the first may go to the second.
-  for (const box of leaving) statuses.push(await attempt(call, box, () => one(call, servers, box)));
+  // One after the other: pods of the first may move to the second.
+  for (const box of leaving) statuses.push(await attempt(run, box, () => one(run, servers, box)));
   const gone = leaving.filter((_, i) => statuses[i] === 0);
   if (settings.FIREWALL && gone.length) {
-    call.letIn = gone.map(({ ip }) => `-${ip}`);
-    const others = await neighbours.boxes(call, gone);
+    run.letIn = gone.map(({ ip }) => `-${ip}`);
+    const others = await neighbours.boxes(run, gone);
     await watch(others);
-    statuses.push(...(await (await neighbours.follow(call, others, gone[0])).done));
+    statuses.push(...(await (await neighbours.follow(run, others, gone[0])).done));
   }
   return worst(statuses);
 }
 
 /**
- * Whatever goes from a box that answers is this cluster's, and no other box's node is deleted for it.
+ * Checks that a box that answers belongs to this cluster, and that no other box's node would be deleted.
  * @throws {Refusal}
  */
 export function mayRemove(
@@ -284,10 +292,10 @@ export function mayRemove(
     );
 }
 
-async function one(call: Call, servers: readonly Box[], box: Box): Promise<void> {
+async function one(run: Run, servers: readonly Box[], box: Box): Promise<void> {
   const { line } = box;
   const server = { ...(servers[0] as Box), line };
-  const force = call.flags.has("force");
+  const force = run.flags.has("force");
   let facts: Facts | undefined;
   try {
     facts = await look(box, [uninstall]);
@@ -309,17 +317,15 @@ async function one(call: Call, servers: readonly Box[], box: Box): Promise<void>
   parts.push([server, forget, cluster]);
   let nothing = true;
   for (const [at, step, found] of parts) {
-    const now = await bring(call, at, [step], found);
+    const now = await bring(run, at, [step], found);
     nothing &&= Boolean(now?.nothing);
   }
-  if (call.mode === "apply")
-    line.done(nothing, nothing ? "the box has no k3s, the cluster no such node" : "");
+  if (run.mode === "apply") line.done(nothing, nothing ? "the box has no k3s, the cluster no such node" : "");
 }
 
-await run(import.meta, {
-  about:
-    "Removes boxes from the cluster: drains, uninstalls, and has the cluster forget them. HOST says which.",
+await main(import.meta, {
+  about: "Removes the boxes in HOST from the cluster: drains them, uninstalls k3s, and deletes their nodes.",
   steps: [uninstall],
-  flags: { force: "delete pods that no controller starts anew; remove the node of a box that is gone" },
+  flags: { force: "delete pods that no controller recreates; delete the node of a box that is gone" },
   work: remove,
 });

@@ -1,5 +1,5 @@
 #!/usr/bin/env -S node --import tsx
-/** A server from a backup, on a fresh box at whatever address; the agents follow it there. */
+/** Restores a server from a backup on a fresh box, at any address; the agents follow it there. */
 import { execFile } from "node:child_process";
 import { resolve } from "node:path";
 import { promisify } from "node:util";
@@ -8,32 +8,32 @@ import { causes } from "../../lib/check/causes.ts";
 import { ask } from "../../lib/check/survey.ts";
 import { look, lookAndConverge } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
+import { hashOf } from "../../lib/files.ts";
 import { attempt, bring, each, learn, worst } from "../../lib/fleet.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
-import { closeLook, firewall } from "../../lib/k3s/firewall.ts";
+import { closeLook, firewall } from "../../lib/k3s/firewall/firewall.ts";
 import { ALLOWED, brief, nodeNameOf, whoIs } from "../../lib/k3s/identity.ts";
-import { address, KUBECTL, VERSION } from "../../lib/k3s/nodes.ts";
-import { run } from "../../lib/k3s/script.ts";
+import { address, VERSION } from "../../lib/k3s/nodes.ts";
+import { main } from "../../lib/k3s/script.ts";
 import { nameLook } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
-import type { Box, Call } from "../../lib/script.ts";
+import type { Box, Run } from "../../lib/script.ts";
 import { aFile, SettingError } from "../../lib/settings.ts";
 import { raw, sh } from "../../lib/sh.ts";
 import { type Change, prints, Refusal, step } from "../../lib/step.ts";
-import { pairs, sha256, splitWords } from "../../lib/text.ts";
+import { parseKeyValues, sha256, splitWords } from "../../lib/text.ts";
 import { caIn } from "../../lib/token.ts";
 import { agentSteps, prepareAs, proofLook } from "../agent.ts";
 import { server } from "../server.ts";
 import { up } from "../up.ts";
-import { hashOf } from "./backup.ts";
-import { forgotten, PASSWORDS, provenLook } from "./remove.ts";
+import { dropSecrets, forgotten, keepPasswords, provenLook } from "./remove.ts";
 
 const BASE = "/var/lib/rancher/k3s";
 const ARRIVED = "/var/lib/.k3s-restore.tar.gz";
 
 /**
- * Shell that fails for an archive with anything but plain files and folders of a backup's names, or with more than
- * there is room for: a server made it, and this box is not to be that server's. By the tar that unpacks it then.
+ * Shell that fails for an archive with anything but regular files and folders of a backup's names, or with more than
+ * the disk has room for: a compromised server could have made it. It uses the same tar that unpacks it later.
  */
 const checked = (
   file: string,
@@ -52,8 +52,8 @@ rm -f ../names ../members ../odd`;
 
 const restoredLook = prints("restored")(`fact restored; cat ${BASE}/server/restored 2>/dev/null`);
 
-/** The backup's data in the place of a server's, on a box that has none. Its hash stays, for a run that was cut. */
-export const put = (file: string, hash: string) =>
+/** Puts the backup's data in place on a box that has none. Its hash is kept, for an interrupted run. */
+export const placeData = (file: string, hash: string) =>
   step({
     name: "put",
     options: ["HOST", "PUBLIC_IP", "BACKUP"],
@@ -88,10 +88,10 @@ rm -f ${ARRIVED}`,
   });
 
 /**
- * The passwords by which nodes prove who they are, less this box's: a node that joined anew since the backup has
- * another one, and would be rejected for ever (v1.36.3, seen). Each gives its own again as it follows. Once only.
+ * Deletes all node passwords but this box's, once: a node that has joined again since the backup has another one, and
+ * would be rejected for ever (v1.36.3, seen). Each agent registers its own again when it follows.
  */
-export const unproven = step({
+export const forgetPasswords = step({
   name: "unproven",
   options: [],
   look: () => [nameLook, ...provenLook, restoredLook],
@@ -104,12 +104,8 @@ export const unproven = step({
     return [
       {
         why: "forget the nodes' passwords: nodes that joined again after the backup have new ones",
-        sh: sh`${raw(KUBECTL)}
-${raw(others.map((name) => sh`kc -n kube-system delete secret ${name}.node-password.k3s --ignore-not-found`).join("\n"))}
-if [ -e ${PASSWORDS} ]; then
-  (umask 077; awk -F, -v name=${own} '$2 == name' ${PASSWORDS} >${PASSWORDS}.new)
-  mv -f ${PASSWORDS}.new ${PASSWORDS}
-fi
+        sh: sh`${raw(others.length ? dropSecrets(others) : "")}
+${raw(keepPasswords("==", own))}
 echo passwords >>${BASE}/server/restored`,
       },
     ];
@@ -117,8 +113,8 @@ echo passwords >>${BASE}/server/restored`,
 });
 
 /**
- * Where the rules of `make firewall` stand, and FIREWALL does not look after them, they go with the server.
- * @param FIREWALL the addresses of all, and -ADDRESS of before.
+ * Updates the rules of an earlier `make firewall`, if FIREWALL does not do that anyway.
+ * @param FIREWALL the addresses of all boxes, and -ADDRESS for the old server's.
  */
 export const moveFirewall = (FIREWALL: string) =>
   step({
@@ -132,8 +128,8 @@ export const moveFirewall = (FIREWALL: string) =>
       facts.firewalled?.trim() && !want.FIREWALL ? firewall.plan({ ...want, FIREWALL }, facts) : [],
   });
 
-async function restore(call: Call): Promise<number> {
-  const { settings, origins } = call;
+async function restore(run: Run): Promise<number> {
+  const { settings, origins } = run;
   if (!settings.BACKUP)
     throw new SettingError("BACKUP is not set: expected the file that make backup has written");
   if (origins.HOST === "default")
@@ -149,14 +145,14 @@ async function restore(call: Call): Promise<number> {
     );
   const ca = await caOf(settings.BACKUP);
   const asked = caIn(settings.K3S_TOKEN);
-  if (asked && asked !== ca && !call.flags.has("force"))
+  if (asked && asked !== ca && !run.flags.has("force"))
     throw new SettingError(
       `K3S_TOKEN (${origins.K3S_TOKEN}) is of the CA ${brief(asked)}, the backup of ${brief(ca)}, another cluster, whose token would take its place: expected an env file of its own, or FORCE=1`,
     );
-  const named = (await boxes(call, "HOST")) as [Box];
+  const named = (await boxes(run, "HOST")) as [Box];
   const { host, ip, word } = named[0];
   if (named.length > 1) throw new SettingError(`HOST names ${named.length} boxes: expected one`);
-  const follow = await boxes(call, "AGENTS");
+  const follow = await boxes(run, "AGENTS");
   if (follow.some((agent) => agent.host === host || agent.ip === ip))
     throw new SettingError(
       `HOST is ${host}, which is one of AGENTS: expected a box that is none (make remove HOST=${host}, and take it out of AGENTS)`,
@@ -165,23 +161,23 @@ async function restore(call: Call): Promise<number> {
   const follows = moveFirewall(members.join(" "));
   const steps = [
     ...prepareAs("server"),
-    put(settings.BACKUP, await hashOf(settings.BACKUP)),
+    placeData(settings.BACKUP, await hashOf(settings.BACKUP)),
     follows,
     server,
   ];
-  /** As every call will be from now on: this box is the server. */
-  const next: Call = {
-    ...call,
+  /** The settings from now on: this box is the server. */
+  const next: Run = {
+    ...run,
     settings: { ...settings, SERVER: word, HOST: "", PUBLIC_IP: "", K3S_URL: "", K3S_TOKEN: "" },
-    addresses: { ...call.addresses, servers: [ip] },
+    addresses: { ...run.addresses, servers: [ip] },
     ...(settings.FIREWALL ? { letIn: members } : {}),
   };
   const box = boxAt(next, named[0]);
   const agents = follow.map((agent) => boxAt(next, agent));
   await watch([box, ...agents]);
 
-  // A new agent cannot prove that it is the node of its name; one that cannot be reached is said so when it is to
-  // follow. And the server that is gone would count as a peer of all others until it is found silent.
+  // A new agent cannot prove that it is the node of its name; an unreachable one is reported when it has to follow. The
+  // old server would still count as a peer of all others until its silence is noticed.
   const gone = about.ip === ip ? [] : [about.ip];
   const proof = ask([proofLook]);
   await Promise.all(
@@ -190,24 +186,24 @@ async function restore(call: Call): Promise<number> {
       if (facts && !facts.proof?.trim()) gone.push(agent.ip);
     }),
   );
-  const status = await attempt(call, box, async () => {
-    const now = await bring(call, box, steps);
+  const status = await attempt(run, box, async () => {
+    const now = await bring(run, box, steps);
     if (!now) return;
-    await lookAndConverge(box, ...gone.map((ip) => forgotten(whoIs(ip), undefined)), unproven);
-    Object.assign(next.settings, await learn(call, steps, box, now.facts));
+    await lookAndConverge(box, ...gone.map((ip) => forgotten(whoIs(ip), undefined)), forgetPasswords);
+    Object.assign(next.settings, await learn(run, steps, box, now.facts));
     const values = { SERVER: word, K3S_VERSION: about.version };
-    const have = readEnv(call.envFile).values;
+    const have = readEnv(run.envFile).values;
     for (const [name, value] of Object.entries(values))
-      if (have[name] !== value) await updateEnv(call.envFile, { [name]: value });
+      if (have[name] !== value) await updateEnv(run.envFile, { [name]: value });
   });
-  if (status !== 0 || call.mode !== "apply") return status;
-  // All at once: each waits for the others that the datastore still takes for Ready.
+  if (status !== 0 || run.mode !== "apply") return status;
+  // In parallel: each waits for those that the datastore still lists as Ready.
   const followed = await each(
-    call,
+    run,
     agents,
     async (agent) => {
-      // It goes back to the backup's release with its server.
-      agent.want = { ...agent.want, allowed: new Set([...call.flags, "release"]) };
+      // It may have to go back to the backup's release, like its server.
+      agent.want = { ...agent.want, allowed: new Set([...run.flags, "release"]) };
       await lookAndConverge(agent, follows, ...agentSteps);
     },
     "agent",
@@ -216,32 +212,32 @@ async function restore(call: Call): Promise<number> {
   return worst([...followed, rest]);
 }
 
-/** What a backup says of itself. @throws {SettingError} where it is none, or is damaged. */
+/** A backup's description. @throws {SettingError} when the file is no backup, or is damaged. */
 async function aboutOf(file: string): Promise<{ version: string; node: string; ip: string }> {
   aFile("BACKUP", file);
   const { stdout, stderr } = await member(file, "about");
-  const { version = "", node, ip } = pairs(stdout);
+  const { version = "", node, ip } = parseKeyValues(stdout);
   if (VERSION.test(version) && node && address(ip)) return { version, node, ip: ip as string };
   throw new SettingError(
     `BACKUP is "${file}": ${splitWords(stderr.replaceAll("\n", " ")).join(" ").slice(0, 300) || "it is not a file written by make backup"}`,
   );
 }
 
-/** A member's text. To the end, so that gzip's checksum is seen too. By its whole path: host:file would be another machine's. */
+/** A member's text. Reads to the end, for gzip's checksum. With the full path: tar takes host:file for another machine's. */
 const member = async (file: string, name: string) =>
   await promisify(execFile)("tar", ["-xzOf", resolve(file), name], { maxBuffer: 100_000 }).catch((error) => ({
     stdout: "",
     stderr: String(error.stderr || error.message),
   }));
 
-/** The hash of the CA of a backup's cluster. */
+/** The CA hash of a backup's cluster. */
 const caOf = async (file: string): Promise<string> =>
   caIn((await member(file, "token")).stdout) ?? sha256((await member(file, "tls/server-ca.crt")).stdout);
 
-await run(import.meta, {
+await main(import.meta, {
   about:
-    "Makes HOST, a fresh box, the server that BACKUP is of. SERVER in the env file changes, and the agents follow.",
-  steps: [...prepareAs("server"), put("", ""), server, ...agentSteps],
+    "Restores the server in BACKUP on HOST, a box without k3s. Updates SERVER in the env file, and moves the agents.",
+  steps: [...prepareAs("server"), placeData("", ""), server, ...agentSteps],
   writes: () => true,
   flags: { force: ALLOWED.force },
   work: restore,

@@ -1,21 +1,38 @@
 #!/usr/bin/env -S node --import tsx
-/** The cluster in ten lines, from one round trip to the server. Changes nothing. */
+/** Shows the cluster in ten lines, from one round trip to the server. Changes nothing. */
 import { boxes } from "../../lib/boxes.ts";
 import { judge, TOP } from "../../lib/check/diagnose.ts";
-import { ask, type BoxReport, type Cluster, clusterOf, survey, TOP_LOOK } from "../../lib/check/survey.ts";
-import { FRESH, type Node, peerOf } from "../../lib/k3s/nodes.ts";
-import { run } from "../../lib/k3s/script.ts";
-import { plain } from "../../lib/report.ts";
-import type { Box, Call } from "../../lib/script.ts";
+import {
+  ask,
+  type BoxReport,
+  type Cluster,
+  clusterOf,
+  LOOKS,
+  survey,
+  TOP_LOOK,
+} from "../../lib/check/survey.ts";
+import { CURL, FRESH, type Node, peerOf } from "../../lib/k3s/nodes.ts";
+import { main } from "../../lib/k3s/script.ts";
+import { forTerminal } from "../../lib/report.ts";
+import type { Box, Run } from "../../lib/script.ts";
+import { raw, sh } from "../../lib/sh.ts";
 import { prints } from "../../lib/step.ts";
 
-/** Beside what check asks of a server (which defines kc and api). */
-export const MORE = prints("top topless allpods")(`if [ -z "$failed" ]; then
-${TOP_LOOK}
-fact allpods; kc get pods -A --no-headers 2>/dev/null
+/**
+ * In addition to check's look at a server (which defines kc and api): each pod's name, how many of its containers are
+ * ready, and its state. With that header the API returns kubectl's own columns (since v1.15).
+ */
+export const MORE = prints("top topless allpods")(sh`if [ -z "$failed" ]; then
+${raw(TOP_LOOK)}
+fact allpods
+pods=$(${raw(CURL)} -m 20 -H 'Accept: application/json;as=Table;g=meta.k8s.io;v=v1' \
+  "\${apiurl:-https://127.0.0.1:6443}/api/v1/pods?includeObject=None&pretty=false" 2>/dev/null |
+  grep -oE '"cells":\["[^"]*","[^"]*","[^"]*"' | sed 's/.*\["//; s/","/ /g; s/"$//')
+[ -n "$pods" ] || pods=$(kc get pods -A --no-headers 2>/dev/null | awk '{ print $2, $3, $4 }')
+printf '%s\n' "$pods"
 fi`);
 
-/** A line: what it is about, what is seen, and whether that is as it should be. */
+/** A line: its subject, the state, and whether it is healthy. */
 export type Row = [what: string, text: string, well: boolean];
 
 /** Ten lines. */
@@ -33,9 +50,9 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
   const rows = (pods ?? "")
     .split("\n")
     .filter(Boolean)
-    .map((row) => row.split(/\s+/));
+    .map((row) => row.split(" "));
   const problem = rows.filter(
-    ([, , ready = "", state]) => state !== "Completed" && (state !== "Running" || !/^(\d+)\/\1$/.test(ready)),
+    ([, ready = "", state]) => state !== "Completed" && (state !== "Running" || !/^(\d+)\/\1$/.test(ready)),
   );
   const { top } = server.tried;
   const early = judge(cluster).early.includes(TOP);
@@ -71,10 +88,10 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
       problem.length
         ? `${problem.length} of ${rows.length} not healthy: ${problem
             .slice(0, 3)
-            .map(([, name, , state]) => `${name} ${state}`)
+            .map(([name, , state]) => `${name} ${state}`)
             .join(", ")}${problem.length > 3 ? ", …" : ""}`
         : `${rows.length}, all healthy`,
-      // A pod that does not start is its owner's affair, not yet the cluster's.
+      // A pod that does not start is its owner's problem, not the cluster's.
       true,
     ],
     [
@@ -95,7 +112,7 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
       nodes.every(({ pressure }) => pressure.length === 0),
     ],
   ];
-  // Of the rows between what k3s is and how its server does.
+  // The rows that depend on the list of nodes.
   if (nodes.length === 0) for (const row of list.slice(2, 7)) row[1] = "not known";
   const well = list.every(([, , fine]) => fine);
   return [
@@ -110,24 +127,24 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
   ];
 }
 
-async function status(call: Call): Promise<number> {
-  const [box] = (await boxes(call, "SERVER")) as [Box];
-  const [server] = await survey([{ box, role: "server" }], MORE);
+async function status(run: Run): Promise<number> {
+  const [box] = (await boxes(run, "SERVER")) as [Box];
+  const [server] = await survey([{ box, role: "server" }], () => [...LOOKS.server, MORE]);
   if (!server || server.error !== undefined) {
-    process.stderr.write(`${box.name}: ${plain(server?.error ?? "")}\n`);
+    process.stderr.write(`${box.name}: ${forTerminal(server?.error ?? "")}\n`);
     return 1;
   }
   const rows = statusOf(clusterOf([{ ...server, tried: server.facts }]), server.facts.allpods);
   const colour = process.stdout.isTTY && !process.env.NO_COLOR;
   for (const [what, text, well] of rows)
     process.stdout.write(
-      `${what.padEnd(10)} ${colour && !well ? `\x1b[31m${plain(text)}\x1b[0m` : plain(text)}\n`,
+      `${what.padEnd(10)} ${colour && !well ? `\x1b[31m${forTerminal(text)}\x1b[0m` : forTerminal(text)}\n`,
     );
   return rows.every(([, , well]) => well) ? 0 : 1;
 }
 
-await run(import.meta, {
-  about: "The cluster in ten lines, from one round trip to the server. Changes nothing.",
+await main(import.meta, {
+  about: "Shows a summary of the cluster in ten lines, from one connection to the server. Changes nothing.",
   steps: [ask([], ["SERVER", "PUBLIC_IP", "SERVER_ARGS"])],
   host: "SERVER",
   readOnly: true,

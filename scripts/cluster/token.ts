@@ -1,15 +1,15 @@
 #!/usr/bin/env -S node --import tsx
-/** Rotates the cluster's token: whoever knew the old one can join no more; nodes that have joined go on running. */
+/** Rotates the cluster's token: nobody can join with the old one; nodes that have joined continue to run. */
 import { parseArgs } from "../../lib/args.ts";
 import { causes } from "../../lib/check/causes.ts";
 import { configsLook, foreignArgs } from "../../lib/k3s/foreign.ts";
 import { brief, nodeNameOf } from "../../lib/k3s/identity.ts";
-import { run } from "../../lib/k3s/script.ts";
+import { main } from "../../lib/k3s/script.ts";
 import { restart } from "../../lib/k3s/service.ts";
 import { binaryLook, generationOf, K3S, NODE_TOKEN, nameLook } from "../../lib/k3s/unit.ts";
 import { type Change, prints, Refusal, step } from "../../lib/step.ts";
-import { caIn, PASSWORD_SED } from "../../lib/token.ts";
-import { isFurther, KEEP_PASSWORD, password, passwordLook } from "../server.ts";
+import { asNode, CURL_SED, caIn, PASSWORD_SED } from "../../lib/token.ts";
+import { joinsExistingDatastore, KEEP_PASSWORD, password, passwordLook } from "../server.ts";
 
 const SERVER = "/var/lib/rancher/k3s/server";
 
@@ -25,7 +25,7 @@ export const token = step({
     prints("token rotates active opens")(`fact token; cat ${NODE_TOKEN} 2>/dev/null
 fact rotates; ${K3S} token --help 2>/dev/null | grep -oE '^ +rotate '
 fact active; systemctl is-active k3s 2>/dev/null
-fact opens; printf 'user = "node:%s"\n' "$(sed '${PASSWORD_SED}; s/["\\\\]/\\\\&/g' ${NODE_TOKEN} 2>/dev/null)" |
+fact opens; ${asNode(`"$(sed '${PASSWORD_SED}; ${CURL_SED}' ${NODE_TOKEN} 2>/dev/null)"`)}
   curl -sS --max-time 10 -K - --cacert ${SERVER}/tls/server-ca.crt -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/client-ca.crt 2>/dev/null`),
   ],
 
@@ -57,20 +57,20 @@ fact opens; printf 'user = "node:%s"\n' "$(sed '${PASSWORD_SED}; s/["\\\\]/\\\\&
       want,
     );
     const given = password(want, facts);
-    // The server lets nodes in by the passwords that it has read at its start (v1.36.3, seen): until then by the old one.
-    // Or it is not up: an earlier run may be at it still.
+    // The server reads the passwords at its start (v1.36.3, seen): until its restart the old token is valid. Or it is not
+    // up yet: an earlier run may still be restarting it.
     if (given.length || facts.opens?.trim() !== "200") return [...given, start];
-    // What the first server has put into the datastore under the new token, another one finds by no other (v1.36.3 over
-    // PostgreSQL, seen).
-    if (isFurther(want)) return now === want.K3S_TOKEN ? [] : [start];
-    // Another than the env file's, and the door opens by it: a run was cut before it could be learned.
+    // Another server can read the data that the first one has stored under the new token only with that token (v1.36.3
+    // with PostgreSQL, seen).
+    if (joinsExistingDatastore(want)) return now === want.K3S_TOKEN ? [] : [start];
+    // Not the env file's token, but a valid one: a run was interrupted before the new token was saved.
     if (now !== want.K3S_TOKEN) return [];
     return [
       {
         why: "rotate the token",
-        // Without arguments it reads the old token from its file and makes the new one itself: none on a command
-        // line. Its warning is in colours. It writes its file in place, which a full disk would leave empty, and the
-        // next start then finds its own data under another token (pkg/server/token.go).
+        // Without arguments it reads the old token from its file and generates the new one: none is on a command line.
+        // Its warning is coloured. It rewrites its file in place, which a full disk would leave empty; k3s could then not
+        // read its own data at the next start (pkg/server/token.go).
         sh: `head -c 65536 /dev/zero >${SERVER}/room || { rm -f ${SERVER}/room; exit 1; }
 rm ${SERVER}/room
 ${K3S} token rotate >/dev/null`,
@@ -80,12 +80,12 @@ ${K3S} token rotate >/dev/null`,
     ];
   },
 
-  learn: (want, facts) => (isFurther(want) ? {} : { K3S_TOKEN: facts.token?.trim() ?? "" }),
+  learn: (want, facts) => (joinsExistingDatastore(want) ? {} : { K3S_TOKEN: facts.token?.trim() ?? "" }),
 });
 
-await run(import.meta, {
+await main(import.meta, {
   about:
-    "Rotates the token that joins boxes to the cluster. Nodes go on running; the next `make up` gives it to them.",
+    "Rotates the token for joining the cluster. Nodes keep running; the next `make up` distributes the new token.",
   steps: [token],
   host: "SERVER",
   everyServer: true,

@@ -1,8 +1,8 @@
 #!/usr/bin/env -S node --import tsx
 /**
- * K3S_VERSION on the whole cluster: servers first, then agents, one at a time. Each is drained, gets its new
- * binary and unit, is restarted, and takes pods again once it is seen to run the new version. The first that fails
- * ends it, and gets its old binary and unit back.
+ * Upgrades the whole cluster to K3S_VERSION: servers first, then agents, one at a time. Each is drained, gets the new
+ * binary and unit, is restarted, and is uncordoned once it runs the new version. The first failure ends the upgrade, and
+ * that box gets its old binary and unit back.
  */
 import { boxes } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
@@ -10,12 +10,12 @@ import { converge, look, lookAndConverge } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { attempt, each, showPlan, worst } from "../../lib/fleet.ts";
 import { CONFIG, REGISTRIES } from "../../lib/k3s/config.ts";
-import { drainedOn, uncordonedOn } from "../../lib/k3s/drain.ts";
-import { firewall } from "../../lib/k3s/firewall.ts";
+import { drainedOn, serverNodes, uncordonedOn } from "../../lib/k3s/drain.ts";
+import { firewall } from "../../lib/k3s/firewall/firewall.ts";
 import { nodeNameOf, nodeOf, whoIs } from "../../lib/k3s/identity.ts";
-import { clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
+import { clusterLook, nodesOf, WATCH } from "../../lib/k3s/nodes.ts";
 import { compare, pathOf, RELEASE } from "../../lib/k3s/releases.ts";
-import { run } from "../../lib/k3s/script.ts";
+import { main } from "../../lib/k3s/script.ts";
 import { restart } from "../../lib/k3s/service.ts";
 import {
   binaryLook,
@@ -28,13 +28,14 @@ import {
   unitPath,
 } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
-import type { Box, Call } from "../../lib/script.ts";
+import type { Box, Run } from "../../lib/script.ts";
 import { givenNow, SettingError } from "../../lib/settings.ts";
 import { raw, sh, waitUntil } from "../../lib/sh.ts";
 import { Unreachable } from "../../lib/shell.ts";
 import {
   type Change,
   type Facts,
+  type FactsOf,
   Failure,
   type Printed,
   planAll,
@@ -49,10 +50,10 @@ import { downloadAhead } from "../download-k3s.ts";
 import { server as serverStep, serverSteps } from "../server.ts";
 import { up } from "../up.ts";
 
-/** What a node ran before, kept until it is seen to run the new version: its binary, version, and files of settings. */
+/** What a node ran before (binary, version and configuration files), kept until it runs the new version. */
 const KEPT = "/var/lib/rancher/k3s/before";
 
-/** What concerns one box of the cluster and one release. */
+/** The steps for one box and one release. */
 export function stepsFor(role: Role, running: string, ip: string) {
   const files = [K3S, unitPath(role), envPath(role), CONFIG, REGISTRIES];
   const look = () => [
@@ -71,7 +72,7 @@ export function stepsFor(role: Role, running: string, ip: string) {
 
   return {
     keep: upgradeStep("keep", (_want, facts) =>
-      // A binary that was put there since its start is not what runs: nothing of it is kept.
+      // A binary that was replaced since k3s's start is not the one that runs: it is not kept.
       facts.kept?.trim() === running || facts.version?.trim() !== running
         ? []
         : [
@@ -88,16 +89,16 @@ mv ${KEPT}.new ${KEPT}`,
             },
           ],
     ),
-    /** The kubelet's own word on its version: a binary on the disk proves nothing. */
+    /** The kubelet reports its version: a binary on the disk proves nothing. */
     runs: upgradeStep("runs", (want, facts): Change[] => {
       const node = nodeIn(facts);
       if (!node || node.version === want.K3S_VERSION) return [];
       return [
         {
           why: `wait until node ${node.name} says it runs ${want.K3S_VERSION}, not ${node.version}`,
-          sh: `${KUBECTL}\n${waitUntil(
+          sh: `${WATCH}\n${waitUntil(
             60,
-            sh`kc get node ${node.name} -o json | grep -qF ${`"kubeletVersion": "${want.K3S_VERSION}"`}`,
+            sh`changed ${node.name} 5; echo "$node" | grep -qF ${` version=${want.K3S_VERSION} `}`,
             sh`kc get node ${node.name}`,
           )}`,
           seconds: 90,
@@ -142,49 +143,81 @@ rm -rf ${KEPT}`,
   };
 }
 
-interface Member {
+/** A box, as the order of an upgrade sees it. */
+export interface Progress {
+  /** The version that its kubelet reports. */
+  version: string;
+  /** The release of its binary, and the one that this run has upgraded it to. */
+  ahead?: string;
+  done?: string;
+  failed?: true;
+}
+
+type Next<M> = "finish" | "end" | { does: "download" | "upgrade"; release: string; due: M[] };
+
+/**
+ * The next action of an upgrade; called again after each. Release by release, all boxes that are due download the binary
+ * in parallel, then are upgraded one after the other. A box is due if it is not past a release: one that runs it may have
+ * been left drained by an interrupted run. With `force` all boxes get the last release. The first failure ends it. Pure.
+ * @param members servers first.
+ */
+export function nextHop<M extends Progress>(
+  members: readonly M[],
+  way: readonly string[],
+  force: boolean,
+): Next<M> {
+  if (members.some(({ failed }) => failed)) return "end";
+  for (const release of way) {
+    const due = members.filter(
+      ({ done, version }) =>
+        done !== release && ((force && release === way.at(-1)) || compare(version, release) <= 0),
+    );
+    if (due.some(({ ahead }) => ahead !== release)) return { does: "download", release, due };
+    if (due.length) return { does: "upgrade", release, due: due.slice(0, 1) };
+  }
+  return "finish";
+}
+
+interface Member extends Progress {
   box: Box;
   role: Role;
-  facts: Facts;
-  /** What its kubelet says. */
-  version: string;
+  facts: FactsOf<ReturnType<typeof stepsOf>[number]>;
 }
 
 const stepsOf = (role: Role) =>
   (role === "server" ? serverSteps : agentSteps).filter((step) => step !== firewall);
 
-async function upgrade(call: Call): Promise<number> {
-  const { settings } = call;
+async function upgrade(run: Run): Promise<number> {
+  const { settings } = run;
   const to = settings.K3S_VERSION;
-  const force = call.flags.has("force");
+  const force = run.flags.has("force");
   const steps = splitWords(settings.STEPS);
-  const everywhere = [settings, ...Object.values(call.own)];
+  const everywhere = [settings, ...Object.values(run.own)];
   if (steps.length && everywhere.some((of) => of.K3S_BIN || of.K3S_SHA256))
     throw new SettingError("STEPS needs a binary of each release: K3S_BIN and K3S_SHA256 name one");
-  if (steps.length && !givenNow(call.origins, "K3S_VERSION"))
+  if (steps.length && !givenNow(run.origins, "K3S_VERSION"))
     throw new SettingError(
       `STEPS needs K3S_VERSION beside it (make upgrade K3S_VERSION=${to} STEPS="…"): each step writes its own release into the env file`,
     );
-  if (everywhere.some((of) => of.K3S_BIN) && call.origins.K3S_VERSION === "default")
+  if (everywhere.some((of) => of.K3S_BIN) && run.origins.K3S_VERSION === "default")
     throw new SettingError("K3S_VERSION is not set: expected the release that K3S_BIN is");
-  const servers = await boxes(call, "SERVER");
-  const all = [...servers, ...(await boxes(call, "AGENTS"))];
+  const servers = await boxes(run, "SERVER");
+  const all = [...servers, ...(await boxes(run, "AGENTS"))];
   await watch(all);
 
   const members: Member[] = [];
-  const looked = await each(call, all, async (box) => {
+  const looked = await each(run, all, async (box) => {
     const role = servers.includes(box) ? "server" : "agent";
-    box.want = { ...box.want, allowed: new Set([...call.flags, "release"]) };
+    box.want = { ...box.want, allowed: new Set([...run.flags, "release"]) };
     const facts = await look(box, [...stepsOf(role), stepsFor(role, "", box.ip).keep]);
     members[all.indexOf(box)] = { box, role, facts, version: "" };
   });
   if (looked.some((status) => status !== 0)) return worst(looked);
   const [first] = members as [Member];
   let path: string[] = [];
-  // As `up` does: the others join by what the first server says, whatever the env file has.
-  const checked = await attempt(call, first.box, async () => {
-    const nodes = nodesOf(first.facts.nodes);
-    if (nodes.length === 0) throw new Refusal("The server's API does not answer: run make server");
+  // As in `up`: the others join with what the first server reports, whatever the env file has.
+  const checked = await attempt(run, first.box, async () => {
+    const nodes = serverNodes(first.facts);
     const learned = serverStep.learn?.(first.box.want, first.facts);
     for (const member of members) {
       if (member !== first) member.box.want = { ...member.box.want, ...learned };
@@ -204,16 +237,34 @@ async function upgrade(call: Call): Promise<number> {
   });
   if (checked !== 0) return checked;
   if (path.length > 1) first.box.line.says(`by way of ${path.join(", ")}`);
-  // Nothing to go through: a run that was cut may have left a node drained.
-  for (const release of path.length ? path : [to]) {
-    const status = await hop(call, members, release, force);
-    if (status !== 0 || call.mode !== "apply") return status;
+  for (let status = 0; ; ) {
+    const todo = nextHop(members, path.length ? path : [to], force);
+    if (todo === "end") return status;
+    // What could not be verified while other nodes were restarting: handshakes with all, endpoints, metrics.
+    if (todo === "finish") return await up({ ...run, settings: { ...settings, K3S_VERSION: to } });
+    const { does, release, due } = todo;
+    for (const { box } of due) box.want = { ...box.want, K3S_VERSION: release };
+    if (run.mode !== "apply") {
+      for (const member of due) await preview(run, member, first, force);
+      return 0;
+    }
+    const boxes = due.map(({ box }) => box);
+    const statuses = await each(run, boxes, async (box) => {
+      if (does === "download") await lookAndConverge(box, downloadAhead);
+      else for (const member of due) await one(member, first.box, force);
+    });
+    status = worst(statuses);
+    for (const [i, member] of due.entries())
+      if (statuses[i] !== 0) member.failed = true;
+      else if (does === "download") member.ahead = release;
+      else member.version = member.done = release;
+    // Otherwise the next `make up` would install the old release again.
+    if (first.done === release && readEnv(run.envFile).values.K3S_VERSION !== release)
+      await updateEnv(run.envFile, { K3S_VERSION: release });
   }
-  // What could not be seen while other nodes were still to come: handshakes with all, endpoints, metrics.
-  return await up({ ...call, settings: { ...settings, K3S_VERSION: to } });
 }
 
-/** @throws {Refusal} before anything is downloaded or drained, where a box cannot run a release: its cgroups, its kernel. */
+/** @throws {Refusal} before anything is downloaded or drained, when a box's cgroups or kernel do not suit a release. */
 export function mayUpgrade(
   members: readonly Pick<Member, "box" | "role" | "facts">[],
   path: readonly string[],
@@ -227,36 +278,11 @@ export function mayUpgrade(
       }
 }
 
-/** One release on every box that has not got it. */
-async function hop(call: Call, members: Member[], release: string, force: boolean): Promise<number> {
-  const due = members.filter(
-    (m) => (force && call.settings.K3S_VERSION === release) || compare(m.version, release) <= 0,
-  );
-  for (const { box } of due) box.want = { ...box.want, K3S_VERSION: release };
-  const [first] = members as [Member];
-  if (call.mode !== "apply") {
-    for (const member of due) await preview(call, member, first, force);
-    return 0;
-  }
-  const boxesDue = due.map(({ box }) => box);
-  const ahead = await each(call, boxesDue, async (box) => void (await lookAndConverge(box, downloadAhead)));
-  if (ahead.some((status) => status !== 0)) return worst(ahead);
-  for (const member of due) {
-    const status = await attempt(call, member.box, () => one(member, first.box, force));
-    if (status !== 0) return status;
-    member.version = release;
-    // Else the next `make up` would put the old release back.
-    if (member === first && readEnv(call.envFile).values.K3S_VERSION !== release)
-      await updateEnv(call.envFile, { K3S_VERSION: release });
-  }
-  return 0;
-}
-
-async function preview(call: Call, { box, role, version }: Member, first: Member, force: boolean) {
+async function preview(run: Run, { box, role, version }: Member, first: Member, force: boolean) {
   const facts = await look(box, [...stepsOf(role), stepsFor(role, version, box.ip).keep]);
   if (version !== box.want.K3S_VERSION)
-    showPlan(call, first.box, [drainedOn(whoIs(box.ip, facts), force)], first.facts);
-  showPlan(call, box, stepsOf(role), facts);
+    showPlan(run, first.box, [drainedOn(whoIs(box.ip, facts), force)], first.facts);
+  showPlan(run, box, stepsOf(role), facts);
 }
 
 async function one({ box, role, version }: Member, server: Box, force: boolean): Promise<void> {
@@ -266,11 +292,11 @@ async function one({ box, role, version }: Member, server: Box, force: boolean):
   const release = box.want.K3S_VERSION;
   const facts = await look(box, [...all, keep]);
   const drained = drainedOn(whoIs(box.ip, facts), force);
-  /** By what the box says last: its new kernel is another boot. */
+  /** With the box's latest facts: after a kernel upgrade its boot id is another. */
   const uncordoned = (now: Facts) => uncordonedOn(whoIs(box.ip, now));
   const cluster = role === "server" ? facts : await look(atServer, [drained]);
   if (version === release) {
-    // What a run that was cut has left: nothing of it is a reason to put anything back.
+    // Leftovers of an interrupted run: they are no reason for a rollback.
     const after = await converge(box, all, facts);
     const left = facts.kept?.trim() || planAll([uncordoned(facts)], box.want, cluster).length;
     if (after === facts && !left) return;
@@ -295,7 +321,7 @@ async function one({ box, role, version }: Member, server: Box, force: boolean):
   await lookAndConverge(atServer, uncordoned(await lookAndConverge(box, forget)));
   box.line.done(false, `runs ${release}`);
 
-  /** Puts the node back to what it ran before; says how that went. */
+  /** Rolls the node back to what it ran before; returns the outcome. */
   async function undo(): Promise<string> {
     const back = { ...box, want: { ...box.want, K3S_VERSION: version } };
     const facts = await look(back, [putBack]);
@@ -308,17 +334,17 @@ async function one({ box, role, version }: Member, server: Box, force: boolean):
   }
 }
 
-await run(import.meta, {
+await main(import.meta, {
   about:
-    "Upgrades the cluster to K3S_VERSION: servers, then agents, one at a time, each drained and seen to run it.",
+    "Upgrades the cluster to K3S_VERSION: one node at a time, servers first; each is drained, and verified afterwards.",
   steps: [
     ...serverSteps,
     ...agentSteps,
     { name: "upgrade", options: ["STEPS"], look: () => [], plan: () => [] },
   ],
-  flags: { force: "go back, or leave minor versions out; delete pods that no controller starts anew" },
+  flags: { force: "downgrade, or skip minor versions; delete pods that no controller recreates" },
   writes: (want, known) => want.K3S_VERSION !== known.K3S_VERSION,
-  everyBox: "one at a time, and those that run K3S_VERSION stay as they are",
+  everyBox: "one at a time, skipping those that run K3S_VERSION",
   work: upgrade,
   causes,
 });

@@ -1,8 +1,9 @@
 #!/usr/bin/env -S node --import tsx
 /**
- * How long a cluster takes, and what it costs: `make -j up` fresh and again, beside the article by hand and beside
- * the floor, in labs of their own: the operator's line adds MS to every round trip, and the stand-in is Ready two
- * seconds after its start. What was measured goes into results.json, and the table of all that is there is printed.
+ * How long a cluster takes, and what it costs: `make -j up` fresh and again, beside the article by hand, the floor and
+ * other projects, in turn, each time in a new lab (slow.ts). Boxes have equal shares of the CPU, and the operator, whose
+ * machine is another one, goes before them. What was measured goes into results.json, and the table of all that is
+ * there is printed.
  *
  *     BOXES="3 9 17"    how many boxes
  *     MS="50 150"       round trip of the operator, in milliseconds
@@ -10,17 +11,16 @@
  *     K3S_INSTALL_SH=…  k3s's install.sh, which both of these use:
  *     K3SUP=…           k3sup's binary, to have it run as well
  *     K3S_ANSIBLE=…     a clone of k3s-ansible, where ansible-playbook with ansible.posix is on PATH
- *     TIMES=3           runs of each; the one with the median fresh time counts
+ *     TIMES=3           rounds of all contenders; of each figure the median counts
  */
 import { copyFileSync, existsSync, readFileSync, writeFileSync } from "node:fs";
 import { cpus, loadavg } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
-import { type Lab, up } from "../lab/lab.ts";
-import { MODERN, spread, trips } from "../lab/suite.ts";
+import { type Lab, spread } from "../lab/lab.ts";
+import { MODERN, trips } from "../lab/suite.ts";
+import { all, READY, slowLab, when } from "./slow.ts";
 
-/** From k3s's start to Ready. Longer than the stand-in itself takes on two busy cores, shorter than any k3s. */
-const START = 2;
 const RESULTS = join(import.meta.dirname, "results.json");
 const list = (name: string, value: string) => (process.env[name] || value).split(/\s+/).filter(Boolean);
 
@@ -33,7 +33,6 @@ interface Contender {
   prepare?(lab: Lab): Promise<unknown>;
 }
 
-const all = (lab: Lab) => lab.boxes.map(({ name, publicIp }) => `${name}=${publicIp}`);
 const script =
   (name: string, ...first: string[]) =>
   (lab: Lab) => [join(import.meta.dirname, name), ...first, lab.mirror.plain, MODERN, ...all(lab)];
@@ -71,7 +70,11 @@ const CONTENDERS: Record<string, Contender> = {
   floor: { about: "the floor: 3 commands a box, all at once", command: script("floor.sh") },
   "by-hand": { about: "the article by hand", command: script("by-hand.sh") },
   k3sup: { ...K3SUP, about: "k3sup, eight joins at once", command: script("k3sup.sh", "8") },
-  "k3sup-1": { ...K3SUP, about: "k3sup, box after box", command: script("k3sup.sh", "1") },
+  "k3sup-plan": {
+    ...K3SUP,
+    about: "k3sup as its plan has it, all joins at once",
+    command: script("k3sup.sh", "0"),
+  },
   "k3s-ansible": {
     about: "k3s-ansible, all boxes at once",
     command: script("k3s-ansible.sh"),
@@ -104,7 +107,7 @@ interface Result {
   /** `ssh box true` on all boxes at once, in seconds. */
   bare: number;
   fresh: Run;
-  /** Until the last node became Ready, in seconds, less up to one: the API keeps whole ones. */
+  /** Until the last node became Ready, in seconds. */
   ready: number;
   again: Run;
   /** The machine, and its load average when the run ended. */
@@ -159,40 +162,25 @@ async function measure(lab: Lab, command: string[]): Promise<Run> {
 
 async function once(contender: string, boxes: number, ms: number): Promise<Result> {
   const began = performance.now();
-  const lab = await up({
-    name: "bench",
-    boxes: spread(boxes),
-    tools: true,
-    slow: true,
-    hairpin: ["a", "b"],
-    startSeconds: START,
-  });
+  const lab = await slowLab("bench", spread(boxes), ms);
   const started = since(began);
   try {
-    const [server, ...agents] = all(lab);
-    writeFileSync(
-      lab.envFile,
-      `SERVER=${server}\nAGENTS="${agents.join(" ")}"\nK3S_MIRRORS="${lab.mirror.plain} ${lab.mirror.github}"\n`,
-    );
-    await lab.line("op", ms);
     const bare = await measure(lab, [
       "sh",
       "-c",
-      `${spread(boxes)
-        .map((name) => `ssh ${name} true &`)
-        .join(" ")} wait`,
+      `${lab.boxes.map(({ name }) => `ssh ${name} true &`).join(" ")} wait`,
     ]);
     const { command, prepare } = CONTENDERS[contender] as Contender;
     await prepare?.(lab);
     const launched = Date.now();
     const fresh = await measure(lab, command(lab));
     // k3sup and k3s-ansible end before that.
-    let ready: number[] = [];
-    for (const end = Date.now() + 60_000; ready.length < boxes; await sleep(500)) {
-      if (Date.now() > end) throw new Error(`${contender}: only ${ready.length} nodes of ${boxes} are Ready`);
-      ready = await readySince(lab);
+    let ready = await when(lab, READY);
+    for (const end = Date.now() + 60_000; ready.includes(undefined); await sleep(500)) {
+      if (Date.now() > end) throw new Error(`${contender}: not all of ${boxes} nodes are Ready`);
+      ready = await when(lab, READY);
     }
-    const allReady = round((Math.max(...ready) - launched) / 1000);
+    const allReady = round((Math.max(...(ready as number[])) - launched) / 1000);
     const again = await measure(lab, command(lab));
     const machine = `${cpus().length} × ${cpus()[0]?.model}, Node ${process.versions.node}`;
     return {
@@ -213,19 +201,14 @@ async function once(contender: string, boxes: number, ms: number): Promise<Resul
   }
 }
 
-/** When the nodes that are Ready became so, in milliseconds since 1970. */
-async function readySince(lab: Lab): Promise<number[]> {
-  const { items } = JSON.parse(await lab.box("a1").sh("k3s kubectl get nodes -o json"));
-  type Condition = { type: string; status: string; lastTransitionTime: string };
-  return items
-    .flatMap((node: { status: { conditions: Condition[] } }) => node.status.conditions)
-    .filter(({ type, status }: Condition) => type === "Ready" && status === "True")
-    .map(({ lastTransitionTime }: Condition) => Date.parse(lastTransitionTime));
-}
-
-function median(runs: Result[]): Result {
-  const sorted = runs.toSorted((a, b) => a.fresh.seconds - b.fresh.seconds);
-  return { ...(sorted[Math.floor((runs.length - 1) / 2)] as Result), times: runs.length };
+/** Of values of one shape: the median of each number, and the rest as the first has it. */
+function median<T>(values: T[]): T {
+  const [first] = values as [T];
+  if (typeof first === "number")
+    return values.toSorted((a, b) => Number(a) - Number(b))[Math.floor((values.length - 1) / 2)] as T;
+  if (typeof first !== "object") return first;
+  const keys = Object.keys(first as object) as (keyof T)[];
+  return Object.fromEntries(keys.map((key) => [key, median(values.map((value) => value[key]))])) as T;
 }
 
 const key = (r: Result) => `${r.boxes} ${r.ms} ${r.contender}`;
@@ -235,10 +218,11 @@ function table(results: Result[]): string {
     "boxes",
     "ms",
     "what",
-    "fresh",
     "Ready",
-    "again",
     "floor ×",
+    "end",
+    "floor ×",
+    "again",
     "bare ssh ×",
     "commands",
     "logins",
@@ -257,10 +241,11 @@ function table(results: Result[]): string {
       `${r.boxes}`,
       `${r.ms}`,
       r.contender,
-      `${r.fresh.seconds} s`,
       `${r.ready} s`,
-      `${r.again.seconds} s`,
+      of(r.ready, floor?.ready),
+      `${r.fresh.seconds} s`,
       of(r.fresh.seconds, floor?.fresh.seconds),
+      `${r.again.seconds} s`,
       of(r.again.seconds, r.bare),
       both("commands"),
       both("logins"),
@@ -283,26 +268,31 @@ function table(results: Result[]): string {
     .join("\n");
 }
 
+const TIMES = Number(process.env.TIMES || 3);
+const contenders = list("ONLY", Object.keys(CONTENDERS).join(" ")).filter((name) => {
+  const missing = CONTENDERS[name]?.needs?.filter((variable) => !process.env[variable]) ?? [];
+  if (missing.length) console.error(`${name} is left out: ${missing.join(" and ")} not set`);
+  return !missing.length;
+});
 const kept: Result[] = existsSync(RESULTS) ? JSON.parse(readFileSync(RESULTS, "utf8")) : [];
 for (const boxes of list("BOXES", "3 9 17").map(Number))
-  for (const ms of list("MS", "50 150").map(Number))
-    for (const contender of list("ONLY", Object.keys(CONTENDERS).join(" "))) {
-      const missing = CONTENDERS[contender]?.needs?.filter((name) => !process.env[name]) ?? [];
-      if (missing.length) {
-        console.error(`${contender} is left out: ${missing.join(" and ")} not set`);
-        continue;
+  for (const ms of list("MS", "50 150").map(Number)) {
+    const runs: Result[] = [];
+    for (let i = 0; i < TIMES; i++)
+      for (const contender of contenders) {
+        const run = await once(contender, boxes, ms);
+        runs.push(run);
+        console.error(
+          `${boxes} boxes, ${ms} ms, ${contender}: Ready ${run.ready} s, end ${run.fresh.seconds} s, again ${run.again.seconds} s, load ${run.load}`,
+        );
       }
-      const runs: Result[] = [];
-      for (let i = 0; i < Number(process.env.TIMES || 1); i++) {
-        runs.push(await once(contender, boxes, ms));
-        const { fresh, again } = runs.at(-1) as Result;
-        console.error(`${boxes} boxes, ${ms} ms, ${contender}: ${fresh.seconds} s, again ${again.seconds} s`);
-      }
-      const result = median(runs);
+    for (const contender of contenders) {
+      const result = { ...median(runs.filter((run) => run.contender === contender)), times: TIMES };
       const at = kept.findIndex((r) => key(r) === key(result));
       if (at < 0) kept.push(result);
       else kept[at] = result;
-      kept.sort((a, b) => a.boxes - b.boxes || a.ms - b.ms);
-      writeFileSync(RESULTS, `${JSON.stringify(kept, null, 2)}\n`);
     }
+    kept.sort((a, b) => a.boxes - b.boxes || a.ms - b.ms);
+    writeFileSync(RESULTS, `${JSON.stringify(kept, null, 2)}\n`);
+  }
 console.log(table(kept));

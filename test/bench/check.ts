@@ -49,7 +49,7 @@ for word; do case $word in -G|-O) exec /usr/bin/ssh "$@" ;; esac; done
 host=; past=; for word; do [ -n "$past" ] && { host=$word; break; }; [ "$word" != -- ] || past=yes; done
 script=$(cat)
 mark=$(printf '%s\\n' "$script" | sed -n 's/^m=//p')
-case $script in *'fact tries'*) part=tries ;; *'fact sandbox'*) part=pods ;; *) part=look ;; esac
+case $script in *'fact named'*) part=look ;; *'fact tries'*) part=tries ;; *) part=pods ;; esac
 kept=${folder}/kept/$host.$part
 if [ -n "$RECORD" ]; then
   printf '%s\\n' "$script" | /usr/bin/ssh "$@" | sed "s/$mark/MARK/g" | tee "$kept" | sed "s/MARK/$mark/g"

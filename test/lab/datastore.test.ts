@@ -2,7 +2,19 @@
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { quote } from "../../lib/sh.ts";
-import { type Bench, bench, connected, door, MODERN, nodes, OLD, release, starts, state } from "./suite.ts";
+import {
+  type Bench,
+  bench,
+  connected,
+  door,
+  MODERN,
+  nodes,
+  OLD,
+  release,
+  starts,
+  state,
+  untouched,
+} from "./suite.ts";
 
 const ENDPOINT = "http://k3s:hunter2@203.0.113.254:2379";
 
@@ -31,7 +43,7 @@ describe("several servers", { concurrency: true }, () => {
         await t.says("make server SERVER_ARGS=--cluster-init", 2, [
           /embedded etcd needs its members' private/,
         ]);
-        assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), before);
+        await untouched(t.lab.boxes, before);
       });
 
       test("of which the first is not up: the second is refused", async () => {
@@ -67,7 +79,7 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
         await t.says("make server HOST=b1", 0, ["nothing to do"]);
         await t.says("make server", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m]);
         assert.equal(t.env().K3S_URL, "https://198.51.100.11:6443");
-        assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), before);
+        await untouched(t.lab.boxes, before);
       });
 
       test("cut while the second server's changes are made, the next run finishes", async () => {

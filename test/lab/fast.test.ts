@@ -7,13 +7,28 @@ import { standIn } from "../stand-in/pack.ts";
 import { bench, connected, MODERN, routerRule } from "./suite.ts";
 
 const NAMES = ["a1", "a2", "b1", "b2", "b3"];
+/** What the operator has sent and received, in bytes. */
+const traffic = async () => {
+  const [{ stats64 }] = JSON.parse(await t.lab.net("op", "ip -s -j link show eth0"));
+  return { sent: stats64.tx.bytes as number, received: stats64.rx.bytes as number };
+};
+/** How many processes a box has started until now. */
+const started = async (box: string) => Number(await t.box(box).sh("sh -c 'echo $$'"));
 const t = await bench({ name: "fast", boxes: NAMES, hairpin: ["a", "b"], slow: true });
 after(() => t.lab.down());
 t.settings({}, { agents: NAMES.slice(1).join(" ") });
 
-test("five new boxes take one connection each, and at most four commands, or one more for a neighbour that joined just then", async () => {
+test("five new boxes take one connection each, at most four commands, or one more for a neighbour that joined just then, and 30 kB", async () => {
   await t.lab.line("op", 50);
+  const before = await traffic();
   const seen = await t.trips(NAMES, () => t.ok("make -j up"));
+  const { sent, received } = await traffic();
+  // A bare login sends 5.3 kB; what waits for another box, or is told of progress, sends more on a busy machine.
+  assert((sent - before.sent) / NAMES.length < 30_000, `${sent - before.sent} bytes sent`);
+  assert(
+    (received - before.received) / NAMES.length < 30_000,
+    `${received - before.received} bytes received`,
+  );
   for (const [box, { commands, logins }] of Object.entries(seen)) {
     assert.equal(logins, 1, box);
     // Four for a box that joins alone (cluster.test.ts); a node that joined just before may not be heard yet.
@@ -22,14 +37,22 @@ test("five new boxes take one connection each, and at most four commands, or one
   await connected(t.lab.boxes);
 });
 
-test("with nothing to do it is one command, for the cluster as for a whole `make agent` and `make server`", async () => {
+test("with nothing to do it is one command of 16 kB, for the cluster as for a whole `make agent` and `make server`, and agents start nothing on the server", async () => {
   const agents = NAMES.slice(1);
   for (const [command, names] of [
     ["make -j up", NAMES],
     [`make agent HOST="${agents.join(" ")}"`, agents],
     ["make server", ["a1"]],
   ] as const) {
+    const [before, processes] = [await traffic(), await started("a1")];
     const seen = await t.trips([...names], () => t.ok(command));
+    const { sent, received } = await traffic();
+    assert((sent - before.sent) / names.length < 16_000, `${command}: ${sent - before.sent} bytes sent`);
+    const got = (received - before.received) / names.length;
+    assert(got < 13_000, `${command}: ${got} bytes of a box`);
+    // The server is asked once, however many agents there are.
+    const more = (await started("a1")) - processes;
+    assert(more < (names.includes("a1") ? 250 : 50), `${command}: ${more} processes on the server`);
     for (const [box, trip] of Object.entries(seen))
       assert.deepEqual(trip, { commands: 1, logins: 1 }, `${command}: ${box}`);
   }

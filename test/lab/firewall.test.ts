@@ -1,10 +1,10 @@
 /** make firewall on boxes with firewalld, with ufw and with nft rules that drop: the nodes pass, the world does not, ssh stays. */
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
-import { closeAgain } from "../../lib/k3s/firewall.ts";
+import { closeAgain } from "../../lib/k3s/firewall/firewall.ts";
 import type { Box } from "./lab.ts";
 import { type Backend, compared, dice, iptablesText, nftText, SET_UP, tried } from "./packets.ts";
-import { type Bench, bench, connected, state } from "./suite.ts";
+import { type Bench, bench, connected, state, untouched } from "./suite.ts";
 
 describe("make firewall", { concurrency: 1 }, () => {
   let t: Bench;
@@ -46,7 +46,9 @@ describe("make firewall", { concurrency: 1 }, () => {
     for (const backend of ["nft", "iptables-nft", "iptables-legacy"] as Backend[])
       for (let seed = 1; seed <= 8; seed++) {
         const rules = (backend === "nft" ? nftText : iptablesText)(dice(seed * 7919 + backend.length));
-        certain += compared(rules, await b2.sh(tried(rules, backend)));
+        const found = async (seconds: number) => compared(rules, await b2.sh(tried(rules, backend, seconds)));
+        // On a busy machine a packet may not have left so soon.
+        certain += await found(0.15).catch(() => found(3));
       }
     assert(certain > 200, `${certain}`);
     await b2.sh("for n in judged sender pods; do ip netns del $n; done");
@@ -60,12 +62,12 @@ describe("make firewall", { concurrency: 1 }, () => {
       out,
       /b2: 1 to do\n {2}1\. nft: open 6443\/tcp, 10250\/tcp and 51820\/udp to 198\.51\.100\.11, /,
     );
-    assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), fresh);
+    await untouched(t.lab.boxes, fresh);
     await t.cutThenDone("make firewall", /b2 +nft: open/);
     assert.deepEqual(await doors(), SHUT);
     const done = await Promise.all(t.lab.boxes.map(state));
     await t.says("make firewall", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m, /^b2 +nothing to do/m]);
-    assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), done);
+    await untouched(t.lab.boxes, done);
     await b2.off();
     await b2.on();
     await t.ok("make agent HOST=b2");
@@ -106,7 +108,7 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     assert.deepEqual(await doors(), SHUT);
     const done = await Promise.all(t.lab.boxes.map(state));
     await t.says("make firewall", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m, /^b2 +nothing to do/m]);
-    assert.deepEqual(await Promise.all(t.lab.boxes.map(state)), done);
+    await untouched(t.lab.boxes, done);
     await Promise.all(
       t.lab.boxes.map(({ sh }) => sh("systemctl restart 'k3s*.service' --state=active; sleep 3")),
     );

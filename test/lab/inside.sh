@@ -74,7 +74,8 @@ slow_ports() {
 	! ip netns exec inet tc qdisc add dev lo root netem delay 0ms 2>/dev/null || return 0
 	mkdir "$dir/lines"
 	for port in op wan-a wan-b internet; do echo 0 0 >"$dir/lines/$port"; done
-	ip netns exec inet python3 "$here/switch.py" "$dir/lines" op wan-a wan-b internet &
+	# Its delays have to be right however busy the boxes are.
+	nice -n -20 ip netns exec inet python3 "$here/switch.py" "$dir/lines" op wan-a wan-b internet &
 	until ip -n inet link set internet master br0 up 2>/dev/null; do sleep 0.02; done
 }
 
@@ -286,9 +287,13 @@ furnish_real() {
 	ln -s ../lab-real.service "$1/etc/systemd/system/basic.target.wants/"
 }
 
-# inside.sh meter LAB DIR NAME COMMAND...: in cgroups of its own, which tell afterwards what it took.
+# inside.sh meter LAB DIR NAME COMMAND...: in cgroups of its own, which tell afterwards what it took. It goes before the
+# boxes, as on a machine of its own.
 meter() {
 	enter_cgroup "$1" all
+	for share in /sys/fs/cgroup/*/"k3s-lab-$lab-$1"/cpu.shares /sys/fs/cgroup/"k3s-lab-$lab-$1"/cpu.weight; do
+		[ ! -w "$share" ] || echo 10000 >"$share"
+	done
 	shift
 	exec "$@"
 }

@@ -101,7 +101,7 @@ describe("cut at each step", { concurrency: 2 }, () => {
     const boot = () => b3.sh("cat /proc/sys/kernel/random/boot_id");
     const was = await boot();
     await lose("restart", "a killed operator");
-    for (const end = Date.now() + 180_000; Date.now() < end; await sleep(500))
+    for (const end = Date.now() + 600_000; Date.now() < end; await sleep(500))
       if ((await boot().catch(() => was)) !== was) break;
     await swapped(b3);
   });

@@ -25,7 +25,7 @@ const kernel = async () => (await b3.sh("uname -r")).trim();
 const boot = async (box: Box = b3) => (await box.sh("cat /proc/sys/kernel/random/boot_id")).trim();
 /** Until it has started anew: its new boot. */
 async function restarted(box: Box, was: string) {
-  for (const end = Date.now() + 180_000; ; await sleep(200)) {
+  for (const end = Date.now() + 600_000; ; await sleep(200)) {
     const now = await boot(box).catch(() => was);
     if (now !== was) return now;
     assert(Date.now() < end, `${box.name} did not restart`);
@@ -259,7 +259,7 @@ grub2-reboot ${entry}; sync`);
   test("and where it is not, its node is drained, and uncordoned once it runs the new kernel", async () => {
     await b3.sh(`grub2-set-default ${entry}`);
     const was = await boot();
-    for (const end = Date.now() + 180_000; ; ) {
+    for (const end = Date.now() + 600_000; ; ) {
       const { b3: node } = await nodes();
       if (node?.ready && node.boot === was) break;
       assert(Date.now() < end, await b3.sh("journalctl -u k3s-agent -o cat --no-pager -n 30"));

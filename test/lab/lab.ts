@@ -75,6 +75,16 @@ export type Light = Box & {
   restore(tag: string): Promise<void>;
 };
 
+export type Metered = {
+  ran: ProcessOutput;
+  /** CPU of all its processes, in seconds, and their peak memory in bytes. */
+  cpu: number;
+  memory: number;
+  /** The most that were seen at once: processes, and open files of one of them. */
+  processes: number;
+  files: number;
+};
+
 export type Lab = {
   name: string;
   dir: string;
@@ -87,8 +97,8 @@ export type Lab = {
   add(name: string): Promise<Box>;
   /** Runs as the operator, in the project's folder: words, or one string for sh. Never throws. */
   op(command: string | string[], options?: Run): Promise<ProcessOutput>;
-  /** The same, and what the command took: CPU of all its processes in seconds, their peak memory in bytes. */
-  metered(command: string[], options?: Run): Promise<{ ran: ProcessOutput; cpu: number; memory: number }>;
+  /** The same, and what the command took. */
+  metered(command: string[], options?: Run): Promise<Metered>;
   /** CPU that a box has taken so far, in seconds. */
   cpuOf(box: string): Promise<number>;
   /** Runs sh in a network namespace: op, inet, router-a, router-b or a box. */
@@ -141,7 +151,7 @@ export async function up(spec: LabSpec, say: (line: string) => void = () => {}):
   if (!/^[a-z0-9-]{1,24}$/.test(spec.name)) throw new Error(`"${spec.name}" is no name for a lab`);
   const names = spec.boxes ?? ["a1", "b1", "b2"];
   await requirements(spec.slow ? { ...NEEDS, python3: "python3" } : NEEDS, say);
-  if (names.length > 8) await moreInotify(say);
+  if (names.length > 8) await moreInotify(names.length, say);
   await down(spec.name);
   const dir = join(STATE, spec.name);
   await mkdir(join(dir, "boxes"), { recursive: true, mode: 0o700 });
@@ -181,6 +191,7 @@ export async function up(spec: LabSpec, say: (line: string) => void = () => {}):
   await acquaint(dir);
   await Promise.all(names.map((name) => start(dir, name)));
   await Promise.all(lab.boxes.map((box) => box.answers(60 + 5 * names.length)));
+  await Promise.all(lab.boxes.map(booted));
   await until(() => existsSync(socket), 10, join(dir, "mirror.log"));
   await writeFile(join(dir, "whole"), "");
   return lab;
@@ -271,17 +282,27 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
       await acquaint(dir);
       await start(dir, name);
       await box(name).answers();
+      await booted(box(name));
       return box(name);
     },
     op,
     metered: async (command, options) => {
       const meter = `meter${meters++}`;
-      const ran = await op(["sh", INSIDE, "meter", name, dir, meter, ...command], options);
       const group = `k3s-lab-${name}-${meter}`;
+      let [processes, files] = [0, 0];
+      const timer = setInterval(async () => {
+        const pids = [...new Set((await counted(group, "cgroup.procs")).split("\n").filter(Boolean))];
+        processes = Math.max(processes, pids.length);
+        const open = (pid: string) => readdir(`/proc/${pid}/fd`).catch(() => []);
+        files = Math.max(files, ...(await Promise.all(pids.map(open))).map((list) => list.length));
+      }, 200);
+      const ran = await op(["sh", INSIDE, "meter", name, dir, meter, ...command], options).finally(() =>
+        clearInterval(timer),
+      );
       const bytes =
         (await counted(group, "memory.peak")) || (await counted(group, "memory.max_usage_in_bytes"));
       if (!bytes) throw new Error("This machine's cgroups do not tell peak memory");
-      return { ran, cpu: await cpuOf(group), memory: Number(bytes) };
+      return { ran, cpu: await cpuOf(group), memory: Number(bytes), processes, files };
     },
     cpuOf: (box) => cpuOf(`k3s-lab-${name}-${box}`),
     net: async (namespace, script) =>
@@ -298,6 +319,9 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
     down: () => down(name),
   };
 }
+
+/** sshd answers before the boot's last services (e2scrub_reap and others) have ended: a test would see them. */
+const booted = (box: Box) => box.sh("systemctl is-system-running --quiet --wait || :");
 
 /** Ends a lab and removes every trace of it; also of one that crashed, or that never was. */
 export async function down(name: string) {
@@ -321,6 +345,10 @@ export async function down(name: string) {
 const PATH = `${process.env.K3S_LAB_NODE ?? dirname(process.execPath)}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin`;
 
 const boxNames = (dir: string) => readdirSync(join(dir, "boxes")).sort();
+
+/** Names of so many boxes: a1 is the server; the agents are spread over both clouds. */
+export const spread = (boxes: number) =>
+  Array.from({ length: boxes }, (_, i) => `${i % 2 ? "b" : "a"}${Math.floor(i / 2) + 1}`);
 
 export function place(box: string) {
   const [, cloud, digits] = /^([ab])([1-9]\d?)$/.exec(box) ?? [];
@@ -348,11 +376,12 @@ async function requirements(needs: Record<string, string>, say: (line: string) =
 }
 
 /** A box holds some nine of inotify's instances, of which a machine's root has 128: too few for 15 boxes. */
-async function moreInotify(say: (line: string) => void) {
+async function moreInotify(boxes: number, say: (line: string) => void) {
   const limit = "/proc/sys/fs/inotify/max_user_instances";
-  if (Number(await readFile(limit, "utf8")) >= 1024) return;
-  say(`${limit}: 1024, for this many boxes`);
-  await writeFile(limit, "1024");
+  const needed = Math.max(1024, 12 * boxes);
+  if (Number(await readFile(limit, "utf8")) >= needed) return;
+  say(`${limit}: ${needed}, for this many boxes`);
+  await writeFile(limit, `${needed}`);
 }
 
 /** The operator's home and what they know: names of boxes, keys, and nothing of this machine's. */

@@ -150,7 +150,7 @@ describe("remove", () => {
     await b2.sh(
       `systemctl disable --now k3s-agent; rm -rf /etc/systemd/system/k3s-agent.service* /etc/rancher`,
     );
-    await t.says("make agent HOST=b2", 2, ['reinstalled, "make remove HOST=b2" has the cluster forget it']);
+    await t.says("make agent HOST=b2", 2, ['reinstalled, run "make remove HOST=b2" first']);
     await t.ok("make remove HOST=b2");
     await b2.sh("hostname b2");
     await t.ok("make agent HOST=b2");

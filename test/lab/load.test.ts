@@ -4,7 +4,8 @@
  */
 import assert from "node:assert/strict";
 import { after, test } from "node:test";
-import { bench, connected, script, spread, starts } from "./suite.ts";
+import { spread } from "./lab.ts";
+import { bench, connected, script, starts } from "./suite.ts";
 
 const COUNT = process.env.ALL ? 30 : 10;
 const names = spread(COUNT);

@@ -1,7 +1,8 @@
-/** Rules in the kernel of a network namespace, and packets sent at them: what lib/k3s/rules.ts says of them must be so. */
+/** Rules in the kernel of a network namespace, and packets sent at them: what lib/k3s/firewall/ says of them must be so. */
 import assert from "node:assert/strict";
-import { firewallLook } from "../../lib/k3s/firewall.ts";
-import { ends, iptables, nft, type Packet } from "../../lib/k3s/rules.ts";
+import { drops, ends, type Packet } from "../../lib/k3s/firewall/chains.ts";
+import { kernelLook } from "../../lib/k3s/firewall/kernel.ts";
+import { iptables, nft } from "../../lib/k3s/firewall/rules.ts";
 
 export type Backend = "nft" | "iptables-nft" | "iptables-legacy";
 
@@ -56,8 +57,11 @@ ip -n pods route add default via 10.42.1.1
 ip netns exec judged sh -c 'echo 1 >/proc/sys/net/ipv4/ip_forward; for f in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$f; done'
 `;
 
-/** Loads the rules, looks as the scripts do, sends a packet of each kind, and prints which got through. */
-export const tried = (rules: string, backend: Backend) => `cat >/run/judge.sh <<'JUDGE'
+/**
+ * Loads the rules, looks as the scripts do, sends a packet of each kind, and prints which got through. A connection has
+ * so many seconds to send its first packet; one that is dropped takes them all.
+ */
+export const tried = (rules: string, backend: Backend, seconds: number) => `cat >/run/judge.sh <<'JUDGE'
 nft flush ruleset
 for table in filter mangle raw; do
   grep -qsx $table /proc/net/ip_tables_names || continue
@@ -68,7 +72,7 @@ ${backend === "nft" ? "nft -f -" : `${backend}-restore`} <<'RULES' || echo 'not 
 ${rules}
 RULES
 fact() { echo "@$1"; }
-${firewallLook}
+${kernelLook}
 echo @end
 nft -f - <<'SEEN'
 table inet seen {
@@ -85,10 +89,10 @@ JUDGE
 ip netns exec judged sh /run/judge.sh
 for ip in ${SOURCES.join(" ")}; do
   ip -n sender route replace ${BOX}/32 dev eth0 src $ip
-  ip netns exec sender bash -c '${PORTS.map(([protocol, port]) => (protocol === "udp" ? `echo x >/dev/udp/${BOX}/${port}` : `timeout 0.15 bash -c ": </dev/tcp/${BOX}/${port}" 2>/dev/null &`)).join("\n")}
+  ip netns exec sender bash -c '${PORTS.map(([protocol, port]) => (protocol === "udp" ? `echo x >/dev/udp/${BOX}/${port}` : `timeout ${seconds} bash -c ": </dev/tcp/${BOX}/${port}" 2>/dev/null &`)).join("\n")}
 wait' 2>/dev/null || :
 done
-ip netns exec pods bash -c 'echo x >/dev/udp/10.42.2.6/80; timeout 0.15 bash -c ": </dev/tcp/10.42.2.6/80"' 2>/dev/null || :
+ip netns exec pods bash -c 'echo x >/dev/udp/10.42.2.6/80; timeout ${seconds} bash -c ": </dev/tcp/10.42.2.6/80"' 2>/dev/null || :
 ip netns exec judged nft list set inet seen s
 `;
 
@@ -101,8 +105,8 @@ export function compared(rules: string, printed: string): number {
     facts[part.split("\n")[0] as string] = part.slice(part.indexOf("\n") + 1);
   const twice = [...(facts.iptables ?? "").matchAll(/^\*(\w+)/gm)].map(([, table]) => `ip ${table}`);
   const chains = [
-    ...iptables(facts.iptables ?? "", "ip", "iptables"),
-    ...iptables(facts["iptables-legacy"] ?? "", "ip", "iptables-legacy"),
+    ...iptables(facts.iptables ?? "", "iptables"),
+    ...iptables(facts["iptables-legacy"] ?? "", "iptables-legacy"),
     ...nft(facts.ruleset ?? "", twice),
   ];
   const seen = printed
@@ -114,9 +118,9 @@ export function compared(rules: string, printed: string): number {
   let certain = 0;
   for (const { key, packet } of probes) {
     const met = ends(chains, packet);
-    const drops = met.some((list) => list.every(({ verdict }) => verdict === "drop"));
+    const dropped = met.some(drops);
     const passes = met.every((list) => list.every(({ verdict }) => verdict === "accept"));
-    if (!drops && !passes) continue;
+    if (!dropped && !passes) continue;
     certain++;
     assert.equal(
       passes,

@@ -4,6 +4,7 @@ import { createHash } from "node:crypto";
 import { readFileSync, statSync, writeFileSync } from "node:fs";
 import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 import { parse } from "dotenv";
 import { quote } from "../../lib/sh.ts";
 import { fileOf } from "../helpers.ts";
@@ -191,6 +192,26 @@ ls /sys/class/net
 ${STARTS}
 ps -e -o comm= | grep -vE '^(sshd|sh|ps|grep|sort|uniq|sudo|\\(sd-pam\\)|systemd.*|dbus-.*|agetty|sftp-server)$' | sort | uniq -c`);
 
+/**
+ * Fails with the lines that differ from `before`, what `state` said of each box. What was started by an ssh
+ * session may outlive it by a moment: the boxes have ten seconds to be as they were.
+ */
+export async function untouched(boxes: Box[], before: string[]) {
+  for (const end = Date.now() + 10_000; ; await sleep(500)) {
+    const now = await Promise.all(boxes.map(state));
+    const changes = boxes.flatMap(({ name }, i) => {
+      const was = (before[i] as string).split("\n");
+      const is = (now[i] as string).split("\n");
+      return [
+        ...was.filter((line) => !is.includes(line)).map((line) => `${name} - ${line}`),
+        ...is.filter((line) => !was.includes(line)).map((line) => `${name} + ${line}`),
+      ];
+    });
+    if (!changes.length) return;
+    if (Date.now() > end) assert.fail(["A box has changed:", ...changes].join("\n"));
+  }
+}
+
 const STARTS =
   "systemctl show k3s k3s-agent -p Id -p MainPID -p ExecMainStartTimestampMonotonic -p NRestarts";
 
@@ -212,10 +233,6 @@ export async function routerRule(lab: Lab, cloud: Cloud, chain: "forward" | "por
   const handle = /# handle (\d+)/.exec(said)?.[1];
   return () => lab.net(router, `nft delete rule ip filter ${chain} handle ${handle}`);
 }
-
-/** Names of so many boxes: a1 is the server; the agents are spread over both clouds. */
-export const spread = (boxes: number) =>
-  Array.from({ length: boxes }, (_, i) => `${i % 2 ? "b" : "a"}${Math.floor(i / 2) + 1}`);
 
 /** Holds back every restart that `systemctl` is asked for, until /usr/local/sbin/systemctl is removed. */
 export const holdRestarts = (box: Box) =>

@@ -16,6 +16,7 @@ import {
   type Generation,
   hostAddress,
   isLocal,
+  klog,
   log,
   ready,
   shutdown,
@@ -649,6 +650,8 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
   await sleep(DELAY.start - performance.now());
   if (inBox) pod();
   isReady = true;
+  if (gen === "modern")
+    klog("kubelet_node_status.go:431", "Fast updating node status as it just became ready");
   await again("Error updating node status", heart);
   if (gen === "modern" && !s.inServer) {
     log("info", "k3s agent is up and running");

@@ -1,5 +1,6 @@
 /** What answers on 6443: the supervisor's paths, which nodes join by, and as much of Kubernetes as is needed. */
 import { createHash, randomBytes, randomUUID } from "node:crypto";
+import { EventEmitter } from "node:events";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import type { IncomingMessage } from "node:http";
 import { basename, join } from "node:path";
@@ -51,7 +52,14 @@ export type Cluster = {
   metricsLog: string[];
 };
 
-export type Reply = { code: number; type: string; body: string; headers?: Record<string, string> };
+export type Reply = {
+  code: number;
+  type: string;
+  body: string;
+  headers?: Record<string, string>;
+  /** A watch: what it has to say now, and anew after each change; it ends after so many seconds. */
+  watch?: { more: () => string; seconds: number };
+};
 type Question = { method: string; url: URL; req: IncomingMessage; body: string };
 
 export const hash = (text: string): string => createHash("sha256").update(text).digest("hex");
@@ -88,14 +96,25 @@ export function putNode(c: Cluster, node: rules.Node, ours = false): rules.Node 
   c.state.nodes[node.metadata.name] = node;
   if (!ours) c.share?.(`/registry/minions/${node.metadata.name}`, JSON.stringify(node));
   c.save();
+  changes.emit("node");
   return node;
 }
+
+/** Whoever watches nodes hears of it here. */
+export const changes = new EventEmitter().setMaxListeners(0);
 
 export function answer(c: Cluster, q: Question): Reply {
   const path = q.url.pathname;
   if (path === "/cacerts") return { ...text(200, file(c.ca.crt)), type: "text/plain" };
   if (path === "/ping") return text(200, "pong");
-  return path.startsWith("/v1-k3s/") ? supervisor(c, q, path.slice("/v1-k3s/".length)) : kubernetes(c, q);
+  if (path.startsWith("/v1-k3s/")) return supervisor(c, q, path.slice("/v1-k3s/".length));
+  const reply = kubernetes(c, q);
+  if (reply.watch) return reply;
+  // One line, but for curl and whom asks for more (isPrettyPrint of the API server, both generations).
+  const pretty = q.url.searchParams.get("pretty") ?? String(/^curl/.test(q.req.headers["user-agent"] ?? ""));
+  return pretty !== "true" && reply.type === "application/json"
+    ? { ...reply, body: JSON.stringify(JSON.parse(reply.body)) }
+    : reply;
 }
 
 /** A password first, then a certificate. undefined: wrong credentials; null: none. */
@@ -310,15 +329,22 @@ function kubernetes(c: Cluster, q: Question): Reply {
         ? json(200, found)
         : status(404, "NotFound", `deployments.apps ${quote(name)} not found`);
     }
-    case "/pods":
-      return name
-        ? notFound
-        : listOf(
-            c,
-            "PodList",
-            "v1",
-            here && c.state.deployment ? [pod(c)].filter(selected(q.url.searchParams)) : [],
-          );
+    case "/pods": {
+      if (name) return notFound;
+      const pods = here && c.state.deployment ? [pod(c)].filter(selected(q.url.searchParams)) : [];
+      return /as=Table;g=meta\.k8s\.io;v=v1(,|$)/.test(q.req.headers.accept ?? "")
+        ? json(200, {
+            kind: "Table",
+            apiVersion: "meta.k8s.io/v1",
+            metadata: {},
+            columnDefinitions: [],
+            rows: pods.map(({ metadata: { name }, status: { phase, conditions } }) => ({
+              cells: [name, conditions[0]?.status === "True" ? "1/1" : "0/1", phase, "0", "1d"],
+              object: null,
+            })),
+          })
+        : listOf(c, "PodList", "v1", pods);
+    }
     case "/endpoints":
       return namespace === "default" && name === "kubernetes"
         ? json(200, {
@@ -370,8 +396,13 @@ function listOf(c: Cluster, kind: string, apiVersion: string, items: unknown[]):
     resourceVersion: String(c.state.version),
     ...(c.gen === "old" ? { selfLink: "" } : {}),
   };
-  return json(200, { apiVersion, items, kind, metadata });
+  return json(200, { kind, apiVersion, metadata, items });
 }
+
+/** A line of a watch. */
+const event = (type: string, object: object): string => `${JSON.stringify({ type, object })}\n`;
+const nodeEvent = (type: string, node: rules.Node): string =>
+  event(type, { kind: "Node", apiVersion: "v1", ...rules.ordered(node) });
 
 function nodes(c: Cluster, q: Question, user: rules.User, name?: string, subresource?: string): Reply {
   const { gen, state } = c,
@@ -387,24 +418,62 @@ function nodes(c: Cluster, q: Question, user: rules.User, name?: string, subreso
     fieldSelector = query.get("fieldSelector") ?? undefined;
   const no = rules.forbidden(gen, user, { verb, resource: "nodes", name, subresource, fieldSelector });
   if (no) return nodeStatus(403, "Forbidden", no, name ?? "");
+  const wanted = (n: rules.Node): boolean =>
+    !fieldSelector || fieldSelector === `metadata.name=${n.metadata.name}`;
+  if (verb === "watch") {
+    // Of what was before it knows nothing: the real one has it for some minutes.
+    const since = Number(query.get("resourceVersion") ?? 0);
+    if (since && since !== state.version) {
+      const message = `too old resource version: ${since} (${state.version})`;
+      const expired = { metadata: {}, status: "Failure", message, reason: "Expired", code: 410 };
+      let lines = event("ERROR", { kind: "Status", apiVersion: "v1", ...expired });
+      const more = (): string => {
+        const once = lines;
+        lines = "";
+        return once;
+      };
+      return { ...json(200, {}), body: "", watch: { more, seconds: 0 } };
+    }
+    let told: rules.Node[] = [];
+    const more = (): string => {
+      const before = new Map(told.map((n) => [n.metadata.name, n]));
+      told = sortedNodes(c)
+        .filter(wanted)
+        .map((n) => structuredClone(n));
+      const lines = told.flatMap((n) => {
+        const was = before.get(n.metadata.name)?.metadata.resourceVersion;
+        before.delete(n.metadata.name);
+        return was === n.metadata.resourceVersion ? [] : nodeEvent(was ? "MODIFIED" : "ADDED", n);
+      });
+      // It has the version at which it went.
+      const resourceVersion = String(state.version);
+      const gone = [...before.values()].map((n) => ({ ...n, metadata: { ...n.metadata, resourceVersion } }));
+      return [...gone.map((n) => nodeEvent("DELETED", n)), ...lines].join("");
+    };
+    if (since) more();
+    const seconds = Number(query.get("timeoutSeconds")) || 1800;
+    return { ...json(200, {}), body: "", watch: { more, seconds } };
+  }
   if (verb === "list") {
-    const wanted = (n: rules.Node): boolean =>
-      !fieldSelector || fieldSelector === `metadata.name=${n.metadata.name}`;
-    return listOf(c, "NodeList", "v1", sortedNodes(c).filter(wanted));
+    const items = sortedNodes(c).filter(wanted).map(rules.ordered);
+    return listOf(c, "NodeList", "v1", items);
   }
   if (verb === "create") return createNode(c, JSON.parse(q.body) as rules.Node, user);
   const node = state.nodes[name ?? ""];
   if (name && !node) return nodeStatus(404, "NotFound", `nodes ${quote(name)} not found`, name);
-  if (name && verb === "get") return json(200, node);
+  if (name && verb === "get")
+    return json(200, { kind: "Node", apiVersion: "v1", ...rules.ordered(node as rules.Node) });
   if (name && verb === "patch") return patchNode(c, q, user, node!, subresource);
   if (name && verb === "delete") {
     delete state.nodes[name];
+    state.version++;
     c.share?.(`/registry/minions/${name}`, undefined);
     if (gen === "modern") {
       delete state.passwords[name];
       c.share?.(`/registry/passwords/${name}`, undefined);
     }
     c.save();
+    changes.emit("node");
     const details = { name, kind: "nodes", uid: node!.metadata.uid };
     return json(200, { kind: "Status", apiVersion: "v1", metadata: {}, status: "Success", details });
   }

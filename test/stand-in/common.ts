@@ -74,6 +74,14 @@ export function log(level: "info" | "warning" | "error", message: string): void 
   process.stderr.write(logLine(level, message));
 }
 
+/** One line as klog writes it, the log of Kubernetes within k3s. */
+export function klog(where: string, message: string): void {
+  const [, month, day, time] = /-(..)-(..)T(.*)Z/.exec(new Date().toISOString()) ?? [];
+  process.stderr.write(
+    `I${month}${day} ${time}000 ${String(process.pid).padStart(7)} ${where}] ${JSON.stringify(message)}\n`,
+  );
+}
+
 /** How k3s gives up. */
 export function fatal(gen: Generation, message: string): never {
   process.stderr.write(logLine("fatal", ending(gen, message)));

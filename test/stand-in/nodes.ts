@@ -133,6 +133,23 @@ export function newNode(gen: Generation, version: string, facts: Facts, machine:
   };
 }
 
+/** What is named comes first, in this order. */
+const first = <T extends object>(names: string, of: T): T => {
+  const own = names.split(" ").filter((name) => name in of);
+  return { ...Object.fromEntries(own.map((name) => [name, of[name as keyof T]])), ...of };
+};
+
+/** A node as a list of the API has it: in the order of Go's structs (v1.17.6, v1.36.3, recorded); kubectl sorts. */
+export const ordered = ({ metadata, spec, status }: Node) => ({
+  metadata: first("name selfLink uid resourceVersion creationTimestamp labels annotations", metadata),
+  spec,
+  status: {
+    ...first("capacity allocatable", status),
+    conditions: status.conditions.map((condition) => first("type status", condition)),
+    addresses: status.addresses.map((address) => first("type", address)),
+  },
+});
+
 /** `key=value:Effect` or `key:Effect`, as kubelet and kubectl take it. */
 export function taint(text: string): { key: string; value?: string; effect: string } {
   const [, key, value, effect] =

@@ -18,6 +18,7 @@ import {
   answer,
   bootstrap,
   type Cluster,
+  changes,
   hash,
   putNode,
   type State,
@@ -282,7 +283,20 @@ async function listen(
       try {
         const reply = answer(c, { method, url, req, body: Buffer.concat(parts).toString() });
         res.writeHead(reply.code, { "Content-Type": reply.type, ...reply.headers });
-        res.end(reply.body);
+        if (!reply.watch) return void res.end(reply.body);
+        const { more, seconds } = reply.watch;
+        const tell = () => {
+          const lines = more();
+          if (lines) res.write(lines);
+        };
+        res.flushHeaders();
+        tell();
+        changes.on("node", tell);
+        const over = setTimeout(() => res.end(), seconds * 1000);
+        res.on("close", () => {
+          changes.off("node", tell);
+          clearTimeout(over);
+        });
       } catch (error) {
         log("error", `stand-in: ${method} ${req.url}: ${(error as Error).stack}`);
         res.writeHead(500, { "Content-Type": "text/plain" }).end(String(error));
@@ -376,6 +390,7 @@ async function share(c: Cluster, store: Store, late: (error: Error) => void): Pr
     if (c.servers[0] === c.advertised)
       for (const node of sortedNodes(c)) if (!node.spec.podCIDR) putNode(c, withPodCidr(c, node));
     c.state.passwords = { ...c.state.passwords, ...(await store.list("/registry/passwords/")) };
+    changes.emit("node");
   };
   await pass().catch(late);
   void (async () => {

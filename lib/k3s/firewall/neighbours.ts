@@ -1,32 +1,32 @@
 /** With FIREWALL: updates the firewalls of the other boxes when a box joins or leaves. */
 
-import { boxAt, boxes } from "../boxes.ts";
-import { look } from "../converge.ts";
-import { attempt, bring } from "../fleet.ts";
-import type { Box, Call } from "../script.ts";
-import { type Facts, Failure, planAll, Refusal } from "../step.ts";
-import { boxNames } from "../text.ts";
+import { boxAt, boxes } from "../../boxes.ts";
+import { look } from "../../converge.ts";
+import { attempt, bring } from "../../fleet.ts";
+import type { Box, Run } from "../../script.ts";
+import { type Facts, Failure, planAll, Refusal } from "../../step.ts";
+import { boxNames } from "../../text.ts";
 import { firewall } from "./firewall.ts";
 
 /** With FIREWALL: the boxes of SERVER and AGENTS that are not part of this run. */
-async function boxesBeside(call: Call, those: readonly Box[]): Promise<Box[]> {
-  if (!call.letIn) return [];
-  const all = { ...call, settings: { ...call.settings, PUBLIC_IP: "" } };
+async function boxesBeside(run: Run, those: readonly Box[]): Promise<Box[]> {
+  if (!run.letIn) return [];
+  const all = { ...run, settings: { ...run.settings, PUBLIC_IP: "" } };
   const named = [
-    ...(call.settings.SERVER ? await boxes(all, "SERVER") : []),
+    ...(run.settings.SERVER ? await boxes(all, "SERVER") : []),
     ...(await boxes(all, "AGENTS")),
-  ].map((box) => boxAt(call, box));
-  call.letIn.push(...[...named, ...those].map(({ ip }) => ip));
+  ].map((box) => boxAt(run, box));
+  run.letIn.push(...[...named, ...those].map(({ ip }) => ip));
   return named.filter(({ host, ip }) => !those.some((box) => box.host === host || box.ip === ip));
 }
 
 /**
  * Has the firewalls of other boxes follow: none is touched where one refuses, and those of servers stand when this
  * answers, for nobody joins before. `done` has the statuses of all.
- * @param retry the box of the call that is to be tried again as a whole; without it, the firewall of the one that failed.
+ * @param retry the box of the run that is to be tried again as a whole; without it, the firewall of the one that failed.
  */
 async function follow(
-  call: Call,
+  run: Run,
   others: readonly Box[],
   retry?: Box,
 ): Promise<{ refused: boolean; done: Promise<number[]> }> {
@@ -46,15 +46,15 @@ async function follow(
         `${one.reason.message}. Its firewall is as it was: ${retry ? "the removed node is still allowed there" : "the new node is not allowed there yet"}`,
       );
     }
-    if (refused && call.mode === "apply") return;
-    const now = await bring(call, box, steps, one.value);
+    if (refused && run.mode === "apply") return;
+    const now = await bring(run, box, steps, one.value);
     if (now) box.line.done(now.nothing, "its firewall is up to date");
   };
   const all = others.map((box, i) => {
     const part = () => follows(box, looked[i] as PromiseSettledResult<Facts>);
-    return attempt(call, box, part, retry ? call.script : firewall.name, retry);
+    return attempt(run, box, part, retry ? run.name : firewall.name, retry);
   });
-  const servers = boxNames(call.settings.SERVER);
+  const servers = boxNames(run.settings.SERVER);
   await Promise.all(all.filter((_, i) => refused || servers.includes(others[i]?.name as string)));
   return { refused, done: Promise.all(all) };
 }

@@ -1,0 +1,48 @@
+/** What the nodes of a cluster send each other, what is closed to all others, and the firewall that is to have it so. */
+
+import type { Facts } from "../../step.ts";
+import type { Chain } from "./chains.ts";
+
+/** Traffic between nodes: API, kubelet, WireGuard. */
+export const BETWEEN = [
+  ["tcp", 6443],
+  ["tcp", 10250],
+  ["udp", 51820],
+] as const;
+/** Interfaces of pod traffic. */
+export const INTERFACES = ["cni0", "flannel.1", "flannel-wg"];
+/**
+ * Ports to close to the world: API, kubelet, health and metrics of kube-proxy, scheduler and controller manager
+ * (v1.17's 10251 and 10252 need no credentials), vxlan and WireGuard.
+ */
+export const CLOSED = [
+  ["tcp", 6443, 6443],
+  ["tcp", 10248, 10259],
+  ["udp", 8472, 8472],
+  ["udp", 51820, 51821],
+] as const;
+
+/** Marks our rules. */
+export const RULE_COMMENT = "k3s-across-clouds";
+
+/** Networks of pods and services may be dual-stack. */
+export const eachOf = (ranges: readonly string[]) => ranges.flatMap((range) => range.split(","));
+/** The IPv4 network of the pods. */
+export const ipv4Of = ([pods = ""]: readonly string[]) =>
+  eachOf([pods]).find((range) => range.includes(".")) ?? "10.42.0.0/16";
+
+/** What is to be open: each port to each node. */
+export const openings = (nodes: readonly string[]) =>
+  nodes.flatMap((ip) => BETWEEN.map(([protocol, port]) => ({ ip, protocol, port })));
+
+/** A program that manages the box's firewall. */
+export interface FirewallManager<F extends string> {
+  name: string;
+  runs(facts: Facts<F>): boolean;
+  /** Is this base chain its own? It drops other rules in them at its next start. */
+  owns(chain: Chain): boolean;
+  /** Whose packets its commands let through in this chain. */
+  opens(chain: Chain, facts: Facts<F>): ("nodes" | "pods")[];
+  /** @param late ours are there, but behind a rule that denies. */
+  commands(facts: Facts<F>, nodes: readonly string[], ranges: readonly string[], late: boolean): string[];
+}
