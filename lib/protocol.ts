@@ -80,7 +80,8 @@ flock -n 9 || {
   flock -w ${EARLIER_RUN} 9 || { printf '\n%s busy %s\n' ${mark} "$(cat $lock)"; exit 1; }
   printf '\n%s waited\n' ${mark}
 }
-echo $$ >$lock
+# This subshell: $$ is the shell that it stems from.
+sh -c 'echo $PPID' >$lock
 # A package manager must not die of a connection that was cut: its output is still read then. A wait's is not.
 relay() (
   trap '' PIPE

@@ -1,6 +1,7 @@
 /** The shell of a box: a machine that takes POSIX sh as root, this one or another over ssh. */
 
-import { type ChildProcess, spawn } from "node:child_process";
+import { type ChildProcess, type ChildProcessWithoutNullStreams, spawn } from "node:child_process";
+import { randomBytes } from "node:crypto";
 import { lookup } from "node:dns/promises";
 import { once } from "node:events";
 import { createReadStream, mkdirSync, statSync } from "node:fs";
@@ -146,6 +147,7 @@ let closing: Promise<void> | undefined;
 export const closeAll = (): Promise<void> => (closing ??= closeEach());
 
 async function closeEach(): Promise<void> {
+  for (const session of idle.values()) session.end();
   for (const client of clients) client.kill();
   await Promise.all([...opened].map((host) => open(host).close()));
   if (sockets) remove(sockets);
@@ -168,14 +170,186 @@ const COPY = 3600;
 interface Ended {
   status: number | null;
   stderr: string;
-  greeting?: string;
+  greeting?: string | undefined;
+}
+
+/** Starts a command as root: here, or over ssh. It prints BEGIN first. */
+function start(host: string, keys: string, command: string): ChildProcessWithoutNullStreams {
+  const rooted = asRoot(command);
+  const [program = "", ...argv] = host ? [...ssh(host, keys), rooted] : ["sh", "-c", rooted];
+  const child = spawn(program, argv);
+  if (host) clients.add(child);
+  child.once("close", () => clients.delete(child));
+  // If a command ends before it has read its input, its exit status counts, not our broken pipe.
+  child.stdin.on("error", () => {});
+  return child;
+}
+
+/** Ends a command that hangs or floods: a killed client of a shared connection may keep its pipes open (runtimes differ). */
+function abandon(child: ChildProcessWithoutNullStreams): void {
+  child.stdout.destroy();
+  child.stderr.destroy();
+  clients.delete(child);
+  if (child.pid !== undefined) kill(child.pid).catch(() => {});
+}
+
+/** After an interrupt nothing is started: an upgrade would otherwise begin its rollback with an ssh that outlives it. */
+const unlessClosing = async () => {
+  if (closing) await new Promise<never>(() => {});
+};
+
+/** The bytes of an output after BEGIN; the end of what comes before it is a login shell's greeting. */
+function afterBegin() {
+  let greeting: Buffer | undefined = Buffer.alloc(0);
+  return {
+    greeting: () => greeting?.toString(),
+    next(chunk: Buffer): Buffer | undefined {
+      if (!greeting) return chunk;
+      const said = Buffer.concat([greeting, chunk]);
+      const at = said.indexOf(`${BEGIN}\n`);
+      greeting = at < 0 ? said.subarray(-GREETING) : undefined;
+      return at < 0 ? undefined : said.subarray(at + BEGIN.length + 1);
+    },
+  };
+}
+
+const tooMuch = (bytes: number) =>
+  new Unreachable(`The box sent more than ${bytes / 1e6} MB, far more than expected`);
+
+/** @throws {Unreachable} after `seconds`, where `ended` is not settled. */
+async function within<T>(seconds: number, ended: Promise<T>): Promise<T> {
+  let timer: NodeJS.Timeout | undefined;
+  const late = new Promise<never>((_, reject) => {
+    const why = `Timed out after ${seconds} s: the box, or a command on it, hangs`;
+    timer = setTimeout(() => reject(new Unreachable(why)), seconds * 1000);
+  });
+  return await Promise.race([ended, late]).finally(() => clearTimeout(timer));
+}
+
+/** The output of one script on a session, up to the mark at which both streams end. */
+class Output {
+  readonly mark = `k3s-across-clouds-${randomBytes(8).toString("hex")} exit `;
+  readonly #onLine: (line: string) => void;
+  readonly #begin = afterBegin();
+  readonly #decoders = [new StringDecoder("utf8"), new StringDecoder("utf8")] as const;
+  readonly #bytes: [out: number, error: number] = [0, 0];
+  #lines = 0;
+  #rest = "";
+  #stderr = "";
+  #status: number | undefined;
+
+  constructor(onLine: (line: string) => void) {
+    this.#onLine = onLine;
+  }
+
+  /** Takes bytes of standard output (0) or standard error (1), and says if the script has ended. */
+  take(stream: 0 | 1, chunk: Buffer): boolean {
+    this.#bytes[stream] += chunk.length;
+    if (this.#bytes[stream] > MUCH) throw tooMuch(MUCH);
+    const bytes = stream === 0 ? this.#begin.next(chunk) : chunk;
+    const text = bytes ? this.#decoders[stream].write(bytes) : "";
+    if (stream === 0) this.#split(text);
+    else this.#stderr = (this.#stderr + text).slice(-ERRORS);
+    return this.#status !== undefined && this.#stderr.endsWith(`${this.mark}\n`);
+  }
+
+  #split(text: string): void {
+    // An unfinished line is not split again with each chunk.
+    const lines = text.includes("\n") ? (this.#rest + text).split("\n") : [this.#rest + text];
+    this.#rest = lines.pop() as string;
+    this.#lines += lines.length;
+    if (this.#lines > LINES) throw new Unreachable(`The box sent more than ${LINES} lines`);
+    for (const line of lines) {
+      const [said = "", status] = line.split(this.mark);
+      if (said || status === undefined) this.#onLine(said);
+      if (status !== undefined) this.#status = Number(status);
+    }
+  }
+
+  /** `code`, `why`: of a session that ended before its script. */
+  ended(code: number | null = null, why = ""): Ended {
+    if (this.#rest) this.#onLine(this.#rest);
+    return {
+      status: this.#status ?? code,
+      stderr: this.#stderr.replace(`${this.mark}\n`, "") + why,
+      greeting: this.#begin.greeting(),
+    };
+  }
+}
+
+/** By box, the session that waits for its next script. While one is busy, another script opens its own. */
+const idle = new Map<string, Session>();
+
+/**
+ * A shell that stays open on a box and runs one script after the other: as a command of its own, each script would cost
+ * three round trips instead of one, and some processes on both sides (issue 14).
+ */
+class Session {
+  closed = false;
+  readonly #host: string;
+  readonly #child: ChildProcessWithoutNullStreams;
+  #job: { output: Output; done(ended: Ended): void; fail(error: unknown): void } | undefined;
+
+  constructor(host: string, keys: string) {
+    this.#host = host;
+    this.#child = start(host, keys, "exec sh");
+    this.#child.stdout.on("data", (chunk) => this.#hear(0, chunk));
+    this.#child.stderr.on("data", (chunk) => this.#hear(1, chunk));
+    this.#child.once("close", (code) => this.#close(code));
+    this.#child.once("error", (error) => this.#close(null, error.message));
+  }
+
+  /** Rejects when the box says too much, or `onLine` throws: the session is then to be abandoned. */
+  run(script: string, onLine: (line: string) => void): Promise<Ended> {
+    const output = new Output(onLine);
+    this.#child.stdin.write(sh`echo ${BEGIN}
+(
+${raw(script)}
+) </dev/null; echo ${output.mark}$?; echo ${output.mark} >&2
+`);
+    return new Promise((done, fail) => {
+      this.#job = { output, done, fail };
+    });
+  }
+
+  #hear(stream: 0 | 1, chunk: Buffer): void {
+    const job = this.#job;
+    try {
+      if (!job?.output.take(stream, chunk)) return;
+      this.#job = undefined;
+      job.done(job.output.ended());
+    } catch (error) {
+      this.#job = undefined;
+      job?.fail(error);
+    }
+  }
+
+  #close(code: number | null, why = ""): void {
+    this.closed = true;
+    for (const [box, session] of idle) if (session === this) idle.delete(box);
+    this.#job?.done(this.#job.output.ended(code, why));
+    this.#job = undefined;
+  }
+
+  abandon(): void {
+    abandon(this.#child);
+  }
+
+  end(): void {
+    this.#child.stdin.end();
+    this.#child.stdout.destroy();
+    this.#child.stderr.destroy();
+    if (this.#host) this.#child.kill();
+  }
 }
 
 /** @param keys accepted host key fingerprints; empty: known_hosts decides. */
 export function open(host: string, keys = ""): Shell {
+  const box = `${host} ${keys}`;
+
   /**
    * Runs one command as root, with `input` on its standard input. Output is passed to `onData` with backpressure and
-   * not buffered: a box may send more than fits into memory. What comes before our own line is a login shell's greeting.
+   * not buffered: a file may not fit into memory.
    */
   async function execute(
     command: string,
@@ -184,82 +358,58 @@ export function open(host: string, keys = ""): Shell {
     onData: (chunk: Buffer) => Promise<void> | void,
     most = MUCH,
   ): Promise<Ended> {
-    // After an interrupt nothing new is started: an upgrade would otherwise begin its rollback with an ssh that
-    // outlives it.
-    if (closing) await new Promise<never>(() => {});
-    const rooted = asRoot(sh`echo ${BEGIN}; ${raw(command)}`);
-    const [program = "", ...argv] = host ? [...ssh(host, keys), rooted] : ["sh", "-c", rooted];
-    const child = spawn(program, argv);
-    if (host) clients.add(child);
-    // If a command ends before it has read its input, its exit status counts, not our broken pipe.
+    await unlessClosing();
+    const child = start(host, keys, sh`echo ${BEGIN}; ${raw(command)}`);
     pipeline(input, child.stdin).catch(() => {});
-    let greeting: Buffer | undefined = Buffer.alloc(0);
+    const begin = afterBegin();
     const decoder = new StringDecoder("utf8");
     let stderr = "";
     const read = async (stream: Readable, take: (chunk: Buffer) => Promise<void> | void) => {
       let size = 0;
       for await (const chunk of stream) {
         size += chunk.length;
-        const limit = stream === child.stdout && !greeting ? most : MUCH;
-        if (size > limit)
-          throw new Unreachable(`The box sent more than ${limit / 1e6} MB, far more than expected`);
+        const limit = stream === child.stdout && begin.greeting() === undefined ? most : MUCH;
+        if (size > limit) throw tooMuch(limit);
         await take(chunk);
       }
     };
     const all = Promise.all([
       once(child, "close").then(([code]) => code as number | null),
       read(child.stdout, (chunk) => {
-        if (!greeting) return onData(chunk);
-        const said = Buffer.concat([greeting, chunk]);
-        const at = said.indexOf(`${BEGIN}\n`);
-        greeting = at < 0 ? said.subarray(-GREETING) : undefined;
-        return at < 0 ? undefined : onData(said.subarray(at + BEGIN.length + 1));
+        const bytes = begin.next(chunk);
+        return bytes && onData(bytes);
       }),
       read(child.stderr, (chunk) => {
         stderr = (stderr + decoder.write(chunk)).slice(-ERRORS);
       }),
     ]);
-    let timer: NodeJS.Timeout | undefined;
-    const late = new Promise<never>((_, reject) => {
-      const why = `Timed out after ${seconds} s: the box, or a command on it, hangs`;
-      timer = setTimeout(() => reject(new Unreachable(why)), seconds * 1000);
-    });
     try {
-      const [status] = await Promise.race([all, late]);
-      return { status, stderr, ...(greeting && { greeting: greeting.toString() }) };
+      const [status] = await within(seconds, all);
+      return { status, stderr, greeting: begin.greeting() };
     } catch (error) {
       if (child.pid === undefined) return { status: null, stderr: (error as Error).message, greeting: "" };
-      // Not awaited: a killed client of a shared connection may keep its pipes open (runtimes differ).
       all.catch(() => {});
-      child.stdout.destroy();
-      child.stderr.destroy();
-      kill(child.pid).catch(() => {});
+      abandon(child);
       throw error;
-    } finally {
-      clearTimeout(timer);
-      clients.delete(child);
     }
   }
 
   return {
     host,
     async run(script, seconds, onLine) {
-      let rest = "";
-      let count = 0;
-      const decoder = new StringDecoder("utf8");
-      const result = await execute("exec sh -s", Readable.from([script]), seconds, (chunk) => {
-        const text = decoder.write(chunk);
-        // An unfinished line is not split again with each chunk.
-        const lines = text.includes("\n") ? (rest + text).split("\n") : [rest + text];
-        rest = lines.pop() as string;
-        count += lines.length;
-        if (count > LINES) throw new Unreachable(`The box sent more than ${LINES} lines`);
-        lines.forEach(onLine);
-      });
-      if (rest) onLine(rest);
-      const { status, stderr, greeting } = result;
-      if (greeting !== undefined) throw new Unreachable(reasonOf(host, stderr, status, greeting));
-      return { status: status ?? 1, stderr };
+      await unlessClosing();
+      const shell = idle.get(box) ?? new Session(host, keys);
+      idle.delete(box);
+      try {
+        const { status, stderr, greeting } = await within(seconds, shell.run(script, onLine));
+        if (greeting !== undefined) throw new Unreachable(reasonOf(host, stderr, status, greeting));
+        if (idle.has(box)) shell.end();
+        else if (!shell.closed) idle.set(box, shell);
+        return { status: status ?? 1, stderr };
+      } catch (error) {
+        shell.abandon();
+        throw error;
+      }
     },
     async push(file, path) {
       let have = "";
@@ -286,6 +436,8 @@ export function open(host: string, keys = ""): Shell {
       checkCopy(`copy ${path}`, await copy.finally(() => out.close()));
     },
     async close() {
+      idle.get(box)?.end();
+      idle.delete(box);
       if (!host || !opened.has(host)) return;
       const leave = ssh(host, "").toSpliced(-2, 0, "-O", "exit");
       await $({ quiet: true, nothrow: true, stdio: "ignore" })`${leave}`;

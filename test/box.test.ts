@@ -33,6 +33,7 @@ async function run(host: string, script: string, fakes: Record<string, string> =
   const lines: string[] = [];
   for (const name of ["FAKE_REFUSAL", "FAKE_SUDO", "FAKE_USER"]) delete process.env[name];
   Object.assign(process.env, fakes);
+  await open(host, keys).close();
   writeFileSync(log, "");
   const result = await open(host, keys).run(script, 90, (line) => lines.push(line));
   return { ...result, lines, asked: readFileSync(log, "utf8") };
@@ -86,6 +87,54 @@ for (const [name, host] of [
       assert.equal(
         lines.findIndex((got) => got !== line),
         -1,
+      );
+    });
+
+    test("keeps one shell open, in which no script leaves anything to the next", async () => {
+      await run(host, "true");
+      const shell = open(host);
+      const said = async (script: string) => {
+        const lines: string[] = [];
+        const { status, stderr } = await shell.run(script, 20, (line) => lines.push(line));
+        return [status, stderr, ...lines];
+      };
+      const pid = await said("echo $$");
+      assert.deepEqual(await said("cd /; set -eu; x=1; trap 'echo bye' EXIT; exec >&2; exit 3"), [
+        3,
+        "bye\n",
+      ]);
+      assert.deepEqual(await said('echo "${x-none}"; cat; pwd; printf half; printf whole >&2; false'), [
+        1,
+        "whole",
+        "none",
+        process.cwd(),
+        "half",
+      ]);
+      assert.deepEqual(await said("sleep 30 & echo now"), [0, "", "now"]);
+      assert.deepEqual(await said("echo $$"), pid);
+    });
+
+    test("gets a new shell when a script or something else has ended the one before", async () => {
+      await run(host, "true");
+      const shell = open(host);
+      const status = async (script: string) => (await shell.run(script, 20, () => {})).status;
+      assert.notEqual(await status("if"), 0);
+      assert.equal(await status("exit 5"), 5);
+      assert.notEqual(await status("kill -9 $$; sleep 1"), 0);
+      assert.equal(await status("(sleep 0.2; kill -9 $$) & exit 6"), 6);
+      await new Promise((done) => setTimeout(done, 600));
+      assert.equal(await status("exit 7"), 7);
+    });
+
+    test("runs two scripts at the same time", async () => {
+      const folder = temporary();
+      const [one, two] = ["one", "two"].map((name) => join(folder, name));
+      const meets = (mine?: string, other?: string) =>
+        open(host).run(`touch ${mine}; until [ -e ${other} ]; do sleep 0.1; done`, 20, () => {});
+      const both = await Promise.all([meets(one, two), meets(two, one)]);
+      assert.deepEqual(
+        both.map(({ status }) => status),
+        [0, 0],
       );
     });
 

@@ -328,7 +328,7 @@ describe("what a killed process left", () => {
   });
 });
 
-/** ssh to a box that is this machine, with its files under $BOX; it stays at the call, or in the file, that $HOLD names. */
+/** ssh to a box that is this machine, with its files under $BOX; it stays at the script, or in the file, that $HOLD names. */
 const SSH = `case $1 in -G) echo hostname 203.0.113.77; exit ;; esac
 while [ "$1" != -- ]; do
   case $1 in
@@ -339,13 +339,19 @@ while [ "$1" != -- ]; do
   esac
   shift
 done
-n=$(($(wc -l <"$BOX/calls") + 1))
 echo $$ >>"$BOX/calls"
-moved() { sed "s,/var/lib/rancher,$BOX/var,g; s,/etc/rancher,$BOX/etc,g; s,/run/k3s-a,$BOX/k3s-a,g"; }
-[ "$HOLD" != $n ] || { : >"$BOX/held"; exec sleep 60; }
+moved() { sed -u "s,/var/lib/rancher,$BOX/var,g; s,/etc/rancher,$BOX/etc,g; s,/run/k3s-a,$BOX/k3s-a,g"; }
 command=$(printf '%s\\n' "$3" | moved)
 case $HOLD$command in file*cat*) sh -c "$command" | head -c 100; : >"$BOX/held"; exec sleep 60 ;; esac
-moved | sh -c "$command"`;
+n=0
+while IFS= read -r line; do
+  case $line in
+  *': begin'*)
+    n=$((n + 1))
+    [ "$HOLD" != $n ] || { : >"$BOX/held"; exec sleep 60; } ;;
+  esac
+  printf '%s\\n' "$line"
+done | moved | sh -c "$command"`;
 
 /** The operator's folder, a box's, and what is needed to run a script there. */
 function cluster() {
@@ -414,9 +420,18 @@ const lives = (pid: number) => {
 const isLinux = process.platform === "linux";
 const NUMBERS = { SIGINT: 2, SIGTERM: 15, SIGHUP: 1, SIGKILL: 9 };
 const SCRIPTS: Record<string, [place: string, holds: Record<string, string>]> = {
-  backup: ["backup", { "before it": "1", "inside it": "file", "after it": "4" }],
+  backup: ["backup", { "before it": "1", "inside it": "file", "after it": "3" }],
   kubeconfig: ["kubeconfig and its copy", { "before it": "1" }],
 };
+
+/** The ssh that stays: the session, which is the first, or the one that copies a file. */
+const heldBy = (box: string, hold: string) =>
+  Number(
+    readFileSync(join(box, "calls"), "utf8")
+      .trim()
+      .split("\n")
+      .at(hold === "file" ? -1 : 0),
+  );
 
 describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout") }, () => {
   for (const [script, [place, holds]] of Object.entries(SCRIPTS))
@@ -431,7 +446,7 @@ describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("fl
           const words = [fileOf(script), ...(script === "backup" ? ["--backup", file] : [])];
           const { child, ended } = start(words, { ...env, HOLD: hold });
           await until(() => existsSync(join(box, "held")));
-          const ssh = Number(readFileSync(join(box, "calls"), "utf8").trim().split("\n").at(-1));
+          const ssh = heldBy(box, hold);
           // With child.kill() Deno reports the signal in place of the exit status.
           process.kill(child.pid as number, signal);
           const { status, text } = await ended;
@@ -509,11 +524,11 @@ await main(import.meta, { about: "", steps: [], work: async (run) => {
     const { status, text } = await ended;
     assert.ok(status === 141 || status === 0, `${status}: ${text}`);
     assert.equal(text, "");
-    const run = start(["scripts/cluster/backup.ts"], { ...env, HOLD: "4" });
+    const run = start(["scripts/cluster/backup.ts"], { ...env, HOLD: "3" });
     await until(() => existsSync(join(box, "held")));
     run.child.stdout.destroy();
     run.child.stderr.destroy();
-    process.kill(Number(readFileSync(join(box, "calls"), "utf8").trim().split("\n").at(-1)));
+    process.kill(heldBy(box, "3"));
     assert.equal((await run.ended).status, 141);
     assert.deepEqual(
       readdirSync(join(home, "tmp")).filter((name) => name.startsWith("clouds-")),

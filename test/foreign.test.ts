@@ -54,11 +54,16 @@ describe("a port that k3s needs, and something else has", () => {
       else assert.equal(said, "");
     });
 
-  /** What the look says where ss, wg and ip say this, and these processes are in these cgroups. */
-  function seen(ss: string, wg: string, ip = "", cgroups: Record<string, string> = {}): string {
+  /** What the look says where ss, wg and ip say this, ss something else a second later, and processes are in these cgroups. */
+  function seen(ss: string, wg: string, ip = "", cgroups: Record<string, string> = {}, later = ss): string {
     const dir = temporary();
     const print = (text: string) => (text ? `cat <<'END'\n${text}\nEND` : "exit 1");
-    const PATH = programs(join(dir, "bin"), { ss: print(ss), wg: print(wg), ip: print(ip) });
+    const PATH = programs(join(dir, "bin"), {
+      ss: `if [ -e ${dir}/later ]; then\n${print(later)}\nelse\n${print(ss)}\nfi`,
+      sleep: `[ "$1" = 1 ] && : >${dir}/later`,
+      wg: print(wg),
+      ip: print(ip),
+    });
     for (const [pid, cgroup] of Object.entries(cgroups)) {
       mkdirSync(join(dir, pid));
       writeFileSync(join(dir, pid, "cgroup"), cgroup);
@@ -85,7 +90,9 @@ describe("a port that k3s needs, and something else has", () => {
       "tcp 6443 12 nginx\n",
     ],
     ["another address's", seen(`tcp LISTEN 0 5 127.0.0.1:10250 0.0.0.0:* users:(("my kubelet",pid=7,fd=3))`, "", "", { 7: "0::/user.slice" }), "tcp 10250 7 my kubelet\n"],
-    ["one that has ended since", seen(`tcp LISTEN 0 5 *:10250 *:* users:(("k3s-agent",pid=7,fd=3))`, ""), ""],
+    ["one that has ended since", seen(`tcp LISTEN 0 5 *:10250 *:* users:(("k3s-agent",pid=7,fd=3))`, "", "", {}, HEAD), ""],
+    ["one that ended while ss looked for its process, and was started again since", seen("tcp LISTEN 0 5 *:10250 *:*", "", "", { 8: "0::/system.slice/k3s-agent.service" }, `tcp LISTEN 0 5 *:10250 *:* users:(("k3s-agent",pid=8,fd=3))`), ""],
+    ["one of two that is still there", seen(`tcp LISTEN 0 5 *:6443 *:* users:(("x",pid=6,fd=3))\ntcp LISTEN 0 5 *:10250 *:*`, "", "", {}, `tcp LISTEN 0 5 *:6443 *:* users:(("x",pid=6,fd=3))`), "tcp 6443 6 x\n"],
     [
       "k3s's own, and another port",
       seen(`tcp LISTEN 0 4096 *:6443 *:* users:(("k3s-server",pid=12,fd=6))\ntcp LISTEN 0 4096 *:10250 *:* users:(("k3s-agent",pid=13,fd=6))\ntcp LISTEN 0 4096 *:16443 *:* users:(("x",pid=14,fd=6))`, "", "", {

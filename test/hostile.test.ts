@@ -437,7 +437,7 @@ console.log(JSON.stringify({ said, peak }));
   const begun = `echo ${quote(BEGIN)}`;
   const trip = `return JSON.stringify((await shell.run("true", 60, () => {})).status)`;
   /** The mark stands in what it is sent. */
-  const marked = `mark=$(sed -n 's/^m=//p'); ${begun}`;
+  const marked = `mark=$(sed -n '/^m=/{s///p;q;}'); ${begun}`;
   const looks = "await look({ shell, want: {}, line }, []); return 'looked'";
   const cases: [name: string, call: string, ssh: string, said: RegExp][] = [
     ["a flood of lines", trip, `${begun}; yes aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa`, /more than 32 MB/],

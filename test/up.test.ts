@@ -41,18 +41,22 @@ const SSH = `[ "$1" = -G ] && { echo "hostname $3"; exit; }
 case "$*" in *' -O '*) exit ;; esac
 while [ "$1" != -- ]; do shift; done
 [ -e "$BOXES/$2" ] || { echo "connect to host $2 port 22: No route to host" >&2; exit 255; }
-echo 'k3s-across-clouds: begin'
-script=$(cat)
-[ ! -e "$BOXES/$2.slow" ] || sleep 3
-mark=$(printf '%s\\n' "$script" | sed -n 's/^m=\\(k3s-across-clouds-[0-9a-f]*\\)$/\\1/p')
-case $script in
-*'change 0 '*)
-  printf '\\n%s change 0\\n' "$mark"
-  [ ! -e "$BOXES/$2.after" ] || cp "$BOXES/$2.after" "$BOXES/$2"
-  ;;
-esac
-sed "s/^@MARK /$mark /" "$BOXES/$2"
-printf '\\n%s end\\n' "$mark"`;
+while script=$(sed "/ exit ' >&2$/q"); [ -n "$script" ]; do
+  echo 'k3s-across-clouds: begin'
+  [ ! -e "$BOXES/$2.slow" ] || sleep 3
+  mark=$(printf '%s\\n' "$script" | sed -n 's/^m=\\(k3s-across-clouds-[0-9a-f]*\\)$/\\1/p')
+  case $script in
+  *'change 0 '*)
+    printf '\\n%s change 0\\n' "$mark"
+    [ ! -e "$BOXES/$2.after" ] || cp "$BOXES/$2.after" "$BOXES/$2"
+    ;;
+  esac
+  sed "s/^@MARK /$mark /" "$BOXES/$2"
+  printf '\\n%s end\\n' "$mark"
+  end=$(printf '%s\\n' "$script" | sed -n "\\$s/.*'\\(.*\\)'.*/\\1/p")
+  echo "$end"0
+  echo "$end" >&2
+done`;
 
 const file = (facts: Facts) =>
   Object.entries(facts)

@@ -76,19 +76,18 @@ export const foreignArgs = (facts: Facts): ReturnType<typeof configArgs> =>
 
 /**
  * Who uses k3s's ports, one per line: protocol, port, and an interface or a process with its name; without k3s's own
- * processes and WireGuard interfaces.
+ * processes and WireGuard interfaces. A k3s that ends while it is looked at, as its unit starts it again, may pass for
+ * another program (ss reads sockets first, then processes), so what is found has to be found again a second later.
  */
 export const portsLook = prints(
   "ports",
-)(sh`fact ports; ss -lntup 2>/dev/null | awk '$5 ~ /:(51820|51821|6443|10250)$/ {
+)(sh`port_users() { ss -lntup 2>/dev/null | awk '$5 ~ /:(51820|51821|6443|10250)$/ {
   port = $5; sub(/.*:/, "", port); name = pid = ""
   if (match($0, /users:\(\("[^"]*",/)) name = substr($0, RSTART + 9, RLENGTH - 11)
   if (match($0, /pid=[0-9]+/)) pid = substr($0, RSTART + 4, RLENGTH - 4)
   print $1, port, pid ? pid : "-", name
 }' | sort -u | while read -r protocol port pid name; do
   ! grep -qsE '/k3s(-agent)?\.service' "/proc/$pid/cgroup" || continue
-  # One that ended since, as a k3s that its unit starts again does, holds no port.
-  [ "$pid" = - ] || [ -d "/proc/$pid" ] || continue
   if [ "$protocol" = udp ]; then
     link=$(wg show all listen-port 2>/dev/null | awk -v port="$port" '$2 == port { print $1 }' | head -n 1)
     # Without wg: the kernel's own socket is of one of its WireGuard interfaces.
@@ -96,7 +95,9 @@ export const portsLook = prints(
     case $link in flannel*) continue ;; ?*) pid=- name=$link ;; esac
   fi
   echo "$protocol $port $pid $name"
-done
+done; }
+fact ports; used=$(port_users)
+[ -z "$used" ] || { sleep 1; port_users | grep -Fx "$used"; }
 `);
 
 /** @throws {Refusal} naming the program that uses a port which this role needs. */

@@ -153,7 +153,7 @@ cat "$log"`,
 export const script = (name: string, flags = "") =>
   `node ${process.env.K3S_LAB_NODE ? "--no-warnings" : "--import tsx"} ${fileOf(name)} ${flags}`;
 
-/** Remote commands and logins that the boxes' sshd saw while `part` ran, by box. */
+/** Scripts and other remote commands that boxes were sent over ssh while `part` ran, and logins, by box. */
 export async function trips(boxes: Box[], part: () => Promise<unknown>) {
   await Promise.all(boxes.map(listen));
   const count = async () => Promise.all(boxes.map(async (box) => JSON.parse(await box.sh(TRIPS))));
@@ -168,15 +168,28 @@ export async function trips(boxes: Box[], part: () => Promise<unknown>) {
   );
 }
 
-/** sshd has to say what it is asked for. */
+/** Has sshd write down what it is sent: a command may be a shell that is sent many scripts, which all begin with a line of ours. */
 async function listen(box: Box) {
   await box.sh(`conf=/etc/ssh/sshd_config.d/verbose.conf
-[ -e $conf ] || { echo 'LogLevel VERBOSE' >$conf; systemctl reload ssh; sleep 0.3; }`);
+[ -e $conf ] && exit
+mkdir -m 1777 /var/tmp/trips
+cat >/var/tmp/trip <<'END'
+#!/bin/sh
+case $SSH_ORIGINAL_COMMAND in *begin*) echo >/var/tmp/trips/$$; exec sh -c "$SSH_ORIGINAL_COMMAND" ;; esac
+tee /var/tmp/trips/$$ | sh -c "$SSH_ORIGINAL_COMMAND"
+END
+chmod 755 /var/tmp/trip
+printf 'LogLevel VERBOSE\nForceCommand /var/tmp/trip\n' >$conf
+systemctl reload ssh; sleep 0.3`);
 }
 
-const TRIPS = `log=$(journalctl -u ssh -o cat --no-pager)
-echo "{ \\"commands\\": $(echo "$log" | grep -c '^Starting session: command'),
-\\"logins\\": $(echo "$log" | grep -c '^Accepted publickey') }"`;
+const TRIPS = `commands=0
+for trip in /var/tmp/trips/*; do
+  [ -e "$trip" ] || continue
+  scripts=$(grep -ac "^echo 'k3s-across-clouds: begin'$" "$trip")
+  commands=$((commands + (scripts > 1 ? scripts : 1)))
+done
+echo "{ \\"commands\\": $commands, \\"logins\\": $(journalctl -u ssh -o cat --no-pager | grep -c '^Accepted publickey') }"`;
 
 /**
  * All that a box is told by: files of /etc, /usr/local, the homes and /boot with their hashes, modes and times,
