@@ -186,7 +186,7 @@ systemctl reload ssh; sleep 0.3`);
 const TRIPS = `commands=0
 for trip in /var/tmp/trips/*; do
   [ -e "$trip" ] || continue
-  scripts=$(grep -ac "^echo 'k3s-across-clouds: begin'$" "$trip")
+  scripts=$(grep -ac "^echo 'k3s-across-clouds: begin'$" "$trip" || :)
   commands=$((commands + (scripts > 1 ? scripts : 1)))
 done
 echo "{ \\"commands\\": $commands, \\"logins\\": $(journalctl -u ssh -o cat --no-pager | grep -c '^Accepted publickey') }"`;
