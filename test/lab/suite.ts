@@ -176,7 +176,7 @@ mkdir -m 1777 /var/tmp/trips
 cat >/var/tmp/trip <<'END'
 #!/bin/sh
 case $SSH_ORIGINAL_COMMAND in *begin*) echo >/var/tmp/trips/$$; exec sh -c "$SSH_ORIGINAL_COMMAND" ;; esac
-tee /var/tmp/trips/$$ | sh -c "$SSH_ORIGINAL_COMMAND"
+(umask 077; exec tee /var/tmp/trips/$$) | sh -c "$SSH_ORIGINAL_COMMAND"
 END
 chmod 755 /var/tmp/trip
 printf 'LogLevel VERBOSE\nForceCommand /var/tmp/trip\n' >$conf
