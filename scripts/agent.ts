@@ -67,10 +67,11 @@ if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined
     fact door; ${raw(asNode(quote(password)))}
       ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
     fact shut; cat "$dir/error"
-    fact taken; node=${name || raw('"$(uname -n | tr "[:upper:]" "[:lower:]")"')}
-    ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node"
-    fact registered; ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes?pretty=false" | { ${raw(SHAPE)}; } |
-      concerns '' joining ${want.PUBLIC_IP}
+    node=${name || raw('"$(uname -n | tr "[:upper:]" "[:lower:]")"')}
+    ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node" -o "$dir/taken" \
+      "$url/api/v1/nodes?pretty=false" -o "$dir/nodes"
+    fact taken; cat "$dir/taken" 2>/dev/null
+    fact registered; { ${raw(SHAPE)}; } <"$dir/nodes" | concerns '' joining ${want.PUBLIC_IP}
   fi
   ${raw(proofLook)}
 ) fi`);

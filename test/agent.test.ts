@@ -156,7 +156,12 @@ describe("the server is asked from the box", () => {
   function asked(settings = known) {
     const folder = temporary();
     const curl = `printf '%s\\n' "$*" >>${folder}/args
-case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n' ;; */nodes/*) echo "{}" ;; */nodes?pretty=false) echo '{"all":1}' ;; esac`;
+case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n' ;; */nodes/*)
+  for word; do
+    case $before$word in -o*/taken) echo "{}" >"$word" ;; -o*/nodes) echo '{"all":1}' >"$word" ;; esac
+    before=$word
+  done ;;
+esac`;
     const facts = look([agent], settings, { PATH: programs(folder, { curl }) });
     const read = (name: string) =>
       look([{ look: () => [`fact x; cat ${folder}/${name} 2>/dev/null`] }], want).x ?? "";
@@ -166,8 +171,8 @@ case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n'
   test("for its CA, for the token's word, for a node of this name, and for all, in bounded time", () => {
     const { facts, args, stdin } = asked();
     assert.deepEqual([facts.cacerts, facts.door], ["pem\n", "200"]);
-    assert.equal(facts.registered, '{"all":1}\n');
-    assert.equal(args.trim().split("\n").length, 4);
+    assert.deepEqual([facts.taken, facts.registered], ["{}\n", '{"all":1}\n']);
+    assert.equal(args.trim().split("\n").length, 3);
     for (const line of args.trim().split("\n")) assert.match(line, /--connect-timeout \d+ --max-time \d+/);
     assert.match(args, /\/v1-k3s\/client-k3s-controller\.crt/);
     assert.equal(stdin, `user = "node:${"0".repeat(32)}"\n`);
@@ -190,7 +195,7 @@ case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; */cacerts) printf 'pem\\n'
   });
 
   test("for the name that --node-name gives", () => {
-    assert.match(asked({ ...known, AGENT_ARGS: "--node-name=cloud-b" }).args, /\/nodes\/cloud-b$/m);
+    assert.match(asked({ ...known, AGENT_ARGS: "--node-name=cloud-b" }).args, /\/nodes\/cloud-b /m);
   });
 
   test("not at all without a URL or a token", () => {
