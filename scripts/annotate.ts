@@ -31,12 +31,7 @@ import {
   unitOf,
 } from "../lib/k3s/unit.ts";
 import { raw, sh, waitUntil } from "../lib/sh.ts";
-import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
-
-/** The server's unit, an empty line, the agent's. */
-const PROCESSES = prints("processes")(
-  "fact processes; systemctl show k3s k3s-agent -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic",
-);
+import { type Change, type Facts, Refusal, step } from "../lib/step.ts";
 
 const OVERWRITE = "flannel.alpha.coreos.com/public-ip-overwrite";
 
@@ -46,7 +41,7 @@ export const annotateAs = (role?: Role) =>
     name: "annotate",
     options: ["PUBLIC_IP"],
 
-    look: () => [...(role ? [] : ["others=whole"]), binaryLook, nameLook, clusterLook, PROCESSES],
+    look: () => [...(role ? [] : ["others=whole"]), binaryLook, nameLook, ...clusterLook],
 
     plan(want, facts) {
       const [server = "", agent = ""] = (facts.processes ?? "").split("\n\n");
@@ -132,7 +127,7 @@ function handshakes(
   return [
     {
       why: `wait for a fresh handshake with ${missing.map(({ node }) => node.name).join(", ")} at the public address${wrong.length ? ` (${wrong.join("; ")})` : ""}`,
-      sh: sh`${raw(generation === "old" ? startedSh(unitOf(role)) : "")}late() {
+      sh: sh`${raw(generation === "old" ? startedSh(`systemctl show ${unitOf(role)} -p ExecMainStartTimestampMonotonic | cut -d= -f2`) : "")}late() {
   ${raw(oldestSh(generation))}
   while read -r name c own others; do
     wg show ${interfaceOf(generation)} dump | awk -v c="$c" -v own="$own" -v others=" $others " -v oldest="$oldest" '

@@ -24,14 +24,14 @@ export const fixMetrics = step({
 
   look: () => [
     binaryLook,
-    clusterLook,
+    ...clusterLook,
     prints(
       "packaged own skipped foreign runs ours",
     )(`fact packaged; sed '/^# written /d' ${PACKAGED} 2>/dev/null
 fact own; sed '/^# written /d' ${OWN} 2>/dev/null
 fact skipped; test -e ${PACKAGED}.skip && echo yes
 fact foreign; grep -lsE '^ *"?name"?: *"?metrics-server"?,? *$' ${FOLDER}/*.yaml ${FOLDER}/*.yml ${FOLDER}/*.json | grep -vxF ${OWN}
-fact runs; systemctl is-active k3s
+fact runs; shown "$server_unit" ActiveState
 ${OURS}
 fact ours; [ ! -e ${OWN} ] || { ours && echo yes; }`),
     TOP_LOOK,

@@ -114,9 +114,10 @@ describe("an agent tells of its cluster", () => {
     const PATH = programs(`${root}/bin`, {
       curl: curl.replace("LIST", `${root}/list`),
       wg: `[ "$2" = flannel-wg ] && cat ${root}/dump`,
-      systemctl: `case $* in *show*) echo x=0 ;; "is-active ${active}") echo active ;; *) echo inactive ;; esac`,
+      systemctl: `case $* in *show*) echo ExecMainStartTimestampMonotonic=0 ;; "is-active ${active}") echo active ;; *) echo inactive ;; esac`,
     });
     const there = clusterLook
+      .join("\n")
       .replaceAll("/var/lib/rancher/k3s", root)
       .replaceAll("/usr/local/bin/k3s", "false");
     const facts = look([{ look: () => [there] }], wanted(), { PATH });

@@ -4,18 +4,44 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { API, KUBECTL, WATCH } from "../lib/k3s/nodes.ts";
 import { K3S } from "../lib/k3s/unit.ts";
+import type { Step } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
-import { forgotten } from "../scripts/cluster/remove.ts";
+import { annotate } from "../scripts/annotate.ts";
+import { forgotten, uninstall } from "../scripts/cluster/remove.ts";
 import { forgetPasswords } from "../scripts/cluster/restore.ts";
 import { stepsFor } from "../scripts/cluster/upgrade.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
 import { serverSteps } from "../scripts/server.ts";
+import { upgradeKernel } from "../scripts/upgrade-kernel.ts";
 import { B1, lacks, MODERN, node, programs, shell, temporary, wanted } from "./helpers.ts";
 
 test("no look starts kubectl but where curl cannot ask: it takes 0.2 s of CPU and 139 MB", () => {
   const steps = [fixMetrics, forgotten({ ip: B1.ip }, "b1"), forgetPasswords, ...serverSteps, ...agentSteps];
   for (const { name, look } of [...steps, ...Object.values(stepsFor("agent", MODERN, B1.ip))])
     for (const text of look(wanted())) assert.doesNotMatch(text.replaceAll(API, ""), /\bkc |kubectl /, name);
+});
+
+test("a look asks systemd once about each unit, before anything reads the answer", () => {
+  const scripts = {
+    ...stepsFor("agent", MODERN, B1.ip),
+    fixMetrics,
+    forgotten: forgotten({ ip: B1.ip }, "b1"),
+  };
+  const all: Step[][] = [
+    serverSteps,
+    agentSteps,
+    [annotate],
+    [uninstall],
+    [upgradeKernel],
+    ...Object.values(scripts).map((step) => [step]),
+  ];
+  for (const steps of all) {
+    const looks = new Set(steps.flatMap(({ look }: Step) => look(wanted())));
+    const text = [...looks].join("\n").replaceAll(API, "");
+    const [defined, used] = [text.indexOf("shown() {"), text.search(/\bshown "/)];
+    assert.ok(used > defined && defined >= 0, steps.map(({ name }) => name).join());
+    assert.deepEqual(text.match(/systemctl [^"]*/g), ["systemctl show "]);
+  }
 });
 
 describe("a box asks the cluster", () => {

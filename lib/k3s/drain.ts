@@ -5,15 +5,17 @@ import { raw, sh, waitUntil } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, type Step } from "../step.ts";
 import { type Match, nodeNameOf, nodeOf, nodesAt, RESTARTING, type Who, whoIs } from "./identity.ts";
 import { API, clusterLook, DRAINED, NODES, type Node, nodesOf, WATCH } from "./nodes.ts";
-import { K3S, nameLook } from "./unit.ts";
+import { K3S, nameLook, shownLook } from "./unit.ts";
 
 /** Facts about this box's node, if any; also while k3s is still starting. */
 export const drainLook = [
-  prints("roles")(
-    "fact roles; for unit in k3s k3s-agent; do systemctl -q is-enabled $unit 2>/dev/null && echo $unit; done",
-  ),
+  shownLook,
+  prints("roles")(`fact roles
+case $(shown "$server_unit" UnitFileState) in enabled*) echo k3s ;; esac
+case $(shown "$agent_unit" UnitFileState) in enabled*) echo k3s-agent ;; esac
+`),
   nameLook,
-  clusterLook,
+  ...clusterLook,
 ];
 
 /** Time limits for draining a node and for its return, in seconds. */
@@ -83,7 +85,7 @@ export const onNodeOf = <F extends string = "nodes">(
 ): Step<F | "nodes"> => ({
   name,
   options: [],
-  look: () => [clusterLook],
+  look: () => [...clusterLook],
   plan(_want, facts) {
     const found = nodeOf(serverNodes(facts), box);
     if (found?.is !== "restarted" || !found.node.ready) return plan(found, facts);

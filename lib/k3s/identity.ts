@@ -17,6 +17,7 @@ import {
   nodeNameIn,
   type Role,
   releaseOf,
+  shownLook,
   unitOf,
   WRITTEN_BY,
 } from "./unit.ts";
@@ -209,9 +210,13 @@ export function mayGo(
  * Facts for mayBecome and isForeign: each role's unit with its drop-ins, and data directories of k3s that are set
  * elsewhere.
  */
-export const unitsLook = prints("unit-k3s unit-k3s-agent told")(sh`for name in k3s k3s-agent; do
-  fact "unit-$name"; systemctl cat $name.service 2>/dev/null || cat /etc/systemd/system/$name.service 2>/dev/null
-done
+export const unitsLook = prints("unit-k3s unit-k3s-agent told")(sh`unit_files() {
+  main=$(shown "$2" FragmentPath)
+  # shellcheck disable=SC2046 # drop-ins stand with blanks between
+  cat "\${main:-/etc/systemd/system/$1.service}" $(shown "$2" DropInPaths) 2>/dev/null
+}
+fact unit-k3s; unit_files k3s "$server_unit"
+fact unit-k3s-agent; unit_files k3s-agent "$agent_unit"
 fact told; d=/etc/systemd/system
 cat $d/k3s.service.env $d/k3s-agent.service.env /etc/default/k3s /etc/sysconfig/k3s 2>/dev/null |
   sed -n "s/^K3S_DATA_DIR=['\"]\{0,1\}\([^'\"]*\).*/data-dir \1/p; s/^K3S_DATASTORE_ENDPOINT=..*/datastore-endpoint/p; s/^K3S_CLUSTER_INIT=..*/cluster-init/p"
@@ -394,7 +399,7 @@ export const ALLOWED = {
 export const identityAs = (role: Role): Step<UnitFact | "cas" | "nodes" | "registered"> => ({
   name: "identity",
   options: [],
-  look: () => [nameLook, caLook, unitsLook],
+  look: () => [shownLook, nameLook, caLook, unitsLook],
   plan(want, facts) {
     const { version, generation = "modern" } = releaseOf(want, facts);
     if (role === "agent")

@@ -4,7 +4,7 @@ import { isIP } from "node:net";
 import { raw, sh } from "../sh.ts";
 import { type Facts, prints } from "../step.ts";
 import { KEY, PRIVATE_RANGES, publicIp, WORD } from "../table.ts";
-import { type Generation, K3S, NAME } from "./unit.ts";
+import { type Generation, K3S, NAME, shownLook } from "./unit.ts";
 
 /**
  * The shell function `kc`: kubectl with credentials that may read nodes: the admin's on a server; on an agent those of
@@ -40,9 +40,12 @@ export const oldest = (generation: Generation, now: number, started = 0): number
 export const oldestSh = (generation: Generation): string =>
   sh`oldest=$(($(date +%s) - ${FRESH}))${raw(generation === "old" ? `; [ "$oldest" -ge $((since - 2)) ] || oldest=$((since - 2))` : "")}`;
 
-/** Shell that sets `since` to when a unit was started, in seconds since 1970. */
-export const startedSh = (unit: string): string =>
-  sh`since=$(systemctl show ${unit} -p ExecMainStartTimestampMonotonic | sed 's/.*=//; s/[0-9]\{6\}$//')
+/**
+ * Shell that sets `since` to when a unit was started, in seconds since 1970. `monotonic`: shell that prints systemd's
+ * ExecMainStartTimestampMonotonic, in microseconds.
+ */
+export const startedSh = (monotonic: string): string =>
+  sh`since=$(${raw(monotonic)} | sed 's/[0-9]\{6\}$//')
 since=$(($(date +%s) - $(cut -d. -f1 /proc/uptime) + \${since:-0}))
 `;
 
@@ -247,18 +250,21 @@ export const nodesLook = nodesBy(SHAPE);
  * Facts about the cluster as this box sees it: its nodes, and WireGuard's peers; on an agent what concerns it alone.
  * The variable `others` set before has it say more: names, whole.
  */
-export const clusterLook = prints("nodes api load peers interfaces")(sh`peers=$(${raw(PEERS)})
+export const clusterLook = [
+  shownLook,
+  prints("nodes api load peers interfaces")(sh`peers=$(${raw(PEERS)})
 ${raw(CONCERNS)}
 own() {
   case $tls in */server/tls) cat; fact peers; printf '%s\n' "$peers"; return ;; esac
   # Which generation runs is not asked here: the old one's rule is the stricter.
-  ${raw(startedSh("k3s-agent"))}  ${raw(oldestSh("old"))}
+  ${raw(startedSh('shown "$agent_unit" ExecMainStartTimestampMonotonic'))}  ${raw(oldestSh("old"))}
   { printf '%s\n' "$peers"; cat; } | concerns "$oldest"
 }
 ${raw(nodesBy(`{ ${SHAPE}; } | own`))}
 [ -z "$failed" ] || { fact peers; printf '%s\n' "$peers"; }
 fact interfaces; ls /sys/class/net
-`);
+`),
+] as const;
 
 /** A pod of CoreDNS or metrics-server. */
 export interface SystemPod {

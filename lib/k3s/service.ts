@@ -26,6 +26,7 @@ import {
   nameLook,
   type Role,
   releaseOf,
+  shownLook,
   unitOf,
   unitPath,
   unitText,
@@ -54,19 +55,18 @@ type ServiceFact = HealthFact | "other" | "envfile" | "unit" | "written" | "read
 
 /** Facts about a role's service, and the cluster's nodes as its box sees them. */
 export function serviceLook(role: Role) {
-  const unit = unitOf(role);
-  const other = unitOf(role === "server" ? "agent" : "server");
+  const [own, other] = role === "server" ? ["$server_unit", "$agent_unit"] : ["$agent_unit", "$server_unit"];
   const service = prints(
     "unit envfile written service enabled other ipvs",
   )(`fact unit; cat ${unitPath(role)} 2>/dev/null
 fact envfile; stat -c %a ${envPath(role)} 2>/dev/null && sha256sum <${envPath(role)} | cut -d' ' -f1
 fact written; stat -c %Z ${K3S} ${unitPath(role)} ${envPath(role)} 2>/dev/null
-fact service; systemctl show ${unit} -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic -p NeedDaemonReload
-fact enabled; systemctl is-enabled ${unit} 2>/dev/null
-fact other; systemctl is-active ${other} 2>/dev/null
+fact service; printf '%s\n' "${own}"
+fact enabled; shown "${own}" UnitFileState
+fact other; shown "${other}" ActiveState
 fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
 `);
-  return [binaryLook, nameLook, cgroupLook, foldersLook, service, filesLook, clusterLook];
+  return [shownLook, binaryLook, nameLook, cgroupLook, foldersLook, service, filesLook, ...clusterLook];
 }
 
 /** When a service's process started, in seconds since 1970; undefined when it is not running. */

@@ -40,6 +40,24 @@ fact version; echo "$said" | sed -n 's/^k3s version \(v[^ ]*\).*/\1/p'
 fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-(backend|external-ip)|wireguard-native' ;; esac
 `);
 
+/**
+ * The fact `processes`: what systemd knows about the server's unit, an empty line, the agent's. Asked for once a look,
+ * since a systemctl takes as long as ten small programs: the looks behind it read $server_unit and $agent_unit by
+ * `shown UNIT PROPERTY`.
+ */
+export const shownLook = prints("processes")(sh`show() {
+  systemctl show "$1" -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic -p NeedDaemonReload \
+    -p UnitFileState -p FragmentPath -p DropInPaths 2>/dev/null
+}
+server_unit=$(show k3s); agent_unit=$(show k3s-agent)
+shown() {
+  value=\${1#*"$2="}
+  [ "$value" = "$1" ] || printf '%s\n' "\${value%%
+*}"
+}
+fact processes; printf '%s\n\n%s\n' "$server_unit" "$agent_unit"
+`);
+
 /** The fact `named`: what the box's unit says its node is called. */
 export const nameLook = prints("named")(
   sh`fact named; sed -n 's/.*[[:space:]]--node-name=\([a-z0-9.-]*\).*/\1/p' /etc/systemd/system/k3s.service /etc/systemd/system/k3s-agent.service 2>/dev/null`,

@@ -21,7 +21,7 @@ import {
 } from "../../lib/k3s/identity.ts";
 import { API, clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
 import { main } from "../../lib/k3s/script.ts";
-import { nameLook, unitPath } from "../../lib/k3s/unit.ts";
+import { nameLook, shownLook, unitPath } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
@@ -66,6 +66,7 @@ export const uninstall = step({
   options: ["HOST", "SERVER", "PUBLIC_IP", "SERVER_ARGS"],
 
   look: (want) => [
+    shownLook,
     nameLook,
     caLook,
     unitsLook,
@@ -87,7 +88,10 @@ fact inner; at=$(readlink -f /var/lib/rancher/k3s); for path in "$at"/* "$at"/*/
   if [ ! -L "$path" ] || [ ! -d "$path" ]; then continue; fi
   to=$(readlink -f "$path"); case $to in "$at"/*) ;; *) printf '%s leads to %s\n' "$path" "$to" ;; esac
 done
-fact running; for unit in k3s k3s-agent; do systemctl is-active -q $unit 2>/dev/null && echo $unit; done`),
+fact running
+case $(shown "$server_unit" ActiveState) in active) echo k3s ;; esac
+case $(shown "$agent_unit" ActiveState) in active) echo k3s-agent ;; esac
+`),
   ],
 
   plan(want, facts): Change[] {
@@ -173,7 +177,7 @@ export const keepPasswords = (which: "==" | "!=", name: string): string => sh`[ 
 
 /** Facts about the cluster's nodes, and the names whose node password a server has. */
 export const provenLook = [
-  clusterLook,
+  ...clusterLook,
   prints(
     "secrets passwords",
   )(sh`fact secrets; api GET '/api/v1/namespaces/kube-system/secrets?pretty=false' 2>/dev/null |

@@ -59,7 +59,7 @@ export function stepsFor(role: Role, running: string, ip: string) {
   const look = () => [
     binaryLook,
     nameLook,
-    clusterLook,
+    ...clusterLook,
     prints("kept generation")(
       `fact kept; cat ${KEPT}/version 2>/dev/null\nfact generation; cat ${KEPT}/generation 2>/dev/null`,
     ),

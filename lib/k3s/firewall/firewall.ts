@@ -230,7 +230,7 @@ export function firewallPlan(
 export const firewall = step({
   name: "firewall",
   options: ["PUBLIC_IP", "SERVER_ARGS", "FIREWALL"],
-  look: (want) => (want.FIREWALL ? ["others=names", clusterLook, ...firewallLooks] : []),
+  look: (want) => (want.FIREWALL ? ["others=names", ...clusterLook, ...firewallLooks] : []),
   plan: (want, facts) => (want.FIREWALL ? firewallPlan(facts, admitted(want, facts), rangesOf(want)) : []),
 });
 
