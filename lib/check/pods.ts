@@ -4,7 +4,7 @@
  */
 
 import { look } from "../converge.ts";
-import { API, apiMessage, CURL, itemsOf, type Load, overload, type PodObject } from "../k3s/nodes.ts";
+import { API, apiMessage, CURL, ITEMS, itemsOf, type Load, overload, type PodObject } from "../k3s/nodes.ts";
 import { raw, sh } from "../sh.ts";
 import { type Look, prints } from "../step.ts";
 import { TURN } from "./diagnose.ts";
@@ -25,8 +25,7 @@ const nameOf = (mark: string, node: string) => `${LABEL}-${mark}-${node}`;
 const UP = `up() { read -r up _ </proc/uptime; up=\${up%.*}; }`;
 
 /** Shell that takes from pods, as `?pretty=false` gives them, what is long and not read: a pod a line. */
-const STATUS = String.raw`sed 's/},{"metadata":{/},\
-{"metadata":{/g' | sed -E 's/(,"managedFields":\[.*\])?\},"spec":\{.*\},"status":\{/},"status":{/'`;
+const STATUS = String.raw`${ITEMS} | sed -E 's/(,"managedFields":\[.*\])?\},"spec":\{.*\},"status":\{/},"status":{/'`;
 
 /** A running pod. */
 export interface Pod {

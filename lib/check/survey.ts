@@ -13,6 +13,7 @@ import {
   address as addressIn,
   apiMessage,
   FRESH,
+  ITEMS,
   itemsOf,
   loadLook,
   loadOf,
@@ -568,8 +569,8 @@ const answersLook = prints("ports top topless")(sh`if [ -z "$failed" ]; then
 fact ports
 kubelet() { knock kubelet "$1" "$1" 10250; }
 # One a node: its kubelet may name any number.
-[ -z "$has" ] || printf '%s\n' "$list" | sed 's/},{"metadata":{/},\
-{"metadata":{/g' | awk 'match($0, /"type":"ExternalIP","address":"[0-9.]+/) { print substr($0, RSTART + 31, RLENGTH - 31) }' | few ${FEW} kubelet
+[ -z "$has" ] || printf '%s\n' "$list" | ${raw(ITEMS)} |
+  awk 'match($0, /"type":"ExternalIP","address":"[0-9.]+/) { print substr($0, RSTART + 31, RLENGTH - 31) }' | few ${FEW} kubelet
 ${raw(TOP_LOOK)}
 fi`);
 

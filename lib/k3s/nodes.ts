@@ -104,13 +104,16 @@ api() {
   printf %s "$body" | kc "$@"
 }`;
 
+/** Shell that puts each item of a list, as `?pretty=false` gives it, on a line of its own. */
+export const ITEMS = String.raw`sed 's/},{"metadata":{/},\
+{"metadata":{/g'`;
+
 /**
  * Shell that shapes nodes, as `?pretty=false` gives them, down to about what nodesOf() reads, a line each: without
  * images and managedFields, most of a node's 6 to 20 kB. Any other text passes as it is. The quotes within a string are
  * escaped, so none can pass for a key.
  */
-export const SHAPE = String.raw`sed 's/},{"metadata":{/},\
-{"metadata":{/g' | sed -E '/^\{("kind":"Node|"metadata":\{)/!b
+export const SHAPE = String.raw`${ITEMS} | sed -E '/^\{("kind":"Node|"metadata":\{)/!b
 s/,"managedFields":\[.*\]\},"spec":\{/},"spec":{/
 s/("nodeInfo":\{("[^"\\]*"|[^"{}]|\{("[^"\\]*"|[^"{}])*\})*\}),".*\}\}(,|\]\})?$/\1}}\4/
 s/"(capacity|allocatable)":\{("[^"\\]*"|[:,])*\},//g
