@@ -11,6 +11,7 @@ import {
   bench,
   connected,
   hangUp,
+  held,
   holdRestarts,
   MODERN,
   mirrored,
@@ -104,6 +105,7 @@ describe("settings", { concurrency: true }, () => {
         await holdRestarts(t.box("b1"));
         const run = await t.cut("make agent HOST=b1", /restart k3s-agent and wait/, "KILL");
         assert(run.reached, run.text);
+        await held(t.box("b1"));
         await hangUp(t.box("b1"));
         await t.box("b1").sh("rm /usr/local/sbin/systemctl");
         assert.deepEqual((await node("b1")).metadata.labels.disk, undefined);

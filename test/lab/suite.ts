@@ -256,6 +256,13 @@ exec /usr/bin/systemctl "$@"
 SH
 chmod 755 /usr/local/sbin/systemctl`);
 
+/** Waits until one is held. */
+export async function held(box: Box) {
+  for (let i = 0; i < 300; i++, await sleep(100))
+    if ((await box.sh("pgrep -f 'sbin/systemctl restart --no-block k3s-agen[t]' || :")).trim()) return;
+  assert.fail(`no restart is held on ${box.name}`);
+}
+
 /** How often systemd has started k3s on the box since it booted. */
 export const starts = async (box: Box): Promise<number> =>
   Number(

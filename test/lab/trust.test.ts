@@ -7,7 +7,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { quote } from "../../lib/sh.ts";
 import { SCRIPT_FILES } from "../helpers.ts";
 import type { Box } from "./lab.ts";
-import { bench, hangUp, holdRestarts, MODERN, OLD, routerRule, script } from "./suite.ts";
+import { bench, hangUp, held, holdRestarts, MODERN, OLD, routerRule, script } from "./suite.ts";
 
 const t = await bench({ name: "trust", boxes: ["a1", "b1"] });
 after(() => t.lab.down());
@@ -240,17 +240,12 @@ chmod 755 /usr/local/sbin/systemctl`);
 });
 
 const release = () => b1.sh("rm /usr/local/sbin/systemctl");
-const held = async () => {
-  for (let i = 0; i < 300; i++, await sleep(100))
-    if ((await b1.sh("pgrep -f 'sbin/systemctl restart --no-block k3s-agen[t]' || :")).trim()) return;
-  assert.fail("no restart is held on b1");
-};
 const labelled = (value: string) => `make agent HOST=b1 AGENT_ARGS=--node-label=operator=${value}`;
 
 test("of two operators at once on one box the second is told of the first, waits, and then does its own", async () => {
   await holdRestarts(b1);
   const first = t.op(labelled("one"));
-  await held();
+  await held(b1);
   const second = t.op(labelled("two"));
   await sleep(2500);
   await release();
@@ -266,7 +261,7 @@ test("the lock of a run that died is taken over at once", async () => {
   await holdRestarts(b1);
   const run = await t.cut(labelled("three"), /restart k3s-agent and wait/, "KILL");
   assert(run.reached, run.text);
-  await held();
+  await held(b1);
   await hangUp(b1);
   await release();
   assert.match(await b1.sh("cat /run/k3s-across-clouds.lock"), /^\d+$/m);
