@@ -226,7 +226,7 @@ async function within<T>(seconds: number, ended: Promise<T>): Promise<T> {
   return await Promise.race([ended, late]).finally(() => clearTimeout(timer));
 }
 
-/** The output of one script on a session, up to the mark at which both streams end. */
+/** The output of one script on a session, up to the marks: one on each stream, or both on one where a box joins them. */
 class Output {
   readonly mark = `k3s-across-clouds-${randomBytes(8).toString("hex")} exit `;
   readonly #onLine: (line: string) => void;
@@ -236,6 +236,7 @@ class Output {
   #lines = 0;
   #rest = "";
   #stderr = "";
+  #marks = 0;
   #status: number | undefined;
 
   constructor(onLine: (line: string) => void) {
@@ -249,8 +250,13 @@ class Output {
     const bytes = stream === 0 ? this.#begin.next(chunk) : chunk;
     const text = bytes ? this.#decoders[stream].write(bytes) : "";
     if (stream === 0) this.#split(text);
-    else this.#stderr = (this.#stderr + text).slice(-ERRORS);
-    return this.#status !== undefined && this.#stderr.endsWith(`${this.mark}\n`);
+    else {
+      const said = this.#stderr + text;
+      const unmarked = said.replace(`${this.mark}\n`, "");
+      if (unmarked !== said) this.#marks++;
+      this.#stderr = unmarked.slice(-ERRORS);
+    }
+    return this.#marks > 1;
   }
 
   #split(text: string): void {
@@ -262,7 +268,8 @@ class Output {
     for (const line of lines) {
       const [said = "", status] = line.split(this.mark);
       if (said || status === undefined) this.#onLine(said);
-      if (status !== undefined) this.#status = Number(status);
+      if (status !== undefined) this.#marks++;
+      if (status) this.#status = Number(status);
     }
   }
 
@@ -271,13 +278,15 @@ class Output {
     if (this.#rest) this.#onLine(this.#rest);
     return {
       status: this.#status ?? code,
-      stderr: this.#stderr.replace(`${this.mark}\n`, "") + why,
+      stderr: this.#stderr + why,
       greeting: this.#begin.greeting(),
     };
   }
 }
 
-/** By box, the session that waits for its next script. While one is busy, another script opens its own. */
+type End = Parameters<Output["ended"]>;
+
+/** By box, the session that waits for its next script, or has ended. While one is busy, another script opens its own. */
 const idle = new Map<string, Session>();
 
 /**
@@ -288,7 +297,7 @@ class Session {
   closed = false;
   readonly #host: string;
   readonly #child: ChildProcessWithoutNullStreams;
-  #job: { output: Output; done(ended: Ended): void; fail(error: unknown): void } | undefined;
+  #job: { output: Output; done(end: End): void; fail(error: unknown): void } | undefined;
 
   constructor(host: string, keys: string) {
     this.#host = host;
@@ -300,42 +309,45 @@ class Session {
   }
 
   /** Rejects when the box says too much, or `onLine` throws: the session is then to be abandoned. */
-  run(script: string, onLine: (line: string) => void): Promise<Ended> {
+  async run(script: string, onLine: (line: string) => void): Promise<Ended> {
     const output = new Output(onLine);
     this.#child.stdin.write(sh`echo ${BEGIN}
 (
 ${raw(script)}
 ) </dev/null; echo ${output.mark}$?; echo ${output.mark} >&2
 `);
-    return new Promise((done, fail) => {
+    const end = await new Promise<End>((done, fail) => {
       this.#job = { output, done, fail };
     });
+    return output.ended(...end);
   }
 
   #hear(stream: 0 | 1, chunk: Buffer): void {
     const job = this.#job;
+    // A script has left something running: the next gets a shell of its own.
+    if (!job) this.end();
     try {
       if (!job?.output.take(stream, chunk)) return;
-      this.#job = undefined;
-      job.done(job.output.ended());
+      job.done([]);
     } catch (error) {
-      this.#job = undefined;
       job?.fail(error);
     }
+    this.#job = undefined;
   }
 
   #close(code: number | null, why = ""): void {
     this.closed = true;
-    for (const [box, session] of idle) if (session === this) idle.delete(box);
-    this.#job?.done(this.#job.output.ended(code, why));
+    this.#job?.done([code, why]);
     this.#job = undefined;
   }
 
   abandon(): void {
+    this.#job = undefined;
     abandon(this.#child);
   }
 
   end(): void {
+    this.closed = true;
     this.#child.stdin.end();
     this.#child.stdout.destroy();
     this.#child.stderr.destroy();
@@ -398,13 +410,14 @@ export function open(host: string, keys = ""): Shell {
     host,
     async run(script, seconds, onLine) {
       await unlessClosing();
-      const shell = idle.get(box) ?? new Session(host, keys);
+      const kept = idle.get(box);
+      const shell = kept?.closed === false ? kept : new Session(host, keys);
       idle.delete(box);
       try {
         const { status, stderr, greeting } = await within(seconds, shell.run(script, onLine));
         if (greeting !== undefined) throw new Unreachable(reasonOf(host, stderr, status, greeting));
-        if (idle.has(box)) shell.end();
-        else if (!shell.closed) idle.set(box, shell);
+        if (closing || idle.has(box)) shell.end();
+        else idle.set(box, shell);
         return { status: status ?? 1, stderr };
       } catch (error) {
         shell.abandon();
@@ -437,7 +450,6 @@ export function open(host: string, keys = ""): Shell {
     },
     async close() {
       idle.get(box)?.end();
-      idle.delete(box);
       if (!host || !opened.has(host)) return;
       const leave = ssh(host, "").toSpliced(-2, 0, "-O", "exit");
       await $({ quiet: true, nothrow: true, stdio: "ignore" })`${leave}`;

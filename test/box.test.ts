@@ -3,7 +3,7 @@ import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { addressOf, closeAll, open, reasonOf, Unreachable } from "../lib/shell.ts";
-import { lacks, programs, shell, TOKEN, temporary } from "./helpers.ts";
+import { lacks, program, programs, ROOT, shell, TOKEN, temporary } from "./helpers.ts";
 
 /** ssh that runs the command here, and writes down its arguments; sudo and id say what a test wants. */
 const SSH = `printf '%s\\n' "$*" >>"$LOG"
@@ -112,6 +112,29 @@ for (const [name, host] of [
       ]);
       assert.deepEqual(await said("sleep 30 & echo now"), [0, "", "now"]);
       assert.deepEqual(await said("echo $$"), pid);
+    });
+
+    test("keeps what a script left running out of the next", async () => {
+      await run(host, "true");
+      const shell = open(host);
+      const said = async (script: string) => {
+        const lines: string[] = [];
+        const { stderr } = await shell.run(script, 20, (line) => lines.push(line));
+        return [stderr, ...lines];
+      };
+      const flood = "p=$$; (while kill -0 $p; do echo x; done) >&2 & sleep 0.2; echo now";
+      assert.equal((await said(flood)).at(-1), "now");
+      await new Promise((done) => setTimeout(done, 200));
+      assert.deepEqual(await said("sleep 0.1; echo one"), ["", "one"]);
+    });
+
+    test("hands on the last line of a shell that dies, and what is thrown at it", async () => {
+      await run(host, "true");
+      const dies = "printf half; kill -9 $$; sleep 1";
+      const thrown = open(host).run(dies, 20, (line) => {
+        throw new Error(`no ${line}`);
+      });
+      await assert.rejects(thrown, /no half/);
     });
 
     test("gets a new shell when a script or something else has ended the one before", async () => {
@@ -251,6 +274,19 @@ describe("a box over ssh", () => {
       } finally {
         delete process.env.LOGIN;
       }
+    }
+  });
+
+  test("that sends both outputs over one is understood", async () => {
+    const folder = temporary();
+    programs(folder, { joins: 'exec sh "$@" 2>&1' });
+    try {
+      const { status, lines } = await run("root@b1", "echo one; echo two >&2; exit 3", {
+        LOGIN: join(folder, "joins"),
+      });
+      assert.deepEqual([status, ...lines], [3, "one", "two"]);
+    } finally {
+      delete process.env.LOGIN;
     }
   });
 
@@ -457,4 +493,19 @@ describe("the reason that is said", () => {
     assert.match(reasonOf("", "sudo: a password is required", 1), /^sudo asks for a password: /);
     assert.match(reasonOf("", "boom", 1), /^Could not run a shell: boom$/);
   });
+});
+
+test("a script that still runs here when all is closed does not keep the process", async () => {
+  const script = join(temporary(), "call.mts");
+  writeFileSync(
+    script,
+    `import { closeAll, open } from ${JSON.stringify(join(ROOT, "lib", "shell.ts"))};
+setTimeout(() => process.exit(9), 15_000).unref();
+open("").run("sleep 1; echo said", 20, console.log);
+await new Promise((done) => setTimeout(done, 300));
+await closeAll();
+`,
+  );
+  const { status, stdout } = await program([script]);
+  assert.deepEqual([status, stdout], [0, "said\n"]);
 });
