@@ -12,7 +12,7 @@ const want = wanted({
   K3S_URL: "https://198.51.100.10:6443",
   K3S_TOKEN: `K10${HASH}::server:${"0".repeat(32)}`,
 });
-/** The server lets the box in, and knows no node of its name. */
+/** The server accepts the token, and has no node of this name. */
 const welcome: Facts = {
   cacerts: CA,
   error: "",
@@ -23,16 +23,16 @@ const welcome: Facts = {
 };
 const other = JSON.stringify(node({ name: "a1", ip: "198.51.100.66", n: 3 }));
 
-test("the recorded CA has the hash that the recorded token names", () => {
+test("the recorded CA has the hash that is in the recorded token", () => {
   assert.equal(HASH.slice(0, 12), "ecf69351c0d9");
 });
 
 describe("an agent is set up", () => {
   const cases: [name: string, over: Facts][] = [
-    ["where the server answers, lets the box in, and has no node of its name", {}],
-    ["where the box is in the cluster already and joins it again", { taken: other, proof: "yes\n" }],
+    ["if the server answers, accepts the token, and has no node of this name", {}],
+    ["if the box is already in the cluster and joins again", { taken: other, proof: "yes\n" }],
     [
-      "where the server has not been asked: the box has joined with these very credentials",
+      "if the server was not queried because the box has already joined with the same credentials",
       { cacerts: undefined as unknown as string },
     ],
   ];
@@ -45,91 +45,91 @@ describe("an agent is set up", () => {
     });
 });
 
-describe("an agent is not set up, and nothing is touched", () => {
+describe("make agent refuses, and changes nothing,", () => {
   const curl = "curl: (7) Failed to connect to 198.51.100.10 port 6443:";
   const cases: [name: string, kind: typeof Refusal | typeof SettingError, over: Facts, message: RegExp][] = [
     [
-      "where nothing listens",
+      "if nothing listens at K3S_URL",
       Refusal,
       { cacerts: "", error: `${curl} Connection refused` },
       /does not answer this box at https:\/\/198\.51\.100\.10:6443\/cacerts: nothing listens there.*refused/,
     ],
     [
-      "where a firewall rejects, as firewalld does",
+      "if a firewall rejects the connection, as firewalld does",
       Refusal,
       { cacerts: "", error: `${curl.replace(":6443", "")} after 3 ms: No route to host` },
       /a firewall rejects it: open 6443\/tcp/,
     ],
     [
-      "where packets are dropped",
+      "if packets are dropped",
       Refusal,
       { cacerts: "", error: "curl: (28) Connection timed out after 8001 milliseconds" },
       /packets are dropped: open 6443\/tcp/,
     ],
     [
-      "where packets are dropped, in newer curl's words",
+      "if packets are dropped, as newer releases of curl report it",
       Refusal,
       { cacerts: "", error: `${curl} Timeout was reached` },
       /packets are dropped: open 6443\/tcp/,
     ],
     [
-      "where the name does not resolve",
+      "if the server's name cannot be resolved",
       Refusal,
       { cacerts: "", error: "curl: (6) Could not resolve host: k3s.example" },
       /cannot resolve the name/,
     ],
     [
-      "where something else answers",
+      "if something other than k3s answers",
       Refusal,
       { cacerts: "<html>404</html>", error: "" },
       /is it a k3s server\?/,
     ],
     [
-      "where the token is of another CA",
+      "if the token belongs to another CA",
       SettingError,
       { cacerts: CA.replace("MIIB", "MIIC") },
       /K3S_TOKEN belongs to another cluster: it names the CA ecf69351c0d9…, .* has [0-9a-f]{12}…/,
     ],
     [
-      "where the clock is before the CA's beginning",
+      "if the clock is before the start of the CA's validity",
       Refusal,
       { now: String(Date.parse("2026-11-23T15:00:00Z") / 1000) },
       /clock says 2026-11-23T15:00:00\.000Z, the server's Mon, 23 Nov 2026 15:20:00 GMT.*correct the wrong clock/,
     ],
     [
-      "where the clock is after the CA's end",
+      "if the clock is after the end of the CA's validity",
       Refusal,
       { now: String(Date.parse("2040-01-01T00:00:00Z") / 1000) },
       /clock says 2040/,
     ],
     [
-      "where the token is not valid",
+      "if the server answers 401 to the token",
       SettingError,
       { door: "401" },
       /^K3S_TOKEN is not valid: .* answers 401/,
     ],
-    ["where the token may not come in", SettingError, { door: "403" }, /^K3S_TOKEN is not valid/],
-    ["where the server is not well", Refusal, { door: "503" }, /it answers 503; try again/],
+    ["if the server answers 403 to the token", SettingError, { door: "403" }, /^K3S_TOKEN is not valid/],
+    ["if the server answers 503", Refusal, { door: "503" }, /it answers 503; try again/],
     [
-      "where the connection broke",
+      "if the connection fails, with curl's error message",
       Refusal,
       { door: "000", shut: "curl: (60) SSL certificate problem: certificate has expired\n" },
       /it answers 000.*\(curl: \(60\) SSL certificate problem: certificate has expired\)$/,
     ],
     [
-      "where the clock is two days ahead",
+      "if the clock is two days ahead",
       Refusal,
       { now: String(Date.parse("2026-11-25T15:20:00Z") / 1000) },
       /clock says 2026-11-25T15:20:00\.000Z, the server's Mon, 23 Nov 2026 15:20:00 GMT/,
     ],
     [
-      "where the clock is two years ahead, past what the server's certificate holds",
+      "if the clock is two years ahead, after the server's certificate has expired",
       Refusal,
       { now: String(Date.parse("2028-11-23T15:20:00Z") / 1000), door: "000" },
       /clock says 2028.*correct the wrong clock/,
     ],
     [
-      "where the box's name is another node's",
+      "if another node has the box's name",
       Refusal,
       { taken: other },
       /The name a1 is taken by a node of the cluster \(198\.51\.100\.66\): rename this box.*--node-name.*make remove HOST=…/,
@@ -149,10 +149,10 @@ describe("an agent is not set up, and nothing is touched", () => {
     });
 });
 
-describe("the server is asked from the box", () => {
+describe("the server is queried from the box", () => {
   const pem = createHash("sha256").update("pem\n").digest("hex");
   const known = { ...want, K3S_TOKEN: want.K3S_TOKEN.replace(HASH, pem) };
-  /** The look with a curl that writes down its arguments and what it reads. */
+  /** The look with a curl that records its arguments and its input. */
   function asked(settings = known) {
     const folder = temporary();
     const curl = `printf '%s\\n' "$*" >>${folder}/args
@@ -168,7 +168,7 @@ esac`;
     return { facts, args: read("args"), stdin: read("stdin") };
   }
 
-  test("for its CA, for the token's word, for a node of this name, and for all, in bounded time", () => {
+  test("for its CA, for access with the token, for a node of this name and for all nodes, each with a time limit", () => {
     const { facts, args, stdin } = asked();
     assert.deepEqual([facts.cacerts, facts.door], ["pem\n", "200"]);
     assert.deepEqual([facts.taken, facts.registered], ["{}\n", '{"all":1}\n']);
@@ -176,10 +176,10 @@ esac`;
     for (const line of args.trim().split("\n")) assert.match(line, /--connect-timeout \d+ --max-time \d+/);
     assert.match(args, /\/v1-k3s\/client-k3s-controller\.crt/);
     assert.equal(stdin, `user = "node:${"0".repeat(32)}"\n`);
-    assert.ok(!args.includes("0".repeat(32)), "the password stands on no argument list");
+    assert.ok(!args.includes("0".repeat(32)), "the password is in no argument list");
   });
 
-  test("with whatever password, as curl reads it", () => {
+  test("with any password, quoted for curl's config file", () => {
     for (const [password, read] of Object.entries({
       "changeme!": "changeme!",
       "a:b::c": "a:b::c",
@@ -194,7 +194,7 @@ esac`;
     }
   });
 
-  test("for the name that --node-name gives", () => {
+  test("for a node of the name given by --node-name", () => {
     assert.match(asked({ ...known, AGENT_ARGS: "--node-name=cloud-b" }).args, /\/nodes\/cloud-b /m);
   });
 
@@ -203,7 +203,7 @@ esac`;
       assert.equal(asked({ ...want, ...none }).args, "");
   });
 
-  test("for its CA only, where that is not the one the token names: nobody else gets the password", () => {
+  test("only for its CA if that is not the CA in the token, so that nobody else receives the password", () => {
     const { facts, args, stdin } = asked(want);
     assert.deepEqual([facts.cacerts, facts.door, stdin], ["pem\n", undefined, ""]);
     assert.equal(args.trim().split("\n").length, 1);

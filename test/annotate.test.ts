@@ -33,29 +33,29 @@ for (const version of [OLD, MODERN]) {
   const good = peer(version, B1, B1.ip, 30);
 
   describe(`the peers of ${version}`, () => {
-    test("are left alone when each has a fresh handshake at its public address", () => {
+    test("need no change if each has a recent handshake at its public address", () => {
       assert.deepEqual(plan(), []);
       for (const role of ["server", "agent"] as const) assert.deepEqual(plan({}, annotateAs(role)), []);
     });
 
     const late: [name: string, over: Facts][] = [
-      ["is at its private address", peers(good, peer(version, B2, "192.168.0.12", 30))],
-      ["has a handshake of long ago", peers(good, peer(version, B2, B2.ip, 400))],
+      ["has its private address as endpoint", peers(good, peer(version, B2, "192.168.0.12", 30))],
+      ["had its last handshake too long ago", peers(good, peer(version, B2, B2.ip, 400))],
       ["never had a handshake", peers(good, peer(version, B2))],
-      ["is not there", peers(good)],
+      ["is missing", peers(good)],
       [
-        "is only what an earlier start left, without allowed ips",
+        "is only left over from an earlier start, without allowed IPs",
         peers(good, peer(version, B2, B2.ip, 30, "(none)")),
       ],
       [
         "is on the other generation's interface",
         peers(good, peer(version === OLD ? MODERN : OLD, B2, B2.ip, 30)),
       ],
-      ["has another node's pods", peers(good, peer(version, B2, B2.ip, 30, "10.42.9.0/24"))],
-      ["is at another node's address", peers(good, peer(version, B2, B1.ip, 30))],
+      ["has another node's pod network", peers(good, peer(version, B2, B2.ip, 30, "10.42.9.0/24"))],
+      ["has another node's address as endpoint", peers(good, peer(version, B2, B1.ip, 30))],
     ];
     for (const [name, over] of late)
-      test(`are waited for when one ${name}, and that one is named`, () => {
+      test(`are waited for if one of them ${name}, and that one is named`, () => {
         const changes = plan(over);
         assert.deepEqual(verbs(changes), ["wait for"]);
         assert.match(changes[0]?.why ?? "", /handshake with b2 at/);
@@ -63,7 +63,7 @@ for (const version of [OLD, MODERN]) {
         assert.doesNotMatch(changes[0]?.sh ?? "", /^b1 /m);
       });
 
-    test("count by their allowed ips: what an earlier start left beside the good one does no harm", () => {
+    test("are identified by their allowed IPs, so peers left over from an earlier start are ignored", () => {
       const old = peer(version, B2, "192.168.0.12", undefined, "(none)");
       assert.deepEqual(plan(peers(old, good, peer(version, B2, B2.ip, 30), old)), []);
     });
@@ -73,47 +73,47 @@ for (const version of [OLD, MODERN]) {
       spec: Partial<typeof B2 & { ready: boolean; public: string; external: string }>,
     ][] = [
       ["is down", { ready: false }],
-      ["has not done its part: flannel has its private address", { public: "192.168.0.12" }],
+      ["still has its private address in flannel", { public: "192.168.0.12" }],
       ["has no public address yet", { external: "" }],
-      ["has nothing of flannel's yet", { public: "" }],
+      ["has no annotations of flannel yet", { public: "" }],
     ];
     for (const [name, spec] of others)
-      test(`are not waited for where their node ${name}: that is its own call's to mend`, () => {
+      test(`are not waited for if their node ${name}, which only a run for that node can fix`, () => {
         assert.deepEqual(plan({ nodes: nodes(A1, B1, { ...B2, ...spec }), ...peers(good) }), []);
       });
 
-    test("are none on a cluster of one", () => {
+    test("are not waited for in a cluster of one node", () => {
       assert.deepEqual(plan({ nodes: nodes(A1), peers: "" }), []);
     });
 
-    test("are looked at by the role that runs", () => {
+    test("are examined for whichever of k3s and k3s-agent runs, and it is an error if neither does", () => {
       assert.deepEqual(plan({ processes: unitsOf(undefined, service(NOW - 600)) }), []);
       assert.throws(() => plan({ processes: unitsOf().replaceAll("inactive", "failed") }), Refusal);
       assert.throws(() => plan({ processes: "" }), /Neither k3s nor k3s-agent runs/);
     });
 
     const made = version === OLD ? ["wait for"] : [];
-    test(`count ${made.length ? "not at all" : "too"} where their handshakes are from before k3s's last start`, () => {
+    test(`${made.length ? "must" : "need not"} have had a handshake since k3s's last start`, () => {
       assert.deepEqual(verbs(plan({ processes: unitsOf(service(NOW - 10)) })), made);
       assert.deepEqual(verbs(plan({ processes: unitsOf(undefined, service(NOW - 10)) })), made);
     });
 
-    test("are nobody's where the cluster has no such node; within make server it may be on its way", () => {
+    test("are an error if the cluster has no node for this box", () => {
       assert.throws(() => plan({ nodes: nodes(B1) }), /no node a1/);
     });
   });
 }
 
-describe("an old k3s is told its public address", () => {
+describe("an old k3s gets its public address as an annotation", () => {
   const plan = (over: Facts, step: Step = annotate) => step.plan(want(OLD), facts(OLD, over));
   const cases: [name: string, spec: object][] = [
-    ["where flannel took the private one", { public: "192.168.0.11", overwrite: "" }],
-    ["where another address was annotated", { overwrite: "198.51.100.99", public: "198.51.100.99" }],
-    ["where it was annotated and not restarted", { public: "192.168.0.11", overwrite: IP }],
-    ["where an annotation is missing that would keep it", { public: IP, overwrite: "" }],
+    ["if flannel chose the private address", { public: "192.168.0.11", overwrite: "" }],
+    ["if another address is annotated", { overwrite: "198.51.100.99", public: "198.51.100.99" }],
+    ["if it was annotated but not restarted", { public: "192.168.0.11", overwrite: IP }],
+    ["if the annotation that preserves its address is missing", { public: IP, overwrite: "" }],
   ];
   for (const [name, spec] of cases)
-    test(`${name}, and restarted once`, () => {
+    test(`${name}, and is restarted once`, () => {
       const changes = plan({ nodes: nodes({ ...A1, ...spec }, B1, B2) });
       assert.deepEqual(verbs(changes).slice(0, 2), ["annotate node", "restart k3s"]);
       assert.match(
@@ -122,18 +122,18 @@ describe("an old k3s is told its public address", () => {
       );
     });
 
-  test("by an agent in the same way, of its own unit", () => {
+  test("on an agent too, where k3s-agent is restarted", () => {
     const changes = plan({ nodes: nodes({ ...A1, overwrite: "" }, B1, B2) }, annotateAs("agent"));
     assert.match(changes[1]?.why ?? "", /^restart k3s-agent /);
   });
 
-  test("by the generation that runs, not by the one that K3S_VERSION names, when the script runs alone", () => {
+  test("if an old release runs, whatever K3S_VERSION is, when the script runs alone", () => {
     const over = facts(OLD, { nodes: nodes({ ...A1, overwrite: "" }, B1, B2) });
     assert.deepEqual(verbs(annotate.plan(want(MODERN), over)).slice(0, 1), ["annotate node"]);
   });
 });
 
-test("a modern k3s is never annotated nor restarted: it would undo the annotation", () => {
+test("a modern k3s is never annotated or restarted, because it would undo the annotation", () => {
   for (const spec of [
     { public: "192.168.0.11", overwrite: "" },
     { overwrite: "" },
@@ -149,36 +149,71 @@ test("a modern k3s is never annotated nor restarted: it would undo the annotatio
   }
 });
 
-test("the wait for a wrong address says which flag the server lacks", () => {
+test("the wait for the right address names the flag that is missing on the server", () => {
   const over = facts(MODERN, { nodes: nodes({ ...A1, public: "192.168.0.11" }, B1, B2) });
   assert.match(JSON.stringify(annotate.plan(want(MODERN), over)), /--flannel-external-ip/);
 });
 
-describe("a peer's handshake, as the plan, the wait and check judge it,", () => {
+describe("the plan, the wait and check agree that a peer", () => {
   const cases: [name: string, line: string, fresh: boolean, wrong: RegExp | undefined, note?: RegExp][] = [
-    ["proves it at its own address", peer(MODERN, B2, B2.ip, 30), true, undefined],
-    ["is too old", peer(MODERN, B2, B2.ip, 400), false, undefined],
-    ["is too old elsewhere too", peer(MODERN, B2, "203.0.113.9", 400), false, undefined],
-    ["was never made", peer(MODERN, B2), false, undefined],
-    ["is another network's", peer(MODERN, B2, B2.ip, 30, "10.42.9.0/24"), false, undefined],
+    ["is reached at its own address", peer(MODERN, B2, B2.ip, 30), true, undefined],
+    ["is not reached if its handshake is too old", peer(MODERN, B2, B2.ip, 400), false, undefined],
     [
-      "proves it from another public address: its NAT still sends old flows from there",
+      "is not reached if an old handshake came from another public address",
+      peer(MODERN, B2, "203.0.113.9", 400),
+      false,
+      undefined,
+    ],
+    ["is not reached if it never had a handshake", peer(MODERN, B2), false, undefined],
+    [
+      "is not reached if it has another node's pod network",
+      peer(MODERN, B2, B2.ip, 30, "10.42.9.0/24"),
+      false,
+      undefined,
+    ],
+    [
+      "is reached at another public address, from which its NAT still sends old flows",
       peer(MODERN, B2, "203.0.113.9", 30),
       true,
       undefined,
       /^203\.0\.113\.9:51820, not from 198\.51\.101\.12; the handshake is fresh$/,
     ],
     [
-      "proves it from another port of its NAT",
+      "is reached at another port of its NAT",
       peer(MODERN, B2, B2.ip, 30).replace(":51820", ":40017"),
       true,
       undefined,
     ],
-    ["is wrong at a private address", peer(MODERN, B2, "192.168.0.12", 30), true, /no public address/],
-    ["is wrong at an address of RFC 6598", peer(MODERN, B2, "100.64.3.4", 30), true, /no public address/],
-    ["is wrong on loopback", peer(MODERN, B2, "127.0.0.1", 30), true, /no public address/],
-    ["is wrong at another node's address", peer(MODERN, B2, B1.ip, 30), true, /the address of b1$/],
-    ["is wrong at this node's own address", peer(MODERN, B2, IP, 30), true, /the address of a1$/],
+    [
+      "has a wrong endpoint if that is a private address",
+      peer(MODERN, B2, "192.168.0.12", 30),
+      true,
+      /no public address/,
+    ],
+    [
+      "has a wrong endpoint if that is an address of RFC 6598",
+      peer(MODERN, B2, "100.64.3.4", 30),
+      true,
+      /no public address/,
+    ],
+    [
+      "has a wrong endpoint if that is a loopback address",
+      peer(MODERN, B2, "127.0.0.1", 30),
+      true,
+      /no public address/,
+    ],
+    [
+      "has a wrong endpoint if that is another node's address",
+      peer(MODERN, B2, B1.ip, 30),
+      true,
+      /the address of b1$/,
+    ],
+    [
+      "has a wrong endpoint if that is this node's own address",
+      peer(MODERN, B2, IP, 30),
+      true,
+      /the address of a1$/,
+    ],
   ];
   const list = nodesOf(nodes(A1, B1, B2));
   const [, , b2] = list;
@@ -195,7 +230,7 @@ describe("a peer's handshake, as the plan, the wait and check judge it,", () => 
       if (wrong) assert.match(said.wrong ?? "", wrong);
       if (note) assert.match(said.note ?? "", note);
       else assert.equal(said.note, undefined);
-      // The shell that waits, with this machine's awk and a wg that says the same; its patience is one look.
+      // The shell code that waits, with this machine's awk and a wg that prints the same; it looks only once.
       const dump = `priv\tpub\t51820\toff\n${line.split("\t").slice(1).join("\t")}`;
       const PATH = programs(temporary(), {
         wg: `cat <<'EOF'\n${dump}\nEOF`,
@@ -207,12 +242,12 @@ describe("a peer's handshake, as the plan, the wait and check judge it,", () => 
     });
 });
 
-test("an API that did not answer is not a node that is missing, here too", () => {
+test("annotate reports an API that did not answer, instead of a missing node", () => {
   const over = { nodes: "", api: "20 did not answer in 20 s" };
   assert.throws(() => annotate.plan(want(MODERN), facts(MODERN, over)), /the API did not answer in 20 s/);
 });
 
-test("the peers that a node must have are all others that are Ready at their public address", () => {
+test("a node must have as peers all other nodes that are Ready with their public address", () => {
   const list = nodesOf(nodes(A1, B1, { ...B2, ready: false }));
   assert.deepEqual(
     expected(list, "a1").map((p) => p.name),
@@ -224,7 +259,7 @@ test("the peers that a node must have are all others that are Ready at their pub
   );
 });
 
-test("of nodes that join side by side each waits for those that came before it, and later for all", () => {
+test("nodes that join at the same time each wait for those that joined before them, and later for all others", () => {
   const at = (name: string, created: number) => ({
     ...nodesOf(nodes(A1, B1, B2)).find((n) => n.name === name)!,
     created,

@@ -50,14 +50,14 @@ describe("arguments", () => {
         list,
       ));
 
-  test("count by the last of their kind, by whatever name", () => {
+  test("that are repeated have the value of the last one, under their long or short name", () => {
     const args = parseArgs("--node-name=a -d /x --data-dir /y --node-name b");
     assert.equal(lastOf(args, "node-name"), "b");
     assert.equal(lastOf(args, "data-dir", "d"), "/y");
     assert.equal(lastOf(args, "token"), undefined);
   });
 
-  test("that give k3s a secret are known in every notation", () => {
+  test("that contain a secret are recognized in every notation", () => {
     for (const args of [
       "--token=x",
       "--token x",
@@ -83,7 +83,7 @@ describe("arguments", () => {
       assert.ok(secretIn(parseArgs(args)), args);
   });
 
-  test("that name a file with a secret, or are none, are no secrets", () => {
+  test("that name a file with a secret, or contain none, are not treated as secrets", () => {
     for (const args of [
       "--token-file=/root/token --agent-token-file x --vpn-auth-file=/x --datastore-keyfile=/x",
       "--secrets-encryption --etcd-s3-config-secret=name --private-registry=/x",
@@ -97,25 +97,25 @@ describe("arguments", () => {
 
 describe("k3s's config file", () => {
   for (const [name, text] of Object.entries({
-    "a block": "debug: true\ntoken: x",
+    "a block mapping": "debug: true\ntoken: x",
     "a flow mapping": "{debug: true, token: x}",
-    "a flow over lines": "{\n  debug: true,\n  token:\n    x\n}",
-    quotes: "'token': x",
-    "quotes and escapes": '"\\x74oken": x',
+    "a flow mapping of several lines": "{\n  debug: true,\n  token:\n    x\n}",
+    "a quoted key": "'token': x",
+    "a quoted key with escapes": '"\\x74oken": x',
     "an explicit key": "? token\n: x",
-    "a tag": "!!str token: x",
-    "an anchor at the key": "&a token: x",
+    "a key with a tag": "!!str token: x",
+    "a key with an anchor": "&a token: x",
     "a merge key": "a: &a {token: x}\n<<: *a",
     "merge keys in a list": "<<: [{token: x}, {b: y}]",
-    "a plus": "token+: x",
-    "a list": "token:\n- x",
-    "a byte order mark": "\ufefftoken: x",
-    "a directive": "%YAML 1.1\n---\ntoken: x",
+    "a key with a plus sign": "token+: x",
+    "a key with a list": "token:\n- x",
+    "a file with a byte order mark": "\ufefftoken: x",
+    "a file with a directive": "%YAML 1.1\n---\ntoken: x",
   }))
-    test(`is read by YAML, and has its keys with ${name}`, () =>
+    test(`is parsed as YAML, and the key is found in ${name}`, () =>
       assert.equal(lastOf(configArgs(text), "token"), "x"));
 
-  test("is a flag for each value of a list, and for what is no text", () =>
+  test("becomes a flag for each value of a list, and for each value that is not a string", () =>
     assert.deepEqual(configArgs("kubelet-arg: [a=b, c=d]\ndebug: yes\np:\nq: {r: 1}"), [
       { flag: "kubelet-arg", value: "a=b" },
       { flag: "kubelet-arg", value: "c=d" },
@@ -124,7 +124,7 @@ describe("k3s's config file", () => {
       { flag: "q", value: '{"r":1}' },
     ]));
 
-  test("has no keys in comments, texts of several lines and deeper mappings", () => {
+  test("has no keys in comments, multi-line strings and nested mappings", () => {
     assert.deepEqual(configArgs("# token: x\n"), []);
     assert.deepEqual(configArgs(""), []);
     assert.deepEqual(
@@ -136,24 +136,24 @@ describe("k3s's config file", () => {
   for (const [name, text, right] of [
     ["several documents", "a: 1\n---\ntoken: x", /several documents/],
     ["a list", "- token: x", /no mapping/],
-    ["a word", "token", /no mapping/],
-    ["a key twice", "a: 1\na: 2", /unique at line 2/],
-    ["half a flow", "{token: x", /line 1/],
-    ["an alias of nothing", "a: *x", /alias/],
+    ["a plain string", "token", /no mapping/],
+    ["a mapping with a duplicate key", "a: 1\na: 2", /unique at line 2/],
+    ["an incomplete flow mapping", "{token: x", /line 1/],
+    ["an alias without an anchor", "a: *x", /alias/],
     [
-      "an alias of far too much",
+      "a chain of aliases that expands too far",
       `a: &a [x,x,x,x,x,x,x,x,x]\n${"bcdefgh".replace(/./g, (c) => `${c}: &${c} [${`*${String.fromCharCode(c.charCodeAt(0) - 1)},`.repeat(9)}]\n`)}`,
       /alias/,
     ],
   ] as const)
-    test(`is refused in one line where it is ${name}`, () =>
+    test(`is refused with an error of one line if it is ${name}`, () =>
       assert.throws(
         () => configArgs(text),
         (error: Error) => right.test(error.message) && !error.message.includes("\n"),
       ));
 });
 
-describe("flags that this project gives itself, or goes by", () => {
+describe("flags that this project sets or depends on", () => {
   const refused: [args: string, why: RegExp][] = [
     ["--flannel-external-ip=false", /WireGuard/],
     ["--help", /print that, and end/],
@@ -215,16 +215,16 @@ describe("flags that this project gives itself, or goes by", () => {
     ["--kube-proxy-arg=config=/root/proxy.yaml", /give each of it/],
   ];
   for (const [args, why] of refused)
-    test(`are refused with what to use instead: ${JSON.stringify(args)}`, () =>
+    test(`are refused with an explanation: ${JSON.stringify(args)}`, () =>
       assert.match(refusedIn("server", parseArgs(args))?.[1] ?? "", why));
 
-  test("are not refused where they say no", () =>
+  test("are accepted if their value is false", () =>
     assert.equal(
       refusedIn("server", parseArgs("--disable-agent=false --docker=false --with-node-id=false")),
       undefined,
     ));
 
-  test("leave all others to the user", () => {
+  test("are the only ones that are refused", () => {
     const server =
       "--disable=traefik --tls-san=x --node-name=a --cluster-cidr=10.1.0.0/16 --service-cidr=10.2.0.0/16 --cluster-domain=k.local --kubelet-arg=max-pods=50 --kubelet-arg=fail-cgroupv1=false --kube-proxy-arg=metrics-bind-address=0.0.0.0 --write-kubeconfig-mode=640 --snapshotter=native --egress-selector-mode=pod --disable-network-policy --flannel-iface=eth1 --selinux --debug -v=4 --prefer-bundled-bin --resolv-conf=/x --secrets-encryption --token-file=/root/token --node-label=a=b --alsologtostderr --vmodule=a=1 --service-node-port-range=30000-32767 --service-node-port-range=51822+100 --lb-server-port=6444 --kube-scheduler-arg=config=/x --kubelet-arg=config=/root/kubelet.yaml --kubelet-arg=config-dir=/root";
     assert.equal(refusedIn("server", parseArgs(server)), undefined);
@@ -233,7 +233,7 @@ describe("flags that this project gives itself, or goes by", () => {
     assert.equal(refusedIn("agent", parseArgs(agent)), undefined);
   });
 
-  test("are told from those that only servers know by k3s's own help", () => {
+  test("are refused on agents together with the flags that k3s's help lists only for servers", () => {
     const flags = (command: string) =>
       ["v1.17.6", "v1.36.3"].flatMap((version) =>
         [...fixture(`k3s-${command}-help-${version}.txt`).matchAll(/^ {3}-.*?(?: {2}|$)/gm)].flatMap(

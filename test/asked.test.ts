@@ -1,4 +1,4 @@
-/** What check asks of a server: by real shells and curl, of an API of a hundred nodes that is made up here. */
+/** How check queries a server, with a real shell and curl, and a simulated API with a hundred nodes. */
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
@@ -28,7 +28,7 @@ import {
 const MANY = 100;
 /** Everything on this machine: addresses of its loopback stand for nodes. */
 const SPECS = Array.from({ length: MANY }, (_, i) => ({ name: `n${i}`, ip: `127.0.${i}.1`, n: i }));
-/** The first of these nodes, as the API gives them: an item says no kind. */
+/** The first of these nodes, as the API returns them: without a kind in each item. */
 const listOf = (many: number) =>
   JSON.stringify({
     kind: "NodeList",
@@ -124,7 +124,7 @@ async function create(
   answer(201, pod);
 }
 
-// What kubectl's stream is on the wire: the kubelet's own end answers, and says what became of the command.
+// kubectl's stream on the wire: the kubelet answers with the result of the command.
 server.on("upgrade", (q, socket) => {
   if (broken[of(/pods\/([^/]+)/.exec(q.url ?? "")?.[1])] === "exec 502")
     return void socket.end(
@@ -181,7 +181,7 @@ before(async () => {
   const url = `https://127.0.0.1:${(server.address() as AddressInfo).port}`;
   writeFileSync(`${root}/k3s.yaml`, `    server: ${url}\n`);
   PATH = programs(`${root}/bin`, {
-    // The API here speaks without TLS.
+    // The API here is served without TLS.
     curl: `for word; do shift; case $word in https://*) word=http://\${word#https://} ;; esac; set -- "$@" "$word"; done
 exec /usr/bin/curl "$@"`,
     k3s: `echo "kubectl $*" >>${root}/kubectl; exit 1`,
@@ -215,11 +215,11 @@ interface Ran {
   facts: Facts;
   mb: number;
   processes: number;
-  /** Programs that were started, questions to the API, and bytes of the answer. */
+  /** Programs that were started, requests to the API, and bytes of output. */
   cost: { programs: number; questions: number; bytes: number };
 }
 
-/** What a piece of check's finds on this machine, as a box's shell would run it; and what that took. */
+/** What a part of check's survey finds on this machine, run as on a box; and what it cost. */
 const run = (text: string, kubectl = true) =>
   runScript(wrapInMain(lookScript([ask([text as Look])], wanted(), "mark")), kubectl);
 
@@ -255,7 +255,7 @@ async function runScript(text: string, kubectl = true): Promise<Ran> {
 const some = (names: string[]) => names.map((name) => ({ name: `p-${name}`, node: name, ip: "127.0.0.1" }));
 const skip = lacks("curl", "bash", "timeout") || (process.platform !== "linux" && "needs /proc");
 
-describe("of a hundred nodes", { skip, concurrency: 1 }, () => {
+describe("in a cluster of a hundred nodes", { skip, concurrency: 1 }, () => {
   const asked: [what: string, role: Role, proves: (facts: Facts, many: number) => void][] = [
     [
       "a server",
@@ -279,7 +279,7 @@ describe("of a hundred nodes", { skip, concurrency: 1 }, () => {
     ],
   ];
   for (const [what, role, proves] of asked)
-    test(`${what} is surveyed with less than 100 MB, and each node more costs it three programs and a line or two`, async (t) => {
+    test(`check examines ${what} with less than 100 MB of memory, and each additional node costs at most three programs and 1500 bytes of output`, async (t) => {
       const text = await sent(role);
       const ran: Ran[] = [];
       for (const many of [3, MANY]) {
@@ -297,7 +297,7 @@ describe("of a hundred nodes", { skip, concurrency: 1 }, () => {
       assert.ok(more("bytes") < (role === "server" ? 1500 : 200), `${more("bytes")} bytes a node`);
     });
 
-  test("a box whose tunnels are all lost sends no more than 150 pings at a time", async () => {
+  test("a box whose tunnels have all failed sends at most 150 pings at a time", async () => {
     const text = await sent("agent");
     nodesAre(MANY);
     writeFileSync(`${root}/lost`, "");
@@ -339,7 +339,7 @@ describe("of a hundred nodes", { skip, concurrency: 1 }, () => {
     ],
   ];
   for (const [what, text, proves] of pieces)
-    test(`a server is asked for ${what} with less than 100 MB, at most three questions at a time and no kubectl`, async (t) => {
+    test(`check queries a server for ${what} with less than 100 MB of memory, at most three requests at a time, and without kubectl`, async (t) => {
       most = 0;
       const { facts, mb, processes, cost } = await run(text());
       proves(facts);
@@ -351,8 +351,8 @@ describe("of a hundred nodes", { skip, concurrency: 1 }, () => {
     });
 });
 
-describe("what a kubelet does not do", { skip, concurrency: 1 }, () => {
-  test("is said in the API's words, and what is only slow as that", async () => {
+describe("a failure of a kubelet", { skip, concurrency: 1 }, () => {
+  test("is reported with the API's error message, and a timeout as a timeout", async () => {
     broken = { n1: "log 502", n2: "log hangs", n3: "exec 502" };
     const text = kubelets(some(["n0", "n1", "n2", "n3"])).replaceAll(
       'GET "/api/v1/namespaces/kube-system/pods/$2/log" 10',
@@ -371,7 +371,7 @@ describe("what a kubelet does not do", { skip, concurrency: 1 }, () => {
     });
   });
 
-  test("is told apart where a pod does not start: by the kubelet's words it is a fault, for its image it is none", async () => {
+  test("is distinguished from a failed image pull if a pod does not start", async () => {
     broken = { n1: "sandbox", n2: "image", n3: "refused" };
     const { facts } = await run(made(["n0", "n1", "n2", "n3"], "def").replace(/\+ 20\)\)/, "+ 2))"));
     const names = ["n1", "n2"].map((name) => `k3s-across-clouds-check-def-${name}`);
@@ -393,7 +393,7 @@ describe("what a kubelet does not do", { skip, concurrency: 1 }, () => {
     assert.deepEqual(why[1], { words: "ImagePullBackOff", image: true, proven: false });
   });
 
-  test("is a fault without a word of the kubelet's too, on a box that has run for some time and has little to do", () => {
+  test("is assumed without a message of the kubelet too, on a box that has run for some time and has little load", () => {
     const load = { average: 0.1, cores: 1, memory: 20, swap: undefined };
     const unit = { state: "active", restarts: 0, runs: 900 };
     const silent = { image: false, proven: false };
@@ -416,7 +416,7 @@ describe("what a kubelet does not do", { skip, concurrency: 1 }, () => {
     }
   });
 
-  test("is asked of kubectl, one after the other, where curl cannot open such a stream", async () => {
+  test("is detected with kubectl exec, on one node after the other, if curl cannot open such a stream", async () => {
     const path = PATH;
     PATH = `${
       programs(`${root}/old`, {
@@ -433,7 +433,7 @@ describe("what a kubelet does not do", { skip, concurrency: 1 }, () => {
   });
 });
 
-test("a box's clock is read when its trip ends, however long it took and however late its lines came", async () => {
+test("a box's clock is compared at the end of its script, however long that takes and however late its output arrives", async () => {
   const own = {
     ...boxOf().shell,
     run: async (script: string, _: number, onLine: (line: string) => void) => {

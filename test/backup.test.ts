@@ -35,19 +35,19 @@ function server() {
 describe("a backup", () => {
   const want = wanted({ K3S_VERSION: MODERN });
 
-  test("is refused where there is no SQLite datastore", () =>
+  test("is refused if there is no SQLite datastore", () =>
     assert.throws(() => archive("x").plan(want, { ...facts, database: "" }), Refusal));
 
-  test("is refused where the cluster is in another database, with what to keep", () =>
+  test("is refused if the cluster is in an external database, with the advice to keep K3S_TOKEN", () =>
     assert.throws(
       () => archive("x").plan({ ...want, K3S_DATASTORE_ENDPOINT: "postgres://u:p@h/k3s" }, facts),
       (error) => error instanceof Refusal && /keep K3S_TOKEN with it/.test(error.message),
     ));
 
   for (const runs of [true, false])
-    test(`of a server that ${runs ? "runs stops it, copies, and lets it go on" : "is down"} holds all that a restore needs, for root only`, () => {
+    test(`${runs ? "suspends a running server while it copies" : "works while the server is down"}, contains all that a restore needs, and is readable by root only`, () => {
       const { root } = server();
-      // k3s counts while it may; what the copy sees must not change.
+      // The process that stands for k3s must be running again afterwards, not stopped.
       const sh = under(root, archive("x").plan(want, facts)[0]?.sh);
       const PATH = programs(join(root, "bin"), { systemctl: `echo MainPID=$PID` });
       const { status, stdout, stderr } = shell(
@@ -78,16 +78,16 @@ describe("a restore", () => {
   const data = placeData("./backup.tar.gz", "abc");
   const want = wanted();
 
-  test("puts a backup where no server's data are, and what it has put it leaves alone", () => {
+  test("places a backup on a box without server data, and not a second time", () => {
     const [change] = data.plan(want, { data: "", restored: "" });
     assert.deepEqual(change?.push, { file: "./backup.tar.gz", path: "/var/lib/.k3s-restore.tar.gz" });
     assert.deepEqual(data.plan(want, { data: "db\nrestored\n", restored: "abc\n" }), []);
   });
 
-  test("never writes over another server's data", () =>
+  test("never overwrites another server's data", () =>
     assert.throws(() => data.plan(want, { data: "db\ntoken\n", restored: "" }), Refusal));
 
-  test("has on the box what was in the backup", () => {
+  test("places the backup's files on the box", () => {
     const { root } = server();
     const made = under(root, archive("x").plan(want, facts)[0]?.sh);
     const PATH = programs(join(root, "bin"), { systemctl: "echo MainPID=0" });
@@ -110,55 +110,55 @@ describe("a restore", () => {
   const names = "about node-password token db tls";
   const bad: [name: string, made: string, said: RegExp][] = [
     [
-      "a link in the place of a file of ours",
+      "a symlink in place of a file that restore writes",
       `ln -s VICTIM restored; tar -czf A ${names} restored`,
       /it has restored/,
     ],
     [
-      "a link of a name that is known",
+      "a symlink with an expected name",
       `rm token; ln -s VICTIM token; tar -czf A ${names}`,
       /no plain file: lrwx/,
     ],
     ["a hard link", `ln token db/x; tar -czf A ${names}`, /no plain file: hrw/],
-    [
-      "a link to a folder, and a file behind it",
-      `ln -s VICTIM.d tls/x; tar -czf A ${names}`,
-      /no plain file: lrwx/,
-    ],
-    ["a pipe", `mkfifo db/x; tar -czf A ${names}`, /no plain file: prw/],
+    ["a symlink to a folder", `ln -s VICTIM.d tls/x; tar -czf A ${names}`, /no plain file: lrwx/],
+    ["a named pipe", `mkfifo db/x; tar -czf A ${names}`, /no plain file: prw/],
     ["a device", `tar -czf A ${names} -C /dev --transform 's,^null,db/null,' null`, /no plain file: crw/],
-    ["a program with setuid", `chmod 4755 token; tar -czf A ${names}`, /no plain file: -rws/],
+    ["a setuid file", `chmod 4755 token; tar -czf A ${names}`, /no plain file: -rws/],
     [
-      "a way out of its folder",
+      "a path that leaves its folder",
       `tar -czPf A --transform 's,^token,db/../../../token,' ${names}`,
       /it has db\/\.\.\/\.\.\/\.\.\/token/,
     ],
-    ["an absolute name", `tar -czPf A --transform 's,^token,/token,' ${names}`, /it has \/token/],
+    ["an absolute path", `tar -czPf A --transform 's,^token,/token,' ${names}`, /it has \/token/],
     [
-      "a file of another name",
+      "a file with an unexpected name",
       `mkdir -p agent; echo x >agent/x; tar -czf A ${names} agent`,
       /it has agent\//,
     ],
-    ["more than there is room for", `truncate -s 8T db/x; tar -cSzf A ${names}`, /there is less room here/],
+    [
+      "more data than there is disk space for",
+      `truncate -s 8T db/x; tar -cSzf A ${names}`,
+      /there is less room here/,
+    ],
     ...["x 1", "x 0 0", "0/0 0", "x -9 9"].map((owner): (typeof bad)[number] => [
-      `more than there is room for, by an owner "${owner}"`,
+      `more data than there is disk space for, disguised by the owner "${owner}"`,
       `truncate -s 8T db/x; tar --owner="${owner}:0" -cSzf A ${names}`,
       /there is less room here/,
     ]),
     [
-      "more than there is room for, by a group in a pax header",
+      "more data than there is disk space for, disguised by a pax header",
       `truncate -s 8T db/x; tar -H posix --owner="x 1:0" --group="y 2:0" -cSzf A ${names}`,
       /there is less room here/,
     ],
-    ["no archive at all", "echo x >A", /cannot be read/],
+    ["no archive format", "echo x >A", /cannot be read/],
     [
-      "an end that is missing",
+      "a missing end",
       `head -c 100000 /dev/urandom >db/x; tar -czf B ${names}; head -c 50000 B >A`,
       /cannot be read/,
     ],
   ];
   for (const [name, made, said] of bad)
-    test(`unpacks nothing of an archive that has ${name}`, () => {
+    test(`unpacks nothing from an archive that has ${name}`, () => {
       const [fresh, from] = [temporary(), temporary()];
       const victim = join(fresh, "victim");
       mkdirSync(join(fresh, "var/lib"), { recursive: true });
@@ -174,7 +174,7 @@ describe("a restore", () => {
       assert.equal(left, "./victim\n");
     });
 
-  test("has nodes prove anew who they are, once: they may have joined again since the backup", () => {
+  test("deletes the passwords of the other nodes once, because they may have rejoined since the backup", () => {
     const facts = prepared(MODERN, {
       restored: "abc\n",
       secrets: "a1\nb1\n",
@@ -191,7 +191,7 @@ describe("a restore", () => {
     );
   });
 
-  test("opens the rules of make firewall to the server's new address, where they stand, and closes the old one", () => {
+  test("adds the server's new address to the rules of make firewall, if there are any, and removes the old one", () => {
     const firewall = moveFirewall(`198.51.100.12 ${B1.ip} -${A1.ip}`);
     const seen = { nodes: nodes(A1, B1, B2), nft: "/usr/sbin/nft\n" };
     const want = wanted({ PUBLIC_IP: B1.ip });

@@ -5,7 +5,7 @@ import { after, before, describe, test } from "node:test";
 import { addressOf, closeAll, open, reasonOf, Unreachable } from "../lib/shell.ts";
 import { lacks, program, programs, ROOT, shell, TOKEN, temporary } from "./helpers.ts";
 
-/** ssh that runs the command here, and writes down its arguments; sudo and id say what a test wants. */
+/** ssh that runs the command here, and records its arguments; sudo and id print what a test sets. */
 const SSH = `printf '%s\\n' "$*" >>"$LOG"
 case $1 in -G) echo "hostname \${FAKE_ADDRESS-203.0.113.9}"; exit ;; esac
 while [ "$1" != -- ]; do [ "$1" = -O ] && exit; shift; done
@@ -28,7 +28,7 @@ after(async () => {
   process.env.PATH = saved.PATH;
 });
 
-/** What a box answers while the fakes are as told. */
+/** The result of a script on a box with these fakes. */
 async function run(host: string, script: string, fakes: Record<string, string> = {}, keys = "") {
   const lines: string[] = [];
   for (const name of ["FAKE_REFUSAL", "FAKE_SUDO", "FAKE_USER"]) delete process.env[name];
@@ -44,7 +44,7 @@ for (const [name, host] of [
   ["a box over ssh", "root@b1"],
 ] as const)
   describe(name, () => {
-    test("runs a script and hands on each of its lines", async () => {
+    test("runs a script and passes on each line of its output", async () => {
       const { status, lines, stderr } = await run(host, "echo one; printf 'two\\n\\nthree'; echo oops >&2");
       assert.deepEqual(
         { status, lines, stderr },
@@ -52,11 +52,11 @@ for (const [name, host] of [
       );
     });
 
-    test("answers with the script's own exit status, 255 too", async () => {
+    test("returns the script's exit status, including 255", async () => {
       for (const status of [0, 1, 124, 255]) assert.equal((await run(host, `exit ${status}`)).status, status);
     });
 
-    test("gets the script over stdin: no argument list holds its secrets", async () => {
+    test("receives the script over stdin, so that no argument list contains its secrets", async () => {
       const { lines, asked } = await run(
         host,
         `cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -c '[b]::server:0123' # ${TOKEN}`,
@@ -65,11 +65,11 @@ for (const [name, host] of [
       assert.doesNotMatch(asked, /K10/);
     });
 
-    test("is asked as root by sudo where the user is not root", async () => {
+    test("runs the script as root, with sudo if the user is not root", async () => {
       assert.deepEqual((await run(host, 'echo "${FAKE_USER-}"', { FAKE_USER: "1000" })).lines, ["0"]);
     });
 
-    test("is not reached where sudo asks for a password, and nothing is run", async () => {
+    test("is unreachable, and runs nothing, if sudo asks for a password", async () => {
       const touched = join(temporary(), "touched");
       const fakes = { FAKE_USER: "1000", FAKE_SUDO: "sudo: a password is required" };
       await assert.rejects(run(host, `touch ${touched}`, fakes), (error: Error) => {
@@ -80,7 +80,7 @@ for (const [name, host] of [
       assert.equal(shell(`ls ${touched}`).stdout, "");
     });
 
-    test("brings text of any script whole, in pieces as it comes", async () => {
+    test("returns non-ASCII text unchanged, even if it arrives in pieces", async () => {
       const line = "汉字☃😀".repeat(1000);
       const { lines } = await run(host, `i=0; while [ $i -lt 60 ]; do echo '${line}'; i=$((i + 1)); done`);
       assert.equal(lines.length, 60);
@@ -90,7 +90,7 @@ for (const [name, host] of [
       );
     });
 
-    test("keeps one shell open, in which no script leaves anything to the next", async () => {
+    test("keeps one shell open, in which no script affects the next one", async () => {
       await run(host, "true");
       const shell = open(host);
       const said = async (script: string) => {
@@ -114,7 +114,7 @@ for (const [name, host] of [
       assert.deepEqual(await said("echo $$"), pid);
     });
 
-    test("keeps what a script left running out of the next", async () => {
+    test("keeps the output of a process that a script left running out of the next script", async () => {
       await run(host, "true");
       const shell = open(host);
       const said = async (script: string) => {
@@ -128,7 +128,7 @@ for (const [name, host] of [
       assert.deepEqual(await said("sleep 0.1; echo one"), ["", "one"]);
     });
 
-    test("hands on the last line of a shell that dies, and what is thrown at it", async () => {
+    test("passes on the last line of a shell that is killed, and an error that its reader throws", async () => {
       await run(host, "true");
       const dies = "printf half; kill -9 $$; sleep 1";
       const thrown = open(host).run(dies, 20, (line) => {
@@ -137,7 +137,7 @@ for (const [name, host] of [
       await assert.rejects(thrown, /no half/);
     });
 
-    test("gets a new shell when a script or something else has ended the one before", async () => {
+    test("opens a new shell if a script or a signal has ended the previous one", async () => {
       await run(host, "true");
       const shell = open(host);
       const status = async (script: string) => (await shell.run(script, 20, () => {})).status;
@@ -161,7 +161,7 @@ for (const [name, host] of [
       );
     });
 
-    test("that hangs is given up on in bounded time", async () => {
+    test("reports a timeout if a script hangs", async () => {
       const began = Date.now();
       await assert.rejects(
         open(host).run("sleep 30", 1, () => {}),
@@ -170,7 +170,7 @@ for (const [name, host] of [
       assert.ok(Date.now() - began < 10_000);
     });
 
-    test("takes a file, byte for byte, for its owner only", async () => {
+    test("receives a file unchanged, readable by its owner only", async () => {
       const from = join(temporary(), "it's");
       const to = join(temporary(), "a file");
       const bytes = Buffer.from(Array.from({ length: 300_000 }, (_, i) => (i * i) % 256));
@@ -180,7 +180,7 @@ for (const [name, host] of [
       assert.equal(shell(`ls -l '${to}'`).stdout.slice(0, 10), "-rw-------");
     });
 
-    test("goes on from what an earlier push has left, whatever the file's kind", async () => {
+    test("resumes an interrupted push, for compressed files too", async () => {
       for (const name of ["file", "file.zst"]) {
         const [from, to] = [join(temporary(), name), join(temporary(), "new", "folder", name)];
         const bytes = Buffer.from(Array.from({ length: 300_000 }, (_, i) => (i * i) % 251));
@@ -198,7 +198,7 @@ for (const [name, host] of [
       }
     });
 
-    test("gives a file, byte for byte, for its owner only, whatever its login shell says first", async () => {
+    test("returns a file unchanged, readable by its owner only, and overwrites none", async () => {
       const from = join(temporary(), "it's");
       const to = join(temporary(), "a file");
       const bytes = Buffer.from(Array.from({ length: 300_000 }, (_, i) => (i * i) % 256));
@@ -207,7 +207,7 @@ for (const [name, host] of [
       assert.deepEqual(readFileSync(to), bytes);
       assert.equal(shell(`ls -l '${to}'`).stdout.slice(0, 10), "-rw-------");
       await assert.rejects(open(host).pull(from, to), /Could not write .*a file: EEXIST/);
-      assert.deepEqual(readFileSync(to), bytes, "what is there is nobody's to write over");
+      assert.deepEqual(readFileSync(to), bytes, "an existing file is not overwritten");
       await assert.rejects(
         open(host).pull("/nonexistent/file", `${to} too`),
         /Could not copy .*nonexistent/s,
@@ -218,7 +218,7 @@ for (const [name, host] of [
       );
     });
 
-    test("says why a file could not be pushed", async () => {
+    test("reports why a file could not be pushed", async () => {
       const from = join(temporary(), "file");
       writeFileSync(from, "x");
       await assert.rejects(open(host).push(from, "/dev/null/file"), /Could not push .*\/dev\/null/s);
@@ -226,7 +226,7 @@ for (const [name, host] of [
   });
 
 describe("a box over ssh", () => {
-  test("is asked in batch mode, over one shared connection, with host keys enforced", async () => {
+  test("is contacted in batch mode, over one shared connection, with host keys enforced", async () => {
     const { asked } = await run("root@b1", "true");
     for (const option of ["BatchMode=yes", "ControlMaster=auto", "ControlPersist=60", "ConnectTimeout=15"])
       assert.ok(asked.includes(`-o ${option}`), option);
@@ -237,7 +237,7 @@ describe("a box over ssh", () => {
   /** What `word` becomes in fish and csh as in sh: quotes within quotes are what they differ in. */
   const SHELLS = ["sh", "bash", "dash", "busybox sh", "zsh", "fish", "tcsh", "csh"];
   for (const login of SHELLS.filter((name) => shell(`command -v ${name.split(" ")[0]}`).stdout))
-    test(`is served through the login shell ${login}, files too, for a user with sudo too`, async () => {
+    test(`works with the login shell ${login}, for scripts and files, with sudo`, async () => {
       const from = join(temporary(), "it's");
       const to = join(temporary(), 'a $file `with` "all" !of ~it{1,2}*?[x]%&|<>^#;()\\ é');
       writeFileSync(from, "data\n");
@@ -252,13 +252,13 @@ describe("a box over ssh", () => {
       }
     });
 
-  test("has nothing in its command line that login shells read in ways of their own", async () => {
+  test("receives a command line that all login shells interpret in the same way", async () => {
     const { asked } = await run("root@b1", "true");
     const command = / -- root@b1 (.*)/.exec(asked)?.[1] ?? "";
     assert.match(command, /^sh -c (\\[^\w\n]|[\w@+:,./=-])+$/);
   });
 
-  test("that greets first, without an end of line too, is understood, and a push goes on", async () => {
+  test("works, and a push is resumed, if its login shell first prints a greeting, even without a newline", async () => {
     for (const greeting of ["printf 'Welcome 5'", "echo Welcome; echo 7", `yes Welcome | head -n 900`]) {
       const folder = temporary();
       programs(folder, { greets: `${greeting}\nexec sh "$@"` });
@@ -277,7 +277,7 @@ describe("a box over ssh", () => {
     }
   });
 
-  test("that sends both outputs over one is understood", async () => {
+  test("works if it sends both output streams over one", async () => {
     const folder = temporary();
     programs(folder, { joins: 'exec sh "$@" 2>&1' });
     try {
@@ -290,7 +290,7 @@ describe("a box over ssh", () => {
     }
   });
 
-  test("that greets, and then runs nothing, is named with its own words", async () => {
+  test("that prints a message and runs nothing is reported with that message", async () => {
     const folder = temporary();
     programs(folder, {
       greets: `echo 'Please login as the user "ubuntu" rather than the user "root".'; exit 142`,
@@ -301,7 +301,7 @@ describe("a box over ssh", () => {
     );
   });
 
-  test("takes no unknown key and gets nothing of this machine, whatever ~/.ssh/config says", {
+  test("has its host key verified and gets no forwarding, whatever ~/.ssh/config contains", {
     skip: lacks("ssh"),
   }, async () => {
     const { asked } = await run("b1", "true", {}, `SHA256:${"a".repeat(43)}`);
@@ -340,7 +340,7 @@ describe("a box over ssh", () => {
     assert.equal(said.clearallforwardings, "yes");
   });
 
-  test("is not reached where ssh says so: 255 before anything ran is ssh's own", async () => {
+  test("is reported as unreachable if ssh exits with status 255 before the script has started", async () => {
     await assert.rejects(
       run("b1", "true", { FAKE_REFUSAL: "ssh: connect to host b1 port 22: Connection refused" }),
       (error: Error) => {
@@ -354,12 +354,12 @@ describe("a box over ssh", () => {
     );
   });
 
-  test("with HOST_KEY is known by its fingerprint alone, which ssh asks for as it connects", async () => {
+  test("with HOST_KEY is identified by that fingerprint alone, which ssh verifies as it connects", async () => {
     const key = `SHA256:${"a".repeat(43)}`;
     const { asked } = await run("b1", "true", {}, `${key} SHA256:${"b".repeat(43)}`);
     for (const option of ["StrictHostKeyChecking=yes", "UserKnownHostsFile=/dev/null"])
       assert.ok(asked.includes(`-o ${option}`), option);
-    // What ssh would run, with what it puts in place of %f %H %t %K.
+    // What ssh would run, with its values for %f %H %t %K.
     const command = /KnownHostsCommand=(.*) %f %H %t %K/.exec(asked)?.[1];
     const known = (offered: string) => shell(`${command} ${offered} b1 ssh-ed25519 AAAA`);
     assert.equal(known(key).stdout, "b1 ssh-ed25519 AAAA\n");
@@ -370,19 +370,19 @@ describe("a box over ssh", () => {
     assert.deepEqual([known("NONE").stdout, known("NONE").stderr], ["", ""]);
   });
 
-  test("that says more than it can have to say is left, and so is one whose line never ends", async () => {
+  test("is disconnected if it sends too much output, even as a single endless line", async () => {
     for (const command of [`yes ${"y".repeat(9999)}`, "tr '\\0' x </dev/zero"])
       await assert.rejects(run("b1", command), /The box sent more than 32 MB/);
   });
 
-  test("has the address that ssh's own settings name", async () => {
+  test("has the address from ssh's configuration", async () => {
     const three = ["b1", "b1", "b1"].map(addressOf);
     assert.deepEqual(await Promise.all(three), Array(3).fill("203.0.113.9"));
-    assert.equal(readFileSync(log, "utf8").match(/^-G -- b1$/gm)?.length, 1, "it is asked for once");
+    assert.equal(readFileSync(log, "utf8").match(/^-G -- b1$/gm)?.length, 1, "it is queried once");
   });
 });
 
-describe("the reason that is said", () => {
+describe("the error message", () => {
   const cases: [said: string, reason: RegExp][] = [
     [
       "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.",
@@ -486,10 +486,10 @@ describe("the reason that is said", () => {
     ],
   ];
   for (const [host, status, stdout, stderr, reason] of words)
-    test(`of ${host} that says ${JSON.stringify((stdout || stderr).trim())}, ${status}, is in the box's words`, () =>
+    test(`quotes what ${host} printed before it exited with status ${status}: ${JSON.stringify((stdout || stderr).trim())}`, () =>
       assert.equal(reasonOf(host, stderr, status, stdout), reason));
 
-  test("of this machine names no host", () => {
+  test("names no host for this machine", () => {
     assert.match(reasonOf("", "sudo: a password is required", 1), /^sudo asks for a password: /);
     assert.match(reasonOf("", "boom", 1), /^Could not run a shell: boom$/);
   });

@@ -1,4 +1,4 @@
-/** What an agent tells of its cluster: as much as its plans need, however many nodes there are. */
+/** What an agent reports of its cluster: as much as its plans need, however many nodes there are. */
 import assert from "node:assert/strict";
 import { mkdirSync, writeFileSync } from "node:fs";
 import { dirname } from "node:path";
@@ -27,7 +27,7 @@ import {
 
 const AWKS = ["awk", "busybox awk"].filter((awk) => has(awk.split(" ")[0] as string));
 
-/** A list as the API gives it, and as SHAPE cuts it: a node a line. */
+/** A list as the API returns it, and as SHAPE divides it: one node per line. */
 const listOf = (specs: readonly NodeSpec[], more: (i: number) => object = () => ({})) => {
   const items = specs.map((spec, i) => {
     const { kind: _, ...rest } = node(spec);
@@ -61,7 +61,7 @@ NODES`);
   return { ...facts, nodes, ...(peers === undefined ? {} : { peers }) };
 }
 
-/** An agent, a2, whose peers are all well. */
+/** An agent, a2, whose peers all have recent handshakes. */
 const cluster = (size: number, version: string) => {
   const specs = Array.from({ length: size }, (_, n) =>
     specOf(n, n === 0 ? { labels: { "node-role.kubernetes.io/control-plane": "true" } } : {}),
@@ -70,9 +70,9 @@ const cluster = (size: number, version: string) => {
   return { nodes: listOf(specs), peers: peers.join("\n") };
 };
 
-describe("an agent tells of its cluster", () => {
+describe("an agent reports", () => {
   for (const awk of AWKS)
-    test(`itself and the server where every handshake is fresh, however many nodes there are (${awk})`, () => {
+    test(`only its own node and the server's if every handshake is recent, however many nodes there are (${awk})`, () => {
       for (const version of [OLD, MODERN]) {
         const [few, many] = [10, 100].map((size) =>
           concerned(healthy(version, {}, cluster(size, version)), 0, { awk }),
@@ -86,12 +86,12 @@ describe("an agent tells of its cluster", () => {
       }
     });
 
-  test("every name and address where the firewall is to let all nodes in", () => {
+  test("every node's name and address if the firewall must allow all nodes", () => {
     const facts = healthy(MODERN, {}, cluster(30, MODERN));
     assert.deepEqual(admitted(wanted(), concerned(facts, 0, { others: "names" })), admitted(wanted(), facts));
   });
 
-  test("all of it to who asks for it, and what is not a list as it is", () => {
+  test("the complete list if that is requested, and an answer in another format unchanged", () => {
     const facts = healthy(MODERN, {}, cluster(5, MODERN));
     assert.deepEqual(nodesOf(concerned(facts, 0, { others: "whole" }).nodes), nodesOf(facts.nodes));
     const pretty = JSON.stringify(JSON.parse(facts.nodes as string), null, 4);
@@ -100,7 +100,7 @@ describe("an agent tells of its cluster", () => {
     assert.deepEqual(JSON.parse(concerned({ ...facts, nodes: empty }, 0).nodes as string), JSON.parse(empty));
   });
 
-  /** The whole look of a box, and how many peers were sent. */
+  /** The complete look of a box, and how many peers were sent. */
   const looked = (active: string, curl: string) => {
     const root = temporary();
     for (const file of ["server/tls/client-admin.key", "agent/client-k3s-controller.key"]) {
@@ -124,14 +124,14 @@ describe("an agent tells of its cluster", () => {
     return { nodes: nodesOf(facts.nodes).length, peers: peersOf(facts.peers).length };
   };
 
-  test("all peers as a server, or where the API does not answer; as an agent those of the nodes that it names", () => {
+  test("only the peers among the nodes that it reports, but all peers if the API does not answer, as a server always does", () => {
     const list = "cat LIST; printf '\\n200'";
     assert.deepEqual(looked("k3s", list), { nodes: 9, peers: 8 });
     assert.deepEqual(looked("k3s-agent", list), { nodes: 2, peers: 1 });
     assert.deepEqual(looked("k3s-agent", "exit 7"), { nodes: 0, peers: 8 });
   });
 
-  test("before it has joined, the servers and whoever has its address", () => {
+  test("the servers and the node that has its address before it has joined", () => {
     const facts = healthy(MODERN, {}, cluster(30, MODERN));
     const { nodes } = concerned({ ...facts, peers: "" }, 0, { joining: `"" joining ${ip(20)}` });
     assert.deepEqual(
@@ -140,7 +140,7 @@ describe("an agent tells of its cluster", () => {
     );
   });
 
-  test("so much that its plans are the same as with all of it", () => {
+  test("enough for its plans to be the same as with the complete list", () => {
     const some = <T>(usual: T, ...others: T[]) =>
       fc.oneof({ weight: 3, arbitrary: fc.constant(usual) }, fc.constantFrom(...others));
     const member = fc.record({
@@ -187,7 +187,7 @@ describe("an agent tells of its cluster", () => {
             const of = m.link === "own" ? version : version === OLD ? MODERN : OLD;
             return [peer(of, specs[n] as NodeSpec, m.endpoint ?? ip(n), m.age)];
           });
-          // On its way to the other generation a node is restarted, and looked at again.
+          // During the change to the other generation a node is restarted, and the look is repeated.
           fc.pre(!peers.length || members.some(({ link }, n) => n !== 1 && link === "own"));
           const elapsed = (NOW - since).toString();
           const unit = `ActiveState=active\nMainPID=7\nExecMainStartTimestampMonotonic=${5_000_000}\n`;

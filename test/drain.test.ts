@@ -47,33 +47,33 @@ const atServer = wanted({ SERVER: "a1" });
 const none = { ...facts(), nodes: "", roles: "" };
 const onServer = facts({ roles: "k3s\n", name: "a1" });
 
-/** What the server then does for a box, by what it has itself: the cluster of a1, b1 and b2. */
+/** What the server then does for a box, according to its own NodeList: the cluster of a1, b1 and b2. */
 const does = (changes: readonly Change[], json: string): Change[] =>
   changes.flatMap((change) => change.onServer?.plan(atServer, { nodes: json }) ?? [change]);
 
-describe("before its restart", () => {
+describe("before a restart", () => {
   const cases: [name: string, facts: Facts, drained: boolean][] = [
     ["a node that is Ready is drained", facts(), true],
+    ["a node whose drain was interrupted is drained again", facts({ cordoned: true, drained: BOOT }), true],
+    ["a node that the user cordoned is not changed", facts({ cordoned: true }), false],
+    ["a node that is not Ready is not drained", facts({ ready: false }), false],
+    ["a box that is not a node is not drained", none, false],
     [
-      "a node that this project has drained already is drained to its end",
-      facts({ cordoned: true, drained: BOOT }),
+      "a node that cannot query the API is drained if the server finds it Ready",
+      { ...facts(), nodes: "" },
       true,
     ],
-    ["a node that the user has cordoned is left to the user", facts({ cordoned: true }), false],
-    ["a node that is not Ready is not", facts({ ready: false }), false],
-    ["a box that is no node is not", none, false],
-    ["a node that cannot see its cluster is, if the server says so", { ...facts(), nodes: "" }, true],
   ];
   for (const [name, seen, drained] of cases)
     test(name, () => assert.equal(drainHere(want, seen).length, drained ? 1 : 0));
 
-  test("an agent's node is drained on the server, the server's own where it is", () => {
+  test("an agent's node is drained from the server, and the server's own node locally", () => {
     const [of] = [drainHere(want, facts())[0], drainHere(atServer, onServer)[0]];
     assert.ok(of?.onServer);
     assert.equal(drainHere(atServer, onServer)[0]?.onServer, undefined);
   });
 
-  test("an agent whose server is not known is not restarted", () => {
+  test("an agent is refused if SERVER is not set", () => {
     assert.throws(
       () => drainHere(wanted({ PUBLIC_IP: B1.ip }), facts()),
       (e: Error) => e instanceof Refusal && /set SERVER, or cordon and drain it yourself/.test(e.message),
@@ -82,9 +82,9 @@ describe("before its restart", () => {
   });
 });
 
-describe("whatever an agent's box says, the server does nothing to another node", () => {
+describe("the server changes no other node if an agent's box reports", () => {
   const drainedB2 = cluster({ name: "b2", cordoned: true, drained: BEFORE });
-  /** A box at b1's address that says it is b2, with a cluster of its own making. */
+  /** A box at b1's address that claims to be b2, with a forged NodeList. */
   const forged = (over: Facts = {}, own: Partial<NodeSpec> = {}) => {
     const item = node({ ...B2, ip: B1.ip, ...own });
     const seen = {
@@ -101,15 +101,15 @@ describe("whatever an agent's box says, the server does nothing to another node"
   };
   const lies: [name: string, changes: () => Change[], server: string][] = [
     ["a forged name and NodeList", () => forged(), drainedB2],
-    ["the name and boot id of another", () => forged(box(B2)), drainedB2],
-    ["a boot id of nobody's", () => forged({ boot: `${BEFORE}\n`, machine: "" }), drainedB2],
-    ["no boot id", () => forged({ boot: "" }), drainedB2],
+    ["the name and boot ID of another node", () => forged(box(B2)), drainedB2],
+    ["a boot ID that no node has", () => forged({ boot: `${BEFORE}\n`, machine: "" }), drainedB2],
+    ["no boot ID", () => forged({ boot: "" }), drainedB2],
     [
-      "the address of another in its own node",
+      "another node's address in its own node",
       () => forged(),
       nodes(A1, { ...B1, external: B2.ip, boot: box(B2).boot?.trim() ?? "" }, B2),
     ],
-    ["another's address, and no node at its own", () => forged(box(B2)), nodes(A1, B2)],
+    ["another node's identity while no node has its own address", () => forged(box(B2)), nodes(A1, B2)],
   ];
   for (const [name, changes, server] of lies)
     test(name, () => {
@@ -121,7 +121,7 @@ describe("whatever an agent's box says, the server does nothing to another node"
       assert.ok(changes().length > 0);
     });
 
-  test("and its own one is drained by what the server has", () => {
+  test("its own identity, and drains its node according to the server's own NodeList", () => {
     const [change] = does(drainHere(want, facts()), cluster());
     assert.match(change?.why ?? "", /^drain node b1,/);
     assert.deepEqual(does(drainHere(want, facts()), cluster({ cordoned: true })), []);
@@ -129,53 +129,66 @@ describe("whatever an agent's box says, the server does nothing to another node"
   });
 });
 
-describe("after its restart", () => {
+describe("after a restart", () => {
   const cases: [name: string, facts: Facts, whys: RegExp[], last?: true][] = [
     [
       "a node that this project drained is uncordoned",
       facts({ cordoned: true, drained: BEFORE }),
       [/^uncordon node b1/],
     ],
-    ["a node that the user cordoned is left to the user", facts({ cordoned: true }), []],
-    ["a node with a mark and no cordon loses the mark", facts({ drained: BEFORE }), [/^uncordon node b1/]],
+    ["a node that the user cordoned is not changed", facts({ cordoned: true }), []],
     [
-      "one that is not Ready yet is waited for",
+      "a node that is marked but not cordoned loses the mark",
+      facts({ drained: BEFORE }),
+      [/^uncordon node b1/],
+    ],
+    [
+      "a node that is not Ready yet is waited for",
       { ...facts({ cordoned: true, drained: BEFORE, ready: false }), uptime: "20.00" },
       [/^uncordon node b1/],
     ],
     [
-      "but one that is long up and not Ready is left to the steps that mend it",
+      "a node that is not Ready long after its boot is left to the steps that repair it",
       facts({ cordoned: true, drained: BEFORE, ready: false }),
       [],
     ],
     [
-      "a node that was drained since, by an upgrade, is left to it",
+      "a node that an upgrade has drained since is left to the upgrade",
       facts({ cordoned: true, drained: `${BOOT}.done` }),
       [],
     ],
-    ["another node is left alone", facts(), []],
-    ["a box that is no node is left alone", { ...none, uptime: "20.00" }, []],
+    ["a node that is not cordoned is not changed", facts(), []],
+    ["a box that is not a node is not changed", { ...none, uptime: "20.00" }, []],
     [
-      "a cluster that does not answer yet is waited for",
+      "an API that does not answer yet is waited for",
       { ...facts(), nodes: "", uptime: "20.00" },
       [/^wait until the cluster says/],
     ],
-    ["and not for ever", { ...facts(), nodes: "", uptime: "200.00" }, []],
     [
-      "one that is long up and not Ready is waited for where no step follows that mends it",
+      "an API that does not answer long after the boot is not waited for",
+      { ...facts(), nodes: "", uptime: "200.00" },
+      [],
+    ],
+    [
+      "if no step follows, a node that is not Ready is waited for even long after its boot",
       facts({ cordoned: true, drained: BEFORE, ready: false }),
       [/^uncordon node b1 once it is Ready/],
       true,
     ],
     [
-      "and so is a cluster that does not answer",
+      "if no step follows, an API that does not answer is waited for even long after the boot",
       { ...facts(), nodes: "", uptime: "200.00" },
       [/^wait until the cluster says/],
       true,
     ],
-    ["where no step follows, the user's cordon stays", facts({ cordoned: true, ready: false }), [], true],
     [
-      "where no step follows, one that an upgrade drained is left to it",
+      "if no step follows, a node that the user cordoned is not changed",
+      facts({ cordoned: true, ready: false }),
+      [],
+      true,
+    ],
+    [
+      "if no step follows, a node that an upgrade drained is left to the upgrade",
       facts({ cordoned: true, drained: BOOT, ready: false }),
       [],
       true,
@@ -189,7 +202,7 @@ describe("after its restart", () => {
     });
 });
 
-/** Three nodes as the API gives them, one with what is told of it. */
+/** Three nodes as the API returns them, one of them in this state. */
 function cluster({ name = "b1", cordoned = false, drained = "" } = {}): string {
   const items = [A1, B1, B2].map((of) => node(of));
   const told = items.find(({ metadata }) => metadata.name === name) as (typeof items)[number];
@@ -199,28 +212,36 @@ function cluster({ name = "b1", cordoned = false, drained = "" } = {}): string {
 }
 const b1In = (json: string) => nodesOf(json).find((n) => n.name === "b1") as Node;
 
-describe("before it is upgraded or removed", () => {
+describe("before an upgrade or a removal", () => {
   const cases: [name: string, nodes: string, drained: boolean][] = [
     ["a node that is Ready is drained", cluster(), true],
     [
-      "a node whose draining was cut is drained to its end",
+      "a node whose drain was interrupted is drained again",
       cluster({ cordoned: true, drained: BEFORE }),
       true,
     ],
-    ["a node that is drained already is not", cluster({ cordoned: true, drained: `${BEFORE}.done` }), false],
-    ["but again, where the user has let pods come to it since", cluster({ drained: `${BEFORE}.done` }), true],
-    ["a node that the user has cordoned is left to the user", cluster({ cordoned: true }), false],
     [
-      "a node that is not Ready is not: nobody there would end a pod",
+      "a node that is already drained is not drained again",
+      cluster({ cordoned: true, drained: `${BEFORE}.done` }),
+      false,
+    ],
+    [
+      "a node that the user has uncordoned since its drain is drained again",
+      cluster({ drained: `${BEFORE}.done` }),
+      true,
+    ],
+    ["a node that the user cordoned is not changed", cluster({ cordoned: true }), false],
+    [
+      "a node that is not Ready is not drained, because nothing there would stop its pods",
       nodes(A1, { ...B1, ready: false }, B2),
       false,
     ],
-    ["the only node that takes pods is not", nodes({ ...A1, ready: false }, B1), false],
+    ["the only node that accepts pods is not drained", nodes({ ...A1, ready: false }, B1), false],
   ];
   for (const [name, json, drained] of cases)
     test(name, () => assert.equal(drain(b1In(json), { nodes: json }, false).length, drained ? 1 : 0));
 
-  test("it is marked with its own boot, and afterwards takes pods again", () => {
+  test("a node is marked with its boot ID, and uncordoned afterwards", () => {
     const [change] = drain(b1In(cluster()), { nodes: cluster() }, false);
     assert.deepEqual(asks(change?.sh ?? "", MODERN).asked(), [
       `annotate --overwrite node b1 ${DRAINED}=${b1In(cluster()).boot}`,
@@ -232,14 +253,14 @@ describe("before it is upgraded or removed", () => {
     assert.deepEqual(asks(back?.sh ?? "", MODERN).asked(), ["uncordon b1", `annotate node b1 ${DRAINED}-`]);
   });
 
-  test("pods that no controller starts anew go too, where told", () =>
+  test("pods without a controller are deleted too if requested", () =>
     assert.match(
       drain(b1In(cluster()), { nodes: cluster() }, true)[0]?.sh ?? "",
       / --force --timeout=300s /,
     ));
 });
 
-/** What the shell of a change asks of kubectl, without a curl, line by line; `answers` is a case statement over its words. */
+/** The commands that a change's shell code passes to kubectl, without curl, line by line; `answers` are cases of a case statement. */
 function asks(text: string, version: string, answers = "") {
   const folder = temporary();
   const kubectl = `shift; [ "$1 $2" = "--kubeconfig ${folder}/config" ] && shift 2
@@ -266,7 +287,7 @@ describe("kubectl", () => {
   const backSh = does(uncordonHere(want, facts({ cordoned: true, drained: BEFORE })), restarted)[0]?.sh ?? "";
   const DRAIN = (flag: string) => `drain b1 --ignore-daemonsets ${flag} --timeout=300s`;
   const asked = (name: string) => `get --raw /api/v1/nodes/${name}?pretty=false`;
-  /** A node as the API gives it. */
+  /** A node as the API returns it. */
   const state = (
     name: "a1" | "b1",
     { cordoned = false, ...over }: Partial<NodeSpec> & { cordoned?: boolean },
@@ -282,7 +303,7 @@ describe("kubectl", () => {
     ["v1.20.0+k3s1", "--delete-emptydir-data"],
     [MODERN, "--delete-emptydir-data"],
   ] as const)
-    test(`of ${version} is asked to mark and to drain, within a time`, () => {
+    test(`of ${version} marks and drains the node, with a time limit`, () => {
       const { status, asked } = asks(drainSh, version);
       assert.equal(status, 0);
       assert.deepEqual(asked(), [
@@ -292,7 +313,7 @@ describe("kubectl", () => {
       ]);
     });
 
-  test("that finds the node of a blind box not Ready, or cordoned, leaves it", () => {
+  test("does not drain the node of a box that cannot query the API if it is not Ready or is cordoned", () => {
     const blind = drainHere(atServer, { ...onServer, nodes: "" })[0]?.sh ?? "";
     for (const [over, drained] of [
       [{}, true],
@@ -305,18 +326,18 @@ describe("kubectl", () => {
     assert.equal(asks(blind, MODERN, "get*) exit 1 ;;").asked().length, 1);
   });
 
-  test("that cannot drain has the node as it was, and the user told", () => {
+  test("uncordons the node if the drain fails, and the user is told what to do", () => {
     const { status, stdout, asked } = asks(drainSh, MODERN, "drain*) exit 1 ;;");
     assert.equal(status, 1);
     assert.match(stdout, /Move by hand what stays/);
     assert.deepEqual(asked().slice(-2), ["uncordon b1", `annotate node b1 ${DRAINED}-`]);
   });
 
-  test("that is not the server's is not asked", () => {
+  test("is not run on a box without a k3s server", () => {
     assert.match(asks(drainSh, MODERN).without().stdout, /No k3s server is on this box: SERVER/);
   });
 
-  test("gives a node back once it is Ready in another boot, and only then", () => {
+  test("uncordons a node only once it is Ready after a reboot", () => {
     const back = asks(backSh, MODERN, state("b1", { boot: BOOT, cordoned: true }));
     assert.equal(back.status, 0);
     assert.deepEqual(back.asked(), [asked("b1"), "uncordon b1", `annotate node b1 ${DRAINED}-`]);
