@@ -30,7 +30,7 @@ import {
 
 type Over = { facts?: Facts; tried?: Facts; error?: string; clock?: number };
 
-/** Three healthy boxes, but for what is given of one or the other. */
+/** Three healthy boxes, with these differences. */
 function boxes(version: string, over: Record<string, Over> = {}): Member[] {
   return [A1, B1, B2].map((spec) => {
     const { facts, tried, ...rest } = over[spec.name] ?? {};
@@ -48,7 +48,7 @@ const list = (...specs: (NodeSpec & { version?: string })[]) => ({
 });
 const units = (unit: string, state: string, pid = 0, more = "NRestarts=0") =>
   `Id=${unit}.service\nActiveState=${state}\n${more}\nMainPID=${pid}\nExecMainStartTimestampMonotonic=${pid ? 1800e6 : 0}`;
-/** What a box reached: the larger part of a line for each way, written out. */
+/** What a box reached, a line for each connection. */
 const reached = (...rows: string[]): { tried: Facts } => ({ tried: { tries: rows.join("\n") } });
 const tunnels = (over: Record<string, number>) =>
   ["a1", "b1", "b2"].map((name) => [name, over[name] ?? 1420]);
@@ -92,14 +92,14 @@ const UFW = { ufw, added, iptables, nft };
 
 describe("a healthy cluster", () => {
   for (const version of [OLD, MODERN])
-    test(`of ${version} has nothing wrong`, () => assert.deepEqual(problemsOf(boxes(version)), []));
+    test(`of ${version} has no problems`, () => assert.deepEqual(problemsOf(boxes(version)), []));
 
-  test("without metrics-server has nothing wrong either", () => {
+  test("without metrics-server has no problems", () => {
     const a1 = { facts: { metrics: "" }, tried: { tries: "tunnel b1 1420\ntunnel b2 1420" } };
     assert.deepEqual(problemsOf(boxes(MODERN, { a1 })), []);
   });
 
-  test("of two servers has nothing wrong, whichever the agents join, and its nodes are known by the one that answers", () => {
+  test("of two servers has no problems, whichever server the agents join, and its nodes are read from the server that answers", () => {
     const [a1, b1, b2] = boxes(MODERN) as [Member, Member, Member];
     const { facts } = a1;
     const second: Member = {
@@ -120,7 +120,7 @@ describe("a healthy cluster", () => {
     assert.equal(clusterOf([{ ...a1, facts: silent }, second, b2]).nodes.length, 3);
   });
 
-  test("behind a firewall that should block it and does not has nothing wrong, and a note", () => {
+  test("whose firewall rules should block it, but do not, has no problems, but a note", () => {
     const pods = "pod a1 yes\npod b2 yes\nservice kubernetes yes\nservice DNS yes";
     const members = boxes(MODERN, { b1: { facts: UFW, ...ways("b1", {}, { paths: pods }) } });
     assert.deepEqual(problemsOf(members), []);
@@ -131,7 +131,7 @@ describe("a healthy cluster", () => {
     assert.doesNotMatch(reportOf(clusterOf(boxes(MODERN)), [], {}), /note/);
   });
 
-  test("of one box has nothing wrong", () => {
+  test("of one box has no problems", () => {
     const alone = member(
       MODERN,
       A1,
@@ -141,13 +141,13 @@ describe("a healthy cluster", () => {
     assert.deepEqual(problemsOf([alone]), []);
   });
 
-  test("may have clocks that are a second apart, a flannel.1 under pods of 1500, and a proxy that was ipvs where it can be", () => {
+  test("may have clocks that are a second apart, an MTU of 1500 on the pods' bridge with old k3s, and a kernel with ip_vs", () => {
     const over = { b1: { clock: 1, facts: { cni: "1500", ipvs: "yes" } } };
     assert.deepEqual(problemsOf(boxes(OLD, over)), []);
   });
 });
 
-describe("a broken cluster is told its cause and what to do:", () => {
+describe("check finds the box, the cause and the remedy of", () => {
   const cases: [
     name: string,
     members: Member[],
@@ -157,7 +157,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
     want?: Partial<Settings>,
   ][] = [
     [
-      "an endpoint that is a private address, old k3s",
+      "an endpoint that is a private address, with old k3s",
       boxes(
         OLD,
         list({ ...A1, version: OLD }, { ...B1, version: OLD, public: "192.168.0.11", overwrite: "" }, B2),
@@ -167,7 +167,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /^make annotate HOST=b1$/,
     ],
     [
-      "an annotation without a restart after it, old k3s",
+      "an annotation without a restart after it, with old k3s",
       boxes(OLD, list({ ...A1, version: OLD }, { ...B1, version: OLD, public: "192.168.0.11" }, B2)),
       "b1",
       /it was annotated, but k3s was not restarted since/,
@@ -184,28 +184,28 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /^make server, then systemctl restart k3s-agent on the agents$/,
     ],
     [
-      "a private address although the flag is there",
+      "a private address in spite of --flannel-external-ip",
       boxes(MODERN, list({ ...A1, args: FLAG }, { ...B1, public: "192.168.0.11" }, B2)),
       "b1",
       /192\.168\.0\.11, a private address, not 198\.51\.101\.11/,
       /systemctl restart k3s-agent/,
     ],
     [
-      "a wrong external address",
+      "a wrong ExternalIP",
       boxes(MODERN, list(A1, { ...B1, external: "198.51.101.99" }, B2)),
       "b1",
       /ExternalIP is 198\.51\.101\.99, not 198\.51\.101\.11/,
       /make agent HOST=b1/,
     ],
     [
-      "two peers with the same key",
+      "two nodes with the same WireGuard key",
       boxes(MODERN, { b2: { facts: { wg: `flannel-wg 1420 ${keyOf("b1")}` } } }),
       "b2",
       /the same WireGuard key as b1/,
       /rm -f \/run\/flannel\/wgkey/,
     ],
     [
-      "ufw that lets nobody in",
+      "ufw that drops the packets of the other nodes",
       boxes(MODERN, {
         a1: ways("a1", { b1: 0 }, passed({ b1: 148, b2: 300 })),
         b1: { facts: UFW, tried: { ...DROPPED, ...passed({ a1: 0, b2: 0 }, `${IP}\n${B2.ip}`) } },
@@ -240,7 +240,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /security group of b1$/,
     ],
     [
-      "UDP 51820 closed on a box that has nothing to watch its card with",
+      "UDP 51820 closed for a box that cannot capture packets",
       boxes(MODERN, {
         a1: ways("a1", { b1: 0 }, passed({ b1: 148, b2: 300 })),
         b1: { tried: { ...DROPPED, ...passed({ a1: 0, b2: 0 }, "?") } },
@@ -261,7 +261,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /hairpin/,
     ],
     [
-      "a firewall that drops what comes out of the tunnel",
+      "a firewall that drops packets from the tunnel",
       boxes(MODERN, {
         b1: ways("b1", { b2: 0 }, passed({ a1: 300, b2: 300 })),
         b2: ways("b2", { b1: 0 }, passed({ a1: 300, b1: 300 })),
@@ -271,7 +271,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /trust 10\.42\.0\.0\/16/,
     ],
     [
-      "the same of a cluster with networks of its own",
+      "a firewall that drops packets from the tunnel, with another cluster CIDR than the default",
       boxes(MODERN, {
         ...list(
           { ...A1, args: ["server", "--cluster-cidr", "10.44.0.0/16", "--service-cidr=10.45.0.0/16"] },
@@ -286,7 +286,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /trust 10\.44\.0\.0\/16 and 10\.45\.0\.0\/16 in/,
     ],
     [
-      "an MTU that is too large for one box's way",
+      "an MTU that is too large for the path to one box",
       boxes(MODERN, {
         a1: ways("a1", { b1: 1372 }),
         b1: ways("b1", { a1: 1380, b2: 1372 }),
@@ -297,14 +297,14 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /network card's MTU to 1452/,
     ],
     [
-      "an MTU that is too large between two boxes, old k3s",
+      "an MTU that is too large between two boxes, with old k3s",
       boxes(OLD, { a1: ways("a1", { b2: 1280 }) }),
       "b2",
       /MTU 1420 of flannel\.1 is too large between a1, b2: packets larger than 1280/,
       /ip link set flannel\.1 mtu 1280/,
     ],
     [
-      "a host name that is taken",
+      "a host name that another node has",
       boxes(MODERN, {
         a1: { facts: { nodes: nodes(A1, B2) } },
         b1: { facts: { hostname: "a1", units: units("k3s-agent", "activating", 812) } },
@@ -321,7 +321,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /timedatectl/,
     ],
     [
-      "ipvs without the kernel's ip_vs",
+      "PROXY_MODE=ipvs on a kernel without ip_vs",
       boxes(MODERN, { a1: { facts: { ipvs: "yes" } }, b1: { facts: { ipvs: "yes" } } }),
       "b2",
       /its kernel 6\.1\.0-50-cloud-amd64 has no ip_vs: kube-proxy uses iptables/,
@@ -336,21 +336,21 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /^make server, then make agent HOST=b2$/,
     ],
     [
-      "an agent of another server",
+      "an agent that joins another server",
       boxes(MODERN, { b2: { facts: { joins: `https://203.0.113.79:6443\n${"c1".repeat(32)}` } } }),
       "b2",
       /it joins https:\/\/203\.0\.113\.79:6443, not a1/,
       /make agent HOST=b2/,
     ],
     [
-      "6443 dropped",
+      "dropped packets to the server's 6443/tcp",
       boxes(MODERN, { b2: reached("tunnel a1 1420", "tunnel b1 1420", "api server dropped") }),
       "b2",
       /does not reach the server's 6443\/tcp: packets are dropped/,
       /open 6443\/tcp/,
     ],
     [
-      "10250 unreachable",
+      "a kubelet that cannot be reached at 10250/tcp",
       boxes(MODERN, {
         a1: {
           tried: {
@@ -364,14 +364,14 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /open 10250\/tcp/,
     ],
     [
-      "metrics-server that misses a node",
+      "a node that is missing in the metrics",
       boxes(MODERN, { a1: ways("a1", {}, { top: figures("a1") }) }),
       "a1",
       /"kubectl top nodes" does not list b1, b2/,
       /make fix-metrics/,
     ],
     [
-      "a DNS upstream on a private address",
+      "a DNS upstream at a private address that does not answer",
       boxes(MODERN, {
         b2: {
           tried: {
@@ -433,21 +433,21 @@ describe("a broken cluster is told its cause and what to do:", () => {
       /ssh b1/,
     ],
     [
-      "a node that nobody knows any more",
+      "a node that is no longer in SERVER or AGENTS",
       boxes(MODERN, list(A1, B1, B2, { name: "b9", ip: "198.51.101.19", n: 9, ready: false })),
       "b9",
       /not Ready, and is in neither SERVER nor AGENTS/,
       /kubectl delete node b9/,
     ],
     [
-      "a server whose API is silent",
+      "a server whose API does not answer",
       boxes(MODERN, { a1: { facts: { nodes: "" }, tried: { tries: "" } } }),
       "a1",
       /the API does not answer on it/,
       /^make server$/,
     ],
     [
-      "a peer that has an old key of another",
+      "a peer with an outdated key of another",
       boxes(MODERN, { a1: ways("a1", { b1: 0 }), b1: { facts: { wg: `flannel-wg 1420 ${keyOf("b7")}` } } }),
       "a1",
       /it has an old WireGuard key of b1/,
@@ -467,7 +467,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
       assert.doesNotMatch(JSON.stringify(problems), /undefined|NaN|\\n/);
     });
 
-  test("a disk that is full", () => {
+  test("a full disk", () => {
     const full = JSON.parse(nodes(A1, B1, B2));
     full.items[1].status.conditions.push({ type: "DiskPressure", status: "True", lastHeartbeatTime: "" });
     const [problem] = problemsOf(boxes(MODERN, { a1: { facts: { nodes: JSON.stringify(full) } } }));
@@ -478,7 +478,7 @@ describe("a broken cluster is told its cause and what to do:", () => {
   });
 });
 
-test("what did not pass for a reason that shows on no box is wrong too", () => {
+test("a test that failed is a problem even if no cause is found", () => {
   const [a1, b1, b2] = boxes(MODERN, {
     a1: {
       facts: { nodes: nodes(A1, B1, B2, { name: "b9", ip: "198.51.101.19", n: 9 }) },
@@ -497,7 +497,7 @@ test("what did not pass for a reason that shows on no box is wrong too", () => {
   assert.deepEqual(verdict(clusterOf(boxes(MODERN)), "no image"), { problems: [], notes: [] });
 });
 
-test("a box without ping is told of by its handshakes", () => {
+test("a box without ping is judged by its handshakes", () => {
   const old = (name: string) => {
     const [, b1] = boxes(MODERN) as [Member, Member];
     return (name === "b1" ? b1.facts.peers : "")?.replaceAll(`\t${NOW - 30}\t`, `\t${NOW - 999}\t`) ?? "";
@@ -511,7 +511,7 @@ test("a box without ping is told of by its handshakes", () => {
   );
 });
 
-describe("what check's own pods found", () => {
+describe("what check tests with its own pods", () => {
   const pods = (rows: string) => {
     const [a1, b1, b2] = boxes(MODERN) as [Member, Member, Member];
     return [{ ...a1, paths: { kubelets: rows } }, { ...b1, paths: { paths: rows } }, b2];
@@ -522,7 +522,7 @@ describe("what check's own pods found", () => {
     ["service DNS no", "b1", /its pods get no answer from CoreDNS/],
   ];
   for (const [rows, box, cause] of cases)
-    test(`is said: ${rows}`, () => {
+    test(`is reported if it fails: ${rows}`, () => {
       const [, b1, b2] = pods(rows) as [Member, Member, Member];
       const [problem, ...more] = problemsOf([boxes(MODERN)[0] as Member, b1, b2]);
       assert.equal(problem?.box, box);
@@ -531,7 +531,7 @@ describe("what check's own pods found", () => {
     });
 
   for (const what of ["logs", "exec"])
-    test(`is said: no ${what}`, () => {
+    test(`is reported if it fails: kubectl ${what}`, () => {
       const [a1] = pods(`${what} b2 no\n${what} a1 yes`) as [Member];
       const [problem, ...more] = problemsOf([a1, ...boxes(MODERN).slice(1)]);
       assert.deepEqual(
@@ -540,13 +540,13 @@ describe("what check's own pods found", () => {
       );
     });
 
-  test("is said once where neither logs nor exec work", () => {
+  test("is reported once if neither kubectl logs nor exec work", () => {
     const [a1] = pods("logs b2 no\nexec b2 no\nlogs a1 yes\nexec a1 yes") as [Member];
     const causes = problemsOf([a1, ...boxes(MODERN).slice(1)]).map(({ box, cause }) => `${box}: ${cause}`);
     assert.deepEqual(causes, ["b2: kubectl logs does not work on it"]);
   });
 
-  test("is shown as what passed, and without pods as what could not be tested", () => {
+  test("is listed as passed, or as not tested if there are no pods", () => {
     const cluster = clusterOf(pods("pod b2 yes\npod a1 yes\nservice DNS yes\nlogs b1 yes\nexec b1 yes"));
     const text = reportOf(cluster, [], {});
     for (const row of [
@@ -561,7 +561,7 @@ describe("what check's own pods found", () => {
   });
 });
 
-describe("a consequence of a cause that is named is no cause of its own:", () => {
+describe("check reports causes without their consequences:", () => {
   const system = (node: string, over: object = {}) =>
     JSON.stringify({
       kind: "PodList",
@@ -595,7 +595,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
   };
   const cases: [name: string, members: Member[], causes: [box: string, cause: RegExp][]][] = [
     [
-      "packets too large for the tunnels, and so between pods",
+      "packets that are too large for the tunnels, and therefore for the pods",
       boxes(MODERN, {
         a1: ways("a1", { b1: 1340 }),
         b1: ways("b1", { a1: 1340, b2: 1340 }, { paths: "pod a1 no\npod b2 no" }),
@@ -604,17 +604,17 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
       [["b1", /MTU 1420 of flannel-wg is too large .* 1340/]],
     ],
     [
-      "UDP closed before a box, so that its pods do not reach CoreDNS on another",
+      "UDP closed in front of a box, whose pods therefore do not reach CoreDNS on another one",
       boxes(MODERN, closed),
       [["b1", /UDP 51820 is closed before it/]],
     ],
     [
-      "the same where it is not known where CoreDNS runs",
+      "UDP closed in front of a box, while it is not known where CoreDNS runs",
       boxes(MODERN, { ...closed, a1: { ...closed.a1, facts: {} } }),
       [["b1", /UDP 51820 is closed before it/]],
     ],
     [
-      "a firewall between the pods of two boxes, CoreDNS being on the other",
+      "a firewall between the pods of two boxes, one of which runs CoreDNS",
       boxes(MODERN, {
         a1: { facts: { system: system("a1") } },
         b1: { tried: { ...boxes(MODERN)[1]?.tried, paths: `pod a1 no\npod b2 yes\n${services("DNS no")}` } },
@@ -622,7 +622,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
       [["b1", /its pods do not reach the pods of a1/]],
     ],
     [
-      "but what does not go by it is one: packets too large to b1, and a CoreDNS on b2 that does not answer b2's",
+      "two independent ones, packets that are too large for b1, and a CoreDNS on b2 that does not answer b2's pods",
       boxes(MODERN, {
         a1: { ...ways("a1", { b1: 1340 }), facts: { system: system("b2") } },
         b1: ways("b1", { a1: 1340, b2: 1340 }, { paths: "pod a1 no" }),
@@ -634,7 +634,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
       ],
     ],
     [
-      "a server that cannot be reached, and agents that do not reach it",
+      "a server that cannot be reached, neither from here nor by its agents",
       [
         { ...(boxes(MODERN)[0] as Member), facts: {}, tried: {}, error: "Could not reach a1: timed out" },
         ...boxes(MODERN)
@@ -648,7 +648,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
       [["a1", /Could not reach a1/]],
     ],
     [
-      "a server on which k3s does not run, and agents whose 6443 is refused",
+      "a server on which k3s does not run, and which refuses its agents' connections to 6443/tcp",
       boxes(MODERN, {
         a1: { facts: { nodes: "", units: units("k3s", "failed") }, tried: { tries: "" } },
         b1: { tried: { tries: "api server refused" } },
@@ -657,7 +657,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
       [["a1", /k3s does not run \(systemd: failed\)/]],
     ],
     [
-      "10250 closed, so that there are no logs, exec and metrics",
+      "a closed 10250/tcp, without which there are no logs, exec and metrics",
       boxes(MODERN, {
         a1: {
           tried: {
@@ -670,7 +670,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
       [["b1", /its kubelet cannot be reached/]],
     ],
     [
-      "CoreDNS that does not run, so that no pod gets a name",
+      "a CoreDNS that does not run, without which no pod resolves a name",
       boxes(MODERN, {
         a1: { facts: { system: system("b1", down) } },
         b1: { tried: { ...boxes(MODERN)[1]?.tried, paths: services("DNS no") } },
@@ -679,7 +679,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
       [["b1", /CoreDNS does not run \(CrashLoopBackOff\)/]],
     ],
     [
-      "kube-proxy's rules that are missing, for the box and so for its pods",
+      "missing rules of kube-proxy, which both the box and its pods need",
       boxes(MODERN, {
         b1: {
           tried: {
@@ -691,7 +691,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
       [["b1", /does not reach the API's service/]],
     ],
     [
-      "no pod that starts where CoreDNS and metrics-server should run",
+      "a node on which no pod starts, including CoreDNS and metrics-server",
       boxes(MODERN, {
         a1: {
           facts: { system: system("b1", down) },
@@ -718,7 +718,7 @@ describe("a consequence of a cause that is named is no cause of its own:", () =>
     });
 });
 
-describe("asked at once after a join or a restart, check", () => {
+describe("right after a join or a restart, check", () => {
   const runs = (unit: string, seconds: number) =>
     units(unit, "active", 9).replace("1800", String(3600 - seconds));
   const pod = (app: string, status: object) =>
@@ -738,40 +738,40 @@ describe("asked at once after a join or a restart, check", () => {
   joined.items[1].metadata.creationTimestamp = new Date((NOW - 40) * 1000).toISOString();
   const cases: [name: string, members: Member[], said: RegExp, fault?: true][] = [
     [
-      "says the seconds since an agent's start",
+      "reports the seconds since an agent's start",
       without({}, { units: runs("k3s-agent", 33) }),
       /^a1: "kubectl top nodes" does not list b1 yet: k3s of b1 was started 3[34] s ago, and metrics-server may take 150$/,
     ],
     [
-      "says the seconds since the server's start",
+      "reports the seconds since the server's start",
       without({ units: runs("k3s", 12) }),
       /k3s of a1 was started 1[23] s ago/,
     ],
-    ["says the seconds since a join", without({ nodes: JSON.stringify(joined) }), /b1 joined 4[01] s ago/],
+    ["reports the seconds since a join", without({ nodes: JSON.stringify(joined) }), /b1 joined 4[01] s ago/],
     [
-      "says the seconds since metrics-server's own start",
+      "reports the seconds since metrics-server's own start",
       without({ system: pod("metrics-server", started(-20)) }),
       /metrics-server was started 2[01] s ago/,
     ],
     [
-      "takes a clock a second ahead for now",
+      "treats a start that is a few seconds in the future as now",
       without({ system: pod("metrics-server", started(2)) }),
       /started 0 s ago/,
     ],
     [
-      "is a fault where a start is in a time to come",
+      "reports a fault if a start is far in the future",
       without({ system: pod("metrics-server", started(900)) }),
       /does not list b1$/,
       true,
     ],
     [
-      "is a fault when metrics-server has had its turn",
+      "reports a fault once metrics-server has had enough time",
       without({}, { units: runs("k3s-agent", 170) }),
       /does not list b1$/,
       true,
     ],
     [
-      "names a metrics-server that does not run",
+      "reports a metrics-server that does not run",
       without({
         system: pod("metrics-server", {
           containerStatuses: [{ state: { waiting: { reason: "ImagePullBackOff" } } }],
@@ -781,17 +781,17 @@ describe("asked at once after a join or a restart, check", () => {
       true,
     ],
     [
-      "says of a unit that was started anew some times how long it runs",
+      "reports how long a unit has run that was restarted several times",
       boxes(MODERN, { b1: { facts: { units: runs("k3s-agent", 11), starts: again(4) } } }),
       /^b1: k3s-agent was started 4 times in 7[78] s, and has run for 1[12] s since$/,
     ],
     [
-      "says so too of one that has run longer than before",
+      "reports the same if the unit has now run longer than before",
       boxes(MODERN, { b1: { facts: { units: runs("k3s-agent", 40), starts: again(12) } } }),
       /^b1: k3s-agent was started 12 times/,
     ],
     [
-      "waits for CoreDNS",
+      "reports a CoreDNS that does not run yet",
       boxes(MODERN, {
         a1: { facts: { units: runs("k3s", 30), system: pod("kube-dns", { phase: "Pending" }) } },
         b1: { tried: { ...boxes(MODERN)[1]?.tried, paths: "service DNS no" } },
@@ -814,7 +814,7 @@ describe("asked at once after a join or a restart, check", () => {
       }
     });
 
-  test("of a unit with old restarts and none of late has nothing to say", () => {
+  test("reports nothing about a unit that was not restarted recently", () => {
     const facts = { units: runs("k3s-agent", 5).replace("NRestarts=0", "NRestarts=40") };
     assert.deepEqual(verdict(clusterOf(boxes(MODERN, { b1: { facts } })), undefined), {
       problems: [],
@@ -823,13 +823,13 @@ describe("asked at once after a join or a restart, check", () => {
   });
 });
 
-describe("on a busy server", () => {
+describe("with a slow or overloaded server,", () => {
   const BUSY = "9.81 7.00 3.00 5/300 999\n2\nMemTotal: 2000000 kB\nMemAvailable: 40000 kB";
   const slow = {
     kubelets: "logs b1 no did not answer in 10 s\nlogs a1 yes\nexec b2 no did not answer in 10 s",
   };
 
-  test("what did not answer in time is the load's doing, which is said once, with its figures", () => {
+  test("requests that timed out are attributed to the load, which is reported once, with its figures", () => {
     const tried = { ...boxes(MODERN)[0]?.tried, ...slow };
     const [problem, ...more] = problemsOf(boxes(MODERN, { a1: { facts: { load: BUSY }, tried } }));
     assert.deepEqual([problem?.box, more], ["a1", []]);
@@ -840,7 +840,7 @@ describe("on a busy server", () => {
     assert.doesNotMatch(problem?.remedy ?? "", /open/);
   });
 
-  test("a port that is closed is a closed port: nothing answers there in eight seconds, at another it does", () => {
+  test("a closed port is still reported as a closed port", () => {
     const tries = "tunnel b1 1420\ntunnel b2 1420\nkubelet a1 open\nkubelet b1 dropped\nkubelet b2 open";
     const tried = { tries, top: figures("a1", "b1", "b2"), kubelets: "logs b1 no did not answer in 10 s" };
     const [problem, ...more] = problemsOf(boxes(MODERN, { a1: { facts: { load: BUSY }, tried } }));
@@ -848,13 +848,13 @@ describe("on a busy server", () => {
     assert.deepEqual(more, []);
   });
 
-  test("a load alone is no fault, and shows in the table", () => {
+  test("a high load alone is not a fault, but is shown in the table", () => {
     const members = boxes(MODERN, { a1: { facts: { load: BUSY } } });
     assert.deepEqual(problemsOf(members), []);
     assert.match(reportOf(clusterOf(members), [], {}), /^a1 .* 98% +9\.81\/2$/m);
   });
 
-  test("that is not busy, slow is not closed either", () => {
+  test("a timeout without a high load is not reported as a closed port", () => {
     const problems = problemsOf(boxes(MODERN, { a1: { tried: { ...boxes(MODERN)[0]?.tried, ...slow } } }));
     assert.deepEqual(
       problems.map(({ box, cause }) => [box, cause]),
@@ -866,7 +866,7 @@ describe("on a busy server", () => {
     for (const { remedy } of problems) assert.match(remedy, /^run make check again/);
   });
 
-  test("the API's own words are said of what it refuses", () => {
+  test("an error message of the API is quoted", () => {
     const kubelets =
       'logs b1 no 502 {"kind":"Status","message":"proxy error from 127.0.0.1:6443: \\"EOF\\""}';
     const [problem] = problemsOf(boxes(MODERN, { a1: { tried: { ...boxes(MODERN)[0]?.tried, kubelets } } }));
@@ -876,12 +876,12 @@ describe("on a busy server", () => {
   for (const [what, load, cause] of [
     ["does not answer in time", "0.5 0.4 0.3 1/3 9\n1", "the API did not answer in 20 s"],
     [
-      "has no time to answer",
+      "is too busy to answer",
       BUSY,
       "the API did not answer in 20 s; the box is overloaded (load 9.81 on 2 cores, memory 98 % in use)",
     ],
   ] as const)
-    test(`an API that ${what} is no API without nodes`, () => {
+    test(`an API that ${what} is not reported as a cluster without nodes`, () => {
       const facts = { nodes: "", api: "20 did not answer in 20 s", load };
       const problems = problemsOf(boxes(MODERN, { a1: { facts, tried: { tries: "" } } }));
       assert.deepEqual(
@@ -891,7 +891,7 @@ describe("on a busy server", () => {
       assert.equal(/^stop what overloads it/.test(problems[0]?.remedy ?? ""), load === BUSY);
     });
 
-  test("of two, the one that does not answer is named, and the nodes are known by the other", () => {
+  test("the one of two servers that does not answer is named, and the nodes are read from the other", () => {
     const [a1, b1, b2] = boxes(MODERN) as [Member, Member, Member];
     const facts = { ...b1.facts, joins: "", ca: a1.facts.ca ?? "", units: units("k3s", "active", 7) };
     const second: Member = {
@@ -907,14 +907,14 @@ describe("on a busy server", () => {
   });
 });
 
-describe("a peer that speaks from elsewhere", () => {
+describe("a peer with an unexpected endpoint", () => {
   const at = (name: string, endpoint: string) => {
     const peers = boxes(MODERN)[0]?.facts.peers as string;
     const own = { b1: B1.ip, b2: B2.ip }[name] as string;
     return boxes(MODERN, { a1: { facts: { peers: peers.replace(`${own}:51820`, endpoint) } } });
   };
 
-  test("with a fresh handshake is worth a note, and not red in the table", () => {
+  test("is reported as a note, and is not red in the table, if its handshake is recent", () => {
     const members = at("b1", "203.0.113.77:51820");
     assert.deepEqual(problemsOf(members), []);
     assert.deepEqual(judge(clusterOf(members)).notes, [
@@ -927,7 +927,7 @@ describe("a peer that speaks from elsewhere", () => {
     ["192.168.0.11:51820", "its WireGuard has b1 at 192.168.0.11, which is no public address"],
     [`${B2.ip}:51820`, "its WireGuard has b1 at 198.51.101.12, which is the address of b2"],
   ] as const)
-    test(`is wrong at ${endpoint}`, () =>
+    test(`is reported as a fault if that is ${endpoint}`, () =>
       assert.deepEqual(
         problemsOf(at("b1", endpoint)).map((problem) => [problem.box, problem.cause]),
         [["a1", cause]],
@@ -935,7 +935,7 @@ describe("a peer that speaks from elsewhere", () => {
 });
 
 describe("the pods' bridge", () => {
-  test("of modern k3s with an MTU larger than its tunnel's is named", () => {
+  test("of modern k3s is reported if its MTU is larger than the tunnel's", () => {
     const [problem, ...more] = problemsOf(boxes(MODERN, { b1: { facts: { cni: "1500" } } }));
     assert.match(
       problem?.cause ?? "",
@@ -944,13 +944,13 @@ describe("the pods' bridge", () => {
     assert.deepEqual([problem?.box, more], ["b1", []]);
   });
 
-  test("with the tunnel's or less is as it should be", () => {
+  test("is not reported if its MTU is the tunnel's or smaller", () => {
     for (const cni of ["1420", "1340", ""])
       assert.deepEqual(problemsOf(boxes(MODERN, { b1: { facts: { cni } } })), []);
   });
 });
 
-test("a node on which no pod starts is a fault, in the kubelet's words and without what a terminal would obey", () => {
+test("a node on which no pod starts is reported with the kubelet's message, without its control characters", () => {
   const words = 'FailedCreatePodSandBox: plugin type="flannel" failed (add): \u001b[2Jno subnet.env';
   const tried = { ...boxes(MODERN)[0]?.tried, unstarted: `unstarted b1 ${words}` };
   const cluster = clusterOf(boxes(MODERN, { a1: { tried } }));
@@ -967,14 +967,14 @@ test("a node on which no pod starts is a fault, in the kubelet's words and witho
   assert.ok(!text.includes("\u001b") && !text.includes("Nothing is wrong"), text);
 });
 
-describe("what k3s says in its journal", () => {
+describe("a message in k3s's journal", () => {
   const known = fixture("k3s-messages.txt")
     .split("\n")
     .slice(1)
     .filter(Boolean)
     .map((row) => row.split("\t") as [string, string, string]);
   for (const [generation, name, text] of known)
-    test(`has a meaning: ${name}, ${generation}`, () => {
+    test(`is explained: ${name}, ${generation}`, () => {
       const meaning = meaningOf(text, "make agent HOST=b1");
       assert.ok(meaning, text);
       assert.doesNotMatch(`${meaning.cause}${meaning.remedy}`, /AGAIN|undefined/);
@@ -982,7 +982,7 @@ describe("what k3s says in its journal", () => {
       assert.equal(status, 0, "grep on the box does not find it");
     });
 
-  test("is said of a node that is not well, and of no other", () => {
+  test("is reported only for a node that is not Ready", () => {
     const said = `level=info msg="Waiting to retrieve agent configuration; server is not ready: failed to retrieve configuration from server: not authorized"`;
     const over = { facts: { said, units: units("k3s-agent", "activating", 812) } };
     assert.deepEqual(problemsOf(boxes(MODERN, { b1: over })), []);
@@ -990,7 +990,7 @@ describe("what k3s says in its journal", () => {
     assert.match(problem?.cause ?? "", /the password in its K3S_TOKEN is wrong/);
   });
 
-  test("of a minute ago counts less than what it said last", () => {
+  test("takes precedence over earlier ones", () => {
     const [taken, flag] = ["hostname taken", "unknown flag"].map(
       (name) => known.find((row) => row[1] === name)?.[2],
     );
@@ -1001,7 +1001,7 @@ describe("what k3s says in its journal", () => {
     assert.match(meaningOf(`${flag}\n${taken}`, "x")?.cause ?? "", /another node has this box's name/);
   });
 
-  test("names the flag that is not known", () => {
+  test("about an unknown flag is explained with the name of that flag", () => {
     const [row] = known.filter(([, name]) => name === "unknown flag");
     assert.match(
       meaningOf(row?.[2] ?? "", "x")?.cause ?? "",
@@ -1051,7 +1051,7 @@ describe("the report", () => {
     return reportOf(cluster, diagnose(cluster), where);
   };
 
-  test("of 20 nodes fits a terminal of 80 columns, and every pair is in it", () => {
+  test("of 20 nodes fits into 80 columns, and contains every pair of nodes", () => {
     const text = page(many(), { columns: 80 });
     const tables = text.split("\n\n").slice(0, 3);
     for (const row of tables.join("\n").split("\n")) assert.ok(row.length <= 80, `${row.length}: ${row}`);
@@ -1060,7 +1060,7 @@ describe("the report", () => {
     for (const row of rows) assert.equal(row.slice(row.indexOf("cloud")).trim().split(/\s+/).length, 21, row);
   });
 
-  test("in a pipe has whole columns and no escape sequence; on a terminal it has colour, unless NO_COLOR", () => {
+  test("has complete columns and no escape sequences in a pipe, and colours on a terminal unless NO_COLOR is set", () => {
     const plain = page(boxes(MODERN), {});
     assert.ok(!plain.includes(ESC) && !plain.includes("…"));
     assert.match(plain, /^b1 +30s 4\.1K\/123K +- +30s 4\.1K\/123K +198\.51\.101\.11:51820$/m);
@@ -1075,7 +1075,7 @@ describe("the report", () => {
     }
   });
 
-  test("marks what is wrong in its place, and says the cause and what to do below", () => {
+  test("marks wrong values in the tables, and lists the causes and remedies below", () => {
     const text = page(
       boxes(
         OLD,
@@ -1090,7 +1090,7 @@ describe("the report", () => {
     assert.match(text, /b1: flannel's address .*\n {4}do: make annotate HOST=b1/);
   });
 
-  test("says once what is wrong with several boxes in the same way", () => {
+  test("lists a problem that several boxes have once", () => {
     const same = ["a1", "b1"].map((box) => ({ box, cause: "c", remedy: "r" }));
     assert.deepEqual(merged([...same, { box: "b2", cause: "c", remedy: "other" }]), [
       { box: "a1, b1", cause: "c", remedy: "r" },
@@ -1098,11 +1098,11 @@ describe("the report", () => {
     ]);
   });
 
-  test("shows no token, whatever a box said", () => {
+  test("contains no token, whatever a box has printed", () => {
     assert.doesNotMatch(page(boxes(MODERN, { b1: { error: `broken ${TOKEN}` } }), {}), /0123456789abcdef/);
   });
 
-  test("shows boxes that said nothing", () => {
+  test("contains the boxes that did not answer", () => {
     const [a1, b1, b2] = boxes(MODERN) as [Member, Member, Member];
     const { clock: _, ...silent } = b1;
     const text = page([a1, { ...silent, error: "gone", facts: {}, tried: {} }, b2], {});
@@ -1111,7 +1111,7 @@ describe("the report", () => {
   });
 });
 
-test("what explains a failure is never that the command which failed is still to be done", () => {
+test("a failure is never explained by a problem whose remedy is the command that failed", () => {
   const setUp = { box: "b1", cause: "k3s-agent is not set up", remedy: "make agent HOST=b1" };
   const other = { ...setUp, box: "b2", remedy: "make agent HOST=b2" };
   const down = { box: "a1", cause: "k3s does not run on it", remedy: "make server" };
@@ -1138,7 +1138,7 @@ test("what explains a failure is never that the command which failed is still to
     assert.deepEqual(causesOf(problems, "b1", script), told, `${script}: ${JSON.stringify(problems)}`);
 });
 
-/** What check sends to each of these boxes, of a cluster with these nodes. */
+/** What check sends to each of these boxes, in a cluster with these nodes. */
 async function sentTo(specs: NodeSpec[], args?: string[]): Promise<Record<string, string[]>> {
   const sent = Object.fromEntries(specs.map(({ name }) => [name, [] as string[]]));
   const json = nodes(...specs.map((spec) => ({ ...spec, ...(args && { args }) })));
@@ -1151,13 +1151,13 @@ async function sentTo(specs: NodeSpec[], args?: string[]): Promise<Record<string
   return sent;
 }
 
-describe("what check asks of the boxes", () => {
+describe("check sends each box", () => {
   const many = [
     A1,
     ...Array.from({ length: 99 }, (_, i) => ({ name: `n${i}`, ip: `198.51.102.${i + 1}`, n: i + 1 })),
   ];
 
-  test("is one question a box, which is as long in a cluster of a hundred nodes as in one of three", async () => {
+  test("one script, which is as long in a cluster of a hundred nodes as in one of three", async () => {
     const length = (sent: Record<string, string[]>) => [
       ...new Set(
         Object.entries(sent).map(([name, texts]) => `${name === "a1"} ${texts.map((text) => text.length)}`),
@@ -1168,7 +1168,7 @@ describe("what check asks of the boxes", () => {
     assert.match(lengths.join(), /^true \d+,false \d+$/, "one length for the server, one for all agents");
   });
 
-  test("is asked again for the API's service alone, where the server's own files name the services' network", async () => {
+  test("a second script only for the API's service, if the server has its own --service-cidr", async () => {
     const sent = await sentTo([A1, B1, B2], ["server", "--service-cidr=10.99.0.0/16"]);
     for (const [, again, ...more] of Object.values(sent)) {
       assert.match(again ?? "", /serves 10\.99\.0\.1$/m);
@@ -1177,7 +1177,7 @@ describe("what check asks of the boxes", () => {
   });
 });
 
-test("its JSON says the same and has no character that a terminal would obey", () => {
+test("check's JSON output preserves all text, but contains no control characters", () => {
   const args = ["\u009b31m", "\u202eevil", "\u{e0001}", "\u001b[2J", "ü 中"];
   const text = jsonOf({ args });
   assert.deepEqual(JSON.parse(text), { args });

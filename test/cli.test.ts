@@ -10,7 +10,7 @@ import { flagOf, NAMES, settle } from "../lib/settings.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { fileOf, program, programs, ROOT, SCRIPT_FILES, TOKEN, temporary } from "./helpers.ts";
 
-/** Runs a script where ssh, sudo and every look would leave a trace. */
+/** Runs a script with an ssh, a sudo, an id and a curl that record each call. */
 async function call(
   script: string,
   args: string[],
@@ -20,7 +20,7 @@ async function call(
   const folder = temporary();
   const trace = join(folder, "trace");
   const spy = `echo "$0 $*" >>'${trace}'; exit 255`;
-  // ssh -G reads settings and opens no connection: that one may be asked.
+  // ssh -G reads settings and opens no connection: it is allowed.
   const ssh = `[ "$1" = -G ] && { echo "hostname \${3#*@}"; exit; }; ${spy}`;
   const PATH = programs(join(folder, "bin"), { ssh, sudo: spy, id: spy, curl: spy });
   const ENV_FILE = join(folder, ".env");
@@ -41,7 +41,7 @@ describe("--help", { concurrency: 4 }, () => {
     "upgrade-kernel": ["elrepo-url"],
     up: ["public-ip", "k3s-version"],
   };
-  /** Switches of a script's own; those that change nothing on a box have no others. */
+  /** The switches of a script; those that change nothing on a box have no others. */
   const OWN: Record<string, string[]> = {
     ...{ check: ["json", "watch"], kubeconfig: ["use"], status: [] },
     ...{ down: ["yes", "force"], remove: ["force"], upgrade: ["force"], restore: ["force"] },
@@ -54,7 +54,7 @@ describe("--help", { concurrency: 4 }, () => {
       ...(READ_ONLY.includes(script) ? [] : ["dry-run", "print", "reboot"]),
       ...(OWN[script] ?? []),
     ];
-    test(`of ${script} lists its flags and their defaults, and touches nothing`, async () => {
+    test(`of ${script} lists its flags and their defaults, and contacts no box`, async () => {
       const { status, stdout, stderr, touched } = await call(script, ["--help"]);
       assert.deepEqual({ status, stderr, touched }, { status: 0, stderr: "", touched: "" });
       for (const row of stdout.split("\n")) assert.ok(row.length <= 80, row);
@@ -77,7 +77,7 @@ describe("--help", { concurrency: 4 }, () => {
     });
   }
 
-  test("is there for each of the seven steps, for all of them, and for living with the cluster", () => {
+  test("exists for each of the seven steps, for up, and for operating the cluster", () => {
     const others = ["check", "firewall", "kubeconfig", "status", "up"];
     others.push("upgrade", "remove", "down", "token", "backup", "restore");
     assert.deepEqual(
@@ -89,7 +89,7 @@ describe("--help", { concurrency: 4 }, () => {
   });
 });
 
-describe("a call that cannot be right ends with status 2, one line, and nothing touched:", {
+describe("a command exits with status 2 and an error of one line, before it contacts a box, because of", {
   concurrency: 4,
 }, () => {
   const joined = { K3S_URL: "https://203.0.113.10:6443", K3S_TOKEN: TOKEN };
@@ -121,7 +121,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
           /^AGENTS \(.*line 2\): expected boxes that are not in SERVER, but 203\.0\.113\.50 is in both/,
         ],
         [
-          "one setting on two lines",
+          "one setting on two lines of the env file",
           "up",
           [],
           "SERVER=203.0.113.50\n# again\nexport SERVER='203.0.113.51'\n",
@@ -135,7 +135,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
           /: every node needs a public address of its own, but b1 and a1 have 203\.0\.113\.50/,
         ],
         [
-          "AGENTS with this machine's, the server's",
+          "AGENTS with the address of this machine, which is the server",
           "up",
           ["--public-ip", "203.0.113.50"],
           "AGENTS=b1=203.0.113.50\n",
@@ -156,14 +156,14 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
           /^HOST .* but 203\.0\.113\.50 and b1 have/,
         ],
         [
-          "HOST with a PUBLIC_IP of the env file, the server's",
+          "HOST with the server's address, which is PUBLIC_IP in the env file",
           "agent",
           ["--host", "root@b1"],
           "PUBLIC_IP=203.0.113.50\nSERVER=a1=203.0.113.50\nK3S_URL=https://203.0.113.50:6443\nK3S_TOKEN=TOKEN\n",
           /^HOST .* but a1 and b1 have 203\.0\.113\.50/,
         ],
         [
-          "HOST with the address of a server that is not named",
+          "HOST with the address of the server in K3S_URL",
           "agent",
           ["--host", "203.0.113.50"],
           "K3S_URL=https://203.0.113.50:6443\nK3S_TOKEN=TOKEN\n",
@@ -188,7 +188,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^--host \(flag\): expected it once/,
     ],
     [
-      "a wrong flag",
+      "an invalid value of a flag",
       "server",
       ["--proxy-mode", "x"],
       {},
@@ -196,7 +196,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^PROXY_MODE is "x" \(flag --proxy-mode\): expected iptables, ipvs or nftables/,
     ],
     [
-      "STEPS whose goal the steps themselves would overwrite",
+      "STEPS without K3S_VERSION on the same command line",
       "upgrade",
       ["--steps", "v1.35.4+k3s1"],
       {},
@@ -204,7 +204,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^STEPS needs K3S_VERSION beside it \(make upgrade K3S_VERSION=v1\.36\.2\+k3s1 STEPS="…"\)/,
     ],
     [
-      "a wrong line of the env file",
+      "an invalid value in the env file",
       "server",
       [],
       {},
@@ -212,7 +212,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^PROXY_MODE is "x" \(.*\.env line 2\): expected/,
     ],
     [
-      "a host that would be an option to ssh, as =",
+      "a host that ssh would take for an option",
       "server",
       ["--host=-oProxyCommand=id"],
       {},
@@ -264,7 +264,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       "backup",
       "firewall",
     ].map((script): (typeof cases)[number] => [
-      `a newcomer's make ${script}`,
+      `make ${script} without any settings`,
       script,
       [],
       {},
@@ -272,7 +272,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^No servers are named yet: (cp env\.example \.env, and )?say which in SERVER and AGENTS; or try make rehearse\. On the box itself: PUBLIC_IP=/,
     ]),
     [
-      "a fresh clone",
+      "make up in a fresh clone",
       "up",
       [],
       { ENV_FILE: "" },
@@ -282,7 +282,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
         : /^No servers are named yet: cp env\.example \.env, and say which/,
     ],
     [
-      "an env file that names no boxes, which is not to be overwritten",
+      "an env file without boxes, which it does not suggest to overwrite",
       "up",
       [],
       {},
@@ -291,7 +291,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
     ],
     ...["up", "down", "check", "status", "kubeconfig", "upgrade", "server"].map(
       (script): (typeof cases)[number] => [
-        `env.example as it stands, and make ${script}`,
+        `an unedited env.example in make ${script}`,
         script,
         [],
         {},
@@ -300,7 +300,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       ],
     ),
     [
-      "AGENTS that are still env.example's",
+      "AGENTS that are still those of env.example",
       "up",
       [],
       {},
@@ -308,7 +308,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^AGENTS is ".*" \(\S+ line \d+\): that is the example from env\.example; /,
     ],
     [
-      "an example's address under another user",
+      "an address of env.example with another user",
       "up",
       [],
       { SERVER: "ubuntu@a=203.0.113.10" },
@@ -332,7 +332,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^K3S_URL is not set: .*make server/,
     ],
     [
-      "an agent with a token that is none",
+      "an agent with a malformed token",
       "agent",
       ["--host", "b1=198.51.101.11"],
       { ...joined, K3S_TOKEN: "hunter2" },
@@ -340,7 +340,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^K3S_TOKEN \(variable K3S_TOKEN\): expected K10/,
     ],
     [
-      "an agent's HOST left out where AGENTS are known",
+      "make agent without HOST although AGENTS is set",
       "agent",
       [],
       joined,
@@ -348,7 +348,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^HOST is not set: expected some of b1/,
     ],
     [
-      "a K3S_BIN that is not there",
+      "a K3S_BIN that does not exist",
       "server",
       ["--k3s-bin", "/no/k3s"],
       {},
@@ -364,7 +364,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^AIRGAP is yes: expected k3s-airgap-images-ARCH\.tar\.zst beside K3S_BIN/,
     ],
     [
-      "a K3S_CONFIG that is not there",
+      "a K3S_CONFIG that does not exist",
       "agent",
       ["--k3s-config", "/no/config.yaml"],
       joined,
@@ -372,7 +372,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^K3S_CONFIG is "\/no\/config\.yaml": /,
     ],
     [
-      "one box's K3S_CONFIG that is not there, whichever box is meant",
+      "a K3S_CONFIG of one box that does not exist, even if HOST is another box",
       "agent",
       ["--host", "root@198.51.100.20"],
       joined,
@@ -388,7 +388,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^HOST is root@198\.51\.100\.20, but SERVER is root@203\.0\.113\.10: expected K3S_DATASTORE_ENDPOINT/,
     ],
     [
-      "a second server before the first",
+      "a second server before the first one is set up",
       "server",
       ["--host", "root@198.51.100.20"],
       { K3S_DATASTORE_ENDPOINT: "mysql://k3s:x@tcp(203.0.113.5:3306)/k3s" },
@@ -396,7 +396,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^K3S_TOKEN is not set: expected what "make server" writes for 203\.0\.113\.10, the first server/,
     ],
     [
-      "an upgrade to one box's K3S_BIN, without the release that it is",
+      "an upgrade to the K3S_BIN of one box, without K3S_VERSION",
       "upgrade",
       [],
       {},
@@ -404,7 +404,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^K3S_VERSION is not set: expected the release that K3S_BIN is/,
     ],
     [
-      "the first of several servers that is to go, with what to do first",
+      "a removal of the first of several servers, with what to do first",
       "remove",
       ["--host", "root@203.0.113.9"],
       { K3S_DATASTORE_ENDPOINT: "mysql://k3s:x@tcp(203.0.113.5:3306)/k3s" },
@@ -412,7 +412,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^HOST names the first server, 203\.0\.113\.9, which agents are told: name another one first in SERVER and "make up"/,
     ],
     [
-      "a K3S_BIN that is not K3S_SHA256's",
+      "a K3S_BIN that does not match K3S_SHA256",
       "server",
       ["--k3s-bin", "package.json", "--k3s-sha256", "a".repeat(64)],
       {},
@@ -420,21 +420,14 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^K3S_SHA256 is a{64}, but "package\.json" \(K3S_BIN\) has [0-9a-f]{64}/,
     ],
     [
-      "a secret behind a flag whose name has a slip, which is not repeated",
+      "a secret after a misspelled flag, which is not repeated",
       "agent",
       ["--k3s-tokne=hunter2"],
       {},
       undefined,
       /^--k3s-tokne \(flag\): expected one of /,
     ],
-    [
-      "a secret without its flag",
-      "agent",
-      ["hunter2"],
-      {},
-      undefined,
-      /^A word without -- \(flag\): expected/,
-    ],
+    ["a secret without a flag", "agent", ["hunter2"], {}, undefined, /^A word without -- \(flag\): expected/],
     [
       "an env file that is a folder",
       "server",
@@ -449,7 +442,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
         ["a device or a socket", "/dev/null"],
       ] as const
     ).map(([what, path]): (typeof cases)[number] => [
-      `an env file that was named and is ${what}, for whatever the environment has of this machine`,
+      `an ENV_FILE that is ${what}, even if PUBLIC_IP is set`,
       "down",
       ["--yes"],
       { ENV_FILE: path, PUBLIC_IP: "198.51.100.20", SERVER: "" },
@@ -457,7 +450,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       new RegExp(`^ENV_FILE is "${path}", which is ${what}: expected a file with the settings of a cluster`),
     ]),
     [
-      "down where nothing says which cluster",
+      "make down without SERVER",
       "down",
       ["--yes"],
       { PUBLIC_IP: "198.51.100.20" },
@@ -465,7 +458,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^SERVER is not set: expected the box that is to lose its cluster, or SERVER= \(empty\) for this machine/,
     ],
     [
-      "down of one box, which would take all",
+      "make down with HOST, because it would remove all boxes",
       "down",
       ["--yes"],
       { HOST: "b1" },
@@ -473,7 +466,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^HOST is "b1" \(variable HOST\): expected none, since make down runs on all boxes; make remove HOST=… removes one\n$/,
     ],
     [
-      "an upgrade of one box, which would go to all",
+      "make upgrade with HOST, because it would upgrade all boxes",
       "upgrade",
       ["--host", "b1"],
       {},
@@ -481,7 +474,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^HOST is "b1" \(flag --host\): expected none, since make upgrade runs on all boxes; one at a time/,
     ],
     [
-      "up of one box, which would bring up all",
+      "make up with HOST, because it would bring up all boxes",
       "up",
       [],
       { HOST: "b9" },
@@ -489,7 +482,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^HOST is "b9" \(variable HOST\): expected none, since make up runs on all boxes; make agent HOST=… brings up one\n$/,
     ],
     ...["up", "down", "upgrade"].map((script): (typeof cases)[number] => [
-      `${script} with a HOST of the env file, which is there for other scripts`,
+      `an invalid SERVER, but not of a HOST in the env file, in make ${script}`,
       script,
       script === "down" ? ["--yes"] : [],
       {},
@@ -497,7 +490,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^SERVER names no\.\.such /,
     ]),
     [
-      "a switch that is told no",
+      "a switch with the value no",
       "down",
       ["--yes=no"],
       {},
@@ -505,7 +498,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^--yes \(flag\): expected --yes alone/,
     ],
     [
-      "a switch that is told false",
+      "a switch with the value false",
       "down",
       ["--dry-run", "false"],
       {},
@@ -513,7 +506,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^--dry-run \(flag\): expected --dry-run alone, or not at all/,
     ],
     [
-      "a switch that is taken back",
+      "a negated switch",
       "down",
       ["--no-dry-run"],
       {},
@@ -521,7 +514,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^--no-dry-run \(flag\): expected --dry-run alone/,
     ],
     [
-      "a dry run of what has none",
+      "a dry run of a command that has none",
       "kubeconfig",
       ["--dry-run"],
       {},
@@ -537,7 +530,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^K3S_CONFIG is "\/dev\/zero", which is a device or a socket: expected a file/,
     ],
     [
-      "a backup into what is there",
+      "a backup to a file that exists",
       "backup",
       ["--backup", "package.json"],
       {},
@@ -545,7 +538,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^BACKUP is "package\.json" \(flag --backup\): that is there already: expected the name of a new file/,
     ],
     [
-      "a backup into a folder that is not there",
+      "a backup to a folder that does not exist",
       "backup",
       ["--backup", "/no/backup.tar.gz"],
       {},
@@ -553,7 +546,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^BACKUP is "\/no\/backup\.tar\.gz" \(flag --backup\): .* could not be written.*: ENOENT/,
     ],
     [
-      "a password that make has taken a part of",
+      "a password in which make has expanded a $",
       "server",
       ["--host", "root@203.0.113.10"],
       {
@@ -564,7 +557,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^K3S_DATASTORE_ENDPOINT \(make's command line\): it has a \$, which make takes for one of its variables; write it into the env file/,
     ],
     [
-      "an env file that is no UTF-8, with its line",
+      "an env file that is not UTF-8, with the line number",
       "server",
       [],
       {},
@@ -572,7 +565,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^The env file cannot be read: .*\.env line 2: expected UTF-8/,
     ],
     [
-      "a K3S_CONFIG that is no text",
+      "a K3S_CONFIG that is not text",
       "server",
       ["--k3s-config", process.execPath],
       {},
@@ -580,7 +573,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^K3S_CONFIG is ".*": expected text in UTF-8/,
     ],
     [
-      "a K3S_CONFIG that has the token, however it is written",
+      "a K3S_CONFIG that contains the token, in any notation",
       "server",
       ["--k3s-config", config],
       {},
@@ -588,7 +581,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
       /^K3S_CONFIG is ".*": it has token, expected it in K3S_TOKEN$/m,
     ],
     [
-      "control characters and such, which are shown but not sent to the terminal",
+      "control characters, which are escaped in the error",
       "server",
       ["--host", "a\u001b[2J\u202e\u009b"],
       {},
@@ -607,7 +600,7 @@ describe("a call that cannot be right ends with status 2, one line, and nothing 
     });
 });
 
-describe("what a box is told", () => {
+describe("the settings of a box", () => {
   const [A1, B1] = ["198.51.100.11", "198.51.101.11"];
   const wantOf = (name: string, ip: string, file: string) => {
     const path = join(temporary(), ".env");
@@ -622,13 +615,13 @@ describe("what a box is told", () => {
     return boxAt(call, { host: name, ip, word: name, name }).want;
   };
 
-  test("is its own setting, else that of all", () => {
+  test("are its own, or else those of all boxes", () => {
     const file = "AGENT_ARGS=--all\nAGENT_ARGS__b1=--own\n";
     assert.equal(wantOf("b1", B1, file).AGENT_ARGS, "--own");
     assert.equal(wantOf("b2", "198.51.101.12", file).AGENT_ARGS, "--all");
   });
 
-  test("is the networks of the cluster, which the server's own arguments have", () => {
+  test("include the cluster's networks, which are in the server's own arguments", () => {
     const file = "SERVER_ARGS=--debug\nSERVER_ARGS__a1=--cluster-cidr=10.1.0.0/16\n";
     assert.deepEqual(rangesOf(wantOf("b1", B1, file)), ["10.1.0.0/16", "10.43.0.0/16"]);
     assert.deepEqual(rangesOf(wantOf("a1", A1, file)), ["10.1.0.0/16", "10.43.0.0/16"]);
@@ -636,7 +629,7 @@ describe("what a box is told", () => {
     assert.equal(wantOf("b1", B1, "SERVER_ARGS=--debug\n").SERVER_ARGS, "--debug");
   });
 
-  test("is to go by its proxy, but not to the nodes it has to do with, however the server is written", () => {
+  test("include NO_PROXY for the nodes it communicates with, if it uses a proxy", () => {
     const file = "HTTPS_PROXY=http://proxy.example:1\nSERVER_ARGS__a1=--cluster-cidr=10.1.0.0/16\n";
     const around = ",10.1.0.0/16,10.43.0.0/16,.svc,.cluster.local,";
     assert.ok(wantOf("b1", B1, file).NO_PROXY.endsWith(`${around}${A1},${B1}`));
@@ -645,7 +638,7 @@ describe("what a box is told", () => {
   });
 });
 
-test("a box that HOST names by its name or its address alone is the one of the lists, with settings of its own", async () => {
+test("HOST with only the name or the address of a box in SERVER or AGENTS is that box, with its own settings", async () => {
   const file = `SERVER=a1=203.0.113.50\nAGENTS=debian@cloud-b=198.51.100.21\nK3S_URL=https://203.0.113.50:6443\nK3S_TOKEN=${TOKEN}\n`;
   for (const host of ["cloud-b", "root@cloud-b", "198.51.100.21"]) {
     const { status, stderr } = await call("agent", ["--host", host], {}, file);
@@ -654,7 +647,7 @@ test("a box that HOST names by its name or its address alone is the one of the l
   }
 });
 
-test("a box that cannot be reached is a failure, with its reason and the line that tries it again", async () => {
+test("a box that cannot be reached is reported as failed, with the reason and the command that retries it", async () => {
   const env = { K3S_URL: "https://203.0.113.10:6443", K3S_TOKEN: TOKEN, PROXY_MODE: "ipvs" };
   const { status, stdout, stderr } = await call(
     "agent",
@@ -670,13 +663,13 @@ test("a box that cannot be reached is a failure, with its reason and the line th
   assert.doesNotMatch(stderr, /K10|0123456789abcdef/);
 });
 
-test("a box that is no node yet need not have a public address for its kernel", async () => {
+test("upgrade-kernel accepts a box without a public address", async () => {
   const { status, stderr } = await call("upgrade-kernel", ["--host", "root@192.168.0.5"]);
   assert.equal(status, 1, stderr);
   assert.match(stderr, /Could not reach root@192\.168\.0\.5/);
 });
 
-test("the line that tries a dry run or a printed plan again is no line that does it", async () => {
+test("the command that retries a dry run or a printed plan is again a dry run or a printed plan", async () => {
   const again = async (script: string, ...flags: string[]) => {
     const args = ["--agents", "b1=198.51.101.11", "--server", "a1=203.0.113.11", ...flags];
     const { stderr } = await call(script, args);

@@ -23,7 +23,7 @@ interface Case {
   force?: true;
   servers?: number;
   env?: Record<string, string>;
-  /** Boxes that k3s has gone from. */
+  /** Boxes from which k3s was removed. */
   gone?: string;
   refused?: Record<string, RegExp>;
   full?: string;
@@ -61,11 +61,11 @@ const table = (cases: Case[]) => {
 
 describe("make down asks about", () => {
   table([
-    { name: "every box that has something of k3s, servers first", full: "a1 b1 b2" },
-    { name: "no box that has nothing of k3s", facts: [SERVER, EMPTY, AGENT], full: "a1 b2" },
-    { name: "nothing, where an earlier run has removed all", facts: [EMPTY, EMPTY, EMPTY], full: "" },
+    { name: "every box with remains of k3s, servers first", full: "a1 b1 b2" },
+    { name: "no box without remains of k3s", facts: [SERVER, EMPTY, AGENT], full: "a1 b2" },
+    { name: "nothing if an earlier run has removed everything", facts: [EMPTY, EMPTY, EMPTY], full: "" },
     {
-      name: "an interface that a run which was cut has left",
+      name: "an interface that is left over from an interrupted run",
       facts: [EMPTY, { left: "flannel-wg\n" }, EMPTY],
       full: "b1",
     },
@@ -75,32 +75,32 @@ describe("make down asks about", () => {
 
 describe("make down refuses to remove k3s from", () => {
   table([
-    { name: "no box of the cluster that K3S_TOKEN names", refused: {} },
-    { name: "no box of the server's own cluster, where no token is known", token: "", refused: {} },
+    { name: "no box of the cluster of K3S_TOKEN", refused: {} },
+    { name: "no box of the server's own cluster, if no token is known", token: "", refused: {} },
     {
-      name: "a server of another cluster than K3S_TOKEN names",
+      name: "a server of another cluster than that of K3S_TOKEN",
       facts: [{ ...SERVER, cas: `server ${OTHER}\n` }, AGENT, AGENT],
       refused: { a1: /a server of another cluster .*make down with that cluster's env file/ },
     },
     {
-      name: "every agent of another cluster, each named",
+      name: "every agent of another cluster",
       facts: [SERVER, { cas: `agent ${OTHER}\n` }, { cas: `agent ${OTHER}\n` }],
       refused: { b1: /an agent of another cluster/, b2: /an agent of another cluster/ },
     },
     {
-      name: "an agent of another cluster than its server, where no token is known",
+      name: "an agent of another cluster than the server's, if no token is known",
       facts: [SERVER, { cas: `agent ${OTHER}\n` }, AGENT],
       token: "",
       refused: { b1: /an agent of another cluster/ },
     },
     {
-      name: "agents of which nobody knows the cluster: the server does not answer and no token is known",
+      name: "agents of an unknown cluster, if the server does not answer and no token is known",
       facts: [undefined, AGENT, EMPTY],
       token: "",
       refused: { b1: /FORCE=1 removes k3s anyway/ },
     },
     {
-      name: "no agent whose cluster K3S_TOKEN names, though the server does not answer",
+      name: "no agent of the cluster of K3S_TOKEN, even if the server does not answer",
       facts: [undefined, AGENT, AGENT],
       refused: {},
     },
@@ -110,18 +110,18 @@ describe("make down refuses to remove k3s from", () => {
       refused: { b1: /a server's data, with the same CA.*FORCE=1/ },
     },
     {
-      name: "no further server that is listed as one",
+      name: "no further server that is listed as a server",
       facts: [SERVER, SERVER, AGENT],
       servers: 2,
       refused: {},
     },
     {
-      name: "a box whose k3s somebody else has set up",
+      name: "a box whose k3s was not set up by this project",
       facts: [SOMEBODYS, AGENT, AGENT],
       refused: { a1: /was not written by this project: FORCE=1/ },
     },
     {
-      name: "none of all those with FORCE=1",
+      name: "no such box with FORCE=1",
       facts: [SOMEBODYS, { cas: `agent ${OTHER}\n` }, SERVER],
       force: true,
       refused: {},
@@ -135,20 +135,30 @@ describe("make down refuses to remove k3s from", () => {
   ]);
 });
 
-describe("after make down the env file", () => {
+describe("after make down, the env file", () => {
   const gone = "a1 b1 b2";
   table([
     {
-      name: "forgets the URL and token of a cluster that is gone",
+      name: "no longer has the URL and token of a removed cluster",
       gone,
       env: BOTH,
       forgotten: "K3S_URL K3S_TOKEN",
     },
-    { name: "forgets a URL without a token", gone, env: { K3S_URL: URL }, forgotten: "K3S_URL" },
-    { name: "forgets a URL with blanks around it", gone, env: { K3S_URL: ` ${URL} ` }, forgotten: "K3S_URL" },
-    { name: "forgets nothing before anything has gone", env: BOTH, forgotten: "" },
-    { name: "keeps both as long as one agent has not gone", gone: "a1 b1", env: BOTH, forgotten: "" },
-    { name: "keeps both where the server itself has failed", gone: "b1 b2", env: BOTH, forgotten: "" },
+    {
+      name: "no longer has the URL of a removed cluster without a token",
+      gone,
+      env: { K3S_URL: URL },
+      forgotten: "K3S_URL",
+    },
+    {
+      name: "no longer has the URL of a removed cluster with spaces around it",
+      gone,
+      env: { K3S_URL: ` ${URL} ` },
+      forgotten: "K3S_URL",
+    },
+    { name: "keeps both if no box was removed", env: BOTH, forgotten: "" },
+    { name: "keeps both as long as one agent is not removed", gone: "a1 b1", env: BOTH, forgotten: "" },
+    { name: "keeps both if the server was not removed", gone: "b1 b2", env: BOTH, forgotten: "" },
     {
       name: "keeps both as long as a box does not answer",
       facts: [SERVER, undefined, AGENT],
@@ -157,28 +167,28 @@ describe("after make down the env file", () => {
       forgotten: "",
     },
     {
-      name: "keeps what is of another server",
+      name: "keeps the URL and token of another server",
       gone,
       env: { ...BOTH, K3S_URL: "https://198.51.100.99:6443" },
       forgotten: "",
     },
     {
-      name: "keeps the URL that names one of its agents",
+      name: "keeps a URL with the address of an agent",
       gone,
       env: { ...BOTH, K3S_URL: `https://${B1.ip}:6443` },
       forgotten: "",
     },
     {
-      name: "forgets the URL of a further server",
+      name: "no longer has the URL of a removed further server",
       servers: 2,
       facts: [SERVER, SERVER, AGENT],
       gone,
       env: { ...BOTH, K3S_URL: `https://${B1.ip}:6443` },
       forgotten: "K3S_URL K3S_TOKEN",
     },
-    { name: "keeps a token that has no URL beside it", gone, env: { K3S_TOKEN: TOKEN }, forgotten: "" },
+    { name: "keeps a token without a URL", gone, env: { K3S_TOKEN: TOKEN }, forgotten: "" },
     {
-      name: "keeps both where the cluster lives on in a shared datastore",
+      name: "keeps both if the cluster remains in a shared datastore",
       gone,
       datastore: "postgres://db/k3s",
       env: BOTH,

@@ -16,7 +16,7 @@ const verbs = (over = {}, facts = {}) =>
 
 describe("k3s", () => {
   const cases: [name: string, want: object, facts: object, changes: string[]][] = [
-    ["that is the wanted one is left alone", {}, {}, []],
+    ["of the requested version is not replaced", {}, {}, []],
     ["of another version is replaced", { K3S_VERSION: OLD }, {}, [`download k3s ${OLD} over it`]],
     [
       "that is missing is downloaded, and kubectl linked",
@@ -24,38 +24,43 @@ describe("k3s", () => {
       { version: "", kubectl: "" },
       [`download k3s ${MODERN}`, "link kubectl to k3s"],
     ],
-    ["that does not run here (no version) is downloaded", {}, { version: "\n" }, [`download k3s ${MODERN}`]],
-    ["with the wanted hash is left alone", { K3S_SHA256: HASH }, { sha256: `${HASH}\n` }, []],
     [
-      "with another hash than the wanted one is replaced",
+      "that does not run, and has no version, is downloaded",
+      {},
+      { version: "\n" },
+      [`download k3s ${MODERN}`],
+    ],
+    ["with the requested sha256 is not replaced", { K3S_SHA256: HASH }, { sha256: `${HASH}\n` }, []],
+    [
+      "with another sha256 than the requested one is replaced",
       { K3S_SHA256: HASH },
       { sha256: "b\n" },
       [`download k3s ${MODERN} over it`],
     ],
     [
-      "at hand is pushed",
+      "from K3S_BIN is pushed",
       { K3S_BIN: "./k3s", K3S_SHA256: HASH },
       { version: "", sha256: "" },
       ["put ./k3s in place"],
     ],
     [
-      "at hand that is there already is left alone, whatever its version",
+      "from K3S_BIN is not pushed again if it is already installed, whatever its version",
       { K3S_BIN: "./k3s", K3S_SHA256: HASH },
       { version: OLD, sha256: `${HASH}\n` },
       [],
     ],
     [
-      "needs curl, which is installed first",
+      "is downloaded once curl is installed, if that is missing",
       {},
       { curl: "", version: "" },
       ["install curl, which downloads and asks the server", `download k3s ${MODERN}`],
     ],
-    ["without its kubectl gets the link alone", {}, { kubectl: "" }, ["link kubectl to k3s"]],
+    ["without kubectl gets only the link", {}, { kubectl: "" }, ["link kubectl to k3s"]],
   ];
   for (const [name, want, facts, changes] of cases)
     test(name, () => assert.deepEqual(verbs(want, facts), changes));
 
-  test("is pushed before the change that checks it, and looked at again", () => {
+  test("is pushed before the change that verifies it, and the look is repeated", () => {
     const [change] = downloadK3s.plan(
       wanted({ K3S_BIN: "./my k3s", K3S_SHA256: HASH }),
       prepared(MODERN, { sha256: "" }),
@@ -71,7 +76,7 @@ describe("k3s", () => {
     armv7l: "k3s-armhf sha256sum-arm.txt",
   };
   for (const [arch, names] of Object.entries(arches))
-    test(`for ${arch} is ${names.replace(" ", ", checked by ")}`, () => {
+    test(`for ${arch} is downloaded as ${names.replace(" ", ", verified with ")}`, () => {
       const sh =
         downloadK3s.plan(wanted(), prepared(MODERN, { version: "", arch: `${arch}\n` }))[0]?.sh ?? "";
       const [file, sums] = names.split(" ");
@@ -79,7 +84,7 @@ describe("k3s", () => {
       assert.match(sh, new RegExp(`get "\\$1" ${sums} `));
     });
 
-  test("for no other architecture is there; a K3S_BIN may be", () => {
+  test("is refused on other architectures, unless K3S_BIN is set", () => {
     const facts = prepared(MODERN, { version: "", arch: "riscv64\n" });
     assert.throws(
       () => downloadK3s.plan(wanted(), facts),
@@ -91,7 +96,7 @@ describe("k3s", () => {
 
 /**
  * A curl that serves files of a folder by host and path, with -C -, and statuses as curl's. A host with a file
- * `leads` sends on to the address in it.
+ * `leads` redirects to the address in it.
  */
 const CURL = `out=; from=0; end=
 for word; do
@@ -115,7 +120,7 @@ if [ "$from" = 1 ]; then tail -c +$(($(wc -c <"$out") + 1)) "$file" >>"$out"; el
 describe("a host", () => {
   const one = (...bases: string[]) =>
     assert.equal(new Set(bases.map(hostOf)).size, 1, bases.map(hostOf).join());
-  test("is the same by another port, another notation of its name and of its address, and another scheme", () => {
+  test("is the same with another port, another scheme or another notation of its name or address", () => {
     one("https://m/k3s", "https://m:1/k3s", "https://m./k3s", "http://M/other", "https://m.:8443/");
     one("https://192.0.2.1/", "https://0xc0000201/", "https://192.0.513/", "https://0300.0.2.1./");
     one(
@@ -126,7 +131,7 @@ describe("a host", () => {
     );
     one("https://[2001:db8::1]/", "https://[2001:DB8:0:0::1]:8443/");
   });
-  test("is another one by another name or address", () => {
+  test("is a different one with another name or address", () => {
     const bases = [
       "https://m/",
       "https://n.m/",
@@ -136,7 +141,7 @@ describe("a host", () => {
     ];
     assert.equal(new Set(bases.map(hostOf)).size, bases.length);
   });
-  test("vouches for no file of its own", () => {
+  test("does not verify its own files, at another port or in another notation either", () => {
     const sh = downloadK3s.plan(
       wanted({ K3S_VERSION: OLD, K3S_MIRRORS: "https://m:1/k3s https://m./k3s" }),
       prepared(MODERN),
@@ -153,7 +158,7 @@ describe("a folder that cannot be written", () => {
         e instanceof Refusal && /\/usr\/local\/bin cannot be written.*Nothing was installed/.test(e.message),
     );
 
-  test("is said before anything is downloaded, pushed or linked there", () => {
+  test("is reported before anything is downloaded, pushed or linked there", () => {
     refused(downloadK3s, { version: "" });
     refused(downloadK3s, { version: "", curl: "" });
     refused(downloadK3s, { version: `${OLD}\n` });
@@ -162,14 +167,14 @@ describe("a folder that cannot be written", () => {
     refused(downloadAhead, { version: `${OLD}\n` });
   });
 
-  test("matters nothing where all is in place", () =>
+  test("does not matter if everything is already installed", () =>
     assert.deepEqual(downloadK3s.plan(wanted(), prepared(MODERN, { readonly: "/usr/local/bin\n" })), []));
 
-  test("is found by its file system, its mode, or the folder above one that is not there", () => {
+  test("is detected by its mode, or by that of its parent if it does not exist", () => {
     const root = temporary();
     for (const folder of ["usr/local/bin", "etc/systemd", "var/lib"])
       mkdirSync(join(root, folder), { recursive: true });
-    // The owner root may write everywhere but on a read-only file system: a user of no rights finds the modes.
+    // root may write everywhere except on a read-only file system: an unprivileged user tests the modes.
     chmodSync(root, 0o755);
     const readonly = (locked: string) => {
       for (const folder of ["usr/local/bin", "etc/systemd", "var/lib"])
@@ -188,7 +193,7 @@ describe("a folder that cannot be written", () => {
 
 describe("the download", () => {
   const GOOD = `#!/bin/sh\necho "k3s version ${OLD} (bd7fb4b0)"\n`;
-  /** It says the right version. */
+  /** It prints the right version. */
   const FORGED = `${GOOD}# forged\n`;
   const hash = (text: string) => createHash("sha256").update(text).digest("hex");
   const A = "https://a.example/releases";
@@ -249,78 +254,78 @@ describe("the download", () => {
     hosts: Parameters<typeof download>[0],
     options?: Parameters<typeof download>[1],
   ][] = [
-    ["goes on to the next mirror where one has no such release", { "a.example": sums, "b.example": good }],
+    ["tries the next mirror if one does not have the release", { "a.example": sums, "b.example": good }],
     [
-      "knows mirrors that name a release with - for +",
+      "supports mirrors that name a release with - for +",
       {
         "a.example": { "v1.17.6-k3s1/k3s": GOOD },
         "b.example": { "v1.17.6-k3s1/sha256sum-amd64.txt": `${hash(GOOD)}  k3s\n` },
       },
     ],
     [
-      "needs no second mirror where K3S_SHA256 is known",
+      "needs no second mirror if K3S_SHA256 is set",
       { "a.example": { [`${release}/k3s`]: GOOD } },
       { mirrors: A, sha256: hash(GOOD) },
     ],
     [
-      "goes on where an earlier one stopped",
+      "resumes an earlier one that was interrupted",
       { "a.example": good, "b.example": good },
       { part: GOOD.slice(0, 20) },
     ],
     [
-      "begins anew where what an earlier one left is not a part of it",
+      "restarts if the file that an earlier one left is not a part of the binary",
       { "a.example": good, "b.example": good },
       { part: "rubbish" },
     ],
     [
-      "begins anew where the mirror cannot go on",
+      "restarts if the mirror cannot resume",
       { "a.example": { ...good, [`${release}/k3s.whole`]: "" }, "b.example": sums },
       { part: GOOD.slice(0, 20) },
     ],
-    ["asks nobody for what was downloaded ahead", {}, { part: GOOD, ahead: hash(GOOD) }],
+    ["contacts no mirror for a binary that was downloaded ahead", {}, { part: GOOD, ahead: hash(GOOD) }],
     [
-      "asks nobody for what was downloaded ahead by this very K3S_SHA256",
+      "contacts no mirror for a binary that was downloaded ahead with the same K3S_SHA256",
       {},
       { part: GOOD, ahead: hash(GOOD), sha256: hash(GOOD), by: hash(GOOD) },
     ],
     [
-      "takes nothing that another K3S_SHA256 proved, and leaves nothing of it",
+      "does not use, and deletes, a binary that was verified with another K3S_SHA256",
       { "a.example": good },
       { part: FORGED, ahead: hash(FORGED), sha256: hash(GOOD), by: hash(FORGED), mirrors: A },
     ],
     [
-      "takes nothing that the mirrors' word proved, where K3S_SHA256 is another's",
+      "does not use a binary that was verified with the mirrors' checksum if K3S_SHA256 differs",
       { "a.example": good },
       { part: FORGED, ahead: hash(FORGED), sha256: hash(GOOD), mirrors: A },
     ],
     [
-      "takes nothing that a K3S_SHA256 proved, where it is asked for no more",
+      "does not use a binary that was verified with a K3S_SHA256 that is no longer set",
       { "a.example": good, "b.example": good },
       { part: FORGED, ahead: hash(FORGED), by: hash(FORGED) },
     ],
     [
-      "begins anew where that has gone bad",
+      "restarts if a binary that was downloaded ahead is corrupt",
       { "a.example": good, "b.example": good },
       { part: "rubbish", ahead: hash(GOOD) },
     ],
     [
-      "goes on at the next mirror where one is cut",
+      "resumes at the next mirror if one is interrupted",
       {
         "a.example": { ...good, [`${release}/k3s`]: GOOD.slice(0, 30), [`${release}/k3s.cut`]: "" },
         "b.example": good,
       },
     ],
     [
-      "goes on to the next mirror where one sends rubbish",
+      "tries the next mirror if one sends a wrong file",
       { "a.example": { ...good, [`${release}/k3s`]: "<html>" }, "b.example": good },
     ],
     [
-      "takes the word of a third host for a mirror that leads to the second",
+      "takes the checksum from a third host if the first mirror redirects to the second",
       { "a.example": leads("https://b.example"), "b.example": good, "c.example": sums },
       { mirrors: `${A} ${B} ${C}` },
     ],
     [
-      "lets two mirrors that lead to two hosts vouch for each other",
+      "accepts a checksum from the second mirror if both redirect to different hosts",
       {
         "a.example": leads("https://c.example"),
         "b.example": leads("https://d.example"),
@@ -343,21 +348,21 @@ describe("the download", () => {
   ][] = [
     ["no mirror answers", {}, {}, /No mirror gave a good binary/],
     [
-      "the checksum could only come from the mirror itself",
+      "the checksum is only available from the same host",
       { "a.example": good },
       { mirrors: `${A} ${A}/more` },
       /no other host gave its checksum.*K3S_SHA256/,
     ],
     ...["https://c.example", "https://C.example.:8443", "http://u@c.example:1"].map(
       (to): (typeof failed)[number] => [
-        `two mirrors lead to one host, ${to}`,
+        `two mirrors redirect to one host, ${to}`,
         { "a.example": leads("https://c.example"), "b.example": leads(to), "c.example": good },
         {},
         /a\.example\/releases leads to c\.example, and no other host gave its checksum.*K3S_SHA256/,
       ],
     ),
     [
-      "a mirror that stops before the end would vouch for its own part",
+      "a mirror interrupts its download and provides a checksum for its own part",
       {
         "a.example": {
           [`${release}/k3s`]: FORGED.slice(0, -1),
@@ -376,7 +381,7 @@ describe("the download", () => {
       new RegExp(`sha256 is ${hash("rubbish")}, expected ${hash(GOOD)}`),
     ],
     [
-      "the binary is not what K3S_SHA256 says",
+      "the binary does not match K3S_SHA256",
       { "a.example": good, "b.example": good },
       { sha256: HASH },
       new RegExp(`sha256 is ${hash(GOOD)}, expected ${HASH}`),
@@ -395,7 +400,7 @@ describe("the download", () => {
     ],
   ];
   for (const [name, hosts, options, said] of failed)
-    test(`leaves the old binary, and says why, where ${name}`, () => {
+    test(`keeps the old binary, and prints the reason, if ${name}`, () => {
       const { status, k3s, stdout } = download(hosts, options);
       assert.notEqual(status, 0);
       assert.equal(k3s, "the old one");

@@ -23,9 +23,9 @@ const HOSTILE: Record<string, string> = {
   "double quotes": 'say "so"',
   backticks: "`id`",
   "two kinds of quotes": `it's "so"`,
-  "the other two kinds": "it's `so`",
+  "two other kinds of quotes": "it's `so`",
   hash: "a#b",
-  "hash after a blank": "a #b",
+  "hash after a space": "a #b",
   "only a hash": "#",
   dollar: "$HOME ${HOME} $$",
   equals: "a=b==",
@@ -35,8 +35,8 @@ const HOSTILE: Record<string, string> = {
   "backslash and quote": "a\\'b",
   newline: "a\nb\n",
   "only newlines": "\n\n",
-  "leading blanks": "  a",
-  "trailing blanks": "a  ",
+  "leading spaces": "  a",
+  "trailing spaces": "a  ",
   tab: "\ta\t",
   "an assignment": "A=1\nB=2",
   "an export": "export A=1",
@@ -67,23 +67,23 @@ LAST=1`;
 
 describe("a value", () => {
   for (const [name, value] of Object.entries(HOSTILE)) {
-    test(`comes back from dotenv as it was given: ${name}`, () => {
+    test(`is read by dotenv exactly as it was written: ${name}`, () => {
       const text = withValues(FILE, { K3S_TOKEN: value });
       assert.deepEqual(parse(text), { ...parse(FILE), K3S_TOKEN: value });
       assert.deepEqual(parse(withValues("", { NEW: value })), { NEW: value });
       assert.deepEqual(parse(withValues(FILE, { NEW: value })), { ...parse(FILE), NEW: value });
     });
-    test(`written again changes nothing: ${name}`, () => {
+    test(`does not change the file if it is written again: ${name}`, () => {
       const text = withValues(FILE, { K3S_TOKEN: value });
       assert.equal(withValues(text, { K3S_TOKEN: value }), text);
     });
   }
 
-  test("with a carriage return is refused: dotenv turns it into a newline", () => {
+  test("with a carriage return is refused, because dotenv turns it into a newline", () => {
     assert.throws(() => withValues(FILE, { K3S_TOKEN: "a\rb" }), RangeError);
   });
 
-  test("that no notation of dotenv can hold is refused, by its key alone", () => {
+  test("that cannot be written for dotenv is refused, with an error that contains only its key", () => {
     assert.throws(
       () => withValues(FILE, { K3S_TOKEN: IMPOSSIBLE }),
       (error: Error) => {
@@ -96,8 +96,8 @@ describe("a value", () => {
   });
 });
 
-describe("the rest of the file", () => {
-  test("stays as it is: comments, order, blanks, and lines that are no assignment", () => {
+describe("an env file", () => {
+  test("keeps its comments, order, spaces, and lines that are not assignments", () => {
     const text = withValues(FILE, { K3S_TOKEN: "new", K3S_URL: "https://b:6443", SERVER: "b" });
     const expected = FILE.replace('"old"', "new")
       .replace("SERVER=root@203.0.113.10   #", "SERVER=b #")
@@ -105,13 +105,13 @@ describe("the rest of the file", () => {
     assert.equal(text, expected);
   });
 
-  test("stays with its CRLF", () => {
+  test("keeps its CRLF line endings", () => {
     const text = withValues("A=1\r\n# c\r\nB=2\r\nC=3\r\n", { B: "x" });
     assert.match(text, /^A=1\r\n# c\r\nB=x\r?\nC=3\r\n$/);
     assert.deepEqual(parse(text), { A: "1", B: "x", C: "3" });
   });
 
-  test("stays when keys go, with the comments on their lines, whatever form they have", () => {
+  test("keeps its other lines, and comments after removed keys, in any notation", () => {
     const gone = {
       K3S_TOKEN: undefined,
       TEXT: undefined,
@@ -137,12 +137,12 @@ describe("the rest of the file", () => {
     assert.equal(withValues("B=1\nA=1\n", { B: undefined, A: "2" }), "A=2\n");
   });
 
-  test("is no part of a key that looks alike", () => {
+  test("keeps keys with similar names", () => {
     const text = withValues("XK3S_URL=1\nK3S_URL_X=2\n#K3S_URL=3\n", { K3S_URL: "new" });
     assert.equal(text, "XK3S_URL=1\nK3S_URL_X=2\n#K3S_URL=3\nK3S_URL=new\n");
   });
 
-  test("says on which line each key stands; of a key that stands twice the last counts", () => {
+  test("is read with the line number of each key, and with the last value of a duplicate key", () => {
     const path = join(temporary(), ".env");
     writeFileSync(path, `${FILE}\nLAST=2\n`);
     const { values, lines } = readEnv(path);
@@ -159,14 +159,14 @@ describe("the rest of the file", () => {
     assert.equal(parse(withValues(`${FILE}\nLAST=2\n`, { LAST: "3" })).LAST, "3");
   });
 
-  test("counts from a file's mark of UTF-8 on, and keeps it", () => {
+  test("may begin with a byte order mark, and keeps it", () => {
     const path = join(temporary(), ".env");
     writeFileSync(path, "\ufeffA=1\nB=2\n");
     assert.deepEqual(readEnv(path), { values: { A: "1", B: "2" }, lines: { A: 1, B: 2 } });
     assert.equal(withValues("\ufeffA=1\n", { A: "2" }), "\ufeffA=2\n");
   });
 
-  test("in another encoding than UTF-8 is neither read nor written over, comments included", async () => {
+  test("in another encoding than UTF-8 is neither read nor overwritten, even if only a comment is affected", async () => {
     const path = join(temporary(), ".env");
     const bytes = Buffer.from("A=1\n# caf\xe9\n", "latin1");
     writeFileSync(path, bytes);
@@ -175,13 +175,13 @@ describe("the rest of the file", () => {
     assert.deepEqual(readFileSync(path), bytes);
   });
 
-  test("is nothing where there is no file", () => {
+  test("that does not exist has no values", () => {
     assert.deepEqual(readEnv(join(temporary(), "none")), { values: {}, lines: {} });
   });
 });
 
 describe("env.example", () => {
-  test("says of a setting what the comment right above it does, in one line, and has its example below", () => {
+  test("has the description of a setting right above it, and its example", () => {
     const path = join(temporary(), "env.example");
     writeFileSync(
       path,
@@ -193,13 +193,13 @@ describe("env.example", () => {
     });
   });
 
-  test("may have been moved away: it says nothing then", () => {
+  test("may be missing, and then describes nothing", () => {
     assert.deepEqual(readExample(join(temporary(), "env.example")), {});
   });
 });
 
-describe("the file", () => {
-  test("is for its owner only, also when it was open to all before", async () => {
+describe("the env file on disk", () => {
+  test("is readable by its owner only, even if it was readable by all before", async () => {
     const path = join(temporary(), ".env");
     await updateEnv(path, { A: "1" });
     assert.equal(statSync(path).mode & 0o777, 0o600);
@@ -209,7 +209,7 @@ describe("the file", () => {
     assert.equal(statSync(path).mode & 0o777, 0o600);
   });
 
-  test("is followed where it is a link, and the link stays", async () => {
+  test("may be a symlink, which is kept", async () => {
     const folder = temporary();
     mkdirSync(`${folder}/real`);
     writeFileSync(`${folder}/real/env`, "# c\nA=1\n");
@@ -225,7 +225,7 @@ describe("the file", () => {
     assert.deepEqual(readdirSync(`${folder}/real`), ["env"]);
   });
 
-  test("is not touched when nothing changes", async () => {
+  test("is not written if nothing changes", async () => {
     const path = join(temporary(), ".env");
     writeFileSync(path, "A=1\n", { mode: 0o600 });
     utimesSync(path, 1, 1);
@@ -234,7 +234,7 @@ describe("the file", () => {
     assert.deepEqual([statSync(path).ino, statSync(path).mtimeMs], [ino, 1000]);
   });
 
-  test("stands alone afterwards: no lock, no half file", async () => {
+  test("has no lock and no temporary file beside it afterwards", async () => {
     const folder = temporary();
     await updateEnv(`${folder}/.env`, { A: "1" });
     assert.deepEqual(readdirSync(folder), [".env"]);
@@ -251,7 +251,7 @@ describe("the lock", () => {
     assert.deepEqual(readEnv(path).values, { A: "1" });
   });
 
-  test("that its owner died over before it wrote its name is taken over when it is old, not when it is new", async () => {
+  test("that is empty, because its owner died early, is taken over only if it is old", async () => {
     const path = join(temporary(), ".env");
     writeFileSync(`${path}.lock`, "");
     await assert.rejects(updateEnv(path, { A: "1" }, 0.3), /is held/);
@@ -260,7 +260,7 @@ describe("the lock", () => {
     assert.deepEqual(readEnv(path).values, { A: "1" });
   });
 
-  test("of a living process is waited for, and then named", async () => {
+  test("of a running process is waited for, and that process is named after a timeout", async () => {
     const path = join(temporary(), ".env");
     writeFileSync(`${path}.lock`, String(process.ppid));
     await assert.rejects(updateEnv(path, { A: "1" }, 0.3), (error: Error) => {
@@ -268,10 +268,10 @@ describe("the lock", () => {
       return true;
     });
     assert.deepEqual(readEnv(path).values, {});
-    assert.equal(readFileSync(`${path}.lock`, "utf8"), String(process.ppid), "and stays its owner's");
+    assert.equal(readFileSync(`${path}.lock`, "utf8"), String(process.ppid), "the lock is kept");
   });
 
-  test("of a process that had this one's number, as in a container, is taken over", async () => {
+  test("of a process that had this one's process ID, as in a container, is taken over", async () => {
     const path = join(temporary(), ".env");
     writeFileSync(`${path}.lock`, String(process.pid));
     await updateEnv(path, { A: "1" }, 1);
@@ -279,7 +279,7 @@ describe("the lock", () => {
   });
 });
 
-/** A program in `folder`: `updateEnv` and its arguments are at hand, and `text` is what it does. */
+/** A program in `folder`: `updateEnv` and its arguments are defined, and `text` is its code. */
 function writer(folder: string, text: string): string {
   const file = join(folder, "writer.mts");
   const lib = pathToFileURL(join(ROOT, "lib/env-file.ts")).href;
@@ -292,7 +292,7 @@ ${text}`,
   return file;
 }
 
-test("parallel writers lose nothing: four processes, fifty writes each", async () => {
+test("four processes that write to an env file at the same time, fifty times each, lose nothing", async () => {
   const folder = temporary();
   const path = join(folder, ".env");
   writeFileSync(path, "# kept\nA=1\n");
@@ -315,7 +315,7 @@ describe("a killed process", () => {
   const OLD = `# mine\nA=old\n${"B=".padEnd(50_000, "x")}\n`;
   const NEW = OLD.replace("old", "new");
 
-  test("at any moment leaves the old file or the new one", async () => {
+  test("leaves either the old file or the new one", async () => {
     const folder = temporary();
     const file = writer(
       folder,

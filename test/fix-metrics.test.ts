@@ -49,14 +49,14 @@ function containerOf(yaml: string) {
   return { args: from < 0 ? [] : args, keys: keys.map((line) => line.trim().split(":")[0]) };
 }
 
-describe("the manifest of our own", () => {
-  test("of the old release, which had no arguments, has ours", () => {
+describe("the modified manifest", () => {
+  test("of the old release, which has no arguments, gets those of this project", () => {
     const { args, keys } = containerOf(withArguments(manifests[OLD] as string));
     assert.deepEqual(args, OURS);
     assert.deepEqual(keys, ["image", "args", "volumeMounts"]);
   });
 
-  test("of the modern release keeps its arguments, with the address types once", () => {
+  test("of the modern release keeps its arguments, and has the address types only once", () => {
     const { args, keys } = containerOf(withArguments(manifests[MODERN] as string));
     assert.deepEqual(args, [
       ...OURS,
@@ -69,11 +69,11 @@ describe("the manifest of our own", () => {
   });
 
   for (const [version, manifest] of Object.entries(manifests)) {
-    test(`of ${version} changes nothing but arguments`, () => {
+    test(`of ${version} differs only in its arguments`, () => {
       const rest = (text: string) => text.split("\n").filter((line) => !/^ +(- --|args:)/.test(line));
       assert.deepEqual(rest(withArguments(manifest)), rest(manifest));
     });
-    test(`of ${version}, made from itself, is itself`, () => {
+    test(`of ${version} does not change if it is modified again`, () => {
       assert.equal(withArguments(withArguments(manifest)), withArguments(manifest));
     });
   }
@@ -93,73 +93,68 @@ const kinds = (changes: ReturnType<typeof plan>) => changes.map(({ why }) => why
 
 describe("metrics", () => {
   const cases: [name: string, version: string, over: Facts, kinds: string[]][] = [
-    ["of the old release are mended by a manifest, then waited for", OLD, { top: "" }, ["deploy", "wait"]],
+    ["of the old release are fixed by a manifest, then waited for", OLD, { top: "" }, ["deploy", "wait"]],
+    ["of the old release are fixed by a manifest even if they are complete", OLD, {}, ["deploy", "wait"]],
+    ["of the old release that are fixed and complete need no change", OLD, done(OLD), []],
     [
-      "of the old release are mended even while they answer: a restart of k3s would undo less",
-      OLD,
-      {},
-      ["deploy", "wait"],
-    ],
-    ["of the old release that are mended and answer are left alone", OLD, done(OLD), []],
-    [
-      "of the old release that are mended are waited for",
+      "of the old release that are fixed but incomplete are waited for",
       OLD,
       { ...done(OLD), top: figures("a1") },
       ["wait"],
     ],
     [
-      "of the old release whose .skip is gone are mended again",
+      "of the old release are fixed again if the .skip file is missing",
       OLD,
       { ...done(OLD), skipped: "" },
       ["deploy", "wait"],
     ],
     [
-      "of the old release are mended again after an upgrade brought another manifest",
+      "of the old release are fixed again after an upgrade that brought another manifest",
       OLD,
       { ...done(OLD), packaged: (manifests[OLD] as string).replace("v0.3.6", "v0.3.7") },
       ["deploy", "wait"],
     ],
+    ["from a pod of another manifest do not count", OLD, { ...done(OLD), ours: "" }, ["deploy", "wait"]],
     [
-      "of a pod that is not of our manifest do not count",
-      OLD,
-      { ...done(OLD), ours: "" },
-      ["deploy", "wait"],
-    ],
-    [
-      "of a node that kubectl calls <unknown> are waited for",
+      "of a node that kubectl lists as <unknown> are waited for",
       OLD,
       { ...done(OLD), top: figures("a1", "b2") },
       ["wait"],
     ],
-    ["of the modern release that answer are left alone", MODERN, {}, []],
+    ["of the modern release that are complete need no change", MODERN, {}, []],
     [
-      "of the modern release that do not answer are waited for, and nothing is lowered, however long it takes",
+      "of the modern release that are missing are only waited for, and TLS is not disabled",
       MODERN,
       { top: "" },
       ["wait"],
     ],
-    ["of one node that are missing are waited for alone", MODERN, { top: figures("a1", "b2") }, ["wait"]],
     [
-      "of a modern release get k3s's own back where this project or an upgrade had replaced it",
+      "of the modern release that are missing for one node are only waited for",
+      MODERN,
+      { top: figures("a1", "b2") },
+      ["wait"],
+    ],
+    [
+      "of a modern release come from k3s's own manifest again if it was replaced before",
       MODERN,
       done(MODERN),
       ["give", "wait"],
     ],
     [
-      "of a modern release get k3s's own back also after a run that was cut",
+      "of a modern release come from k3s's own manifest again even after an interrupted run",
       MODERN,
       { ...done(MODERN), skipped: "", ours: "" },
       ["give", "wait"],
     ],
     [
-      "of the old release's manifest on a modern one that has its own switched off go without the flag at least",
+      "from the old release's manifest, on a modern one whose own is disabled, lose at least the flag that disables TLS",
       MODERN,
       { ...done(OLD), packaged: "" },
       ["deploy", "wait"],
     ],
-    ["that are switched off are left off", MODERN, { packaged: "", own: "", top: "" }, []],
+    ["that are disabled stay disabled", MODERN, { packaged: "", own: "", top: "" }, []],
     [
-      "of a v1.24 with the modern backend are those of a modern one",
+      "of a v1.24 with the modern backend are handled like those of a modern release",
       "v1.24.17+k3s1",
       {
         ...done(MODERN),
@@ -169,20 +164,20 @@ describe("metrics", () => {
       ["give", "wait"],
     ],
     [
-      "of a v1.23 without it are those of an old one",
+      "of a v1.23 without the modern backend are handled like those of an old release",
       "v1.23.1+k3s1",
       { packaged: manifests[OLD] as string, flags: "--flannel-backend\n" },
       ["deploy", "wait"],
     ],
     ...[OLD, MODERN].flatMap((version): [string, string, Facts, string[]][] => [
       [
-        `of ${version} that the user deploys, with a .skip, are the user's`,
+        `of ${version} that the user deploys, with a .skip file, are not changed`,
         version,
         { skipped: "yes\n", top: "" },
         [],
       ],
       [
-        `of ${version} that a manifest of the user's deploys are the user's`,
+        `of ${version} that the user deploys, with a manifest, are not changed`,
         version,
         { foreign: "/var/lib/rancher/k3s/server/manifests/metrics.yaml\n", top: "" },
         [],
@@ -194,14 +189,14 @@ describe("metrics", () => {
       assert.deepEqual(kinds(plan(version, over)), expected);
     });
 
-  test("of no modern release are ever asked without TLS", () => {
+  test("of a modern release are never requested without TLS", () => {
     const cases: Facts[] = [{ top: "" }, done(MODERN), done(OLD), { ...done(OLD), packaged: "" }];
     for (const over of cases)
       for (const change of plan(MODERN, over))
         assert.doesNotMatch(change.sh.replaceAll(/grep -cse \S+|\/\^ \*"\S+/g, ""), /--kubelet-insecure-tls/);
   });
 
-  test("are waited for where they are missing, by name, and not for a node that is down", () => {
+  test("are waited for by the names of the nodes that lack them, except for a node that is down", () => {
     assert.match(plan(OLD, { ...done(OLD), top: figures("a1") })[0]?.why ?? "", /for b1, b2$/);
     assert.deepEqual(
       plan(OLD, {
@@ -213,7 +208,7 @@ describe("metrics", () => {
     );
   });
 
-  test("of a node whose name another's begins with are not taken for its own", () => {
+  test("of a node are not confused with those of a node whose name begins with the same letters", () => {
     assert.match(
       plan(OLD, { ...done(OLD), nodes: nodes(A1, { ...B1, name: "b" }), top: figures("a1", "b1") })[0]?.why ??
         "",
@@ -221,7 +216,7 @@ describe("metrics", () => {
     );
   });
 
-  test("are refused where k3s does not run, without the command itself as its remedy", () => {
+  test("are refused if k3s does not run, with make server as the remedy", () => {
     for (const runs of ["inactive\n", "failed\n", ""])
       assert.throws(
         () => plan(MODERN, { nodes: "", runs }),
@@ -233,7 +228,7 @@ describe("metrics", () => {
     ["the API does not answer yet", ""],
     ["no node is Ready yet", nodes({ ...A1, ready: false })],
   ] as const)
-    test(`wait, where k3s runs and ${name}, and are looked at again`, () => {
+    test(`are waited for, and examined again, if k3s runs and ${name}`, () => {
       for (const runs of ["active\n", "activating\n"]) {
         const [change, ...more] = plan(MODERN, { nodes: nodeList, runs });
         assert.match(change?.why ?? "", /^wait until the API answers/);
@@ -274,7 +269,7 @@ describe("on the box", () => {
   const PACKAGED = `${FOLDER}/metrics-server/metrics-server-deployment.yaml`;
   const OWN = `${FOLDER}/metrics-server-across-clouds.yaml`;
 
-  test("k3s's own metrics-server is really deployed again, before the next start of k3s and after it", () => {
+  test("k3s's own metrics-server is deployed again, both before and after the next start of k3s", () => {
     const { put, at, run, look, has } = box("exit 1");
     const manifest = packaged("modern", true);
     const addons: Record<string, string> = {};
@@ -309,7 +304,7 @@ describe("on the box", () => {
     );
   });
 
-  test("a manifest of the user's is seen, and other manifests are none", () => {
+  test("a user's manifest for metrics-server is detected, and other manifests are ignored", () => {
     const { put, look, at } = box("exit 1");
     put(OWN, "metadata:\n  name: metrics-server\n");
     assert.equal(look().foreign ?? "", "");
@@ -318,7 +313,7 @@ describe("on the box", () => {
     assert.equal(look().foreign?.trim(), at(`${FOLDER}/mine.yaml\n${FOLDER}/mine.json`));
   });
 
-  /** What kubectl says of a1 and b1, which are Ready, and b2; `tops` have figures, and the pod these arguments. */
+  /** kubectl with a1 and b1, which are Ready, and b2; the nodes in `tops` have metrics, and the pod has these arguments. */
   const KUBECTL = (
     log: string,
     { tops = ["a1", "b2"], args = ["--cert-dir=/tmp"], reason = "" } = {},
@@ -343,7 +338,7 @@ esac`;
   });
   const waits = (kubectl: string) => box(kubectl).run(plan(MODERN, { top: figures("a1") })[0]?.sh ?? "");
 
-  test("what is missed is told in the words of metrics-server's log and pods; a node that is not Ready answers for none", () => {
+  test("a timeout prints metrics-server's log and pods, and metrics of a node that is not Ready do not prevent it", () => {
     const line =
       'E1126 15:43:26.123456       1 scraper.go:149] "Failed to scrape node" err="Get \\"https://198.51.101.11:10250/metrics/resource\\": tls: failed to verify certificate: x509: certificate is valid for 127.0.0.1, 192.168.0.11, not 198.51.101.11" node="b1"';
     const { status, stdout } = waits(KUBECTL(`cat <<'E'\n${line}\nI1126 quiet\nE\n`));
@@ -353,25 +348,25 @@ esac`;
     assert.doesNotMatch(stdout, /quiet|Name: x/);
   });
 
-  test("a log that cannot be read is said, and nothing else is done for it", () => {
+  test("a log that cannot be read is replaced by the error message", () => {
     const { status, stdout } = waits(KUBECTL("echo 'Error from server: proxy error' >&2; exit 1"));
     assert.equal(status, 1);
     assert.match(stdout, /Its log:\nError from server: proxy error/);
   });
 
-  test("metrics of every Ready node end the wait, but not from a pod that asks without TLS", () => {
+  test("metrics of every Ready node end the wait, unless they come from a pod that does not verify TLS", () => {
     const tops = ["b1", "a1"];
     assert.equal(waits(KUBECTL("exit 1", { tops })).status, 0);
     assert.equal(waits(KUBECTL("exit 1", { tops, args: ["--kubelet-insecure-tls"] })).status, 1);
   });
 
-  test("the wait goes on while a pod of metrics-server waits for its image, not for another reason", () => {
+  test("the wait is extended while the pod of metrics-server is being created, but not if its image cannot be pulled", () => {
     assert.equal(waits(KUBECTL("exit 1", { reason: "ContainerCreating" })).status, 0);
     assert.equal(waits(KUBECTL("exit 1", { reason: "ImagePullBackOff" })).status, 1);
   });
 });
 
-test("what metrics-server says of a kubelet has a meaning of its own, not that of k3s's journal", () => {
+test("a message of metrics-server about a kubelet is explained differently from a similar one in k3s's journal", () => {
   const modern = (why: string) =>
     `E1126 15:43:26.1       1 scraper.go:149] "Failed to scrape node" err="Get \\"https://1.2.3.4:10250/metrics/resource\\": ${why}" node="b1"`;
   const old = (why: string) =>

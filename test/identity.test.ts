@@ -56,78 +56,96 @@ const refused = (words: RegExp) => (e: Error) => e instanceof Refusal && words.t
 describe("the node of a box", () => {
   type Case = [name: string, at: string, says: Facts, nodes: NodeSpec[], found: string | RegExp];
   const cases: Case[] = [
-    ["is the one at its address, in its boot", B1.ip, box(B1), [A1, B1, B2], "b1 same"],
-    ["also where its host name is another", B1.ip, { ...box(B1), hostname: "b9" }, [A1, B1, B2], "b1 same"],
-    ["also by its InternalIP alone", B1.ip, box(B1), [A1, { ...B1, external: "" }], "b1 same"],
-    ["is told by the address alone where the box is gone", B1.ip, {}, [A1, B1, B2], "b1 same"],
-    ["is none where the cluster knows neither", "192.0.2.9", { boot: REBOOTED }, [A1, B1], "none"],
+    ["is the one with its address and boot ID", B1.ip, box(B1), [A1, B1, B2], "b1 same"],
     [
-      "is known by its machine id after its restart, before k3s has said so",
+      "is found even if the box has another host name",
+      B1.ip,
+      { ...box(B1), hostname: "b9" },
+      [A1, B1, B2],
+      "b1 same",
+    ],
+    ["is found by its InternalIP alone", B1.ip, box(B1), [A1, { ...B1, external: "" }], "b1 same"],
+    ["is found by its address alone if the box is gone", B1.ip, {}, [A1, B1, B2], "b1 same"],
+    ["is none if no node has its address or boot ID", "192.0.2.9", { boot: REBOOTED }, [A1, B1], "none"],
+    [
+      "is found by its machine ID after a reboot, before k3s has updated the node",
       B1.ip,
       { ...box(B1), boot: REBOOTED, uptime: "20.00" },
       [A1, B1],
       "b1 restarted",
     ],
     [
-      "also where k3s is down since",
+      "is found by its machine ID after a reboot since which k3s is down",
       B1.ip,
       { ...box(B1), boot: REBOOTED },
       [A1, { ...B1, ready: false }],
       "b1 restarted",
     ],
     [
-      "is another's where it goes on in another boot, whatever the machine id: images are copied",
+      "is another box's if it is Ready with another boot ID, even with the same machine ID, because images are copied",
       B1.ip,
       { ...box(B1), boot: REBOOTED },
       [A1, B1],
       /Node b1, at .* is Ready, and is another box/,
     ],
     [
-      "is what is left of it where the box was reinstalled",
+      "is its former one if the box was reinstalled",
       B1.ip,
       { boot: REBOOTED, machine: "c".repeat(32) },
       [A1, { ...B1, ready: false }],
       "b1 anew",
     ],
     [
-      "is not the healthy one of another box, by a slip in the address",
+      "is not the Ready one of another box whose address was entered by mistake",
       B2.ip,
       box(B1),
       [A1, B1, B2],
       /its boot id is that of node b1, at 198\.51\.101\.11/,
     ],
-    ["nor where its own was forgotten", B2.ip, box(B1), [A1, B2], /Node b2, at .* is another box than this/],
-    ["nor one by its boot id alone, at another address", "192.0.2.9", box(B2), [A1, B2], /that of node b2/],
     [
-      "is nobody's where two claim the address",
+      "is not the Ready one of another box even if its own was deleted",
+      B2.ip,
+      box(B1),
+      [A1, B2],
+      /Node b2, at .* is another box than this/,
+    ],
+    [
+      "is not found by its boot ID alone, at another address",
+      "192.0.2.9",
+      box(B2),
+      [A1, B2],
+      /that of node b2/,
+    ],
+    [
+      "is refused if two nodes have the address",
       B2.ip,
       box(B2),
       [A1, { ...B1, external: B2.ip }, B2],
       /Nodes b1 and b2 have the same address/,
     ],
     [
-      "also where the box is gone, and one claims it inside",
+      "is refused if two nodes have the address, one as InternalIP, and the box is gone",
       B2.ip,
       {},
       [{ ...A1, ip: B2.ip, external: "192.0.2.1" }, B2],
       /Nodes a1 and b2 have the same address/,
     ],
     [
-      "is nobody's where two claim the boot id, by a slip in the address",
+      "is refused if two nodes have the boot ID, and the address is that of the wrong one",
       B2.ip,
       box(B1),
       [A1, B1, { ...B2, boot: box(B1).boot?.trim() ?? "" }],
       /that of node b1/,
     ],
     [
-      "may share its boot id, as containers of one host do",
+      "may share its boot ID with other nodes, as containers of one host do",
       B1.ip,
       { ...box(B1), boot: bootB2 },
       [A1, { ...B1, boot: bootB2 }, B2],
       "b1 same",
     ],
     [
-      "does not share a machine id that is not there",
+      "is not found by an empty machine ID",
       B1.ip,
       { boot: REBOOTED, machine: "" },
       [A1, { ...B1, machine: "" }],
@@ -143,30 +161,46 @@ describe("the node of a box", () => {
     });
 });
 
-describe("a box is called", () => {
+describe("the node name of a box", () => {
   type Case = [name: string, facts: Facts, list: NodeSpec[], expected: string, args?: string];
   const unit = { named: "b1\n" };
   const renamed = { hostname: "b9\n" };
   const cases: Case[] = [
-    ["what its host name says, before it has joined", {}, [], "b1"],
-    ["what its unit says, whatever its host name is by now", { ...unit, ...renamed }, [], "b1"],
-    ["what its node is called, by a unit that does not say", renamed, [A1, B1, B2], "b1"],
-    ["also after a restart that renamed it", { ...renamed, boot: REBOOTED }, [A1, B1], "b1"],
-    ["what the settings say in any case", { ...unit, ...renamed }, [A1, B1], "b7", "--node-name=b7"],
+    ["is its host name before it has joined", {}, [], "b1"],
+    ["is the one in its unit, even if its host name has changed", { ...unit, ...renamed }, [], "b1"],
+    ["is that of its node if the unit has none", renamed, [A1, B1, B2], "b1"],
     [
-      "what it has joined as since, where its node of before is left",
+      "is that of its node even after a reboot with another host name",
+      { ...renamed, boot: REBOOTED },
+      [A1, B1],
+      "b1",
+    ],
+    [
+      "is always the one in the settings, if they have one",
+      { ...unit, ...renamed },
+      [A1, B1],
+      "b7",
+      "--node-name=b7",
+    ],
+    [
+      "is the one with which it has rejoined, even if its former node still exists",
       renamed,
       [A1, { ...B1, ready: false }, { ...B1, name: "b9" }],
       "b9",
     ],
     [
-      "not as a copy of it is, at another address",
+      "is not that of a copy of the box at another address",
       { ...renamed, ...{ boot: REBOOTED } },
       [A1, { ...B2, machine: "33e005557d0340dfb2bcad364d0ec4a1" }],
       "b9",
     ],
-    ["not as another is that has its address", { ...renamed, boot: REBOOTED, machine: "" }, [A1, B1], "b9"],
-    ["by its first unit's word, and nothing of a line that is none", { named: "b1\nx\n" }, [], "b1"],
+    [
+      "is not that of another box that has its address",
+      { ...renamed, boot: REBOOTED, machine: "" },
+      [A1, B1],
+      "b9",
+    ],
+    ["is the first one if its units have several", { named: "b1\nx\n" }, [], "b1"],
   ];
   for (const [name, facts, list, expected, args = ""] of cases)
     test(name, () => {
@@ -175,7 +209,7 @@ describe("a box is called", () => {
       assert.equal(nodeNameOf("agent", want, seen), expected);
     });
 
-  test("and its unit says so, but where the settings do", () => {
+  test("is written to its unit, unless the settings have one", () => {
     for (const args of ["", "--node-name=b7", "--node-name b7"]) {
       const want = wanted({ AGENT_ARGS: args, SERVER_ARGS: args });
       for (const role of ["agent", "server"] as const) {
@@ -199,10 +233,10 @@ describe("a box is called", () => {
     ],
   ];
   for (const step of naming)
-    test(`is looked for on the box by the step that asks for it: ${step.name || "check"}`, () =>
+    test(`is read on the box by each step that needs it: ${step.name || "check"}`, () =>
       assert.match(step.look(wanted()).join("\n"), /^fact named;/m));
 
-  test("check finds a renamed box's node, and has nothing to say of the name", () => {
+  test("may differ from its host name without a problem in check", () => {
     const members = [member(MODERN, A1), member(MODERN, B1, { hostname: "b9" }), member(MODERN, B2)];
     const cluster = clusterOf(members);
     assert.deepEqual(
@@ -219,7 +253,7 @@ describe("a box is called", () => {
 
 const [OWN, OTHER] = ["ab".repeat(32), "cd".repeat(32)];
 
-test("the CA by which a box is part of a cluster is read from its files, without any secret", () => {
+test("the CA of a box's cluster is read from its files, without any secret", () => {
   const root = temporary();
   const text = caLook
     .replaceAll("/var/lib/rancher/k3s", `${root}/k3s`)
@@ -238,7 +272,7 @@ echo ${TOKEN} >k3s/server/node-token; printf "K3S_URL=x\\nK3S_TOKEN='${TOKEN}'\\
   assert.equal(caIn("(the server's)"), undefined);
 });
 
-describe("remove takes k3s from", () => {
+describe("make remove uninstalls k3s from", () => {
   const cluster = (...list: NodeSpec[]): Facts => ({ cas: `server ${OWN}\n`, nodes: nodes(A1, ...list) });
   const b1 = (cas = "", over: Facts = {}) => prepared("", { ...box(B1), cas, ...over });
   type Case = [
@@ -251,8 +285,8 @@ describe("remove takes k3s from", () => {
   const cases: Case[] = [
     ["an agent of this cluster", b1(`agent ${OWN}\n`), cluster(B1, B2), {}],
     ["a box that was never joined", b1(), cluster(B2), {}],
-    ["a box that is to join, and never has", b1(`agent ${OWN}\n`), cluster(B2), {}],
-    ["a box whose uninstalling was cut", b1(), cluster({ ...B1, ready: false }), {}],
+    ["a box that was set up to join, but never has", b1(`agent ${OWN}\n`), cluster(B2), {}],
+    ["a box whose removal was interrupted", b1(), cluster({ ...B1, ready: false }), {}],
     [
       "a further server of this cluster",
       b1(`server ${OWN}\nagent ${OWN}\n`),
@@ -260,14 +294,14 @@ describe("remove takes k3s from", () => {
       { role: "server" },
     ],
     [
-      "a box that was reinstalled, and whose node is left",
+      "a box that was reinstalled and whose node still exists",
       b1("", { boot: REBOOTED, machine: machineB2 }),
       cluster({ ...B1, ready: false }),
       {},
     ],
-    ["the server that was, where told", b1(`server ${OWN}\nagent ${OWN}\n`), cluster(B2), { force: true }],
+    ["a former server, with FORCE=1", b1(`server ${OWN}\nagent ${OWN}\n`), cluster(B2), { force: true }],
     [
-      "no server that the cluster does not know",
+      "no server that is not in the cluster",
       b1(`server ${OWN}\nagent ${OWN}\n`),
       cluster(B2),
       {},
@@ -281,7 +315,7 @@ describe("remove takes k3s from", () => {
       /a server of another cluster \(CA cdcdcdcdcdcd…, this cluster's abababababab…\)/,
     ],
     [
-      "no server of another cluster, though a node of this one claims its address",
+      "no server of another cluster, even if a node of this one has its address",
       b1(`server ${OTHER}\n`),
       cluster({ ...B1, ready: false }),
       { role: "server" },
@@ -289,28 +323,28 @@ describe("remove takes k3s from", () => {
     ],
     ["no agent of another cluster", b1(`agent ${OTHER}\n`), cluster(B2), {}, /an agent of another cluster/],
     [
-      "no box at another's address",
+      "no box at another box's address",
       b1(`agent ${OWN}\n`),
       cluster(B1, B2),
       { ip: B2.ip },
       /its boot id is that of node b1/,
     ],
     [
-      "no box at the address of another that is off, after its own node was deleted",
+      "no box at the address of another one that is off, after its own node was deleted",
       b1(`agent ${OWN}\n`),
       cluster({ ...B2, ready: false }),
       { ip: B2.ip },
       /Node b2, at .*, is another box than this one/,
     ],
     [
-      "no box whose address a second node claims",
+      "no box whose address a second node has",
       b1(`agent ${OWN}\n`),
       cluster(B1, { ...B2, external: B1.ip }),
       { force: true },
       /Nodes b1 and b2 have the same address/,
     ],
     [
-      "no agent where nothing tells of the cluster",
+      "no agent if it is not known which cluster it belongs to",
       b1(`agent ${OTHER}\n`),
       { nodes: nodes(A1) },
       {},
@@ -358,7 +392,7 @@ ${args.map((arg) => `\t'${arg}' \\\n`).join("")}
 `;
 
 describe("a unit", () => {
-  test("is this project's own by its first line, or by the words of those before it had one", () => {
+  test("is recognized as this project's by its first line, or by its content if it is older than that line", () => {
     for (const name of ["k3s-old", "k3s-modern", "k3s-agent-old", "k3s-agent-modern"]) {
       const text = fixture(`${name}.service`);
       assert.equal(isForeign(`# /etc/systemd/system/k3s.service\n${text}`), false, name);
@@ -393,7 +427,7 @@ describe("a unit", () => {
     assert.deepEqual(argumentsIn(""), []);
   });
 
-  test("is looked at with what it is told elsewhere, and no secret comes with that", () => {
+  test("is read together with its environment and config files, without their secrets", () => {
     const root = temporary();
     const text = unitsLook.replaceAll(/\/(etc|var)\//g, `${root}/$1/`);
     const { stdout } =
@@ -423,7 +457,7 @@ ${text}`);
   });
 });
 
-describe("before a box gets a role", () => {
+describe("a box", () => {
   const want = wanted({ K3S_TOKEN: "" });
   const known = wanted();
   type Case = [
@@ -435,49 +469,72 @@ describe("before a box gets a role", () => {
     word?: string,
   ];
   const cases: Case[] = [
-    ["a fresh one may be the server", "server", want, {}],
-    ["a fresh one may be an agent", "agent", known, {}],
-    ["the cluster's server goes on", "server", known, { cas: `server ${OWN}\n` }],
-    ["an agent of the cluster goes on", "agent", known, { cas: `agent ${OWN}\n` }],
+    ["that is new may become the server", "server", want, {}],
+    ["that is new may become an agent", "agent", known, {}],
+    ["that is the cluster's server stays its server", "server", known, { cas: `server ${OWN}\n` }],
+    ["that is an agent of the cluster stays its agent", "agent", known, { cas: `agent ${OWN}\n` }],
     ...(["nodes", "registered"] as const).flatMap((fact): Case[] => {
       const at = (spec: Partial<NodeSpec>) => ({ [fact]: nodes({ ...B1, ...spec }) });
       const taken = /^Node b1, at \S+, is Ready, and is another box than this one/;
       return [
-        [`one does not join at another's address (${fact})`, "agent", known, at({ ip: IP }), taken],
-        [`nor where that is inside (${fact})`, "agent", known, at({ ip: IP, external: B1.ip }), taken],
-        [`nor where it is outside alone (${fact})`, "agent", known, at({ external: IP }), taken],
-        ["one that was reinstalled joins at its own address", "agent", known, at({ ip: IP, ready: false })],
-        [`nor as a copy of its image (${fact})`, "agent", known, at({ ip: IP, machine: MACHINE }), taken],
+        [`may not join with the addresses of a Ready node (${fact})`, "agent", known, at({ ip: IP }), taken],
         [
-          "one that has restarted goes on",
+          `may not join with the InternalIP of a Ready node (${fact})`,
+          "agent",
+          known,
+          at({ ip: IP, external: B1.ip }),
+          taken,
+        ],
+        [
+          `may not join with the ExternalIP of a Ready node (${fact})`,
+          "agent",
+          known,
+          at({ external: IP }),
+          taken,
+        ],
+        ["that was reinstalled may join at its own address", "agent", known, at({ ip: IP, ready: false })],
+        [
+          `may not join as a copy of a Ready node with the same address (${fact})`,
+          "agent",
+          known,
+          at({ ip: IP, machine: MACHINE }),
+          taken,
+        ],
+        [
+          "that has rebooted keeps its role",
           "agent",
           known,
           { ...at({ ip: IP, machine: MACHINE }), uptime: "20" },
         ],
-        ["so does a container, which has its host's boot id", "agent", known, at({ ip: IP, boot: BOOT })],
-        ["so does one that gets another address", "agent", known, at({ boot: BOOT, machine: MACHINE })],
+        [
+          "that is a container, and has its host's boot ID, keeps its role",
+          "agent",
+          known,
+          at({ ip: IP, boot: BOOT }),
+        ],
+        ["that has a new address keeps its role", "agent", known, at({ boot: BOOT, machine: MACHINE })],
       ];
     }),
     [
-      "one that was renamed goes on at its address",
+      "that was renamed keeps its role at its address",
       "agent",
       known,
       { registered: nodes({ ...B1, ip: IP }, { ...B2, ip: IP, boot: BOOT, machine: MACHINE }) },
     ],
     [
-      "the server is not held against what its restored datastore has",
+      "that is the server is not compared with the nodes of its restored datastore",
       "server",
       want,
       { nodes: nodes({ ...B1, ip: IP }) },
     ],
     [
-      "an agent whose move was cut goes on: its environment names this cluster already",
+      "that is an agent whose move to this cluster was interrupted may complete it",
       "agent",
       known,
       { cas: `agent ${OTHER}\nagent ${OWN}\n` },
     ],
     [
-      "a fresh one is not the server of a known cluster: SERVER was changed by a slip",
+      "that is new is refused as the server of an existing cluster, because SERVER may be wrong",
       "server",
       known,
       {},
@@ -485,7 +542,7 @@ describe("before a box gets a role", () => {
       "force",
     ],
     [
-      "another cluster's server is not this one's",
+      "that is another cluster's server is refused as this one's",
       "server",
       known,
       { cas: `server ${OTHER}\n` },
@@ -493,13 +550,13 @@ describe("before a box gets a role", () => {
       "force",
     ],
     [
-      "a further server gets its CA from the datastore",
+      "that becomes a further server gets its CA from the datastore",
       "server",
       wanted({ K3S_DATASTORE_ENDPOINT: "postgres://k3s@db/k3s" }),
       {},
     ],
     [
-      "another cluster's agent is not moved",
+      "that is another cluster's agent is not moved without FORCE=1",
       "agent",
       known,
       { cas: `agent ${OTHER}\n` },
@@ -507,7 +564,7 @@ describe("before a box gets a role", () => {
       "force",
     ],
     [
-      "nor to a server that is new, as a dry run has it",
+      "that is another cluster's agent is not moved to a new server without FORCE=1, in a dry run either",
       "agent",
       wanted({ K3S_TOKEN: "(the server's)" }),
       { cas: `agent ${OTHER}\n` },
@@ -515,21 +572,21 @@ describe("before a box gets a role", () => {
       "force",
     ],
     [
-      "an agent's box is no server",
+      "that is an agent is refused as a server",
       "server",
       want,
       { "unit-k3s-agent": fixture("k3s-agent-modern.service") },
       /This box runs k3s-agent, or is set up to/,
     ],
     [
-      "a server's box is no agent, though it is stopped",
+      "that is a server is refused as an agent, even if k3s is stopped",
       "agent",
       known,
       { "unit-k3s": fixture("k3s-modern.service") },
       /This box runs k3s, or is set up to/,
     ],
     [
-      "somebody else's unit stays, with what would go",
+      "whose k3s unit is not this project's is refused, with the arguments that would be dropped",
       "server",
       want,
       {
@@ -545,7 +602,7 @@ describe("before a box gets a role", () => {
       "take-over",
     ],
     [
-      "an agent's too",
+      "whose k3s-agent unit is not this project's is refused",
       "agent",
       known,
       { "unit-k3s-agent": official("agent"), cas: `agent ${OWN}\n` },
@@ -553,7 +610,7 @@ describe("before a box gets a role", () => {
       "take-over",
     ],
     [
-      "what this project's own unit has for cgroup v1 is not said to go",
+      "whose unit is not this project's is refused, without listing arguments that this project sets for cgroup v1",
       "agent",
       known,
       {
@@ -569,10 +626,10 @@ describe("before a box gets a role", () => {
   ];
   const away: [string, Facts, RegExp][] = [
     ["--data-dir", { "unit-k3s": official("server", "--data-dir=/data/k3s") }, /in \/data\/k3s/],
-    ["-d in a word of its own", { "unit-k3s": official("server", "-d", "/data/k3s") }, /in \/data\/k3s/],
+    ["-d as a separate argument", { "unit-k3s": official("server", "-d", "/data/k3s") }, /in \/data\/k3s/],
     ["K3S_DATA_DIR", { "unit-k3s": official("server"), told: "data-dir /data/k3s\n" }, /in \/data\/k3s/],
     [
-      "this project's unit, and another folder added",
+      "--data-dir added to this project's unit",
       { "unit-k3s": `${fixture("k3s-modern.service").trimEnd()} \\\n    --data-dir=/x\n` },
       /in \/x/,
     ],
@@ -604,28 +661,40 @@ describe("before a box gets a role", () => {
       /in a datastore/,
     ],
     ["--cluster-init", { "unit-k3s": official("server", "--cluster-init") }, /in embedded etcd/],
-    ["etcd's folder", { "unit-k3s": official("server"), told: "cluster-init\n" }, /in embedded etcd/],
+    ["an etcd folder", { "unit-k3s": official("server"), told: "cluster-init\n" }, /in embedded etcd/],
   ];
   cases.push([
-    "a cluster that is elsewhere is not begun anew, however its k3s is told where",
+    "whose unit is a server's, but has no database, does not get a new cluster",
     "server",
     want,
     { "unit-k3s": official("server", "--config=/root/k3s.yaml"), told: "no-database\n" },
     /has its data elsewhere: there is no \/var\/lib\/rancher\/k3s\/server\/db\/state\.db/,
   ]);
   const agents: [name: string, told: string, words: RegExp][] = [
-    ["a config file says", "data-dir /data/k3s\n", /in \/data\/k3s \(--data-dir\)/],
-    ["nothing here tells of it", "no-agent\n", /elsewhere: there is no \S+\/agent\/server-ca\.crt/],
+    ["elsewhere according to a config file", "data-dir /data/k3s\n", /in \/data\/k3s \(--data-dir\)/],
+    ["missing", "no-agent\n", /elsewhere: there is no \S+\/agent\/server-ca\.crt/],
   ];
   for (const [name, told, words] of agents) {
     const facts = { "unit-k3s-agent": official("agent"), told };
     const refusal = new RegExp(`has its data ${words.source}: this would start a new, empty node`);
-    cases.push([`nor is an agent whose data are where ${name}`, "agent", known, facts, refusal]);
+    cases.push([
+      `that is an agent whose data are ${name} does not become a new node`,
+      "agent",
+      known,
+      facts,
+      refusal,
+    ]);
   }
   for (const [name, facts, words] of away) {
     const refusal = new RegExp(`has its data ${words.source}`);
-    cases.push([`a cluster that is elsewhere is not begun anew: ${name}`, "server", want, facts, refusal]);
-    test(`nor does it go from there, where down finds it: ${name}`, () => {
+    cases.push([
+      `whose cluster data are elsewhere does not get a new cluster: ${name}`,
+      "server",
+      want,
+      facts,
+      refusal,
+    ]);
+    test(`whose cluster data are elsewhere is refused by make down: ${name}`, () => {
       assert.throws(() => mayGo(prepared(MODERN, facts), [], "server", false, true), refused(refusal));
     });
   }
@@ -641,14 +710,14 @@ describe("before a box gets a role", () => {
       if (word) assert.deepEqual(plan(word), []);
     });
 
-  test("nothing at all is planned, in whatever order its steps come", () => {
+  test("whose role is refused gets no changes from any step", () => {
     const fresh = prepared("", { tool: "", curl: "" });
     const moved = { ...fresh, cas: `agent ${OTHER}\n` };
     assert.throws(() => planAll(agentSteps, known, moved), refused(/FORCE=1 moves it/));
     assert.throws(() => planAll(serverSteps, known, fresh), refused(/FORCE=1 starts a new cluster/));
   });
 
-  test("a move is in the plan", () => {
+  test("that is moved to another cluster has this move in its plan", () => {
     const facts = prepared(MODERN, { cas: `agent ${OTHER}\n` });
     const whys = planAll(agentSteps, { ...known, allowed: new Set(["force"]) }, facts).map(({ why }) => why);
     assert.match(
@@ -657,7 +726,7 @@ describe("before a box gets a role", () => {
     );
   });
 
-  test("a token of another CA takes the place of none that is known, whatever shows only then", () => {
+  test("with a token of another CA does not replace the known token without FORCE=1", () => {
     const other = TOKEN.replace(OWN, OTHER);
     assert.throws(
       () => server.learn?.(known, { token: other }),
@@ -686,38 +755,56 @@ describe("the release of a node", () => {
   const newer =
     /^The server a1 runs k3s v1\.35\.4\+k3s1, and no agent may be newer, .* make upgrade .* first, or set K3S_VERSION=v1\.35\.4/;
   const cases: [name: string, facts: Facts, refusal?: RegExp, want?: Partial<Want>][] = [
-    ["that runs K3S_VERSION stays", cluster(list(MODERN, MODERN))],
-    ["that is older is not replaced in passing", cluster(list(MODERN, OLDER)), upgrade],
-    ["that is newer is not either", cluster(list(NEWER, NEWER)), /^Node b1 runs k3s v1\.36\.3/],
-    ["that only its server can tell of is not either", said(list(MODERN, OLDER)), upgrade],
+    ["is accepted if it is K3S_VERSION", cluster(list(MODERN, MODERN))],
     [
-      "that has just restarted is not either",
+      "is refused if it is older than K3S_VERSION, with make upgrade as the remedy",
+      cluster(list(MODERN, OLDER)),
+      upgrade,
+    ],
+    [
+      "is refused if it is newer than K3S_VERSION",
+      cluster(list(NEWER, NEWER)),
+      /^Node b1 runs k3s v1\.36\.3/,
+    ],
+    ["is refused if it is older and known only from the server", said(list(MODERN, OLDER)), upgrade],
+    [
+      "is refused if it is older and the box has just rebooted",
       { ...cluster(list(MODERN, OLDER)), boot: REBOOTED, uptime: "20" },
       upgrade,
     ],
-    ["that is not Ready may be replaced", cluster(list(MODERN, OLDER, { ready: false }))],
+    ["may change if the node is not Ready", cluster(list(MODERN, OLDER, { ready: false }))],
     [
-      "of a box that was reinstalled is not this box's",
+      "may change if the box was reinstalled",
       said(list(MODERN, OLDER, { ready: false, boot: "x", machine: "y" })),
     ],
-    ["is free where k3s is installed and has no node", { ...box(B1), version: `${OLDER}\n` }],
-    ["that joins may be as old as its server", said(list(MODERN))],
-    ["that joins may be older than its server", said(list(NEWER))],
-    ["that joins may not be newer than its server", said(list(OLDER)), newer],
+    ["may change if k3s is installed but has no node", { ...box(B1), version: `${OLDER}\n` }],
+    ["may be that of its server when it joins", said(list(MODERN))],
+    ["may be older than that of its server when it joins", said(list(NEWER))],
+    ["may not be newer than that of its server when it joins", said(list(OLDER)), newer],
     [
-      "that joins again may not be newer than its server",
+      "may not be newer than that of its server when it joins again",
       cluster(list(OLDER, OLDER, { ready: false })),
       newer,
     ],
     [
-      "that joins may be newer than the node of a server that is gone",
+      "may be newer than that of a server that is gone",
       said(nodes({ ...A1, version: OLDER, labels: role, ready: false })),
     ],
-    ["is what a K3S_BIN says, once it is there", cluster(list(MODERN, OLDER)), undefined, { K3S_BIN: "k3s" }],
-    ["changes by make upgrade", cluster(list(OLDER, OLDER)), undefined, { allowed: new Set(["release"]) }],
-    ["does not change by FORCE=1", cluster(list(MODERN, OLDER)), upgrade, { allowed: new Set(["force"]) }],
+    ["is not compared if K3S_BIN is set", cluster(list(MODERN, OLDER)), undefined, { K3S_BIN: "k3s" }],
     [
-      "does not matter where it leaves for another cluster",
+      "may be changed by make upgrade",
+      cluster(list(OLDER, OLDER)),
+      undefined,
+      { allowed: new Set(["release"]) },
+    ],
+    [
+      "may not be changed with FORCE=1",
+      cluster(list(MODERN, OLDER)),
+      upgrade,
+      { allowed: new Set(["force"]) },
+    ],
+    [
+      "does not matter if the node moves to another cluster",
       { ...cluster(list(OLDER, OLDER)), cas: `agent ${OTHER}\n` },
       undefined,
       { allowed: new Set(["force"]) },
@@ -731,7 +818,7 @@ describe("the release of a node", () => {
       else assert.deepEqual(plan(), []);
     });
 
-  test("is refused of a server too", () => {
+  test("is refused in the same way on a server", () => {
     const facts = prepared(MODERN, { ...box(A1), nodes: nodes({ ...A1, version: OLDER }) });
     assert.throws(
       () => identityAs("server").plan(wanted({ K3S_TOKEN: "" }), facts),
@@ -740,7 +827,7 @@ describe("the release of a node", () => {
   });
 });
 
-describe("down takes k3s from", () => {
+describe("make down uninstalls k3s from", () => {
   type Case = [
     name: string,
     facts: Facts,
@@ -751,8 +838,8 @@ describe("down takes k3s from", () => {
   ];
   const cases: Case[] = [
     ["the server and agents of the cluster", { cas: `server ${OWN}\n` }, [OWN], "server", false],
-    ["a server of which no token is known", { cas: `server ${OWN}\n` }, [], "server", false],
-    ["a box that has nothing", {}, [OWN], "agent", false],
+    ["a server whose token is not known", { cas: `server ${OWN}\n` }, [], "server", false],
+    ["a box without k3s", {}, [OWN], "agent", false],
     [
       "no server of another cluster",
       { cas: `server ${OTHER}\n` },
@@ -771,9 +858,9 @@ describe("down takes k3s from", () => {
     ],
     ["no server that is listed as an agent", { cas: `server ${OWN}\n` }, [OWN], "agent", false, /FORCE=1/],
     ["no agent of an unknown cluster", { cas: `agent ${OWN}\n` }, [], "agent", false, /FORCE=1/],
-    ["any of them where it is told so", { cas: `agent ${OWN}\n` }, [], "agent", true],
+    ["an agent of an unknown cluster, with FORCE=1", { cas: `agent ${OWN}\n` }, [], "agent", true],
     [
-      "none that somebody else has set up",
+      "no box that was not set up by this project",
       { "unit-k3s": official("server") },
       [],
       "server",
