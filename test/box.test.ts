@@ -495,7 +495,7 @@ describe("the error message", () => {
   });
 });
 
-test("a script that still runs here when all is closed does not keep the process", async () => {
+test("a script that still runs here after all shells are closed does not keep the process running", async () => {
   const script = join(temporary(), "call.mts");
   writeFileSync(
     script,

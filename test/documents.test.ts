@@ -12,7 +12,7 @@ const documents = ["", ".ci", "lib", "scripts", "test"].flatMap((folder) =>
 const isThere = (path: string) => existsSync(join(ROOT, path));
 const text = (document: string) => readFileSync(join(ROOT, document), "utf8");
 
-test("every file that a document names is there", () => {
+test("every file that a document mentions exists", () => {
   for (const document of documents)
     for (const [path] of text(document).matchAll(/(?<![\w/.-])(lib|scripts|test|\.ci)\/[\w./-]*\w/g))
       assert.ok(isThere(path), `${document} names ${path}`);
@@ -27,7 +27,7 @@ const anchors = (document: string) =>
       .replaceAll(" ", "-"),
   );
 
-test("every link of a document leads to a file and a heading that are there", () => {
+test("every link in a document points to an existing file and heading", () => {
   for (const document of documents)
     for (const [, to = "", anchor] of text(document).matchAll(/\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)/g)) {
       const target = to ? join(dirname(document), to) : document;
@@ -37,7 +37,7 @@ test("every link of a document leads to a file and a heading that are there", ()
     }
 });
 
-test("every make command of a document is a target of the Makefile", () => {
+test("every make command in a document is a target of the Makefile", () => {
   const targets = [...text("Makefile").matchAll(/^([a-z0-9-]+):/gm)].map(([, target]) => target);
   for (const document of documents)
     for (const [, target] of text(document).matchAll(
@@ -46,7 +46,7 @@ test("every make command of a document is a target of the Makefile", () => {
       assert.ok(targets.includes(target), `${document} has "make ${target}"`);
 });
 
-test("every message that the manual quotes is one that the scripts have, between its dots", () => {
+test("every message that the manual quotes is in the scripts, apart from its ellipses", () => {
   const code = ["lib", "scripts"].flatMap((folder) =>
     (readdirSync(join(ROOT, folder), { recursive: true }) as string[])
       .filter((name) => name.endsWith(".ts"))

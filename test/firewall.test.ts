@@ -32,7 +32,7 @@ const filter = (input: string, ...rules: string[]) =>
 const chain = (name: string, hook: string, policy: string, ...rules: string[]) =>
   `table inet mine {\n\tset ours {\n\t\ttype ipv4_addr\n\t\tflags interval\n\t\telements = { 198.51.100.0/23,\n\t\t\t     203.0.113.7 }\n\t}\n\n\tchain mine {\n\t\tip saddr @ours accept\n\t\treject\n\t}\n\n\tchain ${name} {\n\t\ttype filter hook ${hook} priority filter; policy ${policy};\n${rules.map((r) => `\t\t${r}\n`).join("")}\t}\n}`;
 
-describe("rules are judged in their order, up to the first that decides", () => {
+describe("the analysis of a box's rules", () => {
   const REJECT = "INPUT -j REJECT --reject-with icmp-host-prohibited";
   const OPEN = [
     "INPUT -p tcp -m multiport --dports 6443,10250 -j ACCEPT",
@@ -42,40 +42,40 @@ describe("rules are judged in their order, up to the first that decides", () => 
   type Case = [name: string, facts: Facts, says: RegExp[], mended?: RegExp];
   const iptables: [name: string, text: string, says: RegExp[], mended?: RegExp][] = [
     [
-      "Oracle Cloud's REJECT at the end",
+      "reports the final REJECT of Oracle Cloud's images",
       filter("ACCEPT", "INPUT -p tcp -m state --state NEW -m tcp --dport 22 -j ACCEPT", REJECT),
       [
         /^iptables INPUT drops 6443\/tcp, 10250\/tcp, 51820\/udp from .*, and everything from 10\.42\.0\.0\/16 \(-A INPUT -j REJECT/,
       ],
     ],
     [
-      "what is let through after a REJECT",
+      "reports a REJECT before the rules that accept",
       filter("ACCEPT", REJECT, ...OPEN, PODS),
       [/drops 6443\/tcp, 10250\/tcp, 51820\/udp/],
     ],
-    ["what is let through before it", filter("ACCEPT", ...OPEN, PODS, REJECT), []],
+    ["accepts rules that accept before a REJECT", filter("ACCEPT", ...OPEN, PODS, REJECT), []],
     [
-      "a policy that drops, and established connections alone",
+      "reports a policy that drops all but established connections",
       filter("DROP", "INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"),
       [/\(policy drop\)/],
     ],
     [
-      "a chain that is jumped to and rejects in the end",
+      "reports a REJECT at the end of another chain",
       filter("ACCEPT", "INPUT -j mine", ...OPEN, "mine -p tcp -m tcp --dport 22 -j RETURN", "mine -j REJECT"),
       [/\(-A mine -j REJECT\)/],
     ],
     [
-      "a chain that returns",
+      "follows a chain that returns",
       filter("DROP", "INPUT -j mine", ...OPEN, PODS, "mine -p tcp -j RETURN", "mine -p udp -j RETURN"),
       [],
     ],
     [
-      "a drop of WireGuard's port",
+      "reports a DROP of WireGuard's port",
       filter("ACCEPT", "INPUT -p udp -m udp --dport 51820 -j DROP"),
       [/drops 51820\/udp from 198\.51\.100\.11, 198\.51\.101\.11 \(-A/],
     ],
     [
-      "a drop on another card, and of another address",
+      "ignores a DROP on another card, from another address or to another address",
       filter(
         "ACCEPT",
         "INPUT -i eth1 -j DROP",
@@ -85,63 +85,63 @@ describe("rules are judged in their order, up to the first that decides", () => 
       [],
     ],
     [
-      "a drop of whoever is not named",
+      "reports a DROP with a negated address",
       filter("ACCEPT", `INPUT ! -s ${A}/32 -p tcp -m tcp --dport 6443 -j DROP`),
       [/^iptables INPUT drops 6443\/tcp from 198\.51\.101\.11, and everything from/],
     ],
     [
-      "words of a comment",
+      "does not interpret comments",
       filter("DROP", 'INPUT -m comment --comment "let it -j ACCEPT" -j DROP'),
       [/-j DROP\)$/],
     ],
     [
-      "an accept with a limit is none to rely on",
+      "does not rely on an ACCEPT with a limit",
       filter("DROP", "INPUT -m limit --limit 9/sec -j ACCEPT"),
       [/^iptables INPUT may drop /],
     ],
     [
-      "a set that is not seen",
+      "reports a DROP of an ipset whose content is unknown",
       filter("ACCEPT", "INPUT -m set --match-set crowdsec src -j DROP"),
       [/^iptables INPUT may drop .*crowdsec/],
     ],
-    ["fail2ban at ssh", filter("ACCEPT", "INPUT -p tcp -m multiport --dports 22 -j f2b-sshd"), []],
+    ["ignores fail2ban for ssh", filter("ACCEPT", "INPUT -p tcp -m multiport --dports 22 -j f2b-sshd"), []],
     [
-      "k3s's own chains",
+      "ignores k3s's own chains",
       filter("ACCEPT", 'INPUT -m comment --comment "kubernetes" -j KUBE-FIREWALL', "FORWARD -j CNI-X"),
       [],
     ],
     [
-      "a drop before any rule can be",
+      "reports a DROP before which no rule can be placed",
       "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p udp -m udp --dport 51820 -j DROP\nCOMMIT\n",
       [/^iptables raw PREROUTING drops 51820\/udp/],
       /no rule can be placed before that one/,
     ],
   ];
   const nft: [name: string, ruleset: string, says: RegExp[], mended?: RegExp][] = [
-    ["nothing at all", "", []],
+    ["accepts a box without rules", "", []],
     [
-      "a policy that drops",
+      "reports an nft policy that drops",
       chain("in", "input", "drop", "tcp dport 22 accept"),
       [/^nft inet mine in drops 6443\/tcp, 10250\/tcp, 51820\/udp .*\(policy drop\)$/],
     ],
     [
-      "a last rule that rejects and counts",
+      "reports a final rule that counts and rejects",
       chain("in", "input", "accept", "counter packets 3 bytes 180 reject with icmpx admin-prohibited"),
       [/\(reject with icmpx admin-prohibited\)$/],
     ],
     [
-      "a forward that drops",
+      "reports a forward chain that drops",
       chain("fwd", "forward", "drop"),
       [/^nft inet mine fwd drops what is forwarded for 10\.42\.0\.0\/16/],
     ],
-    ["output that drops", chain("out", "output", "drop"), []],
+    ["ignores an output chain that drops", chain("out", "output", "drop"), []],
     [
-      "a drop of somebody",
+      "ignores a drop of one address or of another card",
       chain("in", "input", "accept", "ip saddr 192.0.2.1 drop", 'iifname "eth1" drop'),
       [],
     ],
     [
-      "sets, ranges and negations",
+      "evaluates sets, ranges and negations",
       chain(
         "in",
         "input",
@@ -154,7 +154,7 @@ describe("rules are judged in their order, up to the first that decides", () => 
       [],
     ],
     [
-      "verdict maps",
+      "evaluates verdict maps",
       chain(
         "in",
         "input",
@@ -167,42 +167,46 @@ describe("rules are judged in their order, up to the first that decides", () => 
       [/drops everything from 10\.42/],
     ],
     [
-      "packets that are new and no SYN",
+      "ignores a drop of new packets without SYN",
       chain("in", "input", "accept", "tcp flags & (fin | syn | rst | ack) != syn ct state new drop"),
       [],
     ],
     [
-      "a drop of whatever begins a connection",
+      "reports a drop of packets that open a connection",
       chain("in", "input", "accept", "tcp flags & (fin | syn | rst | ack) == syn ip saddr @ours drop"),
       [/drops 6443\/tcp, 10250\/tcp from 198\.51\.100\.11, 198\.51\.101\.11 \(tcp flags/],
     ],
     [
-      "a match that is not known",
+      "reports a drop with an unknown match",
       chain("in", "input", "accept", 'osf name "Linux" drop'),
       [/^nft inet mine in may drop/],
     ],
     [
-      "a map with a verdict for all others, wherever it stands",
+      "evaluates a map's default verdict last, wherever it is",
       chain("in", "input", "accept", "tcp dport vmap { * : accept, 10250 : drop }"),
       [/drops 10250\/tcp from .*, and everything from 10\.42/],
     ],
     ...["", " with tcp reset", " with icmp host-prohibited", " with icmp type host-prohibited"].map(
       (how): [string, string, RegExp[]] => [
-        `reject${how}, whatever is answered`,
+        `reports a reject, whatever its answer: reject${how}`,
         chain("in", "input", "accept", `meta l4proto tcp tcp dport 10250 reject${how}`),
         [/drops 10250\/tcp from/],
       ],
     ),
-    ["a table that is dormant", chain("in", "input", "drop").replace("{\n", "{\n\tflags dormant\n"), []],
-    ["a map that is not shown", chain("in", "input", "accept", "tcp dport vmap @gone"), [/may drop 6443/]],
-    ["a chain of another family", chain("in", "input", "drop").replace("inet", "ip6"), []],
+    ["ignores a dormant table", chain("in", "input", "drop").replace("{\n", "{\n\tflags dormant\n"), []],
     [
-      "two tables: each must let it through",
+      "reports a map whose content is unknown",
+      chain("in", "input", "accept", "tcp dport vmap @gone"),
+      [/may drop 6443/],
+    ],
+    ["ignores a chain of another family", chain("in", "input", "drop").replace("inet", "ip6"), []],
+    [
+      "requires that each of two tables accepts a packet",
       `${chain("in", "input", "accept", "accept")}\n${chain("in", "input", "drop").replace("inet mine", "ip later")}`,
       [/^nft ip later in drops/],
     ],
     [
-      "ingress of the card",
+      "reports a drop at the card's ingress hook",
       'table netdev n {\n\tchain i {\n\t\ttype filter hook ingress device "eth0" priority 0; policy accept;\n\t\tudp dport 51820 drop\n\t}\n}',
       [/^nft netdev n i drops 51820\/udp/],
       /remove it/,
@@ -212,12 +216,12 @@ describe("rules are judged in their order, up to the first that decides", () => 
     ...iptables.map(([name, text, ...rest]): Case => [name, { ...BOX, iptables: text }, ...rest]),
     ...nft.map(([name, ruleset, ...rest]): Case => [name, { ...BOX, ruleset }, ...rest]),
     [
-      "iptables-legacy, whose rules nft does not show",
+      "reports rules of iptables-legacy, which nft does not list",
       { ...BOX, "iptables-legacy": filter("ACCEPT", REJECT), iploaded: "filter\n" },
       [/^iptables-legacy INPUT drops/],
     ],
     [
-      "a chain that nft has added to a table of iptables', which leaves it out (iptables 1.8.9)",
+      "reports a chain that nft has added to a table of iptables, which iptables 1.8.9 does not list",
       {
         ...BOX,
         iptables: "*raw\n:PREROUTING ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\nCOMMIT\n",
@@ -228,14 +232,18 @@ describe("rules are judged in their order, up to the first that decides", () => 
       /no rule can be placed before that one/,
     ],
     [
-      "legacy tables that nothing shows",
+      "reports legacy tables that no installed program lists",
       { ...BOX, iploaded: "filter\n" },
       [/^iptables-legacy has rules here that nothing shows: install iptables$/],
     ],
-    ["more rules than are read", { ...BOX, ruleset: " ".repeat(300_000) }, [/more rules here than are read/]],
+    [
+      "reports that there are too many rules to read",
+      { ...BOX, ruleset: " ".repeat(300_000) },
+      [/more rules here than are read/],
+    ],
   ];
   for (const [name, facts, says, refused] of cases)
-    test(`: ${name}`, () => {
+    test(name, () => {
       const said = blocked(facts);
       assert.equal(said.length, says.length, said.join("\n"));
       for (const one of says)
@@ -255,7 +263,7 @@ describe("rules are judged in their order, up to the first that decides", () => 
     });
 });
 
-describe("what a rule says of a packet is known for each match", () => {
+describe("the verdict of a rule for a packet", () => {
   /** From node A to port 6443 of a box whose card is eth0; a stranger's has no address. */
   const node: Packet = {
     ...{ hook: "input", family: "ip", iif: "eth0", oif: "", from: A },
@@ -275,62 +283,62 @@ describe("what a rule says of a packet is known for each match", () => {
     return met.some(drops)
       ? "drops"
       : met.flat().every(({ verdict }) => verdict === "accept")
-        ? "lets"
+        ? "accepts"
         : "may drop";
   };
   const iptablesCases: [rule: string, says: string][] = [
-    ["-o eth0", "lets node, lets pod"],
-    ["-o flannel-wg", "lets node, drops pod"],
-    ["-p tcp -m multiport --ports 22,443", "may drop node, lets udp"],
-    ["-m conntrack --ctstatus DNAT", "lets node"],
+    ["-o eth0", "accepts node, accepts pod"],
+    ["-o flannel-wg", "accepts node, drops pod"],
+    ["-p tcp -m multiport --ports 22,443", "may drop node, accepts udp"],
+    ["-m conntrack --ctstatus DNAT", "accepts node"],
     ["-m conntrack --ctstatus CONFIRMED", "may drop node"],
     ["-m addrtype --src-type UNICAST", "drops node"],
-    ["-m addrtype --dst-type LOCAL", "drops node, lets pod"],
-    ["-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN", "drops node, lets udp"],
-    ["-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK NONE", "lets node"],
-    ["-p tcp -m tcp ! --syn", "lets node"],
-    ["-m iprange --src-range 198.51.100.1-198.51.100.20", "drops node, lets stranger"],
-    ["-s 198.51.100.0/255.255.255.0", "drops node, lets stranger"],
+    ["-m addrtype --dst-type LOCAL", "drops node, accepts pod"],
+    ["-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN", "drops node, accepts udp"],
+    ["-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK NONE", "accepts node"],
+    ["-p tcp -m tcp ! --syn", "accepts node"],
+    ["-m iprange --src-range 198.51.100.1-198.51.100.20", "drops node, accepts stranger"],
+    ["-s 198.51.100.0/255.255.255.0", "drops node, accepts stranger"],
     ["-s 196.0.0.0/6", "drops node, may drop stranger"],
     ["-s 0.0.0.0/0", "drops node, drops stranger"],
     ["-d 192.168.0.0/24", "drops node, may drop several addresses"],
     ["-d 192.168.0.0/16", "drops several addresses"],
     ["-p tcp -m tcp --sport 1024:65535", "drops node, drops stranger"],
-    ["-p tcp -m tcp --sport 1:1023", "lets node, may drop stranger"],
+    ["-p tcp -m tcp --sport 1:1023", "accepts node, may drop stranger"],
     ["-p tcp -m tcp --sport 1024:", "drops node"],
     ["-p tcp -m tcp --dport 6000:", "drops node"],
     ["-p tcp -m tcp --dport what", "may drop node"],
-    ["-i eth1", "lets node, may drop unknown card"],
-    ["-i cni+", "lets node, drops pod, lets unknown card"],
+    ["-i eth1", "accepts node, may drop unknown card"],
+    ["-i cni+", "accepts node, drops pod, accepts unknown card"],
   ];
   const each = (says: string) =>
     says.split(", ").map((one) => {
-      const [, verdict = "", whose = ""] = /^(drops|lets|may drop) (.*)$/.exec(one) ?? [];
+      const [, verdict = "", whose = ""] = /^(drops|accepts|may drop) (.*)$/.exec(one) ?? [];
       return { one, verdict, whose };
     });
   for (const [rule, says] of iptablesCases)
     for (const { one, verdict, whose } of each(says))
-      test(`-A INPUT ${rule} -j DROP: ${one}`, () => {
+      test(`is known for each match of iptables: -A INPUT ${rule} -j DROP ${one}`, () => {
         const text = filter("ACCEPT", ...["INPUT", "FORWARD"].map((name) => `${name} ${rule} -j DROP`));
         assert.equal(judged(iptables(text, "iptables"), whose), verdict);
       });
   const nftCases: [rule: string, says: string][] = [
-    ["ip6 saddr fd00::/8", "lets node, lets v6"],
-    ["ip6 saddr ::/0", "lets node, drops v6"],
-    ["ip6 daddr fd00::1", "lets node, may drop v6"],
-    ["ip protocol tcp", "drops node, lets udp, lets v6"],
-    ["ip6 nexthdr tcp", "lets node, drops v6"],
-    ["meta protocol ip6", "lets node, drops v6"],
-    ["meta pkttype broadcast", "lets node"],
+    ["ip6 saddr fd00::/8", "accepts node, accepts v6"],
+    ["ip6 saddr ::/0", "accepts node, drops v6"],
+    ["ip6 daddr fd00::1", "accepts node, may drop v6"],
+    ["ip protocol tcp", "drops node, accepts udp, accepts v6"],
+    ["ip6 nexthdr tcp", "accepts node, drops v6"],
+    ["meta protocol ip6", "accepts node, drops v6"],
+    ["meta pkttype broadcast", "accepts node"],
     ["meta pkttype host", "drops node"],
-    ['oifname "flannel-wg"', "lets node, drops pod"],
-    ["th dport 6443", "drops node, lets udp"],
-    ["tcp sport 1024-65535", "drops node, lets udp"],
-    ["udp sport 53", "lets node, lets udp"],
-    ["tcp flags syn", "drops node, lets udp"],
-    ["tcp flags syn / fin,syn,rst,ack", "drops node, lets udp"],
-    ["tcp flags != syn / fin,syn,rst,ack", "lets node"],
-    ["ct status dnat", "lets node"],
+    ['oifname "flannel-wg"', "accepts node, drops pod"],
+    ["th dport 6443", "drops node, accepts udp"],
+    ["tcp sport 1024-65535", "drops node, accepts udp"],
+    ["udp sport 53", "accepts node, accepts udp"],
+    ["tcp flags syn", "drops node, accepts udp"],
+    ["tcp flags syn / fin,syn,rst,ack", "drops node, accepts udp"],
+    ["tcp flags != syn / fin,syn,rst,ack", "accepts node"],
+    ["ct status dnat", "accepts node"],
     ["ct status confirmed", "may drop node"],
     ["ct direction original", "drops node"],
     ["ct state established,new", "drops node"],
@@ -344,7 +352,7 @@ describe("what a rule says of a packet is known for each match", () => {
   ];
   for (const [rule, says] of nftCases)
     for (const { one, verdict, whose } of each(says))
-      test(`${rule} drop: ${one}`, () => {
+      test(`is known for each match of nft: ${rule} drop ${one}`, () => {
         const text = ["input", "forward"]
           .map((hook) => chain(hook, hook, "accept", `${rule} drop`))
           .join("\n");
@@ -352,7 +360,7 @@ describe("what a rule says of a packet is known for each match", () => {
       });
 });
 
-test("networks of both families are each let in by themselves, wherever that is", () => {
+test("every firewall allows IPv4 and IPv6 networks in separate rules", () => {
   const ranges = ["10.42.0.0/16,fd42::/56", "10.43.0.0/16,fd43::/112"] as const;
   for (const facts of [recorded("firewalld-fresh"), recorded("ufw-fresh"), { ...BOX, ruleset: "" }]) {
     const plan = firewall
@@ -368,7 +376,7 @@ test("networks of both families are each let in by themselves, wherever that is"
 describe("firewalld", () => {
   const fresh = recorded("firewalld-fresh");
   const done = recorded("firewalld-fresh-done");
-  test("as it comes blocks the nodes and the pods, and says so", () => {
+  test("in its default configuration is reported to block nodes and pods, and is opened for them", () => {
     assert.match(
       blocked(fresh)[0] ?? "",
       /^firewalld drops 6443\/tcp, 10250\/tcp, 51820\/udp from .*, and everything from 10\.42\.0\.0\/16 \(reject/,
@@ -382,11 +390,11 @@ describe("firewalld", () => {
     assert.equal(commands.length, kinds.length);
     for (const [i, kind] of kinds.entries()) assert.match(commands[i] ?? "", kind);
   });
-  test("with all of it is left alone", () => {
+  test("with all rules needs no change", () => {
     assert.deepEqual(blocked(done), []);
     assert.deepEqual(firewallPlan(done), []);
   });
-  test("that only forgets at the next start is put right", () => {
+  test("whose permanent rules are missing gets them", () => {
     const commands = shOf({ ...done, "rules--permanent": "" });
     assert.equal(commands.length, 1);
     assert.match(
@@ -394,13 +402,13 @@ describe("firewalld", () => {
       /^firewall-cmd -q --permanent --zone=public( '--add-rich-rule=rule [^']*'){6}$/,
     );
   });
-  test("loses a node that has left, and keeps rules that are not ours", () => {
+  test("loses the rules of a removed node, and keeps rules of others", () => {
     const commands = shOf({ ...done, rules: `${done.rules}public rule service name="dns" accept\n` }, [A]);
     assert.equal(commands.length, 2);
     for (const command of commands)
       assert.match(command, new RegExp(`--zone=public( '--remove-rich-rule=rule [^']*"${B}"[^']*'){3}$`));
   });
-  test("has ours before a rule that denies, and in each zone; who is let in by a service or a range is shut out", () => {
+  test("gets our rules before those that deny, and in each zone, and closes ports that a service or a range opens to everybody", () => {
     const many = recorded("firewalld-many");
     assert.match(blocked(many).join("\n"), /firewalld drops .*\(meta nfproto ipv4 tcp dport 10250 drop\)/);
     const commands = shOf(many);
@@ -415,14 +423,14 @@ describe("firewalld", () => {
       /open to everybody: .*by firewalld: tcp dport 6443 accept.* install nftables/,
     );
   });
-  test("before 0.7 has no order among its rules", () =>
+  test("before 0.7 gets rules without a priority", () =>
     assert.match(shOf({ ...fresh, "firewalld-version": "0.6.3\n" })[0] ?? "", /-rule=rule family=/));
 });
 
 describe("ufw", () => {
   const many = recorded("ufw-many");
   const rules = (facts: Facts) => shOf(facts).filter((line) => line.includes("ufw"));
-  test("as it comes blocks the nodes and the pods, and says so", () => {
+  test("in its default configuration is reported to block nodes and pods, and is opened for them", () => {
     const fresh = recorded("ufw-fresh");
     assert.match(
       blocked(fresh)[0] ?? "",
@@ -435,12 +443,12 @@ describe("ufw", () => {
     );
     assert.deepEqual(whys(fresh), ["ufw"]);
   });
-  test("with all of it is left alone", () => {
+  test("with all rules needs no change", () => {
     const done = recorded("ufw-fresh-done");
     assert.deepEqual(blocked(done), []);
     assert.deepEqual(firewallPlan(done), []);
   });
-  test("in whatever words it lets everybody in, they are shut out, and no rule of the user's goes", () => {
+  test("that opens a port to everybody, in any notation, has it closed without deleting a rule of the user", () => {
     assert.deepEqual(whys(many), ["ufw", "nft"]);
     assert.doesNotMatch(rules(many).join("\n"), /delete/);
     assert.deepEqual(blocked(recorded("ufw-many-done")), []);
@@ -459,7 +467,7 @@ describe("ufw", () => {
       },
     );
   });
-  test("with a deny before ours, ours go to the front", () => {
+  test("with a deny rule before ours has ours moved to the front", () => {
     const done = recorded("ufw-fresh-done");
     const facts = {
       ...done,
@@ -473,7 +481,7 @@ describe("ufw", () => {
     assert.match(rules(facts).join("\n"), /^ufw --force delete allow from [\s\S]*^ufw insert 1 allow from /m);
     assert.equal(rules(facts).length, 20);
   });
-  test("with a drop in its own before.rules is refused: no rule can be placed before that one", () => {
+  test("with a drop in before.rules is refused, because no rule can be placed before it", () => {
     const facts = {
       ...many,
       iptables:
@@ -487,7 +495,7 @@ describe("ufw", () => {
       /ufw drops 51820\/udp from .*\(-A ufw-before-input -p udp -j DROP\), and no rule can be placed/,
     );
   });
-  test("loses who has left", () =>
+  test("loses the rules of a removed node", () =>
     assert.equal(
       rules(recorded("ufw-fresh-done")).length +
         shOf(recorded("ufw-fresh-done"), [A]).filter((line) =>
@@ -495,14 +503,14 @@ describe("ufw", () => {
         ).length,
       3,
     ));
-  test("that is not active is not asked", () =>
+  test("that is not active is not changed", () =>
     assert.deepEqual(whys({ ...BOX, ufw: "Status: inactive\n" }), ["nft"]));
 });
 
 describe("nft", () => {
   const OURS = `table inet k3s_across_clouds {\n\tset nodes {\n\t\ttype ipv4_addr\n\t\telements = { ${A}, ${B} }\n\t}\n\n\tchain input {\n\t\ttype filter hook input priority -5; policy accept;\n\t\tiifname { "lo", "cni0", "flannel.1", "flannel-wg" } accept\n\t\tip saddr @nodes tcp dport { 6443, 10250 } accept\n\t\tip saddr @nodes udp dport 51820 accept\n\t\ttcp dport { 6443, 10248-10259 } drop\n\t\tudp dport { 8472, 51820-51821 } drop\n\t}\n}`;
 
-  test("is looked at without nat and k3s's own chains: kube-proxy's thousands of rules do not travel", () => {
+  test("is read without nat and k3s's own chains, so that kube-proxy's thousands of rules are not transferred", () => {
     const services = "\tchain KUBE-SVC-X {\n\t\tip daddr 10.43.0.1 jump KUBE-SEP-Y\n\t}\n";
     const mine = chain("in", "input", "drop", "tcp dport 22 accept");
     const other = `table ip nat {\n\tchain x {\n\t\tjump KUBE-SERVICES\n\t}\n}\ntable ip filter {\n${services}\tchain INPUT {\n\t\tjump KUBE-SVC-X\n\t}\n${services}}\ntable ip kube-proxy {\n\tchain y {\n\t}\n}\n`;
@@ -527,31 +535,30 @@ describe("nft", () => {
     booted: "enabled\nactive\n",
     ruleset: OURS,
   });
-  test("with the script, its unit and its table is left alone", () => {
+  test("with the script, its unit and its table needs no change", () => {
     assert.deepEqual(blocked(written()), []);
     assert.deepEqual(firewallPlan(written()), []);
   });
   const changed: [name: string, over: Facts][] = [
     ["the table is gone", { ruleset: "" }],
     ["the unit is not enabled", { booted: "disabled\nactive\n" }],
-    ["the script is of other nodes", { script: scriptText([A]) }],
-    ["somebody's chain drops", { ruleset: `${OURS}\n${chain("in", "input", "drop")}` }],
-    ["somebody's REJECT came before ours", { iptables: filter("ACCEPT", "INPUT -j REJECT") }],
+    ["the script allows other nodes", { script: scriptText([A]) }],
+    ["another chain drops packets", { ruleset: `${OURS}\n${chain("in", "input", "drop")}` }],
+    ["another REJECT was added before our rules", { iptables: filter("ACCEPT", "INPUT -j REJECT") }],
   ];
   for (const [name, over] of changed)
-    test(`is set up again where ${name}`, () =>
-      assert.equal(firewallPlan({ ...written(), ...over }).length, 1));
+    test(`is set up again if ${name}`, () => assert.equal(firewallPlan({ ...written(), ...over }).length, 1));
 
-  test("is refused where nft is missing", () => assert.throws(() => firewallPlan({}), /install nftables/));
+  test("is refused if nft is not installed", () => assert.throws(() => firewallPlan({}), /install nftables/));
 });
 
-describe("a declared firewall", () => {
+describe("FIREWALL", () => {
   const facts = { nodes: "", ...BOX };
-  test("is nothing without FIREWALL, and then not even looked at", () => {
+  test("changes nothing if it is not set, and then the firewall is not even examined", () => {
     assert.deepEqual(firewall.firewall.look(wanted()), []);
     assert.deepEqual(firewall.firewall.plan(wanted(), facts), []);
   });
-  test("lets in whom the settings name, this box and the cluster's nodes, less who goes", () => {
+  test("allows the addresses in it, this box and the cluster's nodes, except removed ones", () => {
     const nodes = JSON.stringify({
       kind: "List",
       items: [A, "203.0.113.9"].map((address) => ({
@@ -566,7 +573,7 @@ describe("a declared firewall", () => {
   });
 });
 
-describe("what is left of it", () => {
+describe("a look for remaining firewall rules", () => {
   const zones = (rules: string, sources: string) =>
     `printf 'public (active)\\n  sources: 192.0.2.0/24\\n  rich rules: \\n\\t${rules}\\n\\ntrusted\\n  sources: ${sources}\\n'`;
   const firewalld = (rules: string, sources = "") =>
@@ -574,16 +581,24 @@ describe("what is left of it", () => {
   const ours = (port: number, priority = "") =>
     `rule ${priority}family="ipv4" source address="198.51.100.11" port port="${port}" protocol="tcp" accept`;
   const cases: [name: string, programs: Record<string, string>, left: boolean][] = [
-    ["a rule of firewalld's is seen", { "firewall-cmd": firewalld(ours(6443, 'priority="-1000" ')) }, true],
-    ["and one of before", { "firewall-cmd": firewalld(ours(6443)) }, true],
-    ["and a source that it trusts", { "firewall-cmd": firewalld("", "192.0.2.7 10.43.0.0/16") }, true],
-    ["but nobody else's rules", { "firewall-cmd": firewalld(ours(22), "10.42.0.0/24") }, false],
     [
-      "a rule of ufw's is seen",
+      "finds a rule of ours in firewalld",
+      { "firewall-cmd": firewalld(ours(6443, 'priority="-1000" ')) },
+      true,
+    ],
+    ["finds a rule of an earlier version in firewalld", { "firewall-cmd": firewalld(ours(6443)) }, true],
+    [
+      "finds a trusted source of ours in firewalld",
+      { "firewall-cmd": firewalld("", "192.0.2.7 10.43.0.0/16") },
+      true,
+    ],
+    ["ignores other rules in firewalld", { "firewall-cmd": firewalld(ours(22), "10.42.0.0/24") }, false],
+    [
+      "finds a rule of ours in ufw",
       { ufw: `echo "ufw allow from 10.42.0.0/16 comment 'k3s-across-clouds'"` },
       true,
     ],
-    ["but nobody else's", { ufw: `echo "ufw allow 22/tcp comment 'ssh'"` }, false],
+    ["ignores other rules in ufw", { ufw: `echo "ufw allow 22/tcp comment 'ssh'"` }, false],
   ];
   for (const [name, own, left] of cases)
     test(name, () => {

@@ -10,7 +10,7 @@ import { prepareAs } from "../scripts/agent.ts";
 import { serverSteps } from "../scripts/server.ts";
 import { type Facts, MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
-/** The message with which a box is refused before anything is done; nothing: it is not. */
+/** The message with which a box is refused before any change; empty: it is not refused. */
 function refused(
   role: Role,
   facts: Facts,
@@ -32,7 +32,7 @@ function refused(
 
 const FACT = 'fact() { printf "fact %s\\n" "$1"; }\n';
 
-describe("a port that k3s needs, and something else has", () => {
+describe("a port that k3s needs and another process uses", () => {
   const cases: [ports: string, role: Role, over: Partial<Settings>, message: RegExp | ""][] = [
     ["udp 51820 - wg0", "agent", {}, /^51820\/udp on this box, which k3s needs for WireGuard, is taken by its interface wg0: take that down, or .*wg set wg0 listen-port 51830/],
     ["udp 51820 - wg0", "server", { K3S_VERSION: OLD }, /51820\/udp .* interface wg0/],
@@ -48,13 +48,13 @@ describe("a port that k3s needs, and something else has", () => {
     ["", "server", {}, ""],
   ]; // biome-ignore format: a table
   for (const [ports, role, over, message] of cases)
-    test(`${JSON.stringify(ports)} is ${message ? "named before anything is done" : "no matter"} on a box that is to be ${role === "agent" ? "an agent" : "a server"}${over.SERVER_ARGS ? " with IPv6" : ""}`, () => {
+    test(`is ${message ? "refused before any change" : "accepted"} on a box that becomes ${role === "agent" ? "an agent" : "a server"}${over.SERVER_ARGS ? " with IPv6" : ""}: ${JSON.stringify(ports)}`, () => {
       const said = refused(role, { ports }, over);
       if (message) assert.match(said, message);
       else assert.equal(said, "");
     });
 
-  /** What the look says where ss, wg and ip say this, ss something else a second later, and processes are in these cgroups. */
+  /** What the look prints if ss, wg and ip print this, ss something else a second later, and processes are in these cgroups. */
   function seen(ss: string, wg: string, ip = "", cgroups: Record<string, string> = {}, later = ss): string {
     const dir = temporary();
     const print = (text: string) => (text ? `cat <<'END'\n${text}\nEND` : "exit 1");
@@ -73,28 +73,28 @@ describe("a port that k3s needs, and something else has", () => {
   const HEAD = "Netid State Recv-Q Send-Q Local Address:Port Peer Address:Port Process";
   const WG = "udp UNCONN 0 0 0.0.0.0:51820 0.0.0.0:*\nudp UNCONN 0 0 [::]:51820 [::]:*";
   const looks: [what: string, said: string, expected: string][] = [
-    ["the kernel's WireGuard", seen(`${HEAD}\n${WG}`, "wg0\t51820\nwg1\t51999"), "udp 51820 - wg0\n"],
-    ["the kernel's WireGuard without wg", seen(`${HEAD}\n${WG}`, "", "5: wg0: <POINTOPOINT> mtu 1420"), "udp 51820 - wg0\n"],
-    ["WireGuard of nobody", seen(`${HEAD}\n${WG}`, ""), "udp 51820 - \n"],
-    ["flannel's own", seen(`${HEAD}\n${WG}`, "flannel-wg\t51820"), ""],
-    ["old flannel's own", seen(`${HEAD}\n${WG}`, "flannel.1\t51820"), ""],
-    ["flannel's own without wg", seen(`${HEAD}\n${WG}`, "", "5: flannel-wg: <POINTOPOINT> mtu 1420"), ""],
+    ["that of the kernel's WireGuard", seen(`${HEAD}\n${WG}`, "wg0\t51820\nwg1\t51999"), "udp 51820 - wg0\n"],
+    ["that of the kernel's WireGuard, without wg", seen(`${HEAD}\n${WG}`, "", "5: wg0: <POINTOPOINT> mtu 1420"), "udp 51820 - wg0\n"],
+    ["a WireGuard port of an unknown interface", seen(`${HEAD}\n${WG}`, ""), "udp 51820 - \n"],
+    ["flannel's own, which is accepted", seen(`${HEAD}\n${WG}`, "flannel-wg\t51820"), ""],
+    ["old flannel's own, which is accepted", seen(`${HEAD}\n${WG}`, "flannel.1\t51820"), ""],
+    ["flannel's own, without wg, which is accepted", seen(`${HEAD}\n${WG}`, "", "5: flannel-wg: <POINTOPOINT> mtu 1420"), ""],
     [
-      "wireguard-go's, by its interface",
+      "that of wireguard-go, with its interface",
       seen(`${HEAD}\n${WG.split("\n")[0]} users:(("wireguard-go",pid=41,fd=9))`, "wg0\t51820", "", { 41: "0::/system.slice/wg.service" }),
       "udp 51820 - wg0\n",
     ],
     [
-      "a program's, as CentOS 7 shows it",
+      "that of a program, in the format of CentOS 7",
       seen(`tcp    LISTEN     0      128       *:6443                  *:*                   users:(("nginx",pid=12,fd=6),("nginx",pid=11,fd=6))`, "", "", { 12: "3:cpu:/\n1:name=systemd:/system.slice/nginx.service" }),
       "tcp 6443 12 nginx\n",
     ],
-    ["another address's", seen(`tcp LISTEN 0 5 127.0.0.1:10250 0.0.0.0:* users:(("my kubelet",pid=7,fd=3))`, "", "", { 7: "0::/user.slice" }), "tcp 10250 7 my kubelet\n"],
-    ["one that has ended since", seen(`tcp LISTEN 0 5 *:10250 *:* users:(("k3s-agent",pid=7,fd=3))`, "", "", {}, HEAD), ""],
-    ["one that ended while ss looked for its process, and was started again since", seen("tcp LISTEN 0 5 *:10250 *:*", "", "", { 8: "0::/system.slice/k3s-agent.service" }, `tcp LISTEN 0 5 *:10250 *:* users:(("k3s-agent",pid=8,fd=3))`), ""],
-    ["one of two that is still there", seen(`tcp LISTEN 0 5 *:6443 *:* users:(("x",pid=6,fd=3))\ntcp LISTEN 0 5 *:10250 *:*`, "", "", {}, `tcp LISTEN 0 5 *:6443 *:* users:(("x",pid=6,fd=3))`), "tcp 6443 6 x\n"],
+    ["one at another address", seen(`tcp LISTEN 0 5 127.0.0.1:10250 0.0.0.0:* users:(("my kubelet",pid=7,fd=3))`, "", "", { 7: "0::/user.slice" }), "tcp 10250 7 my kubelet\n"],
+    ["one whose process has ended since, which is accepted", seen(`tcp LISTEN 0 5 *:10250 *:* users:(("k3s-agent",pid=7,fd=3))`, "", "", {}, HEAD), ""],
+    ["one whose process ended while ss searched for it, and was restarted since, which is accepted", seen("tcp LISTEN 0 5 *:10250 *:*", "", "", { 8: "0::/system.slice/k3s-agent.service" }, `tcp LISTEN 0 5 *:10250 *:* users:(("k3s-agent",pid=8,fd=3))`), ""],
+    ["the one of two that is still in use", seen(`tcp LISTEN 0 5 *:6443 *:* users:(("x",pid=6,fd=3))\ntcp LISTEN 0 5 *:10250 *:*`, "", "", {}, `tcp LISTEN 0 5 *:6443 *:* users:(("x",pid=6,fd=3))`), "tcp 6443 6 x\n"],
     [
-      "k3s's own, and another port",
+      "k3s's own and another port, which are accepted",
       seen(`tcp LISTEN 0 4096 *:6443 *:* users:(("k3s-server",pid=12,fd=6))\ntcp LISTEN 0 4096 *:10250 *:* users:(("k3s-agent",pid=13,fd=6))\ntcp LISTEN 0 4096 *:16443 *:* users:(("x",pid=14,fd=6))`, "", "", {
         12: "0::/system.slice/k3s.service",
         13: "1:name=systemd:/system.slice/k3s-agent.service/x",
@@ -103,10 +103,10 @@ describe("a port that k3s needs, and something else has", () => {
     ],
   ]; // biome-ignore format: a table
   for (const [what, said, expected] of looks)
-    test(`is looked for: ${what}`, () => assert.equal(said, `fact ports\n${expected}`));
+    test(`is detected: ${what}`, () => assert.equal(said, `fact ports\n${expected}`));
 });
 
-describe("a config file of somebody else's, which k3s reads too", () => {
+describe("a k3s config file that this project did not write", () => {
   const PATH = "/etc/rancher/k3s/config.yaml";
   const of = (text: string, path = PATH) => ({ configs: `${Buffer.from(text).toString("base64")} ${path}` });
   const cases: [text: string, role: Role, over: Partial<Settings>, message: RegExp | ""][] = [
@@ -133,14 +133,14 @@ describe("a config file of somebody else's, which k3s reads too", () => {
     ["# nothing", "server", {}, ""],
   ]; // biome-ignore format: a table
   for (const [text, role, over, message] of cases)
-    test(`${JSON.stringify(text)} ${message ? "is refused with its name before anything is done" : "is no matter"} for a ${role}${over.K3S_VERSION ? " that does not read it" : ""}`, () => {
+    test(`is ${message ? "refused with its name before any change" : "accepted"} on ${role === "agent" ? "an agent" : "a server"}${over.K3S_VERSION ? " that does not read it" : ""}: ${JSON.stringify(text)}`, () => {
       const said = refused(role, of(text), over);
       if (message) assert.match(said, message);
       else assert.equal(said, "");
       assert.doesNotMatch(said, /hunter2/);
     });
 
-  test("is looked for in both places, whatever it holds, and our own is left out", () => {
+  test("is read from both places, whatever it contains, except this project's own", () => {
     const dir = temporary();
     mkdirSync(join(dir, "config.yaml.d"));
     const files = { "config.yaml": "a: 1\nfact x\n", "config.yaml.d/b c.YML": "b: 'é'\n", "config.yaml.d/no.txt": "c: 1" };
@@ -159,7 +159,7 @@ describe("a config file of somebody else's, which k3s reads too", () => {
 
 describe("K3S_CONFIG", () => {
   const text = "disable: traefik\nkubelet-arg: max-pods=50";
-  test("with keys that only servers know is refused for an agent, which would end at them", () => {
+  test("with keys that only servers accept is refused for an agent, which would exit because of them", () => {
     assert.match(
       refused("agent", {}, { K3S_CONFIG: text, SERVER: "root@a1" }, SettingError),
       /^K3S_CONFIG of this box has disable: only servers know it, .*K3S_CONFIG__a1=…/,
@@ -173,14 +173,14 @@ describe("K3S_CONFIG", () => {
       assert.match(refused("agent", {}, { K3S_CONFIG: more }, SettingError), /only servers know it/, more);
   });
 
-  test("with such keys is a server's, and without them anybody's", () => {
+  test("is accepted with these keys for a server, and without them for both", () => {
     assert.equal(refused("server", {}, { K3S_CONFIG: text }), "");
     for (const role of ["server", "agent"] as const)
       assert.equal(refused(role, {}, { K3S_CONFIG: "kubelet-arg: max-pods=50\ndebug: true" }), "");
   });
 });
 
-test("A server whose token cannot be kept is refused before anything is done to it", () => {
+test("a server whose token cannot be written to the env file is refused before any change", () => {
   const token = (password: string) => ({ token: `K10${"ab".repeat(32)}::server:${password}\n` });
   for (const password of ["changeme!", "a:b", "x y"]) assert.equal(refused("server", token(password)), "");
   for (const password of ["#'\"`", "x ", ""])
@@ -191,5 +191,5 @@ test("A server whose token cannot be kept is refused before anything is done to 
   assert.equal(refused("agent", token("x ")), "");
 });
 
-test("A box with nothing foreign has nothing to do for it", () =>
+test("a box without other programs and config files needs no change for them", () =>
   assert.deepEqual(foreignFirst("server").plan(wanted(), prepared(MODERN)), []));

@@ -16,18 +16,18 @@ const TOOLS = "wireguard-tools";
 
 const EL7 = `--enablerepo=epel ${TOOLS}`;
 
-/** A box of a distro: what its look says of package managers, its C library and its kernel. */
+/** A box of a distribution: what its look prints about package managers, the C library and the kernel. */
 interface Distro {
-  /** Programs that are there and count, in the order in which the look names them. */
+  /** Package managers that are installed, in the order in which the look prints them. */
   has: string;
   manager: Manager;
   glibc?: number;
   kernel: string;
-  /** The package of that kernel, where the distro has its modules in two. */
+  /** The package of that kernel, if the distribution has its modules in two packages. */
   split?: string;
-  /** What is asked for where only the tools are missing: release packages, lists, packages. */
+  /** What is installed if only the tools are missing: release packages, repositories, packages. */
   tools: string;
-  /** The same where the kernel lacks its module too; or what the user is told. */
+  /** The same if the kernel lacks its module too; or the error. */
   module: string | RegExp;
 }
 
@@ -139,7 +139,7 @@ const refused = (over: Facts, pattern: RegExp, want = {}) =>
     () => plan(over, want),
     (e: Error) => e instanceof Refusal && pattern.test(e.message),
   );
-/** What the look of such a box says. */
+/** What the look of such a box prints. */
 const box = (name: string, { has, glibc, kernel, split }: Distro): Facts => ({
   os: fixture(`os-release/${name}`),
   managers: paths(has),
@@ -148,7 +148,7 @@ const box = (name: string, { has, glibc, kernel, split }: Distro): Facts => ({
   split: split ? `${split}\n` : "",
 });
 
-/** What the package manager would be asked to install, in order: the script runs with functions in its place. */
+/** What the package manager would install, in order: the script runs with functions in its place. */
 function installs(manager: Manager, script: string): string {
   const asked = `for word; do case $word in list) return 1 ;; install | add | -S) found=1 ;; --enablerepo=*) echo "$word" ;; -*) ;; *) [ -z "\${found-}" ] || printf '%s\\n' "$word" ;; esac; done; found=`;
   const fakes = ["apt-get", "yum", "dnf", "zypper", "apk", "pacman"].map(
@@ -174,7 +174,7 @@ describe("WireGuard", () => {
       assert.equal(osOf(os).manager, manager);
       assert.equal(installs(manager, plan({ ...os, tool: "" })[0]?.sh ?? ""), tools);
     });
-    test(`in kernel ${kernel} of ${name} that lacks its module ${module instanceof RegExp ? "needs another kernel, and that is said" : "comes with it"}`, () => {
+    test(`for kernel ${kernel} of ${name} without the module ${module instanceof RegExp ? "is refused, with advice on another kernel" : "is installed with the module"}`, () => {
       if (module instanceof RegExp) {
         refused(lacking, module);
         refused(lacking, new RegExp(`Kernel ${kernel.replaceAll(".", "\\.")} has no WireGuard`));
@@ -184,7 +184,7 @@ describe("WireGuard", () => {
     });
   }
 
-  test("has a row here for each distro of the fixtures, but for those whose packages are not installed so", () => {
+  test("is tested for each distribution in the fixtures, except those without a package manager", () => {
     const all = readdirSync(join(import.meta.dirname, "fixtures/os-release"));
     assert.deepEqual(
       all.filter((name) => !(name in DISTROS)),
@@ -193,11 +193,15 @@ describe("WireGuard", () => {
   });
 
   const cases: [name: string, over: Facts, kinds: string[]][] = [
-    ["that is here and loaded is left alone", {}, []],
-    ["that is here and was never used is only proven", { loaded: "" }, ["prove"]],
-    ["whose package was cut is installed to its end", { half: "half-configured" }, ["install", "prove"]],
-    ["whose proof was cut is proven again, which clears it up", { probe: "yes" }, ["prove"]],
-    ["that lacks its tools gets them, and is proven", { tool: "" }, ["install", "prove"]],
+    ["that is installed and loaded needs no change", {}, []],
+    ["that is installed but was never used is only tested", { loaded: "" }, ["prove"]],
+    [
+      "whose installation was interrupted is installed again",
+      { half: "half-configured" },
+      ["install", "prove"],
+    ],
+    ["whose test was interrupted is tested again, which cleans up", { probe: "yes" }, ["prove"]],
+    ["without its tools gets them, and is tested", { tool: "" }, ["install", "prove"]],
   ];
   for (const [name, over, kinds] of cases)
     test(name, () =>
@@ -208,10 +212,10 @@ describe("WireGuard", () => {
     );
 
   const outside = { module: "", userspace: "/usr/bin/wireguard-go\n", loaded: "" };
-  test("outside the kernel, wireguard-go's, will do for old k3s", () =>
+  test("of wireguard-go is sufficient for old k3s", () =>
     assert.deepEqual(plan(outside, { K3S_VERSION: OLD }), []));
   for (const version of [MODERN, "v1.26.15+k3s1", "v1.36.3+k3s1"])
-    test(`outside the kernel is none for ${version}, which asks the kernel: that is said before anything is done`, () => {
+    test(`of wireguard-go is refused before any change for ${version}, which needs the kernel's`, () => {
       refused(outside, /wireguard-go is here, but k3s v1\.\S+ asks the kernel alone/, {
         K3S_VERSION: version,
       });
@@ -222,7 +226,7 @@ describe("WireGuard", () => {
       );
     });
 
-  test("comes from the mirrors that are set", () => {
+  test("is downloaded from the mirrors that are set", () => {
     const want = { ELREPO_URL: "https://m.example/elrepo", EPEL_URL: "https://m.example/epel" };
     const of = (name: string) =>
       plan({ ...box(name, DISTROS[name] as Distro), tool: "", module: "", loaded: "" }, want)[0]?.sh ?? "";
@@ -233,7 +237,7 @@ describe("WireGuard", () => {
     for (const text of [of("rocky-8"), el7]) assert.doesNotMatch(text, /fedoraproject|www\.elrepo/);
   });
 
-  test("of CentOS 7 asks no list but EPEL's, and names the vault where even that fails", () => {
+  test("of CentOS 7 uses only EPEL's repository, and the error names the vault if that fails", () => {
     const sh = plan({ ...box("centos-7", DISTROS["centos-7"] as Distro), tool: "" })[0]?.sh ?? "";
     assert.match(sh, /yum -y .* install '--disablerepo=\*' --enablerepo=epel /);
     const fakes = { yum: "echo 'Cannot find a valid baseurl for repo: base/7/x86_64'; exit 1", rpm: ":" };
@@ -243,8 +247,16 @@ describe("WireGuard", () => {
   });
 
   for (const [name, os, pattern] of [
-    ["a distro of no package manager of ours", { os: fixture("os-release/nixos-24.05") }, /by hand/],
-    ["no os-release", { os: "" }, /has none of apt-get.*install wireguard-tools there by hand/],
+    [
+      "a distribution without a supported package manager",
+      { os: fixture("os-release/nixos-24.05") },
+      /by hand/,
+    ],
+    [
+      "a distribution without os-release",
+      { os: "" },
+      /has none of apt-get.*install wireguard-tools there by hand/,
+    ],
     [
       "a transactional system",
       {
@@ -255,7 +267,7 @@ describe("WireGuard", () => {
       /MicroOS is read-only.*lacks wireguard-tools: transactional-update pkg install wireguard-tools, restart it/,
     ],
     [
-      "an image of ostree's",
+      "an ostree system",
       {
         os: fixture("os-release/fedora-coreos-41"),
         managers: paths("dnf"),
@@ -264,19 +276,19 @@ describe("WireGuard", () => {
       /CoreOS.*rpm-ostree install wireguard-tools, restart it/,
     ],
     [
-      "any other read-only /usr",
+      "another system with a read-only /usr",
       { os: fixture("os-release/debian-12"), managers: paths("apt-get"), image: "none\n" },
       /is read-only, and this box lacks wireguard-tools: put it into its image/,
     ],
   ] as const)
-    test(`on ${name} is for the user to install, and that is said`, () => {
+    test(`on ${name} is refused with advice on how to install it`, () => {
       const facts = { managers: "", ...os };
       refused({ ...facts, tool: "" }, pattern);
-      assert.deepEqual(plan(facts), [], "and where it is installed, all is well");
+      assert.deepEqual(plan(facts), [], "if it is installed, it is accepted");
     });
 });
 
-describe("the proof", () => {
+describe("the test of WireGuard", () => {
   const prove = (ip: string, version = MODERN, go = "exit 1") => {
     const proof = plan({ loaded: "" }, { K3S_VERSION: version }).at(-1)?.sh ?? "";
     return shell(`set -eu\n${proof}`, ["sh", "-s"], {
@@ -284,12 +296,12 @@ describe("the proof", () => {
     });
   };
 
-  test("holds where an interface can be made, and leaves none", () => {
+  test("succeeds if an interface can be created, and removes it", () => {
     const { status, stdout } = prove('echo "$1 $2" >&2; [ "$2" != del ] || echo removed');
     assert.deepEqual({ status, stdout }, { status: 0, stdout: "removed\n" });
   });
 
-  test("by wireguard-go holds for old k3s alone: modern k3s asks the kernel", () => {
+  test("succeeds with wireguard-go only for old k3s, because modern k3s needs the kernel's", () => {
     const ip = '[ "$2" != add ]';
     assert.equal(prove(ip, OLD, ":").status, 0);
     const { status, stdout } = prove(ip, MODERN, ":");
@@ -297,15 +309,15 @@ describe("the proof", () => {
     assert.match(stdout, /Kernel .* can make no WireGuard interface/);
   });
 
-  test("fails where none can be made, whatever tools are there", () => {
+  test("fails if no interface can be created, even if the tools are installed", () => {
     const { status, stdout } = prove("exit 2");
     assert.equal(status, 1);
     assert.match(stdout, /Kernel .* can make no WireGuard interface/);
   });
 });
 
-describe("a list of packages that is gone", () => {
-  /** Runs the installation by an apt-get whose updates say these, one after the other, and then go well. */
+describe("a package repository that fails", () => {
+  /** Runs the installation with an apt-get whose updates print these errors, one after the other, and then succeed. */
   const updates = (installed: number, ...said: string[]) => {
     const fakes = said.map((text, i) => `${i + 1}) echo ${quote(text)} >&2; return 100 ;;`).join("\n");
     const text = `count=$(mktemp)
@@ -326,40 +338,40 @@ ${by("apt", ["curl"]).replaceAll("apt-get", "apt_get")}`;
     install({ id: "", like: [], major: 0, version: "", name: "", manager, image: undefined }, names);
   const GONE = "E: The repository 'https://gone.example stable Release' does not have a Release file.";
 
-  test("because another apt holds it is waited for", () => {
+  test("because another apt holds the lock is waited for", () => {
     const lock = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 77 (apt-get)";
     assert.match(updates(0, lock, lock).stdout, /^tries: +3$/m);
   });
 
-  test("keeps apt from installing nothing: what is asked for may be in the others", () => {
+  test("does not prevent an installation with apt, because the package may be in another one", () => {
     const { status, stdout } = updates(0, GONE);
     assert.equal(status, 0);
     assert.match(stdout, /^tries: +1$/m);
   });
 
-  test("is shown where apt's installation fails, whose status counts", () => {
+  test("is reported if the installation with apt fails, which returns its status", () => {
     const { status, stdout } = updates(100, GONE);
     assert.deepEqual([status, stdout.split("\n")[0]], [100, GONE]);
   });
 
-  /** The exit status of an installation whose programs end so. */
+  /** The exit status of an installation with this package manager. */
   const ends = (manager: Manager, script: string) =>
     shell(`set -eu\n${by(manager, ["curl"])}`, ["sh", "-s"], {
       PATH: programs(temporary(), { [manager]: script }),
     }).status;
 
-  test("keeps dnf, yum, zypper and pacman from installing nothing", () => {
+  test("does not prevent an installation with dnf, yum, zypper and pacman", () => {
     for (const manager of ["dnf", "yum"] as const)
       assert.equal(
         ends(manager, `case "$*" in *'--setopt=*.skip_if_unavailable=1'*) ;; *) exit 1 ;; esac`),
         0,
       );
-    // zypper's words for: installed, and a list was left out; a restart is due; itself was updated.
+    // zypper's statuses for: installed, but a repository was skipped; a reboot is needed; zypper itself was updated.
     for (const status of [0, 102, 103, 106]) assert.equal(ends("zypper", `exit ${status}`), 0);
     assert.equal(ends("pacman", 'case "$1" in -Sy) exit 1 ;; esac'), 0);
   });
 
-  test("hides no failure of theirs", () => {
+  test("does not hide a failed installation", () => {
     for (const manager of ["dnf", "yum", "pacman", "apk"] as const) assert.equal(ends(manager, "exit 1"), 1);
     for (const status of [1, 4, 8, 104]) assert.equal(ends("zypper", `exit ${status}`), 1);
   });

@@ -43,15 +43,15 @@ describe("the generation of a release", () => {
     ["v1.36.2+k3s1", undefined, "modern"],
   ];
   for (const [version, flags, generation] of cases)
-    test(`${version} whose help has ${flags?.replaceAll("\n", " and ") ?? "not been asked"} is ${generation ?? "not known yet"}`, () =>
+    test(`is ${generation ?? "not known yet"} for ${version} ${flags ? `whose help has ${flags.replaceAll("\n", " and ")}` : "without its help"}`, () =>
       assert.equal(generationOf(version, flags), generation));
 
-  test("of a K3S_BIN is that of its own version, whatever K3S_VERSION says", () => {
+  test("is that of the version of K3S_BIN if it is set, whatever K3S_VERSION is", () => {
     const want = wanted({ K3S_BIN: "./k3s", K3S_VERSION: MODERN });
     assert.deepEqual(releaseOf(want, prepared(OLD)), { version: OLD, generation: "old" });
   });
 
-  test("is not taken from the help of another release than the wanted one", () => {
+  test("is not determined by the help of another release than the requested one", () => {
     const want = wanted({ K3S_VERSION: "v1.24.17+k3s1" });
     assert.deepEqual(releaseOf(want, prepared("v1.25.3+k3s1", { flags: both })), {
       version: "v1.24.17+k3s1",
@@ -70,7 +70,7 @@ const MODES = ["iptables", "ipvs", "nftables"];
 describe("the arguments of k3s", () => {
   for (const { generation, help } of RELEASES)
     for (const role of ROLES)
-      test(`of a ${generation} ${role} are all flags that ${help} knows`, () => {
+      test(`of a ${generation} ${role} are all flags that ${help} accepts`, () => {
         const known = new Set(fixture(`k3s-${role}-help-${help}.txt`).match(/--[a-z][a-z-]*/g));
         for (const mode of MODES)
           for (const arg of argsOf(role, generation, wanted(), mode, "a1")) {
@@ -81,14 +81,14 @@ describe("the arguments of k3s", () => {
           }
       });
 
-  test("leave out what a generation does not have", () => {
+  test("contain no flags that a generation does not have", () => {
     const old = argsOf("server", "old", wanted(), "iptables", "a1").join(" ");
     const modern = argsOf("server", "modern", wanted(), "iptables", "a1").join(" ");
     assert.doesNotMatch(old, /native|flannel-external-ip/);
     assert.doesNotMatch(modern, /no-deploy|backend=wireguard(?!-native)/);
   });
 
-  test("of an agent do not repeat what only a server may say", () => {
+  test("of an agent contain no flags that only a server accepts", () => {
     for (const { generation } of RELEASES)
       assert.doesNotMatch(
         argsOf("agent", generation, wanted(), "ipvs", "a1").join(" "),
@@ -96,7 +96,7 @@ describe("the arguments of k3s", () => {
       );
   });
 
-  test("end with SERVER_ARGS or AGENT_ARGS, each word by itself", () => {
+  test("end with SERVER_ARGS or AGENT_ARGS, split into words", () => {
     const want = wanted({
       SERVER_ARGS: " --disable=traefik  --debug",
       AGENT_ARGS: "--node-label=a=b\t--docker",
@@ -118,15 +118,15 @@ describe("the unit", () => {
       const unit = (want: Settings, onCard: boolean, mode = "iptables") =>
         unitText(role, generation, argsOf(role, generation, want, mode, "a1"), onCard, IP);
 
-      test(`of a ${generation} ${role} is the one on record`, () =>
+      test(`of a ${generation} ${role} is the one in the fixtures`, () =>
         assert.equal(unit(wanted(), false, "ipvs"), fixture(`${unitOf(role)}-${generation}.service`)));
 
-      test(`of a ${generation} ${role} puts the public address on lo where no card has it, and only there`, () => {
+      test(`of a ${generation} ${role} adds the public address to lo only if no card has it`, () => {
         assert.match(unit(wanted(), false), new RegExp(`ExecStartPre=.*ip addr replace ${IP}/32 dev lo`));
         assert.doesNotMatch(unit(wanted(), true), /ip addr/);
       });
 
-      test(`of a ${generation} ${role} hands every argument to k3s as one word, % and $ as they are`, () => {
+      test(`of a ${generation} ${role} passes every argument to k3s as one word, with % and $ unchanged`, () => {
         const args = "--node-label=p=%h --kubelet-arg=x=$HOME,100%,${y} --node-label=z=a;b&c|d";
         const text = unit(wanted({ SERVER_ARGS: args, AGENT_ARGS: args }), true);
         const command = text.slice(text.indexOf("ExecStart=") + "ExecStart=".length).replaceAll("\\\n", " ");
@@ -149,7 +149,7 @@ describe("the unit", () => {
       });
     }
 
-  test("loads ip_vs for ipvs only", () => {
+  test("loads ip_vs only for ipvs", () => {
     const unit = (mode: string) =>
       unitText("agent", "old", argsOf("agent", "old", wanted(), mode, "a1"), true, IP);
     assert.match(unit("ipvs"), /modprobe -a ip_vs/);
@@ -218,7 +218,7 @@ describe("nodes and peers", () => {
     assert.equal(after?.version, OLD);
   });
 
-  test("have the mark of a draining, and whether it was done; another's word there is none", () => {
+  test("are read with the mark of a drain and whether it was completed, ignoring malformed marks", () => {
     const boot = "88e9fd3e-8477-40e7-aaf5-7b4c1351751a";
     for (const [mark, drained] of [
       [boot, { boot, done: false }],
@@ -239,7 +239,7 @@ describe("nodes and peers", () => {
     '{"items": [{}]}',
     '{"kind":"Status"}',
   ])
-    test(`are none where kubectl says ${JSON.stringify(text)}`, () => assert.deepEqual(nodesOf(text), []));
+    test(`are none if kubectl prints ${JSON.stringify(text)}`, () => assert.deepEqual(nodesOf(text), []));
 
   const dumps = {
     "v1.17.6 before": ["flannel.1", "before-annotation-v1.17.6"],
@@ -260,7 +260,7 @@ describe("nodes and peers", () => {
     "v1.36.3": [{ endpoint: "198.51.100.21:51820", allowedIps: ["10.42.0.0/24"], handshake: 1795447105 }],
   };
   for (const [name, [iface = "", file]] of Object.entries(dumps))
-    test(`are read from what wg said of ${name}, without the private key`, () => {
+    test(`are read from wg's output of ${name}, without the private key`, () => {
       const path = programs(temporary(), {
         wg: `[ "$2" = ${iface} ] && cat '${import.meta.dirname}/fixtures/wg-dump-${file}.txt'`,
       });
@@ -287,7 +287,7 @@ describe("a node's name", () => {
     ["--node-label=x--node-name=y", "b1.example"],
   ];
   for (const [args, name] of cases)
-    test(`with the arguments "${args}" is ${name}`, () =>
+    test(`is ${name} with the arguments "${args}"`, () =>
       assert.equal(nodeNameOf("agent", wanted({ AGENT_ARGS: args }), { hostname: "B1.Example\n" }), name));
 });
 
@@ -300,25 +300,25 @@ describe("a node is healthy", () => {
       ...over,
     });
   const cases: [name: string, over: Record<string, string>, problem: RegExp | undefined][] = [
-    ["when it is Ready, reports, and has its address and interface", {}, undefined],
+    ["if it is Ready, has reported, and has its address and interface", {}, undefined],
     ["only once it is registered", { nodes: nodes(B1) }, /a1 is not registered/],
-    ["only when it is Ready", { nodes: nodes({ ...A1, ready: false }) }, /not Ready/],
+    ["only if it is Ready", { nodes: nodes({ ...A1, ready: false }) }, /not Ready/],
     [
-      "only when it reported since its start: Ready outlives a dead kubelet",
+      "only if it has reported since its start, because it stays Ready for a while without a kubelet",
       { nodes: nodes({ ...A1, beat: NOW - 640 }) },
       /not reported/,
     ],
     [
-      "only when its ExternalIP is the public address",
+      "only if its ExternalIP is the public address",
       { nodes: nodes({ ...A1, external: "192.168.0.11" }) },
       /ExternalIP of a1 is 192.168.0.11, not 198/,
     ],
     [
-      "only when it has an ExternalIP",
+      "only if it has an ExternalIP",
       { nodes: nodes({ ...A1, external: "" }) },
       /ExternalIP of a1 is not set/,
     ],
-    ["only when its generation's interface is there", { interfaces: "lo\nflannel.1\n" }, /no flannel-wg/],
+    ["only if the interface of its generation exists", { interfaces: "lo\nflannel.1\n" }, /no flannel-wg/],
     [
       "only while its service runs",
       { service: "ActiveState=activating\nMainPID=0\nExecMainStartTimestampMonotonic=0\n" },
@@ -333,7 +333,7 @@ describe("a node is healthy", () => {
     });
 });
 
-describe("an API without a list of nodes", () => {
+describe("an API that returned no list of nodes", () => {
   const BUSY = `9.81 7.00 3.00 5/300 999\n2\nMemTotal:       2000000 kB\nMemAvailable:     40000 kB\nSwapTotal:      1000000 kB\nSwapFree:        100000 kB`;
   const IDLE =
     "0.50 0.40 0.30 1/300 999\n1\nMemTotal: 2000000 kB\nMemAvailable: 1500000 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB";
@@ -364,7 +364,7 @@ describe("an API without a list of nodes", () => {
     ],
   ];
   for (const [said, load, silent] of cases)
-    test(`is ${silent ? "silent" : "empty"}: ${said}`, () => {
+    test(`is ${silent ? "reported as not answering" : "treated as having no nodes"}: ${said}`, () => {
       const facts = { nodes: "", load, ...(said ? { api: said } : {}) };
       if (silent) assert.match(silence(facts) ?? "", silent);
       else assert.equal(silence(facts), undefined);
@@ -372,10 +372,10 @@ describe("an API without a list of nodes", () => {
       assert.equal(problems, silent ? "the API gave no list of nodes" : "node a1 is not registered");
     });
 
-  test("is not silent where the list came after all", () =>
+  test("is not reported if there is a list after all", () =>
     assert.equal(silence({ nodes: nodes(A1), api: "20 did not answer in 20 s" }), undefined));
 
-  test("counts the load by its cores, memory and swap; a busy box is not an overloaded one", () => {
+  test("is on an overloaded box only if the load per core, the memory or the swap exceeds a limit", () => {
     const idle = { average: 1.9, cores: 1, memory: 60, swap: 0 };
     assert.equal(overload(idle), undefined);
     assert.match(overload({ ...idle, average: 2.1 }) ?? "", /load 2\.1 on 1 core,/);
@@ -409,7 +409,7 @@ describe("an API without a list of nodes", () => {
     return look([{ look: () => [there] }], wanted(), { PATH });
   };
 
-  test("is told apart by what curl says: the answer, a status, a timeout, a refusal", () => {
+  test("is reported according to curl's result, which may be a list, a status, a timeout or a refused connection", () => {
     const list = nodes(A1, B1);
     const good = asked(`printf '%s\\n200' '${list}'; echo "$*" >&2`);
     assert.deepEqual(
@@ -423,7 +423,7 @@ describe("an API without a list of nodes", () => {
     assert.match(silence(starting) ?? "", /^the API does not answer: starting/);
   });
 
-  test("is asked by kubectl where curl is missing or cannot read the key, and on an agent", () => {
+  test("is queried with kubectl if curl is missing or cannot read the key, and on an agent without client keys", () => {
     const k3s = `echo '${nodes(A1)}'`;
     for (const curl of ["exit 58", "exit 127"])
       assert.equal(nodesOf(asked(curl, k3s).nodes)[0]?.name, "a1", curl);
@@ -432,7 +432,7 @@ describe("an API without a list of nodes", () => {
     assert.match(said.api ?? "", /deadline exceeded/);
   });
 
-  test("is asked on an agent by k3s-controller, then by the kubelet where that one may not, never by the admin", () => {
+  test("is queried on an agent as k3s-controller, then as the kubelet if that is not allowed, but never as the admin", () => {
     const as = (name: string) => `case $* in *client-${name}.crt*) printf '%s\\n200' '${nodes(A1)}' ;;
 *6444/api*) printf '%s\\n403' '{"message":"forbidden"}' ;; *) exit 7 ;; esac`;
     for (const name of ["k3s-controller", "kubelet"])
@@ -442,7 +442,7 @@ describe("an API without a list of nodes", () => {
     assert.match(silence(none) ?? "", /^the API does not answer: forbidden/);
   });
 
-  test("never has its key on a command line, and no proxy or .curlrc between", () => {
+  test("is queried with a key file, and without a proxy or .curlrc", () => {
     const said = asked(
       `printf '%s\\n200' "{\\"items\\":[{\\"metadata\\":{\\"name\\":\\"a1\\"}}],\\"args\\":\\"$*\\"}"`,
     );
@@ -453,7 +453,7 @@ describe("an API without a list of nodes", () => {
   });
 });
 
-describe("nodes shaped down on the box", () => {
+describe("a list of nodes that was reduced on the box", () => {
   const list = fixture("nodes-raw-v1.36.3.json");
   const shaped = (json: string, sed = "sed") => {
     const { stdout, stderr } = shell(
@@ -462,7 +462,7 @@ describe("nodes shaped down on the box", () => {
     assert.equal(stderr, "");
     return stdout;
   };
-  /** The list with something else in its second node. */
+  /** The list with other values in its second node. */
   const withStatus = (more: object) => {
     const parsed = JSON.parse(list);
     Object.assign(parsed.items[1].status, more);
@@ -474,11 +474,11 @@ describe("nodes shaped down on the box", () => {
   const cases: [what: string, json: string, most: number][] = [
     ["a list", list, list.length / 2],
     ["one node", JSON.stringify({ kind: "Node", apiVersion: "v1", ...JSON.parse(list).items[0] }), 3000],
-    ["images, however many", withStatus({ images: Array(50).fill({ names: [`a@${"b".repeat(200)}`] }) }), 6000],
+    ["many images", withStatus({ images: Array(50).fill({ names: [`a@${"b".repeat(200)}`] }) }), 6000],
     ["an image whose name looks like JSON", withStatus(images(nasty, "a}]", '"')), list.length / 2],
-    ["what else a node says that looks like JSON", withStatus({ nodeInfo: { ...nodeInfo, osImage: nasty } }), list.length],
+    ["another string of a node that looks like JSON", withStatus({ nodeInfo: { ...nodeInfo, osImage: nasty } }), list.length],
     ["a node's swap", withStatus({ nodeInfo: { ...nodeInfo, swap: { capacity: 1 } } }), list.length / 2],
-    ["what kubectl prints", JSON.stringify(JSON.parse(list), null, 4), Number.POSITIVE_INFINITY],
+    ["kubectl's output", JSON.stringify(JSON.parse(list), null, 4), Number.POSITIVE_INFINITY],
     ["a list without nodes", '{"kind":"NodeList","apiVersion":"v1","metadata":{},"items":[]}', 100],
   ]; // biome-ignore format: a table
   /** Lists of nodes with strings that look like JSON. */
@@ -543,13 +543,13 @@ describe("nodes shaped down on the box", () => {
   };
   const listOf = (items: unknown[]) =>
     JSON.stringify({ kind: "NodeList", apiVersion: "v1", metadata: {}, items });
-  test("are the same to the reader, whatever stands in their strings", () => {
+  test("is parsed like the complete list, whatever its strings contain", () => {
     const same = (items: unknown[]) =>
       assert.deepEqual(nodesOf(shaped(listOf(items))), nodesOf(listOf(items)));
     fc.assert(fc.property(lists(), same), { numRuns: 150 });
   });
 
-  /** What the shell that waits reads of them, and what the reader does. */
+  /** What the shell code that waits reads from a list, and what the parser does. */
   const waited = (json: string, awk = "awk") =>
     shell(
       `${NODES.replace("awk -v", `${awk} -v`)}\napiuser() { :; }\napi() { cat <<'EOF'\n${json}\nEOF\n}\nnodes`,
@@ -561,7 +561,7 @@ describe("nodes shaped down on the box", () => {
           `${name} ${ready ? "Ready" : "NotReady"}${cordoned ? ",SchedulingDisabled" : ""} boot=${boot ?? "-"} version=${version || "-"} beat=${heartbeat ? new Date(heartbeat * 1000).toISOString().replace(".000", "") : "-"} external-ip=${externalIp ?? "-"} public-ip=${publicIp ?? "-"} .\n`,
       )
       .join("");
-  test("are the same to what waits for them, whatever stands in their strings", () => {
+  test("is parsed by the shell code that waits like by nodesOf, whatever its strings contain", () => {
     const same = (items: unknown[]) => assert.equal(waited(listOf(items)), lines(listOf(items)));
     fc.assert(fc.property(lists(), same), { numRuns: 150 });
     const [a1, b1] = JSON.parse(list).items;
@@ -579,7 +579,7 @@ describe("nodes shaped down on the box", () => {
   });
 
   for (const [what, json, most] of cases)
-    test(`are the same to the reader: ${what}`, () => {
+    test(`is parsed like the complete list: ${what}`, () => {
       for (const sed of lacks("busybox") ? ["sed"] : ["sed", "busybox sed"]) {
         const less = shaped(json, sed);
         assert.deepEqual(nodesOf(less), nodesOf(json));
@@ -588,7 +588,7 @@ describe("nodes shaped down on the box", () => {
     });
 });
 
-test("the public address counts as on the card only where a card has exactly it", () => {
+test("the public address is treated as being on a card only if a card has exactly this address", () => {
   const on = (addresses: string) => onCard(IP, { addresses });
   assert.equal(on(`2: eth0    inet ${IP}/24 brd 198.51.100.255 scope global eth0`), true);
   assert.equal(on(`1: lo    inet ${IP}/32 scope global lo`), false);
@@ -599,22 +599,27 @@ test("the public address counts as on the card only where a card has exactly it"
 describe("the difference of two units", () => {
   const unit = (...args: string[]) => `[Service]\nExecStart=k3s server \\\n    ${args.join(" \\\n    ")}\n`;
   const cases: [name: string, have: string, text: string, lines: string[]][] = [
-    ["is nothing where they are equal", unit("--a", "--b"), unit("--a", "--b"), []],
+    ["is empty if they are equal", unit("--a", "--b"), unit("--a", "--b"), []],
     [
-      "names an argument that comes last, and not the one it follows",
+      "lists an argument that is added at the end, and not the one before it",
       unit("--a"),
       unit("--a", "--b"),
       ["+ --b"],
     ],
-    ["names one that goes from the middle", unit("--a", "--b", "--c"), unit("--a", "--c"), ["- --b"]],
     [
-      "has old and new of one that changes, in its place",
+      "lists an argument that is removed in the middle",
+      unit("--a", "--b", "--c"),
+      unit("--a", "--c"),
+      ["- --b"],
+    ],
+    [
+      "lists the old and the new value of a changed argument together",
       unit("--a=1", "--c"),
       unit("--a=2", "--c"),
       ["- --a=1", "+ --a=2"],
     ],
-    ["counts a line that is there twice", unit("--a", "--a"), unit("--a"), ["- --a"]],
-    ["shows another order", unit("--a", "--b"), unit("--b", "--a"), ["- --a", "+ --a"]],
+    ["lists a duplicate line that is removed", unit("--a", "--a"), unit("--a"), ["- --a"]],
+    ["lists a changed order", unit("--a", "--b"), unit("--b", "--a"), ["- --a", "+ --a"]],
   ];
   for (const [name, have, text, lines] of cases) test(name, () => assert.deepEqual(diff(have, text), lines));
 });

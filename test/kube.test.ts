@@ -15,13 +15,13 @@ import { serverSteps } from "../scripts/server.ts";
 import { upgradeKernel } from "../scripts/upgrade-kernel.ts";
 import { B1, lacks, MODERN, node, programs, shell, temporary, wanted } from "./helpers.ts";
 
-test("no look starts kubectl but where curl cannot ask: it takes 0.2 s of CPU and 139 MB", () => {
+test("a look starts kubectl only if curl cannot query the API, because kubectl takes 0.2 s of CPU and 139 MB", () => {
   const steps = [fixMetrics, forgotten({ ip: B1.ip }, "b1"), forgetPasswords, ...serverSteps, ...agentSteps];
   for (const { name, look } of [...steps, ...Object.values(stepsFor("agent", MODERN, B1.ip))])
     for (const text of look(wanted())) assert.doesNotMatch(text.replaceAll(API, ""), /\bkc |kubectl /, name);
 });
 
-test("a look asks systemd once about each unit, before anything reads the answer", () => {
+test("a look queries systemd once for each unit, before any part of it reads the result", () => {
   const scripts = {
     ...stepsFor("agent", MODERN, B1.ip),
     fixMetrics,
@@ -44,8 +44,8 @@ test("a look asks systemd once about each unit, before anything reads the answer
   }
 });
 
-describe("a box asks the cluster", () => {
-  /** Which kubeconfigs it asks by, where these are there, systemd says this of k3s, and these answer. */
+describe("a box queries the cluster", () => {
+  /** Which kubeconfigs it uses if these exist, systemd prints this state of k3s, and these work. */
   function asked(have: string[], state: string, answers: string[]) {
     const dir = temporary();
     const PATH = programs(join(dir, "bin"), {
@@ -71,13 +71,13 @@ describe("a box asks the cluster", () => {
   const ALL = ["k3s.yaml", ...AGENT];
   const cases: [name: string, have: string[], state: string, answers: string[], said: string][] = [
     ["on a server as the admin", ALL, "active", ALL, "k3s.yaml answers, k3s.yaml"],
-    ["on a server that starts as the admin", ALL, "activating", ALL, "k3s.yaml answers, k3s.yaml"],
-    ["on a server that does not answer by no other", ALL, "active", AGENT, "failed, k3s.yaml"],
-    ["on an agent by what an agent may", AGENT, "inactive", AGENT, "k3scontroller.kubeconfig answers, k3scontroller.kubeconfig"],
-    ["on an agent by the next where one does not answer", AGENT, "unknown", ["kubelet.kubeconfig"], "kubelet.kubeconfig answers, k3scontroller.kubeconfig, kubelet.kubeconfig"],
-    ["on an agent never by a k3s.yaml of another life, dead", ALL, "inactive", AGENT, "k3scontroller.kubeconfig answers, k3scontroller.kubeconfig"],
-    ["on an agent never by a k3s.yaml of another cluster, which answers", ALL, "failed", ALL, "k3scontroller.kubeconfig answers, k3scontroller.kubeconfig"],
-    ["on a box without k3s by none", ["k3s.yaml"], "inactive", ALL, "failed"],
+    ["on a server that is starting as the admin", ALL, "activating", ALL, "k3s.yaml answers, k3s.yaml"],
+    ["on a server that does not answer with no other kubeconfig", ALL, "active", AGENT, "failed, k3s.yaml"],
+    ["on an agent as k3s-controller", AGENT, "inactive", AGENT, "k3scontroller.kubeconfig answers, k3scontroller.kubeconfig"],
+    ["on an agent as the kubelet if k3s-controller fails", AGENT, "unknown", ["kubelet.kubeconfig"], "kubelet.kubeconfig answers, k3scontroller.kubeconfig, kubelet.kubeconfig"],
+    ["on an agent never with a leftover k3s.yaml, if that fails", ALL, "inactive", AGENT, "k3scontroller.kubeconfig answers, k3scontroller.kubeconfig"],
+    ["on an agent never with a k3s.yaml of another cluster, even if that works", ALL, "failed", ALL, "k3scontroller.kubeconfig answers, k3scontroller.kubeconfig"],
+    ["on a box without k3s with no kubeconfig", ["k3s.yaml"], "inactive", ALL, "failed"],
   ]; // biome-ignore format: a table
   for (const [name, have, state, answers, said] of cases)
     test(name, () => assert.equal(asked(have, state, answers), said));
@@ -92,7 +92,7 @@ describe("a wait for a node", () => {
     });
   };
   const EXPIRED = `{"type":"ERROR","object":{"kind":"Status","metadata":{},"code":410}}`;
-  /** What the wait knows after these answers of curl, one a turn. It goes on for 9 s where it is not ended. */
+  /** What the wait prints after these answers of curl, one per turn. curl runs for 9 s unless it is stopped. */
   function waited(answers: string[], argv: string[]) {
     const dir = temporary();
     const PATH = programs(dir, {
@@ -125,19 +125,19 @@ ${answers.map(() => turn).join("\n")}`,
   const [ADDED, SAME] = [`${line("ADDED", "7", false)}\n`, "900 200 5.002"];
   const NEXT = `${ADDED}${line("MODIFIED", "8")}\n`;
   const cases: [name: string, answers: string[], said: string][] = [
-    ["ends at once with the node as it is", [ADDED], "user, b1 NotReady"],
-    ["passes over what it knows, and ends with what is new", [ADDED, NEXT], "user, b1 NotReady, b1 Ready"],
-    ["keeps what it knows when the time is over", [ADDED, `${ADDED}${SAME}`, NEXT], "user, b1 NotReady, b1 NotReady, b1 Ready"],
-    ["asks where a watch said nothing: there is no such node, or the API is slow", ["0 200 5.001", ADDED], "user, slept 1, b1 asked, user, b1 NotReady"],
-    ["does not believe that nothing changed where the server has ended the watch", [ADDED, `${ADDED}900 200 1.207`], "user, b1 NotReady, slept 1, b1 asked"],
-    ["does not spin where the API ends a watch at once", [`${ADDED}900 200 0.021`, "0 200 0.020"], "user, b1 NotReady, slept 1, b1 asked"],
-    ["hears that the node has gone", [ADDED, `${ADDED}${line("DELETED", "9")}\n`], "user, b1 NotReady, (none)"],
-    ["asks anew where the node went while it did not watch", [ADDED, "0 200 5.000"], "user, b1 NotReady, slept 1, b1 asked"],
-    ["asks once a second where the API refuses connections, and watches again", ["0 000 0.001", NEXT], "user, slept 1, b1 asked, user, b1 NotReady"],
-    ["asks where the user may not watch", ["0 403 0.012"], "user, slept 1, b1 asked"],
-    ["asks where curl cannot do anything", ["\n127"], "user, slept 1, b1 asked"],
-    ["does not spin where the API is out of step", [`${EXPIRED}\n160 200 0.020`, `${EXPIRED}\n160 200 0.020`], "user, slept 1, b1 asked, user, slept 1, b1 asked"],
-    ["does not believe half a line", [`${line("ADDED", "7").slice(0, 400)}400 200 0.050`], "user, slept 1, b1 asked"],
+    ["ends immediately with the current state of the node", [ADDED], "user, b1 NotReady"],
+    ["ignores the state that it knows, and ends with a new one", [ADDED, NEXT], "user, b1 NotReady, b1 Ready"],
+    ["keeps the state that it knows when the time limit is reached", [ADDED, `${ADDED}${SAME}`, NEXT], "user, b1 NotReady, b1 NotReady, b1 Ready"],
+    ["queries the node if a watch returns nothing, because there is no such node or the API is slow", ["0 200 5.001", ADDED], "user, slept 1, b1 asked, user, b1 NotReady"],
+    ["queries the node if the server has ended the watch early", [ADDED, `${ADDED}900 200 1.207`], "user, b1 NotReady, slept 1, b1 asked"],
+    ["does not loop quickly if the API ends a watch immediately", [`${ADDED}900 200 0.021`, "0 200 0.020"], "user, b1 NotReady, slept 1, b1 asked"],
+    ["detects that the node was deleted", [ADDED, `${ADDED}${line("DELETED", "9")}\n`], "user, b1 NotReady, (none)"],
+    ["queries the node if it was deleted between two watches", [ADDED, "0 200 5.000"], "user, b1 NotReady, slept 1, b1 asked"],
+    ["queries the node once per second while the API refuses connections, and then watches again", ["0 000 0.001", NEXT], "user, slept 1, b1 asked, user, b1 NotReady"],
+    ["queries the node if the user is not allowed to watch", ["0 403 0.012"], "user, slept 1, b1 asked"],
+    ["queries the node if curl does not work", ["\n127"], "user, slept 1, b1 asked"],
+    ["does not loop quickly if the resource version has expired", [`${EXPIRED}\n160 200 0.020`, `${EXPIRED}\n160 200 0.020`], "user, slept 1, b1 asked, user, slept 1, b1 asked"],
+    ["ignores an incomplete line", [`${line("ADDED", "7").slice(0, 400)}400 200 0.050`], "user, slept 1, b1 asked"],
   ]; // biome-ignore format: a table
   for (const argv of [["dash"], ["bash", "--posix"], ["busybox", "sh"]])
     describe(argv.join(" "), { skip: lacks(argv[0] as string) }, () => {

@@ -64,8 +64,8 @@ users:
           name: twice
 `;
 
-describe("what k3s.yaml gives", () => {
-  test("is the cluster at its public address, with a certificate on modern k3s", () => {
+describe("the content of k3s.yaml", () => {
+  test("becomes the cluster at its public address, with a certificate on modern k3s", () => {
     assert.deepEqual(ACCESS, {
       name: NAME,
       cluster: { "certificate-authority-data": CA, server: `https://${IP}:6443` },
@@ -73,13 +73,13 @@ describe("what k3s.yaml gives", () => {
     });
   });
 
-  test("is a password on v1.17.6, and another port where k3s listens there", () => {
+  test("becomes a password on v1.17.6, and keeps another port", () => {
     const access = accessOf(OLD_YAML.replace(":6443", ":7443"), IP, TOKEN);
     assert.deepEqual(access.user, { username: "admin", password: "0123456789abcdef" });
     assert.equal(access.cluster.server, `https://${IP}:7443`);
   });
 
-  test("is a word where a password is digits alone, which YAML would take for a number", () => {
+  test("keeps a password of digits as a string, which YAML would read as a number", () => {
     const access = accessOf(OLD_YAML.replace("0123456789abcdef", '"01234567890"'), IP, "");
     assert.deepEqual(access.user, { username: "admin", password: "01234567890" });
     assert.match(withAccess("", access, false), /^ {4}password: "01234567890"$/m);
@@ -89,12 +89,12 @@ describe("what k3s.yaml gives", () => {
     .privateKey.export({ type: "sec1", format: "pem" })
     .toString();
   for (const [name, text] of Object.entries({
-    nothing: "",
-    "no YAML": "<html>",
-    "a name for a server": MODERN_YAML.replace("https://127.0.0.1:6443", "unix:/x"),
-    "a server by http": MODERN_YAML.replace("https:", "http:"),
-    "a user without a key": MODERN_YAML.replace(/ +client-key-data.*\n/, ""),
-    "a value that is no base64": MODERN_YAML.replace(CA, '"a b"'),
+    empty: "",
+    "not YAML": "<html>",
+    "without an https address of the server": MODERN_YAML.replace("https://127.0.0.1:6443", "unix:/x"),
+    "with a server over http": MODERN_YAML.replace("https:", "http:"),
+    "with a user without a key": MODERN_YAML.replace(/ +client-key-data.*\n/, ""),
+    "with a value that is not base64": MODERN_YAML.replace(CA, '"a b"'),
     ...Object.fromEntries(
       [CA, CERT, KEY].flatMap((data) =>
         [
@@ -111,47 +111,47 @@ describe("what k3s.yaml gives", () => {
           coded(pem(data).slice(0, 99)),
           coded(`${pem(data)}x`),
         ].map((bad) => [
-          `${bad.slice(0, 20)}… of ${bad.length} in place of ${data.slice(70, 80)}`,
+          `with ${bad.slice(0, 20)}… of ${bad.length} in place of ${data.slice(70, 80)}`,
           MODERN_YAML.replace(data, bad),
         ]),
       ),
     ),
-    "a certificate of rubbish": MODERN_YAML.replace(
+    "with an invalid certificate": MODERN_YAML.replace(
       CERT,
       coded("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"),
     ),
-    "a CA with rubbish behind it": MODERN_YAML.replace(
+    "with an invalid certificate after the CA": MODERN_YAML.replace(
       CA,
       coded(`${pem(CA)}-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n`),
     ),
-    "a key of rubbish": MODERN_YAML.replace(
+    "with an invalid key": MODERN_YAML.replace(
       KEY,
       coded("-----BEGIN EC PRIVATE KEY-----\nAAAA\n-----END EC PRIVATE KEY-----\n"),
     ),
-    "a key of another certificate": MODERN_YAML.replace(KEY, coded(other)),
-    "a key in the place of a certificate": MODERN_YAML.replace(CERT, KEY),
-    "a key twice": `${MODERN_YAML}    client-key-data: ${KEY}\n`,
-    "a key once more in quotes": `${MODERN_YAML}    "client-key-data": x\n`,
-    "a server twice": MODERN_YAML.replace(
+    "with a key of another certificate": MODERN_YAML.replace(KEY, coded(other)),
+    "with a key in place of a certificate": MODERN_YAML.replace(CERT, KEY),
+    "with a duplicate key": `${MODERN_YAML}    client-key-data: ${KEY}\n`,
+    "with a duplicate key in quotes": `${MODERN_YAML}    "client-key-data": x\n`,
+    "with a duplicate server": MODERN_YAML.replace(
       "    server:",
       "    server: https://203.0.113.66:6443\n    server:",
     ),
     "far too long": `${MODERN_YAML}${"# x\n".repeat(100_000)}`,
-    "a password that is more than a word": OLD_YAML.replace("0123456789abcdef", "'x'\nusers: []"),
+    "with a password that contains YAML": OLD_YAML.replace("0123456789abcdef", "'x'\nusers: []"),
   }))
-    test(`is refused when it is ${name}`, () =>
+    test(`is refused if it is ${name}`, () =>
       assert.throws(
         () => accessOf(text, IP, ""),
         (error) => error instanceof Failure && /not as k3s writes it/.test(error.message),
       ));
 
-  test("is refused where its CA is not the one that the token names", () => {
+  test("is refused if its CA is not the one in the token", () => {
     const token = TOKEN.replace(/^K10./, (head) => `K10${head.endsWith("0") ? "1" : "0"}`);
     assert.throws(() => accessOf(MODERN_YAML, IP, token), /not the one that K3S_TOKEN names/);
     assert.deepEqual(accessOf(MODERN_YAML, IP, ""), ACCESS, "no token is known here");
   });
 
-  test("brings nothing else of what the box has put beside it: no program to run, no other user or cluster", () => {
+  test("contributes nothing else that the box has added, such as a program to run, another user or another cluster", () => {
     const more = `${MODERN_YAML}    exec:\n      command: canary\n- name: other\n  user: &a {token: x}\nextra: *a\n`;
     assert.deepEqual(accessOf(more, IP, TOKEN), ACCESS);
     assert.doesNotMatch(withAccess("", accessOf(more, IP, TOKEN), true), /canary|other|exec|extra/);
@@ -161,12 +161,15 @@ describe("what k3s.yaml gives", () => {
 describe("a user's own entry", () => {
   const own = withAccess("", ACCESS, true);
   for (const [name, text] of Object.entries({
-    "a cluster elsewhere": own.replace(`server: https://${IP}:`, "server: https://work.example.com:"),
+    "a cluster at another address": own.replace(
+      `server: https://${IP}:`,
+      "server: https://work.example.com:",
+    ),
     "a context of another cluster": own.replace(`cluster: ${NAME}`, "cluster: work"),
     "a user without a cluster": own.replace(/- cluster:[\s\S]*?name: .*\n/, ""),
     "a cluster in flow style": own.replace(/- cluster:\n.*\n.*\n/, "- cluster: {server: https://x}\n"),
   }))
-    test(`by the name of this cluster is not written over: ${name}`, () =>
+    test(`with this cluster's name is not overwritten: ${name}`, () =>
       assert.throws(
         () => withAccess(text, ACCESS, false),
         (error) =>
@@ -175,13 +178,13 @@ describe("a user's own entry", () => {
 });
 
 describe("a kubeconfig", () => {
-  test("that is not there yet becomes one with this cluster, and no current context", () => {
+  test("that does not exist yet is created with this cluster, without a current context", () => {
     const text = `apiVersion: v1\nkind: Config\npreferences: {}\ncurrent-context: ""\nclusters:\n${OURS[0]}contexts:\n${OURS[1]}users:\n${OURS[2]}`;
     assert.equal(withAccess("", ACCESS, false), text);
     assert.equal(withAccess("", ACCESS, true), text.replace('""', NAME));
   });
 
-  test("of the user's own keeps every byte, and gets three entries at the ends of its lists", () => {
+  test("of the user keeps every byte, and gets three entries at the ends of its lists", () => {
     const text = withAccess(OWN, ACCESS, false);
     let rest = text;
     for (const entry of OURS) {
@@ -194,7 +197,7 @@ describe("a kubeconfig", () => {
     assert.ok(text.endsWith(`name: twice\n${OURS[2]}`));
   });
 
-  test("changes its current context with --use only, and nothing else by it", () => {
+  test("gets a new current context only with --use, which changes nothing else", () => {
     const [before, after] = [withAccess(OWN, ACCESS, false), withAccess(OWN, ACCESS, true)];
     assert.match(before, /^current-context: work$/m);
     assert.equal(after, before.replace("current-context: work", `current-context: ${NAME}`));
@@ -202,20 +205,20 @@ describe("a kubeconfig", () => {
     assert.match(withAccess(without, ACCESS, true), new RegExp(`^current-context: ${NAME}$`, "m"));
   });
 
-  test("may have comments behind its names", () => {
+  test("may have comments after its names", () => {
     const own = OWN.replace("  name: work\n", "  name: work # my own\n");
     assert.notEqual(own, OWN);
     assert.ok(withAccess(own, ACCESS, false).includes("  name: work # my own\n"));
   });
 
-  test("is the same after a second time", () => {
+  test("is not changed by a second run", () => {
     for (const own of ["", OWN, MODERN_YAML, OLD_YAML]) {
       const once = withAccess(own, ACCESS, true);
       assert.equal(withAccess(once, ACCESS, true), once);
     }
   });
 
-  test("gets new credentials in their place when the server was reinstalled, and no second entry", () => {
+  test("gets new credentials in the existing entries after the server was reinstalled", () => {
     const once = withAccess(OWN, ACCESS, false);
     const anew = { ...ACCESS, user: { "client-certificate-data": "TkVX", "client-key-data": "TkVX" } };
     assert.equal(withAccess(once, anew, false), once.replace(CERT, "TkVX").replace(KEY, "TkVX"));
@@ -245,10 +248,10 @@ describe("a kubeconfig", () => {
       /^clusters:\n- cluster:\n/m,
     ],
     "without a newline at its end": ["apiVersion: v1\nkind: Config", /^kind: Config\nclusters:\n/m],
-    "that begins a document": ["---\napiVersion: v1\nkind: Config\n", /^---\napiVersion: v1\n/],
+    "that starts with a document marker": ["---\napiVersion: v1\nkind: Config\n", /^---\napiVersion: v1\n/],
   };
   for (const [name, [own, expected]] of Object.entries(shapes))
-    test(`${name} is merged into`, () => {
+    test(`${name} gets this cluster's entries`, () => {
       const text = withAccess(own, ACCESS, false);
       assert.match(text, expected);
       assert.equal(withAccess(text, ACCESS, false), text);
@@ -273,21 +276,21 @@ describe("a kubeconfig", () => {
     ),
     "with tags": OWN.replace("name: me", "name: !!str me"),
     "with CRLF": OWN.replaceAll("\n", "\r\n"),
-    "with a mark of UTF-8": `\uFEFF${OWN}`,
-    "with a mark of UTF-8 and CRLF": `\uFEFF${OWN.replaceAll("\n", "\r\n")}`,
+    "with a byte order mark": `\uFEFF${OWN}`,
+    "with a byte order mark and CRLF": `\uFEFF${OWN.replaceAll("\n", "\r\n")}`,
     "with a name over several lines": OWN.replace("- name: me", "- name: >\n    me"),
     "with an escaped name": OWN.replace('"home"', '"ho\\u006de"'),
-    "with an end of its document": `${OWN}...\n`,
-    "of comments alone": "# later",
-    "of an empty document": "---\n",
+    "with a document end marker": `${OWN}...\n`,
+    "with only comments": "# later",
+    "with an empty document": "---\n",
     "indented as a whole": OWN.replaceAll(/^(?=.)/gm, "  "),
-    "with a key that is a question": OWN.replace("clusters:\n", "? clusters\n:\n"),
-    "with a key that objects have already": `__proto__: {clusters: [], polluted: x}\nconstructor: x\n${OWN}`,
+    "with an explicit key": OWN.replace("clusters:\n", "? clusters\n:\n"),
+    "with a key that is a property of every object": `__proto__: {clusters: [], polluted: x}\nconstructor: x\n${OWN}`,
     "with a text that ends in blank lines": `${OWN}        more\n\n`,
   };
   const dataOf = (text: string) => yamlIn(text).data as Record<string, unknown[]> | null;
   for (const [name, own] of Object.entries(styles))
-    test(`${name} is merged into: it says what it did and this cluster, in its own style, and keeps every byte`, () => {
+    test(`${name} gets this cluster's entries in its own style, and keeps its content and every byte`, () => {
       for (const use of [false, true]) {
         const text = withAccess(own, ACCESS, use);
         const [before, after] = [dataOf(own) ?? {}, dataOf(text) as Record<string, unknown[]>];
@@ -325,31 +328,34 @@ describe("a kubeconfig", () => {
   );
   const ours = withAccess(OWN, ACCESS, false);
   const bad: Record<string, string> = {
-    "with an alias to nowhere": OWN.replace("user:\n    exec:", "user: *x\n    exec:"),
-    "with aliases that grow without end": `${OWN}x0: &x0 [a, a, a]\n${bomb}`,
-    "with a list that is another's alias": OWN.replace("users:\n", "users: *x\nold:\n").replace(
+    "with an alias without an anchor": OWN.replace("user:\n    exec:", "user: *x\n    exec:"),
+    "with aliases that expand exponentially": `${OWN}x0: &x0 [a, a, a]\n${bomb}`,
+    "with a list that is an alias of another": OWN.replace("users:\n", "users: *x\nold:\n").replace(
       "clusters:\n",
       "clusters: &x\n",
     ),
-    "whose lists a merge key brings": `x: &x\n  users:\n  - name: me\n<<: *x\n${OWN.replace("users:", "old:")}`,
-    "where something else goes by what would be replaced": `${ours.replace(/user: (k3s-.*)\n {2}name/, "user: &x $1\n  name").replace(CERT, `&y ${coded("old")}`)}z: [*x, *y]\n`,
-    "whose brackets do not end": OWN.replace("users:", "users: ["),
-    "of brackets alone": "[".repeat(100_000),
-    "that is empty brackets": "{}",
-    "with a list that is none": OWN.replace(/^clusters:\n[\s\S]*?(?=^contexts)/m, "clusters: {name: work}\n"),
-    "with an entry that is none": OWN.replace("users:\n", "users:\n- \n"),
+    "whose lists come from a merge key": `x: &x\n  users:\n  - name: me\n<<: *x\n${OWN.replace("users:", "old:")}`,
+    "with an alias of what would be replaced": `${ours.replace(/user: (k3s-.*)\n {2}name/, "user: &x $1\n  name").replace(CERT, `&y ${coded("old")}`)}z: [*x, *y]\n`,
+    "whose brackets are not closed": OWN.replace("users:", "users: ["),
+    "of only opening brackets": "[".repeat(100_000),
+    "that is an empty mapping": "{}",
+    "with a mapping in place of a list": OWN.replace(
+      /^clusters:\n[\s\S]*?(?=^contexts)/m,
+      "clusters: {name: work}\n",
+    ),
+    "with an empty entry": OWN.replace("users:\n", "users:\n- \n"),
     "with tabs": OWN.replace("    server: https://work", "\tserver: https://work"),
     "with the same list twice": `${OWN}users:\n- name: z\n  user: {}\n`,
     "with the same key twice in an entry": OWN.replace("    insecure", "    server: https://x\n    insecure"),
-    "with two entries of one name": OWN.replace('name: "home"', "name: work"),
-    "with two entries of one name, in two styles": OWN.replace('name: "home"', 'name: "w\\u006frk"'),
+    "with two entries of the same name": OWN.replace('name: "home"', "name: work"),
+    "with two entries of the same name, in two styles": OWN.replace('name: "home"', 'name: "w\\u006frk"'),
     "with an entry without a name": OWN.replace("  name: work\n- name", "- name"),
     "with two documents": `${OWN}---\nkind: Config\n`,
     "of another kind": OWN.replace("kind: Config", "kind: Pod"),
-    "that is text": "hello\n",
-    "that ends within a block of text, without its newline": `${OWN.replace(/users:[\s\S]*/, "")}users:\n- name: z\n  user:\n    token: |\n      abc`,
-    "with a key that has nothing": "apiVersion: v1\nkind: Config\n? clusters\nusers: []\n",
-    "with uneven lists": OWN.replace("  name: work\ncurrent", " name: work\ncurrent"),
+    "that is a plain string": "hello\n",
+    "that ends within a block scalar, without its newline": `${OWN.replace(/users:[\s\S]*/, "")}users:\n- name: z\n  user:\n    token: |\n      abc`,
+    "with a key without a value": "apiVersion: v1\nkind: Config\n? clusters\nusers: []\n",
+    "with wrong indentation of a list": OWN.replace("  name: work\ncurrent", " name: work\ncurrent"),
   };
   for (const [name, own] of Object.entries(bad))
     test(`${name} is refused`, () => {
@@ -368,14 +374,14 @@ describe("a kubeconfig's file", () => {
   };
   const modeOf = (path: string) => (statSync(path).mode & 0o777).toString(8);
 
-  test("is made with its folder, 0600", () => {
+  test("is created with its folder, with mode 0600", () => {
     const path = join(temporary(), "new/.kube/config");
     assert.equal(merge(path, ACCESS, false), true);
     assert.equal(modeOf(path), "600");
     assert.deepEqual(readdirSync(join(path, "..")), ["config"]);
   });
 
-  test("is kept as it was beside it before the first change, and only then", () => {
+  test("is copied before the first change, and only then", () => {
     const path = file(OWN);
     const backup = `${path}.before-k3s-across-clouds`;
     assert.equal(merge(path, ACCESS, false), true);
@@ -387,7 +393,7 @@ describe("a kubeconfig's file", () => {
     assert.deepEqual(readdirSync(join(path, "..")).sort(), ["config", "config.before-k3s-across-clouds"]);
   });
 
-  test("is followed where it is a link", () => {
+  test("may be a symlink, which is kept", () => {
     const path = file(OWN);
     const link = join(temporary(), "link");
     symlinkSync(path, link);
@@ -399,10 +405,10 @@ describe("a kubeconfig's file", () => {
   const refused: Record<string, (path: string) => void> = {
     "is locked by kubectl": (path) => writeFileSync(`${path}.lock`, ""),
     "cannot be edited": (path) => writeFileSync(path, "{}"),
-    "is no UTF-8": (path) => writeFileSync(path, Buffer.from([0x61, 0x3a, 0x20, 0xff, 0x0a])),
+    "is not UTF-8": (path) => writeFileSync(path, Buffer.from([0x61, 0x3a, 0x20, 0xff, 0x0a])),
   };
   for (const [name, spoil] of Object.entries(refused))
-    test(`is refused untouched where it ${name}`, () => {
+    test(`is refused, and not changed, if it ${name}`, () => {
       const path = file(OWN);
       spoil(path);
       const before = readFileSync(path);
@@ -415,7 +421,7 @@ describe("a kubeconfig's file", () => {
       assert.deepEqual(readdirSync(join(path, "..")), files);
     });
 
-  test("whose folder cannot be written is refused", () => {
+  test("is refused if its folder cannot be written", () => {
     const folder = join(temporary(), "file");
     writeFileSync(folder, "");
     assert.throws(() => merge(join(folder, "config"), ACCESS, false), SettingError);

@@ -22,7 +22,7 @@ const imports = new Map(
   ),
 );
 
-test("lib is layered: lib/*.ts, then lib/k3s, then lib/check, then scripts; none imports one above it", () => {
+test("the layers are lib/*.ts, lib/k3s, lib/check and scripts, and none imports a later one", () => {
   const layers = [/^lib\/[^/]+$/, /^lib\/k3s\//, /^lib\/check\//, /^scripts\//];
   const layer = (file: string) => layers.findIndex((pattern) => pattern.test(file));
   const upward = [...imports].flatMap(([file, targets]) => {
@@ -34,7 +34,7 @@ test("lib is layered: lib/*.ts, then lib/k3s, then lib/check, then scripts; none
   assert.deepEqual(upward, []);
 });
 
-test("no import is part of a circle, be it of a type or at run time", () => {
+test("there are no circular imports, neither of types nor at run time", () => {
   const reached = (file: string, seen = new Set<string>()): Set<string> => {
     for (const target of imports.get(file) ?? []) if (!seen.has(target)) reached(target, seen.add(target));
     return seen;
@@ -55,10 +55,10 @@ test("no two files of lib and scripts export the same name", () => {
   assert.deepEqual(twice, []);
 });
 
-test("lib/*.ts names nothing of k3s, flannel or WireGuard outside the table of settings", () => {
+test("lib/*.ts does not mention k3s, flannel or WireGuard outside the table of settings", () => {
   const found = each((_, text) =>
     text
-      // The name of this project is no word about k3s.
+      // The name of this project is not a mention of k3s.
       .replaceAll("k3s-across-clouds", "")
       .split("\n")
       .filter((line) => /k3s|flannel|wireguard/i.test(line)),
@@ -66,15 +66,15 @@ test("lib/*.ts names nothing of k3s, flannel or WireGuard outside the table of s
   assert.deepEqual(found, []);
 });
 
-test("what a token looks like is known in one file", () => {
+test("the format of a token is known in only one file", () => {
   const found = each((_, text) => /K10|::(server|node|\*):/.test(text.replace(/^ *(\/\/|\/?\*).*$/gm, "")))
     .filter(([, has]) => has)
     .map(([file]) => file);
   assert.deepEqual(found, ["lib/token.ts"]);
 });
 
-test("every file of lib and scripts opens with a comment that says what it is", () => {
-  // One that stands right above a declaration is about that.
+test("every file of lib and scripts begins with a comment that describes it", () => {
+  // A comment directly above a declaration describes only that.
   const opening = /^(#![^\n]*\n)?\/\*\*\s(?:(?!\*\/).)*[.:]\s*\*\/\n(\n|import )/s;
   const without = each((_, text) => opening.test(text)).filter(([, has]) => !has);
   assert.deepEqual(without, []);

@@ -9,7 +9,7 @@ import { fileOf, programs, ROOT, SCRIPT_FILES, temporary } from "./helpers.ts";
 
 const MAKE = execFileSync("sh", ["-c", "command -v make"], { encoding: "utf8" }).trim();
 
-/** The command by which make would run a script where PATH has these programs alone. */
+/** The command with which make would run a script if PATH has only these programs. */
 function runs(has: Record<string, string>, ...words: string[]): string {
   const folder = join(temporary(), "bin");
   programs(folder, has);
@@ -18,22 +18,22 @@ function runs(has: Record<string, string>, ...words: string[]): string {
 }
 
 describe("make runs the scripts", () => {
-  test("by a node that strips types", () => {
+  test("with a Node.js that strips types", () => {
     assert.equal(
       runs({ node: "echo strip", deno: "" }, "status"),
       "node --disable-warning=ExperimentalWarning scripts/cluster/status.ts",
     );
   });
 
-  test("by an older node with tsx", () => {
+  test("with tsx on an older Node.js", () => {
     assert.equal(runs({ node: "echo", deno: "" }, "status"), "node --import tsx scripts/cluster/status.ts");
   });
 
-  test("by Deno where there is no node, and then asks npm for nothing", () => {
+  test("with Deno if there is no Node.js, without npm", () => {
     assert.equal(runs({ deno: "" }, "up"), "deno run -A scripts/up.ts");
   });
 
-  test("with the flags that its variables stand for", () => {
+  test("with the flags of its variables", () => {
     assert.equal(
       runs({ deno: "" }, "remove", "HOST=b1", "DRY=1", "FORCE=1"),
       "deno run -A scripts/cluster/remove.ts --dry-run --force",
@@ -41,7 +41,7 @@ describe("make runs the scripts", () => {
   });
 });
 
-/** What make says, and its exit status, where PATH has these programs and the environment these variables. */
+/** make's output and exit status, if PATH has these programs and the environment these variables. */
 function make(words: string[], env: Record<string, string> = {}, has: Record<string, string> = { deno: "" }) {
   const folder = join(temporary(), "bin");
   programs(folder, has);
@@ -53,7 +53,7 @@ function make(words: string[], env: Record<string, string> = {}, has: Record<str
   return { status, stdout: stdout.replace(/ +/g, " ").trim(), stderr };
 }
 
-test("make help lists every script once: the seven steps in their order, then the operation of a cluster", () => {
+test("make help lists every script once, first the seven steps in their order, then those for operating a cluster", () => {
   const groups = execFileSync(MAKE, ["help"], { cwd: ROOT, encoding: "utf8" }).trim().split("\n\n").slice(1);
   const listed = groups.map((group) => group.split("\n").map((line) => line.trim().split(/ {2,}/)));
   assert.deepEqual(
@@ -68,22 +68,22 @@ test("make help lists every script once: the seven steps in their order, then th
 
 const USUAL = { PATH: process.env.PATH as string };
 
-describe("a name on make's command line", () => {
+describe("a variable on make's command line", () => {
   for (const word of ["DRYRUN=1", "DRY_RUN=1", "dry=1", "SERVR=b1", "FORCED=yes"])
-    test(`that is none is refused, whatever else stands there: ${word}`, () => {
+    test(`that is unknown is refused: ${word}`, () => {
       const { status, stdout, stderr } = make(["-n", "down", "YES=1", word], USUAL);
       assert.deepEqual([status, stdout], [2, ""]);
       assert.match(stderr, new RegExp(`${word.split("=")[0]} \\(make's command line\\): expected a setting`));
     });
 
-  test("may be any setting", () => {
+  test("can be any setting", () => {
     for (const name of NAMES) {
       const { status, stderr } = make(["-n", "agent", `${name}=x`], USUAL);
       assert.deepEqual([status, stderr], [0, ""], name);
     }
   });
 
-  test("of another program does no harm in the environment", () => {
+  test("that is unknown is accepted in the environment", () => {
     assert.equal(make(["-n", "down"], { ...USUAL, DRYRUN: "1", SERVR: "b1" }).status, 0);
   });
 });
@@ -101,7 +101,7 @@ describe("a switch", () => {
   };
   for (const [name, [target, flag]] of Object.entries(SWITCHES)) {
     const plain = `deno run -A ${fileOf(target)}`;
-    test(`${name} is 1 or yes; every other word is refused, and nothing runs`, () => {
+    test(`accepts 1 and yes, and refuses all other values before anything runs: ${name}`, () => {
       for (const word of ["1", "yes"])
         assert.equal(make(["-n", target, `${name}=${word}`]).stdout, `${plain} ${flag}`);
       assert.equal(make(["-n", target, `${name}=`]).stdout, plain);
@@ -112,7 +112,7 @@ describe("a switch", () => {
       }
     });
     const holds = name === "DRY" || name === "PRINT";
-    test(`${name} of the environment ${holds ? "holds back as well" : "does not count"}`, () => {
+    test(`in the environment ${holds ? "is effective, because it only prevents changes" : "is ignored"}: ${name}`, () => {
       for (const more of [[], ["-e"]])
         assert.equal(
           make(["-n", ...more, target], { [name]: "1" }).stdout,
@@ -123,7 +123,7 @@ describe("a switch", () => {
     });
   }
 
-  test("is not asked for a dry run of what has none: kubeconfig says so", () =>
+  test("DRY is passed to kubeconfig too, which refuses it", () =>
     assert.equal(
       make(["-n", "kubeconfig", "DRY=1"]).stdout,
       "deno run -A scripts/cluster/kubeconfig.ts --dry-run",
@@ -148,7 +148,7 @@ const HARD = [
   "%.c",
 ];
 
-test("a value in the line that tries it again comes through shell and make as it was", () => {
+test("a value in the command that retries a failed run passes unchanged through the shell and make", () => {
   for (const value of HARD) {
     const line = `${MAKE} status BACKUP=${forMake(value)}`;
     const folder = join(temporary(), "bin");
@@ -162,7 +162,7 @@ test("a value in the line that tries it again comes through shell and make as it
   }
 });
 
-test("a command for the rehearsal goes there as it was typed, from make's command line and from the environment", () => {
+test("make in-rehearsal passes its command unchanged, from make's command line and from the environment", () => {
   for (const value of HARD) {
     const says = { deno: 'for word; do :; done; printf "[%s]" "$word"' };
     assert.equal(make(["in-rehearsal", `CMD=${value}`], {}, says).stdout, `[${value}]`);
@@ -170,7 +170,7 @@ test("a command for the rehearsal goes there as it was typed, from make's comman
   }
 });
 
-describe("for who works on it", () => {
+describe("for developers,", () => {
   const BUILT = ["-o", "node_modules/fast-check"];
   const files = readdirSync(join(ROOT, "test")).filter((name) => name.endsWith(".test.ts"));
 
@@ -180,7 +180,7 @@ describe("for who works on it", () => {
     assert.match(said("ONLY=sh annotate"), /=4 test\/sh\.test\.ts test\/annotate\.test\.ts$/);
   });
 
-  test("a name in ONLY that no test file has is refused, with those that there are", () => {
+  test("make test refuses a name in ONLY that is not a test file, and lists the names", () => {
     for (const only of ["anotate", "sh anotate", "%", "*", "sh.test.ts"]) {
       const { status, stdout, stderr } = make([...BUILT, "test", `ONLY=${only}`], {}, { node: "echo ran" });
       assert.deepEqual([status, stdout], [2, ""], only);
@@ -188,7 +188,7 @@ describe("for who works on it", () => {
     }
   });
 
-  test("make lint runs shellcheck, says where there is none, and fails without it in CI", () => {
+  test("make lint runs shellcheck, reports if it is not installed, and fails without it in CI", () => {
     const lint = (env: Record<string, string>, has: Record<string, string>) =>
       make([...BUILT, "lint"], env, { node: "", npm: "", ...has });
     const shellcheck = { shellcheck: 'echo "checks $*"' };
@@ -202,7 +202,7 @@ describe("for who works on it", () => {
     }
   });
 
-  test("make hooks has git run make lint test before a push", () => {
+  test("make hooks makes git run make lint test before a push", () => {
     const { stdout } = make(["hooks"], {}, { git: 'echo "$*"' });
     const [, folder = ""] = /^config core\.hooksPath (.*)$/.exec(stdout) ?? [];
     const hook = join(ROOT, folder, "pre-push");
@@ -210,7 +210,7 @@ describe("for who works on it", () => {
     assert.match(readFileSync(hook, "utf8"), /^exec make lint test$/m);
   });
 
-  test("an editor indents and wraps as biome does", () => {
+  test(".editorconfig has the indentation and line length of biome", () => {
     const { formatter } = JSON.parse(readFileSync(join(ROOT, "biome.json"), "utf8"));
     const all = readFileSync(join(ROOT, ".editorconfig"), "utf8").split(/^\[/m)[1] ?? "";
     assert.match(all, new RegExp(`^indent_style = ${formatter.indentStyle}$`, "m"));

@@ -41,61 +41,73 @@ describe("labels and taints", () => {
     node: Partial<typeof A1 & { labels: Record<string, string>; taints: object[] }>,
     whys: string[],
   ][] = [
-    ["nothing where none are wanted and none were", [], [], { labels: { a: "b" }, taints: [taint("x")] }, []],
-    ["a new label is k3s's to set", [], ["--node-label=a=b"], {}, []],
     [
-      "a changed label is k3s's to set",
+      "that are neither requested nor set before need no change",
+      [],
+      [],
+      { labels: { a: "b" }, taints: [taint("x")] },
+      [],
+    ],
+    ["that are new, for a label, are set by k3s", [], ["--node-label=a=b"], {}, []],
+    [
+      "that are changed, for a label, are set by k3s",
       ["--node-label=a=b"],
       ["--node-label=a=c"],
       { labels: { a: "b" } },
       [],
     ],
     [
-      "a label that goes is taken away",
+      "that are no longer requested are removed, for a label",
       ["--node-label=a=b"],
       [],
       { labels: { a: "b" } },
       ["label node a1: a-"],
     ],
     [
-      "labels and taints in words of their own, or with one dash, are the same",
+      "may be separate arguments, or have a single dash",
       ["--node-label", "a=b,c=d", "-node-label=e=f"],
       ["-node-label", "c=d", "--node-taint", "x=y:NoSchedule"],
       { labels: { a: "b", c: "d", e: "f" } },
       ["label node a1: a- e-", "taint node a1: x=y:NoSchedule"],
     ],
-    ["a label that is gone already is left so", ["--node-label=a=b"], [], {}, []],
+    ["that are no longer requested and already removed need no change", ["--node-label=a=b"], [], {}, []],
     [
-      "another's label stays",
+      "that others have set are kept, for a label",
       ["--node-label=a=b"],
       [],
       { labels: { a: "b", c: "d" } },
       ["label node a1: a-"],
     ],
     [
-      "a taint that is new is set",
+      "that are new are set, for a taint",
       [],
       ["--node-taint=x=y:NoSchedule"],
       {},
       ["taint node a1: x=y:NoSchedule"],
     ],
-    ["a taint that is there is left", [], ["--node-taint=x=:NoSchedule"], { taints: [taint("x")] }, []],
     [
-      "a taint that goes is taken away",
+      "that exist need no change, for a taint",
+      [],
+      ["--node-taint=x=:NoSchedule"],
+      { taints: [taint("x")] },
+      [],
+    ],
+    [
+      "that are no longer requested are removed, for a taint",
       ["--node-taint=x=y:NoExecute"],
       [],
       { taints: [taint("x", "y", "NoExecute")] },
       ["taint node a1: x:NoExecute-"],
     ],
     [
-      "a taint's new value is set, with nothing taken away",
+      "that have a new value are set without removing the old one, for a taint",
       ["--node-taint=x=y:NoSchedule"],
       ["--node-taint=x=z:NoSchedule"],
       { taints: [taint("x", "y")] },
       ["taint node a1: x=z:NoSchedule"],
     ],
     [
-      "taints of Kubernetes and of others stay",
+      "that Kubernetes or others have set are kept, for a taint",
       [],
       [],
       { taints: [taint("node.kubernetes.io/unschedulable")] },
@@ -103,7 +115,7 @@ describe("labels and taints", () => {
     ],
   ];
   for (const [name, old, args, node, whys] of cases)
-    test(`: ${name}`, () => {
+    test(name, () => {
       const facts = { unit: unit("--a", ...old), nodes: nodes({ ...A1, ...node } as typeof A1) };
       assert.deepEqual(
         labelsPlan("server", "a1", ["--a", ...args], facts).map(({ why }) => why),
@@ -111,10 +123,10 @@ describe("labels and taints", () => {
       );
     });
 
-  test("of a node that is not registered yet are k3s's to set", () =>
+  test("of a node that is not registered yet are set by k3s", () =>
     assert.deepEqual(labelsPlan("agent", "b1", ["--node-taint=x:NoSchedule"], { nodes: nodes(A1) }), []));
 
-  test("of an agent: a taint that differs is refused with the line for the server", () =>
+  test("of an agent with a different taint are refused, with the command for the server", () =>
     assert.throws(
       () => labelsPlan("agent", "b1", ["--node-taint=x=y:NoSchedule"], { nodes: nodes(A1, B1) }),
       /on the server run "kubectl taint --overwrite node b1 x=y:NoSchedule", then the same again/,
@@ -142,11 +154,11 @@ describe("registries.yaml", () => {
     const release = { ...want, K3S_VERSION: version };
     const { unit, envfile, registries } = filesAfter(agent, release, agent.plan(release, prepared(version)));
     const well = healthy(version, { unit, envfile, registries } as Facts);
-    test(`of ${name} k3s has each registry's mirrors in their order`, () =>
+    test(`of ${name} k3s contains each registry's mirrors in their order`, () =>
       assert.equal(`${registries?.trim()}\n`, REGISTRIES));
-    test(`of ${name} k3s is left alone once it is there`, () =>
+    test(`of ${name} k3s needs no change once it is written`, () =>
       assert.deepEqual(agent.plan(release, well), []));
-    test(`of ${name} k3s is written anew with another mirror, and k3s restarted once`, () => {
+    test(`of ${name} k3s is rewritten for another mirror, and k3s is restarted once`, () => {
       const plan = agent.plan(
         { ...release, REGISTRY_MIRRORS: "docker.io=https://two.example:5000/v2" },
         well,
@@ -162,13 +174,13 @@ describe("registries.yaml", () => {
         ["write", "restart"],
       );
     });
-    test(`of ${name} k3s goes with the setting`, () =>
+    test(`of ${name} k3s is removed with the setting`, () =>
       assert.deepEqual(verbs(agent, { ...release, REGISTRY_MIRRORS: "" }, well), [
         `remove ${path}, restart k3s-agent`,
       ]));
-    test(`of ${name} k3s that is newer than the process is read by a restart`, () =>
+    test(`of ${name} k3s leads to a restart if it is newer than the process`, () =>
       assert.deepEqual(verbs(agent, release, { ...well, read: String(NOW - 60) }), ["restart k3s-agent"]));
-    test(`of ${name} k3s that somebody else wrote is refused, or left alone`, () => {
+    test(`of ${name} k3s that this project did not write is refused, or kept if the setting is empty`, () => {
       assert.throws(
         () => agent.plan(release, { ...well, registries: "foreign" }),
         /is somebody else's: move it away/,
@@ -183,13 +195,13 @@ describe("registries.yaml", () => {
 
 describe("a proxy", () => {
   const want = wanted({ HTTPS_PROXY: "http://u:hunter2@proxy.example:3128", NO_PROXY: "mine.example" });
-  test("has around it the cluster's ranges and the nodes, each once", () => {
+  test("is not used for the cluster's networks and the nodes, each listed once", () => {
     assert.equal(
       noProxy(want, ["198.51.100.11", "198.51.101.11", "198.51.100.11"]),
       "mine.example,localhost,127.0.0.0/8,10.42.0.0/16,10.43.0.0/16,.svc,.cluster.local,198.51.100.11,198.51.101.11",
     );
   });
-  test("has around it other ranges where SERVER_ARGS has them", () =>
+  test("is not used for other networks if SERVER_ARGS contains them", () =>
     assert.match(
       noProxy(
         {
@@ -201,7 +213,7 @@ describe("a proxy", () => {
       /,10\.1\.0\.0\/16,10\.2\.0\.0\/16,\.svc,\.k\.local$/,
     ));
   for (const step of [server, agent])
-    test(`of a ${step.name} is in its 0600 environment alone, and in no plan`, () => {
+    test(`of a ${step.name} is written only to its 0600 environment file, and is in no plan`, () => {
       const plan = step.plan(want, prepared(MODERN));
       assert.doesNotMatch(JSON.stringify(plan), /hunter2/);
       const { unit, envfile } = filesAfter(step, want, plan);
@@ -221,7 +233,7 @@ describe("a proxy", () => {
     ["the kernel", upgradeKernel, el7, /^install kernel-ml/],
   ];
   for (const [what, step, facts, why] of fetched)
-    test(`is how a box fetches ${what}; its password comes in the environment alone`, () => {
+    test(`is used to download ${what}, and its password is only in the environment`, () => {
       const release = { ...want, K3S_VERSION: MODERN };
       const change = step.plan(release, prepared(MODERN, facts)).find((c) => why.test(c.why));
       assert.ok(change, what);
@@ -245,7 +257,7 @@ describe("airgap images", () => {
   const placed = { sha256: bin.K3S_SHA256 };
   const zst = "k3s-airgap-images-amd64.tar.zst";
   const cases: [name: string, want: Partial<Settings>, facts: Facts, whys: string[] | RegExp][] = [
-    ["are not asked for", {}, prepared(MODERN), []],
+    ["are not downloaded by default", {}, prepared(MODERN), []],
     ["are downloaded with AIRGAP", { AIRGAP: "yes" }, prepared(MODERN), [`download ${zst} of k3s ${MODERN}`]],
     [
       "are a plain tar for old k3s",
@@ -254,7 +266,7 @@ describe("airgap images", () => {
       [`download k3s-airgap-images-amd64.tar of k3s ${OLD}`],
     ],
     [
-      "are left alone once they are there",
+      "need no change once they are downloaded",
       { AIRGAP: "yes" },
       prepared(MODERN, { images: record(MODERN, zst) }),
       [],
@@ -266,13 +278,13 @@ describe("airgap images", () => {
       [`download ${zst} of k3s ${MODERN}`],
     ],
     [
-      "that somebody touched are replaced",
+      "that were modified are replaced",
       { AIRGAP: "yes" },
       prepared(MODERN, { images: `${MODERN} ${zst} 700 1795000000\n${zst} 701 1795000000` }),
       [`download ${zst} of k3s ${MODERN}`],
     ],
     [
-      "beside K3S_BIN wait for it to be in place",
+      "beside K3S_BIN are pushed after it",
       { ...bin, AIRGAP: `\n${SUM} /x/${zst}` },
       prepared(MODERN),
       [`put /x/k3s in place of ${MODERN}`],
@@ -284,25 +296,25 @@ describe("airgap images", () => {
       [`put ${zst} in place`],
     ],
     [
-      "beside K3S_BIN are pushed once",
+      "beside K3S_BIN are pushed only once",
       { ...bin, AIRGAP: `\n${SUM} /x/${zst}` },
       prepared(MODERN, { ...placed, images: record(SUM, zst) }),
       [],
     ],
     [
-      "of another architecture are no harm",
+      "of another architecture are ignored",
       { ...bin, AIRGAP: `\n${SUM} /x/${zst}` },
       prepared(MODERN, { ...placed, arch: "aarch64" }),
       [],
     ],
     [
-      "that AIRGAP asks for must fit the box",
+      "that AIRGAP=yes requires must be for the box's architecture",
       { ...bin, AIRGAP: `yes\n${SUM} /x/${zst}` },
       prepared(MODERN, { ...placed, arch: "aarch64" }),
       /no airgap images for arm64/,
     ],
     [
-      "that old k3s cannot read are refused",
+      "that old k3s cannot import are refused",
       { ...bin, AIRGAP: `\n${SUM} /x/${zst}` },
       prepared(OLD, placed),
       /imports no .*zst: unpack it/,
@@ -322,27 +334,27 @@ for (const step of [server, agent])
     const { unit, envfile, config } = written;
     const well = healthy(MODERN, { unit, envfile, config } as Facts);
 
-    test("is written 0600, and k3s started after it", () => {
+    test("is written with mode 0600 before k3s is started", () => {
       assert.match(written.config ?? "", /^600\n[0-9a-f]{64}\n?$/);
       const plan = verbs(step, want, prepared(MODERN));
       assert.equal(plan[0], "write /etc/rancher/k3s/config.yaml.d/across-clouds.yaml (0600)");
       assert.match(plan.at(-1) ?? "", /^start /);
     });
-    test("is left alone once it is there", () => assert.deepEqual(step.plan(want, well), []));
-    test("is written anew when it changes, and k3s restarted once", () =>
+    test("needs no change once it is written", () => assert.deepEqual(step.plan(want, well), []));
+    test("is rewritten if it changes, and k3s is restarted once", () =>
       assert.deepEqual(verbs(step, { ...want, K3S_CONFIG: "debug: true" }, well), [
         "write /etc/rancher/k3s/config.yaml.d/across-clouds.yaml (0600)",
         `restart ${step.name === "server" ? "k3s" : "k3s-agent"}`,
       ]));
-    test("goes with the setting, in one change with the restart", () =>
+    test("is removed with the setting, in one change with the restart", () =>
       assert.deepEqual(verbs(step, { ...want, K3S_CONFIG: "" }, well), [
         `remove /etc/rancher/k3s/config.yaml.d/across-clouds.yaml, restart ${step.name === "server" ? "k3s" : "k3s-agent"}`,
       ]));
-    test("shows in no plan", () => {
+    test("is in no plan", () => {
       const secret = { ...want, K3S_CONFIG: "etcd-s3-secret-key: hunter2" };
       assert.doesNotMatch(JSON.stringify(step.plan(secret, prepared(MODERN))), /hunter2/);
     });
-    test("is refused by a k3s that does not read it", () =>
+    test("is refused for a release that does not read it", () =>
       assert.throws(
         () => step.plan({ ...want, K3S_VERSION: OLD }, prepared(OLD)),
         /K3S_CONFIG needs k3s v1\.26/,

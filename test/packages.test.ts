@@ -14,8 +14,8 @@ const lock = json("package-lock.json") as {
 };
 const packages = Object.entries(lock.packages).filter(([path]) => path);
 
-describe("the packages that are used", () => {
-  test("are named by exact versions, here and for Deno, and the lock has those", () => {
+describe("the npm packages", () => {
+  test("have exact versions, in package.json and for Deno, which are those in the lock file", () => {
     const named = { ...dependencies, ...devDependencies };
     for (const [name, version] of Object.entries(named)) {
       assert.match(version, /^\d+\.\d+\.\d+$/, name);
@@ -25,7 +25,7 @@ describe("the packages that are used", () => {
     for (const [name, from] of Object.entries(imports)) assert.equal(from, `npm:${name}@${named[name]}`);
   });
 
-  test("have each their sha512 in the lock, and come from no other place than the registry", () => {
+  test("have a sha512 in the lock file, and come only from the registry", () => {
     for (const [path, { integrity, resolved, link }] of packages) {
       assert.match(integrity ?? "", /^sha512-[\w+/]{86}==$/, path);
       assert.ok(
@@ -37,14 +37,14 @@ describe("the packages that are used", () => {
     for (const [name, { integrity }] of Object.entries(npm)) assert.match(integrity ?? "", /^sha512-/, name);
   });
 
-  test("are few: five named ones to run with, and those that they bring", () => {
+  test("that are needed to run are only five, and their dependencies", () => {
     assert.deepEqual(Object.keys(dependencies as object), ["dotenv", "minimist", "ora", "tsx", "zx"]);
     const run = packages.filter(([, { dev, optional }]) => !dev && !optional).map(([path]) => path);
     assert.ok(run.length <= 24, run.join());
   });
 });
 
-test("TLS is verified in every download: curl is told not to only where the CA itself is fetched, whose hash the token has", () => {
+test("TLS is verified in every download, except when fetching the CA itself, whose hash is in the token", () => {
   const files = ["lib", "scripts"].flatMap((folder) =>
     (readdirSync(join(ROOT, folder), { recursive: true }) as string[])
       .filter((name) => name.endsWith(".ts"))

