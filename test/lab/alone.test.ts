@@ -1,6 +1,6 @@
 /**
- * Each script by itself, by both generations of k3s: over ssh on a1, on the box itself on b1, and on b2 for a user
- * with sudo, the last step by hand from what --print said. Dry runs and --print first, and they change nothing.
+ * Each script alone, with both generations of k3s: over ssh on a1, on the box itself on b1, and on b2 as a user
+ * with sudo, the last step by hand with the output of --print. Dry runs and --print come first, and change nothing.
  */
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
@@ -23,7 +23,7 @@ import {
 
 const ON_A1 = ["download-k3s", "upgrade-kernel", "install-wireguard", "server", "annotate", "fix-metrics"];
 const ON_B1 = ["download-k3s", "upgrade-kernel", "install-wireguard", "agent", "annotate"];
-/** Why the step has nothing to do once it is done. */
+/** What the step reports once there is nothing to do. */
 const NOTHING: Record<string, string | RegExp> = {
   "download-k3s": "nothing to do",
   "upgrade-kernel":
@@ -35,9 +35,9 @@ const NOTHING: Record<string, string | RegExp> = {
   "fix-metrics": "nothing to do: `kubectl top nodes` answers for every node",
 };
 
-describe("each script alone", { concurrency: true }, () => {
+describe("each script works alone", { concurrency: true }, () => {
   for (const [name, version] of Object.entries({ old: OLD, modern: MODERN }))
-    describe(`k3s ${version}`, { concurrency: 1 }, () => {
+    describe(`with k3s ${version}`, { concurrency: 1 }, () => {
       let t: Bench;
       before(async () => {
         t = await bench({ name: `alone-${name}` });
@@ -46,7 +46,7 @@ describe("each script alone", { concurrency: true }, () => {
       });
       after(() => t?.lab.down());
 
-      /** Dry run, print, the step itself, and once more: only the third changes the box. */
+      /** Dry run, print, the step itself, and a second run: only the third changes the box. */
       async function step(box: string, script: string, run: (flags: string) => string) {
         const fresh = await state(t.box(box));
         const dry = (await t.ok(run("--dry-run"))).out;
@@ -60,7 +60,7 @@ describe("each script alone", { concurrency: true }, () => {
             .map((m) => m[1])
             .filter((why) => planned.includes(why as string)),
           planned,
-          "what is printed is what is planned",
+          "the printed plan is the one of the dry run",
         );
         const said = (await t.ok(run(""))).text;
         for (const why of planned) assert(said.includes(why), `${script} planned "${why}" and did not do it`);
@@ -82,7 +82,7 @@ describe("each script alone", { concurrency: true }, () => {
           /^install wireguard-tools \(Debian.*, apt\),prove that a/,
         );
         assert.deepEqual(planned.annotate, [], "server annotates its own node");
-        // Where metrics-server answers already for this one node, there is nothing to wait for.
+        // If metrics-server already answers for this one node, there is nothing to wait for.
         if (name === "old") assert.match(planned["fix-metrics"]?.[0] ?? "", /^deploy metrics-server/);
         else assert.deepEqual(planned["fix-metrics"], []);
       });
@@ -107,7 +107,7 @@ describe("each script alone", { concurrency: true }, () => {
           const own = /server|annotate/.test(name) ? "--public-ip 198.51.100.11" : "";
           await t.says(onBox("a1", `${fileOf(name)} ${own}`), 0, [NOTHING[name] as string]);
         }
-        // server has learned what it always learns, and has put it into the box's own env file.
+        // server has written the URL and token to the box's own env file.
         const lines = (text: string) => text.split("\n").filter((line) => !/k3s-across-clouds/.test(line));
         assert.deepEqual(lines(await state(t.box("a1"))), lines(before));
         const env = await t.box("a1").sh("cd /root/k3s-across-clouds; stat -c %a .env; cat .env");
@@ -126,7 +126,7 @@ describe("each script alone", { concurrency: true }, () => {
         await t.says(script("server", "--host debian@a1"), 0, ["restart k3s"]);
       });
 
-      test("by hand: what --print says, given to sh on the box with the secrets in the environment", async () => {
+      test("by hand, as the output of --print that sh runs on the box with the secrets in the environment", async () => {
         const { K3S_TOKEN = "" } = t.env();
         const plan = (await t.ok(script("agent", "--host debian@b2 --print"))).out;
         assert.match(plan, /^# on b2\n#!\/bin\/sh\n/);
@@ -141,7 +141,7 @@ describe("each script alone", { concurrency: true }, () => {
       });
 
       if (name === "old")
-        test("annotate puts a wrong public address right, by one restart", async () => {
+        test("and annotate corrects a wrong public address with one restart", async () => {
           const key = "flannel.alpha.coreos.com/public-ip-overwrite";
           await t.box("a1").sh(`kubectl annotate --overwrite node b2 ${key}=192.168.0.12`);
           await t.box("b2").sh("systemctl restart k3s-agent; sleep 3");
@@ -154,7 +154,7 @@ describe("each script alone", { concurrency: true }, () => {
           assert.deepEqual([a1, b1, b2], [before[0], before[1], (before[2] ?? 0) + 1]);
         });
 
-      test("fix-metrics holds over a restart of k3s", async () => {
+      test("and fix-metrics stays effective after a restart of k3s", async () => {
         await t.box("a1").sh("systemctl restart k3s");
         await t.ok("make server");
         await t.says("make fix-metrics", 0);

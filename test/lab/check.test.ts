@@ -1,4 +1,4 @@
-/** `make check` on running clusters: a healthy one has nothing wrong; each fault, made and mended in turn, has its line. */
+/** `make check` on running clusters: a healthy one, and each fault, which is injected, diagnosed and repaired in turn. */
 import assert from "node:assert/strict";
 import { readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
@@ -9,7 +9,7 @@ const check = script("check");
 
 interface Fault {
   name: string;
-  /** Breaks the cluster, and answers how it is mended. */
+  /** Breaks the cluster, and returns a function that repairs it. */
   make(t: Bench): Promise<() => unknown>;
   /** What is wrong and what to do, as check prints it. */
   says: RegExp[];
@@ -19,13 +19,13 @@ interface Fault {
 const rule = (t: Bench, cloud: "a" | "b", chain: "forward" | "ports", text: string) =>
   routerRule(t.lab, cloud, chain, `${text} drop`);
 
-/** A shell for a box and one that undoes it. */
+/** Shell code for a box, and the code that undoes it. */
 const onBox = (box: string, sh: string, undo: string) => async (t: Bench) => {
   await t.box(box).sh(sh);
   return () => t.box(box).sh(undo);
 };
 
-/** A shell for a box; `make` is what mends it. */
+/** Shell code for a box, and the make command that repairs it. */
 const mendedBy =
   (box: string, sh: string, command: string, undo = "") =>
   async (t: Bench) => {
@@ -37,14 +37,14 @@ const mendedBy =
   };
 
 const ENV = "/etc/systemd/system/k3s-agent.service.env";
-/** On a busy machine wireguard-go may be late once; systemd then starts k3s again. */
+/** On a busy machine wireguard-go may start too late; systemd then restarts k3s. */
 const ANEW = "systemctl restart k3s-agent || sleep 8; sleep 3";
 const RESTART = "systemctl restart --no-block k3s-agent; sleep 4";
 
 /** Faults of the network and the boxes: of either generation. */
 const COMMON: Fault[] = [
   {
-    name: "UDP 51820 closed in the security group of one cloud's box",
+    name: "UDP 51820 closed in a box's security group",
     make: (t) => rule(t, "b", "forward", "ip daddr 192.168.0.11 udp dport 51820"),
     says: [
       /^b1: UDP 51820 is closed before it: its peers' packets do not reach its network card$/m,
@@ -64,14 +64,14 @@ const COMMON: Fault[] = [
     ],
   },
   {
-    name: "packets of full size lost on the way between the clouds",
+    name: "packets of full size lost between the clouds",
     make: (t) => rule(t, "a", "forward", "udp dport 51820 ip length > 1440"),
     says: [
       /^a1: the MTU 1420 of flannel\S+ is too large between it and its peers: packets larger than 1372 are lost$/m,
     ],
   },
   {
-    name: "10250 unreachable",
+    name: "a kubelet that cannot be reached at 10250/tcp",
     make: (t) => rule(t, "b", "ports", "ip daddr 192.168.0.12 tcp dport 10250"),
     says: [
       /^b2: its kubelet cannot be reached at 198\.51\.101\.12:10250 \(dropped\): no logs, exec and metrics$/m,
@@ -79,7 +79,7 @@ const COMMON: Fault[] = [
     ],
   },
   {
-    name: "6443 unreachable",
+    name: "a server that cannot be reached at 6443/tcp",
     make: (t) => rule(t, "a", "ports", "tcp dport 6443"),
     says: [
       /^b1, b2: it does not reach the server's 6443\/tcp: packets are dropped$/m,
@@ -87,13 +87,13 @@ const COMMON: Fault[] = [
     ],
   },
   {
-    name: "a DNS upstream on a private address that is another cloud's",
+    name: "a DNS upstream at a private address of another cloud",
     make: onBox("b2", "echo nameserver 192.168.0.254 >/etc/resolv.conf", ": >/etc/resolv.conf"),
     says: [/^b2: its DNS upstream 192\.168\.0\.254 is a private address that does not answer/m],
   },
   {
-    name: "clocks apart",
-    // The boxes share the machine's clock: a box's `date` is told another.
+    name: "a clock that is behind",
+    // The boxes share the machine's clock, so a box gets another `date`.
     make: onBox(
       "b2",
       `printf '#!/bin/sh\\nexec /usr/bin/date -d "-1 hour" "$@"' >/usr/local/bin/date; chmod +x /usr/local/bin/date`,
@@ -102,7 +102,7 @@ const COMMON: Fault[] = [
     says: [/^b2: its clock is 3600 s behind the others'$/m, /^ +do: run timedatectl set-ntp true on it$/m],
   },
   {
-    name: "ipvs asked for where the kernel lacks it",
+    name: "PROXY_MODE=ipvs on a kernel without ip_vs",
     make: async () => () => {},
     env: { PROXY_MODE: "ipvs" },
     says: [/^a1, b1, b2: ipvs is configured, but its kernel \S+ has no ip_vs: kube-proxy uses iptables$/m],
@@ -139,7 +139,7 @@ const GENERATIONS: { version: string; faults: Fault[] }[] = [
     faults: [
       ...COMMON,
       {
-        name: "the annotation deleted by k3s, for want of --flannel-external-ip",
+        name: "the annotation deleted by k3s without --flannel-external-ip",
         make: async (t) => {
           await t
             .box("a1")
@@ -199,7 +199,7 @@ const GENERATIONS: { version: string; faults: Fault[] }[] = [
 
 describe("make check", { concurrency: true }, () => {
   for (const { version, faults } of GENERATIONS)
-    describe(`of k3s ${version}`, { concurrency: 1 }, () => {
+    describe(`with k3s ${version}`, { concurrency: 1 }, () => {
       let t: Bench;
       before(async () => {
         t = await bench({ name: version === OLD ? "check-old" : "check" });
@@ -208,19 +208,19 @@ describe("make check", { concurrency: true }, () => {
       });
       after(() => t?.lab.down());
 
-      test("finds nothing wrong with a healthy cluster, and changes nothing", async () => {
+      test("reports no problem in a healthy cluster, and changes nothing", async () => {
         const before = await Promise.all(t.lab.boxes.map(state));
         const { out, text } = await t.says(`bash -c 'time -p ${check}'`, 0, ["Nothing is wrong."]);
         for (const row of [/^b1 +\d+s \S+\/\S+ +- /m, /^b2 +yes +198\.51\.101\.12 +198\.51\.101\.12 /m])
           assert.match(out, row);
         assert.match(out, /^ok +full-size packets through the tunnels: 6 of 6$/m);
         await untouched(t.lab.boxes, before);
-        // Of its own: what boxes, ssh and a busy machine take beside it is not the script's.
+        // Only the script's own CPU time, without that of boxes, ssh and a busy machine.
         const own = [...text.matchAll(/^(?:user|sys) ([\d.]+)$/gm)].reduce((sum, m) => sum + Number(m[1]), 0);
         assert(own > 0 && own < 3, `${own} s of its own`);
       });
 
-      test("is one login and one trip a box, and two to the server, which is asked for pods", async () => {
+      test("needs one login and one script per box, and a second one on the server for pods", async () => {
         const trips = await t.trips(["a1", "b1", "b2"], () => t.ok("make check"));
         assert.deepEqual(trips, {
           a1: { commands: 2, logins: 1 },
@@ -229,26 +229,26 @@ describe("make check", { concurrency: true }, () => {
         });
       });
 
-      test("has an object for programs, with the same verdict", async () => {
+      test("reports the same verdict as JSON", async () => {
         const said = JSON.parse((await t.ok(`${check} --json`)).out);
         assert.deepEqual([said.ok, said.wrong, said.boxes.length, said.nodes.length], [true, [], 3, 3]);
       });
 
       if (version === MODERN)
-        test("with WATCH=1 is said again every few seconds, until it is interrupted", async () => {
+        test("with WATCH=1 is repeated every few seconds until it is interrupted", async () => {
           const { text } = await t.op("timeout -s INT 20 make check WATCH=1");
           const times = text.match(/^Nothing is wrong\.$/gm)?.length ?? 0;
           assert(times > 1, text);
         });
 
-      test("says nothing of a box that was renamed: its node keeps its name", async () => {
+      test("reports no problem on a box that was renamed, whose node keeps its name", async () => {
         await t.box("b2").sh(`hostname a1; ${RESTART}`);
         await t.ok("make agent HOST=b2");
         await t.says(check, 0, ["Nothing is wrong."]);
         await t.box("b2").sh("hostname b2");
       });
 
-      test("has a short form: make status, ten lines by one trip to the server", async () => {
+      test("has a summary, make status, which prints ten lines with one script on the server", async () => {
         let out = "";
         const trips = await t.trips(["a1", "b1"], async () => {
           ({ out } = await t.ok("make status"));
@@ -263,7 +263,7 @@ describe("make check", { concurrency: true }, () => {
           assert.match(out, row);
       });
 
-      test("its cluster's kubeconfig is merged into the operator's, and lets them in from where they are", async () => {
+      test("is complemented by make kubeconfig, which adds an access that works from the operator's machine", async () => {
         const path = join(t.lab.dir, "home/.kube/config");
         await t.ok("make kubeconfig");
         const text = readFileSync(path, "utf8");
@@ -272,14 +272,14 @@ describe("make check", { concurrency: true }, () => {
         await t.says("make kubeconfig", 0, ["nothing to do: context k3s-198.51.100.11 in "]);
         await t.ok("make kubeconfig USE=1");
         assert.match(readFileSync(path, "utf8"), /^current-context: k3s-198\.51\.100\.11$/m);
-        // The stand-in's kubectl, as the operator has it.
+        // The stand-in's kubectl on the operator's machine.
         const { dir } = t.lab;
         const k3s = `${dir}/stand-in/node --no-warnings ${dir}/stand-in/k3s.ts ${version} k3s`;
         await t.says(`${k3s} kubectl --kubeconfig ${path} get nodes --no-headers`, 0, [/^b2 +Ready/m]);
       });
 
       for (const { name, make, says, env } of faults)
-        test(`says what is wrong and what to do: ${name}`, async () => {
+        test(`reports the cause and the remedy of ${name}`, async () => {
           const mend = await make(t);
           try {
             const { text } = await t.says(check, 1, says, env ? { env } : {});
@@ -292,12 +292,12 @@ describe("make check", { concurrency: true }, () => {
         });
 
       if (version === MODERN)
-        test("finds nothing wrong where make firewall has closed the rest", async () => {
+        test("reports no problem after make firewall has closed the other ports", async () => {
           await t.ok("make firewall");
           await healthy(t);
         });
 
-      test("its words end a script's own failure: who fails reads the cause", async () => {
+      test("provides the cause that is printed when a script fails", async () => {
         await t.says("make agent HOST=b2 AGENT_ARGS=--nonsense", 2, [
           /^b2 +cause: b2: SERVER_ARGS or AGENT_ARGS has --nonsense, which this release of k3s does not know$/m,
           /^b2 +do: correct it, then "?make agent HOST=b2/m,
@@ -307,12 +307,12 @@ describe("make check", { concurrency: true }, () => {
     });
 });
 
-/** Nothing is wrong any more; handshakes and the API's word may take some seconds. */
+/** There is no problem any more; handshakes and the API may need some seconds. */
 async function healthy(t: Bench) {
   for (let tries = 6; ; tries--) {
     const said = await t.op(check);
     if (said.status === 0) return;
-    assert(tries, `still wrong after it was mended:\n${said.text}`);
+    assert(tries, `still wrong after the repair:\n${said.text}`);
     await new Promise((done) => setTimeout(done, 2000));
   }
 }

@@ -1,4 +1,4 @@
-/** `make -j up` in two clouds, by both generations of k3s: what it leaves behind, and that doing it again is nothing. */
+/** `make -j up` in two clouds, with both generations of k3s: its result, and that a second run changes nothing. */
 import assert from "node:assert/strict";
 import { readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -21,10 +21,10 @@ const GENERATIONS = [
   { name: "modern", version: MODERN, next: "v1.36.3+k3s1", interface: "flannel-wg" },
 ];
 
-describe("make -j up", { concurrency: true }, () => {
+describe("after make -j up", { concurrency: true }, () => {
   for (const generation of GENERATIONS) {
     const { name, version } = generation;
-    describe(`k3s ${version}`, { concurrency: 1 }, () => {
+    describe(`with k3s ${version}`, { concurrency: 1 }, () => {
       let t: Bench;
       const every = () => t.lab.boxes;
 
@@ -39,7 +39,7 @@ describe("make -j up", { concurrency: true }, () => {
 
       after(() => t?.lab.down());
 
-      test("brings up a server and two agents from nothing", async () => {
+      test("new boxes are a server and two agents", async () => {
         const seen = await commandLines(t, async () => {
           const trips = await t.trips(["a1", "b1", "b2"], () => t.ok("make -j up"));
           for (const { commands, logins } of Object.values(trips))
@@ -48,11 +48,11 @@ describe("make -j up", { concurrency: true }, () => {
         const { K3S_TOKEN = "" } = t.env();
         assert.match(K3S_TOKEN, /^K10[0-9a-f]{64}::server:[0-9a-f]{32}$/);
         for (const shown of ["scripts/up.ts", "k3s server", "k3s agent", "systemctl"])
-          assert(seen.includes(shown), `the watch over command lines missed ${shown}`);
-        assert(!seen.includes(K3S_TOKEN.slice(-32)), "the token stood on a command line");
+          assert(seen.includes(shown), `the recorded command lines do not contain ${shown}`);
+        assert(!seen.includes(K3S_TOKEN.slice(-32)), "the token was on a command line");
       });
 
-      test("every node is Ready at its public address", async () => {
+      test("every node is Ready with its public address", async () => {
         const seen = await nodes(t.box("a1"));
         const expected = every().map(({ name, publicIp }) => [
           name,
@@ -61,19 +61,19 @@ describe("make -j up", { concurrency: true }, () => {
         assert.deepEqual(seen, Object.fromEntries(expected));
       });
 
-      test("every pair of boxes has a fresh WireGuard handshake at public addresses", async () => {
+      test("every pair of boxes has a recent WireGuard handshake at public addresses", async () => {
         await connected(every());
         for (const box of every())
           assert.equal((await box.sh("wg show interfaces")).trim(), generation.interface, box.name);
       });
 
-      test("kubectl top nodes answers for every node", async () => {
+      test("kubectl top nodes lists every node", async () => {
         const lines = (await t.box("a1").sh("kubectl top nodes --no-headers")).trim().split("\n");
         assert.deepEqual(lines.map((line) => line.split(/\s+/)[0]).sort(), ["a1", "b1", "b2"]);
         for (const line of lines) assert.match(line, /^\w+ +\d+m +\d+% +\d+Mi/);
       });
 
-      test("the env file has what was learned, is 0600, and keeps its comments and order", async () => {
+      test("the env file contains the URL and token, has mode 0600, and keeps its comments and order", async () => {
         const token = (await t.box("a1").sh("cat /var/lib/rancher/k3s/server/node-token")).trim();
         assert.equal(
           readFileSync(t.lab.envFile, "utf8"),
@@ -87,14 +87,14 @@ describe("make -j up", { concurrency: true }, () => {
           const unit = `/etc/systemd/system/${box.name === "a1" ? "k3s" : "k3s-agent"}.service.env`;
           assert.equal((await box.sh(`stat -c '%a %U' ${unit}`)).trim(), "600 root");
           assert.equal(await box.sh(READABLE), "", box.name);
-          // The search itself: it must find a secret that lies open.
+          // The search itself must find a readable secret.
           await box.sh("umask 022; mkdir /run/open; wg show all private-key | cut -f2 >/run/open/file");
           assert.equal(await box.sh(READABLE), "/run/open/file\n");
           await box.sh("rm -r /run/open");
         }
       });
 
-      test("a second run changes nothing, by one connection and one command a box", async () => {
+      test("a second run changes nothing, with one connection and one command per box", async () => {
         const all = async () => Promise.all(every().map(state));
         await t.trips(["a1"], async () => {});
         const file = readFileSync(t.lab.envFile, "utf8");
@@ -110,7 +110,7 @@ describe("make -j up", { concurrency: true }, () => {
         assert.deepEqual(trips, { a1: one, b1: one, b2: one });
       });
 
-      test("each script, run once more, is one command a box and changes nothing", async () => {
+      test("each script, run again, needs one command per box and changes nothing", async () => {
         const before = await Promise.all(every().map(state));
         for (const name of SCRIPTS) {
           const hosts =
@@ -128,7 +128,7 @@ describe("make -j up", { concurrency: true }, () => {
         await untouched(every(), before);
       });
 
-      test("a box that is new takes at most four commands to join, and every other box reaches it", async () => {
+      test("a new box joins with at most four commands, and every other box reaches it", async () => {
         const before = await Promise.all([t.box("a1"), t.box("b1"), t.box("b2")].map(starts));
         await t.lab.add("b3");
         const { b3 } = await t.trips(["b3"], () => t.ok("make agent HOST=b3"));
@@ -139,7 +139,7 @@ describe("make -j up", { concurrency: true }, () => {
         assert.deepEqual(await Promise.all([t.box("a1"), t.box("b1"), t.box("b2")].map(starts)), before);
       });
 
-      test("a changed SERVER_ARGS restarts the server's k3s once, and nothing else", async () => {
+      test("a changed SERVER_ARGS restarts only the server's k3s, once", async () => {
         await restartsOnly(t, { a1: 1 }, () => t.ok("make -j up SERVER_ARGS=--disable=traefik"));
         assert.match(
           await t.box("a1").sh("cat /etc/systemd/system/k3s.service"),
@@ -148,7 +148,7 @@ describe("make -j up", { concurrency: true }, () => {
         await connected(every());
       });
 
-      test("a setting changed for an agent restarts that agent's k3s once, and nothing else", async () => {
+      test("a setting that is changed for an agent restarts only that agent's k3s, once", async () => {
         const { next } = generation;
         const proxy = "make agent HOST=b2 PROXY_MODE=nftables";
         await restartsOnly(t, name === "modern" ? { b1: 1, b2: 1 } : { b1: 1 }, () =>
@@ -168,7 +168,7 @@ describe("make -j up", { concurrency: true }, () => {
         assert.equal(running.includes("proxy-mode=nftables"), name === "modern", running);
       });
 
-      test("a box that restarts comes back to the cluster by itself", async () => {
+      test("a box that reboots rejoins the cluster automatically", async () => {
         const box = t.box("b2");
         await box.off();
         await box.on();
@@ -191,7 +191,7 @@ async function commandLines(t: Bench, part: () => Promise<unknown>): Promise<str
   return readFileSync(`${flag}.log`, "utf8").replaceAll("\0", " ");
 }
 
-/** Files that hold the token's password or a WireGuard key and that a user without rights can read. */
+/** Files that contain the token's password or a WireGuard key and that an unprivileged user can read. */
 const READABLE = `cd /var/lib/rancher/k3s
 password=$(cat server/token /etc/systemd/system/k3s-agent.service.env 2>/dev/null | sed -n 's/.*::server://p')
 keys=$(wg show all private-key | cut -f2)
@@ -199,7 +199,7 @@ keys=$(wg show all private-key | cut -f2)
 printf '%s\\n' "$keys" "$password" | runuser -u plain -- grep -rslaF -D skip -f - \
   /etc /home /privatekey /root /run /tmp /var/lib/rancher /var/log /var/tmp /usr/local /proc/[0-9]*/cmdline || true`;
 
-/** While `part` runs, k3s must be started so many times on the boxes named, and not on the others. */
+/** While `part` runs, k3s must be started this many times on these boxes, and not on the others. */
 async function restartsOnly(t: Bench, expected: Record<string, number>, part: () => Promise<unknown>) {
   const count = async () => Promise.all(t.lab.boxes.map(starts));
   const before = await count();

@@ -1,8 +1,8 @@
 /**
- * Runs that are cut: before and inside each change of each script, by all that can happen to an operator, a line or a
- * box. The next run finishes, ends where an uncut run ends, and a third has nothing to do.
+ * Runs that are interrupted before and inside each change of each script, by everything that can happen to an operator,
+ * a connection or a box. The next run leads to the result of an uninterrupted one, and a third has nothing to do.
  *
- * Pairs of boxes work side by side, each with a cluster of its own, and go back to a saved disk for each case.
+ * Pairs of boxes work in parallel, each with its own cluster, and are restored from a saved disk for each case.
  * `make faults` tries every case (ONLY="agent remove" those of some scripts), `make test-lab` the same few each time.
  */
 import assert from "node:assert/strict";
@@ -32,12 +32,12 @@ after(() => t.lab.down());
 t.settings();
 await Promise.all(Object.values(NEXT).map((version) => release(t.lab, version)));
 
-/** b is cut; a is the server that it joins, where the script needs one. */
+/** b is interrupted; a is the server that it joins, if the script needs one. */
 interface Pair {
   a: Light;
   b: Light;
   envFile: string;
-  /** What its boxes' disks were saved as. */
+  /** The names of its saved disks. */
   saved: Set<string>;
 }
 
@@ -55,7 +55,7 @@ interface Group {
   joins?: true;
   /** What runs on b first. */
   before: string[];
-  /** What is put wrong then, or else done. */
+  /** What is then broken or otherwise changed. */
   spoil?(pair: Pair): Promise<unknown>;
   /** Of the whole cluster, not of b alone. */
   whole?: true;
@@ -88,7 +88,7 @@ const groups: Group[] = [OLD, MODERN]
     },
   ])
   .concat([
-    // Of these one generation has nothing to do, or does the same.
+    // One generation has nothing to do in these, or does the same.
     { script: "install-wireguard", version: MODERN, before: [] },
     {
       script: "annotate",
@@ -105,7 +105,7 @@ const groups: Group[] = [OLD, MODERN]
     { script: "firewall", version: MODERN, joins: true, before: [...TOOLS, "agent"] },
   ]);
 
-/** Where a change is cut inside, by what it does: as it comes to this command, or half-way through its only one. */
+/** Where a change is interrupted, by what it does: at this command, or half-way through its only one. */
 const INSIDE: [RegExp, string[]][] = [
   [/^download /, ["transfer"]],
   [/^install /, ["unpacked"]],
@@ -121,12 +121,12 @@ const INSIDE: [RegExp, string[]][] = [
 ];
 
 /**
- * What stops a change on its box. apply() has each run by `timeout … sh -s`; bash tells of each command before it
- * runs; a download stops half-way, and dpkg when it has unpacked.
+ * Holds a change on its box. apply() runs each with `timeout … sh -s`; bash traps each command before it
+ * runs; a download is stopped half-way, and dpkg after unpacking.
  */
 const TOOL = Object.entries({
   held: `#!/bin/sh
-# held PLACE: stays here, once, where the run is to be cut
+# held PLACE: waits here, once, if the run is to be interrupted at this place
 [ "$(cat /run/cut/place 2>/dev/null)" = "$1" ] && mkdir /run/cut/at 2>/dev/null || exit 0
 until [ -e /run/cut/go ]; do sleep 0.05; done
 `,
@@ -169,14 +169,14 @@ echo 'deb [trusted=yes] http://packages.lab ./' >/etc/apt/sources.list
   .join("\n");
 
 interface Fault {
-  /** Answers how to mend it. */
+  /** Returns a function that repairs it. */
   strike(
     pair: Pair,
     signal: (name: string) => Promise<unknown>,
   ): Promise<(() => Promise<unknown>) | undefined>;
   /** How long it lasts, in seconds, unless the run ends before. */
   seconds?: number;
-  /** How the run ends: with which status, and what it says. Else it goes well, or fails with its name. */
+  /** How the run ends: its status and output. Otherwise it succeeds, or fails with its name. */
   ends?: [status: number, says: RegExp];
 }
 
@@ -214,14 +214,14 @@ const FAULTS: Record<string, Fault> = {
     },
     seconds: 10,
   },
-  "network gone for 30 s": {
+  "network down for 30 s": {
     strike: async ({ b }) => {
       await t.lab.net("router-b", `ip link set ${b.name} down`);
       return () => t.lab.net("router-b", `ip link set ${b.name} up`);
     },
     seconds: 30,
   },
-  "DNS dead": {
+  "DNS down": {
     strike: async ({ b }) => {
       await b.sh(
         "cp /etc/hosts /run/hosts; sed -i /lab$/d /etc/hosts; echo nameserver 203.0.113.99 >/etc/resolv.conf",
@@ -234,15 +234,15 @@ const FAULTS: Record<string, Fault> = {
 
 const operator = (pair: Pair) => ({
   ENV_FILE: pair.envFile,
-  // Of a killed ssh a socket stays behind: in the lab, not on this machine.
+  // A killed ssh leaves a socket behind: in the lab, not on this machine.
   TMPDIR: "/run",
 });
-/** By the lab's node, which strips types itself: hundreds of runs wait for it. */
+/** With the lab's Node.js, which strips types itself, because there are hundreds of runs. */
 const script = (name: string, box?: Box) =>
   `${t.lab.dir}/stand-in/node --no-warnings ${fileOf(name)}${box ? ` --host ${box.name}` : ""}`;
 const commandOf = (group: Group, { b }: Pair) => script(group.script, group.whole ? undefined : b);
 
-/** For all that uses the network and settles in some seconds. */
+/** For everything that uses the network and needs some seconds. */
 async function soon<T>(part: () => Promise<T>): Promise<T> {
   for (let left = 20; left; left--)
     try {
@@ -274,14 +274,14 @@ cat ${log}`,
   return { ended, signal, left };
 }
 
-/** What of a disk differs from one uncut run to the next. */
+/** What differs on a disk from one uninterrupted run to the next. */
 const NOISE =
   "^./(var/(log|cache|tmp)/|var/lib/(systemd|apt)/|tmp/systemd-private|etc/resolv.conf|var/lib/dpkg/(lock|.*-old))";
 const OWN = "^./(var/lib/rancher|etc/rancher)/";
 
 /** All that a run leaves: on b's disk and in its memory, in the cluster, and with the operator. */
 async function result({ a, b, envFile }: Pair, { joins, script }: Group) {
-  // What a lost operator has begun may still be at its end, where the next run found nothing to do.
+  // A change that a lost operator has begun may still be running if the next run found nothing to do.
   const memory = await b.sh(`flock -w 60 /run/k3s-across-clouds.lock true || echo locked
 systemctl is-active k3s k3s-agent || :
 systemctl is-enabled k3s k3s-agent 2>&1 || :
@@ -304,7 +304,7 @@ find . -type f | grep -vE '${NOISE}|${OWN}' | sort | xargs -d '\\n' sha256sum`,
     assert.equal(values.K3S_TOKEN, (await server.sh("cat /var/lib/rancher/k3s/server/node-token")).trim());
     const boxes = joins && script !== "remove" ? [a, b] : [server];
     await soon(() => connected(boxes));
-    // A box has one key, and it is the one that the others know.
+    // A box has one key, and it is the one that its peers have.
     for (const [own, other] of [boxes, boxes.toReversed()] as [Light, Light | undefined][])
       if (other)
         assert.equal(
@@ -320,12 +320,12 @@ type Result = Awaited<ReturnType<typeof result>>;
 
 interface Prepared {
   env: string;
-  /** The changes of an uncut run on b, as it names them. */
+  /** The changes of an uninterrupted run on b, as it prints them. */
   changes: string[];
   uncut: Result;
 }
 
-/** k3s has come up where it was when the disks were saved. */
+/** Waits until k3s runs where it ran when the disks were saved. */
 async function settled({ a, b }: Pair, { joins, before }: Group) {
   const until = (box: Box, what: string) =>
     box.sh(`for _ in $(seq 150); do ! { ${what}; } >/dev/null 2>&1 || exit 0; sleep 0.2; done; exit 1`);
@@ -337,7 +337,7 @@ async function settled({ a, b }: Pair, { joins, before }: Group) {
   ]);
 }
 
-/** Brings a pair to where the script begins, saves that, and lets the script run to its end. */
+/** Prepares a pair for the script, saves its disks, and runs the script without an interruption. */
 async function prepare(pair: Pair, group: Group): Promise<Prepared> {
   const { a, b, envFile, saved } = pair;
   const run = (name: string, box: Box) => t.ok(script(name, box), { env: operator(pair) });
@@ -394,7 +394,7 @@ const casesOf = ({ changes }: Prepared): Case[] =>
     ].flatMap((place) => Object.keys(FAULTS).map((fault) => ({ fault, place, why }))),
   );
 
-/** False where it could not be cut there. */
+/** False if it could not be interrupted there. */
 async function tryCase(pair: Pair, group: Group, { env, uncut }: Prepared, { fault, place, why }: Case) {
   const { a, b, envFile } = pair;
   const command = commandOf(group, pair);
@@ -404,7 +404,7 @@ async function tryCase(pair: Pair, group: Group, { env, uncut }: Prepared, { fau
   await settled(pair, group);
   await b.sh(`mkdir /run/cut; echo 0 >/run/cut/count; echo ${quote(place)} >/run/cut/place`);
 
-  // All that make has started ends with it.
+  // All processes of make end with it.
   const run = begin(
     pair,
     fault === "Ctrl-C" ? `make ${group.script}${group.whole ? "" : ` HOST=${b.name}`}` : command,
@@ -421,7 +421,7 @@ async function tryCase(pair: Pair, group: Group, { env, uncut }: Prepared, { fau
       )) !== "";
   if (!reached) {
     const { text } = await run.ended;
-    // Where the handshakes are there already, there is nothing to wait for, and nothing to cut.
+    // If there are handshakes already, there is nothing to wait for, and nothing to interrupt.
     if (why.startsWith("wait ") && text.startsWith("ended with 0\n")) return false;
     assert.fail(`"${why}" was not begun:\n${text}`);
   }
@@ -440,22 +440,22 @@ async function tryCase(pair: Pair, group: Group, { env, uncut }: Prepared, { fau
   if (fault === "Ctrl-C") assert.equal(await run.left(), "");
 
   await t.ok(command, options);
-  // A token is rotated anew each time.
+  // A token is rotated in every run.
   if (group.script !== "token") await t.says(command, 0, ["nothing to do"], options);
   const { K3S_TOKEN } = parse(readFileSync(envFile, "utf8"));
   if (K3S_TOKEN) t.secret(K3S_TOKEN);
-  // Pods come when k3s gets to them.
+  // Pods may start a little later.
   await soon(async () => assert.deepEqual(await result(pair, group), uncut));
   return true;
 }
 
-/** Of all cases a few, the same each time: one in 41 has each fault and each place in its turn. */
+/** The same sample of the cases each time: with one in 41, each fault and each place occurs. */
 const sampled = (cases: Case[], group: Group) =>
   cases.filter((_, i) => (i + 7 * groups.indexOf(group)) % 41 === 0);
 
 const counts = new Map<string, { cases: number; survived: number }>();
 
-test("cut anywhere by anything, the next run ends where an uncut run ends", {
+test("after any interruption, the next run leads to the result of an uninterrupted run", {
   concurrency: pairs.length,
 }, async (test) => {
   const asked = groups.filter(({ script }) => !ONLY.length || ONLY.includes(script));
@@ -469,7 +469,7 @@ test("cut anywhere by anything, the next run ends where an uncut run ends", {
         const { group, part, of } = next;
         const name = `${group.script} ${group.version}`;
         let uncut: Prepared | undefined;
-        await test.test(`${name}: uncut`, async () => {
+        await test.test(`${name}: uninterrupted`, async () => {
           uncut = await prepare(pair, group);
         });
         if (!uncut) continue;

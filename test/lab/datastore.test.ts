@@ -1,4 +1,4 @@
-/** Two servers in two clouds over a datastore that they share, and an agent that goes on when the first one is off. */
+/** Two servers in two clouds with a shared datastore, and an agent that keeps running while the first one is off. */
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { quote } from "../../lib/sh.ts";
@@ -20,7 +20,7 @@ const ENDPOINT = "http://k3s:hunter2@203.0.113.254:2379";
 
 describe("several servers", { concurrency: true }, () => {
   for (const [generation, version] of Object.entries({ old: OLD, modern: MODERN }))
-    describe(`k3s ${version}`, { concurrency: 1 }, () => {
+    describe(`with k3s ${version}`, { concurrency: 1 }, () => {
       let t: Bench;
       const env = (more: Record<string, string> = {}, server = "a1 b1") =>
         t.settings({ K3S_VERSION: version, ...more }, { server, agents: "b2" });
@@ -32,7 +32,7 @@ describe("several servers", { concurrency: true }, () => {
       });
       after(() => t?.lab.down());
 
-      test("without a datastore are refused, and nothing is touched", async () => {
+      test("are refused without a datastore, and nothing is changed", async () => {
         const before = await Promise.all(t.lab.boxes.map(state));
         env();
         await t.says("make up", 2, [/SERVER \(.*\): expected one of a1, b1, or a K3S_DATASTORE_ENDPOINT/]);
@@ -46,12 +46,12 @@ describe("several servers", { concurrency: true }, () => {
         await untouched(t.lab.boxes, before);
       });
 
-      test("of which the first is not up: the second is refused", async () => {
+      test("must be set up in their order, and a second one is refused before the first", async () => {
         env({ K3S_DATASTORE_ENDPOINT: ENDPOINT });
         await t.says("make server HOST=b1", 2, [/K3S_TOKEN is not set: .* for a1, the first server/]);
       });
 
-      test("come up with their agent, and agents are told the first", async () => {
+      test("are brought up with their agent, which joins the first one", async () => {
         await t.ok("make -j up");
         assert.equal(t.env().K3S_URL, "https://198.51.100.11:6443");
         const seen = await nodes(t.box("a1"));
@@ -63,7 +63,7 @@ describe("several servers", { concurrency: true }, () => {
         await connected(t.lab.boxes);
       });
 
-      test("have the endpoint in a file for root alone, and on no command line", async () => {
+      test("have the endpoint in a file that only root can read, and on no command line", async () => {
         for (const name of ["a1", "b1"]) {
           const said = await t.box(name).sh(`stat -c '%a %U' /etc/systemd/system/k3s.service.env
 grep -c ^K3S_DATASTORE_ENDPOINT= /etc/systemd/system/k3s.service.env
@@ -73,7 +73,7 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
         }
       });
 
-      test("a second run changes nothing, on all or on one", async () => {
+      test("are not changed by a second run, on all or on one", async () => {
         const before = await Promise.all(t.lab.boxes.map(state));
         assert.equal((await t.ok("make -j up")).text.match(/nothing to do/g)?.length, 3);
         await t.says("make server HOST=b1", 0, ["nothing to do"]);
@@ -82,7 +82,7 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
         await untouched(t.lab.boxes, before);
       });
 
-      test("cut while the second server's changes are made, the next run finishes", async () => {
+      test("are completed by the next run if one was interrupted during the second server's changes", async () => {
         const { K3S_URL = "", K3S_TOKEN = "" } = t.env();
         env({ K3S_DATASTORE_ENDPOINT: ENDPOINT, K3S_URL, K3S_TOKEN, SERVER_ARGS__b1: "--disable=traefik" });
         const before = await starts(t.box("a1"));
@@ -94,7 +94,7 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
         assert.match(await t.box("b1").sh("cat /etc/systemd/system/k3s.service"), /--disable=traefik$/m);
       });
 
-      test("the first one is off: the agent has learned the second, and starts again by it", async () => {
+      test("allow the agent to restart with the second one while the first is off", async () => {
         await t.box("a1").off();
         await t.box("b2").sh("systemctl restart --no-block k3s-agent");
         const since = Date.now() / 1000;
@@ -115,7 +115,7 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
         await connected(t.lab.boxes);
       });
 
-      test("a server does not leave its datastore for an empty one", async () => {
+      test("are refused if one would leave its datastore for an empty one", async () => {
         const { K3S_URL = "", K3S_TOKEN = "" } = t.env();
         env({ K3S_URL, K3S_TOKEN }, "a1");
         await t.says("make server", 2, [
@@ -123,7 +123,7 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
         ]);
       });
 
-      test("where another one is put first agents follow it; the one that was can be removed, and joins again", async () => {
+      test("can be reordered, after which agents follow the new first one, and the old one can be removed and join again", async () => {
         const { K3S_URL = "", K3S_TOKEN = "" } = t.env();
         env({ K3S_DATASTORE_ENDPOINT: ENDPOINT, K3S_URL, K3S_TOKEN }, "b1 a1");
         await t.says("make remove HOST=b1", 2, ["HOST names the first server, b1, which agents are told"]);
@@ -140,7 +140,7 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
         await connected(t.lab.boxes);
       });
 
-      test("have one token, which is rotated on all of them; agents go on running", async () => {
+      test("have one token, which is rotated on all of them while agents keep running", async () => {
         if (generation === "old") return void (await t.says("make token", 2, ["cannot rotate its token"]));
         const before = t.env().K3S_TOKEN as string;
         const started = await starts(t.box("b2"));
@@ -154,7 +154,7 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
         assert.equal(await starts(t.box("b2")), started);
       });
 
-      test("are upgraded one at a time, then the agent; also over the border of the generations, and cut", async () => {
+      test("are upgraded one at a time, then the agent, even to the other generation and after an interruption", async () => {
         const to = "v1.36.3+k3s1";
         await release(t.lab, to);
         const text = await t.cutThenDone(
@@ -165,11 +165,11 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
         const versions = await t.box("a1").sh("kubectl get nodes --no-headers | awk '{ print $1, $2, $NF }'");
         assert.equal(versions, ["a1", "b1", "b2"].map((name) => `${name} Ready ${to}\n`).join(""));
         await connected(t.lab.boxes);
-        // The agent has been given the token, too, that the servers have since.
+        // The agent has also received the servers' new token.
         assert.equal((await t.ok("make -j up")).text.match(/nothing to do/g)?.length, 3);
       });
 
-      test("are all taken down by one call, also when it is cut", async () => {
+      test("are all removed by make down, even after an interruption", async () => {
         await t.cutThenDone("make down YES=1", /a1 +stop k3s, and clear/);
         for (const box of t.lab.boxes) assert.equal(await box.sh(LEFT), "", box.name);
       });
@@ -181,7 +181,7 @@ const LEFT = `find /etc /usr/local /var/lib -xdev -name '*k3s*' -o -xdev -name '
 ls /sys/class/net | grep -E 'flannel|cni' || true
 ps -e -o args= | grep '[k]3s server' || true`;
 
-/** etcd's JSON gateway, as far as the stand-in asks it; for whoever has the password. */
+/** The part of etcd's JSON gateway that the stand-in uses, with a password. */
 const STORE = `const store = new Map();
 const text = (base64) => Buffer.from(base64, "base64").toString();
 require("node:http").createServer((asked, answer) => {

@@ -1,4 +1,4 @@
-/** What a deploy costs, in counts: connections, remote commands, bytes asked for. Times are for `make bench`. */
+/** The cost of a deployment in connections, remote commands and bytes. `make bench` measures times. */
 import assert from "node:assert/strict";
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -18,12 +18,12 @@ const t = await bench({ name: "fast", boxes: NAMES, hairpin: ["a", "b"], slow: t
 after(() => t.lab.down());
 t.settings({}, { agents: NAMES.slice(1).join(" ") });
 
-test("five new boxes take one connection each, at most four commands, or one more for a neighbour that joined just then, and 30 kB", async () => {
+test("five new boxes need one connection, at most five commands and 30 kB each", async () => {
   await t.lab.line("op", 50);
   const before = await traffic();
   const seen = await t.trips(NAMES, () => t.ok("make -j up"));
   const { sent, received } = await traffic();
-  // A bare login sends 5.3 kB; what waits for another box, or is told of progress, sends more on a busy machine.
+  // A login alone sends 5.3 kB; waiting for another box, and progress messages, send more on a busy machine.
   assert((sent - before.sent) / NAMES.length < 30_000, `${sent - before.sent} bytes sent`);
   assert(
     (received - before.received) / NAMES.length < 30_000,
@@ -31,13 +31,13 @@ test("five new boxes take one connection each, at most four commands, or one mor
   );
   for (const [box, { commands, logins }] of Object.entries(seen)) {
     assert.equal(logins, 1, box);
-    // Four for a box that joins alone (cluster.test.ts); a node that joined just before may not be heard yet.
+    // Four for a box that joins alone (cluster.test.ts), and one more if a node that joined just before has no handshake yet.
     assert(commands <= 5, `${box}: ${commands} commands`);
   }
   await connected(t.lab.boxes);
 });
 
-test("with nothing to do it is one command of 16 kB, for the cluster as for a whole `make agent` and `make server`, and agents start nothing on the server", async () => {
+test("with nothing to do, `make up`, `make agent` and `make server` need one command and 16 kB per box, and agents start hardly any process on the server", async () => {
   const agents = NAMES.slice(1);
   for (const [command, names] of [
     ["make -j up", NAMES],
@@ -50,7 +50,7 @@ test("with nothing to do it is one command of 16 kB, for the cluster as for a wh
     assert((sent - before.sent) / names.length < 16_000, `${command}: ${sent - before.sent} bytes sent`);
     const got = (received - before.received) / names.length;
     assert(got < 13_000, `${command}: ${got} bytes of a box`);
-    // The server is asked once, however many agents there are.
+    // The server is queried once, however many agents there are.
     const more = (await started("a1")) - processes;
     assert(more < (names.includes("a1") ? 250 : 50), `${command}: ${more} processes on the server`);
     for (const [box, trip] of Object.entries(seen))
@@ -58,7 +58,7 @@ test("with nothing to do it is one command of 16 kB, for the cluster as for a wh
   }
 });
 
-/** Lets a box have so many bytes a second of the mirror's answers, until the function that is answered is called. */
+/** Limits a box's download rate from the mirrors, until the returned function is called. */
 const narrow = (box: "b1" | "b2" | "b3", rate: string) =>
   routerRule(
     t.lab,
@@ -70,7 +70,7 @@ const narrow = (box: "b1" | "b2" | "b3", rate: string) =>
 const away = "rm -f /usr/local/bin/k3s /usr/local/bin/.k3s*";
 const done = (text: string) => [...text.matchAll(/^(\w+) +done in/gm)].map((match) => match[1]);
 
-test("a box with a slow download holds up no other", async () => {
+test("a box with a slow download does not delay the others", async () => {
   await Promise.all(["b1", "b2", "b3"].map((name) => t.box(name).sh(away)));
   const mend = await narrow("b2", "300 kbytes/second");
   const { text } = await t.ok('make download-k3s HOST="b2 b1 b3"');
@@ -79,13 +79,13 @@ test("a box with a slow download holds up no other", async () => {
   assert.equal(done(text).at(-1), "b2", text);
 });
 
-test("a download over a long line that loses packets, cut twice, fetches no byte a second time", async () => {
+test("a download that is interrupted twice, over a slow line that loses packets, fetches no byte again", async () => {
   await t.box("b1").sh(away);
   await t.lab.line("b", 200, 0.3);
   const cut = (bytes: number) => t.lab.mirror.fault(t.lab.mirror.plain, { mode: "cut", bytes, only: "/k3s" });
   const size = standIn(MODERN).length;
   const alone = `make download-k3s HOST=b1 K3S_MIRRORS=${t.lab.mirror.plain} K3S_SHA256=${await t.box("a1").sh("sha256sum </usr/local/bin/k3s | cut -c1-64")}`;
-  // A cut loses what is still on its way: what arrived is what counts.
+  // An interruption loses bytes in transit: only those that arrived count.
   const arrived: number[] = [];
   const requests = await t.requests(async () => {
     for (const bytes of [700_000, 900_000]) {
@@ -105,7 +105,7 @@ test("a download over a long line that loses packets, cut twice, fetches no byte
   assert.equal((await t.box("b1").sh("stat -c %s /usr/local/bin/k3s")).trim(), `${size}`);
 });
 
-test("K3S_BIN goes to all boxes at once, compressed, and to none that has it", async () => {
+test("K3S_BIN is pushed to all boxes at the same time, compressed, and to none that has it", async () => {
   await Promise.all(["b1", "b2"].map((name) => t.box(name).sh(away)));
   // Half of it compresses away.
   writeFileSync(join(t.lab.dir, "home", "k3s"), `${standIn(MODERN)}${"#\n".repeat(1_500_000)}`);

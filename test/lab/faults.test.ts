@@ -1,4 +1,4 @@
-/** What goes wrong at other people's places: each fault has its message and exit status, and leaves the box as it was. */
+/** Common faults of the environment: each has its message and exit status, and leaves the box unchanged. */
 import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -13,7 +13,7 @@ const agent = script("agent", "--host b1");
 
 const drop = (cloud: "a" | "b", what: string) => routerRule(t.lab, cloud, "ports", `${what} drop`);
 
-/** The command fails so and leaves b1 exactly as it was; `fault` may break something and answer how to mend it. */
+/** The command fails with this and leaves b1 unchanged; `fault` may break something, and returns a function that repairs it. */
 async function refused(
   command: string,
   status: number,
@@ -31,7 +31,7 @@ async function refused(
   await untouched([b1], [before]);
 }
 
-describe("a box that cannot join is told why, and is not touched", () => {
+describe("a box that cannot join is refused with the reason, and is not changed, because of", () => {
   before(async () => {
     t.settings();
     await t.ok("make server");
@@ -65,7 +65,7 @@ describe("a box that cannot join is told why, and is not touched", () => {
       },
     }));
 
-  test("a folder of k3s's that cannot be written, not even by root", () =>
+  test("a folder of k3s that not even root can write", () =>
     refused(agent, 1, ["/usr/local/bin cannot be written, and k3s needs it", "Nothing was installed"], {
       fault: async () => {
         await b1.sh("cd /usr/local/bin; mount --bind . . && mount -o remount,bind,ro /usr/local/bin");
@@ -73,21 +73,21 @@ describe("a box that cannot join is told why, and is not touched", () => {
       },
     }));
 
-  test("a kernel without WireGuard, which wireguard-go does not make up for", () =>
+  test("a kernel without WireGuard, which wireguard-go does not replace", () =>
     refused(
       agent,
       1,
       [/has no WireGuard.*wireguard-go is here, but k3s v1\.36\.2\+k3s1 asks the kernel alone/],
       {
         fault: async () => {
-          // The box's own, which knows this machine's kernel.
+          // The box's own modprobe, which reports this machine's kernel.
           await b1.sh('mount --bind /usr/lib/lab/modprobe "$(command -v modprobe)"');
           return () => b1.sh('umount "$(command -v modprobe)"');
         },
       },
     ));
 
-  test("cgroup v2, which old k3s does not know", () =>
+  test("cgroup v2, which old k3s does not support", () =>
     refused(`${agent} --k3s-version v1.17.6+k3s1`, 1, ["k3s v1.17.6+k3s1 runs on cgroup v1 only"], {
       fault: async () => {
         await b1.sh("mount -t cgroup2 lab /sys/fs/cgroup");
@@ -120,7 +120,7 @@ describe("a box that cannot join is told why, and is not touched", () => {
         }),
     }));
 
-  test("a box that does not answer ssh, within the time that ssh is given", () =>
+  test("a box that does not answer ssh, within ssh's time limit", () =>
     refused(agent, 1, [/Could not reach b1: .*timed out/, "again: make agent HOST=b1"], {
       fault: () => drop("b", "ip daddr 192.168.0.11 tcp dport 22"),
     }));
@@ -135,7 +135,7 @@ describe("a box that cannot join is told why, and is not touched", () => {
   });
 });
 
-/** Another known_hosts, until the function that is answered is called. */
+/** Replaces known_hosts until the returned function is called. */
 async function knownHosts(change: (text: string) => string) {
   const file = join(t.lab.dir, "home/.ssh/known_hosts");
   const text = readFileSync(file, "utf8");
@@ -143,7 +143,7 @@ async function knownHosts(change: (text: string) => string) {
   return () => writeFileSync(file, text);
 }
 
-test("a command that fails shows its box, its change, its output, itself, and the line that tries it again", async () => {
+test("a command that fails is reported with its box, its change, its output, its text, and the command that retries it", async () => {
   const packages = "http://203.0.113.82/";
   await t.lab.mirror.fault(packages, { mode: "down" });
   const { text } = await t.says(script("install-wireguard", "--host b1"), 1, [
@@ -157,7 +157,7 @@ test("a command that fails shows its box, its change, its output, itself, and th
   assert.match(await b1.sh("wg --version"), /^wireguard-tools /);
 });
 
-test("of three boxes one that fails stops no other, and the line that tries it again works once it is mended", async () => {
+test("one of three boxes that fails does not stop the others, and the command that retries it works after the repair", async () => {
   await t.lab.add("b3");
   const mend = await drop("b", "ip daddr 192.168.0.12 tcp dport 22");
   const { text } = await t.says(script("agent", '--host "b1 b2 b3"'), 1, [
@@ -179,7 +179,7 @@ function again(text: string, box: string): string {
   return command;
 }
 
-test("a k3s that does not come up shows the lines of its journal that matter, and the next run mends it", async () => {
+test("a k3s that does not start is reported with the relevant lines of its journal, and the next run repairs it", async () => {
   const { seconds } = await t.says(script("agent", "--host b2 --agent-args=--nonsense"), 1, [
     /^b2 +FAILED after .*restart k3s-agent and wait until node b2 is Ready/m,
     /^b2 +\| .*flag provided but not defined: -nonsense/m,
@@ -193,19 +193,19 @@ test("a k3s that does not come up shows the lines of its journal that matter, an
   assert.equal(await starts(b2), before);
 });
 
-describe("the operator's own files and connections", () => {
+describe("on the operator's machine,", () => {
   const tiny = "/run/tiny";
   const file = `${tiny}/.env`;
   const now = async () => (await a1.sh("cat /var/lib/rancher/k3s/server/node-token")).trim();
 
   before(async () => {
-    // Three pages, of which the file takes two.
+    // Three pages, two of which the file needs.
     await t.ok(`mkdir -p ${tiny} && mount -t tmpfs -o size=12k tiny ${tiny} && cp "$ENV_FILE" ${file}`);
     await t.ok(`{ echo; printf '# %4900s' mine; } >>${file}; chmod 600 ${file}`);
   });
   after(() => t.ok(`umount ${tiny}`));
 
-  test("an env file for which its disk has no room is found out first: no token is rotated", async () => {
+  test("a disk without space for the env file is detected before a token is rotated", async () => {
     const [before, text] = [await now(), (await t.ok(`sha256sum ${file}`)).out];
     await t.says(
       script("token"),
@@ -219,7 +219,7 @@ describe("the operator's own files and connections", () => {
     assert.equal((await t.ok(`sha256sum ${file}; ls -A ${tiny}`)).out, `${text}.env\n`);
   });
 
-  test("a disk that fills up while it runs leaves the env file whole, and the next run writes what is new", async () => {
+  test("a disk that becomes full during a run leaves the env file unchanged, and the next run writes the new token", async () => {
     await t.ok(`mount -o remount,size=20k ${tiny}`);
     const text = (await t.ok(`sha256sum ${file}`)).out;
     const fills = `log=$(mktemp); { ${script("token")} >$log 2>&1; echo "ended with $?" >>$log; } &
@@ -240,7 +240,7 @@ until grep -q 'rotate the token' $log; do sleep 0.05; done; dd if=/dev/zero of=$
     await t.ok(`sed '$d' ${file} >"$ENV_FILE"; make -j up`);
   });
 
-  test("a TMPDIR with a blank, or too long for a socket's path, is none of ssh's business", async () => {
+  test("a TMPDIR that has spaces, or is too long for a socket's path, is no problem for ssh", async () => {
     for (const folder of ["/run/t m p", `/run/${"t".repeat(100)}`]) {
       await t.ok(`mkdir "${folder}"`);
       await t.ok("make status", { env: { TMPDIR: folder } });
@@ -252,7 +252,7 @@ until grep -q 'rotate the token' $log; do sleep 0.05; done; dd if=/dev/zero of=$
     ["TERM", 143],
     ["HUP", 129],
   ] as const)
-    test(`SIG${signal} closes every connection, and the next run finishes`, async () => {
+    test(`SIG${signal} closes every connection, and the next run completes the change`, async () => {
       await b1.sh("systemctl stop k3s-agent; rm /etc/systemd/system/k3s-agent.service");
       const open = async () =>
         (await t.op("ls -d /run/k3s-* 2>/dev/null; ps -e -o args= | grep '[s]sh: .*mux' || true")).out.split(
@@ -263,7 +263,7 @@ until grep -q 'rotate the token' $log; do sleep 0.05; done; dd if=/dev/zero of=$
       assert(run.reached, run.text);
       assert.equal(run.status, status, run.text);
       assert.match(run.text, /Interrupted\. .*run the same again to finish\./);
-      // Those of a run that was killed before stay for a minute.
+      // Those of an earlier run that was killed remain for a minute.
       assert.deepEqual(
         (await open()).filter((line) => !others.includes(line)),
         [],

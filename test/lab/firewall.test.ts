@@ -1,4 +1,4 @@
-/** make firewall on boxes with firewalld, with ufw and with nft rules that drop: the nodes pass, the world does not, ssh stays. */
+/** make firewall on boxes with firewalld, with ufw and with nft rules that drop: nodes are allowed, others are not, ssh is unchanged. */
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { closeAgain } from "../../lib/k3s/firewall/firewall.ts";
@@ -40,21 +40,21 @@ describe("make firewall", { concurrency: 1 }, () => {
     await t.ok("make -j up");
   });
 
-  test("what is said of rules is what the kernel does with packets", async () => {
+  test("evaluates rules as the kernel does", async () => {
     await b2.sh(SET_UP);
     let certain = 0;
     for (const backend of ["nft", "iptables-nft", "iptables-legacy"] as Backend[])
       for (let seed = 1; seed <= 8; seed++) {
         const rules = (backend === "nft" ? nftText : iptablesText)(dice(seed * 7919 + backend.length));
         const found = async (seconds: number) => compared(rules, await b2.sh(tried(rules, backend, seconds)));
-        // On a busy machine a packet may not have left so soon.
+        // On a busy machine a packet may be sent later.
         certain += await found(0.15).catch(() => found(3));
       }
     assert(certain > 200, `${certain}`);
     await b2.sh("for n in judged sender pods; do ip netns del $n; done");
   });
 
-  test("without a firewall, its own table closes what is open, and comes back with the box", async () => {
+  test("closes open ports with its own table if there is no firewall, and the table is restored after a reboot", async () => {
     assert.deepEqual((await doors()).kubelets, Array(6).fill("open"));
     const fresh = await Promise.all(t.lab.boxes.map(state));
     const { out } = await t.ok("make firewall DRY=1");
@@ -76,7 +76,7 @@ describe("make firewall", { concurrency: 1 }, () => {
     await t.says("make firewall", 0, [/^b2 +nothing to do/m]);
   });
 
-  test("with nft rules that drop, ufw and firewalld: the cluster is let through them", async () => {
+  test("opens nft rules that drop, ufw and firewalld for the cluster", async () => {
     await Promise.all([
       a1.sh(`systemctl disable -q --now k3s-firewall
 cat >/etc/nftables.conf <<'NFT'
@@ -97,7 +97,7 @@ apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-r
 firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp`),
     ]);
     assert.deepEqual((await doors()).api, ["closed", "closed", "closed"]);
-    // What had passed before the rules goes on for a while: that is a note, not a fault.
+    // Existing flows continue for a while: that is a note, not a fault.
     await t.says("make check", 2, [
       /^a1: nft inet mine input drops 6443\/tcp/m,
       "do: make firewall HOST=a1",
@@ -116,7 +116,7 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     await connected(t.lab.boxes);
   });
 
-  test("they come back as they were with a box that restarts, and after nftables.service starts anew", async () => {
+  test("makes rules that survive a reboot and a restart of nftables.service", async () => {
     await Promise.all([b1, b2].map((box) => box.off()));
     await Promise.all([b1, b2].map((box) => box.on()));
     await a1.sh("systemctl restart nftables");
@@ -125,7 +125,7 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     await t.says("make firewall", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m, /^b2 +nothing to do/m]);
   });
 
-  test("a box that joins is let in, and one that leaves is not any more", async () => {
+  test("allows a box that is added to AGENTS, and no longer one that is removed from it", async () => {
     const rules = async () =>
       Promise.all([
         a1.sh("nft list ruleset | grep -c 198.51.101.13 || true"),
@@ -144,7 +144,7 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     assert.deepEqual((await rules()).map(Number), [0, 0, 0]);
   });
 
-  test("FIREWALL=yes: who leaves is shut out by the others and who joins is let in, in the same run", async () => {
+  test("is part of a join and a removal with FIREWALL=yes, in the same run", async () => {
     const FIREWALL = "yes";
     t.settings({ ...learned(), FIREWALL });
     await t.says("make -j up", 0, [/^a1 +nothing to do/m, /^b1 +nothing to do/m, /^b2 +nothing to do/m]);
@@ -165,14 +165,14 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     assert.deepEqual(await knows(b2.publicIp), [true, true]);
     await connected(t.lab.boxes);
     assert.deepEqual(await doors(), SHUT);
-    // One that cannot be reached does not let it in, and that is said.
+    // One that cannot be reached does not allow it, which is reported.
     t.settings({ ...learned(), FIREWALL }, { agents: "b1 b9=198.51.101.13" });
     await t.says("make agent HOST=b2", 2, [
       /^b9 .*the new node is not allowed there yet/m,
       "make firewall HOST=b9=198.51.101.13",
       /^b2 +done in /m,
     ]);
-    // What no rule of ours comes before is said before anything is changed.
+    // A rule that precedes all of ours is reported before any change.
     await a1.sh(
       "nft add table ip raw; nft add chain ip raw pre '{ type filter hook prerouting priority -300; }'; nft add rule ip raw pre udp dport 51820 drop",
     );
@@ -181,7 +181,7 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     await a1.sh("nft delete table ip raw");
   });
 
-  test("all of it can be taken away again, with nothing else", async () => {
+  test("makes rules that can be removed without affecting others", async () => {
     await Promise.all(t.lab.boxes.map(({ sh }) => sh(closeAgain(["10.42.0.0/16", "10.43.0.0/16"]))));
     const [nft, ufw, firewalld] = await Promise.all([
       a1.sh(

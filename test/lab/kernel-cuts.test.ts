@@ -1,4 +1,4 @@
-/** A kernel swap that is cut off: the connection goes, the operator presses Ctrl-C or dies, the machine loses its power. The next run finishes. */
+/** A kernel upgrade that is interrupted: the connection is lost, the operator presses Ctrl-C or is killed, the machine loses power. The next run completes it. */
 import assert from "node:assert/strict";
 import { existsSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
@@ -10,7 +10,7 @@ import { addMachine, type Machine, REPOSITORIES } from "./vm.ts";
 const t = await bench({ name: "kernel-cuts", boxes: [] });
 after(() => t.lab.down());
 t.settings(REPOSITORIES, { server: "", agents: "b3 b4" });
-/** Two, side by side: the one works while the other waits. */
+/** Two in parallel: one works while the other waits. */
 let b3: Machine;
 let b4: Machine;
 before(async () => {
@@ -29,7 +29,7 @@ const STEPS = {
 
 type Signal = (name: "INT" | "KILL") => Promise<unknown>;
 
-/** Starts the swap, and does `how` once it has come to the step and `wait` seconds on. */
+/** Starts the upgrade, and calls `how` once it has reached the step, `wait` seconds later. */
 async function cut(
   machine: Machine,
   step: keyof typeof STEPS,
@@ -60,7 +60,7 @@ async function cut(
 const LOST = {
   "Ctrl-C": (_: Machine, signal: Signal) => signal("INT"),
   "a killed operator": (_: Machine, signal: Signal) => signal("KILL"),
-  "a cut connection": (machine: Machine) => hangUp(machine, "sshd"),
+  "a lost connection": (machine: Machine) => hangUp(machine, "sshd"),
 };
 
 const off = async (machine: Machine, signal: Signal) => {
@@ -68,7 +68,7 @@ const off = async (machine: Machine, signal: Signal) => {
   await signal("INT");
 };
 
-/** It runs the new kernel, of which no file is missing or other than packed, and that will be so after the next start. */
+/** It runs the new kernel, whose files are all as packaged, and which is the default boot entry. */
 async function swapped(machine: Machine) {
   assert.equal((await machine.sh("uname -r")).trim(), machine.image.next);
   assert.equal(await machine.sh("rpm -V kernel-ml 2>&1 || true"), "");
@@ -77,17 +77,17 @@ async function swapped(machine: Machine) {
   await t.says(upgrade(machine), 0, ["nothing to do: WireGuard is in kernel"]);
 }
 
-describe("cut at each step", { concurrency: 2 }, () => {
-  test("by a lost operator, the next run goes on; also after a default entry that did not take", async (test) => {
+describe("an upgrade of the kernel", { concurrency: 2 }, () => {
+  test("that is interrupted at each step by a lost operator, or by a boot entry that cannot be set, is completed by the next run", async (test) => {
     const lose = async (step: keyof typeof STEPS, how: keyof typeof LOST) => {
       await cut(b3, step, LOST[how]);
       test.diagnostic(`${how} at "${step}"`);
     };
     await lose("key", "Ctrl-C");
     await lose("repository", "a killed operator");
-    await lose("kernel", "a cut connection");
+    await lose("kernel", "a lost connection");
     await lose("kernel", "a killed operator");
-    await lose("tools", "a cut connection");
+    await lose("tools", "a lost connection");
 
     await b3.sh("chattr +i /boot/grub/grubenv");
     const { text } = await t.says(upgrade(b3), 1, [
@@ -106,7 +106,7 @@ describe("cut at each step", { concurrency: 2 }, () => {
     await swapped(b3);
   });
 
-  test("by a loss of power, the machine still boots, and the next run goes on", async (test) => {
+  test("that is interrupted by a loss of power leaves a machine that boots, and is completed by the next run", async (test) => {
     const steps = [
       ["key", 0],
       ["repository", 0.2],
@@ -115,7 +115,7 @@ describe("cut at each step", { concurrency: 2 }, () => {
       ["entry", 0],
       ["restart", 1],
     ] as const;
-    // Each costs a start in software emulation: `make faults` has them all, CI those that leave a half-made system.
+    // Each needs a boot in software emulation: `make faults` tests all of them, CI those that leave an incomplete system.
     for (const [step, wait] of steps.filter(
       ([step]) => process.env.ALL || /kernel|tools|restart/.test(step),
     )) {
@@ -125,7 +125,7 @@ describe("cut at each step", { concurrency: 2 }, () => {
         await b4.sh(`uname -r; rpm -qa 'kernel*' | sort | tr '\\n' ' '; rpm -V kernel-ml 2>&1 | head -n 3
 ls /boot | grep rt || true; grub2-editenv list | sed -n 's/^saved/default: &/p'; grep -c "^menuentry.*rt" /boot/grub2/grub.cfg || true`);
       test.diagnostic(`power lost at "${step}" left: ${left.trim().replace(/\s*\n/g, "; ")}`);
-      // Cut when the new default was on the disk already.
+      // Interrupted when the new default was already on the disk.
       if (left.startsWith(b4.image.next)) break;
     }
     await t.ok(upgrade(b4));

@@ -1,4 +1,4 @@
-/** CentOS 7 for real: its kernel is swapped over ssh, it restarts, and joins over kernel WireGuard; nodes leave their cluster for it in turn. */
+/** A simulated CentOS 7 in QEMU: its kernel is upgraded over ssh, it reboots, and joins with kernel WireGuard; other nodes are drained for theirs in turn. */
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -23,7 +23,7 @@ before(async () => {
 
 const kernel = async () => (await b3.sh("uname -r")).trim();
 const boot = async (box: Box = b3) => (await box.sh("cat /proc/sys/kernel/random/boot_id")).trim();
-/** Until it has started anew: its new boot. */
+/** Waits until it has rebooted, and returns its new boot ID. */
 async function restarted(box: Box, was: string) {
   for (const end = Date.now() + 600_000; ; await sleep(200)) {
     const now = await boot(box).catch(() => was);
@@ -34,10 +34,10 @@ async function restarted(box: Box, was: string) {
 const saved = async () => (await b3.sh("grub2-editenv list")).match(/^saved_entry=(.*)$/m)?.[1] ?? "";
 
 describe("a kernel is not installed", () => {
-  /** What a refusal must leave alone. */
+  /** What a refusal must not change. */
   const state = () => b3.sh("rpm -qa | sort; ls -l /boot /etc/yum.repos.d; cat /boot/grub2/grubenv");
 
-  test("where /boot has no room for it", async () => {
+  test("if /boot has no space for it", async () => {
     await b3.sh("fallocate -l 120M /boot/full");
     const was = await state();
     await t.says(upgrade, 1, [/\/boot has \d\d MiB free.*package-cleanup/]);
@@ -45,7 +45,7 @@ describe("a kernel is not installed", () => {
     await b3.sh("rm /boot/full");
   });
 
-  test("from lists that no longer carry el7, and the setting that helps is named", async () => {
+  test("if the repository no longer has el7, and the error names the setting for an archive", async () => {
     const said = await t.says(upgrade, 1, [/set ELREPO_KERNEL_URL to an archive's repository/], {
       env: { ELREPO_KERNEL_URL: "" },
     });
@@ -53,7 +53,7 @@ describe("a kernel is not installed", () => {
   });
 });
 
-test("the kernel is swapped in the article's nine steps, and the box comes back with it", async () => {
+test("upgrade-kernel performs the article's nine steps, and the box runs the new kernel after its reboot", async () => {
   const [oldBoot, oldDefault] = [await boot(), await saved()];
   assert.equal(await kernel(), b3.image.old);
   assert.match(oldDefault, /cloud/);
@@ -76,8 +76,8 @@ test("the kernel is swapped in the article's nine steps, and the box comes back 
   assert.doesNotMatch(packages, /^kernel-tools/m);
 });
 
-test("it joins the server in the other cloud on cgroup v1, over kernel WireGuard, and ipvs is loaded", async () => {
-  // As CentOS 7 itself: the kernel's controllers are all v1's, and there is no v2 beside them.
+test("a box with cgroup v1 joins a server in the other cloud with kernel WireGuard, and ipvs is loaded", async () => {
+  // Like CentOS 7: all controllers of the kernel are in v1, and v2 is not mounted.
   assert.equal(await b3.sh("stat -fc %T /sys/fs/cgroup; grep -c cgroup2 /proc/mounts || :"), "tmpfs\n0\n");
   await t.ok("make agent HOST=b3 PROXY_MODE=ipvs");
   const running = "tr '\\0' ' ' </proc/$(systemctl show k3s-agent -p MainPID --value)/cmdline; k3s --version";
@@ -91,7 +91,7 @@ test("it joins the server in the other cloud on cgroup v1, over kernel WireGuard
   assert.match(await b3.sh("lsmod"), /^ip_vs +\d+ +[1-9]/m);
 });
 
-test("a second time there is nothing to do", async () => {
+test("a second run has nothing to do", async () => {
   const was = await boot();
   await t.says("make upgrade-kernel HOST=b3", 0, ["nothing to do: WireGuard is in kernel"]);
   await t.says("make agent HOST=b3 PROXY_MODE=ipvs", 0, ["nothing to do"]);
@@ -101,18 +101,18 @@ test("a second time there is nothing to do", async () => {
 /** The cluster's nodes by name, as its server has them. */
 const nodes = async () => byName(await a1.sh("kubectl get nodes -o json"));
 const byName = (json: string) => Object.fromEntries(nodesOf(json).map((node) => [node.name, node]));
-/** Whether it takes pods, and no mark is left on it. */
+/** It accepts pods, and has no mark. */
 async function givenBack(name: string) {
   const node = (await nodes())[name];
   assert.deepEqual([node?.ready, node?.cordoned, node?.drained], [true, false, undefined]);
 }
 
-describe("a node of a living cluster", () => {
+describe("a node of a running cluster", () => {
   const NEXT = "5.19.17-1.el7.elrepo.x86_64";
   /**
-   * The box as CentOS 7 with kernel-ml installed, and its old kernel running. Stood in: what rpm and GRUB say, and of
-   * two kernels what tells them apart, which is here that wireguard-go, a box's WireGuard, is out of reach until it
-   * starts with the new one as its default. Real are the node, its draining, the restart, and what comes back.
+   * The box as CentOS 7 with kernel-ml installed, and its old kernel running. Simulated: the output of rpm and GRUB, and
+   * the difference of the two kernels, which is that wireguard-go, a box's WireGuard, is not in PATH until the box
+   * boots with the new one as its default. The node, its drain, the reboot and its return are real.
    */
   const oldKernel = (box: Box) =>
     box.sh(`mkdir -p /boot/grub2 /etc/systemd/system/ssh.service.d
@@ -139,10 +139,10 @@ ExecStart=/usr/local/sbin/lab-kernel
 WantedBy=multi-user.target
 TEXT
 systemctl -q enable lab-kernel
-# By the uptime, which is this machine's, the box would not have started just now: so its k3s comes first.
+# The uptime is this machine's, so the box does not seem to have just booted: its k3s is started first.
 printf '[Unit]\nAfter=k3s-agent.service\n' >/etc/systemd/system/ssh.service.d/lab.conf
 [ ! -e /usr/bin/wireguard-go ] || mv /usr/bin/wireguard-go /opt/
-# A machine whose own kernel has WireGuard shows that here.
+# A machine whose kernel has WireGuard would show it here.
 [ ! -d /sys/module ] || mount -t tmpfs lab /sys/module`);
   const swap = (name: string) => script("upgrade-kernel", `--host ${name}`);
 
@@ -154,7 +154,7 @@ until [ -e /run/enough ]; do kubectl get nodes -o json | tr -d '\\n'; echo; slee
     return (await seen).trim().split("\n").map(byName);
   }
 
-  test("is drained, restarted into the kernel and uncordoned, and of two one at a time", async () => {
+  test("is drained, rebooted into the kernel and uncordoned, one node at a time", async () => {
     await Promise.all([b1, b2].map(oldKernel));
     const was = await nodes();
     const seen = await watched(() => t.ok('make kernel HOST="b1 b2"'));
@@ -175,10 +175,10 @@ until [ -e /run/enough ]; do kubectl get nodes -o json | tr -d '\\n'; echo; slee
     await t.says('make kernel HOST="b1 b2"', 0, ["nothing to do: WireGuard is in kernel"]);
   });
 
-  test("is not restarted while a pod cannot leave it: that is named, and it takes pods again", async () => {
+  test("is not rebooted while a pod cannot be evicted, which is named, and the node is uncordoned", async () => {
     await oldKernel(b1);
     const was = await boot(b1);
-    // No pods here: of kubectl's words the last are stood in, those for a disruption budget that allows none to go.
+    // There are no pods here: kubectl's output for a disruption budget that allows no eviction is simulated.
     await a1.sh(`cd /usr/local/bin; mv k3s k3s-stand-in; cat >k3s <<'TEXT'
 #!/bin/sh
 case "$*" in *' drain b1 '*)
@@ -202,7 +202,7 @@ chmod 755 k3s`);
     await givenBack("b1");
   });
 
-  test("is uncordoned by the next run when the first was cut after its restart", async () => {
+  test("is uncordoned by the next run if the first was interrupted after the reboot", async () => {
     await oldKernel(b1);
     const was = await boot(b1);
     const run = await t.cut(swap("b1"), /restart into/, "KILL");
@@ -215,7 +215,7 @@ chmod 755 k3s`);
     await givenBack("b1");
   });
 
-  test("stays cordoned when that was the user's wish", async () => {
+  test("stays cordoned if the user has cordoned it", async () => {
     await oldKernel(b2);
     const was = await boot(b2);
     await a1.sh("kubectl cordon b2");
@@ -230,8 +230,8 @@ chmod 755 k3s`);
 describe("a machine that booted its old kernel although the new one is its default", () => {
   const entry = `"$(grep '^menuentry' /boot/grub2/grub.cfg | cut -d"'" -f2 | grep cloud)"`;
 
-  test("is not restarted for ever", async () => {
-    // Its node is to be Ready all the same: k3s alone is shown a kernel with WireGuard, by wireguard-go.
+  test("is not rebooted repeatedly", async () => {
+    // Its node must be Ready nevertheless: only k3s gets a working WireGuard, from wireguard-go.
     await t.ok("ssh a1 cat /usr/bin/wireguard-go | ssh b3 'mkdir /opt/wg && cat >/opt/wg/wireguard-go'");
     await b3.sh(`cat >/opt/wg/ip <<'TEXT'
 #!/bin/sh
@@ -256,7 +256,7 @@ grub2-reboot ${entry}; sync`);
     assert.equal(await boot(), now);
   });
 
-  test("and where it is not, its node is drained, and uncordoned once it runs the new kernel", async () => {
+  test("is drained, rebooted and uncordoned once the new kernel can be made its default again", async () => {
     await b3.sh(`grub2-set-default ${entry}`);
     const was = await boot();
     for (const end = Date.now() + 600_000; ; ) {

@@ -1,4 +1,4 @@
-/** Living with a cluster, by one story: what each verb does, that doing it again is nothing, and that a cut one is finished. */
+/** The operation of a cluster: what each command does, that a second run changes nothing, and that an interrupted one is completed. */
 import assert from "node:assert/strict";
 import { statSync } from "node:fs";
 import { join } from "node:path";
@@ -10,7 +10,7 @@ const t = await bench({ name: "living", boxes: ["a1", "a2", "b1", "b2"], tools: 
 after(() => t.lab.down());
 const [a1, a2, b1, b2] = [t.box("a1"), t.box("a2"), t.box("b1"), t.box("b2")];
 
-/** What must be at the end as it was at the beginning. iptables-nft keeps its tables when they are empty. */
+/** What must be the same at the end as at the beginning. iptables-nft keeps empty tables. */
 const traces = async ({ sh }: Box) =>
   (
     await sh(`find /etc /usr/local /var/lib /var/log -xdev -printf '%p %y %m %u %l\\n' |
@@ -52,7 +52,7 @@ const versions = async (server: Box) =>
 
 before(async () => {
   t.settings({ K3S_VERSION: OLD });
-  // What is the user's own stays.
+  // The user's own rules and interfaces are kept.
   await b2.sh(`iptables -A INPUT -p tcp --dport 9999 -j ACCEPT; iptables -t nat -N MINE
 nft add table inet mine; nft add chain inet mine in '{ type filter hook input priority 0; policy accept; }'
 ip link add mine0 type bridge`);
@@ -61,21 +61,21 @@ ip link add mine0 type bridge`);
   await t.ok("make -j up");
 });
 
-test("a new cluster has nothing wrong with it", async () => {
+test("check reports no problem in a new cluster", async () => {
   await t.says("make check", 0, ["Nothing is wrong."]);
 });
 
-test("old k3s cannot rotate its token, and says why", async () => {
+test("make token refuses old k3s, which cannot rotate its token, with the reason", async () => {
   await t.says("make token", 2, ["k3s v1.17.6+k3s1 cannot rotate its token: that came with v1.25.15"]);
 });
 
 const early = join(t.lab.dir, "home/early.tar.gz");
-test("a backup is made of old k3s", async () => {
+test("make backup works with old k3s", async () => {
   assert.equal((await t.ok(`make backup BACKUP=${early}`)).out.trim(), early);
 });
 
-describe("upgrade", () => {
-  test("is refused for a jump, with the releases to pass through, and a dry run says what a unit loses and gains", async () => {
+describe("make upgrade", () => {
+  test("refuses a jump, with the intermediate releases, and its dry run shows the removed and added lines of a unit", async () => {
     await t.says(`make upgrade K3S_VERSION=${MODERN}`, 2, [
       /STEPS="v1\.18\.20\+k3s1 v1\.19\.\S+ .* v1\.35\.\S+"/,
     ]);
@@ -85,7 +85,7 @@ describe("upgrade", () => {
     assert.deepEqual(await versions(a1), [`a1 Ready ${OLD}`, `b1 Ready ${OLD}`, `b2 Ready ${OLD}`]);
   });
 
-  test("ends at the first node that fails, which then runs what it ran before", async () => {
+  test("stops at the first node that fails, which then runs its previous release again", async () => {
     await t.says(`make upgrade K3S_VERSION=${NEXT} AGENT_ARGS=--nonsense`, 2, [
       /^a1 +done in .*: runs v1\.18\.20\+k3s1$/m,
       /^b1 +FAILED after .*The upgrade ends here; b1 runs v1\.17\.6\+k3s1 again$/m,
@@ -97,7 +97,7 @@ describe("upgrade", () => {
     assert.doesNotMatch(await b1.sh("cat /etc/systemd/system/k3s-agent.service"), /nonsense/);
   });
 
-  test("goes step by step over the border of the generations, also when it is cut, and confirms the tunnels", async () => {
+  test("upgrades through STEPS to the other generation, even after an interruption, and verifies the tunnels", async () => {
     const command = `make upgrade K3S_VERSION=${MODERN} STEPS=${NEXT} FORCE=1`;
     const text = await t.cutThenDone(command, /b1 +restart k3s-agent and wait/);
     assert.match(text, /^b2 +done in .*: runs v1\.18\.20\+k3s1\n(.*\n)*a1 +drain node a1/m);
@@ -107,7 +107,7 @@ describe("upgrade", () => {
     );
     assert.equal(t.env().K3S_VERSION, MODERN);
     await t.says("make check", 0, ["Nothing is wrong."]);
-    // What only the old k3s needed is gone: metrics without TLS, and bridges wider than the tunnel.
+    // What only old k3s needed is removed: metrics without TLS, and bridges with a larger MTU than the tunnel.
     assert.doesNotMatch(await a1.sh("kubectl -n kube-system get pods -o json"), /--kubelet-insecure-tls/);
     assert.equal(
       (
@@ -132,8 +132,8 @@ describe("upgrade", () => {
   });
 });
 
-describe("remove", () => {
-  test("leaves a box as it was before k3s, and no trace of its node; it joins again under a new name", async () => {
+describe("make remove", () => {
+  test("restores a box to its state before k3s and deletes its node, and the box can join again with a new name", async () => {
     await t.says("make remove HOST=a1", 2, ['"make down" removes a whole cluster']);
     await t.ok("make firewall HOST=b2");
     await t.cutThenDone("make remove HOST=b2", /b2 +stop k3s-agent, and clear/);
@@ -146,7 +146,7 @@ describe("remove", () => {
     await connected([a1, b1, b2]);
   });
 
-  test("has the cluster forget a box that was reinstalled, which then joins under its old name", async () => {
+  test("deletes the node of a box that was reinstalled, which can then join with its old name", async () => {
     await b2.sh(
       `systemctl disable --now k3s-agent; rm -rf /etc/systemd/system/k3s-agent.service* /etc/rancher`,
     );
@@ -157,7 +157,7 @@ describe("remove", () => {
     await connected([a1, b1, b2]);
   });
 
-  test("removes the node of a box that is gone for good where it is told so", async () => {
+  test("deletes the node of a box that is gone with FORCE=1", async () => {
     const mend = await routerRule(
       t.lab,
       "b",
@@ -174,7 +174,7 @@ describe("remove", () => {
   });
 });
 
-test("token: nodes go on running, the old one lets nobody in, and a cut rotation is learned", async () => {
+test("make token keeps nodes running, invalidates the old token, and reads the token of an interrupted rotation", async () => {
   const before = t.env().K3S_TOKEN as string;
   const started = await Promise.all([a1, b1, b2].map(starts));
   const run = await t.cut("make token", /rotate the token/, "KILL");
@@ -188,7 +188,7 @@ test("token: nodes go on running, the old one lets nobody in, and a cut rotation
   assert.equal(now, (await a1.sh("cat /var/lib/rancher/k3s/server/node-token")).trim());
   const doors = await Promise.all([before, between, now].map((token) => door(a1, token)));
   assert.deepEqual(doors, ["401", "401", "200"]);
-  // Twice rotated, twice the server was started anew, since it reads its passwords at its start; agents were not.
+  // Each rotation restarts the server, which reads its passwords at its start, but not the agents.
   const [server = 0, ...agents] = started;
   assert.deepEqual(await Promise.all([a1, b1, b2].map(starts)), [server + 2, ...agents]);
   await connected([a1, b1, b2]);
@@ -196,10 +196,10 @@ test("token: nodes go on running, the old one lets nobody in, and a cut rotation
   await t.says("make -j up", 0, [/^b1 +nothing to do/m, /^b2 +nothing to do/m]);
 });
 
-describe("backup and restore", () => {
+describe("with backup and restore,", () => {
   const file = () => join(t.lab.dir, "home/backup.tar.gz");
 
-  test("a backup is whole while the server works, only its owner's, and stops no k3s", async () => {
+  test("a backup of a busy server is complete, readable by its owner only, and does not stop k3s", async () => {
     const started = await starts(a1);
     const writer = a1.sh(`for n in $(seq 1 200); do
   [ -e /run/enough ] && exit; kubectl annotate --overwrite node a1 written=$n >/dev/null; echo $n >/run/written; done`);
@@ -218,10 +218,10 @@ describe("backup and restore", () => {
     assert.equal(await a1.sh("ls /var/lib/rancher/k3s | grep backup || true"), "");
   });
 
-  test("a restore makes a fresh box the server, the agents follow, and the server that was is forgotten", async () => {
-    // As if it had been removed and had joined again since: its password is not the backup's.
+  test("a restore makes a new box the server, moves the agents to it, and deletes the old server's node", async () => {
+    // As if it had been removed and had joined again since: its password differs from the backup's.
     await b2.sh("openssl rand -hex 16 >/etc/rancher/node/password");
-    // The agents' firewall knows the old server alone, the new one's not all of the agents.
+    // The agents' firewalls allow only the old server, and the new server's does not allow all agents.
     await t.ok('make firewall HOST="b1 b2"');
     await t.ok("make firewall HOST=a2 AGENTS=b1");
     await a1.off();
@@ -243,7 +243,7 @@ describe("backup and restore", () => {
     assert.equal(written.trim(), "0", "the old server's node is gone, with what was written to it");
   });
 
-  test("the box of the server that was, found again, is cleared like any other", async () => {
+  test("the box of the old server can be removed with FORCE=1 when it is back", async () => {
     await a1.on();
     await t.says("make remove HOST=a1", 2, ["a server's data, with the same CA", "FORCE=1 removes it"]);
     await t.ok("make remove HOST=a1 FORCE=1");
@@ -252,13 +252,13 @@ describe("backup and restore", () => {
   });
 });
 
-test("down asks first, and leaves every box as it was at the beginning", async () => {
+test("make down asks first, and restores every box to its initial state", async () => {
   await t.says("make down", 2, ["This removes a whole cluster, and asks first"]);
   await t.cutThenDone("make down YES=1", /b2 +stop k3s-agent, and clear/);
   await clean(t.lab.boxes);
 });
 
-test("when all boxes are new, a backup is a cluster again: that of old k3s", async () => {
+test("a backup of old k3s can be restored to a cluster on new boxes", async () => {
   await t.ok(`make restore BACKUP=${early} HOST=a2 K3S_VERSION=${OLD}`);
   assert.deepEqual(
     await versions(a2),

@@ -1,5 +1,5 @@
 /**
- * Many boxes at once, three of them ill: one is dead, one refuses the key, one hangs inside a change. `make faults` has
+ * Many boxes at once, three of which fail: one is off, one refuses the key, one hangs inside a change. `make faults` has
  * thirty, `make test-lab` ten.
  */
 import assert from "node:assert/strict";
@@ -21,11 +21,11 @@ const linesOf = (text: string, pattern: RegExp) =>
     return name ? [{ name, i }] : [];
   });
 
-test("of many boxes three that are ill are named with their causes, and hold up none of the others", async () => {
+test("three of many boxes that fail are reported with their causes, and do not delay the others", async () => {
   t.settings({}, { agents: names.slice(1).join(" ") });
   await dead.off();
   await refusing.sh("mv /root/.ssh/authorized_keys /root/.ssh/keys");
-  // A disk that does not come back from a sync: the change has its 60 s.
+  // A disk that does not complete a sync: the change has 60 s.
   await hanging.sh(
     "printf '#!/bin/sh\\nexec sleep 600\\n' >/usr/local/sbin/sync; chmod 755 /usr/local/sbin/sync",
   );
@@ -36,17 +36,17 @@ test("of many boxes three that are ill are named with their causes, and hold up 
     /up\] Error 1$/m,
     ...ill.map((name) => new RegExp(`^${name} +again: make agent HOST=${name}( |$)`, "m")),
   ]);
-  console.log(`${COUNT} boxes, three of them ill: ${seconds.toFixed(0)} s`);
+  console.log(`${COUNT} boxes, three of which fail: ${seconds.toFixed(0)} s`);
   const failed = linesOf(text, /^(\w+) +FAILED/);
   assert.deepEqual(failed.map(({ name }) => name).toSorted(), ill.toSorted());
   const done = linesOf(text, /^(\w+) +done in/).filter(({ name }) => name !== "a1");
   assert.deepEqual(done.map(({ name }) => name).toSorted(), well.slice(1).toSorted());
   const givenUp = failed.find(({ name }) => name === hanging.name)?.i as number;
-  for (const { name, i } of done) assert(i < givenUp, `${name} was held up:\n${text}`);
+  for (const { name, i } of done) assert(i < givenUp, `${name} was delayed:\n${text}`);
   await connected(well.map((name) => t.box(name)));
 });
 
-test("mended, the same again touches only those three", async () => {
+test("after their repair, a second run changes only those three", async () => {
   await dead.on();
   await refusing.sh("mv /root/.ssh/keys /root/.ssh/authorized_keys");
   await hanging.sh("rm /usr/local/sbin/sync");
@@ -57,7 +57,7 @@ test("mended, the same again touches only those three", async () => {
   const seen = await t.trips(agents, async () => {
     ({ seconds } = await t.ok("make -j up"));
   });
-  console.log(`and once more, mended: ${seconds.toFixed(0)} s`);
+  console.log(`second run, after their repair: ${seconds.toFixed(0)} s`);
   assert.deepEqual(await started(), before);
   for (const [name, { commands }] of Object.entries(seen)) assert.equal(commands, 1, name);
   await connected(t.lab.boxes);

@@ -1,6 +1,6 @@
 /**
- * The package managers that Debian has as programs, each against a small repository and a root of its own. apt
- * runs in the boxes of the other suites, yum (as dnf) in the kernel's; no package registry here has apk.
+ * The package managers that Debian has packages of, each with a small repository and a separate root. apt
+ * runs in the boxes of the other suites, yum (as dnf) in that of the kernel; Debian has no package of apk.
  */
 import assert from "node:assert/strict";
 import { mkdirSync, writeFileSync } from "node:fs";
@@ -20,7 +20,7 @@ const put = (path: string, text: string) => {
   writeFileSync(path, text, { mode: 0o755 });
 };
 
-/** A repository of RPMs with wireguard-tools, and with a package that must not come along. */
+/** A repository of RPMs with wireguard-tools, which recommends a package that must not be installed. */
 async function rpms() {
   const repository = join(folder, "rpms");
   put(join(folder, "wg"), TOOL);
@@ -45,7 +45,7 @@ install -D -m 755 ${folder}/wg %{buildroot}/usr/bin/wg
   const defines = [`_topdir ${folder}/build`, `_rpmdir ${repository}`, `_dbpath ${folder}/db`];
   await $`rpmbuild --quiet -bb ${defines.flatMap((line) => ["--define", line])} ${folder}/wireguard-tools.spec`;
   await $`createrepo_c -q ${repository}`;
-  // Beside it one that is gone, as somebody else's may be.
+  // And one that no longer exists, as a third-party one may.
   return [
     ["lab", repository],
     ["gone", "/gone"],
@@ -69,7 +69,7 @@ async function pacman() {
   const desc = Object.entries(fields).map(([key, value]) => `%${key}%\n${value}\n\n`);
   put(join(folder, "db/wireguard-tools-1.0-1/desc"), desc.join(""));
   await $`tar -C ${folder}/db -czf ${folder}/lab.db wireguard-tools-1.0-1`;
-  // Without any list of a repository, however old, pacman does nothing.
+  // Without any repository database, however old, pacman does nothing.
   const lists = join(root("arch"), "var/lib/pacman/sync");
   mkdirSync(lists, { recursive: true });
   await $`tar -czf ${lists}/gone.db -T /dev/null`;
@@ -98,7 +98,7 @@ describe("WireGuard's tools are installed", () => {
       `pacman --root ${root("arch")} --dbpath ${root("arch")}/var/lib/pacman --config ${folder}/pacman.conf --cachedir ${folder}/pacman`,
     ],
   ] as const)
-    test(`by ${command.split(" ")[0]} as ${name} is asked to, beside a list that is gone, once and again`, async () => {
+    test(`with ${command.split(" ")[0]} as on ${name}, in spite of a repository that no longer exists, and again in a second run`, async () => {
       const [manager = ""] = command.split(" ");
       const facts = { os: fixture(`os-release/${name}`), managers: `/usr/bin/${manager}\n` };
       const real = (await $`command -v ${manager}`).stdout.trim();

@@ -1,4 +1,4 @@
-/** download-k3s in front of mirrors that fail in the ways of slow networks. The old k3s stays until a new one is proven. */
+/** download-k3s with mirrors that fail like slow networks. The old k3s is kept until the new one is verified. */
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
@@ -19,14 +19,14 @@ const sha256 = (text: string) => createHash("sha256").update(text).digest("hex")
 const GOOD = sha256(standIn(MODERN));
 const download = script("download-k3s", "--host a1");
 
-/** What is at /usr/local/bin, and what the k3s there says it is. */
+/** The files in /usr/local/bin, and the version of the k3s there. */
 const inPlace = async () => ({
   files: (await a1.sh("ls -A /usr/local/bin")).trim().split("\n"),
   version: (await a1.sh("k3s --version")).split(" ")[2]?.trim(),
 });
 const NEW = { files: ["k3s", "kubectl"], version: MODERN };
 
-/** A whole line of the mirror's log. */
+/** A complete line of the mirror's log. */
 const line = (base: string, path: string, range: string, status: number) =>
   `${new URL(base).hostname} GET ${path} ${range} ${status}`;
 
@@ -54,22 +54,22 @@ test("the binary comes from the first mirror, its checksum from the other", asyn
   );
 });
 
-test("a mirror that is down is left for the next", async () => {
+test("the next mirror is used if one is down", async () => {
   await t.lab.mirror.fault(plain, { mode: "down" });
-  // Nobody is left to vouch for the other: a third host has to.
+  // The other one cannot verify itself: a third host must.
   await cp(mirrored(t.lab, "203.0.113.81", "."), mirrored(t.lab, "203.0.113.82", "."), { recursive: true });
   const { seconds } = await t.ok(`${download} --k3s-mirrors "${t.mirrors} ${third}"`);
   assert(seconds < 30, `${seconds} s`);
   assert.deepEqual(await inPlace(), NEW);
 });
 
-test("a mirror that answers with an error is left for the next", async () => {
+test("the next mirror is used if one answers with an error", async () => {
   await t.lab.mirror.fault(plain, { mode: "status", bytes: 503, only: "/k3s" });
   await t.says(download, 0, [`${plain}: gave up at 0 bytes`]);
   assert.deepEqual(await inPlace(), NEW);
 });
 
-test("mirrors that hang or crawl are given up on in bounded time, and the next goes on where they stopped", async () => {
+test("mirrors that hang or are very slow are abandoned after a time limit, and the next one resumes", async () => {
   await t.lab.mirror.fault(plain, { mode: "hang", only: "/k3s" });
   await t.lab.mirror.fault(github, { mode: "slow", bytes: 8192, only: "/k3s" });
   let took = 0;
@@ -80,21 +80,21 @@ test("mirrors that hang or crawl are given up on in bounded time, and the next g
     ]);
     took = said.seconds;
   });
-  // Fifteen seconds each, which is what a mirror is given to become faster.
+  // Fifteen seconds each, within which a mirror must become faster.
   assert(took > 25 && took < 75, `${took} s`);
   const resumed = requests.at(-1) as string;
   assert.match(resumed, /^203\.0\.113\.82 GET \S+\/k3s bytes=[1-9]\d+- 206$/);
   assert.deepEqual(await inPlace(), NEW);
 });
 
-test("after a cut the next mirror goes on where the first one stopped", async () => {
+test("the next mirror resumes an interrupted download", async () => {
   await t.lab.mirror.fault(plain, { mode: "cut", bytes: 1_000_000, only: "/k3s" });
   const requests = await t.requests(() => t.says(download, 0, [`${plain}: gave up at 1000000 bytes`]));
   assert(requests.includes(line(github, FILE, "bytes=1000000-", 206)), requests.join("\n"));
   assert.deepEqual(await inPlace(), NEW);
 });
 
-test("cut by all mirrors it fails, leaves the old k3s in place, and the next run goes on from there", async () => {
+test("a download that all mirrors interrupt fails and keeps the old k3s, and the next run resumes it", async () => {
   await older();
   for (const base of [plain, github])
     await t.lab.mirror.fault(base, { mode: "cut", bytes: 700_000, only: "/k3s" });
@@ -111,7 +111,7 @@ test("cut by all mirrors it fails, leaves the old k3s in place, and the next run
   assert.deepEqual(await inPlace(), NEW);
 });
 
-test("a corrupt download is named with both hashes, and the next mirror is used", async () => {
+test("a corrupt download is reported with both hashes, and the next mirror is used", async () => {
   await t.lab.mirror.fault(plain, { mode: "corrupt", bytes: 2_000_000, only: "/k3s" });
   const { text } = await t.ok(`${download} --k3s-mirrors "${t.mirrors}"`);
   assert.deepEqual(await inPlace(), NEW);
@@ -119,7 +119,7 @@ test("a corrupt download is named with both hashes, and the next mirror is used"
   assert.match(text, new RegExp(`^a1 .*203\\.0\\.113\\.81.*: sha256 is [0-9a-f]{64}, expected ${GOOD}`, "m"));
 });
 
-test("corrupt at all mirrors it fails with both hashes, and the old k3s stays and runs", async () => {
+test("a download that is corrupt at all mirrors fails with both hashes, and the old k3s is kept", async () => {
   await older();
   const before = await a1.sh("sha256sum /usr/local/bin/k3s; stat -c %Y /usr/local/bin/k3s");
   for (const base of [plain, github])
@@ -136,7 +136,7 @@ test("corrupt at all mirrors it fails with both hashes, and the old k3s stays an
   assert.equal(await a1.sh("sha256sum /usr/local/bin/k3s; stat -c %Y /usr/local/bin/k3s"), before);
 });
 
-test("a binary that has the right hash and does not run is not put in place", async () => {
+test("a binary with the right hash that does not run is not installed", async () => {
   await older();
   const broken = join(t.lab.dir, "home", "broken");
   await writeFile(broken, "#!/bin/sh\necho 'no such instruction' >&2\nexit 132\n");
@@ -144,7 +144,7 @@ test("a binary that has the right hash and does not run is not put in place", as
   assert.equal((await inPlace()).version, OLD);
 });
 
-test("with one mirror nobody vouches for the binary: it is refused, or K3S_SHA256 does", async () => {
+test("with a single mirror the binary is refused, unless K3S_SHA256 verifies it", async () => {
   const alone = `${download} --k3s-mirrors ${plain}`;
   await t.says(alone, 1, [`${plain}: no other host gave its checksum`, "set K3S_SHA256"]);
   assert.equal(await a1.sh("ls -A /usr/local/bin"), "");
@@ -156,12 +156,12 @@ test("with one mirror nobody vouches for the binary: it is refused, or K3S_SHA25
   assert.deepEqual(await inPlace(), NEW);
 });
 
-test("two addresses of one host do not vouch for each other", async () => {
+test("two addresses of one host do not verify each other", async () => {
   const same = `${plain} ${plain.replace("http://203.0.113.81/", "http://203.0.113.81:80/")}`;
   await t.says(`${download} --k3s-mirrors "${same}"`, 1, ["no other host gave its checksum"]);
 });
 
-test("a mirror whose certificate nobody vouches for is not asked for a byte", async () => {
+test("a mirror with an untrusted certificate receives no request", async () => {
   const key = join(t.lab.dir, "home", "tls");
   await t.lab.net(
     "inet",
@@ -174,12 +174,12 @@ openssl s_server -accept 203.0.113.81:443 -cert ${key}.crt -key ${key}.key -WWW 
   await t.says(`${download} --k3s-mirrors ${https} --k3s-sha256 ${GOOD}`, 1, ["SSL certificate problem"]);
   assert.equal(await a1.sh("ls -A /usr/local/bin"), "");
   assert.doesNotMatch(readFileSync(`${key}.log`, "utf8"), /FILE:/);
-  // It would have served whoever does not ask who it is.
+  // It would have served a client that does not verify the certificate.
   await writeFile(mirrored(t.lab, "203.0.113.81", "here.txt"), "here");
   assert.match(await a1.sh("curl -sk https://203.0.113.81/here.txt || :"), /here/);
 });
 
-test("K3S_BIN is pushed without any mirror, and skipped where it is in place", async () => {
+test("K3S_BIN is pushed without any mirror, and not again if it is installed", async () => {
   await writeFile(join(t.lab.dir, "home", "k3s"), standIn(MODERN));
   const requests = await t.requests(() => t.ok("make download-k3s HOST=a1 K3S_BIN=$HOME/k3s"));
   assert.deepEqual(requests, []);

@@ -1,4 +1,4 @@
-/** The rehearsal as its users run it: built, played with, built again, removed without a trace; also after a crash. */
+/** The rehearsal as its users run it: created, used, created again, and removed completely; also after a crash. */
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
@@ -10,7 +10,7 @@ import { $ } from "zx";
 import { attach } from "./lab.ts";
 
 const cwd = join(import.meta.dirname, "../..");
-/** As its users run it: with their Node, and not from within the make that runs these tests, which says its folder. */
+/** As its users run it: with their Node.js, and without the variables of the make that runs these tests. */
 const { MAKELEVEL: _, MAKEFLAGS: __, K3S_LAB_NODE: ___, ...env } = process.env;
 const run = $({
   quiet: true,
@@ -24,14 +24,14 @@ let mine = false;
 before(async () => {
   if (await attach("rehearse")) throw new Error("A rehearsal is running: make rehearse-down, then try again");
   mine = true;
-  // An earlier rehearsal's machine may have ended under it.
+  // The machine of an earlier rehearsal may have crashed.
   await run`make rehearse-down`;
 });
 after(async () => {
   if (mine) await run`make rehearse-down`;
 });
 
-/** What of a rehearsal could stay: namespaces, links, mounts, cgroups, processes, its folder. */
+/** What a rehearsal could leave behind: namespaces, links, mounts, cgroups, processes, its folder. */
 async function traces() {
   const processes = readdirSync("/proc").filter((pid) => {
     if (!/^\d+$/.test(pid)) return false;
@@ -69,7 +69,7 @@ function table(text: string) {
       else assert(Number(cell) >= 0 && Number(cell) < 180, `${row[0]}: ${cell}`);
 }
 
-test("a rehearsal that is killed while it builds is no hindrance to the next", async () => {
+test("a rehearsal that is killed while it is being created does not prevent the next one", async () => {
   const child = spawn("make", ["rehearse"], { cwd, detached: true, stdio: ["ignore", "ignore", "pipe"] });
   const ended = once(child, "exit");
   let text = "";
@@ -87,7 +87,7 @@ test("a rehearsal that is killed while it builds is no hindrance to the next", a
   assert.equal(await attach("rehearse"), undefined);
 });
 
-test("make rehearse builds two clouds and a cluster, says that its k3s is a stand-in, and ends in fresh handshakes", async (context) => {
+test("make rehearse creates two clouds and a cluster with recent handshakes, and reports that its k3s is a stand-in", async (context) => {
   const began = Date.now();
   const { exitCode, stdout, stderr } = await run`make rehearse`;
   assert.equal(exitCode, 0, stderr);
@@ -96,7 +96,7 @@ test("make rehearse builds two clouds and a cluster, says that its k3s is a stan
   context.diagnostic(`first: ${Math.round((Date.now() - began) / 1000)} s`);
 });
 
-test("again, it keeps the boxes and finds nothing to do", async (context) => {
+test("a second make rehearse keeps the boxes and has nothing to do", async (context) => {
   const began = Date.now();
   const { exitCode, stdout, stderr } = await run`make rehearse`;
   assert.equal(exitCode, 0, stderr);
@@ -106,7 +106,7 @@ test("again, it keeps the boxes and finds nothing to do", async (context) => {
   context.diagnostic(`again: ${Math.round((Date.now() - began) / 1000)} s`);
 });
 
-test("any command runs in it as its operator, with its exit status", async () => {
+test("make in-rehearsal runs any command as the operator, and returns its exit status", async () => {
   const agent = await run`make in-rehearsal ${"CMD=make agent HOST=b2"}`;
   assert.equal(agent.exitCode, 0, agent.stderr);
   assert.match(agent.stderr, /^b2 +nothing to do/m);
@@ -114,7 +114,7 @@ test("any command runs in it as its operator, with its exit status", async () =>
   assert.notEqual((await run`make in-rehearsal CMD=false`).exitCode, 0);
 });
 
-test("make rehearse-down leaves no trace", async () => {
+test("make rehearse-down removes everything", async () => {
   const { exitCode, stderr } = await run`make rehearse-down`;
   assert.equal(exitCode, 0, stderr);
   assert.deepEqual(await traces(), { processes: [], groups: "", namespaces: [], mounts: [], folder: "" });

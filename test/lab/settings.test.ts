@@ -1,4 +1,4 @@
-/** Settings of boxes and nodes: one that changes changes what depends on it, and nothing else. Both generations of k3s. */
+/** Settings of boxes and nodes: a changed setting affects only what depends on it. With both generations of k3s. */
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { appendFileSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
@@ -23,11 +23,11 @@ import {
 
 describe("settings", { concurrency: true }, () => {
   for (const [generation, version] of Object.entries({ old: OLD, modern: MODERN }))
-    describe(`k3s ${version}`, { concurrency: 1 }, () => {
+    describe(`with k3s ${version}`, { concurrency: 1 }, () => {
       let t: Bench;
       before(async () => {
         t = await bench({ name: `settings-${generation}`, boxes: ["a1", "b1", "b2"] });
-        // The server has a token of the user's: any that k3s takes.
+        // The server has a token of the user, which may be any that k3s accepts.
         await t.box("a1").sh(`printf '%s\\n' ${quote(ODD)} >/root/token`);
         env({ SERVER_ARGS: "--token-file=/root/token" });
         await t.ok("make -j up");
@@ -37,7 +37,7 @@ describe("settings", { concurrency: true }, () => {
       });
       after(() => t?.lab.down());
 
-      /** The operator's env file anew, with what has been learned kept. */
+      /** Rewrites the operator's env file, but keeps the URL and token. */
       let learned: Record<string, string> = {};
       function env(more: Record<string, string> = {}) {
         try {
@@ -47,7 +47,7 @@ describe("settings", { concurrency: true }, () => {
         t.settings({ K3S_VERSION: version, ...learned, ...more });
       }
 
-      /** While `part` runs k3s is started this often on a1, b1 and b2; then nothing is left to do, or done. */
+      /** While `part` runs, k3s is started this often on a1, b1 and b2; afterwards there is nothing to do. */
       async function restarts(expected: [number, number, number], part: () => Promise<unknown>) {
         const before = await Promise.all(t.lab.boxes.map(starts));
         await part();
@@ -66,7 +66,7 @@ describe("settings", { concurrency: true }, () => {
       const node = async (name: string) =>
         JSON.parse(await t.box("a1").sh(`kubectl get node ${name} -o json`));
 
-      test("the dry run shows the unit's difference line by line, and changes nothing", async () => {
+      test("are shown by a dry run as changed lines of the unit, and nothing is changed", async () => {
         env({
           SERVER_ARGS: "--disable=traefik --write-kubeconfig-mode=640",
           AGENT_ARGS__b2: "--kubelet-arg=v=2",
@@ -85,7 +85,7 @@ describe("settings", { concurrency: true }, () => {
         await untouched(t.lab.boxes, before);
       });
 
-      test("labels and taints are the node's that they are written for; one run, one restart there", async () => {
+      test("for labels and taints of a box apply only to its node, with one restart", async () => {
         env({
           NODE_LABELS__b1: "disk=ssd shelf=left",
           NODE_LABELS__a1: "disk=hdd",
@@ -100,7 +100,7 @@ describe("settings", { concurrency: true }, () => {
         ]);
       });
 
-      test("cut off between taking a label away and the unit, the next run finishes", async () => {
+      test("are completed by the next run if one was interrupted between removing a label and changing the unit", async () => {
         env({ NODE_LABELS__b1: "shelf=right" });
         await holdRestarts(t.box("b1"));
         const run = await t.cut("make agent HOST=b1", /restart k3s-agent and wait/, "KILL");
@@ -115,7 +115,7 @@ describe("settings", { concurrency: true }, () => {
         assert.equal((await node("a1")).spec.taints, undefined);
       });
 
-      test("K3S_CONFIG", async () => {
+      test("in K3S_CONFIG are used by modern k3s, and refused for old k3s and if an agent does not accept them", async () => {
         const file = join(t.lab.dir, "home", "config.yaml");
         writeFileSync(file, "# of b2 alone\nkubelet-arg:\n  - max-pods=50\ndebug: true\n");
         env({ K3S_CONFIG__b2: file });
@@ -123,14 +123,14 @@ describe("settings", { concurrency: true }, () => {
           await t.says("make agent HOST=b2", 2, ["K3S_CONFIG needs k3s v1.26 or later, not v1.17.6+k3s1"]);
           return;
         }
-        // A1 and b1 go back to no labels of their own.
+        // b1 loses its labels.
         await restarts([0, 1, 1], () => t.ok("make -j up"));
         const path = "/etc/rancher/k3s/config.yaml.d/across-clouds.yaml";
         assert.equal((await t.box("b2").sh(`stat -c '%a %U' ${path}`)).trim(), "600 root");
         const args = (await node("b2")).metadata.annotations["k3s.io/node-args"];
         assert.match(args, /"--kubelet-arg","max-pods=50","--debug","true"/);
         assert.equal((await t.box("b1").sh("ls -A /etc/rancher")).trim(), "node");
-        // What an agent does with such a key, and with somebody else's file that has one.
+        // How an agent reacts to such a key, and how a file of the user with one is refused.
         const ended = await t
           .box("b2")
           .sh("cd /etc/rancher/k3s; echo 'disable: traefik' >config.yaml; k3s agent 2>&1 || echo ended $?");
@@ -145,7 +145,7 @@ describe("settings", { concurrency: true }, () => {
         await t.says("make agent HOST=b2", 2, [/it has token, expected it in K3S_TOKEN/]);
       });
 
-      test("registry mirrors and a proxy: each box's own, one restart for both, and they go with their settings", async () => {
+      test("for registry mirrors and a proxy apply to each box with a single restart, and their files are removed with them", async () => {
         const proxy = "http://someone:hunter2@203.0.113.254:3128";
         t.secret("hunter2");
         env({
@@ -154,7 +154,7 @@ describe("settings", { concurrency: true }, () => {
           HTTPS_PROXY__b1: proxy,
           NO_PROXY: "mine.example",
         });
-        // Of b2 the K3S_CONFIG goes.
+        // b2 loses its K3S_CONFIG.
         await restarts([1, 1, generation === "old" ? 0 : 1], () => t.ok("make -j up"));
         assert.equal(await t.box("b2").sh("find /etc/rancher -name 'across*'"), "");
         const file = await t.box("b1").sh("cat /etc/rancher/k3s/registries.yaml");
@@ -180,7 +180,7 @@ describe("settings", { concurrency: true }, () => {
         assert.equal(await t.box("b1").sh("ls /etc/rancher/k3s 2>/dev/null || true"), "");
       });
 
-      test("a box downloads by its proxy, packages too", async () => {
+      test("for a proxy apply to downloads too, including packages", async () => {
         const log = join(t.lab.dir, "home/proxy.log");
         await t.ok(
           `node -e ${quote(PROXY)} 3128 ${log} >/dev/null 2>&1 & until grep -q listens ${log} 2>/dev/null; do sleep 0.1; done`,
@@ -190,7 +190,7 @@ describe("settings", { concurrency: true }, () => {
         await t.ok("make download-k3s HOST=b2");
         await t.ok("make install-wireguard HOST=b2");
         const asked = readFileSync(log, "utf8");
-        // The package itself apt still has.
+        // apt still has the package itself.
         assert.match(asked, /^198\.51\.101\.12 GET http:\/\/203\.0\.113\.82\/\.\/Release$/m);
         assert.match(asked, /^198\.51\.101\.12 GET http:\/\/203\.0\.113\.81\/k3s-io\/.*\/k3s$/m);
         assert.match(
@@ -205,7 +205,7 @@ describe("settings", { concurrency: true }, () => {
       const folder = "/var/lib/rancher/k3s/agent/images";
       const SIZE = 900_000_000;
 
-      test("AIRGAP: images come from one mirror, their checksum from another, and k3s starts after them", async () => {
+      test("with AIRGAP download images from one mirror and their checksum from another, and then restart k3s", async () => {
         const text = "images\n".repeat(100_000);
         for (const address of ["203.0.113.80", "203.0.113.81"]) {
           const path = mirrored(t.lab, address, `k3s-io/k3s/releases/download/${version}`);
@@ -224,7 +224,7 @@ describe("settings", { concurrency: true }, () => {
         );
       });
 
-      test("images beside K3S_BIN are pushed once; cut in the middle, the next run goes on from there", async () => {
+      test("with AIRGAP and K3S_BIN push images once, and the next run resumes an interrupted push", async () => {
         const home = join(t.lab.dir, "home/airgap");
         mkdirSync(home);
         writeFileSync(join(home, "k3s"), standIn(version));
@@ -254,7 +254,7 @@ kill -KILL -- -$pid && echo cut`,
         assert.equal(await t.box("b2").sh(`ls ${folder}/.. | grep part || true`), "");
       });
 
-      test("an agent's taints are set when it joins; later ones are refused with the line that sets them", async () => {
+      test("for an agent's taints apply when it joins, and later ones are refused with the command that sets them", async () => {
         await t.lab.add("b3");
         await t
           .box("b3")
@@ -285,14 +285,14 @@ kill -KILL -- -$pid && echo cut`,
         ]);
       });
 
-      test("all boxes still reach each other", () => connected(t.lab.boxes));
+      test("leave a cluster in which all boxes reach each other", () => connected(t.lab.boxes));
     });
 });
 
-/** With what shells, sed, curl, dotenv and systemd read in ways of their own. */
+/** With characters that shells, sed, curl, dotenv and systemd interpret. */
 const ODD = "change::me:! '$(id)\\\\&/#";
 
-/** A proxy for plain http that writes down who asks for what. */
+/** A proxy for plain http that records the requests. */
 const PROXY = `const { appendFileSync } = require("node:fs"), http = require("node:http");
 const [port, log] = process.argv.slice(1);
 http.createServer((asked, answer) => {

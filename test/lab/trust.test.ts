@@ -1,4 +1,4 @@
-/** Who learns what: secrets in files, in lists of processes and in output; ports that answer; host keys; two operators at once. */
+/** Secrets in files, process lists and output; open ports; host keys; two operators at the same time. */
 import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -13,7 +13,7 @@ const t = await bench({ name: "trust", boxes: ["a1", "b1"] });
 after(() => t.lab.down());
 const [a1, b1] = [t.box("a1"), t.box("b1")];
 const home = join(t.lab.dir, "home");
-/** Passwords of a proxy and of a file of settings, which nobody but root and k3s is to know. */
+/** Passwords of a proxy and in a config file, which only root and k3s may read. */
 const [PROXY, CONFIG] = ["hunter2-proxy", "hunter2-config"];
 for (const password of [PROXY, CONFIG]) t.secret(password);
 
@@ -22,7 +22,7 @@ const settings = (version: string, more: Record<string, string> = {}) => {
   t.settings(
     {
       K3S_VERSION: version,
-      // The lab's downloads are http://, and do not go by it.
+      // The lab's downloads are http://, and do not use it.
       HTTPS_PROXY: `http://k3s:${PROXY}@203.0.113.82:3128`,
       ...(version === MODERN ? { K3S_CONFIG: join(home, "config.yaml") } : {}),
       ...(K3S_TOKEN ? { K3S_URL, K3S_TOKEN } : {}),
@@ -32,7 +32,7 @@ const settings = (version: string, more: Record<string, string> = {}) => {
   );
 };
 
-/** What anybody sees of all processes, the operator's and the boxes', while `part` runs: a line an argument or variable. */
+/** What any user sees of all processes of the operator and the boxes while `part` runs: one argument or variable per line. */
 async function watched(part: () => Promise<unknown>): Promise<Set<string>> {
   const loop = (files: string) =>
     quote(`while :; do cat ${files} 2>/dev/null | tr '\\0' '\\n'; sleep 0.03; done`);
@@ -50,7 +50,7 @@ async function watched(part: () => Promise<unknown>): Promise<Set<string>> {
   return new Set(readFileSync(join(home, "seen"), "utf8").split("\n"));
 }
 
-/** Files of a box that hold a secret: all of them, and those that a user may read who is nobody special. */
+/** Files of a box that contain a secret: all of them, and those that an unprivileged user can read. */
 async function holders(box: Box) {
   const find = "grep -rslaF -D skip --exclude-dir=proc --exclude-dir=sys --exclude-dir=dev -f -";
   const said = await box.sh(`umask 077
@@ -68,7 +68,7 @@ rm /run/patterns /tmp/open`);
   return { root, plain };
 }
 
-/** Lets everything through both clouds' security groups while \`part\` runs. */
+/** Opens both clouds' security groups while \`part\` runs. */
 async function open<T>(part: () => Promise<T>): Promise<T> {
   const clouds = ["a", "b"] as const;
   const shut = await Promise.all(clouds.map((cloud) => routerRule(t.lab, cloud, "ports", "accept")));
@@ -119,7 +119,7 @@ function promised(role: "servers" | "agents", version: string) {
 }
 
 for (const version of [OLD, MODERN])
-  describe(`k3s ${version}`, { concurrency: 1 }, () => {
+  describe(`a deployment of k3s ${version}`, { concurrency: 1 }, () => {
     before(async () => {
       writeFileSync(join(home, "config.yaml"), `# ${CONFIG}\ndebug: true\n`, {
         mode: 0o600,
@@ -129,7 +129,7 @@ for (const version of [OLD, MODERN])
       settings(version);
     });
 
-    test("a whole run shows no secret to anybody who lists processes", async () => {
+    test("shows no secret in the list of processes", async () => {
       const seen = await watched(async () => {
         await t.ok("make -j up");
         await t.ok("ssh b1 'sh -c \"sleep 1; :\" a-word-to-see'");
@@ -139,7 +139,7 @@ for (const version of [OLD, MODERN])
       for (const line of seen) for (const secret of secrets) assert(!line.includes(secret), line);
     });
 
-    test("its secrets are in no file that others can read, on a box or here", async () => {
+    test("has its secrets in no file that others can read, on a box or on the operator's machine", async () => {
       const units = "/etc/systemd/system";
       for (const [box, file] of [
         [a1, `${units}/k3s.service.env`],
@@ -167,7 +167,7 @@ for (const version of [OLD, MODERN])
       for (const file of [".env", ".kube/config"]) assert(out.includes(`600 ${file}\n`), out);
     });
 
-    test("answers at the ports of the table in SECURITY.md, and after make firewall to the world at ssh alone", async () => {
+    test("answers at the ports in the table of SECURITY.md, and after make firewall only at ssh for others than the nodes", async () => {
       await open(async () => {
         const before = await Promise.all([a1, b1].map((box) => answering(box)));
         const [server, agent] = [promised("servers", version), promised("agents", version)];
@@ -175,14 +175,14 @@ for (const version of [OLD, MODERN])
         await t.ok("make firewall");
         const known = server.all.flatMap((port) => /^(\d+)\/tcp/.exec(port)?.[1] ?? []);
         const now = await Promise.all([a1, b1].map((box) => answering(box, known)));
-        // A packet that is dropped and one that WireGuard does not take are the same from here.
+        // A dropped packet and one that WireGuard ignores look the same from here.
         const tcp = now.map((ports) => ports.filter((port) => port.endsWith("/tcp")));
         assert.deepEqual(tcp, [server.you, agent.you]);
       });
     });
   });
 
-test("no script shows a secret in any of its modes, nor when it fails", async () => {
+test("no script prints a secret in any of its modes, or when it fails", async () => {
   await t.ok(script("backup", "--backup $HOME/k3s.tar.gz"));
   const own: Record<string, string> = { restore: "--backup $HOME/k3s.tar.gz", down: "", kubeconfig: "" };
   const whole = [
@@ -242,7 +242,7 @@ chmod 755 /usr/local/sbin/systemctl`);
 const release = () => b1.sh("rm /usr/local/sbin/systemctl");
 const labelled = (value: string) => `make agent HOST=b1 AGENT_ARGS=--node-label=operator=${value}`;
 
-test("of two operators at once on one box the second is told of the first, waits, and then does its own", async () => {
+test("the second of two operators who change one box at the same time waits for the first, and reports this", async () => {
   await holdRestarts(b1);
   const first = t.op(labelled("one"));
   await held(b1);
@@ -257,7 +257,7 @@ test("of two operators at once on one box the second is told of the first, waits
   await t.says(labelled("two"), 0, ["nothing to do"]);
 });
 
-test("the lock of a run that died is taken over at once", async () => {
+test("the lock of a run that was killed is taken over immediately", async () => {
   await holdRestarts(b1);
   const run = await t.cut(labelled("three"), /restart k3s-agent and wait/, "KILL");
   assert(run.reached, run.text);
@@ -269,7 +269,7 @@ test("the lock of a run that died is taken over at once", async () => {
   assert.doesNotMatch(text, /waits for an earlier run/);
 });
 
-test("HOST_KEY in the env file lets in the box that has it, unknown to ssh, and stops another, and that one alone", async () => {
+test("HOST_KEY accepts a box with this key that is not in known_hosts, and refuses only a box with another key", async () => {
   const key = async (name: string) =>
     (await t.ok(`ssh-keygen -lf ${join(t.lab.dir, "boxes", name, "host-key.pub")}`)).out.split(
       " ",
