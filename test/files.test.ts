@@ -1,6 +1,6 @@
 /**
- * The files on the operator's side: each place that writes one, by each fault. The old file or the new one is there,
- * whole; a second run finishes, and clears what the first has left.
+ * The files on the operator's machine: each function that writes one, with each fault. Afterwards the old file or the
+ * new one is complete, and a second run finishes and removes what the first has left behind.
  */
 import assert from "node:assert/strict";
 import { spawn, spawnSync } from "node:child_process";
@@ -32,7 +32,7 @@ const YAML = fixture("k3s-yaml-v1.36.3.yaml");
 const ACCESS = accessOf(YAML, "203.0.113.77", "");
 const COPY = "config.before-k3s-across-clouds";
 
-/** A place that writes: the files as they are before and, whole, after. No text: no file. */
+/** A function that writes files: their texts before and after it. No text: no file. */
 interface Place {
   before: Record<string, string>;
   after: Record<string, string>;
@@ -115,7 +115,7 @@ function fresh(place: Place): string {
   return folder;
 }
 
-/** Each file is the old one or the new one; then a second run has all of the new ones, and nothing else is there. */
+/** Each file is the old one or the new one; after a second run there are all new ones, and nothing else. */
 async function finishes(name: string, place: Place, folder: string, what: string) {
   for (const [file, text] of Object.entries(place.after)) {
     const have = existsSync(join(folder, file)) ? readFileSync(join(folder, file), "utf8") : undefined;
@@ -137,7 +137,7 @@ const real = Object.fromEntries(
   CALLS.split(" ").map((name) => [name, fs[name as "openSync"] as unknown as Call]),
 );
 
-/** Runs it with `by` in the place of each call of the file system. Answers its error. */
+/** Runs it with `by` in place of each call of the file system. Returns its error. */
 async function faulty(
   place: Place,
   folder: string,
@@ -160,10 +160,10 @@ async function faulty(
 const errno = (code: string) => Object.assign(new Error(`${code}: what it says, write`), { code });
 const isPlain = (error: unknown) => error instanceof Unwritten || error instanceof SettingError;
 
-// Deno's named imports of node:fs do not follow a change of it.
+// Deno's named imports of node:fs do not change with it.
 describe("a write", { skip: "Deno" in globalThis && "needs node:fs to be changeable" }, () => {
   for (const [name, place] of Object.entries(PLACES)) {
-    test(`of the ${name} that ends with its process, at whichever step, is finished by the next`, async () => {
+    test(`of the ${name} that was interrupted at any step is completed by the next run`, async () => {
       for (let n = 0; ; n++) {
         const folder = fresh(place);
         let left = n;
@@ -179,7 +179,7 @@ describe("a write", { skip: "Deno" in globalThis && "needs node:fs to be changea
     });
 
     for (const code of ["EIO", "EROFS", "EACCES"])
-      test(`of the ${name} of which a step fails with ${code} says so, and leaves nothing behind`, async () => {
+      test(`of the ${name} in which any step fails with ${code} reports an error, and leaves nothing behind`, async () => {
         for (let n = 0; ; n++) {
           const folder = fresh(place);
           let left = n;
@@ -191,7 +191,7 @@ describe("a write", { skip: "Deno" in globalThis && "needs node:fs to be changea
           });
           if (left >= 0) break;
           count(name, "a step fails");
-          // What does no harm is not said: a folder that cannot be synced, a half file that could not be removed.
+          // Harmless failures are not reported: a folder that cannot be synced, a temporary file that cannot be removed.
           assert.ok(
             error === undefined || isPlain(error) || failed === "writeFileSync",
             `${failed}: ${error}`,
@@ -202,13 +202,13 @@ describe("a write", { skip: "Deno" in globalThis && "needs node:fs to be changea
         }
       });
 
-    test(`of the ${name} to a disk that is full from some byte on is all or nothing`, async () => {
+    test(`of the ${name} to a disk that becomes full is complete, or changes nothing`, async () => {
       const size = Math.max(...Object.values(place.after).map((text) => text.length));
       for (const room of [0, 1, 5, 100, 4096, 4937, size - 1, size, size + 4, 2 * size, 2 * size + 3]) {
         const folder = fresh(place);
         let left = room;
         const error = await faulty(place, folder, (call, real, given) => {
-          // As write(2) does: what there is room for, and only the next call fails.
+          // Like write(2): writes what there is space for, and only the next call fails.
           if (call === "writeSync") {
             const [handle, bytes, at = 0] = given as [number, Buffer, number];
             const n = Math.min(left, bytes.length - at);
@@ -227,7 +227,7 @@ describe("a write", { skip: "Deno" in globalThis && "needs node:fs to be changea
       }
     });
 
-    test(`of the ${name} on a file system that loses a part and says nothing is found out`, async () => {
+    test(`of the ${name} to a file system that loses a part without an error is detected`, async () => {
       const folder = fresh(place);
       const error = await faulty(place, folder, (call, real, given) => {
         if (call === "fstatSync") return { ...(real(...given) as object), size: 1 };
@@ -240,7 +240,7 @@ describe("a write", { skip: "Deno" in globalThis && "needs node:fs to be changea
   }
 });
 
-/** What a path may lead to that is no file, and what is said of it. */
+/** What a path may be other than a file, and how an error describes it. */
 const ODD: Record<string, [make: (path: string) => unknown, says: string]> = {
   "a folder": [(path) => mkdirSync(path), "a folder"],
   "a pipe": [(path) => spawnSync("mkfifo", [path]), "a pipe"],
@@ -249,17 +249,17 @@ const ODD: Record<string, [make: (path: string) => unknown, says: string]> = {
   "a link that leads to itself": [(path) => symlinkSync(path, path), "a link that leads to itself"],
 };
 
-describe("what is no file", () => {
+describe("a path that is not a file", () => {
   for (const [name, [make, says]] of Object.entries(ODD)) {
-    test(`is told from one: ${name}`, () => {
+    test(`is recognized and not overwritten: ${name}`, () => {
       const path = join(temporary(), "x");
       make(path);
       assert.equal(noFile(path), says);
       assert.throws(() => replaceFile(path, "x"), Unwritten);
-      assert.notEqual(noFile(path), undefined, "and stays what it is");
+      assert.notEqual(noFile(path), undefined, "it is not replaced");
     });
 
-    test(`is no place for a kubeconfig's copy: ${name}`, () => {
+    test(`is refused for the copy of a kubeconfig: ${name}`, () => {
       const folder = temporary();
       writeFileSync(join(folder, "config"), KUBECONFIG);
       make(join(folder, COPY));
@@ -269,7 +269,7 @@ describe("what is no file", () => {
       assert.deepEqual(readdirSync(folder).sort(), ["config", COPY]);
     });
 
-    test(`is no lock of ours that could be waited for: ${name}`, async () => {
+    test(`is refused as a lock, and not waited for: ${name}`, async () => {
       const path = join(temporary(), ".env");
       make(`${path}.lock`);
       count("env file", "no file");
@@ -278,7 +278,7 @@ describe("what is no file", () => {
     });
   }
 
-  test("nor is /dev/stdout where that is a pipe, but a link to a file is one, on another disk too", () => {
+  test("does not include a symlink to a file, even on another disk, which is followed", () => {
     const folder = temporary();
     const other = statSync("/dev/shm", { throwIfNoEntry: false })
       ? nameIn("/dev/shm", "")
@@ -295,11 +295,11 @@ describe("what is no file", () => {
       [],
     );
     remove(other);
-    assert.equal(noFile(join(folder, "none")), undefined, "what is not there may become one");
+    assert.equal(noFile(join(folder, "none")), undefined, "a path that does not exist may become a file");
   });
 });
 
-test("a file that root writes stays its owner's", {
+test("a file that root writes keeps its owner", {
   skip: process.getuid?.() !== 0 && "needs root",
 }, async () => {
   const file = join(temporary(), ".env");
@@ -309,8 +309,8 @@ test("a file that root writes stays its owner's", {
   assert.deepEqual([statSync(file).uid, statSync(file).gid], [1234, 1235]);
 });
 
-describe("what a killed process left", () => {
-  test("goes with the next write, but for what a living one is at, and what is not ours", async () => {
+describe("a temporary file", () => {
+  test("of a process that was killed is removed by the next write, but not that of a running process", async () => {
     const folder = temporary();
     const dead = spawnSync("true").pid;
     const mine = nameIn(folder).split("/").at(-1) as string;
@@ -328,12 +328,12 @@ describe("what a killed process left", () => {
   });
 });
 
-/** ssh to a box that is this machine, with its files under $BOX; it stays at the script, or in the file, that $HOLD names. */
+/** ssh to a box that is this machine, with its files under $BOX; it hangs at the script, or in the file, that is $HOLD. */
 const SSH = `case $1 in -G) echo hostname 203.0.113.77; exit ;; esac
 while [ "$1" != -- ]; do
   case $1 in
   -O) echo exit >>"$BOX/log"; exit ;;
-  # What ssh would read as something else, has no folder, or is longer than a socket's path may be, with %C filled in.
+  # What ssh would expand, has no folder, or is longer than a socket's path may be, with %C expanded.
   ControlPath=*[!A-Za-z0-9/._%+=-]*) exit 255 ;;
   ControlPath=*) path=\${1#*=}; [ -d "\${path%/*}" ] && [ \${#path} -le $((104 - 1 - 38 - 17)) ] || exit 255 ;;
   esac
@@ -373,15 +373,15 @@ function cluster() {
     ENV_FILE: join(home, ".env"),
     TMPDIR: join(home, "tmp"),
     BOX: box,
-    // Deno's packages are at home too, by default.
+    // Deno's packages are in HOME too, by default.
     DENO_DIR: DENO_DIR ?? join(XDG_CACHE_HOME ?? join(HOME, ".cache"), "deno"),
   };
   return { box, home, env };
 }
 
 /**
- * Starts a script; `limit`: the shell's, of what it may write to a file, in 512 or 1024 bytes. Node ignores the signal
- * that comes with it, Deno does not.
+ * Starts a script; `limit`: the shell's maximum size of a file, in units of 512 or 1024 bytes. Node ignores the signal
+ * that is sent at that size, Deno does not.
  */
 function start(args: string[], env: Record<string, string>, limit = "unlimited") {
   const child = spawn(
@@ -404,7 +404,7 @@ function start(args: string[], env: Record<string, string>, limit = "unlimited")
 /** Waits until it holds; three minutes at most. */
 async function until(what: () => boolean) {
   for (let n = 0; !what(); n++) {
-    assert.ok(n < 3600, "it did not come so far");
+    assert.ok(n < 3600, "this did not happen in time");
     await new Promise((done) => setTimeout(done, 50));
   }
 }
@@ -420,11 +420,11 @@ const lives = (pid: number) => {
 const isLinux = process.platform === "linux";
 const NUMBERS = { SIGINT: 2, SIGTERM: 15, SIGHUP: 1, SIGKILL: 9 };
 const SCRIPTS: Record<string, [place: string, holds: Record<string, string>]> = {
-  backup: ["backup", { "before it": "1", "inside it": "file", "after it": "3" }],
-  kubeconfig: ["kubeconfig and its copy", { "before it": "1" }],
+  backup: ["backup", { "before the file": "1", "within the file": "file", "after the file": "3" }],
+  kubeconfig: ["kubeconfig and its copy", { "before the file": "1" }],
 };
 
-/** The ssh that stays: the session, which is the first, or the one that copies a file. */
+/** The ssh that hangs: the session, which is the first, or the one that copies a file. */
 const heldBy = (box: string, hold: string) =>
   Number(
     readFileSync(join(box, "calls"), "utf8")
@@ -433,11 +433,11 @@ const heldBy = (box: string, hold: string) =>
       .at(hold === "file" ? -1 : 0),
   );
 
-describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout") }, () => {
+describe("an interrupted script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout") }, () => {
   for (const [script, [place, holds]] of Object.entries(SCRIPTS))
     for (const [when, hold] of Object.entries(holds))
       for (const [signal, number] of Object.entries(NUMBERS))
-        test(`${script}, by ${signal} ${when}: its connections are closed, nothing half is left, and the next run finishes`, async () => {
+        test(`closes its connections and leaves no partial files, and the next run completes it: ${script}, ${signal} ${when}`, async () => {
           const { box, home, env } = cluster();
           mkdirSync(join(home, ".kube"));
           const config = join(home, ".kube/config");
@@ -468,10 +468,10 @@ describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("fl
               [],
             );
           } else if (lives(ssh)) process.kill(ssh);
-          assert.equal(existsSync(file), script === "backup" && when === "after it");
+          assert.equal(existsSync(file), script === "backup" && when === "after the file");
           assert.equal(readFileSync(config, "utf8"), KUBECONFIG);
 
-          if (when === "after it") words.splice(-1, 1, `${file}.2`);
+          if (when === "after the file") words.splice(-1, 1, `${file}.2`);
           const second = await start(words, env).ended;
           assert.equal(second.status, 0, second.text);
           if (script === "backup") assert.equal(spawnSync("tar", ["-tzf", words.at(-1) as string]).status, 0);
@@ -486,7 +486,7 @@ describe("a script that is ended", { concurrency: 4, skip: !isLinux || lacks("fl
         });
 
   for (const [signal, number] of Object.entries(NUMBERS))
-    test(`while the env file is another's, by ${signal}: it stays as it was`, async () => {
+    test(`does not change the env file if ${signal} ends it while another process holds the lock`, async () => {
       const { home, env } = cluster();
       const driver = join(home, "driver.ts");
       const lib = (name: string) => JSON.stringify(pathToFileURL(join(ROOT, "lib", name)).href);
@@ -517,7 +517,7 @@ await main(import.meta, { about: "", steps: [], work: async (run) => {
       assert.match(readFileSync(join(home, ".env"), "utf8"), /^K3S_VERSION=v1\.36\.2\+k3s1$/m);
     });
 
-  test("by a reader that has read enough says nothing of it, and closes its connections", async () => {
+  test("prints no error, and closes its connections, if the reader of its output has ended", async () => {
     const { box, home, env } = cluster();
     const { child, ended } = start(["scripts/cluster/kubeconfig.ts", "--help"], env);
     child.stdout.destroy();
@@ -537,13 +537,13 @@ await main(import.meta, { about: "", steps: [], work: async (run) => {
   });
 });
 
-/** What is said of a write past the limit, by node and by Deno. */
+/** The error for a write past the limit, of Node.js and of Deno. */
 const TOO_LARGE = "(EFBIG: file too large|File too large \\(os error 27\\))";
 
-/** A file that only the next run can clear. */
+/** A temporary file that only the next run can remove. */
 const halfIn = (folder: string) => readdirSync(folder).find((name) => name.startsWith(".clouds-")) ?? "";
 
-/** Texts of the files right in a folder that are no driver. */
+/** Texts of the files directly in a folder, except the driver. */
 const textsIn2 = (folder: string) =>
   Object.fromEntries(
     readdirSync(folder, { withFileTypes: true })
@@ -552,7 +552,7 @@ const textsIn2 = (folder: string) =>
   );
 
 describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout") }, () => {
-  test("that may write no byte to a file says so before any box is asked, and changes nothing", async () => {
+  test("that cannot write its file reports this before it contacts a box, and changes nothing", async () => {
     const calls: [script: string, place: string][] = [
       ["server", "env file, tried"],
       ["up", "env file, tried"],
@@ -580,7 +580,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
     }
   });
 
-  test("whose disk is full half-way leaves the file whole, and says so in one line", async () => {
+  test("whose disk becomes full leaves the old file complete, and reports this in one line", async () => {
     const { home, env } = cluster();
     mkdirSync(join(home, ".kube"));
     const config = join(home, ".kube/config");
@@ -607,16 +607,16 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
   for (const [name, [make, says]] of Object.entries({
     "a pipe": ODD["a pipe"],
     "a link that leads nowhere": ODD["a link that leads nowhere"],
-    "a file that is there": [(path: string) => writeFileSync(path, "mine"), "that is there already"],
+    "an existing file": [(path: string) => writeFileSync(path, "mine"), "that is there already"],
   } as typeof ODD))
-    test(`writes no backup, kubeconfig or env file to ${name}, and asks no box`, async () => {
+    test(`writes no backup, kubeconfig or env file to ${name}, and contacts no box`, async () => {
       const cases: [place: string, script: string, env: (path: string) => Record<string, string>][] = [
         ["backup", "backup", (path) => ({ BACKUP: path })],
         ["kubeconfig, new", "kubeconfig", (path) => ({ KUBECONFIG: path })],
         ["env file", "server", (path) => ({ ENV_FILE: path })],
       ];
       for (const [place, script, given] of cases) {
-        if (name === "a file that is there" && place !== "backup") continue;
+        if (name === "an existing file" && place !== "backup") continue;
         const { box, home, env } = cluster();
         const path = join(home, "odd");
         make(path);
@@ -630,7 +630,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
       }
     });
 
-  test("reads no backup, configuration or binary from a pipe, which it would wait for", async () => {
+  test("reads no backup, configuration or binary from a pipe, on which it would block", async () => {
     const cases = {
       restore: ["--backup", "PIPE", "--host", "root@b1=203.0.113.78"],
       server: ["--k3s-config", "PIPE"],
@@ -649,7 +649,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
     }
   });
 
-  test("whose output goes to a full disk says so", async () => {
+  test("whose output goes to a full disk reports this", async () => {
     const { env } = cluster();
     const words = [
       "-c",
@@ -666,12 +666,12 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
   });
 
   for (const [name, folder] of Object.entries({
-    "a blank": "t m p",
-    "a quote, a % and a $": "t'%h${X}\"",
-    "120 bytes": "t".repeat(120),
-    "no folder at all": "none/at/all",
+    "a name with spaces": "t m p",
+    "a name with a quote, a % and a $": "t'%h${X}\"",
+    "a name of 120 bytes": "t".repeat(120),
+    "a folder that does not exist": "none/at/all",
   }))
-    test(`reaches its box with a TMPDIR of ${name}`, async () => {
+    test(`connects to its box if TMPDIR is ${name}`, async () => {
       const { home, env } = cluster();
       const path = join(home, folder);
       if (!folder.includes("/")) mkdirSync(path);

@@ -70,7 +70,7 @@ const MODES = ["iptables", "ipvs", "nftables"];
 describe("the arguments of k3s", () => {
   for (const { generation, help } of RELEASES)
     for (const role of ROLES)
-      test(`of a ${generation} ${role} are all flags that ${help} accepts`, () => {
+      test(`of the ${generation} ${role} are all flags that ${help} accepts`, () => {
         const known = new Set(fixture(`k3s-${role}-help-${help}.txt`).match(/--[a-z][a-z-]*/g));
         for (const mode of MODES)
           for (const arg of argsOf(role, generation, wanted(), mode, "a1")) {
@@ -118,15 +118,15 @@ describe("the unit", () => {
       const unit = (want: Settings, onCard: boolean, mode = "iptables") =>
         unitText(role, generation, argsOf(role, generation, want, mode, "a1"), onCard, IP);
 
-      test(`of a ${generation} ${role} is the one in the fixtures`, () =>
+      test(`of the ${generation} ${role} is the one in the fixtures`, () =>
         assert.equal(unit(wanted(), false, "ipvs"), fixture(`${unitOf(role)}-${generation}.service`)));
 
-      test(`of a ${generation} ${role} adds the public address to lo only if no card has it`, () => {
+      test(`of the ${generation} ${role} adds the public address to lo only if no card has it`, () => {
         assert.match(unit(wanted(), false), new RegExp(`ExecStartPre=.*ip addr replace ${IP}/32 dev lo`));
         assert.doesNotMatch(unit(wanted(), true), /ip addr/);
       });
 
-      test(`of a ${generation} ${role} passes every argument to k3s as one word, with % and $ unchanged`, () => {
+      test(`of the ${generation} ${role} passes every argument to k3s as one word, with % and $ unchanged`, () => {
         const args = "--node-label=p=%h --kubelet-arg=x=$HOME,100%,${y} --node-label=z=a;b&c|d";
         const text = unit(wanted({ SERVER_ARGS: args, AGENT_ARGS: args }), true);
         const command = text.slice(text.indexOf("ExecStart=") + "ExecStart=".length).replaceAll("\\\n", " ");
@@ -242,16 +242,16 @@ describe("nodes and peers", () => {
     test(`are none if kubectl prints ${JSON.stringify(text)}`, () => assert.deepEqual(nodesOf(text), []));
 
   const dumps = {
-    "v1.17.6 before": ["flannel.1", "before-annotation-v1.17.6"],
-    "v1.17.6 after": ["flannel.1", "after-annotation-v1.17.6"],
+    "v1.17.6 before its annotation": ["flannel.1", "before-annotation-v1.17.6"],
+    "v1.17.6 after its annotation": ["flannel.1", "after-annotation-v1.17.6"],
     "v1.36.3": ["flannel-wg", "v1.36.3"],
   };
   const peers = {
-    "v1.17.6 before": [
+    "v1.17.6 before its annotation": [
       { endpoint: "192.168.0.11:51820", allowedIps: ["10.42.0.0/24"], handshake: 0 },
       { endpoint: "192.168.0.12:51820", allowedIps: ["10.42.1.0/24"], handshake: 1795446621 },
     ],
-    "v1.17.6 after": [
+    "v1.17.6 after its annotation": [
       { endpoint: "198.51.100.11:51820", allowedIps: ["10.42.0.0/24"], handshake: 1795446696 },
       { endpoint: "192.168.0.12:51820", allowedIps: [], handshake: 0 },
       { endpoint: "198.51.100.11:51820", allowedIps: [], handshake: 1795446681 },
@@ -375,7 +375,7 @@ describe("an API that returned no list of nodes", () => {
   test("is not reported if there is a list after all", () =>
     assert.equal(silence({ nodes: nodes(A1), api: "20 did not answer in 20 s" }), undefined));
 
-  test("is on an overloaded box only if the load per core, the memory or the swap exceeds a limit", () => {
+  test("is attributed to an overloaded box only if the load per core, the memory or the swap exceeds a limit", () => {
     const idle = { average: 1.9, cores: 1, memory: 60, swap: 0 };
     assert.equal(overload(idle), undefined);
     assert.match(overload({ ...idle, average: 2.1 }) ?? "", /load 2\.1 on 1 core,/);

@@ -89,12 +89,12 @@ describe("the content of k3s.yaml", () => {
     .privateKey.export({ type: "sec1", format: "pem" })
     .toString();
   for (const [name, text] of Object.entries({
-    empty: "",
-    "not YAML": "<html>",
-    "without an https address of the server": MODERN_YAML.replace("https://127.0.0.1:6443", "unix:/x"),
-    "with a server over http": MODERN_YAML.replace("https:", "http:"),
-    "with a user without a key": MODERN_YAML.replace(/ +client-key-data.*\n/, ""),
-    "with a value that is not base64": MODERN_YAML.replace(CA, '"a b"'),
+    "is empty": "",
+    "is not YAML": "<html>",
+    "has no https address of the server": MODERN_YAML.replace("https://127.0.0.1:6443", "unix:/x"),
+    "has a server over http": MODERN_YAML.replace("https:", "http:"),
+    "has a user without a key": MODERN_YAML.replace(/ +client-key-data.*\n/, ""),
+    "has a value that is not base64": MODERN_YAML.replace(CA, '"a b"'),
     ...Object.fromEntries(
       [CA, CERT, KEY].flatMap((data) =>
         [
@@ -111,35 +111,35 @@ describe("the content of k3s.yaml", () => {
           coded(pem(data).slice(0, 99)),
           coded(`${pem(data)}x`),
         ].map((bad) => [
-          `with ${bad.slice(0, 20)}… of ${bad.length} in place of ${data.slice(70, 80)}`,
+          `has ${bad.slice(0, 20)}… of ${bad.length} in place of ${data.slice(70, 80)}`,
           MODERN_YAML.replace(data, bad),
         ]),
       ),
     ),
-    "with an invalid certificate": MODERN_YAML.replace(
+    "has an invalid certificate": MODERN_YAML.replace(
       CERT,
       coded("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"),
     ),
-    "with an invalid certificate after the CA": MODERN_YAML.replace(
+    "has an invalid certificate after the CA": MODERN_YAML.replace(
       CA,
       coded(`${pem(CA)}-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n`),
     ),
-    "with an invalid key": MODERN_YAML.replace(
+    "has an invalid key": MODERN_YAML.replace(
       KEY,
       coded("-----BEGIN EC PRIVATE KEY-----\nAAAA\n-----END EC PRIVATE KEY-----\n"),
     ),
-    "with a key of another certificate": MODERN_YAML.replace(KEY, coded(other)),
-    "with a key in place of a certificate": MODERN_YAML.replace(CERT, KEY),
-    "with a duplicate key": `${MODERN_YAML}    client-key-data: ${KEY}\n`,
-    "with a duplicate key in quotes": `${MODERN_YAML}    "client-key-data": x\n`,
-    "with a duplicate server": MODERN_YAML.replace(
+    "has a key of another certificate": MODERN_YAML.replace(KEY, coded(other)),
+    "has a key in place of a certificate": MODERN_YAML.replace(CERT, KEY),
+    "has a duplicate key": `${MODERN_YAML}    client-key-data: ${KEY}\n`,
+    "has a duplicate key in quotes": `${MODERN_YAML}    "client-key-data": x\n`,
+    "has a duplicate server": MODERN_YAML.replace(
       "    server:",
       "    server: https://203.0.113.66:6443\n    server:",
     ),
-    "far too long": `${MODERN_YAML}${"# x\n".repeat(100_000)}`,
-    "with a password that contains YAML": OLD_YAML.replace("0123456789abcdef", "'x'\nusers: []"),
+    "is far too long": `${MODERN_YAML}${"# x\n".repeat(100_000)}`,
+    "has a password that contains YAML": OLD_YAML.replace("0123456789abcdef", "'x'\nusers: []"),
   }))
-    test(`is refused if it is ${name}`, () =>
+    test(`is refused if it ${name}`, () =>
       assert.throws(
         () => accessOf(text, IP, ""),
         (error) => error instanceof Failure && /not as k3s writes it/.test(error.message),

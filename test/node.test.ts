@@ -32,7 +32,7 @@ const taint = (key: string, value = "", effect = "NoSchedule") => ({
   effect,
 });
 
-describe("labels and taints", () => {
+describe("labels and taints:", () => {
   const unit = (...args: string[]) => `ExecStart=k3s server \\\n    ${args.join(" \\\n    ")}\n`;
   const cases: [
     name: string,
@@ -42,72 +42,54 @@ describe("labels and taints", () => {
     whys: string[],
   ][] = [
     [
-      "that are neither requested nor set before need no change",
+      "nothing is changed if none are requested and none were set",
       [],
       [],
       { labels: { a: "b" }, taints: [taint("x")] },
       [],
     ],
-    ["that are new, for a label, are set by k3s", [], ["--node-label=a=b"], {}, []],
+    ["a new label is set by k3s", [], ["--node-label=a=b"], {}, []],
+    ["a changed label is set by k3s", ["--node-label=a=b"], ["--node-label=a=c"], { labels: { a: "b" } }, []],
     [
-      "that are changed, for a label, are set by k3s",
-      ["--node-label=a=b"],
-      ["--node-label=a=c"],
-      { labels: { a: "b" } },
-      [],
-    ],
-    [
-      "that are no longer requested are removed, for a label",
+      "a label that is no longer requested is removed",
       ["--node-label=a=b"],
       [],
       { labels: { a: "b" } },
       ["label node a1: a-"],
     ],
     [
-      "may be separate arguments, or have a single dash",
+      "a value may be a separate argument, and a flag may have a single dash",
       ["--node-label", "a=b,c=d", "-node-label=e=f"],
       ["-node-label", "c=d", "--node-taint", "x=y:NoSchedule"],
       { labels: { a: "b", c: "d", e: "f" } },
       ["label node a1: a- e-", "taint node a1: x=y:NoSchedule"],
     ],
-    ["that are no longer requested and already removed need no change", ["--node-label=a=b"], [], {}, []],
+    ["a label that was already removed needs no change", ["--node-label=a=b"], [], {}, []],
     [
-      "that others have set are kept, for a label",
+      "a label that others have set is kept",
       ["--node-label=a=b"],
       [],
       { labels: { a: "b", c: "d" } },
       ["label node a1: a-"],
     ],
+    ["a new taint is set", [], ["--node-taint=x=y:NoSchedule"], {}, ["taint node a1: x=y:NoSchedule"]],
+    ["a taint that exists needs no change", [], ["--node-taint=x=:NoSchedule"], { taints: [taint("x")] }, []],
     [
-      "that are new are set, for a taint",
-      [],
-      ["--node-taint=x=y:NoSchedule"],
-      {},
-      ["taint node a1: x=y:NoSchedule"],
-    ],
-    [
-      "that exist need no change, for a taint",
-      [],
-      ["--node-taint=x=:NoSchedule"],
-      { taints: [taint("x")] },
-      [],
-    ],
-    [
-      "that are no longer requested are removed, for a taint",
+      "a taint that is no longer requested is removed",
       ["--node-taint=x=y:NoExecute"],
       [],
       { taints: [taint("x", "y", "NoExecute")] },
       ["taint node a1: x:NoExecute-"],
     ],
     [
-      "that have a new value are set without removing the old one, for a taint",
+      "a taint's new value is set without removing the old one",
       ["--node-taint=x=y:NoSchedule"],
       ["--node-taint=x=z:NoSchedule"],
       { taints: [taint("x", "y")] },
       ["taint node a1: x=z:NoSchedule"],
     ],
     [
-      "that Kubernetes or others have set are kept, for a taint",
+      "a taint that Kubernetes or others have set is kept",
       [],
       [],
       { taints: [taint("node.kubernetes.io/unschedulable")] },
@@ -123,10 +105,10 @@ describe("labels and taints", () => {
       );
     });
 
-  test("of a node that is not registered yet are set by k3s", () =>
+  test("those of a node that is not registered yet are set by k3s", () =>
     assert.deepEqual(labelsPlan("agent", "b1", ["--node-taint=x:NoSchedule"], { nodes: nodes(A1) }), []));
 
-  test("of an agent with a different taint are refused, with the command for the server", () =>
+  test("a different taint of an agent is refused, with the command for the server", () =>
     assert.throws(
       () => labelsPlan("agent", "b1", ["--node-taint=x=y:NoSchedule"], { nodes: nodes(A1, B1) }),
       /on the server run "kubectl taint --overwrite node b1 x=y:NoSchedule", then the same again/,
@@ -213,7 +195,7 @@ describe("a proxy", () => {
       /,10\.1\.0\.0\/16,10\.2\.0\.0\/16,\.svc,\.k\.local$/,
     ));
   for (const step of [server, agent])
-    test(`of a ${step.name} is written only to its 0600 environment file, and is in no plan`, () => {
+    test(`of the ${step.name} is written only to its 0600 environment file, and is in no plan`, () => {
       const plan = step.plan(want, prepared(MODERN));
       assert.doesNotMatch(JSON.stringify(plan), /hunter2/);
       const { unit, envfile } = filesAfter(step, want, plan);
@@ -328,7 +310,7 @@ describe("airgap images", () => {
 });
 
 for (const step of [server, agent])
-  describe(`K3S_CONFIG of a ${step.name}`, () => {
+  describe(`K3S_CONFIG of the ${step.name}`, () => {
     const want = wanted({ K3S_CONFIG: "# mine\nkubelet-arg:\n  - max-pods=50" });
     const written = filesAfter(step, want, step.plan(want, prepared(MODERN)));
     const { unit, envfile, config } = written;

@@ -66,38 +66,35 @@ for (const step of [server, agent] as const)
         );
       });
 
-      test("is left alone once that has been done and the node is healthy", () => {
+      test("needs no change once it is started and the node is healthy", () => {
         assert.deepEqual(step.plan(want, well()), []);
       });
 
-      test("is the unit that was wanted, and its environment is for root only", () => {
+      test("has an environment file that is readable by root only", () => {
         assert.match(text ?? "", new RegExp(`\\nEnvironmentFile=/etc/systemd/system/${unit}.service.env\\n`));
         assert.match(envfile ?? "", /^600\n[0-9a-f]{64}\n?$/);
       });
 
       const restarts: [name: string, over: Facts][] = [
         [
-          "when a run was cut between write and restart: a file is newer than the process",
+          "if a file is newer than the process, as after a run that was interrupted before the restart",
           { written: `${NOW - 60}\n${NOW - 4000}` },
         ],
         [
-          "when the binary was swapped under the running process",
+          "if the binary was replaced after the process was started",
           { written: `${NOW - 4000}\n${NOW - 1700}` },
         ],
+        ["if systemd has loaded an older unit", { service: service(NOW - 1800, "NeedDaemonReload=yes") }],
+        ["if it is not enabled", { enabled: "disabled\n" }],
         [
-          "when systemd has an older unit in its mind",
-          { service: service(NOW - 1800, "NeedDaemonReload=yes") },
-        ],
-        ["when it is not enabled", { enabled: "disabled\n" }],
-        [
-          "when it does not run",
+          "if it does not run",
           {
             service:
               "ActiveState=failed\nMainPID=0\nExecMainStartTimestampMonotonic=99000000\nNeedDaemonReload=no\n",
           },
         ],
         [
-          "when it only tries to start",
+          "if it is still starting",
           {
             service:
               "ActiveState=activating\nMainPID=9\nExecMainStartTimestampMonotonic=99000000\nNeedDaemonReload=no\n",
@@ -105,7 +102,7 @@ for (const step of [server, agent] as const)
         ],
       ];
       for (const [name, over] of restarts)
-        test(`is restarted, with no file touched, ${name}`, () => {
+        test(`is restarted, without a change of a file, ${name}`, () => {
           const plan = step.plan(want, well(over));
           assert.equal(plan.length, 1, verbs(plan).join());
           assert.match(plan[0]?.why ?? "", new RegExp(`^(re)?start ${unit} and wait until node a1 is Ready`));
@@ -115,7 +112,7 @@ for (const step of [server, agent] as const)
         ["is not registered", { nodes: nodes(B1) }, /a1 is not registered/],
         ["is not Ready", { nodes: nodes({ ...A1, ready: false }, B1) }, /not Ready/],
         [
-          "is stale: Ready, but silent since the start",
+          "is Ready but has not reported since the start",
           { nodes: nodes({ ...A1, beat: NOW - 1900 }, B1) },
           /has not reported/,
         ],
@@ -125,7 +122,7 @@ for (const step of [server, agent] as const)
           /ExternalIP of a1 is not set/,
         ],
         ["has no WireGuard interface yet", { interfaces: "lo\neth0\n" }, /no flannel/],
-        ["cannot be seen: the API does not answer", { nodes: "" }, /a1 is not registered/],
+        ["is unknown because the API does not answer", { nodes: "" }, /a1 is not registered/],
       ];
       for (const [name, over, why] of waits)
         test(`is waited for, not restarted, while its node ${name}`, () => {
@@ -133,18 +130,18 @@ for (const step of [server, agent] as const)
           assert.deepEqual(verbs(plan), ["wait until"]);
           assert.match(plan[0]?.why ?? "", why);
           assert.doesNotMatch(plan[0]?.sh ?? "", /systemctl (re)?start/);
-          // The wait believes no heartbeat that the next look would not.
+          // The wait accepts no heartbeat that the next look would reject.
           assert.match(plan[0]?.sh ?? "", new RegExp(`; since=${NOW - 1800 + 1};`));
         });
 
-      test("of a box whose name another box's node has is refused", () => {
+      test("is refused on a box whose name another box's node has", () => {
         assert.match(
           refusal(step, want, well({ nodes: nodes({ ...A1, external: "198.51.100.99" }) })).message,
           /198\.51\.100\.99/,
         );
       });
 
-      test("whose public address changed is finished by the next run when the restart was cut off, and then waited for", () => {
+      test("is restarted by the next run, and then waited for, if a change of the public address was interrupted", () => {
         const was = nodes({ ...A1, external: "198.51.100.99" }, B1);
         const cut: Facts[] = [
           { written: `${NOW - 60}` },
@@ -157,22 +154,22 @@ for (const step of [server, agent] as const)
         assert.deepEqual(verbs(step.plan(want, well({ nodes: was, ...young }))), ["wait until"]);
       });
 
-      test("is not restarted for ever by files of a time to come: the clock was set back", () =>
+      test("is not restarted in every run if the clock was set back and its files are in the future", () =>
         assert.deepEqual(step.plan(want, well({ written: `${NOW + 90_000}` })), []));
 
-      test("is written anew and restarted when a setting of its arguments changes, and the file of its environment is not", () => {
+      test("is rewritten and restarted if a setting for its arguments changes, but its environment file is not rewritten", () => {
         const args = wanted({ ...want, SERVER_ARGS: "--disable=traefik", AGENT_ARGS: "--docker" });
         const plan = step.plan(args, well());
         assert.deepEqual(verbs(plan), [`write /etc/systemd/system/${unit}.service:`, `restart ${unit}`]);
-        assert.match(plan[0]?.why ?? "", /\+ ?--(disable=traefik|docker)/, "and says which line");
+        assert.match(plan[0]?.why ?? "", /\+ ?--(disable=traefik|docker)/, "with the changed line");
       });
 
-      test("is restarted when only the mode of its environment file is wrong", () => {
+      test("is restarted even if only the mode of its environment file is wrong", () => {
         const plan = step.plan(want, well({ envfile: (envfile ?? "").replace("600", "644") }));
         assert.deepEqual(verbs(plan), [`write /etc/systemd/system/${unit}.service.env`, `restart ${unit}`]);
       });
 
-      test("does not care for settings of other steps", () => {
+      test("does not depend on the settings of other steps", () => {
         const other = {
           ELREPO_URL: "https://x.example",
           EPEL_URL: "https://y.example",
@@ -183,7 +180,7 @@ for (const step of [server, agent] as const)
         assert.deepEqual(step.plan(wanted({ ...want, ...other }), well()), []);
       });
 
-      test("gets the public address on lo only where no card has it", () => {
+      test("adds the public address to lo only if no card has it", () => {
         const onCard = { addresses: `2: eth0    inet ${IP}/24 scope global eth0` };
         const [, change] = step.plan(want, { ...fresh, ...onCard });
         assert.doesNotMatch(change?.sh ?? "", /ip addr replace/);
@@ -195,7 +192,7 @@ for (const step of [server, agent] as const)
         );
       });
 
-      test("uses ipvs where the kernel has it, and iptables where it has not", () => {
+      test("uses ipvs if the kernel has it, and iptables otherwise", () => {
         const ipvs = wanted({ ...want, PROXY_MODE: "ipvs" });
         assert.match(
           step.plan(ipvs, { ...fresh, ipvs: "yes\n" })[1]?.sh ?? "",
@@ -210,7 +207,7 @@ for (const step of [server, agent] as const)
         assert.deepEqual(step.plan(ipvs, well()), [], "so there nothing changes");
       });
 
-      test("uses nftables, or refuses where this k3s is too old for it", () => {
+      test("uses nftables, or is refused if the release is too old for it", () => {
         const nft = wanted({ ...want, PROXY_MODE: "nftables" });
         if (version === OLD)
           assert.match(
@@ -225,14 +222,14 @@ for (const step of [server, agent] as const)
         assert.match(refusal(step, want, { ...fresh, other: "active\n" }).message, /it cannot be/);
       });
 
-      test("has its token in no plan that is shown", () => {
+      test("has its token in no displayed plan", () => {
         for (const facts of [fresh, well({ enabled: "" }), well({ envfile: "644\nx" })])
           assert.doesNotMatch(JSON.stringify(step.plan(want, facts)), /K10|0123456789abcdef/);
       });
     });
   }
 
-test("a box without systemd is refused before anything is installed there, Alpine's OpenRC by its name", () => {
+test("a box without systemd is refused before anything is installed, and OpenRC is named on Alpine", () => {
   for (const [os, openrc, text] of [
     ["alpine-3.20", "yes\n", /Alpine Linux v3\.20 uses OpenRC instead of systemd.*Nothing was installed/],
     ["debian-12", "", /Debian GNU\/Linux 12 \(bookworm\) uses another init system instead of systemd/],
@@ -274,29 +271,29 @@ describe("cgroups", () => {
     ["v1.31.14+k3s1", V1, false],
     [OLD, V1, false],
     [MODERN, V2, false],
-    // An old stat knows no name for v2, only its number.
+    // An old stat prints only the number of v2.
     [MODERN, `UNKNOWN (0x63677270)\n${V2.split("\n")[1]}\n`, false],
     [MODERN, "", false],
     [MODERN, undefined, false],
   ];
   for (const [version, cgroup, given] of flags)
     for (const step of [server, agent])
-      test(`of ${JSON.stringify(cgroup)}: the kubelet of a ${step.name} of ${version} is ${given ? "" : "not "}told to run on v1`, () =>
+      test(`${given ? "require" : "do not require"} fail-cgroupv1=false for the ${step.name} of ${version} if they are ${JSON.stringify(cgroup)}`, () =>
         assert.equal(unit(step, version, cgroup).includes(FLAG), given));
 
   const own: [name: string, step: Step, over: Partial<Settings>][] = [
     ["SERVER_ARGS", server, { SERVER_ARGS: "--kubelet-arg=fail-cgroupv1=true" }],
     ["AGENT_ARGS", agent, { AGENT_ARGS: "--debug --kubelet-arg fail-cgroupv1=false" }],
     ["K3S_CONFIG", agent, { K3S_CONFIG: "kubelet-arg:\n  - max-pods=50\n  - fail-cgroupv1=false" }],
-    ["K3S_CONFIG, added to,", server, { K3S_CONFIG: "kubelet-arg+: fail-cgroupv1=true" }],
+    ["K3S_CONFIG with a plus sign", server, { K3S_CONFIG: "kubelet-arg+: fail-cgroupv1=true" }],
   ];
   for (const [name, step, over] of own)
-    test(`what ${name} says of them counts`, () =>
+    test(`do not change an argument for them that is in ${name}`, () =>
       assert.equal(
         unit(step, MODERN, V1, over).split("fail-cgroupv1").length,
         unit(step, MODERN, V2, over).split("fail-cgroupv1").length,
       ));
-  test("other arguments of the kubelet's, or the other role's, say nothing of them", () => {
+  test("require the argument in spite of other arguments of the kubelet, or of the other role", () => {
     for (const over of [
       { AGENT_ARGS: "--kubelet-arg=max-pods=50" },
       { SERVER_ARGS: FLAG },
@@ -305,7 +302,7 @@ describe("cgroups", () => {
       assert.ok(unit(agent, MODERN, V1, over).includes(FLAG), JSON.stringify(over));
   });
 
-  test("stand before the user's arguments, which are the unit's last", () => {
+  test("require an argument before the user's, which are the last in the unit", () => {
     const last = "--kubelet-arg=max-pods=50";
     for (const step of [server, agent])
       assert.match(
@@ -314,7 +311,7 @@ describe("cgroups", () => {
       );
   });
 
-  test("of v1: the release that ends there gets the argument in the one restart that brings it, and one before loses it", () => {
+  test("of v1 lead to a single restart in an upgrade to a release that needs the argument, and in a downgrade", () => {
     const before = wanted({ K3S_VERSION: "v1.34.2+k3s1" });
     for (const step of [server, agent]) {
       const files = (want: Settings, version: string) =>
@@ -362,7 +359,7 @@ describe("cgroups", () => {
     [OLD, "", undefined],
   ];
   for (const [version, cgroup, pattern] of faults)
-    test(`of ${JSON.stringify(cgroup)} ${pattern ? "are refused" : "will do"} for ${version}, before anything is downloaded`, () => {
+    test(`are ${pattern ? "refused" : "accepted"} for ${version}, before anything is downloaded, if they are ${JSON.stringify(cgroup)}`, () => {
       for (const steps of [serverSteps, agentSteps, prepareAs("agent")]) {
         const facts = prepared(version, { cgroup, version: "", curl: "" });
         const plan = () => planAll(steps, wanted({ K3S_VERSION: version, K3S_TOKEN: "" }), facts);
@@ -371,7 +368,7 @@ describe("cgroups", () => {
       }
     });
 
-  test("of this machine are looked at", { skip: process.platform !== "linux" }, () => {
+  test("of this machine are read", { skip: process.platform !== "linux" }, () => {
     const { cgroup = "" } = look([systemdFirst], wanted());
     assert.match(cgroup, /^(tmpfs|cgroup2fs\n.*|UNKNOWN.*)$/m);
     assert.equal(/^cgroup2fs/.test(cgroup), existsSync("/sys/fs/cgroup/cgroup.controllers"));
@@ -379,7 +376,7 @@ describe("cgroups", () => {
 });
 
 describe("a folder that cannot be written", () => {
-  test("is said before a unit is written into it", () => {
+  test("is reported before a unit is written into it", () => {
     for (const [step, folder] of [
       [server, "/etc/systemd/system"],
       [agent, "/var/lib/rancher"],
@@ -391,11 +388,11 @@ describe("a folder that cannot be written", () => {
   });
 });
 
-describe("releases that have both ways", () => {
+describe("releases that may have either backend", () => {
   const middle = "v1.24.17+k3s1";
   const want = wanted({ K3S_VERSION: middle });
 
-  test("are asked for their flags before anything is written", () => {
+  test("are examined for their flags before anything is written", () => {
     for (const step of [server, agent]) {
       const plan = step.plan(want, prepared(OLD));
       assert.equal(plan.length, 1);
@@ -404,7 +401,7 @@ describe("releases that have both ways", () => {
     }
   });
 
-  test("get the flags of the way that their help names", () => {
+  test("get the flags of the backend that is in their help", () => {
     const unit = (flags: string) => server.plan(want, prepared(middle, { flags }))[1]?.sh ?? "";
     assert.match(
       unit("--flannel-backend\n--flannel-external-ip\nwireguard-native\n"),
@@ -417,7 +414,7 @@ describe("releases that have both ways", () => {
   });
 });
 
-test("a K3S_BIN gets the flags of its own release, whatever K3S_VERSION says", () => {
+test("a K3S_BIN gets the flags of its own release, whatever K3S_VERSION is", () => {
   const want = wanted({ K3S_BIN: "./k3s", K3S_VERSION: MODERN });
   assert.match(server.plan(want, prepared(OLD))[1]?.sh ?? "", /--flannel-backend=wireguard(?!-native)/);
 });
@@ -430,7 +427,7 @@ test("a new version restarts the service with that generation's unit", () => {
   assert.deepEqual(verbs(plan), ["write /etc/systemd/system/k3s.service:", "restart k3s"]);
 });
 
-test("another token is written to the agent's environment alone, and the agent restarted", () => {
+test("a new token or URL is written only to the agent's environment file, and the agent is restarted", () => {
   const want = wanted();
   const { unit, envfile } = filesAfter(agent, want, agent.plan(want, prepared(MODERN)));
   const facts = healthy(MODERN, { unit, envfile } as Facts);
@@ -445,14 +442,14 @@ test("another token is written to the agent's environment alone, and the agent r
   ]);
 });
 
-describe("what the server teaches", () => {
+describe("what make server writes to the env file", () => {
   test("is its URL at the public address, and its token", () => {
     assert.deepEqual(server.learn?.(wanted(), prepared(MODERN, { token: `${TOKEN}\n` })), {
       K3S_URL: `https://${IP}:6443`,
       K3S_TOKEN: TOKEN,
     });
   });
-  test("is not nothing: a server without a token is a failure", () => {
+  test("always includes a token, and a server without one is an error", () => {
     assert.throws(() => server.learn?.(wanted(), prepared(MODERN, { token: "" })), /no node-token/);
   });
 });
@@ -474,12 +471,12 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
   };
   const first = files(want, fresh);
   const password = TOKEN.split(":").at(-1) as string;
-  /** One that k3s takes: with colons, and with what shells, sed, curl and systemd read in ways of their own. */
+  /** A password that k3s accepts, with colons and characters that shells, sed, curl and systemd interpret. */
   const ODD = "a::b:c!'\"$(id)\\&/#";
   const up = (written: Facts, over: Facts = {}) =>
     healthy(MODERN, written, { external: "yes\n", token: `${TOKEN}\n`, ...over });
 
-  test("has whatever password the cluster has, byte for byte", () => {
+  test("accepts any password of the cluster, byte for byte", () => {
     const odd = { ...want, K3S_TOKEN: TOKEN.replace(password, () => ODD) };
     for (const settings of [{ ...odd, K3S_URL: other.K3S_URL }, odd])
       assert.equal((files(settings, fresh).password ?? "").trim(), hash(ODD));
@@ -493,19 +490,19 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
       `K3S_TOKEN=${quote(odd.K3S_TOKEN)}\n${(env?.sh ?? "").replaceAll("/etc/systemd/system/k3s-agent.service.env", file)}`,
     );
     assert.equal(status, 0);
-    // As systemd reads it, where no quote is the first character (v219 to v257): a backslash takes the next one.
+    // As systemd reads it if the first character is not a quote (v219 to v257): a backslash escapes the next one.
     const [, value = ""] = /^K3S_TOKEN=(.*)$/m.exec(readFileSync(file, "utf8")) ?? [];
     assert.equal(value.replaceAll(/\\(.)/g, "$1"), odd.K3S_TOKEN);
   });
 
-  test("has it in the environment of its unit, and in no plan", () => {
+  test("has the endpoint only in its environment file, and in no plan", () => {
     const plan = server.plan(want, fresh);
     assert.deepEqual(plan[1]?.secrets, ["K3S_DATASTORE_ENDPOINT"]);
     assert.doesNotMatch(JSON.stringify(plan), /hunter2|203\.0\.113\.5/);
     assert.doesNotMatch(first.unit ?? "", /hunter2|datastore/);
   });
 
-  test("that is the first makes the cluster's password, once", () => {
+  test("that is the first one generates the cluster's password, once", () => {
     assert.match(
       server.plan(want, fresh)[0]?.why ?? "",
       /^write .*across-clouds\.token .*, the password of a new cluster$/,
@@ -517,17 +514,17 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
     ]);
   });
 
-  test("that is the first is left alone when its token has been learned", () => {
+  test("that is the first one needs no change when its token is in the env file", () => {
     const facts = up({ ...first, password: hash(password) });
     assert.deepEqual(server.plan(want, facts), []);
     assert.deepEqual(server.plan(taught, facts), []);
     assert.deepEqual(server.learn?.(taught, facts), { K3S_URL: `https://${IP}:6443`, K3S_TOKEN: TOKEN });
   });
 
-  test("that is the first and is set up anew gets the password that the cluster has", () =>
+  test("that is the first one and is set up again gets the cluster's password", () =>
     assert.equal(files(taught, fresh).password?.trim(), hash(password)));
 
-  test("that is a further one gets it too, teaches nothing, and has a new one put in", () => {
+  test("that is a further one gets the cluster's password, changes nothing in the env file, and is restarted for a new password", () => {
     const written = files(other, fresh);
     assert.equal(written.password?.trim(), hash(password));
     assert.deepEqual(server.plan(other, fresh)[0]?.secrets, ["K3S_TOKEN"]);
@@ -539,7 +536,7 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
     );
   });
 
-  test("that is named first in SERVER teaches its own address: agents follow it from the one that was", () => {
+  test("that is named first in SERVER becomes K3S_URL, so that agents move to it", () => {
     const now = { ...other, SERVER: "root@b1 a1", HOST: "b1" };
     const facts = up({ ...files(other, fresh), password: hash(password) });
     assert.equal(server.learn?.(now, facts).K3S_URL, `https://${IP}:6443`);
@@ -547,7 +544,7 @@ describe("a server with K3S_DATASTORE_ENDPOINT", () => {
     assert.deepEqual(server.learn?.({ ...now, HOST: "a1" }, facts), {});
   });
 
-  test("is refused where the cluster would be left behind: in SQLite, or in the datastore", () => {
+  test("is refused if its cluster is in SQLite, and one without the setting if its cluster is in a datastore", () => {
     assert.match(
       refusal(server, want, { ...fresh, sqlite: "yes\n" }).message,
       /own SQLite.*start a new, empty one/,
@@ -566,9 +563,10 @@ describe("a node's password", () => {
     return existsSync(path);
   };
 
-  test("that a full disk has left empty goes, so that k3s makes another", () => assert(!stays("", 60)));
-  test("that is being written stays", () => assert(stays("", 0)));
-  test("stays, and where there is none that is no fault", () => {
+  test("that a full disk has left empty is removed, so that k3s generates another", () =>
+    assert(!stays("", 60)));
+  test("that is being written is kept", () => assert(stays("", 0)));
+  test("is kept, and a missing one is not an error", () => {
     assert(stays("0123\n", 60));
     assert.equal(shell(`set -eu\n${withoutEmpty(join(temporary(), "password"))}`).status, 0);
   });

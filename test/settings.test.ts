@@ -21,7 +21,7 @@ const refusal = (name: SettingName, value: string, origin = "variable X"): strin
 describe("every setting", () => {
   const words = readExample();
   for (const name of NAMES) {
-    test(`${name}: its example and its default pass its own check, and env.example says what it is for`, () => {
+    test(`has a valid example, a valid default and a description in env.example: ${name}`, () => {
       check(name, words[name]?.example as string, "example");
       const { value } = SETTINGS[name];
       if (value) check(name, value, "default");
@@ -30,7 +30,7 @@ describe("every setting", () => {
     });
   }
 
-  test("stands in env.example, once, with nothing beside", () => {
+  test("is in env.example exactly once, and nothing else is", () => {
     const text = readFileSync(join(ROOT, "env.example"), "utf8");
     const keys = text.split("\n").flatMap((line) => /^(?:# )?([A-Z][A-Z0-9_]*)=/.exec(line)?.[1] ?? []);
     assert.deepEqual(keys.toSorted(), NAMES.toSorted());
@@ -38,7 +38,7 @@ describe("every setting", () => {
 });
 
 const CA = `K10${"ab".repeat(32)}::`;
-/** What no setting may hold, or what one of them may not. */
+/** Values that no setting accepts, or that one of them does not. */
 const WRONG: Partial<Record<SettingName, string[]>> = {
   SERVER: [
     "-oProxyCommand=id",
@@ -89,7 +89,7 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "`id`",
     "--x\r",
     "--x \u0001",
-    // The unit has them at the beginning of a line.
+    // They are at the beginning of a line in the unit.
     "#x --y",
     "--x ; /bin/y",
     // They go into rules of firewalls, and into the path of a request.
@@ -112,13 +112,13 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "--a --server=https://203.0.113.1:6443",
     "-s https://203.0.113.1:6443",
     "--cluster-reset-restore-path=/x",
-    // k3s's flags would end there.
+    // k3s would stop to read flags there.
     "server --disable=traefik",
     "--disable=traefik x --tls-san=a",
     "--node-label a=b c=d",
     "--secrets-encryption true --tls-san=a",
     "--cluster-cidr=10.42.0.0/16 --cluster-cidr=fd42::/56",
-    // The kubelet ends at them.
+    // The kubelet exits because of them.
     "--node-label=node-role.kubernetes.io/worker=true",
     "--node-label a=b,c",
     "--node-taint=a=b:Never",
@@ -214,7 +214,7 @@ describe("a setting may be", () => {
     test(what, () => assert.doesNotThrow(() => check(name, value, "a flag")));
 });
 
-/** Not IPv4 addresses as everyone reads them, and ones that other clouds cannot reach, with the reason. */
+/** Not IPv4 addresses in their usual notation, and ones that other clouds cannot reach, with the reason. */
 const NOT_ADDRESSES = [
   "0x7f.1",
   "1.2.3",
@@ -278,7 +278,7 @@ describe("a wrong value", () => {
     ...WRONG,
     PUBLIC_IP: [...NOT_ADDRESSES, ...UNREACHABLE.map(([ip]) => ip)],
   }))
-    test(`of ${name} is refused with its name, where it came from, and what would be right`, () => {
+    test(`of ${name} is refused with its name, its origin, and what is expected`, () => {
       for (const value of values) {
         const message = refusal(name as SettingName, value);
         assert.ok(message.startsWith(`${name} `), JSON.stringify(value));
@@ -287,7 +287,7 @@ describe("a wrong value", () => {
       }
     });
 
-  test("is shown as it was read, so that blanks and such can be seen", () => {
+  test("is quoted as it was read, so that whitespace is visible", () => {
     assert.match(refusal("PROXY_MODE", "ipvs\n"), /^PROXY_MODE is "ipvs\\n" \(/);
   });
 
@@ -297,7 +297,7 @@ describe("a wrong value", () => {
         assert.ok(!refusal(name, value).includes(value.slice(0, 6)));
   });
 
-  test("of a token may have whatever password k3s takes", () => {
+  test("does not include a token with any password that k3s accepts", () => {
     for (const password of [
       "changeme!",
       "a:b::c",
@@ -313,7 +313,7 @@ describe("a wrong value", () => {
       assert.equal(refusal("K3S_TOKEN", `${CA}server:${password}`), "", password);
   });
 
-  test("of arguments that holds a secret is not repeated", () => {
+  test("of arguments that contains a secret is not repeated", () => {
     for (const value of [
       "--token=hunter2",
       "-t hunter2",
@@ -329,7 +329,7 @@ describe("a wrong value", () => {
     assert.equal(refusal("SERVER_ARGS", "--token-file=/root/token --tls-san=x"), "");
   });
 
-  test("of networks that overlap is told from what may stand", () => {
+  test("of networks is refused if they overlap, and only then", () => {
     for (const right of [
       "--cluster-cidr=10.1.0.0/16 --service-cidr=10.2.0.0/16",
       "--cluster-cidr=10.42.0.0/16,fd42::/56 --service-cidr=10.43.0.0/16,fd43::/112",
@@ -342,7 +342,7 @@ describe("a wrong value", () => {
     );
   });
 
-  test("of a destination that holds a password is not repeated", () => {
+  test("of a destination that contains a password is not repeated", () => {
     for (const value of [
       "root:hunter2@b1",
       "b2 root:hunt/=er2@b1",
@@ -357,7 +357,7 @@ describe("a wrong value", () => {
       assert.equal(refusal("HOST", value), "", value);
   });
 
-  test("of arguments that this project gives itself, or that only servers know, is refused with its name", () => {
+  test("of arguments that this project sets, or that only servers accept, is refused with the argument's name", () => {
     assert.match(
       refusal("SERVER_ARGS", "--disable=traefik --data-dir /data"),
       /^SERVER_ARGS is "--disable=traefik --data-dir \/data" \(.*\): expected no --data-dir: k3s's data are/,
@@ -367,10 +367,10 @@ describe("a wrong value", () => {
     assert.match(refusal("AGENT_ARGS", "--server=https://x:6443"), /expected no --server: K3S_URL has it/);
   });
 
-  test("of SERVER_ARGS that begins an embedded etcd is refused with the reason and the other way", () =>
+  test("of SERVER_ARGS that starts an embedded etcd is refused with the reason and the alternative", () =>
     assert.match(refusal("SERVER_ARGS", "--cluster-init"), /K3S_DATASTORE_ENDPOINT.*private addresses/));
 
-  test("of any length is cut short in its message", () => {
+  test("that is long is truncated in the error", () => {
     assert.ok(refusal("PROXY_MODE", "x".repeat(100_000)).length < 300);
     assert.match(refusal("SERVER_ARGS", "x".repeat(5000)), /at most 4096 characters/);
     const boxes = (n: number) =>
@@ -385,12 +385,12 @@ describe("a wrong value", () => {
 describe("a public address", () => {
   for (const [address, reason] of UNREACHABLE)
     test(`is not ${address}`, () => assert.match(publicIp(address) ?? "", reason));
-  test("is any other of IPv4", () => {
+  test("can be any other IPv4 address", () => {
     for (const address of REACHABLE) assert.equal(publicIp(address), undefined, address);
   });
 });
 
-test("destinations may be all that ssh takes: users, aliases, ports by URL, each with its public address", () => {
+test("a destination can be anything that ssh accepts, such as an alias or a URL with a port, and can have a public address", () => {
   for (const value of [
     "b1",
     "root@b1",
@@ -411,7 +411,7 @@ describe("settings", () => {
     "# mine\nPROXY_MODE=ipvs\n\nSERVER='root@203.0.113.10'\nAGENTS=\nK3S_VERSION=v1.17.6+k3s1\n",
   );
 
-  test("come from flags before the environment before the env file before the defaults", () => {
+  test("come from flags, or else the environment, or else the env file, or else the defaults", () => {
     const { settings, origins } = settle(
       { "k3s-version": "v1.30.1+k3s1" },
       { K3S_VERSION: "v1.31.1+k3s1", PROXY_MODE: "nftables" },
@@ -427,13 +427,13 @@ describe("settings", () => {
     );
   });
 
-  test("count when they are set to nothing: HOST= is this machine", () => {
+  test("can be set to an empty value, such as HOST= for this machine", () => {
     const { settings, origins } = settle({}, { HOST: "", K3S_VERSION: undefined, PROXY_MODE: "" }, path);
     assert.deepEqual([settings.HOST, origins.HOST, settings.PROXY_MODE], ["", "variable HOST", ""]);
     assert.deepEqual([settings.AGENTS, origins.AGENTS], ["", `${path} line 5`]);
   });
 
-  test("are all their defaults where there is no env file", () => {
+  test("have their defaults if there is no env file", () => {
     const { settings } = settle({}, {}, join(temporary(), "none"));
     for (const name of NAMES) assert.equal(settings[name], SETTINGS[name].value);
   });
@@ -450,7 +450,7 @@ describe("settings", () => {
     ["a line of the env file", {}, {}, "PROXY_MODE=x", "line 3"],
   ];
   for (const [name, flags, env, line, origin] of wrong)
-    test(`name the origin of a wrong value: ${name}`, () => {
+    test(`are refused with the origin of a wrong value: ${name}`, () => {
       const own = join(temporary(), ".env");
       writeFileSync(own, `# one\n\n${line}\n`);
       assert.throws(
@@ -459,7 +459,7 @@ describe("settings", () => {
       );
     });
 
-  test("of proxies are not taken from a shell's own variables, but from make's words, flags and the env file", () => {
+  test("for proxies are not read from environment variables, but from make's command line, flags and the env file", () => {
     const own = join(temporary(), ".env");
     writeFileSync(own, "HTTPS_PROXY=http://boxes:1\n");
     const env = { HTTPS_PROXY: "http://here:2", NO_PROXY: "here" };
@@ -472,36 +472,36 @@ describe("settings", () => {
   });
 
   const given: Record<string, [makeflags: string, value: string, isTaken: boolean]> = {
-    "a $ that make took with what followed": [" -- BACKUP=a$$bc", "ac", true],
+    "a $ that make has expanded with the next letter": [" -- BACKUP=a$$bc", "ac", true],
     "a command that make ran": [" -- BACKUP=$$(shell\\ id)", "uid=0", true],
-    "the $ and all that followed": [" -- BACKUP=$$b", "", true],
-    "it as the last word counts": [" -- BACKUP=x BACKUP=a$$b", "a", true],
-    "it between others, with blanks and backslashes": [
+    "a $ that leaves nothing of the value": [" -- BACKUP=$$b", "", true],
+    "a $ in the last of two values": [" -- BACKUP=x BACKUP=a$$b", "a", true],
+    "a $ among other variables, spaces and backslashes": [
       "s -j2 -- SERVER=a1 BACKUP=it's\\ a$$b\\\\c DRY=1",
       "it's a\\c",
       true,
     ],
-    "it by :=": [" -- BACKUP:=a$$b", "a", true],
-    "two that stand for one": [" -- BACKUP=a$$$$b", "a$b", false],
-    "a value without": [" -- BACKUP=a\\ b", "a b", false],
-    "a $ in another value alone": [" -- AGENTS=a$$b BACKUP=ab", "ab", false],
-    "one in another's text": [" -- AGENTS=x\\ BACKUP=a$$b", "a", false],
-    "a shell's own variable": ["", "a$b", false],
+    "a $ after :=": [" -- BACKUP:=a$$b", "a", true],
+    "two $ that stand for one": [" -- BACKUP=a$$$$b", "a$b", false],
+    "no $": [" -- BACKUP=a\\ b", "a b", false],
+    "a $ only in another variable": [" -- AGENTS=a$$b BACKUP=ab", "ab", false],
+    "a $ in the text of another variable": [" -- AGENTS=x\\ BACKUP=a$$b", "a", false],
+    "a $ from the environment": ["", "a$b", false],
   };
   for (const [name, [MAKEFLAGS, BACKUP, isTaken]] of Object.entries(given))
-    test(`on make's command line with ${name} ${isTaken ? "are refused, and belong into the env file" : "count"}`, () => {
+    test(`that make passes with ${name} are ${isTaken ? "refused, because they belong into the env file" : "accepted"}`, () => {
       const call = () => settle({}, { MAKEFLAGS, BACKUP }, "/no/.env").settings.BACKUP;
       if (isTaken) assert.throws(call, /^SettingError|BACKUP \(make's command line\): it has a \$/);
       else assert.equal(call(), BACKUP);
     });
 
-  test("have each a flag of their own", () => {
+  test("each have a separate flag", () => {
     assert.equal(new Set(NAMES.map(flagOf)).size, NAMES.length);
     assert.equal(flagOf("K3S_BIN"), "k3s-bin");
   });
 });
 
-test("several servers are refused without a datastore that they share, with the reason", () => {
+test("several servers are refused without a shared datastore, with the reason", () => {
   const path = join(temporary(), ".env");
   writeFileSync(path, 'SERVER="a1 b1"\n');
   assert.throws(
@@ -512,7 +512,7 @@ test("several servers are refused without a datastore that they share, with the 
   assert.equal(settle({}, { K3S_DATASTORE_ENDPOINT: url }, path).settings.SERVER, "a1 b1");
 });
 
-describe("a line of the env file of which something would be lost", () => {
+describe("a line of the env file that dotenv would not read completely", () => {
   const AGENTS = "AGENTS=a=203.0.114.11";
   const cases: [text: string, line: number][] = [
     [`${AGENTS}\n  b=203.0.114.12 c=203.0.114.13\n  root@d`, 3],
@@ -537,7 +537,7 @@ describe("a line of the env file of which something would be lost", () => {
       );
     });
 
-  test("is told from what any env file may have", () => {
+  test("does not include comments, quotes, spaces and line endings that dotenv accepts", () => {
     const path = join(temporary(), ".env");
     const text =
       "\ufeff# c\r\n\r\n export SERVER = a1 # first\r\nAGENTS='b1 b2'#c\r\nHOST=# none\r\n\t# d\r\nAIRGAP: yes\r\nK3S_BIN=\"./a #b\"\r\n";
@@ -555,7 +555,7 @@ describe("a line of the env file for one box", () => {
   };
   const base = 'SERVER=root@a1\nAGENTS="b1 debian@cloud-b=198.51.101.12 203.0.113.9"\nAGENT_ARGS=--all\n';
 
-  test("is that box's, by its name without the user or the address", () => {
+  test("applies to that box, by its name without the user and the address", () => {
     const { settings, own } = settle(
       {},
       {},
@@ -574,13 +574,13 @@ describe("a line of the env file for one box", () => {
     );
   });
 
-  test("gives way to a flag or a variable, which are for this call", () => {
+  test("is overridden by a flag or a variable", () => {
     const path = written(`${base}AGENT_ARGS__b1=--one\n`);
     assert.deepEqual({ ...settle({}, { AGENT_ARGS: "--x" }, path).own }, {});
     assert.deepEqual({ ...settle({ "agent-args": "--x" }, {}, path).own }, {});
   });
 
-  test("may be of a box that only this call names, and of this machine", () => {
+  test("can be for a box that is only in HOST, and for this machine", () => {
     const path = written(`SERVER=\nAGENT_ARGS__b9=--nine\nSERVER_ARGS__${hostname()}=--here\n`);
     assert.deepEqual(
       { ...settle({ host: "root@b9" }, {}, path).own },
@@ -593,13 +593,13 @@ describe("a line of the env file for one box", () => {
 
   const wrong: [name: string, line: string, message: RegExp][] = [
     [
-      "a box that is not there",
+      "an unknown box",
       "AGENT_ARGS__b7=--x",
       /AGENT_ARGS__b7 \(.*line 4\): expected a box .*: a1, b1, cloud-b, 203/,
     ],
-    ["no setting", "AGENT_ARG__b1=--x", /AGENT_ARG__b1 \(.*line 4\): expected a setting: SERVER, /],
+    ["an unknown setting", "AGENT_ARG__b1=--x", /AGENT_ARG__b1 \(.*line 4\): expected a setting: SERVER, /],
     [
-      "a setting that is one for all",
+      "a setting that is the same for all boxes",
       "K3S_VERSION__b1=v1.17.6+k3s1",
       /expected K3S_VERSION, which is one for all boxes/,
     ],
@@ -608,7 +608,7 @@ describe("a line of the env file for one box", () => {
     ["another notation", "AGENT_ARGS_b1=--x", /AGENT_ARGS_b1 .*expected a setting/],
   ];
   for (const [name, line, message] of wrong)
-    test(`is refused where it names ${name}`, () =>
+    test(`is refused if it has ${name}`, () =>
       assert.throws(
         () => settle({}, {}, written(`${base}${line}\n`)),
         (error: Error) => error instanceof SettingError && message.test(error.message),

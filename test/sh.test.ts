@@ -6,7 +6,7 @@ import fc from "fast-check";
 import { quote, raw, sh, waitUntil, writeFile } from "../lib/sh.ts";
 import { lacks, shell, temporary } from "./helpers.ts";
 
-/** sync is left out where many files are written: the disk's time is not what is tested. */
+/** Without sync where many files are written, because the disk's speed is not tested. */
 const QUICK = "set -eu; sync() { :; }";
 
 const SHELLS = [["dash"], ["busybox", "sh"], ["bash"]];
@@ -46,7 +46,7 @@ const HARD = [
   "x".repeat(100_000),
 ];
 
-test("a quoted word has nothing that a terminal would go by", () => {
+test("a quoted word contains no control characters", () => {
   for (const word of [...HARD, "\u009b31m", "\u202e", "\u2028", "\u200b", "\ufeff"])
     assert.doesNotMatch(quote(word), /(?![\n\t])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/u);
 });
@@ -54,13 +54,13 @@ test("a quoted word has nothing that a terminal would go by", () => {
 for (const argv of SHELLS) {
   const skip = lacks(argv[0] as string);
   describe(`in ${argv.join(" ")}`, { skip }, () => {
-    test(`${HARD.length} hard words reach a command byte for byte`, () => {
+    test(`${HARD.length} words with special characters reach a command byte for byte`, () => {
       const { status, bytes } = shell(`printf '%s\\0' ${HARD.map(quote).join(" ")}`, [...argv, "-s"]);
       assert.equal(status, 0);
       assert.deepEqual(bytes, Buffer.from(HARD.map((word) => `${word}\0`).join("")));
     });
 
-    test("what stands in a template reaches a command as one word, an array as words, of which there may be none", () => {
+    test("a value in a template reaches a command as one word, and an array as several words or none", () => {
       const word = fc.string({ unit: "binary", maxLength: 9 }).filter((text) => !text.includes("\0"));
       const one = fc.oneof(word, fc.constantFrom(...HARD.slice(0, -1)));
       fc.assert(
@@ -74,8 +74,8 @@ for (const argv of SHELLS) {
       );
     });
 
-    test("a wait ends as soon as its condition is true, and at its limit with a message and a failure", () => {
-      // sleep moves the clock, so that nothing is waited for.
+    test("a wait ends as soon as its condition is true, or fails with a message at its time limit", () => {
+      // sleep advances the clock, so that the test does not wait.
       const clock =
         "set -eu; now=100; date() { echo $now; }; sleep() { now=$((now + $1)); }; beat() { printf .; }";
       const waits = (condition: string, each?: string) => {
@@ -89,7 +89,7 @@ for (const argv of SHELLS) {
       assert.deepEqual(waits("[ $now -ge 161 ]"), [1, "It's not there\n"]);
     });
 
-    test("written files hold their texts byte for byte, with their mode, and nothing is left beside them", () => {
+    test("a file is written byte for byte, with its mode, and no temporary file is left", () => {
       const folder = join(temporary(), "a new folder");
       const paths = HARD.map((_, i) => join(folder, `it's ${i}`));
       const script = HARD.map((text, i) => writeFile(paths[i] as string, text, "640")).join("\n");
@@ -102,7 +102,7 @@ for (const argv of SHELLS) {
       assert.equal(readdirSync(folder).length, HARD.length);
     });
 
-    test("a secret stands in a written file as it is, whatever it holds", () => {
+    test("a secret is written to a file unchanged, whatever it contains", () => {
       const folder = temporary();
       const write = (i: number) =>
         writeFile(`${folder}/${i}`, "URL=u\nTOKEN=@K3S_TOKEN@\n@OTHER@\n", "600", ["K3S_TOKEN"]);
@@ -117,12 +117,12 @@ for (const argv of SHELLS) {
   });
 }
 
-test("a plain word stays as it is, to be read by people", () => {
+test("a plain word is not quoted, so that it is readable", () => {
   for (const word of ["k3s", "--a=b", "/usr/local/bin/k3s", "root@203.0.113.10:22", "1%+_,."])
     assert.equal(quote(word), word);
 });
 
-test("a word with a NUL is refused, wherever it stands: no shell can carry it", () => {
+test("a word with a NUL is refused, because no shell can pass it", () => {
   assert.throws(() => quote("a\0b"), RangeError);
   assert.throws(() => sh`echo ${"a\0b"}`, RangeError);
   assert.throws(() => sh`echo ${["a", "\0"]}`, RangeError);
@@ -136,8 +136,8 @@ const TEMPLATES: Record<string, [written: string, sent: string]> = {
   "a newline": [sh`echo ${"a\nb"}`, "echo 'a\nb'"],
   "an array": [sh`for x in ${["a", "b c", 3]}; do`, "for x in a 'b c' 3; do"],
   "an empty array": [sh`for x in ${[]}; do`, "for x in ; do"],
-  shell: [sh`${raw("x=$(id)")}; echo $x`, "x=$(id); echo $x"],
-  "shell among words": [sh`echo ${["a b", raw('"$x"')]}`, `echo 'a b' "$x"`],
+  "raw shell code": [sh`${raw("x=$(id)")}; echo $x`, "x=$(id); echo $x"],
+  "raw shell code among words": [sh`echo ${["a b", raw('"$x"')]}`, `echo 'a b' "$x"`],
   "another template, without raw()": [sh`sh -c ${sh`echo ${"a b"}`}`, String.raw`sh -c 'echo '\''a b'\'''`],
   backslashes: [sh`'\\\1' \"\$x \x \u \0 \n`, "'\\\\\\1' \\\"\\$x \\x \\u \\0 \\n"],
   "a brace of the shell": [sh`echo "\${x##*/}" \\\${x}`, 'echo "${x##*/}" \\\\${x}'],
@@ -145,9 +145,9 @@ const TEMPLATES: Record<string, [written: string, sent: string]> = {
 };
 
 for (const [what, [written, sent]] of Object.entries(TEMPLATES))
-  test(`a template is sent as it is typed: ${what}`, () => assert.equal(written, sent));
+  test(`a template becomes the expected shell code: ${what}`, () => assert.equal(written, sent));
 
-test("what may be undefined does not compile in a template", () => {
+test("a value that may be undefined does not compile in a template", () => {
   const facts: Record<string, string | undefined> = {};
   // @ts-expect-error
   assert.equal(sh`echo ${facts.name}`, "echo undefined");
@@ -155,7 +155,7 @@ test("what may be undefined does not compile in a template", () => {
   assert.equal(sh`echo ${["a", facts.name]}`, "echo a undefined");
 });
 
-test("a file that cannot be written leaves the old one", () => {
+test("a failed write leaves the old file unchanged", () => {
   const folder = temporary();
   const path = join(folder, "file");
   writeFileSync(path, "old");
@@ -164,7 +164,7 @@ test("a file that cannot be written leaves the old one", () => {
   assert.equal(readFileSync(path, "utf8"), "old");
 });
 
-test("a file is never seen half-written: it is complete under another name first", () => {
+test("a file is never partially written, because it is completed under another name first", () => {
   const path = join(temporary(), "file");
   const steps = writeFile(path, "text").split("\n");
   const moved = steps.findIndex((line) => line.startsWith("mv "));

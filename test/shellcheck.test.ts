@@ -41,14 +41,14 @@ import {
 
 const skip = lacks("shellcheck");
 
-/** shellcheck's word on a script as a box gets it. */
+/** Runs shellcheck on a script as a box receives it. */
 function check(script: string) {
-  // It takes a function that another calls by its name for unreachable (SC2317, SC2329 since 0.11).
+  // It reports a function that another calls by its name as unreachable (SC2317, SC2329 since 0.11).
   const { status, stdout, stderr } = shell(script, ["shellcheck", "-s", "sh", "-e", "SC2317,SC2329", "-"]);
   assert.equal(status, 0, stdout + stderr);
 }
 
-/** Every change that these steps can want of a box, over several states of it. */
+/** Every change that these steps can plan, over several states of a box. */
 function changesOf(steps: readonly Step[], version: string) {
   const want = wanted({
     K3S_VERSION: version,
@@ -95,7 +95,7 @@ function changesOf(steps: readonly Step[], version: string) {
   return [...new Map(changes.map((change) => [change.sh, change])).values()];
 }
 
-describe("shellcheck finds nothing to say", { skip }, () => {
+describe("shellcheck reports nothing", { skip }, () => {
   for (const version of [OLD, MODERN])
     for (const [name, steps] of Object.entries({ server: [...serverSteps, fixMetrics], agent: agentSteps })) {
       const want = wanted({ K3S_VERSION: version, AIRGAP: "yes" });
@@ -113,7 +113,7 @@ describe("shellcheck finds nothing to say", { skip }, () => {
           );
       });
 
-      test(`about what applies and prints them for ${name}, ${version}`, () => {
+      test(`about the scripts that apply and print the changes of ${name}, ${version}`, () => {
         check(`#!/bin/sh\n${wrapInMain(applyScript(changes, "mark", () => "x y"))}`);
         check(asScript(changes));
       });
@@ -125,16 +125,16 @@ describe("shellcheck finds nothing to say", { skip }, () => {
     const pods = [A1, B1].map(({ name, n }) => ({ name: `pod-${name}`, node: name, ip: `10.42.${n}.9` }));
     const services = { kubernetes: "10.43.0.1", "kube-dns": "10.43.0.10" };
     const scripts = {
-      "look for status of": [...LOOKS.server, MORE].join("\n"),
-      "pods of": made(["a1", "b1"], "abc"),
-      "ways of pods of": paths(pods[0] as Pod, pods, services, 1420),
-      "kubelets of": kubelets(pods),
+      "make status": [...LOOKS.server, MORE].join("\n"),
+      "the pods": made(["a1", "b1"], "abc"),
+      "the paths between pods": paths(pods[0] as Pod, pods, services, 1420),
+      "the kubelets": kubelets(pods),
     };
     for (const [what, text] of Object.entries(scripts))
-      test(`about the ${what} of check, ${box.role}`, () =>
+      test(`about the script of check for ${what}, ${box.role}`, () =>
         check(`#!/bin/sh\n${wrapInMain(lookScript([ask([text as Look])], wanted(), "mark"))}`));
 
-    test(`about what check asks of every box, and asks again where the services' network is another, ${box.role}`, async () => {
+    test(`about the two scripts that check sends to every box if there is a --service-cidr, ${box.role}`, async () => {
       const sent: string[] = [];
       const list = nodes({ ...A1, args: ["server", "--service-cidr=10.99.0.0/16"] }, B1);
       await surveyAndTry(
@@ -147,7 +147,7 @@ describe("shellcheck finds nothing to say", { skip }, () => {
       for (const script of sent) check(`#!/bin/sh\n${script}`);
     });
   }
-  test("about the firewall: its look, its changes, its script, and what takes it away", () => {
+  test("about the firewall's look, its changes, its script, and the removal of its rules", () => {
     const ranges = ["10.42.0.0/16", "10.43.0.0/16"] as const;
     const fresh = { nft: "/usr/sbin/nft\n" };
     const firewalld = { firewalld: "running\n", zones: "public\n", nft: "/usr/sbin/nft\n" };
@@ -164,7 +164,7 @@ describe("shellcheck finds nothing to say", { skip }, () => {
   });
 });
 
-describe("shellcheck finds nothing to say of living with a cluster", { skip }, () => {
+describe("shellcheck reports nothing in the commands that operate a cluster,", { skip }, () => {
   const want = wanted({ HOST: "b1", K3S_VERSION: "v1.36.3+k3s1" });
   const facts = {
     ...healthy(MODERN, {}),

@@ -1,4 +1,4 @@
-// Holds the stand-in against what real k3s was recorded to say and do: test/fixtures/k3s-*.
+// Compares the stand-in with recordings of real k3s: test/fixtures/k3s-*.
 import assert from "node:assert/strict";
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
@@ -78,24 +78,24 @@ const facts: Facts = {
   env: "{}",
 };
 
-describe("versions", () => {
+describe("the stand-in", () => {
   for (const [version, gen] of [
     ["v1.17.6+k3s1", "old"],
     ["v1.22.17+k3s1", "old"],
     ["v1.26.0+k3s1", "modern"],
     ["v1.36.2+k3s1", "modern"],
   ] as const) {
-    test(`${version} is ${gen}`, () => assert.equal(generation(version), gen));
+    test(`treats ${version} as ${gen}`, () => assert.equal(generation(version), gen));
   }
   for (const version of ["v1.16.1", "v1.24.4+k3s1", "latest", ""])
-    test(`refuses "${version}"`, () => assert.throws(() => generation(version)));
-  test("says its version as recorded", () => {
+    test(`refuses the version "${version}"`, () => assert.throws(() => generation(version)));
+  test("prints its version as recorded", () => {
     assert.equal(versionText("v1.17.6+k3s1"), "k3s version v1.17.6+k3s1 (bd7fb4b0)\n");
     assert.equal(versionText("v1.36.3+k3s1"), "k3s version v1.36.3+k3s1 (66a14f0e)\ngo version go1.26.8\n");
   });
 });
 
-describe("flags", () => {
+describe("the stand-in's flags", () => {
   const counts: [Generation, string, number][] = [
     ["old", "server", 54],
     ["old", "agent", 22],
@@ -103,7 +103,7 @@ describe("flags", () => {
     ["modern", "agent", 44],
   ];
   for (const [gen, command, least] of counts) {
-    test(`${gen} ${command}: every line of the help is a flag`, () => {
+    test(`include all those in the recorded help: ${gen} ${command}`, () => {
       const lines = fixture(`k3s-${command}-help-${gen === "old" ? "v1.17.6" : "v1.36.3"}.txt`)
         .split("\n")
         .filter((l) => /^ {3}-/.test(l));
@@ -114,7 +114,7 @@ describe("flags", () => {
   }
   const has = (gen: Generation, command: string, name: string): boolean =>
     flagTable(gen, command).some((f) => f.names.includes(name));
-  test("knows what only one generation has", () => {
+  test("differ between the generations", () => {
     assert.ok(has("old", "server", "no-deploy") && !has("modern", "server", "no-deploy"));
     assert.ok(
       has("modern", "server", "flannel-external-ip") &&
@@ -134,14 +134,14 @@ describe("flags", () => {
     env?: Record<string, string>;
     want: unknown;
   }[] = [
-    { name: "value as the next word", gen: "old", args: ["--tls-san", "x"], want: { "tls-san": ["x"] } },
+    { name: "a value as the next word", gen: "old", args: ["--tls-san", "x"], want: { "tls-san": ["x"] } },
     {
-      name: "value by =",
+      name: "a value after =",
       gen: "modern",
       args: ["--tls-san=x", "--tls-san", "y"],
       want: { "tls-san": ["x", "y"] },
     },
-    { name: "one dash is as good as two", gen: "old", args: ["-tls-san=x"], want: { "tls-san": ["x"] } },
+    { name: "one dash instead of two", gen: "old", args: ["-tls-san=x"], want: { "tls-san": ["x"] } },
     {
       name: "short names",
       gen: "modern",
@@ -149,52 +149,57 @@ describe("flags", () => {
       want: { token: ["secret"], "node-ip": ["1.2.3.4"] },
     },
     {
-      name: "booleans take no next word",
+      name: "a boolean without a value",
       gen: "modern",
       args: ["--flannel-external-ip"],
       want: { "flannel-external-ip": ["true"] },
     },
     {
-      name: "boolean by =",
+      name: "a boolean with =",
       gen: "modern",
       args: ["--flannel-external-ip=false"],
       want: { "flannel-external-ip": [""] },
     },
     {
-      name: "a strange boolean",
+      name: "an invalid boolean",
       gen: "modern",
       args: ["--flannel-external-ip=maybe"],
       want: `invalid boolean value "maybe" for -flannel-external-ip: parse error`,
     },
-    { name: "unknown", gen: "old", args: ["--nonsense"], want: "flag provided but not defined: -nonsense" },
     {
-      name: "--no-deploy today",
+      name: "an unknown flag",
+      gen: "old",
+      args: ["--nonsense"],
+      want: "flag provided but not defined: -nonsense",
+    },
+    {
+      name: "--no-deploy, which was removed",
       gen: "modern",
       args: ["--no-deploy", "servicelb"],
       want: "flag provided but not defined: -no-deploy",
     },
     { name: "a missing value", gen: "old", args: ["--tls-san"], want: "flag needs an argument: -tls-san" },
     {
-      name: "v1.17 drops a stray word and reads on",
+      name: "a stray word, which is skipped",
       gen: "old",
       args: ["--kube-proxy-arg", "proxy-mode=ipvs", "masquerade-all=true", "--kube-proxy-arg", "b=c"],
       want: { "kube-proxy-arg": ["proxy-mode=ipvs", "b=c"] },
     },
     {
-      name: "modern k3s reads nothing after a stray word",
+      name: "a stray word, which ends the flags",
       gen: "modern",
       args: ["--kube-proxy-arg", "proxy-mode=ipvs", "masquerade-all=true", "--tls-san", "x"],
       want: { "kube-proxy-arg": ["proxy-mode=ipvs"] },
     },
     {
-      name: "environment",
+      name: "values in the environment",
       gen: "modern",
       args: [],
       env: { K3S_URL: "https://a:6443", K3S_TOKEN: "t", K3S_NODE_NAME: "n", HOME: "/" },
       want: { server: ["https://a:6443"], token: ["t"], "node-name": ["n"] },
     },
     {
-      name: "a flag wins over the environment",
+      name: "a flag that overrides the environment",
       gen: "old",
       args: ["--token", "a"],
       env: { K3S_TOKEN: "b" },
@@ -202,9 +207,10 @@ describe("flags", () => {
     },
   ];
   for (const { name, gen, args, env, want } of cases)
-    test(`${gen}: ${name}`, () => assert.deepEqual(values(gen, "server", args, env), want));
+    test(`are parsed as in ${gen} k3s: ${name}`, () =>
+      assert.deepEqual(values(gen, "server", args, env), want));
 
-  test("a wrong flag shows the help", () => {
+  test("lead to the help if one is wrong", () => {
     for (const gen of generations) {
       const text = incorrectUsage(gen, "agent", "flag provided but not defined: -x");
       assert.match(
@@ -214,7 +220,7 @@ describe("flags", () => {
       assert.equal(/COMMANDS:\n {3}help, h/.test(text), gen === "modern");
     }
   });
-  test("node-args are cut at = and masked", () => {
+  test("are split at = and masked in the annotation node-args", () => {
     assert.equal(
       nodeArgs(["agent", "--node-ip=1.2.3.4", "--token", "secret", "--kube-proxy-arg", "proxy-mode=ipvs"]),
       `["agent","--node-ip","1.2.3.4","--token","********","--kube-proxy-arg","proxy-mode","ipvs"]`,
@@ -222,7 +228,7 @@ describe("flags", () => {
   });
 });
 
-describe("words", () => {
+describe("the stand-in's messages", () => {
   const hash = "0".repeat(64);
   const lines = Object.fromEntries(
     fixture("k3s-messages.txt")
@@ -300,23 +306,22 @@ describe("words", () => {
     "modern cgroup v1": ["error", words.asksShutdown(words.noCgroup1)],
     "modern no memory cgroup": ["fatal", words.ending("modern", words.noController("memory"))],
   };
-  test("every recorded line is held", () =>
+  test("include every recorded one", () =>
     assert.deepEqual(Object.keys(says).sort(), Object.keys(lines).sort()));
   for (const [what, [level, message]] of Object.entries(says)) {
-    test(what, () =>
+    test(`are as recorded: ${what}`, () =>
       assert.equal(
         logLine(level, message)
           .replace(/^time="[^"]+" /, "")
           .trimEnd(),
         lines[what],
-      ),
-    );
+      ));
   }
-  test("a single word is not quoted", () =>
+  test("are not quoted if they are a single word", () =>
     assert.match(logLine("fatal", "Interrupted"), /msg=Interrupted\n$/));
 });
 
-describe("cgroups", () => {
+describe("with cgroup", () => {
   const all = ["cpuset", "cpu", "io", "memory", "pids"];
   const ends: [version: string, controllers: string[] | undefined, fault: string | undefined][] = [
     ["v1.17.6+k3s1", all, words.noMemory],
@@ -329,7 +334,7 @@ describe("cgroups", () => {
     ["v1.36.3+k3s1", undefined, undefined],
   ];
   for (const [version, controllers, fault] of ends)
-    test(`${controllers ? `v2 with ${controllers}` : "v1"}: ${version} ${fault ? "ends" : "goes on"}`, () =>
+    test(`${controllers ? `v2 and ${controllers}` : "v1"}, ${version} ${fault ? "exits" : "keeps running"}`, () =>
       assert.equal(cgroupFault(version, controllers), fault));
 
   const kubelets: [
@@ -350,14 +355,14 @@ describe("cgroups", () => {
     ["v1.30.14+k3s2", ["fail-cgroupv1=false"], undefined, words.unknownKubeletFlag("fail-cgroupv1")],
   ];
   for (const [version, args, controllers, fault] of kubelets)
-    test(`${controllers ? "v2" : "v1"}: the kubelet of ${version} with "${args}" ${fault ? "ends" : "goes on"}`, () =>
+    test(`${controllers ? "v2" : "v1"}, the kubelet of ${version} with "${args}" ${fault ? "exits" : "keeps running"}`, () =>
       assert.equal(kubeletFault(version, { "kubelet-arg": args }, controllers), fault));
 });
 
-describe("tokens", () => {
+describe("a token", () => {
   const ca = "a".repeat(64);
   for (const gen of generations) {
-    test(`${gen}: full and bare`, () => {
+    test(`of ${gen} k3s is parsed with and without the CA's hash`, () => {
       assert.deepEqual(parseToken(gen, `K10${ca}::server:pass:word`), {
         caHash: ca,
         user: "server",
@@ -366,21 +371,21 @@ describe("tokens", () => {
       assert.equal(parseToken(gen, "password").password, "password");
       assert.equal(parseToken(gen, "password").caHash, "");
     });
-    test(`${gen}: malformed`, () =>
+    test(`of ${gen} k3s is refused if it is malformed`, () =>
       assert.throws(() => parseToken(gen, "K10zz"), { message: words.FORMAT[gen] }));
   }
-  test("the password in any form", () => {
+  test("is reduced to its password in every notation", () => {
     assert.equal(passwordOf(`K10${ca}::server:pw`), "pw");
     assert.equal(passwordOf("pw\n"), "pw");
-    // Without K10 it is the password as it stands, as pkg/clientaccess parseToken has it.
+    // Without K10 all of it is the password, as in parseToken of pkg/clientaccess.
     assert.equal(passwordOf("server:pw"), "server:pw");
   });
 });
 
-describe("nodes", () => {
+describe("a node", () => {
   const keys = (o: object): string[] => Object.keys(o).sort();
   for (const gen of generations) {
-    test(`${gen}: shaped as recorded`, () => {
+    test(`of ${gen} k3s has the recorded keys`, () => {
       const real = recorded(gen),
         node = newNode(gen, VERSION[gen], facts, machine);
       const marks = addressMarks(gen, facts);
@@ -416,7 +421,7 @@ describe("nodes", () => {
       for (const name of ["backend-type", "kube-subnet-manager"].map((n) => `flannel.alpha.coreos.com/${n}`))
         assert.equal(node.metadata.annotations[name], real.metadata.annotations[name]);
     });
-    test(`${gen}: the recorded node is a peer`, () => {
+    test(`of ${gen} k3s, as recorded, is a WireGuard peer`, () => {
       const real = recorded(gen),
         found = peer(gen, real)!;
       assert.equal(
@@ -440,7 +445,7 @@ describe("nodes", () => {
     overwrite: string | null | undefined;
   }[] = [
     {
-      name: "v1.17 takes the interface's address",
+      name: "of v1.17 has the interface's address",
       gen: "old",
       have: {},
       useExternal: false,
@@ -448,7 +453,7 @@ describe("nodes", () => {
       overwrite: undefined,
     },
     {
-      name: "v1.17 honours an overwrite",
+      name: "of v1.17 has the address of an overwrite annotation",
       gen: "old",
       have: { [OVERWRITE]: "198.51.100.9" },
       useExternal: false,
@@ -456,7 +461,7 @@ describe("nodes", () => {
       overwrite: undefined,
     },
     {
-      name: "modern k3s writes the overwrite itself",
+      name: "of modern k3s gets an overwrite annotation",
       gen: "modern",
       have: {},
       useExternal: true,
@@ -464,7 +469,7 @@ describe("nodes", () => {
       overwrite: "198.51.100.11",
     },
     {
-      name: "modern k3s corrects a hand-made overwrite",
+      name: "of modern k3s has a manual overwrite annotation corrected",
       gen: "modern",
       have: { [OVERWRITE]: "1.2.3.4" },
       useExternal: true,
@@ -472,7 +477,7 @@ describe("nodes", () => {
       overwrite: "198.51.100.11",
     },
     {
-      name: "modern k3s deletes it without the flag",
+      name: "of modern k3s loses an overwrite annotation without the flag",
       gen: "modern",
       have: { [OVERWRITE]: "198.51.100.11" },
       useExternal: false,
@@ -480,7 +485,7 @@ describe("nodes", () => {
       overwrite: null,
     },
     {
-      name: "modern k3s leaves none alone",
+      name: "of modern k3s gets no overwrite annotation without the flag",
       gen: "modern",
       have: {},
       useExternal: false,
@@ -500,24 +505,24 @@ describe("nodes", () => {
     });
   }
 
-  test("v1.17 with --node-ip on no interface registers without addresses", () => {
+  test("of v1.17 registers without addresses if no interface has --node-ip", () => {
     assert.deepEqual(
       newNode("old", VERSION.old, { ...facts, nodeIpMissing: true }, machine).status.addresses,
       [],
     );
     assert.equal(newNode("old", VERSION.old, facts, machine).status.addresses[0]!.address, "192.168.0.11");
   });
-  test("pod networks are the lowest free", () => {
+  test("gets the lowest free pod network", () => {
     assert.equal(podCidr("10.42.0.0/16", []), "10.42.0.0/24");
     assert.equal(podCidr("10.42.0.0/16", ["10.42.0.0/24", "10.42.2.0/24"]), "10.42.1.0/24");
   });
-  test("merge patches", () => {
+  test("is changed by merge patches", () => {
     assert.deepEqual(mergePatch({ a: { b: "1", c: "2" }, d: 1 }, { a: { b: null, e: "3" }, d: undefined }), {
       a: { c: "2", e: "3" },
       d: 1,
     });
   });
-  test("the names on the API's certificate", () => {
+  test("that is a server has a certificate with the expected names", () => {
     const old = servingNames("old", { "node-external-ip": ["198.51.100.11"] }, "a1", "192.168.0.11");
     assert.deepEqual(old, {
       dns: ["kubernetes", "kubernetes.default", "kubernetes.default.svc.cluster.local", "localhost"],
@@ -534,7 +539,7 @@ describe("nodes", () => {
     ]);
     assert.deepEqual(modern.ips, ["10.43.0.1", "127.0.0.1", "192.168.0.11", "198.51.100.21", "::1"]);
   });
-  test("the default route's interface", () => {
+  test("uses the interface of the default route", () => {
     const routes =
       "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\nwlan0\t00000000\t0100A8C0\t0003\t0\t0\t600\t00000000\neth0\t00000000\t0100A8C0\t0003\t0\t0\t100\t00000000\neth0\t0000A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\n";
     assert.equal(defaultInterface(routes), "eth0");
@@ -542,7 +547,7 @@ describe("nodes", () => {
   });
 });
 
-describe("who may do what", () => {
+describe("authorization", () => {
   const kubelet: User = { name: "system:node:b1", groups: ["system:nodes"] };
   const controller: User = { name: "system:k3s-controller", groups: [] };
   const admin: User = { name: "system:admin", groups: ["system:masters"] };
@@ -586,10 +591,10 @@ describe("who may do what", () => {
   ];
   for (const [name, user, ask, may] of cases) {
     for (const gen of generations)
-      test(`${gen}: ${name}: ${may[gen] ? "yes" : "no"}`, () =>
+      test(`${may[gen] ? "allows" : "denies"} that ${name}, in ${gen} k3s`, () =>
         assert.equal(forbidden(gen, user, ask) === undefined, may[gen]));
   }
-  test("a kubelet may not give itself a role", () => {
+  test("denies that a kubelet gives itself a role", () => {
     assert.deepEqual(
       forbiddenLabels(
         { "kubernetes.io/os": "linux" },
@@ -616,13 +621,13 @@ describe("metrics-server", () => {
     ["modern", true, "198.51.100.11"],
   ];
   for (const [gen, external, want] of defaults) {
-    test(`${gen}${external ? " with --flannel-external-ip" : ""} asks ${want}`, () => {
+    test(`of ${gen} k3s${external ? " with --flannel-external-ip" : ""} queries ${want}`, () => {
       const s = settings(readDeployment(packaged(gen, external))!);
       assert.equal(s.insecure, false);
       assert.equal(metricsAddress(s.types, addresses)!.address, want);
     });
   }
-  test("no type that the node has", () =>
+  test("queries no address if the node has none of its types", () =>
     assert.equal(metricsAddress(["ExternalDNS"], addresses), undefined));
   test("reads command and args in every form", () => {
     const own = packaged("old", false).replace(
@@ -646,7 +651,7 @@ describe("metrics-server", () => {
     };
     assert.equal(settings(readDeployment(JSON.stringify(json))!).insecure, false);
   });
-  test("another namespace's or name's deployment is not it", () => {
+  test("is not a deployment in another namespace or with another name", () => {
     assert.equal(
       readDeployment(packaged("old", false).replace("namespace: kube-system", "namespace: default")),
       undefined,
@@ -656,7 +661,7 @@ describe("metrics-server", () => {
       undefined,
     );
   });
-  test("v0.3 does not know a flag of v0.4", () => {
+  test("of v0.3 refuses a flag of v0.4", () => {
     assert.match(
       settings({ image: "rancher/metrics-server:v0.3.6", args: ["--kubelet-use-node-status-port"] }).error!,
       /unknown flag/,
@@ -679,9 +684,9 @@ describe("metrics-server", () => {
     }
   };
   const mine = packaged("old", false).replace("v0.3.6", "v0.3.7");
-  test("the packaged manifest is in force", () =>
+  test("is deployed from the packaged manifest", () =>
     inFolder((dir) => assert.match(deployPass(dir, new Set(), null)!.image, /v0\.3\.6/)));
-  test("a skipped manifest is not applied, what it made stays", () =>
+  test("is not deployed from a skipped manifest, but not deleted either", () =>
     inFolder((dir, write) => {
       write("metrics-server/metrics-server-deployment.yaml.skip", "");
       assert.equal(deployPass(dir, new Set(), null), null);
@@ -692,7 +697,7 @@ describe("metrics-server", () => {
       write("own.yaml", mine);
       assert.match(deployPass(dir, new Set(), null)!.image, /v0\.3\.7/);
     }));
-  test("a file of a known checksum is applied at a start only, also when its .skip goes; what made it that is gone stays", () =>
+  test("is deployed from a manifest with a known checksum only at a start, and stays when its manifest is removed", () =>
     inFolder((dir, write) => {
       const skip = "metrics-server/metrics-server-deployment.yaml.skip";
       const addons: Record<string, string> = {};
@@ -708,7 +713,7 @@ describe("metrics-server", () => {
       write("own.yaml", mine);
       assert.equal(deployPass(dir, new Set(), null, addons, false), null);
     }));
-  test("says of a kubelet what v0.3.6 and a modern one say of it", () => {
+  test("prints the messages of v0.3.6 and of a modern release about a kubelet", () => {
     const node = { metadata: { name: "b1" }, status: { addresses } } as unknown as Node;
     const refused = Object.assign(new Error("connect"), { code: "ECONNREFUSED" });
     const other = Object.assign(new Error(), {
@@ -735,13 +740,13 @@ describe("metrics-server", () => {
       /: x509: cannot validate certificate for a1 because it doesn't contain any IP SANs$/,
     );
   });
-  test("a disabled one is deleted, one's own beside it counts", () =>
+  test("is deployed from the user's manifest if the packaged one is disabled, which is deleted", () =>
     inFolder((dir, write) => {
       write("own.yaml", mine);
       assert.match(deployPass(dir, new Set(["metrics-server"]), null)!.image, /v0\.3\.7/);
       assert.throws(() => statSync(join(dir, "metrics-server/metrics-server-deployment.yaml")));
     }));
-  test("one's own file of a disabled name is deleted too", () =>
+  test("is deleted if it is disabled, with a user's manifest of the same name", () =>
     inFolder((dir, write) => {
       write("metrics-server.yaml", mine);
       assert.equal(deployPass(dir, new Set(["metrics-server"]), { image: "before", args: [] }), null);
@@ -763,8 +768,8 @@ describe("kubectl", () => {
     [200000, "2d"],
   ];
   for (const [seconds, want] of ages)
-    test(`${seconds} s is ${want}`, () => assert.equal(age(seconds * 1000), want));
-  test("columns", () =>
+    test(`prints ${want} for an age of ${seconds} s`, () => assert.equal(age(seconds * 1000), want));
+  test("aligns columns", () =>
     assert.equal(
       table([
         ["NAME", "AGE"],
@@ -772,7 +777,7 @@ describe("kubectl", () => {
       ]),
       "NAME          AGE\na-long-name   3s\n",
     ));
-  test("flags", () => {
+  test("parses flags", () => {
     const { words: w, flags } = parseKubectl([
       "-n",
       "kube-system",
@@ -794,7 +799,7 @@ describe("kubectl", () => {
 });
 
 describe("the binary's stand-in", () => {
-  test("is a launcher with filler, the same every time", () => {
+  test("is a launcher with padding, and is reproducible", () => {
     const text = standIn("v1.17.6+k3s1");
     assert.match(
       text,
@@ -805,18 +810,18 @@ describe("the binary's stand-in", () => {
     assert.notEqual(text, standIn("v1.36.3+k3s1"));
   });
   for (const gen of generations)
-    test(`${gen}: its launcher says the version by itself`, () => {
+    test(`of ${gen} k3s prints the version in its launcher`, () => {
       const file = join(temporary(), "k3s");
       writeFileSync(file, standIn(VERSION[gen]), { mode: 0o755 });
       assert.equal(shell(`exec ${file} --version`).stdout, versionText(VERSION[gen]));
     });
-  test("its files go with their fixtures", () => {
+  test("is installed with its fixtures", () => {
     const to = boxFiles().map((f) => f.to);
     for (const name of ["k3s.ts", "fixtures/k3s-server-help-v1.17.6.txt"])
       assert.ok(to.includes(`/opt/k3s-stand-in/${name}`));
   });
 
-  // Deno's https server does not ask for client certificates, so what runs in boxes is not run under it.
+  // Deno's https server cannot request client certificates, so the stand-in does not run on Deno.
   const skip = "Deno" in globalThis ? "needs node" : lacks("openssl", "curl");
   const command = (version: string, name: string, args: string[]): string[] => [
     ...process.execArgv.filter((a) => !/^--test/.test(a)),
@@ -836,19 +841,19 @@ describe("the binary's stand-in", () => {
     });
 
   for (const gen of generations) {
-    test(`${gen}: ends on a wrong flag`, { skip }, () => {
+    test(`of ${gen} k3s exits if a flag is wrong`, { skip }, () => {
       const ran = k3s(VERSION[gen], "/usr/local/bin/k3s", "server", "--nonsense");
       assert.equal(ran.status, 1);
       assert.equal(ran.stdout, incorrectUsage(gen, "server", "flag provided but not defined: -nonsense"));
       assert.match(ran.stderr, /level=fatal msg="(Error: )?flag provided but not defined: -nonsense"\n$/);
     });
-    test(`${gen}: an agent wants a token and a server`, { skip }, () => {
+    test(`of ${gen} k3s requires a token and a server for an agent`, { skip }, () => {
       assert.match(k3s(VERSION[gen], "k3s", "agent").stderr, /--token is required"\n$/);
       const ran = k3s(VERSION[gen], "k3s", "agent", "--token", "x");
       assert.match(ran.stderr, /--server is required"\n$/);
       assert.equal(ran.status, 1);
     });
-    test(`${gen}: a server without its node`, { skip }, async () => {
+    test(`of ${gen} k3s runs a server without an agent`, { skip }, async () => {
       const dir = mkdtempSync(join(tmpdir(), "stand-in-test-")),
         config = join(dir, "k3s.yaml"),
         port = gen === "old" ? 46443 : 46444;
@@ -913,7 +918,7 @@ describe("the binary's stand-in", () => {
           k3s(VERSION[gen], "/usr/local/bin/kubectl", "--kubeconfig", config, "get", "nodes").stderr,
           "No resources found\n",
         );
-        // As check asks it: by curl, with the key in the server's own file.
+        // As check queries it: by curl, with the key in the server's own file.
         const api = API.replaceAll("/var/lib/rancher/k3s/server/tls", path("tls")).replaceAll(
           "/etc/rancher/k3s/k3s.yaml",
           config,
@@ -921,7 +926,7 @@ describe("the binary's stand-in", () => {
         const asked = shell(`${api}\napi GET '/api/v1/nodes?pretty=false'; api GET /api/v1/nodes/nope`);
         assert.equal(JSON.parse(asked.stdout).kind, "NodeList", asked.stderr);
         assert.match(asked.stderr, /^404 .*nodes \\?"nope\\?" not found/m);
-        // A watch tells of a node as it is, then of each change at once, and of nothing before the time is over.
+        // A watch returns a node's state, then each change immediately, and nothing else until its time limit.
         const patient = WATCH.replace(API, api);
         const made = {
           metadata: { name: "w1", labels: {}, annotations: {} },
@@ -1014,7 +1019,7 @@ watch timeoutSeconds=1; watch resourceVersion=1`);
   }
 });
 
-test("what two servers of one datastore change of a node at the same time is kept, of both", () => {
+test("changes of a node by two servers of one datastore at the same time are both kept", () => {
   const before = { spec: { cordoned: true }, status: { beat: 1, list: [1] }, mark: "x" };
   const there = { ...before, status: { beat: 2, list: [1] } };
   assert.deepEqual(patched(there, before, { spec: {}, status: { beat: 1, list: [1, 2] } }), {

@@ -11,7 +11,7 @@ const status = (facts: Facts = {}, pods = PODS, tried?: Facts) =>
 const list = (...specs: NodeSpec[]) => ({ nodes: nodes(...specs) });
 
 describe("status", () => {
-  test("is ten lines, and of a healthy cluster each is as it should be", () => {
+  test("prints ten lines, none of which reports a problem in a healthy cluster", () => {
     const rows = status();
     assert.equal(rows.length, 10);
     assert.deepEqual(
@@ -39,14 +39,19 @@ describe("status", () => {
       "addresses",
       /wrong address of b2/,
     ],
-    ["a peer that is gone", status({ peers: "" }), "WireGuard", /0 of 2 peers of a1 are fresh, not: b1, b2/],
     [
-      "metrics that miss a node",
+      "peers that are missing",
+      status({ peers: "" }),
+      "WireGuard",
+      /0 of 2 peers of a1 are fresh, not: b1, b2/,
+    ],
+    [
+      "a node that is missing in the metrics",
       status({}, PODS, { top: figures("a1") }),
       "metrics",
       /kubectl top has 1 of 3 nodes/,
     ],
-    ["an API that is silent", status({ nodes: "" }, ""), "k3s", /the API does not answer/],
+    ["an API that does not answer", status({ nodes: "" }, ""), "k3s", /the API does not answer/],
     [
       "a unit that does not run",
       status({ units: "Id=k3s.service\nActiveState=failed\nMainPID=0" }),
@@ -55,7 +60,7 @@ describe("status", () => {
     ],
   ];
   for (const [name, rows, what, text] of cases)
-    test(`of a cluster with ${name} says so, in ten lines`, () => {
+    test(`reports ${name}, in ten lines`, () => {
       assert.equal(rows.length, 10);
       const row = rows.find(([is]) => is === what);
       assert.match(row?.[1] ?? "", text);
@@ -64,7 +69,7 @@ describe("status", () => {
       assert.doesNotMatch(JSON.stringify(rows), /undefined|NaN|Infinity/);
     });
 
-  test("of a server whose API is silent claims nothing of its nodes", () => {
+  test("reports the nodes as not known if the API does not answer", () => {
     const rows = status({ nodes: "" }, "");
     assert.deepEqual(
       rows.slice(2, 7).map(([, text]) => text),
@@ -72,7 +77,7 @@ describe("status", () => {
     );
   });
 
-  test("names pods that are not well, which is not yet the cluster's fault", () => {
+  test("lists pods that are not healthy, without treating them as a fault of the cluster", () => {
     for (const [pod, text] of [
       ["w-1 0/1 ImagePullBackOff", "1 of 4 not healthy: w-1 ImagePullBackOff"],
       ["w-1 1/2 Running", "1 of 4 not healthy: w-1 Running"],

@@ -14,7 +14,7 @@ const SHELLS = [["sh"], ["dash"], ["bash"], ["busybox", "sh"]].filter(([name]) =
 const skip = lacks("flock", "timeout");
 const LOCK = "/run/k3s-across-clouds.lock";
 
-/** Applies changes by this machine's sh, with a lock of its own. */
+/** Applies changes with this machine's sh, and a separate lock. */
 function apply(changes: Change[], lock = join(temporary(), "lock")) {
   const script = applyScript(changes, "mark", () => TOKEN);
   assert.ok(script.includes(LOCK));
@@ -31,7 +31,7 @@ function apply(changes: Change[], lock = join(temporary(), "lock")) {
 const change = (text: string, more: Partial<Change> = {}): Change => ({ why: "a test", sh: text, ...more });
 
 describe("apply", { skip }, () => {
-  test("makes the changes in their order and tells each as it starts", () => {
+  test("makes the changes in their order and reports each as it starts", () => {
     const file = join(temporary(), "file");
     const { status, events, failed } = apply(
       [1, 2, 3].map((n) => change(`echo ${n} >>${file}; say did ${n}`)),
@@ -42,7 +42,7 @@ describe("apply", { skip }, () => {
     assert.deepEqual(events, ["change 0", "did 1", "change 1", "did 2", "change 2", "did 3"]);
   });
 
-  test("stops at the first failure, with its number, its status, and the output of both streams in order", () => {
+  test("stops at the first failure, and reports its number, its status, and the output of both streams in order", () => {
     const file = join(temporary(), "file");
     const { status, failed, output } = apply([
       change("echo earlier"),
@@ -55,7 +55,7 @@ describe("apply", { skip }, () => {
     assert.equal(existsSync(file), false);
   });
 
-  test("stops a change where a command of it fails, or a variable is not set", () => {
+  test("stops a change if one of its commands fails or a variable is not set", () => {
     for (const text of ["false; echo went on", 'echo "$not_set"; echo went on']) {
       const { failed, output } = apply([change(text)]);
       assert.equal(failed?.i, 0);
@@ -63,14 +63,14 @@ describe("apply", { skip }, () => {
     }
   });
 
-  test("ends a change that takes longer than its limit, with status 124", () => {
+  test("stops a change at its time limit, with status 124", () => {
     const began = Date.now();
     const { failed } = apply([change("sleep 20", { seconds: 1 })]);
     assert.deepEqual(failed, { i: 0, status: 124 });
     assert.ok(Date.now() - began < 10_000);
   });
 
-  test("gives a change its secrets as variables, on no argument list and in no environment", {
+  test("passes secrets to a change as variables, but not in an argument list or the environment", {
     skip: !existsSync("/proc/self") && "needs /proc",
   }, () => {
     // The brackets keep grep from finding its own pattern.
@@ -82,13 +82,13 @@ env | grep -c '[b]::server:0123' || true`;
     assert.deepEqual(output.trim().split("\n"), [sum, "0", "0"]);
   });
 
-  test("hears of a fact before the change has ended, and keeps it out of its output", () => {
+  test("reports a fact before the change has ended, and not in its output", () => {
     const { events, output } = apply([change(`early token ${TOKEN}; beat; say waits; echo done`)]);
     assert.deepEqual(events, ["change 0", JSON.stringify({ token: TOKEN }), "waits"]);
     assert.equal(output.trim(), "done");
   });
 
-  test("ends a wait when nobody listens any more", () => {
+  test("stops a wait when its output is closed", () => {
     const file = join(temporary(), "file");
     const wait = `i=0; while [ $i -lt 50 ]; do beat; i=$((i + 1)); sleep 0.1; done; touch ${file}`;
     shell(`sh -s <<'SCRIPT' | head -n 3 >/dev/null
@@ -97,16 +97,16 @@ SCRIPT`);
     assert.equal(existsSync(file), false);
   });
 
-  test("does not hand a secret to a change that did not ask for it", () => {
+  test("passes a secret only to the change that declares it", () => {
     const { output } = apply([change(":", { secrets: ["K3S_TOKEN"] }), change('echo "${K3S_TOKEN-none}"')]);
     assert.match(output, /^none$/m);
   });
 
-  test("waits for nobody's input", () => {
+  test("does not wait for input", () => {
     assert.match(apply([change("read -r line || echo nothing to read")]).output, /nothing to read/);
   });
 
-  test("is not fooled by a change that prints markers of its own", () => {
+  test("is not confused by a change that prints similar markers", () => {
     const { failed, events } = apply([
       change("echo 'k3s-across-clouds failed 0 1'; echo 'mork failed 0 1'; echo ' mark failed 0 1'"),
     ]);
@@ -114,7 +114,7 @@ SCRIPT`);
     assert.deepEqual(events, ["change 0"]);
   });
 
-  /** A run of `echo second` while another holds the lock for so many seconds; it waits for one at most. */
+  /** A run of `echo second` while another holds the lock for this many seconds; it waits for at most one. */
   const late = (seconds: number) => {
     const lock = join(temporary(), "lock");
     const script = applyScript([change("echo second")], "mark", () => "").replaceAll(LOCK, lock);
@@ -125,20 +125,20 @@ SCRIPT`);
     return { stdout, status };
   };
 
-  test("keeps a second run out while one is at work, and names its process", () => {
+  test("refuses a second run while another one holds the lock, and names its process", () => {
     const { stdout } = late(3);
     assert.match(stdout, /^mark say waits for an earlier run, process 4711 here$/m);
     assert.match(stdout, /^mark busy 4711$/m);
     assert.doesNotMatch(stdout, /second/);
   });
 
-  test("does nothing of a plan that had to wait: it is out of date", () => {
+  test("applies no plan that had to wait for the lock, because it is out of date", () => {
     const { stdout } = late(0.8);
     assert.match(stdout, /^mark waited$/m);
     assert.doesNotMatch(stdout, /busy|second/);
   });
 
-  test("of a connection that was cut ends the change it is at, whatever that prints, and begins no other", () => {
+  test("completes the current change if the connection is lost, whatever it prints, and begins no other", () => {
     for (const argv of SHELLS) {
       const folder = temporary();
       const text = `i=0; while [ $i -lt 2000 ]; do echo "package $i of many, each with a line of its own"; i=$((i + 1)); done`;
@@ -151,14 +151,14 @@ SCRIPT`);
     }
   });
 
-  test("leaves its lock to nobody: what a change starts in the background does not hold it", () => {
+  test("does not pass its lock to a process that a change starts in the background", () => {
     const lock = join(temporary(), "lock");
     apply([change("sleep 3 >/dev/null 2>&1 &")], lock);
     assert.equal(shell(`flock -n ${lock} true`).status, 0);
   });
 });
 
-test("a script that was cut off on its way runs nothing of it", () => {
+test("a truncated script runs nothing", () => {
   const folder = temporary();
   const changes = [1, 2, 3].map((n) => change(`touch ${folder}/change-${n}`));
   const script = wrapInMain(`touch ${folder}/began\n${applyScript(changes, "mark", () => "")}\n`).replaceAll(
@@ -178,17 +178,17 @@ test("a script that was cut off on its way runs nothing of it", () => {
 
 describe("facts", () => {
   const hostile: Record<string, string> = {
-    nothing: "",
+    "no text": "",
     "no newline at the end": "a\nb",
     "blank lines": "\n\na\n\n",
     "lines like markers": "fact x\nmork fact x\n mark fact x\nmark\nk3s-across-clouds-0123 end\n",
-    shell: "$(touch /x) `id` 'a' \"b\" \\n %s\n",
+    "shell code": "$(touch /x) `id` 'a' \"b\" \\n %s\n",
     "control characters": "\u0001\t\u001b[0m\r\nx\u007f\u0000y\r",
     unicode: "汉字 ☃ 😀\n",
     "a megabyte": `${"0123456789abcdef汉字\n".repeat(45_000)}end`,
   };
   for (const [name, text] of Object.entries(hostile))
-    test(`with ${name} come back exactly`, () => {
+    test(`with ${name} are returned unchanged`, () => {
       const file = join(temporary(), "file");
       writeFileSync(file, text);
       const facts = look([{ look: () => [`fact hostile; cat ${file}`, "fact after; echo yes"] }], wanted());
@@ -196,13 +196,13 @@ describe("facts", () => {
       assert.equal(facts.after, "yes\n");
     });
 
-  test("are there from every look, whatever is missing on the box", () => {
+  test("about the box itself are part of every look", () => {
     const facts = look([], wanted());
     assert.equal(facts.hostname, shell("uname -n").stdout);
     assert.ok(Number(facts.now) > 1.7e9);
   });
 
-  test("that several steps ask for are asked for once", () => {
+  test("that several steps read are read only once", () => {
     const counted = { look: () => [`echo x >>${file}\nfact same; cat ${file}`] };
     const file = join(temporary(), "file");
     assert.equal(look([counted, { ...counted }], wanted()).same, "x\n");
@@ -210,7 +210,7 @@ describe("facts", () => {
 });
 
 describe("a printed plan", () => {
-  test("tells a person nothing that is for the program", () => {
+  test("prints nothing that is only for the program", () => {
     const lock = join(temporary(), "lock");
     const text = asScript([change(`early token ${TOKEN}; beat; echo done`)]).replaceAll(LOCK, lock);
     const { stdout } = shell(text);
@@ -218,7 +218,7 @@ describe("a printed plan", () => {
     assert.match(stdout, /^done$/m);
   });
 
-  test("names its secrets and holds none", () => {
+  test("names its secrets and contains none", () => {
     const text = asScript([change('printf %s "$K3S_TOKEN"', { secrets: ["K3S_TOKEN"] })]);
     assert.match(text, /^#!\/bin\/sh\n/);
     assert.doesNotMatch(text, /K10/);
@@ -227,7 +227,7 @@ describe("a printed plan", () => {
     assert.match(stderr, /K3S_TOKEN.*is a secret: set it/);
   });
 
-  test("does on the box what apply does", { skip }, () => {
+  test("has the same effect on the box as apply", { skip }, () => {
     const folder = temporary();
     const text = asScript([change(`printf %s "$K3S_TOKEN" >${folder}/file`, { secrets: ["K3S_TOKEN"] })]);
     const { status, stderr } = shell(text.replaceAll(LOCK, `${folder}/lock`), ["sh", "-s"], {
@@ -237,7 +237,7 @@ describe("a printed plan", () => {
     assert.equal(readFileSync(`${folder}/file`, "utf8"), TOKEN);
   });
 
-  test("says what has to be copied first", () => {
+  test("lists what must be copied first", () => {
     assert.match(
       asScript([change(":", { push: { file: "./k3s", path: "/tmp/k3s" } })]),
       /# first copy \.\/k3s to \/tmp\/k3s/,
@@ -245,7 +245,7 @@ describe("a printed plan", () => {
   });
 });
 
-/** A box whose scripts run here, and what it was asked. */
+/** A box whose scripts run here, and what was sent to it. */
 function fakeBox(folder: string) {
   const scripts: string[] = [];
   const pushed: string[] = [];
@@ -278,13 +278,13 @@ const wants = (file: string, text: string, more: Partial<Change> = {}): Step => 
       : [change(`printf %s ${quote(text)} >${file}`, { why: `write ${file}`, ...more })],
 });
 
-describe("a box is brought to what is wanted", { skip }, () => {
-  test("by one trip where nothing is to do, and by three from a fresh box's look to its confirmation", async () => {
+describe("converge", { skip }, () => {
+  test("needs one script if there is nothing to do, and two otherwise", async () => {
     const folder = temporary();
     const { scripts, box, starts } = fakeBox(folder);
     const steps = [wants(`${folder}/a`, "1"), wants(`${folder}/b`, "2")];
     const after = await converge(box(), steps, await lookAt(box(), steps));
-    assert.equal(scripts.length, 2, "a look, and one trip that applies and looks again");
+    assert.equal(scripts.length, 2, "a look, and one script that applies and looks again");
     assert.deepEqual([after.a, after.b], ["1", "2"]);
     assert.deepEqual(starts, [`write ${folder}/a`, `write ${folder}/b`]);
     scripts.length = 0;
@@ -293,14 +293,14 @@ describe("a box is brought to what is wanted", { skip }, () => {
     assert.equal(scripts.length, 1);
   });
 
-  test("or says what is left over: a change that does not take is a failure", async () => {
+  test("fails with what is still needed if a change had no effect", async () => {
     const folder = temporary();
     const { box } = fakeBox(folder);
     const steps = [{ ...wants(`${folder}/a`, "1"), plan: () => [change(":", { why: "do nothing" })] }];
     await assert.rejects(converge(box(), steps, {}), /Applied, but still needed: do nothing/);
   });
 
-  test("or says that it cannot be seen, of an API that does not answer: unknown is not left over", async () => {
+  test("fails with the reason if the result cannot be verified because the API does not answer", async () => {
     const { box } = fakeBox(temporary());
     let took = 20;
     const plan = () => [change(":", { unknown: `the API did not answer in ${took++} s` })];
@@ -310,7 +310,7 @@ describe("a box is brought to what is wanted", { skip }, () => {
     );
   });
 
-  test("or names the change that failed, with its status and output", async () => {
+  test("fails with the change that failed, its status and its output", async () => {
     const { box } = fakeBox(temporary());
     const step = (text: string, seconds?: number): Step => ({
       ...wants("/x", ""),
@@ -326,7 +326,7 @@ describe("a box is brought to what is wanted", { skip }, () => {
     await assert.rejects(converge(box(), [step("sleep 9", 1)], {}), /break it \(timed out after 1 s\)/);
   });
 
-  test("or says that the connection was lost, where a look does not end", async () => {
+  test("reports a lost connection if a look does not end", async () => {
     const { box } = fakeBox(temporary());
     await assert.rejects(
       lookAt(box(), [{ ...wants("/x", ""), look: () => ["exit 7"] }]),
@@ -334,7 +334,7 @@ describe("a box is brought to what is wanted", { skip }, () => {
     );
   });
 
-  test("with a file pushed just before the change that uses it", async () => {
+  test("pushes a file just before the change that uses it", async () => {
     const folder = temporary();
     const { box, pushed, scripts } = fakeBox(folder);
     const push = { file: "./k3s", path: `${folder}/part` };
@@ -345,7 +345,7 @@ describe("a box is brought to what is wanted", { skip }, () => {
     assert.ok(scripts[0]?.includes(`>${folder}/a`) && !scripts[0].includes(`>${folder}/b`));
   });
 
-  test("and this machine is not restarted unless that was asked for", async () => {
+  test("does not reboot this machine unless that was requested", async () => {
     const folder = temporary();
     const { box } = fakeBox(folder);
     const reboot = change(`touch ${folder}/restarted`, { why: "restart into the kernel", reboot: true });
@@ -359,8 +359,8 @@ describe("a box is brought to what is wanted", { skip }, () => {
   });
 });
 
-describe("a restart", { skip }, () => {
-  /** A box that does not answer from the order on, or answers with these boot ids. */
+describe("a reboot", { skip }, () => {
+  /** A box that does not answer after the reboot was ordered, or answers with these boot IDs. */
   const restart = (seconds: number, ...boots: string[]) => {
     const folder = temporary();
     const { box } = fakeBox(folder);
@@ -381,18 +381,18 @@ describe("a restart", { skip }, () => {
     return converge({ ...first, shell: { ...first.shell, run } }, [{ ...wants("/x", ""), plan }], facts);
   };
 
-  test("is over when the box answers with another boot id", async () => {
+  test("is complete when the box answers with another boot ID", async () => {
     assert.equal((await restart(20, "old", "new")).boot, "new\n");
   });
 
-  test("from which a box does not come back is told with what was last seen of it", async () => {
+  test("after which a box does not come back is reported with its last known state", async () => {
     await assert.rejects(
       restart(2),
       /did not come back within 2 s of its restart. Last seen 0 s after the restart was ordered, still with kernel 3.10, boot old; since then: Could not reach b1: Connection timed out. Look at its console/,
     );
   });
 
-  test("that does not happen is told as that", async () => {
+  test("that does not happen is reported as such", async () => {
     await assert.rejects(
       restart(2, "old"),
       /did not restart within 2 s: \d+ s after the restart was ordered it still answered.*list-jobs/,
@@ -400,8 +400,8 @@ describe("a restart", { skip }, () => {
   });
 });
 
-describe("a node that has to leave its cluster for a while", { skip }, () => {
-  /** Boxes that drain, restart (without it), and are done; what ran where is in one file. */
+describe("a node that must be drained", { skip }, () => {
+  /** Boxes that drain, restart (simulated), and are done; a log shows what ran where. */
   const boxes = (folder: string, ...names: string[]) =>
     names.map((name) => {
       const { box } = fakeBox(folder);
@@ -431,7 +431,7 @@ describe("a node that has to leave its cluster for a while", { skip }, () => {
     });
   const log = (folder: string) => readFileSync(`${folder}/log`, "utf8").trim().split("\n");
 
-  test("is drained on the server's box, and no other is before it is back", async () => {
+  test("is drained from the server, and no other one is until it is back", async () => {
     const folder = temporary();
     await Promise.all(boxes(folder, "b1", "b2"));
     assert.deepEqual(
@@ -440,7 +440,7 @@ describe("a node that has to leave its cluster for a while", { skip }, () => {
     );
   });
 
-  test("stays in it when another has failed before", async () => {
+  test("is not drained if another one has failed before", async () => {
     const folder = temporary();
     const [bad, next] = await Promise.allSettled(boxes(folder, "bad", "b3"));
     assert.match(String((bad as PromiseRejectedResult).reason), /exit status 1/);
@@ -452,13 +452,13 @@ describe("a node that has to leave its cluster for a while", { skip }, () => {
   });
 });
 
-test("a printed plan names what has to be done on the server, and does not do it here", () => {
+test("a printed plan lists what must be done on the server, and does not do it here", () => {
   const text = asScript([change("", { onServer: wants("/x", ""), why: "drain it" }), change("echo here")]);
   assert.match(text, /^# first, on the server: drain it$/m);
   assert.match(text, /^echo here$/m);
 });
 
-test("a plan ends at a restart, and where the box must be looked at anew", () => {
+test("a plan ends at a reboot, and at a change after which the look must be repeated", () => {
   const step = (more: Partial<Change>): Step => ({ ...wants("/x", ""), plan: () => [change(":", more)] });
   const count = (...steps: Step[]) => planAll(steps, wanted(), {} as Facts).length;
   assert.equal(count(step({}), step({}), step({})), 3);
@@ -466,7 +466,7 @@ test("a plan ends at a restart, and where the box must be looked at anew", () =>
   assert.equal(count(step({ lookAgain: true }), step({})), 1);
 });
 
-test("a printed plan holds nothing that a terminal would go by, and no line that a box can know ends a part of it", () => {
+test("a printed plan contains no control characters, and no end marker that a box could guess", () => {
   const said = "x\u001b[2J\u202e\nk3s-across-clouds\necho canary";
   const plan = () => asScript([change(`printf %s ${quote(said)}`, { why: `write ${said}` })]);
   assert.doesNotMatch(plan(), /(?!\n)[\p{Cc}\p{Cf}]/u);
@@ -476,7 +476,7 @@ test("a printed plan holds nothing that a terminal would go by, and no line that
   assert.notEqual(plan(), plan());
 });
 
-test("a look that prints a fact which it does not name ends the script at its start", () => {
+test("a look that prints a fact which it does not declare is an error as soon as the script starts", () => {
   assert.equal(prints("os arch")("fact os; cat x\nfact arch; y"), "fact os; cat x\nfact arch; y");
   assert.throws(
     () => prints("os")("fact os; cat x\nfact arch; y"),

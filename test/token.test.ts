@@ -17,7 +17,7 @@ const facts: Facts = {
 const other = TOKEN.replace(/.{8}$/, "ffffffff");
 
 describe("the token", () => {
-  test("is rotated by k3s, with nothing secret on a command line or in the script", () => {
+  test("is rotated by k3s, without a secret on a command line or in the script", () => {
     const changes = token.plan(wanted(), facts);
     assert.deepEqual(
       changes.map(({ why }) => why.slice(0, 16)),
@@ -27,7 +27,7 @@ describe("the token", () => {
     for (const { sh } of changes) assert.ok(!sh.includes(TOKEN.slice(-32)));
   });
 
-  test("opens the server's door from its next start on: a run that was cut before is finished", () =>
+  test("leads to a restart of the server if a run was interrupted between the rotation and the restart", () =>
     assert.deepEqual(
       token
         .plan(wanted(), { ...facts, token: `${other}\n`, opens: "401" })
@@ -35,7 +35,7 @@ describe("the token", () => {
       ["restart k3s"],
     ));
 
-  test("is only learned where a run was cut after it was rotated", () => {
+  test("is only written to the env file if a run was interrupted after the restart", () => {
     assert.deepEqual(token.plan(wanted(), { ...facts, token: `${other}\n` }), []);
     assert.deepEqual(token.learn?.(wanted(), { ...facts, token: `${other}\n` }), { K3S_TOKEN: other });
   });
@@ -50,18 +50,18 @@ describe("the token", () => {
     const whys = (want: Settings, over: Facts) =>
       token.plan(want, { ...facts, password: sum(TOKEN), ...over }).map(({ why }) => why.slice(0, 23));
 
-    test("is rotated on the first, which keeps it for its next start", () =>
+    test("is rotated on the first one, which stores it for its next start", () =>
       assert.deepEqual(whys(first, {}), [
         "rotate the token",
         "write /etc/rancher/k3s/",
         "restart k3s and wait un",
       ]));
-    test("is kept there too where a run was cut", () =>
+    test("is stored on the first one even after an interrupted run", () =>
       assert.deepEqual(whys(first, { token: `${other}\n` }), [
         "write /etc/rancher/k3s/",
         "restart k3s and wait un",
       ]));
-    test("is given to the others, once, also where that was cut before the restart", () => {
+    test("is stored on the others once, which are restarted, even after an interrupted run", () => {
       const told = { ...second, K3S_TOKEN: other };
       assert.deepEqual(whys(told, {}), ["write /etc/rancher/k3s/", "restart k3s and wait un"]);
       assert.deepEqual(whys(told, { password: sum(other) }), ["restart k3s and wait un"]);
@@ -78,16 +78,16 @@ describe("the token", () => {
       {},
       /^k3s v1\.17\.6\+k3s1 cannot rotate its token: that came with v1\.25\.15, .* v1\.28\.3/,
     ],
-    ["where no server runs", { active: "failed\n" }, {}, /No k3s server runs/],
-    ["where there is none", { token: "" }, {}, /No k3s server runs/],
+    ["if no server runs", { active: "failed\n" }, {}, /No k3s server runs/],
+    ["if there is none", { token: "" }, {}, /No k3s server runs/],
     [
-      "where an argument would bring the old one back",
+      "if an argument would restore the old one",
       {},
       { SERVER_ARGS: "--token=abc" },
       /SERVER_ARGS gives the server its token/,
     ],
     [
-      "where a config file of the user's would bring the old one back",
+      "if a config file of the user would restore the old one",
       { configs: `${Buffer.from("token: abc").toString("base64")} /etc/rancher/k3s/config.yaml` },
       {},
       /^A config file of yours in \/etc\/rancher\/k3s gives the server its token/,

@@ -1,4 +1,4 @@
-/** All of `make up`, its dry run and `make down`, with an ssh that answers with facts in place of boxes. */
+/** `make up`, its dry run and `make down`, with an ssh that returns facts in place of boxes. */
 import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -36,7 +36,7 @@ import {
   wanted,
 } from "./helpers.ts";
 
-/** A box that has no facts cannot be reached; one that has others after its changes is `BOX.after`. */
+/** A box without facts cannot be reached; `BOX.after` has the facts after its changes. */
 const SSH = `[ "$1" = -G ] && { echo "hostname $3"; exit; }
 case "$*" in *' -O '*) exit ;; esac
 while [ "$1" != -- ]; do shift; done
@@ -114,7 +114,7 @@ const fresh = (name: string, over: Facts = {}) =>
   prepared(MODERN, { hostname: `${name}\n`, version: "", kubectl: "", ...over });
 
 describe("make up", { concurrency: 2 }, () => {
-  test("with nothing to do says so of every box, and that it waits of none", async () => {
+  test("with nothing to do reports this for every box, and does not report that one waits", async () => {
     const boxes = { a1: a1(), "a1.slow": {}, b1: b1(), b2: b2() };
     const { status, stderr } = await run("up", [], ENV + JOINED, boxes);
     assert.equal(status, 0, stderr);
@@ -123,7 +123,7 @@ describe("make up", { concurrency: 2 }, () => {
     assert.match(stderr, /^a1 +nothing to do: the cluster is up to date$/m);
   });
 
-  test("says that agents wait for the token of a server that has work", async () => {
+  test("reports that agents wait for the token of a server that is being changed", async () => {
     const boxes = {
       a1: { ...a1(), enabled: "disabled\n" },
       "a1.after": a1(),
@@ -137,7 +137,7 @@ describe("make up", { concurrency: 2 }, () => {
       assert.match(stderr, new RegExp(`^${box} +waits for the server's token$`, "m"));
   });
 
-  test("whose agents failed does not end with a cluster that is as wanted", async () => {
+  test("does not report an up-to-date cluster if an agent has failed", async () => {
     const { status, stderr } = await run("up", [], ENV + JOINED, { a1: a1(), b1: b1() });
     assert.equal(status, 1);
     assert.match(stderr, /^b2 +FAILED after .*No route to host/m);
@@ -145,7 +145,7 @@ describe("make up", { concurrency: 2 }, () => {
     assert.match(stderr.trimEnd().split("\n").at(-1) ?? "", /^a1 +nothing to do: up to date, except b2/);
   });
 
-  test("changes nothing on a box whose address is that of another node, by the server's word", async () => {
+  test("changes nothing on a box if its address is that of another node on the server", async () => {
     const boxes = { a1: a1(), b1: b1(), b9: fresh("b9") };
     const envFile = `SERVER=a1=${A1.ip}\nAGENTS="b1=${B1.ip} b9=${B2.ip}"\n`;
     const { status, stderr } = await run("up", [], envFile + JOINED, boxes);
@@ -154,7 +154,7 @@ describe("make up", { concurrency: 2 }, () => {
     assert.doesNotMatch(stderr, /^b9 +(download|fetch|get|install|write)/m);
   });
 
-  test("leaves every box as it is where the server runs another release, and names make upgrade", async () => {
+  test("changes no box if the server runs another release, and refers to make upgrade", async () => {
     const envFile = `SERVER=a1=${A1.ip}\nAGENTS="b1=${B1.ip} b9=198.51.101.19"\n${JOINED}`;
     const boxes = { a1: a1(), b1: b1(), b9: fresh("b9") };
     for (const version of ["v1.36.3+k3s1", "v1.35.4+k3s1"])
@@ -172,7 +172,7 @@ describe("make up", { concurrency: 2 }, () => {
         if (!more.length) assert.match(stderr, /^b9 .*: Left as it is: the server is not up$/m);
         assert.doesNotMatch(stdout.replace(/^b9: (.*\n {2}.*)*/m, "") + stderr, /download k3s/);
       }
-    // The same as `make server` and `make agent` have it; make upgrade itself may.
+    // `make server` and `make agent` refuse this too; make upgrade does not.
     for (const [script, host] of [
       ["server", `a1=${A1.ip}`],
       ["agent", `b1=${B1.ip}`],
@@ -195,7 +195,7 @@ describe("make up", { concurrency: 2 }, () => {
     assert.match(upgrade.stdout, /drain node b2(.*\n)*.*download k3s v1\.36\.3\+k3s1/);
   });
 
-  test("waits for an API that does not answer yet, within bounds, and then goes on", async () => {
+  test("waits in fix-metrics for an API that does not answer yet, and then continues", async () => {
     const silent = { ...a1(), nodes: "", runs: "active\n", top: "" };
     const { status, stderr } = await run("fix-metrics", [], ENV + JOINED, { a1: silent, "a1.after": a1() });
     assert.equal(status, 0, stderr);
@@ -204,7 +204,7 @@ describe("make up", { concurrency: 2 }, () => {
   });
 });
 
-test("make upgrade-kernel does not end while the node that it drained is cordoned", async () => {
+test("make upgrade-kernel does not finish while the node that it drained is cordoned", async () => {
   const { nodes = "", ...rest } = b1();
   const list = JSON.parse(nodes);
   const own = list.items.find(({ metadata }: { metadata: { name: string } }) => metadata.name === "b1");
@@ -226,9 +226,9 @@ describe("within make up, another box", () => {
   const learned = { K3S_URL: "https://192.0.2.1:6443", K3S_TOKEN: "K10" };
   const fresh: Other = { ofUnknown: false };
   const cases: [string, First, Other, ReturnType<typeof next> | RegExp][] = [
-    ["waits until the first server was looked at", {}, fresh, "wait"],
+    ["waits until the first server was examined", {}, fresh, "wait"],
     ["is prepared while the first server starts", { looked: true, begun: true }, fresh, "prepare"],
-    ["is prepared while an up-to-date server is confirmed", { looked: true }, fresh, "prepare"],
+    ["is prepared while an up-to-date server is verified", { looked: true }, fresh, "prepare"],
     [
       "waits for the token once it is prepared",
       { looked: true, begun: true },
@@ -236,25 +236,25 @@ describe("within make up, another box", () => {
       "wait for the token",
     ],
     [
-      "waits in silence where the server has nothing to do",
+      "waits without a message if the server has nothing to do",
       { looked: true },
       { ...fresh, prepared: true },
       "wait",
     ],
     [
-      "is not prepared while it is of some cluster, and no token says of which",
+      "is not prepared while it belongs to a cluster and no token is known to compare",
       { looked: true, begun: true },
       { ofUnknown: true },
       "wait for the token",
     ],
     [
-      "is looked at again where its look knew another token",
+      "is examined again if the token has changed since",
       { looked: true, learned },
       { ...fresh, prepared: true },
       "look again",
     ],
     [
-      "is looked at again before anything is done to it where it may be of another cluster",
+      "is examined again before any change if it may belong to another cluster",
       { looked: true, learned },
       { ofUnknown: true },
       "look again",
@@ -266,26 +266,26 @@ describe("within make up, another box", () => {
       "join",
     ],
     [
-      "joins without a pause where the token is known",
+      "joins immediately if the token is known",
       { looked: true, learned },
       { ...fresh, informed: true },
       "join",
     ],
-    ["is left as it is where the server failed at its first look", { failed: true }, fresh, /^Left as it is/],
+    ["is not changed if the server failed at its first look", { failed: true }, fresh, /^Left as it is/],
     [
-      "is left as it is where the server failed before it was prepared",
+      "is not changed if the server failed before the box was prepared",
       { looked: true, begun: true, failed: true },
       fresh,
       /^Left as it is/,
     ],
     [
-      "is not joined where the server failed while it was prepared",
+      "does not join if the server failed while the box was prepared",
       { looked: true, begun: true, failed: true },
       { ...fresh, prepared: true },
       /^Not joined: the server is not up/,
     ],
     [
-      "is not joined to a server that gave its token and then failed",
+      "does not join a server that provided its token and then failed",
       { looked: true, begun: true, learned, failed: true },
       { ...fresh, prepared: true, informed: true },
       /^Not joined: the server is not up/,
@@ -304,8 +304,8 @@ describe("the dry run of make up", { concurrency: 2 }, () => {
   const boxes = () => ({ a1: fresh("a1"), b1: fresh("b1", refused), b2: fresh("b2") });
 
   const cases: [name: string, envFile: string, args: string[]][] = [
-    ["shows the units of fresh boxes", ENV, []],
-    ["asks nothing of a cluster that is no more, where a new one is wanted", ENV + JOINED, ["--force"]],
+    ["shows the units of new boxes", ENV, []],
+    ["does not query the old cluster if a new one is to be created", ENV + JOINED, ["--force"]],
   ];
   for (const [name, envFile, args] of cases)
     test(name, async () => {
@@ -332,7 +332,7 @@ describe("the dry run of make up", { concurrency: 2 }, () => {
     assert.doesNotMatch(stdout, /look again/);
   });
 
-  test("with a binary at hand shows the unit that K3S_VERSION has, and says so", async () => {
+  test("with K3S_BIN shows the unit of K3S_VERSION, and states this assumption", async () => {
     for (const [version, flag] of [
       ["v1.17.6+k3s1", "start k3s and wait"],
       ["v1.36.3+k3s1", "start k3s and wait"],
@@ -344,7 +344,7 @@ describe("the dry run of make up", { concurrency: 2 }, () => {
     }
   });
 
-  test("of a release in between ends where the binary has to be asked", async () => {
+  test("of a release that may have either backend ends where the binary's flags must be read", async () => {
     const args = ["--dry-run", "--k3s-version", "v1.24.17+k3s1"];
     const { stdout } = await run("server", args, ENV, { a1: fresh("a1") });
     assert.match(stdout, /ask the k3s binary for its flags\n {2}… then look again\n/);
@@ -359,7 +359,7 @@ describe("make down", { concurrency: 2 }, () => {
   });
   const all = { ...both("a1"), ...both("b1"), ...both("b2") };
 
-  test("takes out of the env file what it has made void, and nothing else", async () => {
+  test("removes the URL and token of the removed cluster from the env file, and nothing else", async () => {
     const { status, env, stderr } = await run("down", ["--yes"], ENV + JOINED, all);
     assert.equal(status, 0, stderr);
     assert.equal(env, `${ENV}# learned\n`);
@@ -369,22 +369,22 @@ describe("make down", { concurrency: 2 }, () => {
 
   const kept: [name: string, envFile: string, boxes: Record<string, Facts>, args?: string[]][] = [
     ["the server could not be reached", ENV + JOINED, { ...both("b1"), ...both("b2") }],
-    ["an agent is still to go", ENV + JOINED, { ...both("a1"), ...both("b1") }],
-    ["it was a dry run", ENV + JOINED, all, ["--dry-run"]],
-    ["they are another cluster's", ENV + JOINED.replace(IP, "203.0.113.77"), all],
+    ["an agent was not removed", ENV + JOINED, { ...both("a1"), ...both("b1") }],
+    ["it is a dry run", ENV + JOINED, all, ["--dry-run"]],
+    ["they belong to another cluster", ENV + JOINED.replace(IP, "203.0.113.77"), all],
     [
-      "the cluster lives on in a shared datastore",
+      "the cluster remains in a shared datastore",
       `${ENV}${JOINED}K3S_DATASTORE_ENDPOINT=postgres://k3s@db.example.org/k3s\n`,
       all,
     ],
   ];
   for (const [name, envFile, boxes, args = ["--yes"]] of kept)
-    test(`keeps them where ${name}`, async () => {
+    test(`keeps the URL and token if ${name}`, async () => {
       const { env } = await run("down", args, envFile, boxes);
       assert.equal(env, envFile);
     });
 
-  test("forgets a cluster that was gone before", async () => {
+  test("removes the URL and token of a cluster that was removed before", async () => {
     const boxes = { a1: { left: "" }, b1: { left: "" }, b2: { left: "" } };
     assert.equal((await run("down", ["--yes"], ENV + JOINED, boxes)).env, `${ENV}# learned\n`);
   });
@@ -409,14 +409,14 @@ describe("FIREWALL=yes", { concurrency: 2 }, () => {
   const whole = `nft: open 6443/tcp, 10250/tcp and 51820/udp to ${[A1.ip, B1.ip, B2.ip].join(", ")}, `;
   const joins = ["--host", `b2=${B2.ip}`, "--dry-run"];
 
-  test("has the others let in who joins, in the same run", async () => {
+  test("opens the other boxes' firewalls to a box that joins, in the same run", async () => {
     const { status, stdout, stderr } = await run("agent", joins, env, boxes());
     assert.equal(status, 0, stderr);
     for (const name of ["a1", "b1", "b2"])
       assert(stdout.includes(`${name}: 1 to do\n  1. ${whole}`), `${name}: ${stdout}`);
   });
 
-  test("has nobody let in a box that is refused, or cannot be reached, and the rest joins", async () => {
+  test("opens no firewall to a box that is refused or cannot be reached, and the others join", async () => {
     const b3 = fresh("b3", OPEN);
     for (const [b2, args, why] of [
       [{ ...boxes().b2, systemd: "" }, [], /^b2 .*instead of systemd/m],
@@ -436,7 +436,7 @@ describe("FIREWALL=yes", { concurrency: 2 }, () => {
     }
   });
 
-  test("names one that cannot be reached, with the line for later, and does the rest", async () => {
+  test("reports a box that cannot be reached, with the command for later, and changes the others", async () => {
     const { b1: _, ...rest } = boxes();
     const { status, stdout, stderr } = await run("agent", joins, env, rest);
     assert.equal(status, 1);
@@ -445,7 +445,7 @@ describe("FIREWALL=yes", { concurrency: 2 }, () => {
     assert(stdout.includes(`b2: 1 to do\n  1. ${whole}`), stdout);
   });
 
-  test("touches nothing where a rule of one of them comes before any of ours", async () => {
+  test("changes nothing if a rule of one box precedes any of ours", async () => {
     const rules = boxes({
       iptables: "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p udp -m udp --dport 51820 -j DROP\nCOMMIT\n",
     });
@@ -455,7 +455,7 @@ describe("FIREWALL=yes", { concurrency: 2 }, () => {
     assert.doesNotMatch(stdout + stderr, /nft: open|b2 /);
   });
 
-  test("has the others shut out who is removed, in the same run", async () => {
+  test("closes the other boxes' firewalls to a box that is removed, in the same run", async () => {
     const args = ["--host", `b2=${B2.ip}`, "--dry-run"];
     const all = env.replace(B1.ip, `${B1.ip} b2=${B2.ip}`);
     const some = boxes();
@@ -469,7 +469,7 @@ describe("FIREWALL=yes", { concurrency: 2 }, () => {
       );
   });
 
-  test("is part of a restore: on the new server, and on the agents as they follow", async () => {
+  test("applies to a restore, on the new server and on the agents", async () => {
     const [from, ip] = [temporary(), "198.51.100.30"];
     const about = `version=${MODERN}\nnode=a1\nip=${A1.ip}\n`;
     for (const [name, text] of Object.entries({ about, token: `${TOKEN}\n`, "node-password": "x\n" }))
@@ -490,7 +490,7 @@ describe("FIREWALL=yes", { concurrency: 2 }, () => {
     assert(agentSteps.some(({ name }) => name === "firewall"));
   });
 
-  test("is part of make up, and left out it is nothing", async () => {
+  test("applies to make up, and without it no firewall is changed", async () => {
     const args = ["--dry-run"];
     const declared = await run("up", args, env.replace(B1.ip, `${B1.ip} b2=${B2.ip}`), boxes());
     for (const name of ["a1", "b1", "b2"])

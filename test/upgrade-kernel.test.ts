@@ -22,7 +22,7 @@ import {
 const OWN = "3.10.0-1160.el7.x86_64";
 const ML = "5.7.7-1.el7.elrepo.x86_64";
 const ENTRY = `CentOS Linux (${ML}) 7 (Core)`;
-/** CentOS 7 with its own kernel, and nothing of the article's done. */
+/** CentOS 7 with its own kernel, before any of the article's steps. */
 const el7 = (over: Facts = {}): Facts =>
   prepared(OLD, {
     os: fixture("os-release/centos-7"),
@@ -49,14 +49,14 @@ const installed = (over: Facts = {}) =>
 const plan = (facts: Facts, over = {}) => upgradeKernel.plan(wanted(over), facts);
 const whys = (facts: Facts, over = {}) => plan(facts, over).map(({ why }) => why);
 
-describe("the kernel is left alone", () => {
+describe("the kernel is not changed", () => {
   const cases: [name: string, facts: Facts][] = [
-    ["where it has WireGuard", prepared(OLD)],
-    ["of CentOS 7 where a module for it is installed", el7({ module: "yes\n" })],
-    ["of CentOS 7 once kernel-ml runs", installed({ kernel: `${ML}\n`, module: "yes\n" })],
+    ["if it has WireGuard", prepared(OLD)],
+    ["on CentOS 7 if a WireGuard module for it is installed", el7({ module: "yes\n" })],
+    ["on CentOS 7 once kernel-ml runs", installed({ kernel: `${ML}\n`, module: "yes\n" })],
     ...["debian-11", "ubuntu-20.04", "rocky-8", "fedora-41", "arch", "alpine-3.20", "opensuse-leap-15.6"].map(
       (name): [string, Facts] => [
-        `of ${name} without WireGuard: there it is a package's matter`,
+        `on ${name} without WireGuard, which a package provides there`,
         prepared(OLD, { os: fixture(`os-release/${name}`), module: "" }),
       ],
     ),
@@ -64,16 +64,16 @@ describe("the kernel is left alone", () => {
   for (const [name, facts] of cases) test(name, () => assert.deepEqual(plan(facts), []));
 });
 
-test("wireguard-go makes up for CentOS 7's kernel with old k3s alone: modern k3s asks the kernel", () => {
+test("wireguard-go is sufficient on CentOS 7 only for old k3s, because modern k3s needs the kernel's WireGuard", () => {
   const facts = el7({ userspace: "/usr/bin/wireguard-go\n" });
   assert.deepEqual(plan(facts, { K3S_VERSION: OLD }), []);
   assert.match(whys(facts, { K3S_VERSION: MODERN }).join(), /install kernel-ml from ELRepo/);
-  // A K3S_BIN says itself what it is.
+  // A K3S_BIN has its own version.
   const bin = { K3S_BIN: "./k3s", K3S_VERSION: OLD };
   assert.match(whys({ ...facts, version: `${MODERN}\n` }, bin).join(), /install kernel-ml from ELRepo/);
 });
 
-test("a kernel of the vendor's own is not swapped, though its distro is of CentOS 7's family", () => {
+test("a vendor's own kernel is not replaced, even on a distribution that is derived from CentOS 7", () => {
   for (const [name, kernel] of [
     ["alinux-2", "4.19.91-27.7.al7.x86_64"],
     ["tencentos-2.4", "5.4.119-19-0009.11"],
@@ -86,7 +86,7 @@ test("a kernel of the vendor's own is not swapped, though its distro is of CentO
 });
 
 describe("CentOS 7", () => {
-  test("gets the article's steps in their order, and is looked at again before the restart", () => {
+  test("gets the article's steps in their order, and is examined again before the reboot", () => {
     assert.deepEqual(
       whys(el7()).map((why) => why.split(/[,:]/)[0]),
       [
@@ -100,11 +100,11 @@ describe("CentOS 7", () => {
     assert.equal(plan(el7()).at(-1)?.lookAgain, true);
   });
 
-  test("takes up an installation that was cut after kernel-ml and before its tools", () => {
+  test("completes an installation that was interrupted between kernel-ml and its tools", () => {
     assert.match(whys(el7({ "kernel-ml": ML })).join(), /kernel-ml's/);
   });
 
-  test("with kernel-ml installed and chosen is only restarted", () => {
+  test("with kernel-ml installed and chosen is only rebooted", () => {
     const changes = plan(installed());
     assert.deepEqual(
       changes.map((c) => [c.why, c.reboot]),
@@ -113,7 +113,7 @@ describe("CentOS 7", () => {
     assert.ok((changes[0]?.seconds ?? 0) >= 300, "with time for a slow machine");
   });
 
-  test("is asked for its address only where a node is to be drained, or was", () => {
+  test("needs PUBLIC_IP only if its node must be drained or uncordoned", () => {
     const none = { PUBLIC_IP: "" };
     assert.deepEqual(whys(installed(), none), whys(installed()));
     for (const over of [{}, { kernel: `${ML}\n`, module: "yes\n" }] as Facts[])
@@ -130,7 +130,7 @@ describe("CentOS 7", () => {
     ["an entry of an older kernel-ml", { saved: "CentOS Linux (5.6.1-1.el7.elrepo.x86_64) 7 (Core)\n" }],
   ];
   for (const [name, over] of others)
-    test(`with ${name} chosen gets its boot entry set and read back before the restart`, () => {
+    test(`with ${name} chosen gets its boot entry set and verified before the reboot`, () => {
       const changes = plan(installed(over));
       assert.deepEqual(
         changes.map((c) => Boolean(c.reboot)),
@@ -139,14 +139,14 @@ describe("CentOS 7", () => {
       assert.match(changes[0]?.sh ?? "", /grub2-set-default "\$entry"\nsaved=/);
     });
 
-  test("that runs kernel-ml without WireGuard is not restarted for ever", () => {
+  test("that runs kernel-ml without WireGuard is refused, and not rebooted again", () => {
     assert.throws(
       () => plan(installed({ kernel: `${ML}\n` })),
       (e: Error) => e instanceof Refusal && e.message.includes(ML),
     );
   });
 
-  test("takes its packages from ELREPO_URL, and the kernel's repository from ELREPO_KERNEL_URL", () => {
+  test("gets its packages from ELREPO_URL, and the kernel from ELREPO_KERNEL_URL", () => {
     const mirror = {
       ELREPO_URL: "https://m.example/elrepo",
       ELREPO_KERNEL_URL: "https://m.example/archive/kernel/el7/x86_64",
@@ -160,7 +160,7 @@ describe("CentOS 7", () => {
     assert.doesNotMatch(text, /www\.elrepo\.org|elrepo-release/, "whose lists are gone");
   });
 
-  test("without a repository of one's own gets ELRepo's release package, from ELREPO_URL", () => {
+  test("without ELREPO_KERNEL_URL gets ELRepo's release package from ELREPO_URL", () => {
     const text = plan(el7(), { ELREPO_URL: "https://m.example/elrepo" })
       .map((c) => c.sh)
       .join("\n");
@@ -169,11 +169,15 @@ describe("CentOS 7", () => {
   });
 });
 
-describe("CentOS 7 is not touched, and its user told what to do,", () => {
+describe("CentOS 7 is refused, with advice on what to do,", () => {
   const cases: [name: string, facts: Facts, text: RegExp][] = [
-    ["where /boot has no room", el7({ room: "34\n" }), /\/boot has 34 MiB free.*up to 80.*package-cleanup/],
     [
-      "where an older kernel was booted although kernel-ml is the default",
+      "if /boot has too little space",
+      el7({ room: "34\n" }),
+      /\/boot has 34 MiB free.*up to 80.*package-cleanup/,
+    ],
+    [
+      "if an older kernel was booted although kernel-ml is the default",
       installed({ chosen: `${NOW - 7200}\n` }),
       /has booted kernel 3\.10.* since: choose the entry at its console.*not restarted again/,
     ],
@@ -186,33 +190,33 @@ describe("CentOS 7 is not touched, and its user told what to do,", () => {
       ),
     );
 
-  test("but room counts only while there is something to install", () => {
+  test("but not because of /boot if nothing has to be installed", () => {
     assert.equal(plan(installed({ room: "3\n" })).length, 1);
   });
 });
 
-describe("a repository that is gone", () => {
+describe("a repository that no longer exists", () => {
   const install = (want: object) => {
     const sh = plan(el7(), want).find(({ why }) => why.startsWith("install kernel-ml"))?.sh ?? "";
     const fakes = { yum: "echo 'Cannot find a valid baseurl'; exit 1", rpm: "exit 1" };
     return shell(`set -eu\n${sh}`, ["sh", "-s"], { PATH: programs(temporary(), fakes) });
   };
 
-  test("of ELRepo's own is answered with the setting that names an archive", () => {
+  test("at ELRepo leads to an error with the setting for an archive", () => {
     const { status, stdout } = install({});
     assert.equal(status, 1);
     assert.match(stdout, /no kernel for el7 any more: set ELREPO_KERNEL_URL to an archive's repository/);
   });
 
-  test("that was named is named again", () => {
+  test("in ELREPO_KERNEL_URL leads to an error with its URL", () => {
     const { status, stdout } = install({ ELREPO_KERNEL_URL: "https://m.example/el7" });
     assert.equal(status, 1);
     assert.match(stdout, /ELREPO_KERNEL_URL is https:\/\/m\.example\/el7: expected/);
   });
 });
 
-describe("kernel-ml that is there already", () => {
-  test("but may be half there is installed over again", () => {
+describe("a kernel-ml that is already installed", () => {
+  test("is reinstalled if its installation may have been interrupted", () => {
     const sh =
       plan(el7({ "kernel-ml": ML })).find(({ why }) => why.startsWith("install kernel-ml"))?.sh ?? "";
     const { stdout } = shell(`set -eu\n${sh}`, ["sh", "-s"], {
@@ -222,7 +226,7 @@ describe("kernel-ml that is there already", () => {
   });
 });
 
-/** The files of a boot loader under a root of their own, and what the step does and sees there. */
+/** The files of a boot loader under a temporary root, and what the step does there. */
 describe("the default boot entry", () => {
   const OTHER = "CentOS Linux (3.10.0-1160.el7.x86_64) 7 (Core)";
   const entry = (title: string, kernel: string, indent = "") =>
@@ -237,9 +241,13 @@ describe("the default boot entry", () => {
 
   const LAYOUTS: [name: string, files: Record<string, string>, entry: string][] = [
     ["BIOS", { "boot/grub2/grub.cfg": HEAD + both }, ENTRY],
-    ["BIOS, the newest last", { "boot/grub2/grub.cfg": HEAD + entry(OTHER, OWN) + entry(ENTRY, ML) }, ENTRY],
     [
-      "BIOS, in a submenu",
+      "BIOS and the newest entry last",
+      { "boot/grub2/grub.cfg": HEAD + entry(OTHER, OWN) + entry(ENTRY, ML) },
+      ENTRY,
+    ],
+    [
+      "BIOS and a submenu",
       {
         "boot/grub2/grub.cfg": `${HEAD}${entry(OTHER, OWN)}submenu 'Advanced options' {\n${entry(OTHER, OWN, "\t")}${entry(ENTRY, ML, "\t")}}\n`,
       },
@@ -264,7 +272,7 @@ describe("the default boot entry", () => {
       `${BLS}-${ML}`,
     ],
     [
-      "BLS with UEFI",
+      "BLS and UEFI",
       {
         "sys/firmware/efi/x": "",
         "boot/efi/EFI/centos/grub.cfg": `${HEAD}blscfg\n`,
@@ -306,7 +314,7 @@ describe("the default boot entry", () => {
   }
 
   for (const [name, files, title] of LAYOUTS)
-    test(`of ${name} is found, set and read back`, () => {
+    test(`with ${name} is found, set and verified`, () => {
       const { look, set } = box(files);
       const before = look();
       assert.deepEqual(
@@ -326,26 +334,26 @@ describe("the default boot entry", () => {
     text: RegExp,
   ][] = [
     [
-      "did not take, though grub2-set-default returned 0",
+      "was not changed although grub2-set-default returned 0",
       LAYOUTS[0]?.[1] ?? {},
       "echo 'invalid environment block' >&2",
       /still "CentOS Linux \(3\.10.*", not ".*5\.7\.7.*grub2-editenv create/,
     ],
     [
-      "is missing from the menu",
+      "is missing in the menu",
       { "boot/grub2/grub.cfg": HEAD + entry(OTHER, OWN) },
       undefined,
       /no entry for kernel 5\.7\.7.*grub2-mkconfig -o/,
     ],
     [
-      "is not asked for by the menu",
+      "is not used by the menu",
       { "boot/grub2/grub.cfg": `set default="0"\n${both}` },
       undefined,
       /GRUB_DEFAULT=saved/,
     ],
   ];
   for (const [name, files, setDefault, text] of FAULTS)
-    test(`that ${name} is a failure that says what to do`, () => {
+    test(`that ${name} leads to an error with advice on what to do`, () => {
       const { status, stdout } = box(files, setDefault).set();
       assert.equal(status, 1);
       assert.match(stdout, text);

@@ -20,7 +20,7 @@ import {
   wanted,
 } from "./helpers.ts";
 
-test("releases are in the order in which they were made", () => {
+test("releases are compared by their order of publication", () => {
   const order = ["v1.17.6+k3s1", "v1.17.17+k3s1", "v1.18.2-rc1+k3s1", "v1.18.2-rc2+k3s1", "v1.18.2+k3s1"];
   order.push("v1.18.2+k3s2", "v1.9999.0+k3s1");
   for (const [i, a] of order.entries())
@@ -28,7 +28,7 @@ test("releases are in the order in which they were made", () => {
       assert.equal(Math.sign(compare(a, b)), Math.sign(i - j), `${a} ${b}`);
 });
 
-describe("before anything is downloaded or drained an upgrade", () => {
+describe("before anything is downloaded or drained, an upgrade", () => {
   const member = (facts: Facts) => ({
     box: boxOf({ host: "b2", ip: "198.51.101.12", word: "b2", name: "b2" }),
     role: "agent" as const,
@@ -37,31 +37,31 @@ describe("before anything is downloaded or drained an upgrade", () => {
   const fine = member({ cgroup: "tmpfs\n" });
   const cases: [name: string, box: Facts, path: string[], pattern: RegExp][] = [
     [
-      "back to a release that knows no cgroup v2",
+      "to an older release without support for cgroup v2",
       { cgroup: "cgroup2fs\ncpu cpuset memory\n" },
       [OLD],
       /b2: k3s v1\.17\.6\+k3s1 runs on cgroup v1 only/,
     ],
     [
-      "to a release that wants WireGuard in the kernel",
+      "to a release that needs WireGuard in the kernel",
       { module: "", userspace: "/usr/bin/wireguard-go\n" },
       [OLD, MODERN],
       /b2: .*wireguard-go is here, but k3s v1\.36/,
     ],
     [
-      "to any, where the binary cannot be put in place",
+      "to any release, if the binary cannot be installed,",
       { readonly: "/usr/local/bin\n" },
       [MODERN],
       /b2: \/usr\/local\/bin cannot be written/,
     ],
   ];
   for (const [name, facts, path, pattern] of cases)
-    test(`${name} is refused, with the box`, () =>
+    test(`${name} is refused with the name of the box`, () =>
       assert.throws(
         () => mayUpgrade([fine, member(facts)], path),
         (e: Error) => e instanceof Refusal && pattern.test(e.message),
       ));
-  test("goes on where every box can run every release of its way", () =>
+  test("is accepted if every box can run every release of its path", () =>
     mayUpgrade([fine, member({ cgroup: "tmpfs\n" })], ["v1.18.20+k3s1", "v1.34.2+k3s1", MODERN]));
 });
 
@@ -93,26 +93,26 @@ describe("an upgrade", () => {
     return "endless";
   };
   const cases: Case[] = [
-    { name: "downloads for all boxes, then takes one after the other, servers first", running: [V2, V2, V2], way: [V3], does: "d012:36 u0:36 u1:36 u2:36 finish" },
-    { name: "ends every release on all boxes before it begins the next one", running: [V1, V1], way: [V2, V3], does: "d01:35 u0:35 u1:35 d01:36 u0:36 u1:36 finish" },
-    { name: "goes on where it was cut: a box that runs the release is asked again, since it may be drained still", running: [V3, V2], way: [V3], does: "d01:36 u0:36 u1:36 finish" },
-    { name: "skips a box that is past a release of the way", running: [V2, V1, V3], way: [V2, V3], does: "d01:35 u0:35 u1:35 d012:36 u0:36 u1:36 u2:36 finish" },
-    { name: "asks every box where all run the release", running: [V3, V3], way: [V3], does: "d01:36 u0:36 u1:36 finish" },
-    { name: "takes no box back", running: [V3, V2], way: [V2], does: "d1:35 u1:35 finish" },
-    { name: "takes all boxes back with FORCE=1", running: [V3, V2, V3], way: [V2], force: true, does: "d012:35 u0:35 u1:35 u2:35 finish" },
-    { name: "takes back with FORCE=1 at its end alone, not at a release of the way", running: [V1, V3], way: [V1, V2], force: true, does: "d0:34 u0:34 d01:35 u0:35 u1:35 finish" },
-    { name: "drains no box where a download fails", running: [V2, V2, V2], way: [V3], fails: "d1:36", does: "d012:36 end" },
-    { name: "ends with the first box that fails", running: [V2, V2, V2], way: [V3], fails: "u1:36", does: "d012:36 u0:36 u1:36 end" },
-    { name: "ends with it on the way too, before the next release", running: [V1, V1], way: [V2, V3], fails: "u1:35", does: "d01:35 u0:35 u1:35 end" },
-    { name: "finishes at once where no box is due", running: [V3], way: [V2], does: "finish" },
+    { name: "downloads for all boxes, then upgrades one after the other, servers first", running: [V2, V2, V2], way: [V3], does: "d012:36 u0:36 u1:36 u2:36 finish" },
+    { name: "completes each release on all boxes before it begins the next one", running: [V1, V1], way: [V2, V3], does: "d01:35 u0:35 u1:35 d01:36 u0:36 u1:36 finish" },
+    { name: "resumes after an interruption, and examines boxes that run the release again, because they may still be drained", running: [V3, V2], way: [V3], does: "d01:36 u0:36 u1:36 finish" },
+    { name: "skips a box that already runs a later release of the path", running: [V2, V1, V3], way: [V2, V3], does: "d01:35 u0:35 u1:35 d012:36 u0:36 u1:36 u2:36 finish" },
+    { name: "examines every box if all run the release", running: [V3, V3], way: [V3], does: "d01:36 u0:36 u1:36 finish" },
+    { name: "downgrades no box", running: [V3, V2], way: [V2], does: "d1:35 u1:35 finish" },
+    { name: "downgrades all boxes with FORCE=1", running: [V3, V2, V3], way: [V2], force: true, does: "d012:35 u0:35 u1:35 u2:35 finish" },
+    { name: "downgrades with FORCE=1 only to the final release, not to one of the path", running: [V1, V3], way: [V1, V2], force: true, does: "d0:34 u0:34 d01:35 u0:35 u1:35 finish" },
+    { name: "drains no box if a download fails", running: [V2, V2, V2], way: [V3], fails: "d1:36", does: "d012:36 end" },
+    { name: "stops at the first box that fails", running: [V2, V2, V2], way: [V3], fails: "u1:36", does: "d012:36 u0:36 u1:36 end" },
+    { name: "stops at a box that fails at an intermediate release, before the next one", running: [V1, V1], way: [V2, V3], fails: "u1:35", does: "d01:35 u0:35 u1:35 end" },
+    { name: "finishes immediately if no box needs it", running: [V3], way: [V2], does: "finish" },
   ]; // biome-ignore format: a table
   for (const it of cases) test(it.name, () => assert.equal(run(it), it.does));
 });
 
-describe("the way of an upgrade", () => {
+describe("the path of an upgrade", () => {
   const cases: { name: string; running: string[]; to: string; steps?: string; force?: true; path: string }[] =
     [
-      { name: "is none where all run it", running: [OLD, OLD], to: OLD, path: "" },
+      { name: "is empty if all nodes run the release", running: [OLD, OLD], to: OLD, path: "" },
       {
         name: "is one step within a minor version",
         running: [OLD],
@@ -120,34 +120,46 @@ describe("the way of an upgrade", () => {
         path: "v1.17.17+k3s1",
       },
       {
-        name: "is one step to the next one",
+        name: "is one step to the next minor version",
         running: ["v1.35.4+k3s1"],
         to: "v1.36.2+k3s1",
         path: "v1.36.2+k3s1",
       },
       {
-        name: "leads through what was told",
+        name: "leads through STEPS",
         running: [OLD],
         to: "v1.20.15+k3s1",
         steps: "v1.18.20+k3s1 v1.19.16+k3s1",
         path: "v1.18.20+k3s1 v1.19.16+k3s1 v1.20.15+k3s1",
       },
       {
-        name: "may be told with its end",
+        name: "may have its final release in STEPS",
         running: [OLD],
         to: "v1.18.20+k3s1",
         steps: "v1.17.17+k3s1 v1.18.20+k3s1",
         path: "v1.17.17+k3s1 v1.18.20+k3s1",
       },
       {
-        name: "goes on where it was cut: what every node has is left out",
+        name: "leaves out what every node already runs, after an interruption",
         running: ["v1.19.16+k3s1", "v1.18.20+k3s1", "v1.18.20+k3s1"],
         to: "v1.20.15+k3s1",
         steps: "v1.18.20+k3s1 v1.19.16+k3s1",
         path: "v1.19.16+k3s1 v1.20.15+k3s1",
       },
-      { name: "jumps where forced", running: [OLD], to: "v1.36.2+k3s1", force: true, path: "v1.36.2+k3s1" },
-      { name: "leads back where forced", running: ["v1.18.20+k3s1"], to: OLD, force: true, path: OLD },
+      {
+        name: "may skip releases with FORCE=1",
+        running: [OLD],
+        to: "v1.36.2+k3s1",
+        force: true,
+        path: "v1.36.2+k3s1",
+      },
+      {
+        name: "may be a downgrade with FORCE=1",
+        running: ["v1.18.20+k3s1"],
+        to: OLD,
+        force: true,
+        path: OLD,
+      },
     ];
   for (const { name, running, to, steps = "", force = false, path } of cases)
     test(name, () =>
@@ -156,32 +168,32 @@ describe("the way of an upgrade", () => {
 
   const refused: { name: string; running: string[]; to: string; steps?: string; says: RegExp }[] = [
     {
-      name: "a jump, with the releases to pass through",
+      name: "a jump, with the intermediate releases",
       running: ["v1.17.6+k3s1"],
       to: "v1.20.15+k3s1",
       says: /left out, .*STEPS="v1\.18\.20\+k3s1 v1\.19\.16\+k3s1"; FORCE=1 jumps/,
     },
     {
-      name: "a jump of a step, with what was told and what is missing",
+      name: "a jump within STEPS, with the missing releases",
       running: ["v1.17.6+k3s1"],
       to: "v1.23.17+k3s1",
       steps: "v1.18.1+k3s1 v1.21.14+k3s1",
       says: /STEPS="v1\.18\.1\+k3s1 v1\.19\.16\+k3s1 v1\.20\.15\+k3s1 v1\.21\.14\+k3s1 v1\.22\.17\+k3s1"/,
     },
     {
-      name: "the whole way to today, each minor version once",
+      name: "a jump over many minor versions, with one release of each",
       running: ["v1.17.6+k3s1"],
       to: "v1.36.2+k3s1",
       says: /STEPS="v1\.18\.\S+( v1\.\d+\.\S+){16} v1\.35\.\S+"/,
     },
     {
-      name: "a way back",
+      name: "a downgrade",
       running: ["v1.36.3+k3s1"],
       to: "v1.36.2+k3s1",
       says: /runs v1\.36\.3\+k3s1, and a way back to v1\.36\.2\+k3s1 is not safe/,
     },
     {
-      name: "a way back for one node of several",
+      name: "a downgrade of one node of several",
       running: ["v1.36.1+k3s1", "v1.36.3+k3s1"],
       to: "v1.36.2+k3s1",
       says: /a way back/,
@@ -195,11 +207,11 @@ describe("the way of an upgrade", () => {
       ));
 
   for (const steps of ["v1.19.16+k3s1 v1.18.20+k3s1", "v1.21.14+k3s1", "v1.18.20+k3s1 v1.18.20+k3s1"])
-    test(`is a wrong setting for steps that do not lead up to it: ${steps}`, () =>
+    test(`is a setting error if STEPS do not ascend to it: ${steps}`, () =>
       assert.throws(() => pathOf([OLD], "v1.20.15+k3s1", steps.split(" "), true), SettingError));
 });
 
-test("what a node ran is put back as it was: binary, unit, and the files of settings, also those that were not there", () => {
+test("an upgrade that failed restores the binary, the unit and the config files of a node, and removes new ones", () => {
   const root = temporary();
   const at = (path: string) => `${root}${path}`;
   const put = (path: string, text: string) => {
