@@ -44,12 +44,12 @@ const PLACES: Record<string, Place> = {
     after: { ".env": NEW },
     write: (folder) => updateEnv(join(folder, ".env"), { A: "new" }),
   },
-  "env file, new": {
+  "new env file": {
     before: {},
     after: { ".env": "A=new\n" },
     write: (folder) => updateEnv(join(folder, ".env"), { A: "new" }),
   },
-  "env file, tried": {
+  "tested env file": {
     before: { ".env": OLD },
     after: { ".env": OLD },
     write: (folder) => updateEnv(join(folder, ".env"), undefined),
@@ -59,7 +59,7 @@ const PLACES: Record<string, Place> = {
     after: { config: merged(KUBECONFIG), [COPY]: KUBECONFIG } as Record<string, string>,
     write: (folder) => merge(join(folder, "config"), ACCESS, false),
   },
-  "kubeconfig, new": {
+  "new kubeconfig": {
     before: {},
     after: { config: merged("") },
     write: (folder) => merge(join(folder, "config"), ACCESS, false),
@@ -554,13 +554,13 @@ const textsIn2 = (folder: string) =>
 describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout") }, () => {
   test("that cannot write its file reports this before it contacts a box, and changes nothing", async () => {
     const calls: [script: string, place: string][] = [
-      ["server", "env file, tried"],
-      ["up", "env file, tried"],
-      ["token", "env file, tried"],
-      ["upgrade", "env file, tried"],
-      ["restore", "env file, tried"],
-      ["down", "env file, tried"],
-      ["kubeconfig", "kubeconfig, new"],
+      ["server", "tested env file"],
+      ["up", "tested env file"],
+      ["token", "tested env file"],
+      ["upgrade", "tested env file"],
+      ["restore", "tested env file"],
+      ["down", "tested env file"],
+      ["kubeconfig", "new kubeconfig"],
       ["backup", "backup"],
     ];
     for (const [script, place] of calls) {
@@ -612,7 +612,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
     test(`writes no backup, kubeconfig or env file to ${name}, and contacts no box`, async () => {
       const cases: [place: string, script: string, env: (path: string) => Record<string, string>][] = [
         ["backup", "backup", (path) => ({ BACKUP: path })],
-        ["kubeconfig, new", "kubeconfig", (path) => ({ KUBECONFIG: path })],
+        ["new kubeconfig", "kubeconfig", (path) => ({ KUBECONFIG: path })],
         ["env file", "server", (path) => ({ ENV_FILE: path })],
       ];
       for (const [place, script, given] of cases) {
