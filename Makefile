@@ -90,7 +90,7 @@ unknown = $(if $(filter-out $(UNITS),$(ONLY)),$(error ONLY is "$(ONLY)": expecte
 test: $(DEV) ## run the unit tests; no root, no network (ONLY="annotate sh": only these files)
 	@$(unknown)$(RUN) --test --test-concurrency=4 $(patsubst %,test/%.test.ts,$(or $(ONLY),$(UNITS)))
 test-lab: $(MODULES) ## run the lab's tests, with real ssh, NAT and WireGuard (root)
-	@$(RUN) --test --test-concurrency=3 test/lab/*.test.ts
+	@$(RUN) test/lab/run.ts
 faults: $(MODULES) ## inject every fault at every change, and test 30 boxes (root, over an hour; ONLY="agent token": only these)
 	@ALL=1 $(RUN) --test --test-concurrency=1 test/lab/cuts.test.ts $(if $(ONLY),,test/lab/kernel-cuts.test.ts test/lab/load.test.ts)
 bench: $(MODULES) ## measure times and resources in labs with a slow network (root); see test/bench/README.md
