@@ -44,20 +44,24 @@ let trips = 0;
 childProcess.spawn = (program, argv, ...rest) => {
   const child = spawn(program, argv, ...rest);
   if (program !== "ssh" || argv.includes("-O")) return child;
-  const id = trips++;
-  note("ssh", id, argv[argv.indexOf("--") + 1]);
+  let id;
   let text = "";
+  const { write } = child.stdin;
+  child.stdin.write = (script, ...more) => {
+    id = trips++;
+    note("ssh", id, argv[argv.indexOf("--") + 1]);
+    return write.call(child.stdin, script, ...more);
+  };
   const { push } = child.stdout;
   child.stdout.push = (chunk, ...more) => {
     const lines = (text + (chunk ?? "")).split("\n");
     text = lines.pop();
     for (const line of lines) {
       const [mark, kind, what = ""] = line.split(" ");
-      if (/^k3s-across-clouds(-[0-9a-f]{16}|:)$/.test(mark) && kind !== "beat") note(kind, id, what);
+      if (/^k3s-across-clouds(-[0-9a-f]{16}|:)$/.test(mark) && kind !== "beat") note(kind === "exit" ? "ended" : kind, id, what);
     }
     return push.call(child.stdout, chunk, ...more);
   };
-  child.on("close", () => note("ended", id));
   return child;
 };
 syncBuiltinESMExports();
