@@ -151,6 +151,17 @@ SCRIPT`);
     }
   });
 
+  test("names in its lock a process whose end is the end of its run alone, not of the shell that stays open", () => {
+    const lock = join(temporary(), "lock");
+    const script = applyScript([change(`kill "$(cat ${lock})"`), change("echo second")], "mark", () => "");
+    const { stdout } = shell(`(
+${wrapInMain(script.replaceAll(LOCK, lock))}
+)
+echo "ended with $?"`);
+    assert.match(stdout, /^ended with 143$/m);
+    assert.doesNotMatch(stdout, /second/);
+  });
+
   test("does not pass its lock to a process that a change starts in the background", () => {
     const lock = join(temporary(), "lock");
     apply([change("sleep 3 >/dev/null 2>&1 &")], lock);
