@@ -343,7 +343,7 @@ ${raw(script)}
 
   abandon(): void {
     this.#job = undefined;
-    abandon(this.#child);
+    if (!this.closed) abandon(this.#child);
   }
 
   end(): void {
