@@ -253,7 +253,8 @@ until grep -q 'rotate the token' $log; do sleep 0.05; done; dd if=/dev/zero of=$
     ["HUP", 129],
   ] as const)
     test(`SIG${signal} closes every connection, and the next run completes the change`, async () => {
-      await b1.sh("systemctl stop k3s-agent; rm /etc/systemd/system/k3s-agent.service");
+      // The node's last heartbeat has to be older than the start by more than clocks are compared to, two seconds.
+      await b1.sh("systemctl stop k3s-agent; rm /etc/systemd/system/k3s-agent.service; sleep 3");
       const open = async () =>
         (await t.op("ls -d /run/k3s-* 2>/dev/null; ps -e -o args= | grep '[s]sh: .*mux' || true")).out.split(
           "\n",
