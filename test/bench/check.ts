@@ -47,17 +47,20 @@ function shim(lab: Lab) {
   const text = `#!/bin/sh
 for word; do case $word in -G|-O) exec /usr/bin/ssh "$@" ;; esac; done
 host=; past=; for word; do [ -n "$past" ] && { host=$word; break; }; [ "$word" != -- ] || past=yes; done
-script=$(cat)
-mark=$(printf '%s\\n' "$script" | sed -n 's/^m=//p')
-case $script in *'fact named'*) part=look ;; *'fact tries'*) part=tries ;; *) part=pods ;; esac
-kept=${folder}/kept/$host.$part
-if [ -n "$RECORD" ]; then
-  printf '%s\\n' "$script" | /usr/bin/ssh "$@" | sed "s/$mark/MARK/g" | tee "$kept" | sed "s/MARK/$mark/g"
-else
-  sleep ${DELAY}
-  now=$(date +%s)
-  sed "s/MARK/$mark/g; s/ say [0-9.]*/ say $now/" "$kept"
-fi
+while script=$(sed "/ exit ' >&2$/q"); [ -n "$script" ]; do
+  mark=$(printf '%s\\n' "$script" | sed -n 's/^m=//p')
+  end=$(printf '%s\\n' "$script" | sed -n "\\$s/.*'\\(.*\\) exit '.*/\\1/p")
+  case $script in *'fact named'*) part=look ;; *'fact tries'*) part=tries ;; *) part=pods ;; esac
+  kept=${folder}/kept/$host.$part
+  if [ -n "$RECORD" ]; then
+    printf '%s\\n' "$script" | /usr/bin/ssh "$@" | sed "s/$mark/MARK/g; s/$end/END/" | tee "$kept" | sed "s/MARK/$mark/g; s/END/$end/"
+  else
+    sleep ${DELAY}
+    now=$(date +%s)
+    sed "s/MARK/$mark/g; s/END/$end/; s/ say [0-9.]*/ say $now/" "$kept"
+    echo "$end exit " >&2
+  fi
+done
 `;
   writeFileSync(join(folder, "ssh"), text);
   chmodSync(join(folder, "ssh"), 0o755);

@@ -18,7 +18,7 @@ const ROUNDS = { "up again": "make -j up", status: "make status", check: "make c
 const LOOK = 0.2;
 const [SERVER, SELF, OTHER] = ["a1", "b77", "a88"] as const;
 
-/** It goes into the operator's process, and keeps what each ssh brought. */
+/** It goes into the operator's process, and keeps what each script brought. */
 const HOOK = String.raw`
 import childProcess from "node:child_process";
 import { appendFileSync } from "node:fs";
@@ -31,9 +31,13 @@ childProcess.spawn = (program, argv, ...rest) => {
   const { push } = child.stdout;
   child.stdout.push = (chunk, ...more) => {
     text += chunk ?? "";
+    for (let end; (end = /^k3s-across-clouds-[0-9a-f]{16} exit \d+\n/m.exec(text)); ) {
+      const answer = [argv[argv.indexOf("--") + 1], text.slice(0, end.index)];
+      appendFileSync(process.env.RECORD, JSON.stringify(answer) + "\n");
+      text = text.slice(end.index + end[0].length);
+    }
     return push.call(child.stdout, chunk, ...more);
   };
-  child.on("close", () => appendFileSync(process.env.RECORD, JSON.stringify([argv[argv.indexOf("--") + 1], text]) + "\n"));
   return child;
 };
 syncBuiltinESMExports();
@@ -99,16 +103,21 @@ ip netns exec crowd chroot ${root} /usr/sbin/sshd </dev/null >/dev/null 2>&1`,
   );
 }
 
-/** The nth trip to an address is answered by the file ADDRESS/n of the round. */
+/** The nth script to an address is answered by the file ADDRESS/n of the round. */
 const ANSWER = `#!/bin/sh
 set -- $SSH_CONNECTION
-echo "k3s-across-clouds: begin"
-mark=$(sed -n 's/^m=//p')
 cd "/crowd/now/$3"
-n=$(($(cat count) + 1))
-echo $n >count
-sleep ${LOOK}
-exec sed "s/@MARK@/$mark/g" $n
+while script=$(sed "/ exit ' >&2$/q"); [ -n "$script" ]; do
+  echo "k3s-across-clouds: begin"
+  mark=$(printf '%s\\n' "$script" | sed -n 's/^m=//p')
+  end=$(printf '%s\\n' "$script" | sed -n "\\$s/.*'\\(.*\\) exit '.*/\\1/p")
+  n=$(($(cat count) + 1))
+  echo $n >count
+  sleep ${LOOK}
+  sed "s/@MARK@/$mark/g" $n
+  echo "$end exit 0"
+  echo "$end exit " >&2
+done
 `;
 
 const row = (...cells: (string | number)[]) =>
