@@ -16,7 +16,7 @@ import {
   whoIs,
 } from "../lib/k3s/identity.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
-import { argsOf, WRITTEN_BY } from "../lib/k3s/unit.ts";
+import { argsOf, shownLook, WRITTEN_BY } from "../lib/k3s/unit.ts";
 import { planAll, Refusal, type Want } from "../lib/step.ts";
 import { caIn } from "../lib/token.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
@@ -425,6 +425,23 @@ describe("a unit", () => {
     ])
       assert.deepEqual(argumentsIn(`[Service]\n${start}\n`), ["server", "-d", "/srv/k3s"], start);
     assert.deepEqual(argumentsIn(""), []);
+  });
+
+  test("is read wherever systemd finds it, with its drop-ins; a masked one counts as written by others", () => {
+    const root = temporary();
+    const { stdout } =
+      shell(`printf 'main\\n' >${root}/k3s.service; printf 'one\\n' >${root}/1.conf; printf 'two\\n' >${root}/2.conf
+systemctl() {
+  case $2 in
+  k3s) printf 'UnitFileState=enabled\\nFragmentPath=${root}/k3s.service\\nDropInPaths=${root}/1.conf ${root}/2.conf\\n' ;;
+  *) printf 'UnitFileState=masked\\nFragmentPath=/dev/null\\nDropInPaths=\\n' ;;
+  esac
+}
+fact() { echo "fact $1"; }
+${shownLook}${unitsLook}`);
+    const [, unit, masked] = /fact unit-k3s\n(.*)fact unit-k3s-agent\n(.*)fact told/s.exec(stdout) ?? [];
+    assert.deepEqual([unit, masked], ["main\none\ntwo\n", "# masked\n"]);
+    assert.ok(isForeign(masked));
   });
 
   test("is read together with its environment and config files, without their secrets", () => {

@@ -211,6 +211,8 @@ export function mayGo(
  * elsewhere.
  */
 export const unitsLook = prints("unit-k3s unit-k3s-agent told")(sh`unit_files() {
+  # A link to /dev/null, whose owner wants no k3s here.
+  case $(shown "$2" UnitFileState) in masked*) echo '# masked' ;; esac
   main=$(shown "$2" FragmentPath)
   # shellcheck disable=SC2046 # drop-ins stand with blanks between
   cat "\${main:-/etc/systemd/system/$1.service}" $(shown "$2" DropInPaths) 2>/dev/null
