@@ -173,7 +173,7 @@ interface Ended {
   greeting?: string | undefined;
 }
 
-/** Starts a command as root: here, or over ssh. It prints BEGIN first. */
+/** Starts a command as root: here, or over ssh. */
 function start(host: string, keys: string, command: string): ChildProcessWithoutNullStreams {
   const rooted = asRoot(command);
   const [program = "", ...argv] = host ? [...ssh(host, keys), rooted] : ["sh", "-c", rooted];
