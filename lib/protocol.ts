@@ -45,7 +45,8 @@ export const EARLIER_RUN = 900;
 /**
  * The script that applies changes. Each runs in its own shell under `timeout`, with both output streams in order; the
  * first failure ends it. A lock keeps out a second operator and an earlier run that lost its connection: after waiting
- * for the lock the plan is out of date, and nothing is applied.
+ * for the lock the plan is out of date, and nothing is applied. It is held until the script ends, so that the look that
+ * follows shows this run's changes and not another's.
  */
 export function applyScript(
   changes: readonly Change[],
@@ -98,8 +99,7 @@ change() {
   printf '\n%s failed %s %s\n' ${mark} "$1" "$status"
   exit 1
 }
-${raw(body.join("\n"))}
-exec 9>&-`;
+${raw(body.join("\n"))}`;
 }
 
 /** sudo on RHEL drops /usr/local/bin from PATH, and a plain ssh session lacks the sbin folders. */

@@ -162,6 +162,12 @@ echo "ended with $?"`);
     assert.doesNotMatch(stdout, /second/);
   });
 
+  test("keeps out a second operator until the look that confirms its changes has ended", () => {
+    const lock = join(temporary(), "lock");
+    const script = `${applyScript([change("true")], "mark", () => "")}\nflock -n ${lock} true || echo locked`;
+    assert.match(shell(wrapInMain(script.replaceAll(LOCK, lock))).stdout, /^locked$/m);
+  });
+
   test("does not pass its lock to a process that a change starts in the background", () => {
     const lock = join(temporary(), "lock");
     apply([change("sleep 3 >/dev/null 2>&1 &")], lock);
