@@ -256,7 +256,7 @@ function destination(value: string): string | undefined {
   const [host = "", ip, more] = value.split("=");
   if (WITH_PASSWORD.test(value)) return "no password in it: ssh goes by keys here";
   if (more === undefined && /^[A-Za-z0-9_[:][\w.@:/%[\]-]*$/.test(host) && !/[@/]-/.test(host))
-    return ip === undefined ? undefined : publicIp(ip);
+    return ip === undefined ? undefined : address(ip);
   return "an ssh destination such as root@203.0.113.10 or an alias of ~/.ssh/config, with =PUBLIC_IP if needed";
 }
 
@@ -280,13 +280,28 @@ export function publicIp(value: string): string | undefined {
   return reason && `an address that other clouds can reach; ${value} ${reason}`;
 }
 
+/** Given in place of a box's public address where it has none, as behind a router at home. */
+export const NAT = "nat";
+
+/** A box's address for the other nodes. */
+function address(value: string): string | undefined {
+  const wrong = value !== NAT && publicIp(value);
+  return wrong ? `${wrong}, or ${NAT} for a box that has no public address` : undefined;
+}
+
+/** A server is called by all others. */
+function server(value: string): string | undefined {
+  const expected = `a public address: only an agent can do without (${NAT})`;
+  return value.endsWith(`=${NAT}`) ? expected : destination(value);
+}
+
 /** Every setting: flags and the env file's keys come from here, what each is for and an example from env.example. */
 export const SETTINGS = {
-  SERVER: { value: "", shared: true, check: each(destination) },
+  SERVER: { value: "", shared: true, check: each(server) },
   AGENTS: { value: "", shared: true, check: each(destination) },
   HOST: { value: "", shared: true, check: each(destination) },
   HOST_KEY: { value: "", check: each(fingerprint) },
-  PUBLIC_IP: { value: "", shared: true, check: publicIp },
+  PUBLIC_IP: { value: "", shared: true, check: address },
   K3S_VERSION: { value: "v1.36.2+k3s1", shared: true, check: release },
   STEPS: { value: "", shared: true, check: each(release) },
   K3S_MIRRORS: {

@@ -577,6 +577,13 @@ export function standing(
   };
 }
 
+/** A node's address inside the tunnel, which flannel gives its WireGuard interface: the first of its pod network. */
+export const tunnelIpOf = ({ podCidr }: Pick<Node, "podCidr">): string | undefined => podCidr?.split("/")[0];
+
+/** A node without a public address: others reach it inside the tunnel alone, at an endpoint that may change. */
+export const isHome = (node: Node): boolean =>
+  node.externalIp === undefined && node.internalIp !== undefined && node.internalIp === tunnelIpOf(node);
+
 /** At which only that node can be. */
 export const addressesOf = ({ publicIp, externalIp }: Node): string[] =>
   [publicIp, externalIp].filter((ip) => ip !== undefined);
