@@ -40,12 +40,12 @@ keep() {
 	ip -n inet link add br0 type bridge
 	ip -n inet link set br0 up
 	for address in 80 81 82; do ip -n inet address add "203.0.113.$address/24" dev br0; done
-	ip -n inet route add 198.51.100.0/23 dev br0
+	ip -n inet route add 198.51.100.0/22 dev br0
 	[ "${1-}" != slow ] || slow_ports
 	wire op eth0 op
 	ip address add 203.0.113.254/24 dev eth0
 	ip link set eth0 up
-	ip route add 198.51.100.0/23 dev eth0
+	ip route add 198.51.100.0/22 dev eth0
 	cloud a 203.0.113.11
 	cloud b 203.0.113.12
 
@@ -95,14 +95,12 @@ line() {
 	fi
 }
 
-cloud() {
+# Between the internet and a LAN; its firewall on standard input.
+router() {
 	router=router-$1
 	ip netns add "$router"
 	ip -n "$router" link set lo up
 	wire "$router" wan "wan-$1"
-	ip -n "$router" address add "$2/24" dev wan
-	ip -n "$router" link set wan up
-	ip -n "$router" route add 198.51.100.0/23 dev wan
 	ip -n "$router" link add lan type bridge
 	ip -n "$router" address add 192.168.0.1/24 dev lan
 	ip -n "$router" link set lan up
@@ -112,7 +110,11 @@ cloud() {
 		# Frames within the lan must not pass the firewall; without br_netfilter they never do.
 		bridge=/proc/sys/net/bridge/bridge-nf-call-iptables
 		[ ! -e $bridge ] || echo 0 >$bridge
-		nft -f -' <<-'NFT'
+		nft -f -'
+}
+
+cloud() {
+	router "$1" <<-'NFT'
 			table ip nat {
 				map dnat4 { type ipv4_addr : ipv4_addr; }
 				map snat4 { type ipv4_addr : ipv4_addr; }
@@ -143,6 +145,61 @@ cloud() {
 				}
 			}
 		NFT
+	ip -n "router-$1" address add "$2/24" dev wan
+	ip -n "router-$1" link set wan up
+	ip -n "router-$1" route add 198.51.100.0/22 dev wan
+}
+
+# inside.sh home LAB DIR HOME ADDRESS SYMMETRIC: a router as people have it at home. Only what was asked for from inside
+# comes in, and ssh, for which each box has a port.
+home() {
+	router "$1" <<-'NFT'
+			table ip nat {
+				map ssh { type inet_service : ipv4_addr; }
+				chain prerouting {
+					type nat hook prerouting priority dstnat;
+					iifname "wan" dnat to tcp dport map @ssh : 22
+				}
+				chain ports { }
+				chain postrouting {
+					type nat hook postrouting priority srcnat;
+					oifname "wan" jump ports
+				}
+			}
+			table ip filter {
+				chain input {
+					type filter hook input priority filter;
+					iifname "wan" ct state new drop
+				}
+				chain forward {
+					type filter hook forward priority filter; policy drop;
+					tcp flags syn tcp option maxseg size set rt mtu
+					ct state established,related accept
+					ct status dnat accept
+					iifname "lan" accept
+				}
+			}
+		NFT
+	symmetric "$1" "$3"
+	dial "$1" "$2" 1500
+}
+
+# inside.sh symmetric LAB DIR HOME on|off: whether what a box sends to each peer gets a port of its own outside, or, as
+# far as it is free, the one that the box sends from.
+symmetric() {
+	random=
+	[ "$2" = off ] || random=random
+	ip netns exec "router-$1" nft "flush chain ip nat ports; add rule ip nat ports masquerade $random"
+}
+
+# inside.sh dial LAB DIR HOME ADDRESS MTU: a home gets its address from the provider. With the one before go its flows.
+dial() {
+	ip -n "router-$1" link set wan down
+	ip -n "router-$1" address flush dev wan
+	ip -n "router-$1" address add "$2/32" dev wan
+	ip -n "router-$1" link set wan mtu "$3" up
+	for network in 203.0.113.0/24 198.51.100.0/22; do ip -n "router-$1" route add "$network" dev wan; done
+	echo "$2" >"$dir/home-$1"
 }
 
 # Whether boxes of a cloud reach each other, and themselves, by public addresses.
@@ -153,23 +210,28 @@ hairpin() {
 }
 
 # Each start of a box gets a new network namespace, as a machine that boots has empty tables.
+# Outside, a box of a cloud is known by an address, and one at home by a port of its router.
 plug() {
-	box=$1 router=router-$2 private=$3 public=$4
+	box=$1 router=router-$2 private=$3 outside=$4
 	ip netns delete "$box" 2>/dev/null || :
 	ip -n "$router" link delete "$box" 2>/dev/null || :
 	ip netns add "$box"
 	ip -n "$box" link set lo up
 	# The card keeps its address over reboots, or the router would look for the old one.
-	n=${public#198.51.}
-	mac=$(printf '02:00:c6:33:%02x:%02x' "${n%.*}" "${n#*.}")
+	mac=$(printf '02:00:c6:33:%02x:%02x' "'$2" "${private##*.}")
 	ip -n "$router" link add "$box" type veth peer name eth0 netns "$box" address "$mac"
 	ip -n "$router" link set "$box" master lan up
 	ip -n "$box" address add "$private/24" dev eth0
 	ip -n "$box" link set eth0 up
 	ip -n "$box" route add default via 192.168.0.1
-	ip -n "$router" address replace "$public/32" dev wan
-	ip netns exec "$router" nft "add element ip nat dnat4 { $public : $private };
-		add element ip nat snat4 { $private : $public }"
+	case $outside in
+	*.*)
+		ip -n "$router" address replace "$outside/32" dev wan
+		ip netns exec "$router" nft "add element ip nat dnat4 { $outside : $private };
+			add element ip nat snat4 { $private : $outside }"
+		;;
+	*) ip netns exec "$router" nft "add element ip nat ssh { $outside : $private }" ;;
+	esac
 }
 
 # --- boxes ------------------------------------------------------------------------------------
@@ -298,7 +360,7 @@ meter() {
 	exec "$@"
 }
 
-# inside.sh run LAB DIR BOX CLOUD PRIVATE PUBLIC KIND [NSPAWN-OPTION...]: until the box is off.
+# inside.sh run LAB DIR BOX CLOUD PRIVATE OUTSIDE KIND [NSPAWN-OPTION...]: until the box is off.
 run() {
 	box=$1
 	# After a hard power-off the one before may still be clearing up.
@@ -352,19 +414,16 @@ off() {
 	while leader "$1" >/dev/null 2>&1; do sleep 0.05; done
 }
 
-# inside.sh await LAB DIR SECONDS ADDRESS...: until each answers on port 22.
+# inside.sh await LAB DIR SECONDS ADDRESS PORT: until it answers there.
 await() {
 	end=$(($(date +%s) + $1))
-	shift
-	for address; do
-		# shellcheck disable=SC2016
-		until timeout 0.3 bash -c ': </dev/tcp/$1/22' - "$address" 2>/dev/null; do
-			if [ "$(date +%s)" -ge "$end" ]; then
-				echo "No ssh at $address" >&2
-				return 1
-			fi
-			sleep 0.1
-		done
+	# shellcheck disable=SC2016
+	until timeout 0.3 bash -c ': </dev/tcp/$1/$2' - "$2" "$3" 2>/dev/null; do
+		if [ "$(date +%s)" -ge "$end" ]; then
+			echo "No ssh at $2:$3" >&2
+			return 1
+		fi
+		sleep 0.1
 	done
 }
 

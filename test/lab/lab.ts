@@ -8,9 +8,12 @@
  * A box's name says where it is: its letter the cloud, its number n the addresses 192.168.0.(10 + n)
  * and 198.51.(100 or 101).(10 + n). So a1 and b1 share a private address on purpose, and nothing can
  * work by accident. All addresses are from the documentation ranges, and no link leaves the namespaces.
+ *
+ * Boxes whose letter is h or i are at home, as h1 192.168.0.11: behind a router that masquerades, by
+ * 198.51.102.1 or 198.51.103.1, and lets nothing in but ssh, at its port 2200 + n.
  */
 import { createHash } from "node:crypto";
-import { existsSync, readdirSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { cp, mkdir, open, readdir, readFile, rm, rmdir, symlink, writeFile } from "node:fs/promises";
 import { request } from "node:http";
 import { dirname, join, relative } from "node:path";
@@ -24,6 +27,7 @@ import type { Fault } from "./mirror.ts";
 
 export type { Fault };
 export type Cloud = "a" | "b";
+export type Home = "h" | "i";
 
 export type LabSpec = {
   /** Short, of a-z, 0-9 and -; labs of different names run side by side. */
@@ -32,6 +36,8 @@ export type LabSpec = {
   boxes?: string[];
   /** The clouds in which boxes reach each other, and themselves, by public addresses. Default: b. */
   hairpin?: Cloud[];
+  /** The homes whose router takes another port for each peer. The others keep a box's own while it is free. Default: i. */
+  symmetric?: Home[];
   /** Boxes come with wireguard-tools. Default: they have to be installed, from the lab's mirror. */
   tools?: boolean;
   /** Its lines can be made slow: `line`. */
@@ -56,7 +62,8 @@ export type Run = {
 export type Box = {
   name: string;
   privateIp: string;
-  publicIp: string;
+  /** At home it is the router's, as it is now. */
+  readonly publicIp: string;
   /** Runs a sh script as root in the box, without ssh; answers its standard output, throws if it fails. */
   sh(script: string): Promise<string>;
   /** Pulls the plug: no process of the box gets to say goodbye. Its disk stays. */
@@ -101,9 +108,12 @@ export type Lab = {
   metered(command: string[], options?: Run): Promise<Metered>;
   /** CPU that a box has taken so far, in seconds. */
   cpuOf(box: string): Promise<number>;
-  /** Runs sh in a network namespace: op, inet, router-a, router-b or a box. */
+  /** Runs sh in a network namespace: op, inet, router-a, router-h and so on, or a box. */
   net(namespace: string, script: string): Promise<string>;
   hairpin(cloud: Cloud, on: boolean): Promise<void>;
+  symmetric(home: Home, on: boolean): Promise<void>;
+  /** A home's line comes up anew, with this address or MTU; what went through it before is cut. */
+  dial(home: Home, address: string, mtu?: number): Promise<void>;
   /** What the line of a cloud or of the operator adds to every round trip, in milliseconds, and the percentage of packets it loses. */
   line(of: Cloud | "op", ms: number, loss?: number): Promise<void>;
   mirror: Mirror;
@@ -187,6 +197,7 @@ export async function up(spec: LabSpec, say: (line: string) => void = () => {}):
 
   const lab = await handle(spec.name, dir, inside);
   for (const cloud of ["a", "b"] as const) await lab.hairpin(cloud, (spec.hairpin ?? ["b"]).includes(cloud));
+  for (const name of names) await openHome(dir, name);
   await Promise.all(names.map((name) => furnishBox(dir, name)));
   await acquaint(dir);
   await Promise.all(names.map((name) => start(dir, name)));
@@ -209,12 +220,14 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
     (await run`${[...inside, "sh", INSIDE, words[0] ?? "", name, dir, ...words.slice(1)]}`).stdout;
 
   const box = (name: string): Light => {
-    const { privateIp, publicIp } = place(name);
+    const { privateIp, port } = place(name);
     const answers = async (seconds = 60) => {
-      await shell("await", `${seconds}`, publicIp).catch(async (error: ProcessOutput) => {
-        const log = await readFile(join(dir, "boxes", name, "console.log"), "utf8");
-        throw new Error(`${name}: ${error.stderr.trim()}. Its console:\n${log.slice(-2000)}`);
-      });
+      await shell("await", `${seconds}`, publicIpOf(dir, name), `${port}`).catch(
+        async (error: ProcessOutput) => {
+          const log = await readFile(join(dir, "boxes", name, "console.log"), "utf8");
+          throw new Error(`${name}: ${error.stderr.trim()}. Its console:\n${log.slice(-2000)}`);
+        },
+      );
     };
     const off = async () => void (await shell("off", name));
     const on = async () => {
@@ -224,7 +237,9 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
     return {
       name,
       privateIp,
-      publicIp,
+      get publicIp() {
+        return publicIpOf(dir, name);
+      },
       answers,
       sh: (script) => shell("enter", name, script),
       off,
@@ -278,6 +293,7 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
     },
     box,
     add: async (name) => {
+      await openHome(dir, name);
       await furnishBox(dir, name);
       await acquaint(dir);
       await start(dir, name);
@@ -308,6 +324,11 @@ async function handle(name: string, dir: string, inside: string[]): Promise<Lab>
     net: async (namespace, script) =>
       (await run`${[...inside, "ip", "netns", "exec", namespace, "sh", "-euc", script]}`).stdout,
     hairpin: async (cloud, on) => void (await shell("hairpin", cloud, on ? "on" : "off")),
+    symmetric: async (home, on) => void (await shell("symmetric", home, on ? "on" : "off")),
+    dial: async (home, address, mtu = 1500) => {
+      await shell("dial", home, address, `${mtu}`);
+      await acquaint(dir);
+    },
     line: async (of, ms, loss = 0) => void (await shell("line", of, `${ms / 2}`, `${loss}`)),
     mirror: {
       dir: join(dir, "mirror"),
@@ -351,10 +372,34 @@ export const spread = (boxes: number) =>
   Array.from({ length: boxes }, (_, i) => `${i % 2 ? "b" : "a"}${Math.floor(i / 2) + 1}`);
 
 export function place(box: string) {
-  const [, cloud, digits] = /^([ab])([1-9]\d?)$/.exec(box) ?? [];
-  const n = Number(digits) + 10;
-  if (!cloud) throw new Error(`"${box}" is no name for a box: one is a letter, a or b, and a number`);
-  return { cloud, privateIp: `192.168.0.${n}`, publicIp: `198.51.${cloud === "a" ? 100 : 101}.${n}` };
+  const [, cloud = "", digits] = /^([abhi])([1-9]\d?)$/.exec(box) ?? [];
+  if (!cloud) throw new Error(`"${box}" is no name for a box: one is a letter, a, b, h or i, and a number`);
+  const n = Number(digits);
+  const home = "hi".includes(cloud);
+  return {
+    cloud,
+    home,
+    privateIp: `192.168.0.${n + 10}`,
+    /** At home, the router's first one. */
+    publicIp: `198.51.${100 + "abhi".indexOf(cloud)}.${home ? 1 : n + 10}`,
+    /** Of ssh. */
+    port: home ? 2200 + n : 22,
+  };
+}
+
+/** As it is now, unlike the one by its place. */
+function publicIpOf(dir: string, box: string) {
+  const { cloud, home, publicIp } = place(box);
+  return home ? readFileSync(join(dir, `home-${cloud}`), "utf8").trim() : publicIp;
+}
+
+/** The router of the first box at that home. */
+async function openHome(dir: string, box: string) {
+  const { cloud, home, publicIp } = place(box);
+  if (!home || existsSync(join(dir, `home-${cloud}`))) return;
+  const { name, symmetric = ["i"] } = await specOf(dir);
+  const words = [name, dir, cloud, publicIp, symmetric.includes(cloud as Home) ? "on" : "off"];
+  await run`${[...((await entrance(dir)) ?? []), "sh", INSIDE, "home", ...words]}`;
 }
 
 async function requirements(needs: Record<string, string>, say: (line: string) => void) {
@@ -402,11 +447,12 @@ export async function acquaint(dir: string) {
   let config = "";
   let known = "";
   for (const name of boxNames(dir)) {
-    const { publicIp } = place(name);
+    const publicIp = publicIpOf(dir, name);
+    const { port } = place(name);
     const key = await readFile(join(dir, "boxes", name, "host-key.pub"), "utf8");
     hosts += `${publicIp} ${name}\n`;
-    config += `Host ${name}\n  HostName ${publicIp}\n  User root\n`;
-    known += `${name},${publicIp} ${key}`;
+    config += `Host ${name}\n  HostName ${publicIp}\n  User root\n${port === 22 ? "" : `  Port ${port}\n`}`;
+    known += `${name},${port === 22 ? publicIp : `[${publicIp}]:${port}`} ${key}`;
   }
   // In place: hosts is mounted, and a new file would not be.
   await writeFile(join(dir, "etc/hosts"), hosts);
@@ -454,9 +500,10 @@ async function furnishBox(dir: string, name: string) {
 }
 
 async function start(dir: string, name: string) {
-  const { cloud, privateIp, publicIp } = place(name);
+  const { cloud, home, privateIp, publicIp, port } = place(name);
   const { name: lab, k3sBin } = await specOf(dir);
-  const words = ["sh", INSIDE, "run", lab, dir, name, cloud, privateIp, publicIp, kindOf(k3sBin)];
+  const outside = home ? `${port}` : publicIp;
+  const words = ["sh", INSIDE, "run", lab, dir, name, cloud, privateIp, outside, kindOf(k3sBin)];
   const binds = [`--bind-ro=${dir}/stand-in:${STAND_IN}`];
   // The overlays of containers do not stack on the box's own.
   if (k3sBin)

@@ -9,7 +9,7 @@ import { parse } from "dotenv";
 import { quote } from "../../lib/sh.ts";
 import { fileOf } from "../helpers.ts";
 import { standIn } from "../stand-in/pack.ts";
-import { type Box, type Cloud, down, type Lab, type LabSpec, type Run, up } from "./lab.ts";
+import { type Box, type Cloud, down, type Home, type Lab, type LabSpec, type Run, up } from "./lab.ts";
 
 export const OLD = "v1.17.6+k3s1";
 export const MODERN = "v1.36.2+k3s1";
@@ -240,7 +240,7 @@ pids=$(ps -e -o pid=,comm=,cgroup= | awk -v not=" $main $$ $PPID " \\
 kill -9 $pids 2>/dev/null || : # some may have ended by themselves`);
 
 /** A rule in front of what a cloud's router passes on, until the function that is answered is called. */
-export async function routerRule(lab: Lab, cloud: Cloud, chain: "forward" | "ports", rule: string) {
+export async function routerRule(lab: Lab, cloud: Cloud | Home, chain: "forward" | "ports", rule: string) {
   const router = `router-${cloud}`;
   const said = await lab.net(router, `nft -e -a 'insert rule ip filter ${chain} ${rule}'`);
   const handle = /# handle (\d+)/.exec(said)?.[1];
