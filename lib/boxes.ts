@@ -9,7 +9,7 @@ import type { Box, Run } from "./script.ts";
 import { NAMES, type Origins, SettingError, type Settings } from "./settings.ts";
 import { addressOf, open } from "./shell.ts";
 import type { Want } from "./step.ts";
-import { publicIp, SETTINGS, type SettingName } from "./table.ts";
+import { NAT, publicIp, SETTINGS, type SettingName } from "./table.ts";
 import { nameOf, splitWords } from "./text.ts";
 
 const addressesIn = (text: string): string[] => text.match(/\d+(\.\d+){3}/g) ?? [];
@@ -34,6 +34,9 @@ export function unnamed(settings: Settings, origins: Origins, envFile: string): 
   const copy = existsSync(envFile) ? "" : `cp env.example ${shown(envFile)}, and `;
   return `No servers are named yet: ${copy}say which in SERVER and AGENTS; or try make rehearse. On the box itself: PUBLIC_IP=…, its address for other clouds`;
 }
+
+/** Boxes may not share one. */
+const isAddress = (ip: string): boolean => ip !== "" && ip !== NAT;
 
 /** A box's destination, address and name. */
 type Place = Pick<Box, "host" | "ip" | "word" | "name">;
@@ -80,15 +83,19 @@ export async function boxes(run: Run, setting: "HOST" | "SERVER" | "AGENTS"): Pr
       if (right && late) return late;
       if (right)
         throw new SettingError(
-          `${host} (${origins[setting]}) resolves to ${ip}: expected ${right}; write ${host}=PUBLIC_IP`,
+          `${host} (${origins[setting]}) resolves to ${ip}: expected ${right}; write ${host}=PUBLIC_IP, or ${host}=${NAT} if it has none`,
         );
       return { host, ip, word, name };
     }),
   );
+  if (setting === "SERVER" && found.some(({ ip }) => ip === NAT))
+    throw new SettingError(
+      `PUBLIC_IP (${origins.PUBLIC_IP}): expected the server's public address, not ${NAT}: all nodes call it there`,
+    );
   for (const [i, box] of found.entries()) {
     const twin = found
       .slice(0, i)
-      .find((other) => other.host === box.host || (box.ip && other.ip === box.ip));
+      .find((other) => other.host === box.host || (isAddress(box.ip) && other.ip === box.ip));
     if (twin)
       throw new SettingError(
         `${setting} (${origins[setting]}): expected each box once, but ${twin.host} and ${box.host} are the same`,
@@ -117,7 +124,9 @@ async function ownAddresses(run: Run, setting: string, found: readonly Place[]):
     others.push({ name: hostname(), ip: settings.PUBLIC_IP });
   const elsewhere = setting === "SERVER" ? [] : (script.elsewhere?.(settings) ?? []);
   for (const box of found) {
-    const other = [...others, ...elsewhere].find(({ name, ip }) => name !== box.name && ip && ip === box.ip);
+    const other = [...others, ...elsewhere].find(
+      ({ name, ip }) => name !== box.name && isAddress(ip) && ip === box.ip,
+    );
     // A box may have two names, unless its address is given.
     const said = box.word.includes("=") || (box.host && settings.PUBLIC_IP);
     if (!other) continue;

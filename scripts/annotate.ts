@@ -1,10 +1,14 @@
 #!/usr/bin/env -S node --import tsx
-/** Step 6 of 7: every peer reaches this node at its public address. Old k3s needs an annotation and a restart. */
+/**
+ * Step 6 of 7: every peer reaches this node at its public address. Old k3s needs an annotation and a restart. A node
+ * without a public address is reached at the address it sends from, so it has to send.
+ */
 import { causes } from "../lib/check/causes.ts";
-import { nodeNameOf } from "../lib/k3s/identity.ts";
+import { nodeNameOf, nodesAt, whoIs } from "../lib/k3s/identity.ts";
 import {
   addressesOf,
   clusterLook,
+  isHome,
   KUBECTL,
   type Node,
   nodesOf,
@@ -25,13 +29,17 @@ import {
   binaryLook,
   type Generation,
   interfaceOf,
+  KEEPALIVE,
   nameLook,
   type Role,
   releaseOf,
   unitOf,
+  unitWord,
+  WRITTEN_BY,
 } from "../lib/k3s/unit.ts";
-import { raw, sh, waitUntil } from "../lib/sh.ts";
-import { type Change, type Facts, Refusal, step } from "../lib/step.ts";
+import { raw, sh, waitUntil, writeFile } from "../lib/sh.ts";
+import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
+import { NAT } from "../lib/table.ts";
 
 const OVERWRITE = "flannel.alpha.coreos.com/public-ip-overwrite";
 
@@ -41,7 +49,7 @@ export const annotateAs = (role?: Role) =>
     name: "annotate",
     options: ["PUBLIC_IP"],
 
-    look: () => [...(role ? [] : ["others=whole"]), binaryLook, nameLook, ...clusterLook],
+    look: () => [...(role ? [] : ["others=whole"]), binaryLook, nameLook, ...clusterLook, keepaliveLook],
 
     plan(want, facts) {
       const [server = "", agent = ""] = (facts.processes ?? "").split("\n\n");
@@ -65,8 +73,10 @@ export const annotateAs = (role?: Role) =>
         );
 
       const ip = want.PUBLIC_IP;
+      const home = ip === NAT;
+      const kept = keptAlive(home && keepaliveText(interfaceOf(generation)), facts);
       const shaken = handshakes(facts, generation, name, as, started);
-      if (generation === "old" && (node?.publicIp !== ip || node.overwrite !== ip))
+      if (generation === "old" && !home && (node?.publicIp !== ip || node.overwrite !== ip))
         return [
           {
             why: `annotate node ${name}: public-ip-overwrite ${node?.overwrite ?? "unset"} -> ${ip}`,
@@ -78,8 +88,9 @@ kc annotate --overwrite node ${name} ${OVERWRITE}=${ip}`,
           ...shaken,
         ];
       if (!node) return [];
-      if (node.publicIp !== ip)
+      if (!home && node.publicIp !== ip)
         return [
+          ...kept,
           {
             why: `wait until flannel's public-ip of ${name} is ${ip}, not ${node.publicIp ?? "unset"}`,
             sh: `${WATCH}\n${waitUntil(
@@ -91,9 +102,58 @@ kc annotate --overwrite node ${name} ${OVERWRITE}=${ip}`,
           },
           ...shaken,
         ];
-      return shaken;
+      return [...kept, ...shaken];
     },
   });
+
+/**
+ * A unit that sends each node a datagram every three seconds. When a node has lost its WireGuard session, as by a restart
+ * of k3s, or its NAT the mapping, only data that get no answer make this side shake hands anew, after 15 s: flannel's
+ * keepalives do not, and it took 114 s without (v1.36.3). bash sends without starting a program.
+ */
+const keepaliveText = (name: string): string => `${WRITTEN_BY}
+[Unit]
+Description=Traffic to the other nodes, by which they know where this one is
+After=k3s-agent.service
+
+[Service]
+ExecStart=/bin/bash -c ${unitWord(
+  `'while sleep 3; do wg show ${name} allowed-ips | while read -r key net more; do echo >"/dev/udp/\${net%%/*}/9"; done; done 2>/dev/null'`,
+)}
+Restart=always
+
+[Install]
+WantedBy=multi-user.target
+`;
+
+/** The fact `keepalive`: the unit, and below it its state. */
+const keepaliveLook = prints("keepalive")(sh`fact keepalive; if [ -e ${KEEPALIVE} ]; then
+  cat ${KEEPALIVE}; shown "$(show k3s-keepalive)" ActiveState
+fi`);
+
+/** The change that has the unit run with this text, or removes it. */
+function keptAlive(text: string | false, facts: Facts<"keepalive">): Change[] {
+  const had = facts.keepalive?.trim() ?? "";
+  if (had === (text ? `${text}active` : "")) return [];
+  if (!text)
+    return [
+      {
+        why: `remove ${KEEPALIVE}: this node has a public address`,
+        sh: sh`systemctl disable --now k3s-keepalive >/dev/null 2>&1 || :
+rm -f ${KEEPALIVE}
+systemctl daemon-reload`,
+      },
+    ];
+  return [
+    {
+      why: `write ${KEEPALIVE} and start it: this node sends to the others, which know no address of it`,
+      sh: sh`${raw(writeFile(KEEPALIVE, text))}
+systemctl daemon-reload
+systemctl enable k3s-keepalive >/dev/null 2>&1
+systemctl restart k3s-keepalive`,
+    },
+  ];
+}
 
 /**
  * A node that was created less than this many seconds ago is still joining: it waits for handshakes only with nodes
@@ -133,7 +193,7 @@ function handshakes(
     wg show ${interfaceOf(generation)} dump | awk -v c="$c" -v own="$own" -v others=" $others " -v oldest="$oldest" '
   ${raw(STANDS)}' || echo "$name"
   done <<'EOF'
-${raw(missing.map(({ node, others }) => [node.name, node.podCidr, node.publicIp, ...others].join(" ")).join("\n"))}
+${raw(missing.map(({ node, others }) => [node.name, node.podCidr, isHome(node) ? "any" : node.publicIp, ...others].join(" ")).join("\n"))}
 EOF
 }
 ${raw(
@@ -149,7 +209,8 @@ ${raw(
 }
 
 /**
- * The expected peers of a node: every other node that is Ready and whose flannel address is its public one. A node that
+ * The expected peers of a node: every other node that is Ready and whose flannel address is its public one, and for nodes
+ * with a public address those without. A node that
  * is down or still joining is checked by its own run, as is the later one of two that join at the same time. A node of
  * the other generation is not a peer until it is upgraded too. `now` is in seconds since 1970.
  */
@@ -170,8 +231,7 @@ export function expected(
       (n.backend ?? backend) === (backend ?? n.backend) &&
       n.ready &&
       n.podCidr &&
-      n.publicIp &&
-      n.publicIp === n.externalIp &&
+      (isHome(n) ? !own || !isHome(own) : n.publicIp && n.publicIp === n.externalIp) &&
       !later(n),
   );
 }
@@ -185,7 +245,7 @@ await main(import.meta, {
   nothing: (want, facts) => {
     const fresh = peersOf(facts.peers).filter((p) => p.allowedIps.length);
     const { generation = "modern" } = releaseOf({ ...want, K3S_VERSION: facts.version?.trim() ?? "" }, facts);
-    const own = nodesOf(facts.nodes).find(({ externalIp }) => externalIp === want.PUBLIC_IP);
+    const [own] = nodesAt(nodesOf(facts.nodes), whoIs(want.PUBLIC_IP, facts));
     const notes = peersIn(facts, generation, own?.name ?? "", 0).flatMap(({ node, note }) =>
       note ? [`; ${node.name} sends from ${note}`] : [],
     );

@@ -116,7 +116,7 @@ describe("the unit", () => {
   for (const { generation } of RELEASES)
     for (const role of ROLES) {
       const unit = (want: Settings, onCard: boolean, mode = "iptables") =>
-        unitText(role, generation, argsOf(role, generation, want, mode, "a1"), onCard, IP);
+        unitText(role, generation, argsOf(role, generation, want, mode, "a1"), onCard ? undefined : IP);
 
       test(`of the ${generation} ${role} is the one in the fixtures`, () =>
         assert.equal(unit(wanted(), false, "ipvs"), fixture(`${unitOf(role)}-${generation}.service`)));
@@ -151,7 +151,7 @@ describe("the unit", () => {
 
   test("loads ip_vs only for ipvs", () => {
     const unit = (mode: string) =>
-      unitText("agent", "old", argsOf("agent", "old", wanted(), mode, "a1"), true, IP);
+      unitText("agent", "old", argsOf("agent", "old", wanted(), mode, "a1"), undefined);
     assert.match(unit("ipvs"), /modprobe -a ip_vs/);
     assert.doesNotMatch(unit("iptables"), /ip_vs/);
   });
@@ -557,8 +557,8 @@ describe("a list of nodes that was reduced on the box", () => {
   const lines = (json: string) =>
     nodesOf(json)
       .map(
-        ({ name, ready, cordoned, boot, version, heartbeat, externalIp, publicIp }) =>
-          `${name} ${ready ? "Ready" : "NotReady"}${cordoned ? ",SchedulingDisabled" : ""} boot=${boot ?? "-"} version=${version || "-"} beat=${heartbeat ? new Date(heartbeat * 1000).toISOString().replace(".000", "") : "-"} external-ip=${externalIp ?? "-"} public-ip=${publicIp ?? "-"} .\n`,
+        ({ name, ready, cordoned, boot, version, heartbeat, internalIp, externalIp, publicIp }) =>
+          `${name} ${ready ? "Ready" : "NotReady"}${cordoned ? ",SchedulingDisabled" : ""} boot=${boot ?? "-"} version=${version || "-"} beat=${heartbeat ? new Date(heartbeat * 1000).toISOString().replace(".000", "") : "-"} internal-ip=${internalIp ?? "-"} external-ip=${externalIp ?? "-"} public-ip=${publicIp ?? "-"} .\n`,
       )
       .join("");
   test("is parsed by the shell code that waits like by nodesOf, whatever its strings contain", () => {

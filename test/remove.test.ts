@@ -24,7 +24,7 @@ describe("make remove on a box", () => {
       "remove k3s's units, binary and data, with 2 local volumes of pods",
     ]);
     const files = changes[1]?.sh ?? "";
-    assert.ok(files.indexOf("rm -rf") < files.indexOf("rm -f /etc/systemd/system/k3s.service"));
+    assert.ok(files.indexOf("rm -rf") < files.indexOf("rm -f /etc/systemd/system/k3s-keepalive.service"));
   });
 
   test("removes the firewall's rules before the files, if there are any", () => {

@@ -3,7 +3,7 @@
 import { SettingError, type Settings } from "../settings.ts";
 import { raw, sh, waitUntil } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, type Step } from "../step.ts";
-import { type Match, nodeNameOf, nodeOf, nodesAt, RESTARTING, type Who, whoIs } from "./identity.ts";
+import { type Match, nodeNameOf, nodeOf, nodesAt, place, RESTARTING, type Who, whoIs } from "./identity.ts";
 import { API, clusterLook, DRAINED, NODES, type Node, nodesOf, WATCH } from "./nodes.ts";
 import { K3S, nameLook, shownLook } from "./unit.ts";
 
@@ -148,11 +148,12 @@ function here(want: Settings, facts: Facts<"nodes" | "roles">) {
       "PUBLIC_IP is not set, and this box is set up as a node: expected the address at which other clouds reach it, by which the node to drain is found",
     );
   const nodes = nodesOf(facts.nodes);
+  const box = whoIs(want.PUBLIC_IP, facts);
   return {
     isServer: facts.roles?.split("\n")[0] === "k3s",
     known: nodes.length > 0,
-    box: whoIs(want.PUBLIC_IP, facts),
-    node: nodesAt(nodes, want.PUBLIC_IP)[0],
+    box,
+    node: nodesAt(nodes, box)[0],
   };
 }
 
@@ -178,7 +179,7 @@ nodes ${name} | grep -qF ' Ready ' || exit 0
   if (want.SERVER)
     return [
       {
-        why: `drain the node at ${box.ip}, if the server has it, for ${PATIENCE} s at most`,
+        why: `drain the node ${place(box)}, if the server has it, for ${PATIENCE} s at most`,
         sh: "",
         onServer: drainedOn(box, false),
         ...how,

@@ -4,6 +4,7 @@ import { parseArgs, secretIn } from "../args.ts";
 import type { Settings } from "../settings.ts";
 import { sh } from "../sh.ts";
 import { type Facts, prints, Refusal, type Step, type Want } from "../step.ts";
+import { NAT } from "../table.ts";
 import { splitWords } from "../text.ts";
 import { caIn, caSed } from "../token.ts";
 import { type Node, nodesOf } from "./nodes.ts";
@@ -25,14 +26,18 @@ import {
 /** The identity of a box: its address in the settings, and what it reports; a box that is gone reports nothing. */
 export interface Who {
   ip: string;
+  /** The name that takes the place of an address for a box without a public one. */
+  name?: string;
   boot?: string;
   machine?: string;
   /** Seconds since its start. */
   uptime?: number;
 }
 
-export const whoIs = (ip: string, facts: Facts = {}): Who => ({
+/** @param name for a box that does not answer. */
+export const whoIs = (ip: string, facts: Facts<"named"> = {}, name = ""): Who => ({
   ip,
+  name: ownName("", facts) || name.toLowerCase(),
   boot: facts.boot?.trim() ?? "",
   machine: facts.machine?.trim() ?? "",
   uptime: Number(facts.uptime),
@@ -50,9 +55,20 @@ export interface Match {
   is: "same" | "restarted" | "anew";
 }
 
-/** The nodes with an address. */
-export const nodesAt = (nodes: readonly Node[], ip: string): Node[] =>
-  nodes.filter((node) => node.externalIp === ip || node.internalIp === ip);
+/** The name of a box's node by its role's arguments, else by its unit, else by its host name. */
+const ownName = (args: string, facts: Facts<"named">): string =>
+  nodeNameIn(args) ??
+  /^\S+/.exec(facts.named?.trim() ?? "")?.[0] ??
+  (facts.hostname?.trim() ?? "").toLowerCase();
+
+/** The nodes at a box's address; the one of its name if it has no public address. */
+export const nodesAt = (nodes: readonly Node[], { ip, name }: Pick<Who, "ip" | "name">): Node[] =>
+  nodes.filter((node) =>
+    ip === NAT ? node.name === name : node.externalIp === ip || node.internalIp === ip,
+  );
+
+/** Where a box is, in a message. */
+export const place = ({ ip, name }: Who): string => (ip === NAT ? `named ${name}` : `at ${ip}`);
 
 /**
  * The node of a box. Machine ids prove nothing (copies of an image share one), nor do boot ids (an agent may write its
@@ -62,8 +78,9 @@ export const nodesAt = (nodes: readonly Node[], ip: string): Node[] =>
  * @returns undefined when the cluster knows neither the address nor the box.
  * @throws {Refusal} when they do not agree.
  */
-export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }: Who): Match | undefined {
-  const at = nodesAt(nodes, ip);
+export function nodeOf(nodes: readonly Node[], who: Who): Match | undefined {
+  const { ip, boot, machine, uptime = 0 } = who;
+  const at = nodesAt(nodes, who);
   const [node, other] = at;
   if (other)
     throw new Refusal(
@@ -74,7 +91,9 @@ export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }
   const twin = boot && !sure ? nodes.find((n) => n.boot === boot && n !== node) : undefined;
   if (twin)
     throw new Refusal(
-      `The address ${ip} is not this box's in the cluster: its boot id is that of node ${twin.name}, at ${twin.externalIp ?? twin.internalIp ?? "no address"}. Is ${ip} the address of another box?`,
+      ip === NAT
+        ? `This box is named ${who.name}, and its boot id is that of node ${twin.name}: is it this box under another name? Then make remove HOST=… first`
+        : `The address ${ip} is not this box's in the cluster: its boot id is that of node ${twin.name}, at ${twin.externalIp ?? twin.internalIp ?? "no address"}. Is ${ip} the address of another box?`,
     );
   if (!node) return undefined;
   if (!boot || node.boot === boot) return { node, is: "same" };
@@ -82,7 +101,7 @@ export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }
   if (!node.ready) return { node, is: restarted ? "restarted" : "anew" };
   if (restarted && uptime < RESTARTING) return { node, is: "restarted" };
   throw new Refusal(
-    `Node ${node.name}, at ${ip}, is Ready, and is another box than this one: it has the boot id ${node.boot ?? "none"}, this box ${boot}`,
+    `Node ${node.name}, ${place(who)}, is Ready, and is another box than this one: it has the boot id ${node.boot ?? "none"}, this box ${boot}`,
   );
 }
 
@@ -93,15 +112,17 @@ export function nodeOf(nodes: readonly Node[], { ip, boot, machine, uptime = 0 }
  * @throws {Refusal} when the address belongs to another box.
  */
 function addressFree(nodes: readonly Node[], who: Who): void {
-  const at = nodesAt(nodes, who.ip);
+  const at = nodesAt(nodes, who);
   const own = at.filter((n) => n.machine === who.machine);
   const node = (own.length ? own : at).find(({ ready }) => ready);
   if (node) nodeOf([node], who);
 }
 
 /** Nodes at a box's address that are of this machine. */
-const ownIn = (nodes: readonly Node[], { ip, boot, machine }: Who) =>
-  nodesAt(nodes, ip).filter((n) => (n.boot && n.boot === boot) || (n.machine && n.machine === machine));
+const ownIn = (nodes: readonly Node[], who: Who) =>
+  nodesAt(nodes, who).filter(
+    (n) => (n.boot && n.boot === who.boot) || (n.machine && n.machine === who.machine),
+  );
 
 /**
  * The name under which k3s registers a box: `--node-name` of the settings or of the box's unit; else the name of its
@@ -118,12 +139,9 @@ export function nodeNameOf(
   const own = ownIn(nodes, whoIs(want.PUBLIC_IP, facts));
   // It may have joined again under another name, before its unit had one.
   const [node, more] = own.length > 1 ? own.filter(({ ready }) => ready) : own;
-  const [pinned] = /^\S+/.exec(facts.named?.trim() ?? "") ?? [];
-  const name =
-    nodeNameIn(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS) ??
-    pinned ??
-    (more ? undefined : node?.name) ??
-    (facts.hostname?.trim() ?? "").toLowerCase();
+  const args = role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS;
+  const told = facts.named?.trim() || nodeNameIn(args);
+  const name = (!told && !more && node?.name) || ownName(args, facts);
   if (!NAME.test(name))
     throw new Refusal(`"${name}" is not a valid node name: rename the box (hostnamectl set-hostname …)`);
   return name;

@@ -121,7 +121,7 @@ s/("lastTransitionTime":"[^"\\]*"),"reason":"[^"\\]*","message":"[^"\\]*"\}/\1}/
 
 /**
  * The shell function `nodes [NAME]`, for what waits for a node: a line a node, with the status in kubectl's words, as
- * `b1 Ready,SchedulingDisabled boot=… version=… beat=… external-ip=… public-ip=… .`. What a node may not have said is `-`, and no value has a
+ * `b1 Ready,SchedulingDisabled boot=… version=… beat=… internal-ip=… external-ip=… public-ip=… .`. What a node may not have said is `-`, and no value has a
  * blank. A node ends with the next one's metadata; what stands last counts, since labels stand before conditions.
  */
 export const NODES = sh`${raw(API)}
@@ -133,11 +133,12 @@ words() {
       return value
     }
     function ends() {
-      if (name) print name, (ready == "True" ? "Ready" : "NotReady") cordoned, "boot=" boot, "version=" version, "beat=" beat, "external-ip=" external, "public-ip=" flannel, "."
+      if (name) print name, (ready == "True" ? "Ready" : "NotReady") cordoned, "boot=" boot, "version=" version, "beat=" beat, "internal-ip=" internal, "external-ip=" external, "public-ip=" flannel, "."
     }
-    /"metadata":."name":/ { ends(); name = of("name"); boot = version = beat = external = flannel = "-"; ready = cordoned = "" }
+    /"metadata":."name":/ { ends(); name = of("name"); boot = version = beat = internal = external = flannel = "-"; ready = cordoned = "" }
     { boot = of("bootID", boot); version = of("kubeletVersion", version); flannel = of("flannel.alpha.coreos.com/public-ip", flannel) }
     of("type") == "Ready" { ready = of("status"); beat = of("lastHeartbeatTime") }
+    of("type") == "InternalIP" && internal == "-" { internal = of("address") }
     of("type") == "ExternalIP" && external == "-" { external = of("address") }
     /"unschedulable":true/ { cordoned = ",SchedulingDisabled" }
     END { ends() }'
@@ -216,9 +217,10 @@ whole { print; next }
   if ($0 == "") next
   external = text("\"type\":\"ExternalIP\",\"address\":")
   cidr = text("\"spec\":{\"podCIDR\":")
+  home = external == "" && text("\"type\":\"InternalIP\",\"address\":") "/" == substr(cidr, 1, index(cidr, "/"))
   proven = joining
-  if (cidr in by && at[cidr] == external && shaken[cidr] > oldest &&
-      external == text("\"flannel.alpha.coreos.com/public-ip\":")) proven = 1
+  if (cidr in by && shaken[cidr] > oldest &&
+      (home || at[cidr] == external && external == text("\"flannel.alpha.coreos.com/public-ip\":"))) proven = 1
   if (!proven) unproven++
   if (!proven || (ip && index($0, "\"" ip "\"")) || /"node-role.kubernetes.io\/(control-plane|master)":/) { add($0); next }
   if (cidr in by) done[by[cidr]]
@@ -561,11 +563,13 @@ export const peerOf = (peers: readonly Peer[], podCidr = "-"): Peer | undefined 
  */
 export function standing(
   peer: Peer | undefined,
-  of: Pick<Node, "name" | "publicIp" | "externalIp">,
+  of: Node,
   nodes: readonly Node[],
   proves: number,
 ): { fresh: boolean; note?: string; wrong?: string } {
   if (!peer || peer.handshake <= proves) return { fresh: false };
+  // Its router may have any address, which it may share with another node.
+  if (isHome(of)) return { fresh: true };
   const at = peer.endpoint.replace(/:\d+$/, "");
   if (at === of.publicIp || at === of.externalIp) return { fresh: true };
   const other = nodes.find((node) => node.name !== of.name && addressesOf(node).includes(at));
@@ -589,12 +593,12 @@ export const addressesOf = ({ publicIp, externalIp }: Node): string[] =>
   [publicIp, externalIp].filter((ip) => ip !== undefined);
 
 /**
- * The same as an awk condition on a line of `wg show IF dump`; its variable `own` is the node's address, `others` those
- * of the other nodes between blanks.
+ * The same as an awk condition on a line of `wg show IF dump`; its variable `own` is the node's address or "any", `others`
+ * those of the other nodes between blanks.
  */
 export const STANDS = `{ at = $3; sub(/:[0-9]+$/, "", at) }
   NR > 1 && index("," $4 ",", "," c ",") && $5 > oldest {
-    found = at == own || (at ~ /^[0-9.]+$/ && at !~ /${PRIVATE_RANGES}/ && !index(others, " " at " "))
+    found = at == own || own == "any" || (at ~ /^[0-9.]+$/ && at !~ /${PRIVATE_RANGES}/ && !index(others, " " at " "))
   }
   END { exit !found }`;
 

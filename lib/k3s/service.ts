@@ -3,14 +3,14 @@
 import type { Settings } from "../settings.ts";
 import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, step } from "../step.ts";
-import type { SettingName } from "../table.ts";
+import { NAT, publicIp, type SettingName } from "../table.ts";
 import { filledEnv, parseKeyValues, quoted, rewrite, SECRET, sha256 } from "../text.ts";
 import { asNode, CURL_SED, passwordOf } from "../token.ts";
 import { CLEAR } from "./cleanup.ts";
 import { filesLook, filesPlan, labelsPlan } from "./config.ts";
 import { nodeNameOf } from "./identity.ts";
 import { HOPELESS } from "./journal.ts";
-import { clusterLook, nodesOf, oldestSh, silence, WATCH } from "./nodes.ts";
+import { clusterLook, isHome, nodesOf, oldestSh, silence, tunnelIpOf, WATCH } from "./nodes.ts";
 import { foldersLook, writable } from "./packages.ts";
 import {
   argsOf,
@@ -86,6 +86,18 @@ export function onCard(ip: string, facts: Facts): boolean {
     .some(([, device, , address]) => device !== "lo" && address?.split("/")[0] === ip);
 }
 
+/**
+ * The address inside the tunnel of a box without a public one: by its node's pod network, or as its unit has it while
+ * the cluster says nothing; undefined before it has joined.
+ */
+function tunnelIpIn(want: Settings, facts: Facts<"nodes" | "unit">, name: string): string | undefined {
+  if (want.PUBLIC_IP !== NAT) return undefined;
+  const node = nodesOf(facts.nodes).find((n) => n.name === name);
+  if (node) return tunnelIpOf(node);
+  const [, had] = /--node-ip=(\S+)/.exec(facts.unit ?? "") ?? [];
+  return had && publicIp(had) ? had : undefined;
+}
+
 /** Without ip_vs in the kernel kube-proxy falls back to iptables (v1.17.6, recorded). */
 const lacksIpvs = (want: Settings, facts: Facts<"ipvs">): boolean =>
   want.PROXY_MODE === "ipvs" && !facts.ipvs?.trim();
@@ -112,7 +124,13 @@ export function healthProblems(
     node.ready ? "" : `node ${name} is not Ready`,
     // A node stays Ready for 40 s after its kubelet has died: the heartbeat must be later than this start.
     node.heartbeat >= Math.floor(started) - 1 ? "" : `node ${name} has not reported since its last start`,
-    node.externalIp === ip ? "" : `ExternalIP of ${name} is ${node.externalIp ?? "not set"}, not ${ip}`,
+    ip === NAT
+      ? isHome(node)
+        ? ""
+        : `InternalIP of ${name} is ${node.internalIp ?? "not set"}, not ${tunnelIpOf(node) ?? "inside the tunnel"}`
+      : node.externalIp === ip
+        ? ""
+        : `ExternalIP of ${name} is ${node.externalIp ?? "not set"}, not ${ip}`,
     (facts.interfaces ?? "").split("\n").includes(interfaceOf(generation))
       ? ""
       : `no ${interfaceOf(generation)} yet`,
@@ -158,8 +176,10 @@ export function servicePlan(
   const unit = unitOf(role);
   const noIpvs = lacksIpvs(want, facts);
   const mode = noIpvs ? "iptables" : want.PROXY_MODE;
-  const args = argsOf(role, generation, want, mode, name, cgroupArgs(role, version, want, facts));
-  const text = unitText(role, generation, args, onCard(want.PUBLIC_IP, facts), want.PUBLIC_IP);
+  const tunnelIp = tunnelIpIn(want, facts, name);
+  const args = argsOf(role, generation, want, mode, name, cgroupArgs(role, version, want, facts), tunnelIp);
+  const absent = want.PUBLIC_IP !== NAT && !onCard(want.PUBLIC_IP, facts) && want.PUBLIC_IP;
+  const text = unitText(role, generation, args, tunnelIp ?? (absent || undefined));
   const { changes: files, gone } = filesPlan(generation, version, want, facts);
   const changes: Change[] = [...before, ...labelsPlan(role, name, args, facts), ...files];
   if (facts.envfile?.trim() !== `600\n${sha256(filledEnv(env, want))}`) {
@@ -203,20 +223,29 @@ ${raw(writeFile(unitPath(role), text))}`,
   const due =
     changes.length + gone.length > 0 || down || stale || border || newBinary || NeedDaemonReload === "yes";
   const other = nodesOf(facts.nodes).find((node) => node.name === name)?.externalIp;
+  if (other && want.PUBLIC_IP === NAT)
+    throw new Refusal(
+      `Node ${name} has the public address ${other}, which k3s keeps until the node is deleted: make remove HOST=${want.HOST || "…"} first`,
+    );
   if (!due && other && other !== want.PUBLIC_IP && Number(facts.now) - started > SETTLES)
     throw new Refusal(
       `Node ${name} has the public address ${other}, this box ${want.PUBLIC_IP}: another box has the same name`,
     );
   if (due)
     changes.push(
-      restart(role, generation, name, want, { verb: down ? "start" : "restart", gone, clear: border }),
+      restart(role, generation, name, want, {
+        verb: down ? "start" : "restart",
+        gone,
+        clear: border,
+        tunnelIp,
+      }),
     );
   else if (problems.length)
     changes.push({
       why: `wait until node ${name} is healthy: ${problems.join(", ")}`,
       // Of this start, as healthProblems() counts it: a heartbeat of the process before proves nothing.
       sh: sh`unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=${Math.floor(started) + 1}; stand=0
-${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0))}`,
+${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0, tunnelIp))}`,
       seconds: WAIT + 60,
       ...(silence(facts) ? { unknown: silence(facts) as string } : {}),
     });
@@ -242,9 +271,12 @@ export function restart(
     verb = "restart",
     gone = [],
     clear = false,
-  }: { verb?: string; gone?: readonly string[]; clear?: boolean } = {},
+    tunnelIp,
+  }: { verb?: string; gone?: readonly string[]; clear?: boolean; tunnelIp?: string | undefined } = {},
 ): Change {
   const unit = unitOf(role);
+  const home = tunnelIp ? " with its address inside the tunnel" : "";
+  const withAddress = want.PUBLIC_IP === NAT ? home : " with its public address";
   // One change: a run interrupted in between would leave a running k3s whose files are gone.
   const remove = gone.length ? `${sh`rm -f ${gone}`}\n` : "";
   const cleared = clear
@@ -252,7 +284,7 @@ export function restart(
 ${raw(CLEAR)}`
     : "";
   return {
-    why: `${gone.map((path) => `remove ${path}, `).join("")}${verb} ${unit} and wait until node ${name} is Ready with its public address`,
+    why: `${gone.map((path) => `remove ${path}, `).join("")}${verb} ${unit} and wait until node ${name} is Ready${withAddress}`,
     // --no-block: with wrong credentials a modern agent stays "activating" for ever (seen with v1.36.3).
     sh: sh`${raw(remove)}unit=${unit}; pid=; since=$(date +%s); stand=0
 # v1.36.3 with a wrong backend dies a second after it was up. It makes no interface, but where one is left from
@@ -262,7 +294,7 @@ ${raw(CLEAR)}`
 systemctl --no-reload enable ${unit} >/dev/null 2>&1
 systemctl daemon-reload
 ${raw(cleared)}systemctl restart --no-block ${unit}
-${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0, role === "server" && generation === "modern" && verb === "start" ? DOOR : ""))}`,
+${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0, tunnelIp, role === "server" && generation === "modern" && verb === "start" ? DOOR : ""))}`,
     seconds: WAIT + 60,
   };
 }
@@ -292,8 +324,11 @@ function healthSh(
   generation: Generation,
   want: Settings,
   peers: number,
+  tunnelIp: string | undefined,
   meanwhile = "",
 ): string {
+  // A box without a public address has none of its own before it has joined.
+  const [type, ip] = want.PUBLIC_IP === NAT ? ["InternalIP", tunnelIp ?? ""] : ["ExternalIP", want.PUBLIC_IP];
   return sh`${raw(WATCH)}
 began=$(date +%s); starts=0; was=; asked=; due=5
 nap() { sleep 0.5 2>/dev/null || sleep 1; }
@@ -329,9 +364,9 @@ while :; do
     nap
     node=; shown='no ${interfaceOf(generation)} yet'
   fi
-  ip=\${node#* external-ip=}; ip=\${ip%% *}; beat=\${node#* beat=}; beat=\${beat%% *}
+  ip=\${node#* ${type === "InternalIP" ? "internal-ip" : "external-ip"}=}; ip=\${ip%% *}; beat=\${node#* beat=}; beat=\${beat%% *}
   [ "$ip" != - ] || ip='not set'
-  [ "$ip" = ${want.PUBLIC_IP} ] || [ -z "$node" ] || shown="$shown, ExternalIP $ip"
+  want=${ip}; [ "$ip" = "\${want:-$ip}" ] || [ -z "$node" ] || shown="$shown, ${raw(type)} $ip"
   if [ "$shown" = Ready ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ]; then
     [ $((now - since)) -lt "$stand" ] || break
   fi

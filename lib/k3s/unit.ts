@@ -4,6 +4,7 @@ import { lastOf, parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
 import { sh } from "../sh.ts";
 import { type Facts, prints } from "../step.ts";
+import { NAT } from "../table.ts";
 import { splitWords } from "../text.ts";
 import { configArgs } from "./args.ts";
 import { compare } from "./releases.ts";
@@ -125,6 +126,8 @@ export const nodeNameIn = (args: string): string | undefined =>
  * lets a box reach its own public address without hairpin NAT. Without the address on `lo`, v1.17.6 dies with "host IP
  * unknown" until its node has addresses by luck.
  *
+ * A box without a public address has its address inside the tunnel instead, once it has a pod network.
+ *
  * @param name of the node, which stays when the box gets another host name.
  * @param more arguments that the box needs; the user's own come last.
  */
@@ -135,9 +138,11 @@ export function argsOf(
   proxyMode: string,
   name: string,
   more: readonly string[] = [],
+  tunnelIp?: string,
 ): string[] {
   const ip = want.PUBLIC_IP;
-  const shared = [`--node-ip=${ip}`, `--node-external-ip=${ip}`];
+  const inside = tunnelIp ? [`--node-ip=${tunnelIp}`] : [];
+  const shared = ip === NAT ? inside : [`--node-ip=${ip}`, `--node-external-ip=${ip}`];
   if (!nodeNameIn(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS)) shared.push(`--node-name=${name}`);
   // One flag an argument: of the article's `--kube-proxy-arg "a" "b"` k3s drops "b" as a positional.
   if (proxyMode !== "iptables") shared.push(`--kube-proxy-arg=proxy-mode=${proxyMode}`);
@@ -160,16 +165,21 @@ export const unitOf = (role: Role) => (role === "server" ? "k3s" : "k3s-agent");
 export const unitPath = (role: Role): string => `/etc/systemd/system/${unitOf(role)}.service`;
 export const envPath = (role: Role): string => `${unitPath(role)}.env`;
 
+/** The unit by which a box without a public address stays reachable, see scripts/annotate.ts. */
+export const KEEPALIVE = "/etc/systemd/system/k3s-keepalive.service";
+
 /** The first line of the units that this project writes. */
 export const WRITTEN_BY = "# Written by k3s-across-clouds.";
 
-/** The systemd unit of the article's steps 4 and 5, with its limits. */
+/**
+ * The systemd unit of the article's steps 4 and 5, with its limits.
+ * @param onLo the address to put on `lo`, if any.
+ */
 export function unitText(
   role: Role,
   generation: Generation,
   args: readonly string[],
-  onCard: boolean,
-  ip: string,
+  onLo: string | undefined,
 ): string {
   // v1.17.6 writes the node's WireGuard private key, 0644, into its working directory: / for an agent.
   // A file that is there already keeps its mode, and both folders are 0700.
@@ -181,11 +191,11 @@ export function unitText(
       ? ["ExecStartPre=-/sbin/modprobe -a ip_vs ip_vs_rr"]
       : []),
     // The label finds an address that is no longer this box's, to remove it.
-    ...(onCard
-      ? []
-      : [
-          `ExecStartPre=/bin/sh -c 'ip addr flush dev lo label lo:k3s; ip addr replace ${ip}/32 dev lo label lo:k3s'`,
-        ]),
+    ...(onLo
+      ? [
+          `ExecStartPre=/bin/sh -c 'ip addr flush dev lo label lo:k3s; ip addr replace ${onLo}/32 dev lo label lo:k3s'`,
+        ]
+      : []),
     ...(generation === "old" ? [key] : []),
   ];
   // A modern agent tells systemd when it has joined; the old one never does. Type=exec is unknown to the
@@ -220,7 +230,7 @@ ExecStart=${K3S} ${[role, ...args.map(unitWord)].join(" \\\n    ")}
 }
 
 /** One word of ExecStart=: systemd expands % and $ in it. @see systemd.service(5), COMMAND LINES */
-const unitWord = (word: string) => word.replaceAll("%", "%%").replaceAll("$", "$$$$");
+export const unitWord = (word: string) => word.replaceAll("%", "%%").replaceAll("$", "$$$$");
 
 /** Where a server has the token by which nodes join it. */
 export const NODE_TOKEN = "/var/lib/rancher/k3s/server/node-token";

@@ -15,13 +15,14 @@ import {
   mayGo,
   nodeNameOf,
   nodeOf,
+  place,
   unitsLook,
   type Who,
   whoIs,
 } from "../../lib/k3s/identity.ts";
 import { API, clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
 import { main } from "../../lib/k3s/script.ts";
-import { nameLook, shownLook, unitPath } from "../../lib/k3s/unit.ts";
+import { KEEPALIVE, nameLook, shownLook, unitPath } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
@@ -39,7 +40,7 @@ import {
 } from "../../lib/step.ts";
 import { caIn } from "../../lib/token.ts";
 
-const UNITS = [unitPath("server"), unitPath("agent")];
+const UNITS = [KEEPALIVE, unitPath("server"), unitPath("agent")];
 const FILES = [
   ...["/var/lib/rancher/k3s", "/var/lib/kubelet", "/var/lib/cni", "/run/k3s", "/run/flannel"],
   ...["/var/log/pods", "/var/log/containers", "/etc/rancher/k3s", "/etc/rancher/node"],
@@ -292,7 +293,7 @@ export function mayRemove(
   );
   if (found?.is === "anew" && casOf(facts).agent.length + casOf(facts).server.length > 0)
     throw new Refusal(
-      `Node ${found.node.name}, at ${who.ip}, is another box than this one: it has the boot id ${found.node.boot ?? "none"}, this box ${who.boot}, and this one has joined under another name or address. Which box has the address?`,
+      `Node ${found.node.name}, ${place(who)}, is another box than this one: it has the boot id ${found.node.boot ?? "none"}, this box ${who.boot}, and this one has joined under another name or address. Which box has the address?`,
     );
 }
 
@@ -311,7 +312,7 @@ async function one(run: Run, servers: readonly Box[], box: Box): Promise<void> {
   }
   const role = servers.some((other) => other.host === box.host || other.ip === box.ip) ? "server" : "agent";
   const name = facts && nodeNameOf(role, box.want, facts);
-  const who = whoIs(box.ip, facts);
+  const who = whoIs(box.ip, facts, box.name);
   const [drained, forget] = [drainedOn(who, force), forgotten(who, name)];
   const cluster = await look(server, [drained, forget, ask([caLook])]);
   const allowing = `make remove HOST=${quote(box.word)} FORCE=1`;

@@ -1,0 +1,193 @@
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { describe, test } from "node:test";
+import { nodeOf, whoIs } from "../lib/k3s/identity.ts";
+import { nodesOf } from "../lib/k3s/nodes.ts";
+import { SETTINGS } from "../lib/table.ts";
+import { agent } from "../scripts/agent.ts";
+import { annotateAs, expected } from "../scripts/annotate.ts";
+import {
+  A1,
+  B1,
+  BOOT,
+  box,
+  type Facts,
+  filesAfter,
+  healthy,
+  MACHINE,
+  MODERN,
+  NOW,
+  type NodeSpec,
+  nodes,
+  peer,
+  prepared,
+  service,
+  shell,
+  temporary,
+  unitsOf,
+  wanted,
+} from "./helpers.ts";
+
+const want = wanted({ K3S_VERSION: MODERN, PUBLIC_IP: "nat", HOST: "nas" });
+/** A box at home before its address is in the tunnel, and after. */
+const JOINED = { name: "nas", ip: "192.168.0.11", n: 3, external: "", public: "192.168.0.11" };
+const NAS = { ...JOINED, ip: "10.42.3.0" };
+const OTHER = { ...NAS, name: "nuc", ip: "10.42.4.0", n: 4 };
+const said = (over: Facts = {}) => ({ ...box(NAS), ...over });
+const verbs = (plan: readonly { why: string }[]) => plan.map(({ why }) => why.replace(/: .*/, ""));
+
+/** The unit's text and environment, as they are written when the cluster has these nodes. */
+const written = (...specs: NodeSpec[]) => {
+  const facts = prepared(MODERN, said({ nodes: nodes(A1, ...specs) }));
+  const { unit, envfile } = filesAfter(agent, want, agent.plan(want, facts));
+  return { unit, envfile } as Facts;
+};
+const running = (files: Facts, ...specs: NodeSpec[]) =>
+  healthy(MODERN, files, said({ nodes: nodes(A1, ...specs) }));
+
+describe("a box without a public address", () => {
+  test("may be an agent, but not a server, in the settings", () => {
+    assert.equal(SETTINGS.AGENTS.check("b1 nas=nat root@10.0.0.4=nat"), undefined);
+    assert.equal(SETTINGS.PUBLIC_IP.check("nat"), undefined);
+    assert.match(SETTINGS.SERVER.check("a1=nat") ?? "", /only an agent can do without/);
+    assert.match(
+      SETTINGS.AGENTS.check("nas=192.168.0.9") ?? "",
+      /is private, or nat for a box that has no public/,
+    );
+  });
+
+  test("joins without an address of its own", () => {
+    const { unit = "" } = written();
+    assert.doesNotMatch(unit, /--node-ip|--node-external-ip|ip addr/);
+    assert.match(unit, /--node-name=nas/);
+  });
+
+  test("gets its address inside the tunnel by one restart, once it has a pod network", () => {
+    const facts = running(written(), JOINED);
+    assert.deepEqual(verbs(agent.plan(want, facts)), [
+      "write /etc/systemd/system/k3s-agent.service",
+      "restart k3s-agent and wait until node nas is Ready with its address inside the tunnel",
+    ]);
+    const { unit = "" } = written(JOINED);
+    assert.match(unit, /--node-ip=10\.42\.3\.0 /);
+    assert.match(unit, /ip addr replace 10\.42\.3\.0\/32 dev lo label lo:k3s/);
+    assert.doesNotMatch(unit, /--node-external-ip/);
+  });
+
+  test("is waited for until the cluster has this address, and needs nothing then", () => {
+    assert.deepEqual(
+      agent.plan(want, running(written(JOINED), JOINED)).map(({ why }) => why),
+      ["wait until node nas is healthy: InternalIP of nas is 192.168.0.11, not 10.42.3.0"],
+    );
+    assert.deepEqual(agent.plan(want, running(written(NAS), NAS)), []);
+  });
+
+  test("follows to another pod network when its node was deleted and has joined anew", () => {
+    const facts = running(written(NAS), { ...JOINED, n: 7 });
+    assert.match(
+      agent.plan(want, facts)[0]?.why ?? "",
+      /- --node-ip=10\.42\.3\.0, \+ --node-ip=10\.42\.7\.0/,
+    );
+  });
+
+  test("keeps its address while the API does not answer", () => {
+    const facts = { ...running(written(NAS), NAS), nodes: "", api: "20 did not answer in 20 s" };
+    assert.deepEqual(verbs(agent.plan(want, facts)), ["wait until node nas is healthy"]);
+  });
+
+  test("is refused while its node has a public address, which k3s would keep", () =>
+    assert.throws(
+      () => agent.plan(want, running(written(NAS), { ...NAS, external: "198.51.100.77" })),
+      /has the public address 198\.51\.100\.77, which k3s keeps .* make remove HOST=nas first/,
+    ));
+});
+
+describe("the node of a box without a public address", () => {
+  const list = nodesOf(nodes(A1, B1, NAS, OTHER));
+  test("is found by its name and boot ID, and by its name alone if the box is gone", () => {
+    assert.equal(nodeOf(list, whoIs("nat", box(NAS)))?.node.name, "nas");
+    assert.equal(nodeOf(list, whoIs("nat", {}, "nuc"))?.node.name, "nuc");
+    assert.equal(nodeOf(list, whoIs("nat", {}, "other")), undefined);
+  });
+
+  test("is not another box of the same name, or the same box under another name", () => {
+    const stranger = { ...box(NAS), boot: BOOT.replace(/.$/, "9"), machine: MACHINE.replace(/.$/, "9") };
+    assert.throws(
+      () => nodeOf(list, whoIs("nat", stranger)),
+      /Node nas, named nas, is Ready, and is another box/,
+    );
+    const renamed = { ...box(NAS), hostname: "new\n" };
+    assert.throws(() => nodeOf(list, whoIs("nat", renamed)), /boot id is that of node nas/);
+  });
+
+  test("is found by the name in its unit if its host name has changed", () =>
+    assert.equal(
+      nodeOf(list, whoIs("nat", { ...box(NAS), hostname: "new\n", named: "nas\n" }))?.node.name,
+      "nas",
+    ));
+});
+
+describe("handshakes with boxes without a public address", () => {
+  const list = nodesOf(nodes(A1, B1, NAS, OTHER));
+  const names = (of: string) => expected(list, of).map(({ name }) => name);
+
+  test("are expected of every node with a public address, and not among themselves", () => {
+    assert.deepEqual(names("a1"), ["b1", "nas", "nuc"]);
+    assert.deepEqual(names("b1"), ["a1", "nas", "nuc"]);
+    assert.deepEqual(names("nas"), ["a1", "b1"]);
+  });
+
+  test("count wherever they come from, also from the address of another node", () => {
+    const step = annotateAs("server");
+    const plan = (...lines: string[]) =>
+      step.plan(
+        wanted({ K3S_VERSION: MODERN }),
+        healthy(MODERN, {}, { nodes: nodes(A1, B1, NAS), peers: lines.join("\n") }),
+      );
+    const b1 = peer(MODERN, B1, B1.ip, 30);
+    for (const endpoint of ["203.0.113.13", "100.64.0.9", "192.168.0.7", B1.ip])
+      assert.deepEqual(plan(b1, peer(MODERN, NAS, endpoint, 30)), [], endpoint);
+    assert.match(plan(b1, peer(MODERN, NAS, "203.0.113.13", 300))[0]?.why ?? "", /fresh handshake with nas/);
+  });
+});
+
+describe("the unit that keeps a box without a public address reachable", () => {
+  const step = annotateAs("agent");
+  const facts = (over: Facts = {}) =>
+    healthy(
+      MODERN,
+      {},
+      said({
+        processes: unitsOf(undefined, service(NOW - 1800)),
+        nodes: nodes(A1, B1, NAS),
+        peers: [peer(MODERN, A1, A1.ip, 30), peer(MODERN, B1, B1.ip, 30)].join("\n"),
+        ...over,
+      }),
+    );
+  const [change] = step.plan(want, facts());
+  test("is written and started once, and again when it does not run", () => {
+    assert.match(change?.why ?? "", /write \/etc\/systemd\/system\/k3s-keepalive\.service and start it/);
+    const folder = temporary();
+    shell((change?.sh ?? "").replaceAll("/etc/systemd/system", folder).replace(/\nsystemctl[\s\S]*/, ""));
+    const unit = readFileSync(`${folder}/k3s-keepalive.service`, "utf8");
+    assert.match(unit, /^\[Service\]$/m);
+    assert.deepEqual(step.plan(want, facts({ keepalive: `${unit}active\n` })), []);
+    assert.equal(step.plan(want, facts({ keepalive: `${unit}failed\n` })).length, 1);
+  });
+
+  test("is removed when the box has a public address", () => {
+    const plan = step.plan(
+      wanted({ K3S_VERSION: MODERN, PUBLIC_IP: "198.51.100.77" }),
+      facts({
+        keepalive: "x\nactive\n",
+        nodes: nodes(A1, B1, {
+          ...NAS,
+          ip: "198.51.100.77",
+          external: "198.51.100.77",
+          public: "198.51.100.77",
+        }),
+      }),
+    );
+    assert.deepEqual(verbs(plan), ["remove /etc/systemd/system/k3s-keepalive.service"]);
+  });
+});
