@@ -440,6 +440,7 @@ describe("a node", () => {
     name: string;
     gen: Generation;
     have: Record<string, string>;
+    external?: false;
     useExternal: boolean;
     ip: string;
     overwrite: string | null | undefined;
@@ -492,16 +493,66 @@ describe("a node", () => {
       ip: "192.168.0.11",
       overwrite: undefined,
     },
+    {
+      name: "of modern k3s without an external address has the interface's",
+      gen: "modern",
+      have: {},
+      external: false,
+      useExternal: true,
+      ip: "192.168.0.11",
+      overwrite: undefined,
+    },
+    {
+      name: "of modern k3s that had an external address keeps it in the overwrite annotation",
+      gen: "modern",
+      have: { [OVERWRITE]: "198.51.100.11" },
+      external: false,
+      useExternal: true,
+      ip: "198.51.100.11",
+      overwrite: undefined,
+    },
   ];
-  for (const { name, gen, have, useExternal, ip, overwrite } of rules) {
+  for (const { name, gen, have, external = true, useExternal, ip, overwrite } of rules) {
     test(name, () => {
       const patch = flannelAnnotations(gen, have, {
         ...own,
+        ...(external ? {} : { externalIp: undefined }),
         useExternal,
         backend: gen === "old" ? "wireguard" : "wireguard-native",
       });
       assert.equal(patch[publicIp], ip);
       assert.equal(patch[OVERWRITE], overwrite);
+    });
+  }
+
+  for (const gen of generations) {
+    /** Of the node after k3s has started with these facts, at the cloud controller's next round or before it. */
+    const started = (node: Node, own: Facts, round: boolean): string[] => {
+      const { labels, annotations } = addressMarks(gen, own);
+      Object.assign(node.metadata.labels, labels);
+      Object.assign(node.metadata.annotations, annotations);
+      node.status.addresses = cloudAddresses(gen, node, round);
+      return node.status.addresses
+        .filter(({ type }) => type !== "Hostname")
+        .map(({ type, address }) => `${type} ${address}`);
+    };
+    const home = { ...facts, nodeIp: "10.42.1.0", nodeIpGiven: true, externalIp: undefined };
+    const fresh = (own: Facts): Node => newNode(gen, VERSION[gen], own, machine);
+
+    test(`of ${gen} k3s has its internal address at once, and a changed one from the cloud controller's next round on`, () => {
+      const node = fresh({ ...home, nodeIp: "192.168.0.11" });
+      assert.deepEqual(started(node, { ...home, nodeIp: "192.168.0.11" }, false), [
+        "InternalIP 192.168.0.11",
+      ]);
+      assert.deepEqual(started(node, home, false), ["InternalIP 192.168.0.11"]);
+      assert.deepEqual(started(node, home, true), ["InternalIP 10.42.1.0"]);
+    });
+    test(`of ${gen} k3s keeps an external address that it is no longer given`, () => {
+      const node = fresh(facts);
+      const both = ["InternalIP 192.168.0.11", "ExternalIP 198.51.101.11"];
+      assert.deepEqual(started(node, facts, true), both);
+      assert.deepEqual(started(node, home, true), ["InternalIP 10.42.1.0", both[1]]);
+      assert.deepEqual(started(fresh(home), home, true), ["InternalIP 10.42.1.0"]);
     });
   }
 
@@ -627,6 +678,15 @@ describe("metrics-server", () => {
       assert.equal(metricsAddress(s.types, addresses)!.address, want);
     });
   }
+  test("of modern k3s with --flannel-external-ip queries the internal address of a node without an external one", () => {
+    const deployment = readDeployment(packaged("modern", true));
+    assert.ok(deployment);
+    const home = [
+      { type: "InternalIP", address: "10.42.1.0" },
+      { type: "Hostname", address: "h1" },
+    ];
+    assert.equal(metricsAddress(settings(deployment).types, home)?.address, "10.42.1.0");
+  });
   test("queries no address if the node has none of its types", () =>
     assert.equal(metricsAddress(["ExternalDNS"], addresses), undefined));
   test("reads command and args in every form", () => {

@@ -559,8 +559,9 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
     const made = await call(`${url}/api/v1/nodes`, { ...j.kubelet, method: "POST", body: fresh });
     if (made.status !== 409 && made.status !== 201) throw new Error(made.body);
     if (made.status === 201) return JSON.parse(made.body) as Node;
+    const { annotations } = fresh.metadata;
     const keep = { nodeInfo: fresh.status.nodeInfo, conditions: kubeletConditions(false) };
-    return patch({ status: keep }, true);
+    return patch({ metadata: { annotations }, status: keep }, true);
   });
   let isReady = false;
   const heart = (): Promise<Node | undefined> =>

@@ -14,7 +14,7 @@ export const DELAY = {
   kubelet: 300,
   hostIpUnknown: 2500,
   fatalBackend: 1000,
-  /** The old cloud controller copies a node's labels to its addresses once a minute. */
+  /** The cloud controller goes through the nodes once a minute. */
   cloud: 1000 * Number(process.env.STAND_IN_CLOUD_SECONDS ?? 4),
   /** kube-controller-manager's node-monitor-grace-period is 40 s. */
   grace: 1000 * Number(process.env.STAND_IN_GRACE_SECONDS ?? 40),

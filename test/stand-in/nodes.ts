@@ -217,7 +217,10 @@ export const unknownCondition = (c: Condition): Condition =>
       }
     : c;
 
-/** What k3s itself puts on its node: labels in v1.17, annotations in modern k3s, for the cloud controller to read. */
+/**
+ * What k3s itself puts on its node: labels in v1.17, annotations in modern k3s, for the cloud controller to read. It takes
+ * none away: an external address that was given once stays as long as the node.
+ */
 export function addressMarks(
   gen: Generation,
   facts: Facts,
@@ -233,8 +236,12 @@ export function addressMarks(
     : { labels: given, annotations: { ...annotations, ...marks } };
 }
 
-/** The cloud controller. A node without its marks keeps the addresses it has. */
-export function cloudAddresses(gen: Generation, node: Node): Address[] {
+/**
+ * The cloud controller. A node without its marks keeps the addresses it has. Between two rounds the modern one takes
+ * nodes that are new to it: others have changed addresses from the next round on.
+ */
+export function cloudAddresses(gen: Generation, node: Node, round = true): Address[] {
+  if (!round && (gen === "old" || node.status.addresses.length)) return node.status.addresses;
   const marks = gen === "old" ? node.metadata.labels : node.metadata.annotations;
   const split = (type: string, value?: string): Address[] =>
     value ? value.split(",").map((address) => ({ address, type })) : [];

@@ -405,16 +405,17 @@ async function share(c: Cluster, store: Store, late: (error: Error) => void): Pr
 function watchNodes(c: Cluster): void {
   // A start finds nodes that may have gone: their silence counts from now on.
   for (const name of Object.keys(c.state.nodes)) c.seen.set(name, Date.now());
-  const copyAddresses = (): void => {
+  const copyAddresses = (round: boolean): void => {
     for (const node of sortedNodes(c)) {
-      const addresses = cloudAddresses(c.gen, node);
+      const addresses = cloudAddresses(c.gen, node, round);
       if (JSON.stringify(addresses) !== JSON.stringify(node.status.addresses))
         putNode(c, { ...node, status: { ...node.status, addresses } }, true);
     }
   };
   // v1.17's first pass races with its caches and wins now and then; here, at every third start.
-  if (c.gen === "old" && c.state.starts % 3 === 0) copyAddresses();
-  setInterval(copyAddresses, c.gen === "old" ? DELAY.cloud : DELAY.poll);
+  if (c.gen === "old" && c.state.starts % 3 === 0) copyAddresses(true);
+  setInterval(() => copyAddresses(true), DELAY.cloud);
+  setInterval(() => copyAddresses(false), DELAY.poll);
   setInterval(() => {
     for (const node of sortedNodes(c)) {
       if (Date.now() - (c.seen.get(node.metadata.name) ?? 0) < DELAY.grace) continue;
