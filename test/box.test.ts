@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
@@ -144,8 +145,14 @@ for (const [name, host] of [
       assert.notEqual(await status("if"), 0);
       assert.equal(await status("exit 5"), 5);
       assert.notEqual(await status("kill -9 $$; sleep 1"), 0);
-      assert.equal(await status("(sleep 0.2; kill -9 $$) & exit 6"), 6);
-      await new Promise((done) => setTimeout(done, 600));
+      let pid = 0;
+      const late = await shell.run("(sleep 0.2; kill -9 $$) & echo $$; exit 6", 20, (line) => {
+        pid = Number(line);
+      });
+      assert.equal(late.status, 6);
+      const runs = () => spawnSync("kill", ["-0", String(pid)]).status === 0;
+      while (runs()) await new Promise((done) => setTimeout(done, 100));
+      await new Promise((done) => setTimeout(done, 400));
       assert.equal(await status("exit 7"), 7);
     });
 
