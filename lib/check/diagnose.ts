@@ -2,10 +2,10 @@
 
 import { rangesOf } from "../k3s/config.ts";
 import { meaningOf } from "../k3s/journal.ts";
-import { FRESH, type Node, overload, peerOf, standing } from "../k3s/nodes.ts";
+import { FRESH, isHome, type Node, overload, peerOf, standing, tunnelIpOf } from "../k3s/nodes.ts";
 import { generationOf, unitOf } from "../k3s/unit.ts";
 import type { Problem } from "../report.ts";
-import { publicIp } from "../table.ts";
+import { NAT, publicIp } from "../table.ts";
 import type { BoxReport, Cluster } from "./survey.ts";
 
 /** Tolerated difference between clocks, in seconds; NTP keeps them within one. */
@@ -253,6 +253,7 @@ function addressFinding(box: BoxReport, { boxes }: Cluster): Findings[number] {
   const { node } = box;
   const say = (cause: string, remedy: string) => finding(box.name, cause, remedy, [`node ${box.name}`]);
   if (!node) return;
+  if (box.ip === NAT) return homeFinding(box, node, say);
   if (node.externalIp !== box.ip)
     return say(`its ExternalIP is ${node.externalIp ?? "not set"}, not ${box.ip}`, makeLine(box));
   if (node.publicIp === box.ip) return;
@@ -269,6 +270,33 @@ function addressFinding(box: BoxReport, { boxes }: Cluster): Findings[number] {
         "make server, then systemctl restart k3s-agent on the agents",
       )
     : say(`${is}, not ${box.ip}`, restart(box));
+}
+
+/** What keeps others from a node without a public address, as far as the cluster and its units say it. */
+function homeFinding(
+  box: BoxReport,
+  node: Node,
+  say: (cause: string, remedy: string) => Finding,
+): Findings[number] {
+  if (node.externalIp)
+    return say(
+      `its node has the public address ${node.externalIp}, which k3s keeps until the node is deleted`,
+      `make remove HOST=${box.word}, then ${makeLine(box)}`,
+    );
+  if (!isHome(node))
+    return say(
+      `its InternalIP is ${node.internalIp ?? "not set"}, not ${tunnelIpOf(node) ?? "an address"} inside the tunnel: the others do not reach its kubelet`,
+      makeLine(box),
+    );
+  return (
+    box.error === undefined &&
+    box.keepalive !== "active" &&
+    finding(
+      box.name,
+      "k3s-keepalive does not run on it: after a restart of k3s elsewhere, or a new address of its router, it is out of reach for minutes",
+      makeLine(box),
+    )
+  );
 }
 
 /** A box's clock, disk, memory and load, and nodes that are no box of the settings. */
@@ -356,7 +384,7 @@ function loops({ starts, unit: { runs } }: BoxReport): "wrong" | "young" | undef
 /** Notes: worth a line, but no problem. */
 const notesOf = ({ boxes, nodes }: Cluster): string[] =>
   boxes.flatMap((box) => {
-    const { latent, opens, starts, unit, now, error } = box;
+    const { latent, opens, starts, unit, now, error, apart } = box;
     const away = (error === undefined ? nodes : []).filter(({ name }) => name !== box.nodeName);
     return [
       latent.length > 0 &&
@@ -367,6 +395,11 @@ const notesOf = ({ boxes, nodes }: Cluster): string[] =>
         const { note } = standing(peerOf(box.peers, node.podCidr), node, nodes, now - FRESH);
         return note && `${node.name} sends from ${note}`;
       }),
+      ...apart.map(
+        (name) =>
+          name > box.nodeName &&
+          `${name} and it are behind NATs that let nothing in: their pods do not reach each other, and the services of one find no pods on the other`,
+      ),
     ].flatMap((note) => (note ? [`${box.name}: ${note}`] : []));
   });
 
@@ -385,7 +418,7 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
   const findings: Findings = [sizeFinding(boxes, reach)];
   const lost: [BoxReport, BoxReport][] = [];
   for (const [a, b] of pairs(boxes, true)) {
-    if (!b.node?.ready) continue;
+    if (!b.node?.ready || (isAtHome(a) && isAtHome(b))) continue;
     const [there, back] = [peerAt(a, b), peerAt(b, a)];
     const way = [tunnel(a.name, b.name)];
     if (!there) findings.push(finding(a.name, `its WireGuard has no peer ${b.name}`, restart(a), way));
@@ -402,6 +435,7 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
   const arrives = (a: BoxReport, b: BoxReport) => (b.tried.passed[a.wireguard?.key ?? ""]?.received ?? 0) > 0;
   const explained = new Set<BoxReport>();
   for (const b of boxes) {
+    if (isAtHome(b)) continue;
     const senders = lost.filter(([a, to]) => to === b && !arrives(a, b)).map(([a]) => a);
     const passes = boxes.some((a) => a !== b && (arrives(a, b) || (reach(b, a) ?? 0) > 0));
     if (senders.length === 0 || passes) continue;
@@ -426,6 +460,32 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
     const ways = senders.map((a) => tunnel(a.name, b.name));
     findings.push(finding(b.name, `UDP 51820 is closed ${where}`, remedy, ways));
   }
+  for (const home of boxes.filter(isAtHome)) {
+    const others = boxes.filter((box) => !isAtHome(box) && !explained.has(box));
+    const deaf = others.filter((box) => lost.some((pair) => pair.includes(home) && pair.includes(box)));
+    explained.add(home);
+    const names = deaf.map(({ name }) => name).join(", ");
+    const ways = deaf.map((box) => tunnel(home.name, box.name));
+    const open = `open 51820/udp to every address in the security group and firewall of ${names}: that of ${home.name} is not fixed`;
+    if (deaf.length > 1 && deaf.length === others.length)
+      findings.push(
+        finding(
+          home.name,
+          "its WireGuard reaches no other node: its router or its provider drops UDP to port 51820",
+          "allow outgoing UDP in its router; another network, such as a phone's, shows whether it is the provider",
+          ways,
+        ),
+      );
+    else if (deaf.length)
+      findings.push(
+        finding(
+          home.name,
+          `its WireGuard does not reach ${names}${others.length > 1 ? ", while it reaches others" : ""}`,
+          `${open}${others.length > 1 ? "" : "; if it is open, its router or provider drops outgoing UDP"}`,
+          ways,
+        ),
+      );
+  }
   for (const [a, b] of pairs(boxes)) {
     const ways = lost.filter(([x, y]) => (x === a && y === b) || (x === b && y === a));
     if (explained.has(a) || explained.has(b) || ways.length === 0) continue;
@@ -442,6 +502,8 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
   }
   return findings;
 }
+
+const isAtHome = ({ node }: BoxReport): boolean => node !== undefined && isHome(node);
 
 /** Tunnels that pass packets, but none of their MTU. */
 function sizeFinding(
@@ -466,7 +528,7 @@ function sizeFinding(
     // flannel's wireguard-native uses the interface's MTU minus 80 (v0.28.4); the old backend's script sets none.
     name === "flannel.1"
       ? `ip link set flannel.1 mtu ${fits} on every box, after each start of k3s`
-      : `set the network card's MTU to ${fits + 80} on every box, in its network's configuration too; then restart k3s`,
+      : `set the network card's MTU to ${fits + 80} on ${at && isAtHome(at) ? "it" : "every box"}, in its network's configuration too; then restart k3s`,
     small.map(({ a, b }) => full(a.name, b.name)),
   );
 }
@@ -672,12 +734,12 @@ function kubeletFindings({ boxes, nodes }: Cluster): Findings {
       how !== "open" &&
       finding(
         name,
-        `its kubelet cannot be reached at ${node.externalIp}:10250 (${how}): no logs, exec and metrics`,
+        `its kubelet cannot be reached at ${node.externalIp ?? node.internalIp}:10250 (${how}): no logs, exec and metrics`,
         how === "refused"
           ? `${box ? makeLine(box) : "restart k3s there"}: nothing listens`
           : "open 10250/tcp in its security group and firewall for the nodes' addresses",
         [`kubelet ${name}`],
-        box === server ? [] : [`node ${name}`],
+        box === server ? [] : [`node ${name}`, ...(isHome(node) ? [tunnel(server.name, name)] : [])],
       )
     );
   });

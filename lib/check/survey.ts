@@ -7,13 +7,14 @@ import { boxes } from "../boxes.ts";
 import { look } from "../converge.ts";
 import { rangesOf } from "../k3s/config.ts";
 import { blocked, firewallLooks, type RuleFact, remedy } from "../k3s/firewall/firewall.ts";
-import { nodeNameOf } from "../k3s/identity.ts";
+import { nodeNameOf, nodesAt, whoIs } from "../k3s/identity.ts";
 import { MEANT } from "../k3s/journal.ts";
 import {
   address as addressIn,
   apiMessage,
   FRESH,
   ITEMS,
+  isHome,
   itemsOf,
   loadLook,
   loadOf,
@@ -63,7 +64,7 @@ export const ask = <F extends string = never>(looks: Look<F>[], options: Step["o
 
 const boxLook = prints("named units wg peers cni disk load starts ipvs said")(sh`
 ${raw(nameLook)}
-fact units; systemctl show k3s k3s-agent -p Id -p ActiveState -p NRestarts -p MainPID -p ExecMainStartTimestampMonotonic
+fact units; systemctl show k3s k3s-agent k3s-keepalive -p Id -p ActiveState -p NRestarts -p MainPID -p ExecMainStartTimestampMonotonic
 fact wg; for i in flannel.1 flannel-wg; do
   ! { read -r mtu </sys/class/net/$i/mtu; } 2>/dev/null || echo "$i $mtu $(wg show $i public-key 2>/dev/null)"
 done
@@ -161,6 +162,8 @@ export interface BoxReport extends ReturnType<typeof reportAlone> {
   latent: string[];
   /** The remedy for both. */
   opens: string;
+  /** Other nodes without a public address that this one, which has none either, does not reach. */
+  apart: string[];
 }
 
 /** The cluster: the boxes of the settings, and all nodes that the API knows. */
@@ -177,13 +180,24 @@ export function reportsOf(members: readonly Member[]) {
   const lists = members.filter(({ role }) => role === "server").map(({ facts }) => nodesOf(facts.nodes));
   const nodes = lists.find((list) => list.length) ?? [];
   const alone = members.map((member) => reportAlone(member, nodes));
-  const boxes = alone.map((box, i) =>
-    members[i]?.tried.tries === undefined
-      ? box
-      : { ...box, tried: { ...box.tried, tunnel: tunnelsOf(box, alone, nodes) } },
-  );
+  const homes = nodes.filter(isHome).map(({ name }) => name);
+  const boxes = alone.map((box, i) => {
+    if (members[i]?.tried.tries === undefined) return { ...box, apart: [] };
+    const far = homes.includes(box.nodeName) ? homes : [];
+    const tunnel = tunnelsOf(box, alone, nodes);
+    const tried = {
+      ...box.tried,
+      tunnel: betweenHomes(tunnel, far),
+      pods: betweenHomes(box.tried.pods, far),
+    };
+    return { ...box, tried, apart: far.filter((name) => tunnel[name] === 0) };
+  });
   return { boxes, nodes };
 }
+
+/** Two nodes without a public address reach each other only where their NATs allow it: else that is no failed test. */
+const betweenHomes = <T>(tried: Record<string, T>, homes: readonly string[]): Record<string, T> =>
+  Object.fromEntries(Object.entries(tried).filter(([to, how]) => how || !homes.includes(to)));
 
 /** Combines the boxes' answers. */
 export function clusterOf(members: readonly Member[]): Cluster {
@@ -231,13 +245,11 @@ function firewallOf(
 
 /** A box's own report; its firewall is judged together with the others. */
 function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, nodes: Node[]) {
-  const there = nodes.find(({ externalIp }) => externalIp === box.ip);
-  // A box that does not answer is found by its address only.
+  const [there] = nodesAt(nodes, whoIs(box.ip, facts, box.name));
+  // A box that does not answer is found by its address only, or by its name in the settings.
   const name = nameOf(role, { ...box.want, PUBLIC_IP: box.ip }, facts, nodes) || (there?.name ?? "");
-  const unit = (facts.units ?? "")
-    .split(/\n\n+/)
-    .map(parseKeyValues)
-    .find(({ Id }) => Id === `${unitOf(role)}.service`);
+  const units = (facts.units ?? "").split(/\n\n+/).map(parseKeyValues);
+  const unit = units.find(({ Id }) => Id === `${unitOf(role)}.service`);
   const started = Number(unit?.MainPID) ? Number(unit?.ExecMainStartTimestampMonotonic) / 1e6 : 0;
   const [, wg, mtu, key] =
     [...(facts.wg ?? "").matchAll(/^(flannel\.1|flannel-wg) (\d{3,5}) ?([\w+/=]*)$/gm)].at(-1) ?? [];
@@ -260,6 +272,8 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
       restarts: unit?.NRestarts === undefined ? undefined : Number(unit.NRestarts),
       runs: started ? Number(facts.uptime) - started : undefined,
     },
+    /** The unit by which a box without a public address stays reachable. */
+    keepalive: units.find(({ Id }) => Id === "k3s-keepalive.service")?.ActiveState,
     /** Clock offset in seconds, box minus here. */
     clock,
     /** Percent in use. */
@@ -346,7 +360,7 @@ function triedOf(facts: Facts<TriedFact>, nodes: readonly Node[]) {
     /** TCP: open, refused, dropped, or another word. */
     kubelet: Object.fromEntries(
       named("kubelet").map(([at, how]) => [
-        nodes.find(({ externalIp }) => externalIp === at)?.name ?? at,
+        nodes.find(({ externalIp, internalIp }) => (externalIp ?? internalIp) === at)?.name ?? at,
         how,
       ]),
     ),
@@ -570,7 +584,7 @@ fact ports
 kubelet() { knock kubelet "$1" "$1" 10250; }
 # One a node: its kubelet may name any number.
 [ -z "$has" ] || printf '%s\n' "$list" | ${raw(ITEMS)} |
-  awk 'match($0, /"type":"ExternalIP","address":"[0-9.]+/) { print substr($0, RSTART + 31, RLENGTH - 31) }' | few ${FEW} kubelet
+  awk 'match($0, /"type":"ExternalIP","address":"[0-9.]+/) || match($0, /"type":"InternalIP","address":"[0-9.]+/) { print substr($0, RSTART + 31, RLENGTH - 31) }' | few ${FEW} kubelet
 ${raw(TOP_LOOK)}
 fi`);
 

@@ -13,10 +13,11 @@ import {
   reportsOf,
   surveyAndTry,
 } from "../../lib/check/survey.ts";
-import { FRESH, overload, peerOf, standing } from "../../lib/k3s/nodes.ts";
+import { FRESH, isHome, overload, peerOf, standing } from "../../lib/k3s/nodes.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { forTerminal, type Problem } from "../../lib/report.ts";
 import type { Run } from "../../lib/script.ts";
+import { NAT } from "../../lib/table.ts";
 import { jsonOf, redacted } from "../../lib/text.ts";
 
 /** Seconds between two rounds of --watch. */
@@ -237,13 +238,15 @@ function nodeTable({ boxes, nodes }: Cluster): Row[] {
     ["node", "ready", "internal", "external", "flannel", "MTU wg/cni"],
     ...nodes.map((node): Row => {
       const box = boxes.find(({ nodeName }) => nodeName === node.name);
-      const ip = box?.ip ?? node.externalIp;
+      const home = isHome(node) || box?.ip === NAT;
+      const ip = home ? undefined : (box?.ip ?? node.externalIp);
       return [
         node.name,
         { text: node.ready ? "yes" : "no", wrong: !node.ready },
-        SHORT(node.internalIp),
+        { text: SHORT(node.internalIp), wrong: home && !isHome(node) },
         { text: SHORT(node.externalIp), wrong: node.externalIp !== ip },
-        { text: SHORT(node.publicIp), wrong: node.publicIp !== ip },
+        // flannel's address of a node without a public one is its address at home: no peer uses it.
+        { text: SHORT(node.publicIp), wrong: !home && node.publicIp !== ip },
         `${SHORT(box?.wireguard?.mtu)}/${SHORT(box?.cniMtu)}`,
       ];
     }),
@@ -289,7 +292,9 @@ function wireguardTable({ boxes, nodes }: Cluster, width: number): Row[] {
     if (!peer) return { text: short ? "x" : "no peer", wrong: true };
     const age = Math.floor(from.now - peer.handshake);
     const stands = standing(peer, to, nodes, from.now - FRESH);
-    const wrong = !stands.fresh || stands.wrong !== undefined;
+    // Two nodes without a public address may not reach each other: a note says so.
+    const far = isHome(to) && nodes.some((node) => node.name === from.nodeName && isHome(node));
+    const wrong = !far && (!stands.fresh || stands.wrong !== undefined);
     const text = peer.handshake ? span(age) : short ? "x" : "never";
     return {
       text: short ? text.replace(/s$/, "") : `${text} ${size(peer.received)}/${size(peer.sent)}`,

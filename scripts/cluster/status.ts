@@ -11,7 +11,7 @@ import {
   survey,
   TOP_LOOK,
 } from "../../lib/check/survey.ts";
-import { CURL, FRESH, type Node, peerOf } from "../../lib/k3s/nodes.ts";
+import { CURL, FRESH, isHome, type Node, peerOf } from "../../lib/k3s/nodes.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { forTerminal } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
@@ -42,7 +42,10 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
   const names = (list: Node[]) => list.map(({ name }) => name).join(", ");
   const versions = [...new Set(nodes.map(({ version }) => version))];
   const down = nodes.filter(({ ready }) => !ready);
-  const astray = nodes.filter(({ externalIp, publicIp }) => !externalIp || publicIp !== externalIp);
+  const homes = nodes.filter(isHome);
+  const astray = nodes.filter(
+    (node) => !isHome(node) && (!node.externalIp || node.publicIp !== node.externalIp),
+  );
   const others = nodes.filter(({ name }) => name !== server.nodeName);
   const age = ({ podCidr }: Node) => server.now - (peerOf(server.peers, podCidr)?.handshake ?? 0);
   const stale = others.filter((node) => !(age(node) < FRESH));
@@ -75,7 +78,9 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
       "addresses",
       astray.length
         ? `peers have a wrong address of ${names(astray)}`
-        : "every node is known to its peers by its public address",
+        : homes.length
+          ? `every node is known to its peers; without a public address: ${names(homes)}`
+          : "every node is known to its peers by its public address",
       astray.length === 0,
     ],
     [
