@@ -10,7 +10,7 @@ import { check, givenNow, isSecret, NAMES, SettingError, type Settings } from ".
 import { quote } from "./sh.ts";
 import { Unreachable } from "./shell.ts";
 import { type Change, type Facts, Failure, planAll, Refusal, type Step, unforeseen } from "./step.ts";
-import { SETTINGS, type SettingName } from "./table.ts";
+import { NAT, SETTINGS, type SettingName } from "./table.ts";
 import { hide, splitWords } from "./text.ts";
 
 /** Runs a script's steps on every box of the run, in parallel; a failure does not stop the others. */
@@ -36,7 +36,7 @@ export async function fanOut(run: Run): Promise<number> {
   });
   const [lost, fit] = [boxes.filter((_, i) => tried[i]), boxes.filter((_, i) => !tried[i])];
   if (!fit.length || (lost.length && script.everyServer)) return worst(tried);
-  run.letIn = run.letIn?.filter((ip) => !lost.some((box) => box.ip === ip));
+  run.letIn = run.letIn?.filter((ip) => ip === NAT || !lost.some((box) => box.ip === ip));
   const following = await script.others?.follow(run, others);
   if (following?.refused) return 1;
   const one = async (box: Box) => {

@@ -88,7 +88,17 @@ describe("an agent reports", () => {
 
   test("every node's name and address if the firewall must allow all nodes", () => {
     const facts = healthy(MODERN, {}, cluster(30, MODERN));
-    assert.deepEqual(admitted(wanted(), concerned(facts, 0, { others: "names" })), admitted(wanted(), facts));
+    const same = (facts: Facts) =>
+      assert.deepEqual(
+        admitted(wanted(), concerned(facts, 0, { others: "names" })),
+        admitted(wanted(), facts),
+      );
+    same(facts);
+    const home = specOf(30, { ip: "10.42.30.0", external: "", public: "10.42.30.0" });
+    const nodes = listOf([...Array.from({ length: 30 }, (_, n) => specOf(n)), home]);
+    const seen = { ...facts, nodes, peers: `${facts.peers}\n${peer(MODERN, home, "203.0.113.77", 30)}` };
+    assert.ok(admitted(wanted(), seen).includes("nat"));
+    same(seen);
   });
 
   test("the complete list if that is requested, and an answer in another format unchanged", () => {

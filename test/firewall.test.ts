@@ -1,11 +1,12 @@
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { describe, test } from "node:test";
 import { type Chain, drops, ends, type Packet } from "../lib/k3s/firewall/chains.ts";
 import * as firewall from "../lib/k3s/firewall/firewall.ts";
 import * as own from "../lib/k3s/firewall/own.ts";
 import { iptables, nft } from "../lib/k3s/firewall/rules.ts";
 import { Refusal } from "../lib/step.ts";
-import { type Facts, fixture, look, programs, shell, temporary, wanted } from "./helpers.ts";
+import { A1, type Facts, fixture, look, node, nodes, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const [A, B] = ["198.51.100.11", "198.51.101.11"];
 const NODES = [A, B];
@@ -570,6 +571,185 @@ describe("FIREWALL", () => {
     });
     const want = wanted({ FIREWALL: `${B} -203.0.113.9`, PUBLIC_IP: "192.0.2.5" });
     assert.deepEqual(firewall.admitted(want, { nodes }), ["192.0.2.5", A, B]);
+  });
+});
+
+describe("a home node, whose address is nat,", () => {
+  const HOME = [...NODES, "nat"];
+  const ufwDone = recorded("ufw-fresh-done");
+  const firewalldDone = recorded("firewalld-fresh-done");
+  const open = [
+    ["tcp", 6443],
+    ["udp", 51820],
+  ] as const;
+  const before = (text: string | undefined, mark: string, line: (protocol: string, port: number) => string) =>
+    text?.replace(mark, (found) => open.map(([protocol, port]) => line(protocol, port)).join("") + found) ??
+    "";
+  const rich = (protocol: string, port: number) =>
+    `public rule priority="-1000" family="ipv4" source address="0.0.0.0/0" port port="${port}" protocol="${protocol}" accept\n`;
+  /** The table of the script, as nft lists it. */
+  const table = (nodes: string[]) => /^table [\s\S]*?^}/m.exec(scriptText(nodes))?.[0] ?? "";
+  /** Each firewall before a home node, and with the rules for one. */
+  const firewalls: [name: string, facts: Facts, withHome: Facts][] = [
+    [
+      "nft",
+      BOX,
+      {
+        ...{ ...BOX, script: scriptText(HOME), start: own.UNIT_TEXT, booted: "enabled\nactive\n" },
+        ruleset: table(HOME),
+      },
+    ],
+    [
+      "ufw",
+      ufwDone,
+      {
+        ...ufwDone,
+        added: before(
+          ufwDone.added,
+          "ufw allow 22",
+          (of, port) => `ufw allow ${port}/${of} comment 'k3s-across-clouds'\n`,
+        ),
+        iptables: before(
+          ufwDone.iptables,
+          "-A ufw-user-input",
+          (of, port) => `-A ufw-user-input -p ${of} -m ${of} --dport ${port} -j ACCEPT\n`,
+        ),
+      },
+    ],
+    [
+      "firewalld",
+      firewalldDone,
+      {
+        ...firewalldDone,
+        rules: before(firewalldDone.rules, "public", rich),
+        "rules--permanent": before(firewalldDone["rules--permanent"], "public", rich),
+        ruleset: before(
+          firewalldDone.ruleset,
+          `\t\tip saddr ${A} tcp dport 6443`,
+          (of, port) => `\t\tip saddr 0.0.0.0/0 ${of} dport ${port} accept\n`,
+        ),
+      },
+    ],
+  ];
+  for (const [name, facts, withHome] of firewalls) {
+    test(`has ${name} open 6443/tcp and 51820/udp to everybody and 10250/tcp to the known addresses alone, and is no address in a rule`, () => {
+      const [change, ...more] = firewallPlan(facts, HOME);
+      assert.deepEqual(more, []);
+      assert.equal(
+        change?.why,
+        `${name}: open 6443/tcp and 51820/udp to all, since home nodes have no fixed address, 10250/tcp to ${A}, ${B}, and close k3s's other ports`,
+      );
+      assert.doesNotMatch(change?.sh ?? "", /\bnat\b|0\.0\.0\.0\/0[^*\n]{1,20}10250/);
+    });
+    test(`has nothing more to do with ${name} once it has these rules, and they are not taken for the user's`, () => {
+      assert.deepEqual(blocked(withHome, HOME), []);
+      assert.deepEqual(firewallPlan(withHome, HOME), []);
+    });
+    test(`has ${name} close both ports again when it is gone, with nothing else changed`, () => {
+      const [change, ...more] = firewallPlan(withHome);
+      assert.deepEqual(more, []);
+      assert.match(
+        change?.why ?? "",
+        new RegExp(`^${name}: open 6443/tcp, 10250/tcp and 51820/udp to ${A}, ${B}, and`),
+      );
+      if (name !== "nft")
+        assert.match(
+          change?.sh ?? "",
+          /(delete|remove).*0\.0\.0\.0\/0.*6443.*(\n.*)?(delete|remove)-?.*51820/,
+        );
+      assert.doesNotMatch(change?.sh ?? "", /insert 1|add-rich-rule|saddr 0\.0\.0\.0/);
+    });
+  }
+
+  test("is let in by the table, at two ports and over IPv4 alone", () => {
+    const from = (from: string, port: number, family: "ip" | "ip6" = "ip") => {
+      const protocol = port > 51_000 ? "udp" : "tcp";
+      const packet: Packet = { hook: "input", family, iif: "eth0", oif: "", from, to: [], protocol, port };
+      return !ends(nft(table(HOME)), packet).some(drops);
+    };
+    assert.deepEqual(
+      [6443, 51820, 10250, 51821].map((port) => from("", port)),
+      [true, true, false, false],
+    );
+    assert.deepEqual(
+      [6443, 51820].map((port) => from("", port, "ip6")),
+      [false, false],
+    );
+    assert.deepEqual(
+      [6443, 51820, 10250].map((port) => from(A, port)),
+      [true, true, true],
+    );
+  });
+  test("is let in by other chains that drop, at two ports", () => {
+    const folder = temporary();
+    const other = chain("in", "input", "drop");
+    const PATH = programs(folder, {
+      nft: `case $* in list*) cat <<'X'\n${other}\nX\n;; -*) ;; *) echo "$*" >>${folder}/log ;; esac`,
+      "iptables-nft": `case $* in --version) echo nf_tables ;; '-S INPUT') echo '-A INPUT -j DROP' ;; *-I*) echo "$*" >>${folder}/log ;; esac`,
+      "iptables-legacy": "echo legacy",
+    });
+    shell(scriptText(HOME), ["sh", "-s", "start"], { PATH });
+    const put = (text: RegExp) => readFileSync(`${folder}/log`, "utf8").match(text)?.length ?? 0;
+    assert.deepEqual([put(/10250/g), put(/6443/g), put(/51820/g)], [2 * 2, 2 * 3, 2 * 3]);
+    assert.deepEqual(
+      [put(/saddr 0\.0\.0\.0\/0 (tcp|udp) dport (6443|51820) /g), put(/-s 0\.0\.0\.0\/0 -p .*/g)],
+      [2, 2],
+    );
+  });
+  test("may be the only node that is known so far", () => {
+    assert.doesNotMatch(scriptText(["nat"]), /elements/);
+    assert.match(
+      firewallPlan(BOX, ["nat"])[0]?.why ?? "",
+      /to all, since home nodes have no fixed address, and close k3s's other ports$/,
+    );
+  });
+  test("is named where rules drop its packets, with the command that opens them, or what to let through", () => {
+    const drop = chain("in", "input", "accept", "ip saddr != @ours tcp dport { 6443, 10250 } drop");
+    assert.deepEqual(
+      blocked({ ...BOX, ruleset: drop }, NODES).filter((one) => !/everything/.test(one)),
+      [],
+    );
+    assert.match(
+      blocked({ ...BOX, ruleset: drop }, HOME).join(),
+      /^nft inet mine in drops 6443\/tcp from home nodes, and everything/,
+    );
+    assert.equal(firewall.remedy({ ...BOX, ruleset: drop }, HOME, RANGES, "b1"), "make firewall HOST=b1");
+    const early =
+      "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p udp -m udp --dport 51820 -j DROP\nCOMMIT\n";
+    assert.throws(
+      () => firewallPlan({ ...BOX, iptables: early }, HOME),
+      /let 6443\/tcp and 51820\/udp from all, since home nodes have no fixed address, 10250\/tcp from 198/,
+    );
+  });
+  test("leaves a port closed over IPv6, and the kubelet's, where the user's own rules open them to everybody", () => {
+    const many = recorded("ufw-many");
+    assert.throws(
+      () => firewallPlan({ ...many, nft: "" }, HOME),
+      / 10250\/tcp by ufw: .* 51820\/udp by ip6tables/,
+    );
+  });
+  test("does not make a rule of the user's in ufw ours, which would go with it", () => {
+    const added = `${ufwDone.added}ufw allow 6443/tcp\n`;
+    const commands = firewallPlan({ ...ufwDone, added }, HOME)[0]?.sh ?? "";
+    assert.doesNotMatch(commands, /6443/);
+    assert.match(commands, /^ufw insert 1 allow from 0\.0\.0\.0\/0 to any port 51820 proto udp comment/);
+  });
+  test("counts as one if the settings say so, or the cluster has a node without a public address, not while a node joins", () => {
+    const with_ = (FIREWALL: string, json = "", PUBLIC_IP = B) =>
+      firewall.admitted(wanted({ FIREWALL, PUBLIC_IP }), { nodes: json });
+    const home = node({ ...A1, name: "nas", n: 3, ip: "10.42.3.0", external: "" });
+    const list = (one: object) => JSON.stringify({ items: [node(A1), one] });
+    assert.deepEqual(with_(`${A} nat`), HOME);
+    assert.deepEqual(with_(A, "", "nat"), [A, "nat"]);
+    assert.deepEqual(with_(A, list(home)), HOME);
+    const off = node({ ...A1, name: "nas", n: 3, ip: "10.42.3.0", external: "", ready: false });
+    assert.deepEqual(with_(A, list(off)), HOME);
+    const joins = node({ ...A1, name: "b1", n: 1, ip: "192.168.0.11", external: "", ready: false });
+    assert.deepEqual(with_(A, list(joins)), NODES);
+    assert.deepEqual(with_(A, nodes(A1)), NODES);
+    // Another one may stay when one leaves.
+    assert.deepEqual(with_(`-nat ${A} nat`), HOME);
+    assert.deepEqual(with_(`-nat ${A}`), NODES);
   });
 });
 

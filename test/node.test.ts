@@ -183,6 +183,8 @@ describe("a proxy", () => {
       "mine.example,localhost,127.0.0.0/8,10.42.0.0/16,10.43.0.0/16,.svc,.cluster.local,198.51.100.11,198.51.101.11",
     );
   });
+  test("is not used for home nodes, which are in the pods' network", () =>
+    assert.equal(noProxy(want, ["198.51.100.11", "nat"]), noProxy(want, ["198.51.100.11"])));
   test("is not used for other networks if SERVER_ARGS contains them", () =>
     assert.match(
       noProxy(

@@ -35,7 +35,7 @@ import type { Box, Run } from "../script.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh } from "../sh.ts";
 import { type Facts, type Look, type Printed, prints, type Step } from "../step.ts";
-import { PRIVATE_RANGES, publicIp } from "../table.ts";
+import { NAT, PRIVATE_RANGES, publicIp } from "../table.ts";
 import { parseKeyValues, splitWords } from "../text.ts";
 import { caSed } from "../token.ts";
 
@@ -230,16 +230,20 @@ function firewallOf(
       (box.role !== "server" || [undefined, "open"].includes(other?.tried.api))
     );
   };
-  const others = nodes.filter(({ externalIp }) => externalIp && externalIp !== box.ip);
+  const ipOf = (node: Node) => node.externalIp ?? (isHome(node) ? NAT : "");
+  const ipsOf = (some: readonly Node[]) => [...new Set(some.map(ipOf))].sort();
+  const others = nodes.filter(
+    (node) => ipOf(node) && node.name !== box.nodeName && node.externalIp !== box.ip,
+  );
   const pods = Object.values({ ...box.tried.pods, ...box.tried.services });
-  const said = (some: Node[], ranges: boolean) =>
-    blocked(facts, some.map(({ externalIp }) => externalIp as string).sort(), ranges ? rangesOf(want) : []);
+  const said = (some: Node[], ranges: boolean) => blocked(facts, ipsOf(some), ranges ? rangesOf(want) : []);
   const lost = others.filter((node) => !passes(node));
   const now = said(lost, lost.length > 0 || !pods.every(Boolean));
   const latent = now.length ? [] : said(others, true);
-  const every = others.map(({ externalIp }) => externalIp as string);
   const opens =
-    now.length + latent.length ? remedy(facts, [...every, box.ip].sort(), rangesOf(want), box.word) : "";
+    now.length + latent.length
+      ? remedy(facts, [...new Set([...ipsOf(others), box.ip])].sort(), rangesOf(want), box.word)
+      : "";
   return { blocked: now, latent, opens };
 }
 

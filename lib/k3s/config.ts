@@ -4,7 +4,7 @@ import { lastOf, parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal } from "../step.ts";
-import { rangesIn } from "../table.ts";
+import { NAT, rangesIn } from "../table.ts";
 import { rewrite, sha256, splitWords } from "../text.ts";
 import { KUBECTL, nodesOf } from "./nodes.ts";
 import type { Generation, Role } from "./unit.ts";
@@ -57,7 +57,7 @@ export const rangesOf = ({ SERVER_ARGS }: Pick<Settings, "SERVER_ARGS">) => rang
 
 /**
  * NO_PROXY for k3s: its connections to the API, kubelets and pods use Go's defaults, which honour a proxy.
- * @param nodes public addresses of the nodes this one talks to.
+ * @param nodes public addresses of the nodes this one talks to; NAT among them is within the pod network.
  */
 export function noProxy(want: Settings, nodes: readonly string[]): string {
   const own = [
@@ -67,7 +67,9 @@ export function noProxy(want: Settings, nodes: readonly string[]): string {
     ".svc",
     `.${lastOf(parseArgs(want.SERVER_ARGS), "cluster-domain") || "cluster.local"}`,
   ];
-  return [...new Set([...want.NO_PROXY.split(","), ...own, ...nodes].filter(Boolean))].join(",");
+  return [
+    ...new Set([...want.NO_PROXY.split(","), ...own, ...nodes].filter((word) => word && word !== NAT)),
+  ].join(",");
 }
 
 /** Lines of the unit's EnvironmentFile; `@NAME@` stands for a secret. */

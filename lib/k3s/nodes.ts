@@ -217,7 +217,8 @@ whole { print; next }
   if ($0 == "") next
   external = text("\"type\":\"ExternalIP\",\"address\":")
   cidr = text("\"spec\":{\"podCIDR\":")
-  home = external == "" && text("\"type\":\"InternalIP\",\"address\":") "/" == substr(cidr, 1, index(cidr, "/"))
+  internal = text("\"type\":\"InternalIP\",\"address\":")
+  home = external == "" && internal "/" == substr(cidr, 1, index(cidr, "/"))
   proven = joining
   if (cidr in by && shaken[cidr] > oldest &&
       (home || at[cidr] == external && external == text("\"flannel.alpha.coreos.com/public-ip\":"))) proven = 1
@@ -225,7 +226,8 @@ whole { print; next }
   if (!proven || (ip && index($0, "\"" ip "\"")) || /"node-role.kubernetes.io\/(control-plane|master)":/) { add($0); next }
   if (cidr in by) done[by[cidr]]
   rest[++left] = "{\"metadata\":{\"name\":\"" text("\"name\":") \
-    "\"},\"status\":{\"addresses\":[{\"type\":\"ExternalIP\",\"address\":\"" external "\"}]}}"
+    (home ? "\"},\"spec\":{\"podCIDR\":\"" cidr : "") "\"},\"status\":{\"addresses\":[{\"type\":\"" \
+    (home ? "Internal" : "External") "IP\",\"address\":\"" (home ? internal : external) "\"}]}}"
 }
 END {
   # The first one without a peer is the box itself.

@@ -7,6 +7,7 @@ import { admitted, blocked, firewall } from "../../lib/k3s/firewall/firewall.ts"
 import { main } from "../../lib/k3s/script.ts";
 import { watch } from "../../lib/report.ts";
 import type { Run } from "../../lib/script.ts";
+import { NAT } from "../../lib/table.ts";
 
 async function everywhere(run: Run): Promise<number> {
   const cluster = [
@@ -19,10 +20,12 @@ async function everywhere(run: Run): Promise<number> {
   const done = await each(run, those, async (box) => {
     const now = await bring(run, box, [firewall]);
     if (!now) return;
-    const doubts = blocked(now.facts, admitted(box.want, now.facts), rangesOf(box.want));
+    const nodes = admitted(box.want, now.facts);
+    const doubts = blocked(now.facts, nodes, rangesOf(box.want));
+    const others = nodes.includes(NAT) ? "and all others 6443/tcp and 51820/udp alone" : "and nobody else";
     box.line.done(
       now.nothing,
-      `the rules seen here let the nodes reach k3s, and nobody else${doubts.length ? `; but ${doubts.join("; ")}` : ""}`,
+      `the rules seen here let the nodes reach k3s, ${others}${doubts.length ? `; but ${doubts.join("; ")}` : ""}`,
     );
   });
   return worst(done);

@@ -4,14 +4,15 @@ import { isIPv4 } from "node:net";
 import type { Settings } from "../../settings.ts";
 import { raw, sh } from "../../sh.ts";
 import { type Change, type Facts, type Printed, Refusal, step } from "../../step.ts";
+import { NAT } from "../../table.ts";
 import { splitWords } from "../../text.ts";
 import { rangesOf } from "../config.ts";
-import { clusterLook, nodesOf } from "../nodes.ts";
+import { clusterLook, isHome, nodesOf } from "../nodes.ts";
 import { type Chain, drops, type End, ends, type Packet } from "./chains.ts";
 import { clearFirewalld, firewalld, firewalldLook, leftInFirewalld } from "./firewalld.ts";
 import { chainsOf, kernelLook, unread } from "./kernel.ts";
 import { CLEAR_OWN, isWritten, LEFT_OF_OWN, ownLook, scriptText, TABLE, written } from "./own.ts";
-import { BETWEEN, CLOSED, type FirewallManager, ipv4Of } from "./traffic.ts";
+import { ANYWHERE, CLOSED, type FirewallManager, ipv4Of, openings } from "./traffic.ts";
 import { CLEAR_UFW, LEFT_IN_UFW, ufw, ufwLook } from "./ufw.ts";
 
 export const firewallLooks = [firewalldLook, ufwLook, kernelLook, ownLook];
@@ -54,13 +55,11 @@ function wanted(facts: Box, nodes: readonly string[], ranges: readonly string[])
       : []
   ) as [string, string][];
   return [
-    ...BETWEEN.flatMap(([protocol, port]) =>
-      nodes.map((from) => ({
-        what: `${port}/${protocol}`,
-        whom: from,
-        packet: { ...packet, from, protocol, port },
-      })),
-    ),
+    ...openings(nodes).map(({ ip, protocol, port }) => ({
+      what: `${port}/${protocol}`,
+      whom: ip === ANYWHERE ? "home nodes" : ip,
+      packet: { ...packet, from: ip === ANYWHERE ? "" : ip, protocol, port },
+    })),
     ...tunnels.flatMap(([iif, oif]): Probe[] => [
       ...[6443, 10250].map((port) => ({
         what: "everything",
@@ -120,12 +119,16 @@ function sentence({ end, sure, probes }: Cut, facts: Box): string {
   return `${whose(end, facts)} ${sure ? "drops" : "may drop"} ${said.join(", and ")} (${end.why})`;
 }
 
-/** Which of k3s's ports are open to an address that no rule names, and by which rule. */
-function opened(chains: readonly Chain[], facts: Box): string[] {
+/** Which of k3s's ports are open to an address that no rule names, and by which rule; without those of home nodes. */
+function opened(chains: readonly Chain[], facts: Box, nodes: readonly string[]): string[] {
+  // The manager takes its rules for home nodes away itself.
+  const home = nodes.includes(NAT) || managerOf(facts)?.letsAllIn(facts);
+  const forHome = home ? openings([NAT]).map(({ protocol, port }) => `ip ${protocol} ${port}`) : [];
   const found: [why: string, port: string][] = [];
   for (const [protocol, low, high] of CLOSED)
     for (let port: number = low; port <= high; port++)
       for (const family of ["ip", "ip6"] as const) {
+        if (forHome.includes(`${family} ${protocol} ${port}`)) continue;
         const met = ends(chains, { ...fromWorld(facts), family, protocol, port });
         if (met.some(drops)) continue;
         const end = met
@@ -139,7 +142,7 @@ function opened(chains: readonly Chain[], facts: Box): string[] {
 
 /**
  * What the box's firewall blocks, or may block, of the cluster's traffic, one sentence each.
- * @param nodes public addresses of nodes that must get through.
+ * @param nodes public addresses of nodes that must get through; NAT where there is a home node.
  * @param ranges networks of pods and services, where they must. @see k3s docs, "Requirements", "Operating Systems"
  */
 export function blocked(facts: Box, nodes: readonly string[], ranges: readonly string[]): string[] {
@@ -177,6 +180,14 @@ function withOurs(chains: readonly Chain[], facts: Box, probes: readonly Probe[]
   });
 }
 
+/** Which ports are to be open, in words; `to` is "to" or "from". */
+function doors(nodes: readonly string[], to: string): string {
+  const known = nodes.filter((ip) => ip !== NAT).join(", ");
+  if (!nodes.includes(NAT)) return `6443/tcp, 10250/tcp and 51820/udp ${to} ${known}`;
+  const kubelets = known && `, 10250/tcp ${to} ${known}`;
+  return `6443/tcp and 51820/udp ${to} all, since home nodes have no fixed address${kubelets}`;
+}
+
 /** Changes that open k3s's ports to the nodes and close them to the world; ssh is not touched. @throws {Refusal} */
 export function firewallPlan(
   facts: Box,
@@ -190,19 +201,21 @@ export function firewallPlan(
     const cut = list.find(({ sure }) => sure);
     if (cut)
       throw new Refusal(
-        `${sentence(cut, facts)}, and no rule can be placed before that one: remove it, or let 6443/tcp, 10250/tcp and 51820/udp from ${nodes.join(", ")} and everything from ${ranges.join(" and ")} through there`,
+        `${sentence(cut, facts)}, and no rule can be placed before that one: remove it, or let ${doors(nodes, "from")} and everything from ${ranges.join(" and ")} through there`,
       );
   };
   refuse(cuts(withOurs(chains, facts, probes), probes));
   const open = opened(
     chains.filter(({ table }) => table !== `nft inet ${TABLE}`),
     facts,
+    nodes,
   );
   const now = cuts(chains, probes);
   const [late, foreign] = [true, false].map((own) =>
     now.some(({ end }) => isManaged(end.chain, facts) === own),
   );
-  const opens = `open 6443/tcp, 10250/tcp and 51820/udp to ${nodes.join(", ")}, and close k3s's ports to all others`;
+  const rest = nodes.includes(NAT) ? "k3s's other ports" : "k3s's ports to all others";
+  const opens = `open ${doors(nodes, "to")}, and close ${rest}`;
   const changes: Change[] = [];
   const commands = manager?.commands(facts, nodes, ranges, late as boolean) ?? [];
   if (commands.length)
@@ -234,12 +247,18 @@ export const firewall = step({
   plan: (want, facts) => (want.FIREWALL ? firewallPlan(facts, admitted(want, facts), rangesOf(want)) : []),
 });
 
-/** The addresses to let in: the known ones and those of the cluster's nodes (IPv4 only). */
+/** The addresses to let in: the known ones and those of the cluster's nodes (IPv4 only); NAT where one has none. */
 export function admitted(want: Settings, facts: Facts<"nodes">): string[] {
   const known = splitWords(want.FIREWALL);
-  const joined = nodesOf(facts.nodes).flatMap(({ externalIp: ip = "" }) => (isIPv4(ip) ? ip : []));
+  const joined = nodesOf(facts.nodes).flatMap((node) => {
+    // A node that is joining gets its address a moment later.
+    const { externalIp: ip = isHome(node) || node.ready ? NAT : "" } = node;
+    return ip === NAT || isIPv4(ip) ? ip : [];
+  });
   const all = [...known, ...joined, want.PUBLIC_IP];
-  return [...new Set(all.filter((ip) => ip && !ip.startsWith("-") && !known.includes(`-${ip}`)))].sort();
+  // A home node that leaves may not be the only one.
+  const leaves = (ip: string) => ip !== NAT && known.includes(`-${ip}`);
+  return [...new Set(all.filter((ip) => ip && !ip.startsWith("-") && !leaves(ip)))].sort();
 }
 
 /** Prints `firewall` where there is something for `closeAgain`. */

@@ -2,7 +2,7 @@
 
 import { sh } from "../../sh.ts";
 import { type Facts, type Printed, prints } from "../../step.ts";
-import { eachOf, type FirewallManager, openings } from "./traffic.ts";
+import { ANYWHERE, eachOf, type FirewallManager, openings } from "./traffic.ts";
 
 export const firewalldLook = prints(
   "firewalld firewalld-version zones rules rules--permanent sources sources--permanent",
@@ -23,7 +23,7 @@ type FirewalldFact = Printed<typeof firewalldLook>;
 /** firewalld before 0.7 has no priorities among rich rules: those that deny come first. */
 const early = (facts: Facts<FirewalldFact>) => !/^0\.[0-6]\./.test(facts["firewalld-version"] ?? "");
 /** A rich rule of ours. */
-const RICH = `rule (priority="-1000" )?family="ipv4" source address="[0-9.]+" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$`;
+const RICH = `rule (priority="-1000" )?family="ipv4" source address="[0-9.]+(/0)?" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$`;
 
 const OURS = new RegExp(`^\\S+ ${RICH}`);
 const zoneOf = (rule: string) => rule.replace(/ .*/, "");
@@ -42,6 +42,10 @@ export const firewalld: FirewallManager<FirewalldFact> = {
           split(facts.zones).some((zone) => name.endsWith(`_${zone}_${early(facts) ? "pre" : "allow"}`))
         ? ["nodes"]
         : [],
+  letsAllIn: (facts) =>
+    `${facts.rules}\n${facts["rules--permanent"]}`
+      .split("\n")
+      .some((rule) => OURS.test(rule) && rule.includes(`"${ANYWHERE}"`)),
   commands(facts, nodes, ranges) {
     const rules = split(facts.zones).flatMap((zone) =>
       openings(nodes).map(

@@ -5,6 +5,7 @@ import { look } from "../../converge.ts";
 import { attempt, bring } from "../../fleet.ts";
 import type { Box, Run } from "../../script.ts";
 import { type Facts, Failure, planAll, Refusal } from "../../step.ts";
+import { NAT } from "../../table.ts";
 import { boxNames } from "../../text.ts";
 import { firewall } from "./firewall.ts";
 
@@ -17,7 +18,9 @@ async function boxesBeside(run: Run, those: readonly Box[]): Promise<Box[]> {
     ...(await boxes(all, "AGENTS")),
   ].map((box) => boxAt(run, box));
   run.letIn.push(...[...named, ...those].map(({ ip }) => ip));
-  return named.filter(({ host, ip }) => !those.some((box) => box.host === host || box.ip === ip));
+  return named.filter(
+    ({ host, ip }) => !those.some((box) => box.host === host || (ip !== NAT && box.ip === ip)),
+  );
 }
 
 /**

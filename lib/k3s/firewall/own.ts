@@ -2,7 +2,7 @@
 
 import { raw, sh, writeFile } from "../../sh.ts";
 import { type Facts, type Printed, prints } from "../../step.ts";
-import { BETWEEN, CLOSED, INTERFACES, RULE_COMMENT } from "./traffic.ts";
+import { ANYWHERE, BETWEEN, CLOSED, INTERFACES, openings, RULE_COMMENT } from "./traffic.ts";
 
 const SCRIPT = "/usr/local/sbin/k3s-firewall";
 const UNIT = "/etc/systemd/system/k3s-firewall.service";
@@ -63,7 +63,13 @@ const closed = (protocol: string) =>
     .join(", ")} }`;
 
 /** The script for a box without firewalld and ufw: our own table, and accept rules in chains that drop. */
-export const scriptText = (nodes: readonly string[], pods: string): string => `#!/bin/sh
+export function scriptText(nodes: readonly string[], pods: string): string {
+  const open = openings(nodes);
+  const toAll = open.filter(({ ip }) => ip === ANYWHERE);
+  const sources = [...new Set(open.map(({ ip }) => ip))];
+  const known = sources.filter((ip) => ip !== ANYWHERE);
+  const skip = toAll.length ? `\n      case "$ip $port" in "${ANYWHERE} "*10250) continue ;; esac` : "";
+  return `#!/bin/sh
 # Written by k3s-across-clouds, make firewall.
 set -eu
 # An accept in one table does not overrule a drop in another: where somebody's chain may drop, it gets our rules too.
@@ -105,24 +111,23 @@ nft -f - <<'NFT'
 table inet ${TABLE} {
 	set nodes {
 		type ipv4_addr
-		elements = { ${nodes.join(", ")} }
-	}
+${known.length ? `\t\telements = { ${known.join(", ")} }\n` : ""}	}
 	chain input {
 		type filter hook input priority -5; policy accept;
 		iifname { "lo", ${INTERFACES.map((name) => `"${name}"`).join(", ")} } accept
 		ip saddr @nodes tcp dport { 6443, 10250 } accept
 		ip saddr @nodes udp dport 51820 accept
-		tcp dport ${closed("tcp")} drop
+${toAll.map(({ ip, protocol, port }) => `\t\tip saddr ${ip} ${protocol} dport ${port} accept\n`).join("")}		tcp dport ${closed("tcp")} drop
 		udp dport ${closed("udp")} drop
 	}
 }
 NFT
-nodes='${nodes.join(" ")}'
+nodes='${sources.join(" ")}'
 rule() { nft insert rule "$@" accept comment '"${RULE_COMMENT}"'; }
 bases input | while read -r family table chain; do
   for card in ${INTERFACES.join(" ")}; do rule "$family" "$table" "$chain" iifname "$card"; done
   for ip in $nodes; do
-    for port in ${BETWEEN.map(([protocol, port]) => `"${protocol} dport ${port}"`).join(" ")}; do
+    for port in ${BETWEEN.map(([protocol, port]) => `"${protocol} dport ${port}"`).join(" ")}; do${skip}
       # shellcheck disable=SC2086
       rule "$family" "$table" "$chain" ip saddr "$ip" $port
     done
@@ -140,7 +145,7 @@ for tool in $tools; do
   if may_drop INPUT; then
     for card in ${INTERFACES.join(" ")}; do put INPUT -i "$card"; done
     for ip in $nodes; do
-      for port in ${BETWEEN.map(([protocol, port]) => `"-p ${protocol} --dport ${port}"`).join(" ")}; do
+      for port in ${BETWEEN.map(([protocol, port]) => `"-p ${protocol} --dport ${port}"`).join(" ")}; do${skip}
         # shellcheck disable=SC2086
         put INPUT -s "$ip" $port
       done
@@ -151,3 +156,4 @@ for tool in $tools; do
   fi
 done
 `;
+}

@@ -1,6 +1,7 @@
 /** What the nodes of a cluster send each other, what is closed to all others, and the firewall that is to have it so. */
 
 import type { Facts } from "../../step.ts";
+import { NAT } from "../../table.ts";
 import type { Chain } from "./chains.ts";
 
 /** Traffic between nodes: API, kubelet, WireGuard. */
@@ -31,9 +32,19 @@ export const eachOf = (ranges: readonly string[]) => ranges.flatMap((range) => r
 export const ipv4Of = ([pods = ""]: readonly string[]) =>
   eachOf([pods]).find((range) => range.includes(".")) ?? "10.42.0.0/16";
 
-/** What is to be open: each port to each node. */
+/** As a source in rules: any IPv4 address. */
+export const ANYWHERE = "0.0.0.0/0";
+
+/**
+ * What is to be open: each port to each node. A home node (NAT among `nodes`) comes from anywhere; it reaches kubelets
+ * through the tunnel.
+ */
 export const openings = (nodes: readonly string[]) =>
-  nodes.flatMap((ip) => BETWEEN.map(([protocol, port]) => ({ ip, protocol, port })));
+  nodes.flatMap((node) =>
+    BETWEEN.filter(([, port]) => node !== NAT || port !== 10250).map(([protocol, port]) => ({
+      ...{ ip: node === NAT ? ANYWHERE : node, protocol, port },
+    })),
+  );
 
 /** A program that manages the box's firewall. */
 export interface FirewallManager<F extends string> {
@@ -43,6 +54,8 @@ export interface FirewallManager<F extends string> {
   owns(chain: Chain): boolean;
   /** Whose packets its commands let through in this chain. */
   opens(chain: Chain, facts: Facts<F>): ("nodes" | "pods")[];
+  /** Has it rules of ours that let in anybody, for home nodes? */
+  letsAllIn(facts: Facts<F>): boolean;
   /** @param late ours are there, but behind a rule that denies. */
   commands(facts: Facts<F>, nodes: readonly string[], ranges: readonly string[], late: boolean): string[];
 }

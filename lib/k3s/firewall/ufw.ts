@@ -2,20 +2,32 @@
 
 import { raw, sh } from "../../sh.ts";
 import { type Printed, prints } from "../../step.ts";
-import { eachOf, type FirewallManager, openings, RULE_COMMENT } from "./traffic.ts";
+import { ANYWHERE, eachOf, type FirewallManager, openings, RULE_COMMENT } from "./traffic.ts";
 
 export const ufwLook = prints("ufw added")(sh`fact ufw; ufw status verbose 2>/dev/null
 fact added; ufw show added 2>/dev/null`);
+
+const RULE = /^ufw ((?:route )?allow [\w.:/ ]+?)(?: comment '(.*)')?$/gm;
+
+/** The rules with their comments. ufw does not show a source or destination that is any. */
+const rulesIn = (added: string) =>
+  [...added.matchAll(RULE)].map(([, rule = "", comment]) => ({
+    rule: rule.replace(/^allow (\d+)\/(\w+)$/, `allow from ${ANYWHERE} to any port $1 proto $2`),
+    comment,
+  }));
+const oursIn = (added = "") =>
+  rulesIn(added).flatMap(({ rule, comment }) => (comment === RULE_COMMENT ? rule : []));
 
 export const ufw: FirewallManager<Printed<typeof ufwLook>> = {
   name: "ufw",
   runs: ({ ufw = "" }) => /^Status: active/m.test(ufw),
   owns: ({ rules }) => rules.some(({ text }) => / ufw-before-(input|forward)$/.test(text)),
   opens: ({ name }) => (/^ufw-user-(input|forward)$/.test(name) ? ["nodes", "pods"] : []),
+  letsAllIn: ({ added }) => oursIn(added).some((rule) => rule.includes(ANYWHERE)),
   commands({ added = "" }, nodes, ranges, blocked) {
-    const ours = [
-      ...added.matchAll(new RegExp(`^ufw ((?:route )?allow [\\w.:/ ]+) comment '${RULE_COMMENT}'$`, "gm")),
-    ].map(([, rule]) => rule as string);
+    const ours = oursIn(added);
+    // A rule of the user stays theirs: to add it again would only change its comment.
+    const present = rulesIn(added).map(({ rule }) => rule);
     const rules = [
       ...openings(nodes).map(
         ({ ip, protocol, port }) => sh`allow from ${ip} to any port ${port} proto ${protocol}`,
@@ -36,7 +48,7 @@ export const ufw: FirewallManager<Printed<typeof ufwLook>> = {
         .map((rule) => told(rule, "delete").replace(/^ufw delete/, "ufw --force delete")),
       // ufw cannot insert at position 1 when there are no rules.
       ...rules
-        .filter((rule) => late || !ours.includes(rule))
+        .filter((rule) => late || !present.includes(rule))
         .map(
           (rule) =>
             `${told(rule, "insert 1")} comment ${RULE_COMMENT} 2>/dev/null || ufw ${rule} comment ${RULE_COMMENT}`,
