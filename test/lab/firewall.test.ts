@@ -144,6 +144,40 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     assert.deepEqual((await rules()).map(Number), [0, 0, 0]);
   });
 
+  test("opens 6443/tcp and 51820/udp to everybody while a home node is in AGENTS, and never 10250/tcp", async () => {
+    /** How many packets of a stranger to 51820/udp have passed all rules of a box. */
+    const passed = async (box: Box) => {
+      await box.sh(
+        "nft 'add table ip seen; add chain ip seen input { type filter hook input priority 300; }; add rule ip seen input ip saddr 203.0.113.254 udp dport 51820 counter'",
+      );
+      await t.lab.net(
+        "op",
+        `bash -c 'for i in 1 2 3; do echo >/dev/udp/${box.publicIp}/51820; sleep 0.1; done'`,
+      );
+      const seen = await box.sh("nft list table ip seen; nft delete table ip seen");
+      return Number(/packets (\d+)/.exec(seen)?.[1]) > 0;
+    };
+    const udp = async () => await Promise.all(t.lab.boxes.map(passed));
+    const nothing = [/^a1 +nothing to do/m, /^b1 +nothing to do/m, /^b2 +nothing to do/m];
+    assert.deepEqual(await udp(), [false, false, false]);
+    t.settings({ ...learned() }, { agents: "b1 b2 nas=nat" });
+    const opens =
+      "open 6443/tcp and 51820/udp to all, since home nodes have no fixed address, 10250/tcp to 198";
+    await t.says('make firewall HOST="a1 b1 b2"', 0, [
+      `nft: ${opens}`,
+      `ufw: ${opens}`,
+      `firewalld: ${opens}`,
+    ]);
+    assert.deepEqual(await doors(), { ...SHUT, api: ["open", "open", "open"] });
+    assert.deepEqual(await udp(), [true, true, true]);
+    await t.says('make firewall HOST="a1 b1 b2"', 0, nothing);
+    t.settings({ ...learned() });
+    await t.says("make firewall", 0, [/^a1 +nft: /m, /^b1 +ufw: /m, /^b2 +firewalld: /m]);
+    assert.deepEqual(await doors(), SHUT);
+    assert.deepEqual(await udp(), [false, false, false]);
+    await t.says("make firewall", 0, nothing);
+  });
+
   test("is part of a join and a removal with FIREWALL=yes, in the same run", async () => {
     const FIREWALL = "yes";
     t.settings({ ...learned(), FIREWALL });
