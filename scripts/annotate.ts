@@ -75,7 +75,7 @@ export const annotateAs = (role?: Role) =>
       const ip = want.PUBLIC_IP;
       const home = ip === NAT;
       const kept = keptAlive(home && keepaliveText(interfaceOf(generation)), facts);
-      const shaken = handshakes(facts, generation, name, as, started);
+      const shaken = handshakes(facts, generation, name, home, as, started);
       if (generation === "old" && !home && (node?.publicIp !== ip || node.overwrite !== ip))
         return [
           {
@@ -162,10 +162,16 @@ systemctl restart k3s-keepalive`,
 const JOINING = 60;
 
 /** The expected peers of this node, each with its state. */
-function peersIn(facts: Facts<"peers" | "nodes">, generation: Generation, name: string, proves: number) {
+function peersIn(
+  facts: Facts<"peers" | "nodes">,
+  generation: Generation,
+  name: string,
+  home: boolean,
+  proves: number,
+) {
   const peers = peersOf(facts.peers).filter((p) => p.interface === interfaceOf(generation));
   const nodes = nodesOf(facts.nodes);
-  return expected(nodes, name, Number(facts.now), backendOf(generation)).map((node) => ({
+  return expected(nodes, name, home, Number(facts.now), backendOf(generation)).map((node) => ({
     node,
     others: [...new Set(nodes.filter((other) => other.name !== node.name).flatMap(addressesOf))].sort(),
     ...standing(peerOf(peers, node.podCidr), node, nodes, proves),
@@ -177,11 +183,14 @@ function handshakes(
   facts: Facts<"peers" | "nodes">,
   generation: Generation,
   name: string,
+  home: boolean,
   role: Role,
   started?: number,
 ): Change[] {
   const proves = oldest(generation, Number(facts.now), started);
-  const missing = peersIn(facts, generation, name, proves).filter(({ fresh, wrong }) => !fresh || wrong);
+  const missing = peersIn(facts, generation, name, home, proves).filter(
+    ({ fresh, wrong }) => !fresh || wrong,
+  );
   if (missing.length === 0) return [];
   const wrong = missing.flatMap(({ node, wrong }) => (wrong ? `${node.name} is at ${wrong}` : []));
   return [
@@ -212,11 +221,13 @@ ${raw(
  * The expected peers of a node: every other node that is Ready and whose flannel address is its public one, and for nodes
  * with a public address those without. A node that
  * is down or still joining is checked by its own run, as is the later one of two that join at the same time. A node of
- * the other generation is not a peer until it is upgraded too. `now` is in seconds since 1970.
+ * the other generation is not a peer until it is upgraded too. `home`: this node has no public address; `now` is in seconds
+ * since 1970.
  */
 export function expected(
   nodes: readonly Node[],
   name: string,
+  home: boolean,
   now = Number.POSITIVE_INFINITY,
   backend?: string,
 ): Node[] {
@@ -231,7 +242,7 @@ export function expected(
       (n.backend ?? backend) === (backend ?? n.backend) &&
       n.ready &&
       n.podCidr &&
-      (isHome(n) ? !own || !isHome(own) : n.publicIp && n.publicIp === n.externalIp) &&
+      (isHome(n) ? !home : n.publicIp && n.publicIp === n.externalIp) &&
       !later(n),
   );
 }
@@ -246,8 +257,8 @@ await main(import.meta, {
     const fresh = peersOf(facts.peers).filter((p) => p.allowedIps.length);
     const { generation = "modern" } = releaseOf({ ...want, K3S_VERSION: facts.version?.trim() ?? "" }, facts);
     const [own] = nodesAt(nodesOf(facts.nodes), whoIs(want.PUBLIC_IP, facts));
-    const notes = peersIn(facts, generation, own?.name ?? "", 0).flatMap(({ node, note }) =>
-      note ? [`; ${node.name} sends from ${note}`] : [],
+    const notes = peersIn(facts, generation, own?.name ?? "", want.PUBLIC_IP === NAT, 0).flatMap(
+      ({ node, note }) => (note ? [`; ${node.name} sends from ${note}`] : []),
     );
     return `every handshake is fresh, at public addresses (${fresh.map((p) => p.endpoint).join(", ") || "no peers yet"})${notes.join("")}`;
   },

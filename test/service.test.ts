@@ -109,7 +109,6 @@ for (const step of [server, agent] as const)
         });
 
       const waits: [name: string, over: Facts, why: RegExp][] = [
-        ["is not registered", { nodes: nodes(B1) }, /a1 is not registered/],
         ["is not Ready", { nodes: nodes({ ...A1, ready: false }, B1) }, /not Ready/],
         [
           "is Ready but has not reported since the start",
@@ -133,6 +132,13 @@ for (const step of [server, agent] as const)
           // The wait accepts no heartbeat that the next look would reject.
           assert.match(plan[0]?.sh ?? "", new RegExp(`; since=${NOW - 1800 + 1};`));
         });
+
+      test("is waited for while its node is not registered yet, and restarted when it runs for long without one", () => {
+        const plan = (started: number) =>
+          step.plan(want, well({ nodes: nodes(B1), service: service(started), written: `${started - 1}` }));
+        assert.match(plan(NOW - 60)[0]?.why ?? "", /wait until .*: node a1 is not registered/);
+        assert.match(plan(NOW - 1800)[0]?.why ?? "", /^restart /);
+      });
 
       test("is refused on a box whose name another box's node has", () => {
         assert.match(

@@ -220,9 +220,19 @@ ${raw(writeFile(unitPath(role), text))}`,
     .includes(interfaceOf(generation === "old" ? "modern" : "old"));
   // The new binary is already in place.
   const newBinary = facts.version?.trim() !== version;
+  const nodes = nodesOf(facts.nodes);
+  const node = nodes.find((one) => one.name === name);
+  // A kubelet whose node was deleted does not register it again before its next start (v1.36.3, seen).
+  const forgotten = nodes.length > 0 && !node && !down && Number(facts.now) - started > SETTLES;
   const due =
-    changes.length + gone.length > 0 || down || stale || border || newBinary || NeedDaemonReload === "yes";
-  const other = nodesOf(facts.nodes).find((node) => node.name === name)?.externalIp;
+    changes.length + gone.length > 0 ||
+    down ||
+    stale ||
+    border ||
+    newBinary ||
+    forgotten ||
+    NeedDaemonReload === "yes";
+  const other = node?.externalIp;
   if (other && want.PUBLIC_IP === NAT)
     throw new Refusal(
       `Node ${name} has the public address ${other}, which k3s keeps until the node is deleted: make remove HOST=${want.HOST || "…"} first`,

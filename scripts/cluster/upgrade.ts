@@ -12,7 +12,7 @@ import { attempt, each, showPlan, worst } from "../../lib/fleet.ts";
 import { CONFIG, REGISTRIES } from "../../lib/k3s/config.ts";
 import { drainedOn, serverNodes, uncordonedOn } from "../../lib/k3s/drain.ts";
 import { firewall } from "../../lib/k3s/firewall/firewall.ts";
-import { nodeNameOf, nodeOf, whoIs } from "../../lib/k3s/identity.ts";
+import { nodeNameOf, nodeOf, nodesAt, whoIs } from "../../lib/k3s/identity.ts";
 import { clusterLook, nodesOf, WATCH } from "../../lib/k3s/nodes.ts";
 import { compare, pathOf, RELEASE } from "../../lib/k3s/releases.ts";
 import { main } from "../../lib/k3s/script.ts";
@@ -66,7 +66,7 @@ export function stepsFor(role: Role, running: string, ip: string) {
   ];
   const has = (facts: Facts<"interfaces">, generation: Generation) =>
     (facts.interfaces ?? "").split("\n").includes(interfaceOf(generation));
-  const nodeIn = (facts: Facts<"nodes">) => nodesOf(facts.nodes).find((node) => node.externalIp === ip);
+  const nodeIn = (facts: Facts<"nodes">) => nodesAt(nodesOf(facts.nodes), whoIs(ip, facts))[0];
   const upgradeStep = (name: string, plan: Step<Printed<ReturnType<typeof look>[number]>>["plan"]) =>
     step({ name, options: [], look, plan });
 
@@ -305,7 +305,7 @@ async function one({ box, role, version }: Member, server: Box, force: boolean):
     try {
       await converge(box, [keep], facts);
       const after = await converge(box, all, facts);
-      const node = nodesOf(after.nodes).find(({ externalIp }) => externalIp === box.ip);
+      const [node] = nodesAt(nodesOf(after.nodes), whoIs(box.ip, after));
       if (node?.version !== release)
         throw new Failure(`The node runs ${node?.version || "nothing"}, not ${release}`);
     } catch (error) {

@@ -1,0 +1,159 @@
+/** Boxes without a public address, behind routers that let nothing in, as nodes of a cluster in two clouds. */
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+import type { Box } from "./lab.ts";
+import { bench, MODERN, nodes, release, routerRule } from "./suite.ts";
+
+const t = await bench({ name: "home", boxes: ["a1", "a2", "b1", "h1", "h2", "i1"], tools: true });
+after(() => t.lab.down());
+const a1 = t.box("a1");
+const [a2, b1, h1] = [t.box("a2"), t.box("b1"), t.box("h1")];
+const NEXT = "v1.36.9+k3s1";
+const AGENTS = "b1 h1=nat h2=nat i1=nat";
+const homes = ["h1", "h2", "i1"];
+
+/** A node's address inside the tunnel. */
+const inside = async (name: string, server = a1) => (await nodes(server))[name]?.internal as string;
+/** Seconds until a box gets an answer from this address. */
+async function reached(from: Box, ip: string, limit: number): Promise<number> {
+  const began = Date.now();
+  const seconds = () => (Date.now() - began) / 1000;
+  while (seconds() < limit)
+    if ((await from.sh(`ping -c 1 -W 1 ${ip} >/dev/null && echo yes || sleep 0.2`)).trim() === "yes")
+      return seconds();
+  return assert.fail(`${from.name} does not reach ${ip} within ${limit} s`);
+}
+
+before(async () => {
+  t.settings({ K3S_VERSION: MODERN }, { agents: AGENTS });
+});
+
+describe("boxes without a public address", () => {
+  test("join with make up, and a second run has nothing to do", async () => {
+    await t.says("make -j up", 0, [
+      /^h1 +write .*k3s-keepalive\.service and start it/m,
+      /^h1 +restart k3s-agent and wait until node h1 is Ready with its address inside the tunnel/m,
+    ]);
+    await t.says("make -j up", 0, [/^h1 +nothing to do/m, /^i1 +nothing to do/m, /^a1 +nothing to do/m]);
+  });
+
+  test("have one address, inside the tunnel", async () => {
+    const seen = await nodes(a1);
+    for (const name of homes) {
+      assert.match(seen[name]?.internal ?? "", /^10\.42\.\d+\.0$/);
+      assert.equal(seen[name]?.external, undefined);
+    }
+  });
+
+  test("are reached by every node with a public address, kubelet included, and are in kubectl top", async () => {
+    for (const from of [a1, b1])
+      for (const name of homes) {
+        await reached(from, await inside(name), 5);
+        assert.match(
+          await from.sh(
+            `curl -sk -o /dev/null -w '%{http_code}' --max-time 5 https://${await inside(name)}:10250/healthz`,
+          ),
+          /^(401|200|403)/,
+        );
+      }
+    const top = await a1.sh("kubectl top nodes --no-headers");
+    for (const name of homes) assert.match(top, new RegExp(`^${name} `, "m"));
+  });
+
+  test("are healthy for make check, which names the homes that do not reach each other, and for make status", async () => {
+    await t.says("make check", 0, [
+      /Nothing is wrong/,
+      /note .*h1: i1 and it are behind NATs that let nothing in/,
+      /^ok +kubelets at 10250 from the server: 5 of 5/m,
+    ]);
+    await t.says("make status", 0, [/without a public address: h1, h2, i1/]);
+  });
+
+  test("are reached again within 20 seconds after k3s of a node with a public address was started anew", async () => {
+    const ips = await Promise.all(homes.map((name) => inside(name)));
+    await a1.sh("systemctl stop k3s; ip link delete flannel-wg; systemctl start k3s");
+    const seconds = await Promise.all(ips.map((ip) => reached(a1, ip, 60)));
+    assert(Math.max(...seconds) < 20, `${seconds}`);
+  });
+
+  test("are reached again within 30 seconds after their router got another address", async () => {
+    await t.lab.dial("h", "198.51.102.77");
+    const seconds = await reached(b1, await inside("h1"), 60);
+    assert(seconds < 30, `${seconds}`);
+    await t.lab.dial("h", "198.51.102.1");
+    await reached(b1, await inside("h1"), 60);
+  });
+
+  test("are named by make check when their provider drops WireGuard's packets, or when nothing keeps them reachable", async () => {
+    await h1.sh("systemctl stop k3s-keepalive");
+    await t.says("make check", 1, [/h1: k3s-keepalive does not run on it/, /do: make agent HOST=h1=nat/]);
+    await t.says("make agent HOST=h1", 0, [/write .*k3s-keepalive\.service and start it/]);
+    const open = await routerRule(t.lab, "i", "forward", "udp dport 51820 drop");
+    const { text } = await t.says("make check", 1, [
+      /^i1: its WireGuard reaches no other node: its router or its provider drops UDP/m,
+    ]);
+    assert.doesNotMatch(text, /i1: UDP 51820 is closed|hairpin|security group of i1/);
+    await open();
+    await reached(a1, await inside("i1"), 60);
+  });
+
+  test("are upgraded like others", async () => {
+    await release(t.lab, NEXT);
+    await t.ok(`make upgrade K3S_VERSION=${NEXT}`);
+    await t.says("make -j up", 0, [/^h1 +nothing to do: k3s v1\.36\.9/m]);
+    for (const name of homes) await reached(b1, await inside(name), 30);
+  });
+
+  test("follow to another pod network when their node was deleted, even if that run is interrupted", async () => {
+    const before = await inside("h1");
+    await h1.sh("systemctl stop k3s-agent");
+    await a1.sh(
+      "kubectl delete node h1; kubectl -n kube-system delete secret h1.node-password.k3s --ignore-not-found",
+    );
+    await t.cutThenDone(
+      "make agent HOST=h1",
+      /restart k3s-agent and wait until node h1 is Ready with its address/,
+    );
+    const now = await inside("h1");
+    assert.notEqual(now, before);
+    await reached(a1, now, 5);
+    assert.doesNotMatch(await h1.sh("ip -4 -o addr show dev lo"), new RegExp(before.replaceAll(".", "\\.")));
+  });
+
+  test("can be removed, also when the box is gone, and can join again", async () => {
+    await t.ok("make remove HOST=h1");
+    const left =
+      "ls /etc/systemd/system | grep k3s; ip -4 -o addr show dev lo | grep 10.42; ps -e | grep k3s; true";
+    assert.equal((await h1.sh(left)).trim(), "");
+    await t.says("make remove HOST=h1", 0, ["nothing to do"]);
+    await t.ok("make agent HOST=h1");
+    const i1 = t.box("i1");
+    await i1.off();
+    await t.ok("make remove HOST=i1 FORCE=1");
+    assert.deepEqual(Object.keys(await nodes(a1)), ["a1", "b1", "h1", "h2"]);
+    await i1.on();
+    await t.ok("make agent HOST=i1");
+    await t.says("make -j up", 0, [/^i1 +nothing to do/m]);
+  });
+
+  test("follow a server that is restored on another box", async () => {
+    const file = join(t.lab.dir, "home/backup.tar.gz");
+    await t.ok(`make backup BACKUP=${file}`);
+    await a1.off();
+    await t.ok(`make restore BACKUP=${file} HOST=a2`);
+    for (const name of homes) await reached(a2, await inside(name, a2), 60);
+    await t.says("make check", 0, [/Nothing is wrong/]);
+  });
+
+  test("may not become nodes with a public address, or these homes, without being removed first", async () => {
+    await t.says("make agent HOST=b1=nat AGENTS=", 1, [
+      /Node b1 has the public address 198\.51\.101\.11, which k3s keeps/,
+    ]);
+  });
+
+  test("are cleared by make down", async () => {
+    await t.ok("make down YES=1");
+    assert.equal((await h1.sh("ls /etc/systemd/system | grep k3s; true")).trim(), "");
+  });
+});
