@@ -71,7 +71,7 @@ kubeconfig: $(MODULES)
 	@$(TS) scripts/cluster/kubeconfig.ts $(FLAGS) $(call switch,USE,--use)
 
 ## Rehearsal
-rehearse: $(MODULES) ## create a cluster in two simulated clouds on this Linux machine (root)
+rehearse: $(MODULES) ## create a cluster in two simulated clouds and a home on this Linux machine (root)
 	@$(TS) test/lab/rehearse.ts up
 rehearse-kernel: $(MODULES) ## give a simulated CentOS 7 in QEMU a new kernel, reboot it, and join it (root)
 	@$(TS) test/lab/rehearse.ts kernel

@@ -387,6 +387,9 @@ export function place(box: string) {
   };
 }
 
+/** Whether it has no public address of its own. */
+export const atHome = ({ name }: Pick<Box, "name">) => place(name).home;
+
 /** As it is now, unlike the one by its place. */
 function publicIpOf(dir: string, box: string) {
   const { cloud, home, publicIp } = place(box);

@@ -47,7 +47,7 @@ async function traces() {
   return {
     processes,
     groups,
-    namespaces: (await run`ip netns list`).stdout.match(/^(op|inet|router-[ab]|[ab]\d+)\b.*$/gm) ?? [],
+    namespaces: (await run`ip netns list`).stdout.match(/^(op|inet|router-[abhi]|[abhi]\d+)\b.*$/gm) ?? [],
     mounts: readFileSync("/proc/self/mountinfo", "utf8")
       .split("\n")
       .filter((line) => line.includes("rehearse")),
@@ -59,12 +59,12 @@ async function traces() {
 function table(text: string) {
   const rows = text
     .split("\n")
-    .filter((line) => /^(from|a1|b1|b2) +\S+ +\S+ +\S+ +\S+/.test(line))
-    .slice(-4);
+    .filter((line) => /^(from|a1|b1|b2|h1)( +\S+){5}/.test(line))
+    .slice(-5);
   const cells = rows.map((row) => row.trim().split(/ +/));
-  assert.deepEqual(cells[0], ["from", "a1", "b1", "b2", "public", "address"], text);
+  assert.deepEqual(cells[0], ["from", "a1", "b1", "b2", "h1", "public", "address"], text);
   for (const [i, row] of cells.slice(1).entries())
-    for (const [j, cell] of row.slice(1, 4).entries())
+    for (const [j, cell] of row.slice(1, 5).entries())
       if (i === j) assert.equal(cell, "-");
       else assert(Number(cell) >= 0 && Number(cell) < 180, `${row[0]}: ${cell}`);
 }
@@ -87,7 +87,7 @@ test("a rehearsal that is killed while it is being created does not prevent the 
   assert.equal(await attach("rehearse"), undefined);
 });
 
-test("make rehearse creates two clouds and a cluster with recent handshakes, and reports that its k3s is a stand-in", async (context) => {
+test("make rehearse creates two clouds, a home and a cluster with recent handshakes, and reports that its k3s is a stand-in", async (context) => {
   const began = Date.now();
   const { exitCode, stdout, stderr } = await run`make rehearse`;
   assert.equal(exitCode, 0, stderr);
@@ -102,7 +102,7 @@ test("a second make rehearse keeps the boxes and has nothing to do", async (cont
   assert.equal(exitCode, 0, stderr);
   table(stdout);
   assert.match(stderr, /the boxes run already/);
-  assert.equal(stderr.match(/nothing to do/g)?.length, 3, stderr);
+  assert.equal(stderr.match(/nothing to do/g)?.length, 4, stderr);
   context.diagnostic(`again: ${Math.round((Date.now() - began) / 1000)} s`);
 });
 

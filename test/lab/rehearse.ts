@@ -1,8 +1,8 @@
 #!/usr/bin/env -S node --import tsx
 /**
- * The rehearsal: the real commands on real boxes, in two clouds inside this machine.
+ * The rehearsal: the real commands on real boxes, in two clouds and at home, inside this machine.
  *
- *     rehearse.ts up        build the clouds (or go on with those that run), then `make -j up` in them
+ *     rehearse.ts up        build all that (or go on with what runs), then `make -j up` in it
  *     rehearse.ts kernel    clouds of their own, in which a CentOS 7 stand-in gets another kernel, and joins
  *     rehearse.ts run CMD   any command as the rehearsal's operator (the kernel's, if that runs)
  *     rehearse.ts down      remove every trace
@@ -12,7 +12,7 @@
  */
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { resolve } from "node:path";
-import { attach, down, k3sVersion, type Lab, up } from "./lab.ts";
+import { atHome, attach, down, k3sVersion, type Lab, up } from "./lab.ts";
 import { addMachine, type Machine, REPOSITORIES } from "./vm.ts";
 
 const NAME = "rehearse";
@@ -61,9 +61,11 @@ async function running(k3sBin?: string, version?: string) {
 }
 
 async function build(k3sBin?: string, version?: string) {
-  say("building two clouds of the same private network, and three boxes");
-  const lab = await up({ name: NAME, ...(k3sBin ? { k3sBin } : {}) }, say);
-  for (const { name, privateIp, publicIp } of lab.boxes) say(`${name} is ${privateIp} behind ${publicIp}`);
+  say("building two clouds and a home with the same private network, and four boxes");
+  const boxes = ["a1", "b1", "b2", "h1"];
+  const lab = await up({ name: NAME, boxes, symmetric: ["h"], ...(k3sBin ? { k3sBin } : {}) }, say);
+  for (const box of lab.boxes)
+    say(`${box.name} is ${box.privateIp} ${atHome(box) ? "at home, " : ""}behind ${box.publicIp}`);
   writeFileSync(lab.envFile, envFile(lab, version), { mode: 0o600 });
   return lab;
 }
@@ -112,32 +114,41 @@ ${Object.entries(REPOSITORIES)
 const envFile = (
   { boxes, mirror }: Lab,
   version?: string,
-) => `# The rehearsal's cluster: a1 in one cloud, b1 and b2 in another.
+) => `# The rehearsal's cluster: a1 in one cloud, b1 and b2 in another, h1 at home.
 SERVER=${boxes[0]?.name}
-# HOST, or HOST=PUBLIC_IP.
+# HOST, HOST=PUBLIC_IP, or HOST=nat if it has no public address.
 AGENTS="${boxes
   .slice(1)
-  .map(({ name, publicIp }, i) => (i ? `${name}=${publicIp}` : name))
+  .map((box, i) => (atHome(box) ? `${box.name}=nat` : i ? `${box.name}=${box.publicIp}` : box.name))
   .join(" ")}"
 # Each has the checksums for what the other serves.
 K3S_MIRRORS="${mirror.plain} ${mirror.github}"
 ${version ? `K3S_VERSION=${version}\n` : ""}`;
 
-/** Prints a table, a row for each box with what it knows of the others; true when all are fresh. */
+/**
+ * Prints a table, a row for each box with what it knows of the others; true when all are fresh. A box at home may be
+ * known by any address.
+ */
 async function handshakes({ boxes }: Lab) {
-  const rows = await Promise.all(
+  const dumps = await Promise.all(
     boxes.map(async (box) => {
       const text = await box.sh("date +%s; wg show all dump || true").catch(() => "0");
       const [now, ...lines] = text.trim().split("\n");
-      const peers = lines.map((line) => line.split("\t")).filter((fields) => fields.length === 9);
-      return boxes.map((other) => {
-        if (other === box) return "-";
-        const times = peers
-          .filter((peer) => peer[3]?.startsWith(`${other.publicIp}:`))
-          .map((peer) => Number(peer[5]));
-        const last = Math.max(0, ...times);
-        return !times.length ? "no peer" : last ? `${Number(now) - last}` : "never";
-      });
+      const rows = lines.map((line) => line.split("\t"));
+      return { now: Number(now), keys: rows.filter((row) => row.length === 5).map((row) => row[2]), rows };
+    }),
+  );
+  const rows = dumps.map(({ now, rows }, i) =>
+    boxes.map((other, j) => {
+      if (i === j) return "-";
+      const peers = rows.filter(
+        ({ length, 1: key, 3: endpoint }) =>
+          length === 9 &&
+          dumps[j]?.keys.includes(key) &&
+          (atHome(other) || endpoint?.startsWith(`${other.publicIp}:`)),
+      );
+      const last = Math.max(0, ...peers.map((peer) => Number(peer[5])));
+      return !peers.length ? "no peer" : last ? `${now - last}` : "never";
     }),
   );
   const line = (cells: string[]) =>
@@ -148,7 +159,8 @@ async function handshakes({ boxes }: Lab) {
         .trimEnd(),
     );
   line(["from", ...boxes.map((box) => box.name), "public address"]);
-  for (const [i, box] of boxes.entries()) line([box.name, ...(rows[i] ?? []), box.publicIp]);
+  for (const [i, box] of boxes.entries())
+    line([box.name, ...(rows[i] ?? []), atHome(box) ? "none" : box.publicIp]);
   // WireGuard repeats a handshake every two minutes, and gives a peer up after three.
   return rows.flat().every((cell) => cell === "-" || Number(cell) < 180);
 }
