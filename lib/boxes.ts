@@ -83,14 +83,16 @@ export async function boxes(run: Run, setting: "HOST" | "SERVER" | "AGENTS"): Pr
       if (right && late) return late;
       if (right)
         throw new SettingError(
-          `${host} (${origins[setting]}) resolves to ${ip}: expected ${right}; write ${host}=PUBLIC_IP, or ${host}=${NAT} if it has none`,
+          `${host} (${origins[setting]}) resolves to ${ip}: expected ${right}; write ${host}=PUBLIC_IP${setting === "SERVER" ? "" : `, or ${host}=${NAT} if it has none`}`,
         );
       return { host, ip, word, name };
     }),
   );
-  if (setting === "SERVER" && found.some(({ ip }) => ip === NAT))
+  const isServer = setting === "SERVER" || run.script.host === "SERVER" || run.name === "restore";
+  const home = isServer && setting !== "AGENTS" && found.find(({ ip }) => ip === NAT);
+  if (home)
     throw new SettingError(
-      `PUBLIC_IP (${origins.PUBLIC_IP}): expected the server's public address, not ${NAT}: all nodes call it there`,
+      `${home.word.includes("=") ? `${setting} (${origins[setting]})` : `PUBLIC_IP (${origins.PUBLIC_IP})`}: expected a server's public address, not ${NAT}: all nodes call it there`,
     );
   for (const [i, box] of found.entries()) {
     const twin = found

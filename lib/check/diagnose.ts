@@ -212,7 +212,7 @@ function serviceFinding(box: BoxReport, { boxes, nodes }: Cluster): Findings[num
     api === "dropped" &&
       say(
         "it does not reach the server's 6443/tcp: packets are dropped",
-        "open 6443/tcp in the server's security group and firewall for this box's address",
+        `open 6443/tcp in the server's security group and firewall for ${box.ip === NAT ? "every address, since that of a box behind a NAT is not fixed" : "this box's address"}`,
         byServer,
       ),
     api &&

@@ -178,18 +178,19 @@ async function restore(run: Run): Promise<number> {
 
   // A new agent cannot prove that it is the node of its name; an unreachable one is reported when it has to follow. The
   // old server would still count as a peer of all others until its silence is noticed.
-  const gone = about.ip === ip ? [] : [about.ip];
+  const gone = about.ip === ip ? [] : [whoIs(about.ip)];
   const proof = ask([proofLook]);
   await Promise.all(
     agents.map(async (agent) => {
       const facts = await look(agent, [proof]).catch(() => undefined);
-      if (facts && !facts.proof?.trim()) gone.push(agent.ip);
+      if (facts && !facts.proof?.trim())
+        gone.push({ ...whoIs(agent.ip, facts, agent.name), boot: "", machine: "" });
     }),
   );
   const status = await attempt(run, box, async () => {
     const now = await bring(run, box, steps);
     if (!now) return;
-    await lookAndConverge(box, ...gone.map((ip) => forgotten(whoIs(ip), undefined)), forgetPasswords);
+    await lookAndConverge(box, ...gone.map((who) => forgotten(who, undefined)), forgetPasswords);
     Object.assign(next.settings, await learn(run, steps, box, now.facts));
     const values = { SERVER: word, K3S_VERSION: about.version };
     const have = readEnv(run.envFile).values;
