@@ -5,6 +5,7 @@
  */
 import { causes } from "../lib/check/causes.ts";
 import { nodeNameOf, nodesAt, whoIs } from "../lib/k3s/identity.ts";
+import { keepaliveLook, keptAlive } from "../lib/k3s/keepalive.ts";
 import {
   addressesOf,
   clusterLook,
@@ -29,16 +30,13 @@ import {
   binaryLook,
   type Generation,
   interfaceOf,
-  KEEPALIVE,
   nameLook,
   type Role,
   releaseOf,
   unitOf,
-  unitWord,
-  WRITTEN_BY,
 } from "../lib/k3s/unit.ts";
-import { raw, sh, waitUntil, writeFile } from "../lib/sh.ts";
-import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
+import { raw, sh, waitUntil } from "../lib/sh.ts";
+import { type Change, type Facts, Refusal, step } from "../lib/step.ts";
 import { NAT } from "../lib/table.ts";
 
 const OVERWRITE = "flannel.alpha.coreos.com/public-ip-overwrite";
@@ -49,7 +47,7 @@ export const annotateAs = (role?: Role) =>
     name: "annotate",
     options: ["PUBLIC_IP"],
 
-    look: () => [...(role ? [] : ["others=whole"]), binaryLook, nameLook, ...clusterLook, keepaliveLook],
+    look: () => [...(role ? [] : ["others=whole"]), binaryLook, nameLook, ...clusterLook, ...keepaliveLook],
 
     plan(want, facts) {
       const [server = "", agent = ""] = (facts.processes ?? "").split("\n\n");
@@ -74,7 +72,7 @@ export const annotateAs = (role?: Role) =>
 
       const ip = want.PUBLIC_IP;
       const home = ip === NAT;
-      const kept = keptAlive(home && keepaliveText(interfaceOf(generation)), facts);
+      const kept = keptAlive(home ? interfaceOf(generation) : undefined, facts);
       const shaken = handshakes(facts, generation, name, home, as, started);
       if (generation === "old" && !home && (node?.publicIp !== ip || node.overwrite !== ip))
         return [
@@ -105,55 +103,6 @@ kc annotate --overwrite node ${name} ${OVERWRITE}=${ip}`,
       return [...kept, ...shaken];
     },
   });
-
-/**
- * A unit that sends each node a datagram every three seconds. When a node has lost its WireGuard session, as by a restart
- * of k3s, or its NAT the mapping, only data that get no answer make this side shake hands anew, after 15 s: flannel's
- * keepalives do not, and it took 114 s without (v1.36.3). bash sends without starting a program.
- */
-const keepaliveText = (name: string): string => `${WRITTEN_BY}
-[Unit]
-Description=Traffic to the other nodes, by which they know where this one is
-After=k3s-agent.service
-
-[Service]
-ExecStart=/bin/bash -c ${unitWord(
-  `'while sleep 3; do wg show ${name} allowed-ips | while read -r key net more; do echo >"/dev/udp/\${net%%/*}/9"; done; done 2>/dev/null'`,
-)}
-Restart=always
-
-[Install]
-WantedBy=multi-user.target
-`;
-
-/** The fact `keepalive`: the unit, and below it its state. */
-const keepaliveLook = prints("keepalive")(sh`fact keepalive; if [ -e ${KEEPALIVE} ]; then
-  cat ${KEEPALIVE}; shown "$(show k3s-keepalive)" ActiveState
-fi`);
-
-/** The change that has the unit run with this text, or removes it. */
-function keptAlive(text: string | false, facts: Facts<"keepalive">): Change[] {
-  const had = facts.keepalive?.trim() ?? "";
-  if (had === (text ? `${text}active` : "")) return [];
-  if (!text)
-    return [
-      {
-        why: `remove ${KEEPALIVE}: this node has a public address`,
-        sh: sh`systemctl disable --now k3s-keepalive >/dev/null 2>&1 || :
-rm -f ${KEEPALIVE}
-systemctl daemon-reload`,
-      },
-    ];
-  return [
-    {
-      why: `write ${KEEPALIVE} and start it: this node sends to the others, which know no address of it`,
-      sh: sh`${raw(writeFile(KEEPALIVE, text))}
-systemctl daemon-reload
-systemctl enable k3s-keepalive >/dev/null 2>&1
-systemctl restart k3s-keepalive`,
-    },
-  ];
-}
 
 /**
  * A node that was created less than this many seconds ago is still joining: it waits for handshakes only with nodes

@@ -168,11 +168,19 @@ describe("the unit that keeps a box without a public address reachable", () => {
   test("is written and started once, and again when it does not run", () => {
     assert.match(change?.why ?? "", /write \/etc\/systemd\/system\/k3s-keepalive\.service and start it/);
     const folder = temporary();
-    shell((change?.sh ?? "").replaceAll("/etc/systemd/system", folder).replace(/\nsystemctl[\s\S]*/, ""));
-    const unit = readFileSync(`${folder}/k3s-keepalive.service`, "utf8");
-    assert.match(unit, /^\[Service\]$/m);
-    assert.deepEqual(step.plan(want, facts({ keepalive: `${unit}active\n` })), []);
-    assert.equal(step.plan(want, facts({ keepalive: `${unit}failed\n` })).length, 1);
+    shell(
+      (change?.sh ?? "")
+        .replaceAll("/etc/systemd/system", folder)
+        .replaceAll("/usr/local/bin", folder)
+        .replace(/\nsystemctl[\s\S]*/, ""),
+    );
+    const [program, unit] = ["k3s-keepalive", "k3s-keepalive.service"].map((name) =>
+      readFileSync(`${folder}/${name}`, "utf8").replaceAll(folder, "/usr/local/bin"),
+    );
+    const had = (state: string) => ({ keepalive: `${program}${unit}${state}\n` });
+    assert.match(`${unit}`, /^\[Service\]$/m);
+    assert.deepEqual(step.plan(want, facts(had("active"))), []);
+    assert.equal(step.plan(want, facts(had("failed"))).length, 1);
   });
 
   test("is removed when the box has a public address", () => {

@@ -5,6 +5,7 @@ import { ask, clusterOf, LOOKS, surveyAndTry } from "../lib/check/survey.ts";
 import { drainedOn } from "../lib/k3s/drain.ts";
 import { closeAgain, firewallLooks, firewallPlan } from "../lib/k3s/firewall/firewall.ts";
 import { scriptText } from "../lib/k3s/firewall/own.ts";
+import { keepaliveText } from "../lib/k3s/keepalive.ts";
 import { DRAINED } from "../lib/k3s/nodes.ts";
 import { applyScript, asScript, lookScript, wrapInMain } from "../lib/protocol.ts";
 import type { Look, Step } from "../lib/step.ts";
@@ -163,6 +164,13 @@ describe("shellcheck reports nothing", { skip }, () => {
     for (const facts of [fresh, firewalld, ufw])
       for (const { sh } of firewallPlan(facts, ["198.51.100.11"], ranges)) check(`#!/bin/sh\n${sh}\n`);
   });
+});
+
+test("shellcheck reports nothing in the program that keeps a node without a public address in touch", {
+  skip,
+}, () => {
+  const { status, stdout } = shell(keepaliveText("flannel-wg"), ["shellcheck", "-"]);
+  assert.equal(status, 0, stdout);
 });
 
 describe("shellcheck reports nothing in the commands that operate a cluster,", { skip }, () => {

@@ -547,7 +547,7 @@ for c in bash timeout ping; do command -v $c >/dev/null || echo "without $c"; do
 dont=; ping -n -c 1 -W 1 -M "do" 127.0.0.1 >/dev/null 2>&1 && dont=yes
 said=$(
   if [ -n "$wg" ] && command -v ping >/dev/null; then
-    wg show "$wg" allowed-ips 2>/dev/null | sed -n 's/^[^[:space:]]*[[:space:]]*\([0-9.]*\)\/.*/\1/p' |
+    wg show "$wg" allowed-ips 2>/dev/null | tr '[:blank:]' '[\n*]' | sed -n 's/^\([0-9]*\.[0-9.]*\)\/.*/\1/p' |
       few ${FEW} through | few ${FEW / 3} fits &
   fi
   if [ -n "$has" ]; then

@@ -165,9 +165,6 @@ export const unitOf = (role: Role) => (role === "server" ? "k3s" : "k3s-agent");
 export const unitPath = (role: Role): string => `/etc/systemd/system/${unitOf(role)}.service`;
 export const envPath = (role: Role): string => `${unitPath(role)}.env`;
 
-/** The unit by which a box without a public address stays reachable, see scripts/annotate.ts. */
-export const KEEPALIVE = "/etc/systemd/system/k3s-keepalive.service";
-
 /** The first line of the units that this project writes. */
 export const WRITTEN_BY = "# Written by k3s-across-clouds.";
 
@@ -230,7 +227,7 @@ ExecStart=${K3S} ${[role, ...args.map(unitWord)].join(" \\\n    ")}
 }
 
 /** One word of ExecStart=: systemd expands % and $ in it. @see systemd.service(5), COMMAND LINES */
-export const unitWord = (word: string) => word.replaceAll("%", "%%").replaceAll("$", "$$$$");
+const unitWord = (word: string) => word.replaceAll("%", "%%").replaceAll("$", "$$$$");
 
 /** Where a server has the token by which nodes join it. */
 export const NODE_TOKEN = "/var/lib/rancher/k3s/server/node-token";

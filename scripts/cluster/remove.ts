@@ -20,9 +20,10 @@ import {
   type Who,
   whoIs,
 } from "../../lib/k3s/identity.ts";
+import { KEEPALIVE, KEEPALIVE_BIN } from "../../lib/k3s/keepalive.ts";
 import { API, clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
 import { main } from "../../lib/k3s/script.ts";
-import { KEEPALIVE, nameLook, shownLook, unitPath } from "../../lib/k3s/unit.ts";
+import { nameLook, shownLook, unitPath } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
@@ -44,7 +45,7 @@ const UNITS = [KEEPALIVE, unitPath("server"), unitPath("agent")];
 const FILES = [
   ...["/var/lib/rancher/k3s", "/var/lib/kubelet", "/var/lib/cni", "/run/k3s", "/run/flannel"],
   ...["/var/log/pods", "/var/log/containers", "/etc/rancher/k3s", "/etc/rancher/node"],
-  ...["/usr/local/bin/k3s", raw("/usr/local/bin/.k3s*")],
+  ...["/usr/local/bin/k3s", raw("/usr/local/bin/.k3s*"), KEEPALIVE_BIN, "/run/k3s-keepalive"],
 ];
 /** What k3s creates in folders that may be links to a user's disk, where other files may be. */
 const MADE = {

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import type { Box } from "./lab.ts";
-import { bench, MODERN, nodes, release, routerRule } from "./suite.ts";
+import { bench, MODERN, nodes, OLD, release, routerRule } from "./suite.ts";
 
 const t = await bench({ name: "home", boxes: ["a1", "a2", "b1", "h1", "h2", "i1"], tools: true });
 after(() => t.lab.down());
@@ -61,10 +61,35 @@ describe("boxes without a public address", () => {
     for (const name of homes) assert.match(top, new RegExp(`^${name} `, "m"));
   });
 
-  test("are healthy for make check, which names the homes that do not reach each other, and for make status", async () => {
+  test("reach each other, directly in one LAN and else by a node with a public address, and again after flannel's next event", async () => {
+    const [one, two, far] = (await Promise.all(homes.map((name) => inside(name)))) as [
+      string,
+      string,
+      string,
+    ];
+    await reached(h1, two, 5);
+    await reached(h1, far, 10);
+    await reached(t.box("i1"), one, 10);
+    const nets = async () => (await h1.sh("wg show flannel-wg dump | cut -f3,4")).trim().split("\n").sort();
+    const before = await nets();
+    assert(
+      before.some((row) => row.startsWith("198.51.100.11:51820") && row.includes(`,`) && row.includes(far)),
+      `${before}`,
+    );
+    assert(
+      before.some((row) => row === `192.168.0.12:51820\t${two}/24`),
+      `${before}`,
+    );
+    const peer = (await h1.sh("wg show flannel-wg allowed-ips | sed -n 's/\t(none)$//p'")).trim();
+    await h1.sh(`wg set flannel-wg peer ${peer} allowed-ips ${far}/24`);
+    await reached(h1, far, 10);
+    assert.deepEqual(await nets(), before);
+  });
+
+  test("are healthy for make check and make status", async () => {
     await t.says("make check", 0, [
       /Nothing is wrong/,
-      /note .*h1: i1 and it are behind NATs that let nothing in/,
+      /^ok +full-size packets through the tunnels: 20 of 20/m,
       /^ok +kubelets at 10250 from the server: 5 of 5/m,
     ]);
     await t.says("make status", 0, [/without a public address: h1, h2, i1/]);
@@ -157,8 +182,27 @@ describe("boxes without a public address", () => {
     ]);
   });
 
+  test("are named by make check where no node relays between them", async () => {
+    await h1.sh("systemctl stop k3s-keepalive");
+    const peer = (await h1.sh("wg show flannel-wg allowed-ips | sed -n 's/\t(none)$//p'")).trim();
+    await h1.sh(`wg set flannel-wg peer ${peer} allowed-ips ${await inside("i1", a2)}/24`);
+    await t.says("make check", 2, [
+      /note .*h1: i1 and it are behind NATs that let nothing in/,
+      /k3s-keepalive does not run/,
+    ]);
+    await t.ok("make agent HOST=h1");
+  });
+
   test("are cleared by make down", async () => {
     await t.ok("make down YES=1");
     assert.equal((await h1.sh("ls /etc/systemd/system | grep k3s || true")).trim(), "");
+  });
+
+  test("join a cluster of old k3s in the same way", async () => {
+    t.settings({ K3S_VERSION: OLD }, { server: "a2", agents: AGENTS });
+    await t.ok("make -j up");
+    await t.says("make -j up", 0, [/^h1 +nothing to do/m, /^a2 +nothing to do/m]);
+    for (const name of homes) await reached(b1, await inside(name, a2), 20);
+    await t.says("make check", 0, [/Nothing is wrong/]);
   });
 });

@@ -1,0 +1,92 @@
+import assert from "node:assert/strict";
+import { writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import { keepaliveText } from "../lib/k3s/keepalive.ts";
+import { lacks, programs, shell, temporary } from "./helpers.ts";
+
+const NOW = Math.floor(Date.now() / 1000);
+/** A peer: its name in place of its key, and how old its handshake is; none: never. */
+type Peer = [name: string, endpoint: string, nets: string, age?: number];
+const dump = (peers: Peer[]) =>
+  [
+    "PRIVATE\tPUBLIC\t51820\toff",
+    ...peers.map(([name, endpoint, nets, age]) =>
+      [name, "(none)", endpoint, nets, age === undefined ? 0 : NOW - age, 0, 0, 25].join("\t"),
+    ),
+  ].join("\n");
+
+describe("a node without a public address", { skip: lacks("bash") }, () => {
+  /** What one round of its program sets with these peers, and then knows. */
+  function round(peers: Peer[], memory = "") {
+    const folder = temporary();
+    const [said, known] = [join(folder, "said"), join(folder, "memory")];
+    writeFileSync(said, "");
+    writeFileSync(known, memory);
+    writeFileSync(join(folder, "dump"), `${dump(peers)}\n`);
+    const path = programs(join(folder, "bin"), {
+      sleep: `[ ! -e ${folder}/slept ] || exit 1; : >${folder}/slept`,
+      wg: `case $1 in show) cat ${folder}/dump ;; *) echo "$4 $6" >>${said} ;; esac`,
+    });
+    writeFileSync(join(folder, "program"), keepaliveText("flannel-wg", known));
+    assert.equal(shell(`PATH=${path} bash ${folder}/program`).status, 0);
+    const { stdout } = shell(`cat ${said}; echo --; cat ${known}`);
+    const [sets = "", knows = ""] = stdout.split("--\n");
+    return { sets: sets.trim().split("\n").filter(Boolean), memory: knows };
+  }
+  const A1: Peer = ["a1", "198.51.100.11:51820", "127.42.0.0/24", 20];
+  const B1: Peer = ["b1", "198.51.101.11:51820", "127.42.1.0/24", 20];
+  const NUC: Peer = ["nuc", "192.168.0.7:51820", "127.42.3.0/24"];
+
+  test("changes no peer while it reaches all of them", () => {
+    assert.deepEqual(round([A1, B1]), { sets: [], memory: "" });
+    assert.deepEqual(round([A1, B1, ["nuc", "192.168.0.7:51820", "127.42.3.0/24", 30]]).sets, []);
+  });
+
+  test("reaches one behind another NAT by the node with a public address whose pod network is the lowest", () => {
+    const { sets, memory } = round([B1, NUC, A1]);
+    assert.deepEqual(sets, ["a1 127.42.0.0/24,127.42.3.0/24"]);
+    assert.equal(memory, "nuc 127.42.3.0/24\n");
+  });
+
+  test("changes nothing more once that is so, and does it again after flannel has undone it", () => {
+    const relayed: Peer[] = [["a1", A1[1], "127.42.3.0/24,127.42.0.0/24", 20], B1, ["nuc", NUC[1], "(none)"]];
+    assert.deepEqual(round(relayed, "nuc 127.42.3.0/24\n"), { sets: [], memory: "nuc 127.42.3.0/24\n" });
+    assert.deepEqual(round([A1, B1, NUC], "nuc 127.42.3.0/24\n").sets, ["a1 127.42.0.0/24,127.42.3.0/24"]);
+  });
+
+  test("takes another node as the relay when the first has no fresh handshake, and waits if there is none", () => {
+    const stale: Peer = ["a1", A1[1], "127.42.0.0/24,127.42.3.0/24", 200];
+    const gone: Peer = ["nuc", NUC[1], "(none)"];
+    assert.deepEqual(round([stale, B1, gone], "nuc 127.42.3.0/24\n").sets, [
+      "b1 127.42.1.0/24,127.42.3.0/24",
+    ]);
+    assert.deepEqual(round([stale, gone], "nuc 127.42.3.0/24\n"), {
+      sets: [],
+      memory: "nuc 127.42.3.0/24\n",
+    });
+  });
+
+  test("goes the direct way again as soon as there is a handshake", () => {
+    const { sets } = round(
+      [["a1", A1[1], "127.42.0.0/24,127.42.3.0/24", 20], B1, ["nuc", NUC[1], "(none)", 5]],
+      "nuc 127.42.3.0/24\n",
+    );
+    assert(sets.includes("nuc 127.42.3.0/24"), `${sets}`);
+  });
+
+  test("leaves a node with a public address that is down to itself", () =>
+    assert.deepEqual(round([A1, ["b1", B1[1], B1[2], 900]]).sets, []));
+
+  test("takes the network of a node that was deleted from the relay, and never one that another peer has now", () => {
+    const left: Peer = ["a1", A1[1], "127.42.0.0/24,127.42.3.0/24", 20];
+    assert.deepEqual(round([left, B1], "nuc 127.42.3.0/24\n"), { sets: ["a1 127.42.0.0/24"], memory: "" });
+    const anew: Peer = ["new", "192.168.0.7:51820", "127.42.3.0/24", 10];
+    assert.deepEqual(round([A1, anew, ["nuc", NUC[1], "(none)"]], "nuc 127.42.3.0/24\n").sets, []);
+  });
+
+  test("leaves a peer of several networks alone if it does not know which is the peer's own", () =>
+    assert.deepEqual(round([["a1", A1[1], "127.42.0.0/24,127.42.3.0/24", 20], B1]).sets, []));
+
+  test("does not end when there is no interface yet", () => assert.deepEqual(round([]).sets, []));
+});
