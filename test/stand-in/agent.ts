@@ -616,6 +616,9 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
   const pod = (): void =>
     startPod(gen, podCIDR, list(s.values, "kube-proxy-arg").includes("proxy-mode=nftables"));
   const inBox = import.meta.dirname === HOME;
+  // As pkg/agent/syssetup does, both generations.
+  for (const of of inBox ? ["all", "default"] : [])
+    writeFileSync(`/proc/sys/net/ipv4/conf/${of}/forwarding`, "1");
   if (inBox && existsSync(SUBNET)) pod();
   if (gen === "modern") log("info", `Starting flannel with backend ${j.backend}`);
   const iface = one(s.values, "flannel-iface") ?? defaultInterface(),
