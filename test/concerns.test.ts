@@ -72,6 +72,23 @@ const cluster = (size: number, version: string) => {
 
 describe("an agent reports", () => {
   for (const awk of AWKS)
+    test(`the peer of a server that relays to a node without a public address (${awk})`, () => {
+      const home = (n: number): NodeSpec => ({
+        ...specOf(n),
+        ip: `10.42.${n}.0`,
+        external: "",
+        public: "192.168.0.9",
+      });
+      const server = specOf(0, { labels: { "node-role.kubernetes.io/control-plane": "true" } });
+      const relay = peer(MODERN, server, server.ip, 30, "10.42.0.0/24,10.42.2.0/24");
+      const facts = healthy(MODERN, {}, { nodes: listOf([server, home(1), home(2)]), peers: relay });
+      assert.deepEqual(
+        peersOf(concerned(facts, 0, { awk }).peers).map(({ allowedIps }) => allowedIps),
+        [["10.42.0.0/24", "10.42.2.0/24"]],
+      );
+    });
+
+  for (const awk of AWKS)
     test(`only its own node and the server's if every handshake is recent, however many nodes there are (${awk})`, () => {
       for (const version of [OLD, MODERN]) {
         const [few, many] = [10, 100].map((size) =>

@@ -224,7 +224,8 @@ whole { print; next }
       (home || at[cidr] == external && external == text("\"flannel.alpha.coreos.com/public-ip\":"))) proven = 1
   if (!proven) unproven++
   if (!proven || (ip && index($0, "\"" ip "\"")) || /"node-role.kubernetes.io\/(control-plane|master)":/) { add($0); next }
-  if (cidr in by) done[by[cidr]]
+  # A peer of several networks relays to other nodes, and is itself one to report.
+  if (cidr in by && peer[by[cidr]] !~ /\/[0-9]+,/) done[by[cidr]]
   rest[++left] = "{\"metadata\":{\"name\":\"" text("\"name\":") \
     (home ? "\"},\"spec\":{\"podCIDR\":\"" cidr : "") "\"},\"status\":{\"addresses\":[{\"type\":\"" \
     (home ? "Internal" : "External") "IP\",\"address\":\"" (home ? internal : external) "\"}]}}"
