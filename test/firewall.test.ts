@@ -744,7 +744,7 @@ describe("a home node, whose address is nat,", () => {
     assert.deepEqual(with_(A, list(home)), HOME);
     const off = node({ ...A1, name: "nas", n: 3, ip: "10.42.3.0", external: "", ready: false });
     assert.deepEqual(with_(A, list(off)), HOME);
-    const joins = node({ ...A1, name: "b1", n: 1, ip: "192.168.0.11", external: "", ready: false });
+    const joins = node({ ...A1, name: "b1", n: 1, ip: "192.168.0.11", external: "" });
     assert.deepEqual(with_(A, list(joins)), NODES);
     assert.deepEqual(with_(A, nodes(A1)), NODES);
     // Another one may stay when one leaves.

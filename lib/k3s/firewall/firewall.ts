@@ -251,8 +251,8 @@ export const firewall = step({
 export function admitted(want: Settings, facts: Facts<"nodes">): string[] {
   const known = splitWords(want.FIREWALL);
   const joined = nodesOf(facts.nodes).flatMap((node) => {
-    // A node that is joining gets its address a moment later.
-    const { externalIp: ip = isHome(node) || node.ready ? NAT : "" } = node;
+    // Not every node without one: a node that is joining gets its address a moment later.
+    const { externalIp: ip = isHome(node) ? NAT : "" } = node;
     return ip === NAT || isIPv4(ip) ? ip : [];
   });
   const all = [...known, ...joined, want.PUBLIC_IP];
