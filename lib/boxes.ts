@@ -41,6 +41,11 @@ const isAddress = (ip: string): boolean => ip !== "" && ip !== NAT;
 /** A box's destination, address and name. */
 type Place = Pick<Box, "host" | "ip" | "word" | "name">;
 
+/** Are these one box? One without a public address may be named with another user. */
+export const isSame = (one: Place, other: Place): boolean =>
+  one.host === other.host ||
+  (isAddress(one.ip) ? one.ip === other.ip : one.ip === NAT && one.name === other.name);
+
 /**
  * The boxes of a setting, each with the address at which other clouds reach it. An empty HOST or SERVER means this
  * machine.
@@ -92,12 +97,10 @@ export async function boxes(run: Run, setting: "HOST" | "SERVER" | "AGENTS"): Pr
   const home = isServer && setting !== "AGENTS" && found.find(({ ip }) => ip === NAT);
   if (home)
     throw new SettingError(
-      `${home.word.includes("=") ? `${setting} (${origins[setting]})` : `PUBLIC_IP (${origins.PUBLIC_IP})`}: expected a server's public address, not ${NAT}: all nodes call it there`,
+      `${home.word.includes("=") || !settings.PUBLIC_IP ? `${setting} (${origins[setting]})` : `PUBLIC_IP (${origins.PUBLIC_IP})`}: expected a server's public address, not ${NAT}: all nodes call it there`,
     );
   for (const [i, box] of found.entries()) {
-    const twin = found
-      .slice(0, i)
-      .find((other) => other.host === box.host || (isAddress(box.ip) && other.ip === box.ip));
+    const twin = found.slice(0, i).find((other) => isSame(other, box));
     if (twin)
       throw new SettingError(
         `${setting} (${origins[setting]}): expected each box once, but ${twin.host} and ${box.host} are the same`,

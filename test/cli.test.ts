@@ -142,6 +142,20 @@ describe("a command exits with status 2 and an error of one line, before it cont
           /every node .* but b1 and .* have 203\.0\.113\.50/,
         ],
         [
+          "a box without a public address twice in AGENTS, as another user",
+          "up",
+          [],
+          'SERVER=203.0.113.50\nAGENTS="root@nas=nat nas=nat"\n',
+          /^AGENTS \(.*line 2\): expected each box once, but root@nas and nas are the same/,
+        ],
+        [
+          "HOST without a public address, for a server",
+          "server",
+          ["--host", "nas"],
+          "SERVER=203.0.113.50\nAGENTS=nas=nat\n",
+          /^HOST \(flag --host\): expected a server's public address, not nat/,
+        ],
+        [
           "HOST with another agent's address",
           "remove",
           ["--host", "b1=198.51.100.21"],

@@ -1,11 +1,10 @@
 /** With FIREWALL: updates the firewalls of the other boxes when a box joins or leaves. */
 
-import { boxAt, boxes } from "../../boxes.ts";
+import { boxAt, boxes, isSame } from "../../boxes.ts";
 import { look } from "../../converge.ts";
 import { attempt, bring } from "../../fleet.ts";
 import type { Box, Run } from "../../script.ts";
 import { type Facts, Failure, planAll, Refusal } from "../../step.ts";
-import { NAT } from "../../table.ts";
 import { boxNames } from "../../text.ts";
 import { firewall } from "./firewall.ts";
 
@@ -18,9 +17,7 @@ async function boxesBeside(run: Run, those: readonly Box[]): Promise<Box[]> {
     ...(await boxes(all, "AGENTS")),
   ].map((box) => boxAt(run, box));
   run.letIn.push(...[...named, ...those].map(({ ip }) => ip));
-  return named.filter(
-    ({ host, ip }) => !those.some((box) => box.host === host || (ip !== NAT && box.ip === ip)),
-  );
+  return named.filter((box) => !those.some((other) => isSame(other, box)));
 }
 
 /**
