@@ -98,7 +98,7 @@ describe("a box without a public address", () => {
   test("is refused while its node has a public address, which k3s would keep", () =>
     assert.throws(
       () => agent.plan(want, running(written(NAS), { ...NAS, external: "198.51.100.77" })),
-      /has the public address 198\.51\.100\.77, which k3s keeps .* make remove HOST=nas first/,
+      /has the public address 198\.51\.100\.77, which k3s keeps .* make remove HOST=nas=198\.51\.100\.77 first/,
     ));
 });
 
@@ -106,8 +106,25 @@ describe("the node of a box without a public address", () => {
   const list = nodesOf(nodes(A1, B1, NAS, OTHER));
   test("is found by its name and boot ID, and by its name alone if the box is gone", () => {
     assert.equal(nodeOf(list, whoIs("nat", box(NAS)))?.node.name, "nas");
-    assert.equal(nodeOf(list, whoIs("nat", {}, "nuc"))?.node.name, "nuc");
-    assert.equal(nodeOf(list, whoIs("nat", {}, "other")), undefined);
+    assert.equal(nodeOf(list, whoIs("nat", {}, { AGENT_ARGS: "", HOST: "root@NUC" }))?.node.name, "nuc");
+    assert.equal(nodeOf(list, whoIs("nat", {}, { AGENT_ARGS: "", HOST: "other" })), undefined);
+  });
+
+  test("is found by --node-name in the settings if the box has no unit, as after it was reinstalled", () => {
+    const settings = { AGENT_ARGS: "--node-name=nuc", HOST: "root@nas" };
+    for (const facts of [{}, { hostname: "nas\n" }])
+      assert.equal(nodeOf(list, whoIs("nat", facts, settings))?.node.name, "nuc");
+    const { boot = "", machine = "" } = box(NAS);
+    const joined = { hostname: "new\n", named: "nas\n", boot, machine };
+    assert.equal(nodeOf(list, whoIs("nat", joined, settings))?.node.name, "nas");
+  });
+
+  test("is not a node with a public address, whose name and boot id a hostile box may say", () => {
+    for (const facts of [box(B1), {}])
+      assert.throws(
+        () => nodeOf(list, whoIs("nat", facts, { AGENT_ARGS: "", HOST: "b1" })),
+        /Node b1 has the public address 198\.51\.101\.11, .* make remove HOST=…=198\.51\.101\.11 first/,
+      );
   });
 
   test("is not another box of the same name, or the same box under another name", () => {

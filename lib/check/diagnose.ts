@@ -281,7 +281,7 @@ function homeFinding(
   if (node.externalIp)
     return say(
       `its node has the public address ${node.externalIp}, which k3s keeps until the node is deleted`,
-      `make remove HOST=${box.word}, then ${makeLine(box)}`,
+      `make remove HOST=${box.word.replace(/=.*/, "")}=${node.externalIp}, then ${makeLine(box)}`,
     );
   if (!isHome(node))
     return say(
@@ -503,7 +503,7 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
   return findings;
 }
 
-const isAtHome = ({ node }: BoxReport): boolean => node !== undefined && isHome(node);
+const isAtHome = ({ ip, node }: BoxReport): boolean => ip === NAT || (node !== undefined && isHome(node));
 
 /** Tunnels that pass packets, but none of their MTU. */
 function sizeFinding(

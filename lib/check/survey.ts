@@ -249,7 +249,7 @@ function firewallOf(
 
 /** A box's own report; its firewall is judged together with the others. */
 function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, nodes: Node[]) {
-  const [there] = nodesAt(nodes, whoIs(box.ip, facts, box.name));
+  const [there] = nodesAt(nodes, whoIs(box.ip, facts, box.want));
   // A box that does not answer is found by its address only, or by its name in the settings.
   const name = nameOf(role, { ...box.want, PUBLIC_IP: box.ip }, facts, nodes) || (there?.name ?? "");
   const units = (facts.units ?? "").split(/\n\n+/).map(parseKeyValues);

@@ -5,7 +5,7 @@ import type { Settings } from "../settings.ts";
 import { sh } from "../sh.ts";
 import { type Facts, prints, Refusal, type Step, type Want } from "../step.ts";
 import { NAT } from "../table.ts";
-import { splitWords } from "../text.ts";
+import { nameOf, splitWords } from "../text.ts";
 import { caIn, caSed } from "../token.ts";
 import { type Node, nodesOf } from "./nodes.ts";
 import { compare } from "./releases.ts";
@@ -34,10 +34,14 @@ export interface Who {
   uptime?: number;
 }
 
-/** @param name for a box that does not answer. */
-export const whoIs = (ip: string, facts: Facts<"named"> = {}, name = ""): Who => ({
+/** @param want of the box: it names the node of one that has no unit, or does not answer. */
+export const whoIs = (
+  ip: string,
+  facts: Facts<"named"> = {},
+  want: Pick<Settings, "AGENT_ARGS" | "HOST"> = { AGENT_ARGS: "", HOST: "" },
+): Who => ({
   ip,
-  name: ownName("", facts) || name.toLowerCase(),
+  name: pinned(facts) || ownName(want.AGENT_ARGS, facts) || nameOf(want.HOST).toLowerCase(),
   boot: facts.boot?.trim() ?? "",
   machine: facts.machine?.trim() ?? "",
   uptime: Number(facts.uptime),
@@ -57,9 +61,10 @@ export interface Match {
 
 /** The name of a box's node by its role's arguments, else by its unit, else by its host name. */
 const ownName = (args: string, facts: Facts<"named">): string =>
-  nodeNameIn(args) ??
-  /^\S+/.exec(facts.named?.trim() ?? "")?.[0] ??
-  (facts.hostname?.trim() ?? "").toLowerCase();
+  nodeNameIn(args) ?? pinned(facts) ?? (facts.hostname?.trim() ?? "").toLowerCase();
+
+/** The name of a box's node in its unit. */
+const pinned = (facts: Facts<"named">): string | undefined => /^\S+/.exec(facts.named?.trim() ?? "")?.[0];
 
 /** The nodes at a box's address; the one of its name if it has no public address. */
 export const nodesAt = (nodes: readonly Node[], { ip, name }: Pick<Who, "ip" | "name">): Node[] =>
@@ -96,6 +101,11 @@ export function nodeOf(nodes: readonly Node[], who: Who): Match | undefined {
         : `The address ${ip} is not this box's in the cluster: its boot id is that of node ${twin.name}, at ${twin.externalIp ?? twin.internalIp ?? "no address"}. Is ${ip} the address of another box?`,
     );
   if (!node) return undefined;
+  // The name is the box's own word: it is not to pass for a node that has an address in the settings.
+  if (ip === NAT && node.externalIp)
+    throw new Refusal(
+      `Node ${node.name} has the public address ${node.externalIp}, which k3s keeps until the node is deleted: if it is this box, make remove HOST=…=${node.externalIp} first; if not, rename this box`,
+    );
   if (!boot || node.boot === boot) return { node, is: "same" };
   const restarted = Boolean(machine) && node.machine === machine;
   if (!node.ready) return { node, is: restarted ? "restarted" : "anew" };

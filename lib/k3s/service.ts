@@ -235,7 +235,7 @@ ${raw(writeFile(unitPath(role), text))}`,
   const other = node?.externalIp;
   if (other && want.PUBLIC_IP === NAT)
     throw new Refusal(
-      `Node ${name} has the public address ${other}, which k3s keeps until the node is deleted: make remove HOST=${want.HOST || "…"} first`,
+      `Node ${name} has the public address ${other}, which k3s keeps until the node is deleted: make remove HOST=${want.HOST || "…"}=${other} first`,
     );
   if (!due && other && other !== want.PUBLIC_IP && Number(facts.now) - started > SETTLES)
     throw new Refusal(

@@ -313,7 +313,7 @@ async function one(run: Run, servers: readonly Box[], box: Box): Promise<void> {
   }
   const role = servers.some((other) => other.host === box.host || other.ip === box.ip) ? "server" : "agent";
   const name = facts && nodeNameOf(role, box.want, facts);
-  const who = whoIs(box.ip, facts, box.name);
+  const who = whoIs(box.ip, facts, box.want);
   const [drained, forget] = [drainedOn(who, force), forgotten(who, name)];
   const cluster = await look(server, [drained, forget, ask([caLook])]);
   const allowing = `make remove HOST=${quote(box.word)} FORCE=1`;

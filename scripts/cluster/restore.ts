@@ -184,7 +184,7 @@ async function restore(run: Run): Promise<number> {
     agents.map(async (agent) => {
       const facts = await look(agent, [proof]).catch(() => undefined);
       if (facts && !facts.proof?.trim())
-        gone.push({ ...whoIs(agent.ip, facts, agent.name), boot: "", machine: "" });
+        gone.push({ ...whoIs(agent.ip, facts, agent.want), boot: "", machine: "" });
     }),
   );
   const status = await attempt(run, box, async () => {
