@@ -200,11 +200,27 @@ describe("the unit that keeps a box without a public address reachable", () => {
     assert.equal(step.plan(want, facts(had("failed"))).length, 1);
   });
 
+  test("does not wait for the start of k3s, which may take for ever", () =>
+    assert.doesNotMatch(change?.sh ?? "", /After=/));
+
+  test("is not written over one of that name that somebody else has written, which stays", () => {
+    const keepalive = "[Service]\nExecStart=/usr/local/bin/mine\nactive\n";
+    assert.throws(() => step.plan(want, facts({ keepalive })), /was not written by this project/);
+    const there = { ...NAS, ip: "198.51.100.77", external: "198.51.100.77", public: "198.51.100.77" };
+    assert.deepEqual(
+      step.plan(
+        wanted({ K3S_VERSION: MODERN, PUBLIC_IP: "198.51.100.77" }),
+        facts({ keepalive, nodes: nodes(A1, B1, there) }),
+      ),
+      [],
+    );
+  });
+
   test("is removed when the box has a public address", () => {
     const plan = step.plan(
       wanted({ K3S_VERSION: MODERN, PUBLIC_IP: "198.51.100.77" }),
       facts({
-        keepalive: "x\nactive\n",
+        keepalive: "# Written by k3s-across-clouds.\nx\nactive\n",
         nodes: nodes(A1, B1, {
           ...NAS,
           ip: "198.51.100.77",

@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { mkdirSync, symlinkSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
+import { WRITTEN_BY } from "../lib/k3s/unit.ts";
 import { Refusal } from "../lib/step.ts";
 import { forgotten, uninstall } from "../scripts/cluster/remove.ts";
 import { A1, B1, B2, type Facts, MODERN, nodes, programs, shell, temporary, wanted } from "./helpers.ts";
@@ -24,7 +25,28 @@ describe("make remove on a box", () => {
       "remove k3s's units, binary and data, with 2 local volumes of pods",
     ]);
     const files = changes[1]?.sh ?? "";
-    assert.ok(files.indexOf("rm -rf") < files.indexOf("rm -f /etc/systemd/system/k3s-keepalive.service"));
+    assert.ok(files.indexOf("rm -rf") < files.indexOf("rm -f /etc/systemd/system/k3s.service"));
+  });
+
+  test("removes k3s-keepalive.service too, but not one that somebody else has written", () => {
+    const folder = temporary();
+    const ours = [join(folder, "k3s-keepalive.service"), join(folder, "k3s-keepalive")];
+    const look = `fact() { :; }\n${uninstall.look(want).at(-1)}`;
+    const left = () =>
+      shell(look.replaceAll(/\/etc\/systemd\/system|\/usr\/local\/bin/g, folder)).stdout.match(
+        /.*keepalive.*/g,
+      ) ?? [];
+    for (const file of ours) writeFileSync(file, "[Service]\n");
+    assert.deepEqual(left(), []);
+    for (const file of ours) writeFileSync(file, `#!/bin/bash\n${WRITTEN_BY}\n`);
+    assert.deepEqual(left(), ours);
+    const named = (left: string) =>
+      uninstall
+        .plan(want, { left })
+        .flatMap(({ sh }) => sh.match(/\S+\/(bin\/k3s-keepalive|k3s-keepalive\.service)/g) ?? []);
+    assert.deepEqual(named("/usr/local/bin/k3s\n"), []);
+    const [unit, program] = ["/etc/systemd/system/k3s-keepalive.service", "/usr/local/bin/k3s-keepalive"];
+    assert.deepEqual(named(`${unit}\n${program}\n`), [unit, program, unit, unit]);
   });
 
   test("removes the firewall's rules before the files, if there are any", () => {

@@ -1,6 +1,6 @@
 /** What keeps a node without a public address in touch with the others: a unit of its own on the box. */
 import { raw, sh, writeFile } from "../sh.ts";
-import { type Change, type Facts, prints } from "../step.ts";
+import { type Change, type Facts, prints, Refusal } from "../step.ts";
 import { PRIVATE_RANGES } from "../table.ts";
 import { shownLook, WRITTEN_BY } from "./unit.ts";
 
@@ -66,10 +66,10 @@ while sleep 3; do
 done 2>/dev/null
 `;
 
+/** Without After=k3s-agent.service: the start of that may never end, and this one would wait for it. */
 const UNIT = `${WRITTEN_BY}
 [Unit]
 Description=What keeps this k3s node, which has no public address, in touch with the others
-After=k3s-agent.service
 
 [Service]
 ExecStart=${KEEPALIVE_BIN}
@@ -90,7 +90,12 @@ fi`),
 /** The change that has it run for flannel's interface of this name, or removes it. */
 export function keptAlive(name: string | undefined, facts: Facts<"keepalive">): Change[] {
   const text = name && keepaliveText(name);
-  if ((facts.keepalive?.trim() ?? "") === (text ? `${text}${UNIT}active` : "")) return [];
+  const had = facts.keepalive?.trim() ?? "";
+  if (had === (text ? `${text}${UNIT}active` : "")) return [];
+  const foreign = had && !had.split("\n").includes(WRITTEN_BY);
+  if (foreign && text)
+    throw new Refusal(`${KEEPALIVE} on this box was not written by this project: give it another name`);
+  if (foreign) return [];
   if (!text)
     return [
       {

@@ -1,5 +1,6 @@
 #!/usr/bin/env -S node --import tsx
 /** Removes boxes from the cluster: drains them, uninstalls k3s, and deletes their nodes. */
+import { basename } from "node:path";
 import { boxes } from "../../lib/boxes.ts";
 import { ask } from "../../lib/check/survey.ts";
 import { look } from "../../lib/converge.ts";
@@ -23,7 +24,7 @@ import {
 import { KEEPALIVE, KEEPALIVE_BIN } from "../../lib/k3s/keepalive.ts";
 import { API, clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
 import { main } from "../../lib/k3s/script.ts";
-import { nameLook, shownLook, unitPath } from "../../lib/k3s/unit.ts";
+import { nameLook, shownLook, unitPath, WRITTEN_BY } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
@@ -41,11 +42,11 @@ import {
 } from "../../lib/step.ts";
 import { caIn } from "../../lib/token.ts";
 
-const UNITS = [KEEPALIVE, unitPath("server"), unitPath("agent")];
+const UNITS = [unitPath("server"), unitPath("agent")];
 const FILES = [
   ...["/var/lib/rancher/k3s", "/var/lib/kubelet", "/var/lib/cni", "/run/k3s", "/run/flannel"],
   ...["/var/log/pods", "/var/log/containers", "/etc/rancher/k3s", "/etc/rancher/node"],
-  ...["/usr/local/bin/k3s", raw("/usr/local/bin/.k3s*"), KEEPALIVE_BIN, "/run/k3s-keepalive"],
+  ...["/usr/local/bin/k3s", raw("/usr/local/bin/.k3s*"), "/run/k3s-keepalive"],
 ];
 /** What k3s creates in folders that may be links to a user's disk, where other files may be. */
 const MADE = {
@@ -73,6 +74,9 @@ export const uninstall = step({
     caLook,
     unitsLook,
     prints("left volumes links inner running")(sh`fact left
+for path in ${[KEEPALIVE, KEEPALIVE_BIN]}; do
+  if grep -qsxF ${WRITTEN_BY} "$path"; then echo "$path"; fi
+done
 for path in ${[...UNITS, ...UNITS.map((unit) => `${unit}.env`), ...FILES]}; do
   # An empty folder may be a mount of its own.
   if [ -f "$path" ] || [ -L "$path" ] || [ -n "$(ls -A "$path" 2>/dev/null)" ]; then echo "$path"; fi
@@ -100,6 +104,8 @@ case $(shown "$agent_unit" ActiveState) in active) echo k3s-agent ;; esac
     const list = (text = "") => text.split("\n").filter(Boolean);
     const left = [...new Set(list(facts.left))];
     if (left.length === 0) return [];
+    const units = left.includes(KEEPALIVE) ? [KEEPALIVE, ...UNITS] : UNITS;
+    const files = left.includes(KEEPALIVE_BIN) ? [KEEPALIVE_BIN, ...FILES] : FILES;
     const [volumes, running] = [list(facts.volumes).length, list(facts.running)];
     const links = [
       ...list(facts.links).map((link) => `; ${link}: what k3s has made there goes, the rest stays`),
@@ -108,7 +114,7 @@ case $(shown "$agent_unit" ActiveState) in active) echo k3s-agent ;; esac
     return [
       {
         why: `${running.length ? `stop ${running.join(", ")}, and ` : ""}clear pods, mounts, interfaces and rules of k3s`,
-        sh: sh`for unit in ${UNITS}; do
+        sh: sh`for unit in ${units}; do
   [ -e "$unit" ] || continue
   name=\${unit##*/}
   systemctl disable "$name" >/dev/null 2>&1 || :
@@ -141,7 +147,7 @@ made() { case $1 in ${raw(
             .map(([path, names]) => sh`${path}) echo ${names} ;;`)
             .join(" "),
         )} esac; }
-for path in ${FILES}; do
+for path in ${files}; do
   if [ -L "$path" ] && [ -d "$path" ]; then
     # shellcheck disable=SC2046
     (cd "$path" && rm -rf --one-file-system $(made "$path"))
@@ -156,8 +162,8 @@ for path in ${FILES}; do
   }
 done
 rmdir /etc/rancher /var/lib/rancher 2>/dev/null || :
-systemctl reset-failed k3s k3s-agent 2>/dev/null || :
-rm -f ${UNITS.flatMap((unit) => [unit, `${unit}.env`])}
+systemctl reset-failed ${units.map((unit) => basename(unit))} 2>/dev/null || :
+rm -f ${units.flatMap((unit) => [unit, `${unit}.env`])}
 systemctl daemon-reload`,
         seconds: 300,
       },
