@@ -90,6 +90,71 @@ const {
 }: Facts = JSON.parse(fixture("firewall/ufw-fresh.json"));
 const UFW = { ufw, added, iptables, nft };
 
+describe("a box without a public address", () => {
+  const NAS = { ...B2, ip: "10.42.2.0", external: "", public: "192.168.0.11" };
+  /** The cluster with b2 at home; `over` is what its node says, `tried` what the boxes reached. */
+  const home = (over: Partial<NodeSpec> = {}, tried: Record<string, Facts> = {}, keepalive = "active") => {
+    const members = boxes(MODERN, {
+      a1: {
+        facts: { nodes: nodes(A1, B1, { ...NAS, ...over }) },
+        ...ways("a1", {}, tried.a1),
+      },
+      b1: ways("b1", {}, tried.b1),
+      b2: {
+        facts: {
+          units: `${units("k3s-agent", "active", 812)}\n\n${units("k3s-keepalive", keepalive, 9)}`,
+        },
+        ...ways("b2", {}, tried.b2),
+      },
+    });
+    return diagnose(
+      clusterOf(
+        members.map((one) => {
+          const box = { ...one.box, ...(one.box.name === "b2" ? { ip: "nat", word: "b2=nat" } : {}) };
+          return { ...one, box: { ...box, want: wanted({ HOST: box.host, PUBLIC_IP: box.ip }) } };
+        }),
+      ),
+    ).map(({ cause, remedy }) => `${cause}: ${remedy}`);
+  };
+  const lost = {
+    a1: { tries: "tunnel 10.42.1.0 1420\ntunnel 10.42.2.0 0" },
+    b1: { tries: "tunnel 10.42.0.0 1420\ntunnel 10.42.2.0 0\napi server open" },
+  };
+  const cases: [name: string, seen: string[], cause: RegExp | undefined][] = [
+    ["has no problems when its address is inside the tunnel", home(), undefined],
+    [
+      "is repaired by make agent when it has another address",
+      home({ ip: "192.168.0.11" }),
+      /^its InternalIP is 192\.168\.0\.11, not 10\.42\.2\.0 inside the tunnel.*: make agent HOST=b2=nat$/,
+    ],
+    [
+      "is removed by the public address that its node still has",
+      home({ external: "198.51.101.77" }),
+      /make remove HOST=b2=198\.51\.101\.77, then make agent HOST=b2=nat$/,
+    ],
+    [
+      "is named when others would send WireGuard's packets into the tunnel itself",
+      home({ public: "10.42.2.0" }),
+      /^flannel's public-ip of it is 10\.42\.2\.0, inside the tunnel.*: kubectl annotate node b2 .*-overwrite-; then /,
+    ],
+    [
+      "is named when nothing keeps it reachable",
+      home({}, {}, "failed"),
+      /^k3s-keepalive does not run on it.*: make agent HOST=b2=nat$/,
+    ],
+    [
+      "is named, and not the others' security groups, when no packet passes its router",
+      home({}, { ...lost, b2: { tries: "tunnel 10.42.0.0 0\ntunnel 10.42.1.0 0\napi server open" } }),
+      /^its WireGuard reaches no other node: its router or its provider drops UDP/,
+    ],
+  ];
+  for (const [name, seen, cause] of cases)
+    test(name, () => {
+      assert.equal(seen.length, cause ? 1 : 0, seen.join("\n"));
+      if (cause) assert.match(seen[0] ?? "", cause);
+    });
+});
+
 describe("a healthy cluster", () => {
   for (const version of [OLD, MODERN])
     test(`of ${version} has no problems`, () => assert.deepEqual(problemsOf(boxes(version)), []));

@@ -249,11 +249,11 @@ function serviceFinding(box: BoxReport, { boxes, nodes }: Cluster): Findings[num
 }
 
 /** Why peers do not send to the box's public address. */
-function addressFinding(box: BoxReport, { boxes }: Cluster): Findings[number] {
+function addressFinding(box: BoxReport, { boxes, nodes }: Cluster): Findings[number] {
   const { node } = box;
   const say = (cause: string, remedy: string) => finding(box.name, cause, remedy, [`node ${box.name}`]);
   if (!node) return;
-  if (box.ip === NAT) return homeFinding(box, node, say);
+  if (box.ip === NAT) return homeFinding(box, node, nodes, say);
   if (node.externalIp !== box.ip)
     return say(`its ExternalIP is ${node.externalIp ?? "not set"}, not ${box.ip}`, makeLine(box));
   if (node.publicIp === box.ip) return;
@@ -276,6 +276,7 @@ function addressFinding(box: BoxReport, { boxes }: Cluster): Findings[number] {
 function homeFinding(
   box: BoxReport,
   node: Node,
+  nodes: readonly Node[],
   say: (cause: string, remedy: string) => Finding,
 ): Findings[number] {
   if (node.externalIp)
@@ -287,6 +288,11 @@ function homeFinding(
     return say(
       `its InternalIP is ${node.internalIp ?? "not set"}, not ${tunnelIpOf(node) ?? "an address"} inside the tunnel: the others do not reach its kubelet`,
       makeLine(box),
+    );
+  if (nodes.some((one) => tunnelIpOf(one) === node.publicIp))
+    return say(
+      `flannel's public-ip of it is ${node.publicIp}, inside the tunnel: WireGuard's own packets go round in it, without end`,
+      `kubectl annotate node ${node.name} flannel.alpha.coreos.com/public-ip-overwrite-; then ${restart(box)}`,
     );
   return (
     box.error === undefined &&
