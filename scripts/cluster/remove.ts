@@ -66,7 +66,7 @@ const LINKS = ["kubectl", "crictl", "ctr"].map((name) => `/usr/local/bin/${name}
 /** Uninstalls k3s from a box, with everything that it created there; packages and the kernel stay. */
 export const uninstall = step({
   name: "remove",
-  options: ["HOST", "SERVER", "PUBLIC_IP", "SERVER_ARGS"],
+  options: ["HOST", "SERVER", "PUBLIC_IP", "SERVER_ARGS", "AGENT_ARGS"],
 
   look: (want) => [
     shownLook,
