@@ -3,10 +3,24 @@ import { readFileSync } from "node:fs";
 import { describe, test } from "node:test";
 import { type Chain, drops, ends, type Packet } from "../lib/k3s/firewall/chains.ts";
 import * as firewall from "../lib/k3s/firewall/firewall.ts";
+import { neighbours } from "../lib/k3s/firewall/neighbours.ts";
 import * as own from "../lib/k3s/firewall/own.ts";
 import { iptables, nft } from "../lib/k3s/firewall/rules.ts";
+import type { Run } from "../lib/script.ts";
 import { Refusal } from "../lib/step.ts";
-import { A1, type Facts, fixture, look, node, nodes, programs, shell, temporary, wanted } from "./helpers.ts";
+import {
+  A1,
+  boxOf,
+  type Facts,
+  fixture,
+  look,
+  node,
+  nodes,
+  programs,
+  shell,
+  temporary,
+  wanted,
+} from "./helpers.ts";
 
 const [A, B] = ["198.51.100.11", "198.51.101.11"];
 const NODES = [A, B];
@@ -750,6 +764,40 @@ describe("a home node, whose address is nat,", () => {
     // Another one may stay when one leaves.
     assert.deepEqual(with_(`-nat ${A} nat`), HOME);
     assert.deepEqual(with_(`-nat ${A}`), NODES);
+  });
+});
+
+describe("the boxes beside those of a run", () => {
+  const place = (word: string) => {
+    const [host = "", ip = ""] = word.split("=");
+    return boxOf({ host, ip, word, name: host.replace(/.*@/, "") });
+  };
+  /** Whom the other boxes are to let in, and who they are. */
+  async function beside(letIn: string[], ...those: string[]) {
+    const settings = wanted({
+      SERVER: "a1=198.51.100.11",
+      AGENTS: "b1=198.51.101.11 nas=nat nuc=nat",
+      PUBLIC_IP: "",
+    });
+    const run = {
+      ...{ name: "remove", script: { about: "", steps: [firewall.firewall] }, settings },
+      ...{ origins: {}, own: {}, addresses: { servers: [], agents: [] }, letIn, envFile: "" },
+      ...{ mode: "apply", reboot: false, flags: new Set() },
+    } as unknown as Run;
+    const names = (await neighbours.boxes(run, those.map(place))).map(({ name }) => name);
+    return { names, letIn: [...new Set(run.letIn)].sort() };
+  }
+
+  test("do not include a box without a public address that is named with another user", async () =>
+    assert.deepEqual(await beside([], "root@nas=nat"), {
+      names: ["a1", "b1", "nuc"],
+      letIn: ["198.51.100.11", "198.51.101.11", "nat"],
+    }));
+
+  test("let nobody else in once the last box without a public address leaves", async () => {
+    const closed = ["-nat", "198.51.100.11", "198.51.101.11"];
+    assert.deepEqual((await beside(["-nat"], "nas=nat", "root@nuc=nat")).letIn, closed);
+    assert.deepEqual((await beside(["-nat"], "nas=nat")).letIn, [...closed, "nat"]);
   });
 });
 

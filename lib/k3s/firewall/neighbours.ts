@@ -16,8 +16,11 @@ async function boxesBeside(run: Run, those: readonly Box[]): Promise<Box[]> {
     ...(run.settings.SERVER ? await boxes(all, "SERVER") : []),
     ...(await boxes(all, "AGENTS")),
   ].map((box) => boxAt(run, box));
-  run.letIn.push(...[...named, ...those].map(({ ip }) => ip));
-  return named.filter((box) => !those.some((other) => isSame(other, box)));
+  const beside = named.filter((box) => !those.some((other) => isSame(other, box)));
+  // A home node that leaves is not let in: its address is that of all others.
+  const stay = those.filter(({ ip }) => !run.letIn?.includes(`-${ip}`));
+  run.letIn.push(...[...beside, ...stay].map(({ ip }) => ip));
+  return beside;
 }
 
 /**
