@@ -95,6 +95,15 @@ describe("a box without a public address", () => {
     assert.deepEqual(verbs(agent.plan(want, facts)), ["wait until node nas is healthy"]);
   });
 
+  test("keeps its address while its node, which has joined anew, has no pod network yet", () => {
+    const facts = running(written(NAS), NAS);
+    const seen = JSON.parse(nodes(A1, NAS));
+    seen.items[1].spec = {};
+    assert.deepEqual(verbs(agent.plan(want, { ...facts, nodes: JSON.stringify(seen) })), [
+      "wait until node nas is healthy",
+    ]);
+  });
+
   test("is refused while its node has a public address, which k3s would keep", () =>
     assert.throws(
       () => agent.plan(want, running(written(NAS), { ...NAS, external: "198.51.100.77" })),

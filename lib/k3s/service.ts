@@ -88,12 +88,12 @@ export function onCard(ip: string, facts: Facts): boolean {
 
 /**
  * The address inside the tunnel of a box without a public one: by its node's pod network, or as its unit has it while
- * the cluster says nothing; undefined before it has joined.
+ * the cluster says nothing, or has given none yet; undefined before it has joined.
  */
 function tunnelIpIn(want: Settings, facts: Facts<"nodes" | "unit">, name: string): string | undefined {
   if (want.PUBLIC_IP !== NAT) return undefined;
-  const node = nodesOf(facts.nodes).find((n) => n.name === name);
-  if (node) return tunnelIpOf(node);
+  const inside = tunnelIpOf(nodesOf(facts.nodes).find((n) => n.name === name) ?? { podCidr: undefined });
+  if (inside) return inside;
   const [, had] = /--node-ip=(\S+)/.exec(facts.unit ?? "") ?? [];
   return had && publicIp(had) ? had : undefined;
 }
