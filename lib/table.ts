@@ -122,6 +122,12 @@ function networkIn(text: string): BlockList | undefined {
   return network;
 }
 
+/** Is an address, or the first one of a network, in a network? */
+export function liesIn(one: string, other: string): boolean {
+  const ip = one.replace(/\/.*/, "");
+  return networkIn(other)?.check(ip, family(ip)) ?? false;
+}
+
 /** The networks of pods and services among a server's arguments, or k3s's defaults. */
 export const rangesIn = (args: readonly Arg[]): [pods: string, services: string] => [
   lastOf(args, "cluster-cidr") || "10.42.0.0/16",
@@ -131,13 +137,9 @@ export const rangesIn = (args: readonly Arg[]): [pods: string, services: string]
 /** What is expected when they overlap. */
 function overlapIn(args: readonly Arg[]): string | undefined {
   const [pods, services] = rangesIn(args).map((networks) => networks.split(",")) as [string[], string[]];
-  const within = (one: string, other: string) => {
-    const ip = one.replace(/\/.*/, "");
-    return networkIn(other)?.check(ip, family(ip));
-  };
   for (const one of pods)
     for (const other of services)
-      if (within(one, other) || within(other, one))
+      if (liesIn(one, other) || liesIn(other, one))
         return `networks of their own for pods and services, --cluster-cidr and --service-cidr: ${one} and ${other} overlap`;
   return undefined;
 }

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { describe, test } from "node:test";
-import { nodeOf, whoIs } from "../lib/k3s/identity.ts";
+import { identityAs, nodeOf, whoIs } from "../lib/k3s/identity.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
 import { SETTINGS } from "../lib/table.ts";
 import { agent } from "../scripts/agent.ts";
@@ -60,6 +60,27 @@ describe("a box without a public address", () => {
     const { unit = "" } = written();
     assert.doesNotMatch(unit, /--node-ip|--node-external-ip|ip addr/);
     assert.match(unit, /--node-name=nas/);
+  });
+
+  test("is refused if its LAN is part of the cluster's networks", () => {
+    const plan = (card: string, ip: string, SERVER_ARGS = "", bits = 24) =>
+      identityAs("agent").plan(
+        { ...want, SERVER_ARGS },
+        prepared(MODERN, said({ addresses: `1: lo    inet 127.0.0.1/8\n2: ${card}    inet ${ip}/${bits}` })),
+      );
+    assert.throws(
+      () => plan("eth0", "10.42.1.7"),
+      /10\.42\.1\.7 \(eth0\), within 10\.42\.0\.0\/16, .* another network/,
+    );
+    assert.throws(() => plan("eth0", "10.43.1.7"), /within 10\.43\.0\.0\/16/);
+    assert.deepEqual(plan("eth0", "10.42.1.7", "--cluster-cidr=10.52.0.0/16"), []);
+    for (const [card, ip, bits] of [
+      ["cni0", "10.42.3.1"],
+      ["flannel-wg", "10.42.3.0", 32],
+      ["nodelocaldns", "10.43.0.10", 32],
+      ["eth0", "10.44.0.7"],
+    ] as [string, string, number?][])
+      assert.deepEqual(plan(card, ip, "", bits), []);
   });
 
   test("gets its address inside the tunnel by one restart, once it has a pod network", () => {

@@ -4,9 +4,10 @@ import { parseArgs, secretIn } from "../args.ts";
 import type { Settings } from "../settings.ts";
 import { sh } from "../sh.ts";
 import { type Facts, prints, Refusal, type Step, type Want } from "../step.ts";
-import { NAT } from "../table.ts";
+import { liesIn, NAT } from "../table.ts";
 import { nameOf, splitWords } from "../text.ts";
 import { caIn, caSed } from "../token.ts";
+import { rangesOf } from "./config.ts";
 import { type Node, nodesOf } from "./nodes.ts";
 import { compare } from "./releases.ts";
 import {
@@ -419,6 +420,22 @@ function rightRelease(
     );
 }
 
+/** A LAN within the cluster's networks hides other nodes' pods from a box at home. @throws {Refusal} */
+function lanApart(want: Want, facts: Facts): void {
+  if (want.PUBLIC_IP !== NAT) return;
+  const ranges = rangesOf(want).flatMap((range) => range.split(","));
+  for (const [, card = "", ip = ""] of (facts.addresses ?? "").matchAll(
+    // A network, not an address alone, as those of ipvs and NodeLocal DNSCache's.
+    /^\d+: +(?!lo |cni|flannel|veth)(\S+) +inet ([\d.]+)\/(?!32\b)/gm,
+  )) {
+    const range = ranges.find((range) => liesIn(ip, range));
+    if (range)
+      throw new Refusal(
+        `This box has the address ${ip} (${card}), within ${range}, a network of the cluster's pods or services: give its LAN another network; if the cluster's are others, SERVER_ARGS has to say so (--cluster-cidr, --service-cidr)`,
+      );
+  }
+}
+
 /** The switches that allow moving a box to another cluster and taking over a foreign unit. */
 export const ALLOWED = {
   force: "move an agent to another cluster, or replace K3S_TOKEN with the token of a new cluster",
@@ -432,6 +449,7 @@ export const identityAs = (role: Role): Step<UnitFact | "cas" | "nodes" | "regis
   look: () => [shownLook, nameLook, caLook, unitsLook],
   plan(want, facts) {
     const { version, generation = "modern" } = releaseOf(want, facts);
+    lanApart(want, facts);
     if (role === "agent")
       addressFree([facts.nodes, facts.registered].flatMap(nodesOf), whoIs(want.PUBLIC_IP, facts));
     mayBecome(role, want, facts, [
