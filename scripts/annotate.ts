@@ -76,33 +76,44 @@ export const annotateAs = (role?: Role) =>
       const shaken = handshakes(facts, generation, name, home, as, started);
       if (generation === "old" && !home && (node?.publicIp !== ip || node.overwrite !== ip))
         return [
-          {
-            why: `annotate node ${name}: public-ip-overwrite ${node?.overwrite ?? "unset"} -> ${ip}`,
-            sh: sh`${raw(KUBECTL)}
+          ...kept,
+          ...(node?.overwrite === ip
+            ? []
+            : [
+                {
+                  why: `annotate node ${name}: public-ip-overwrite ${node?.overwrite ?? "unset"} -> ${ip}`,
+                  sh: sh`${raw(KUBECTL)}
 kc annotate --overwrite node ${name} ${OVERWRITE}=${ip}`,
-          },
+                },
+              ]),
           // flannel reads the annotation when it starts; the other nodes follow live (v1.17.6, recorded).
           restart(as, generation, name, want),
+          // A slow box is Ready before its flannel has started (v1.17.6, seen).
+          known(name, ip, `wait until flannel's public-ip of ${name} is ${ip}`, "Did flannel start?"),
           ...shaken,
         ];
       if (!node) return [];
       if (!home && node.publicIp !== ip)
         return [
           ...kept,
-          {
-            why: `wait until flannel's public-ip of ${name} is ${ip}, not ${node.publicIp ?? "unset"}`,
-            sh: `${WATCH}\n${waitUntil(
-              60,
-              sh`changed ${name} 5; echo "$node" | grep -qF ${` public-ip=${ip} `}`,
-              sh`echo ${'Does the server run with --flannel-external-ip? "make server" sees to it'}`,
-            )}`,
-            seconds: 90,
-          },
+          known(
+            name,
+            ip,
+            `wait until flannel's public-ip of ${name} is ${ip}, not ${node.publicIp ?? "unset"}`,
+            'Does the server run with --flannel-external-ip? "make server" sees to it',
+          ),
           ...shaken,
         ];
       return [...kept, ...shaken];
     },
   });
+
+/** The wait until peers know the node by this address. */
+const known = (name: string, ip: string, why: string, hint: string): Change => ({
+  why,
+  sh: `${WATCH}\n${waitUntil(60, sh`changed ${name} 5; echo "$node" | grep -qF ${` public-ip=${ip} `}`, sh`echo ${hint}`)}`,
+  seconds: 90,
+});
 
 /**
  * A node that was created less than this many seconds ago is still joining: it waits for handshakes only with nodes

@@ -109,7 +109,6 @@ describe("an old k3s gets its public address as an annotation", () => {
   const cases: [name: string, spec: object][] = [
     ["if flannel chose the private address", { public: "192.168.0.11", overwrite: "" }],
     ["if another address is annotated", { overwrite: "198.51.100.99", public: "198.51.100.99" }],
-    ["if it was annotated but not restarted", { public: "192.168.0.11", overwrite: IP }],
     ["if the annotation that preserves its address is missing", { public: IP, overwrite: "" }],
   ];
   for (const [name, spec] of cases)
@@ -121,6 +120,12 @@ describe("an old k3s gets its public address as an annotation", () => {
         /annotate --overwrite node a1 flannel\.alpha\.coreos\.com\/public-ip-overwrite=198\.51\.100\.11/,
       );
     });
+
+  test("once: if it was annotated but not restarted it is restarted, and waited for until flannel has the address", () => {
+    const changes = plan({ nodes: nodes({ ...A1, public: "192.168.0.11", overwrite: IP }, B1, B2) });
+    assert.deepEqual(verbs(changes).slice(0, 2), ["restart k3s", "wait until"]);
+    assert.match(changes[1]?.why ?? "", /flannel's public-ip of a1 is 198\.51\.100\.11$/);
+  });
 
   test("on an agent too, where k3s-agent is restarted", () => {
     const changes = plan({ nodes: nodes({ ...A1, overwrite: "" }, B1, B2) }, annotateAs("agent"));
