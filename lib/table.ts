@@ -321,6 +321,7 @@ export const SETTINGS = {
   NODE_LABELS: { value: "", check: each(label) },
   NODE_TAINTS: { value: "", check: (value) => each(taint)(value) ?? twiceIn(value) },
   FIREWALL: { value: "", shared: true, check: yes },
+  TUNNEL_KUBELETS: { value: "", shared: true, check: yes },
   AIRGAP: { value: "", check: yes },
   REGISTRY_MIRRORS: { value: "", check: each(mirror) },
   HTTPS_PROXY: { value: "", secret: true, ambient: true, check: proxy },

@@ -17,10 +17,13 @@ const PULL = 600;
 /** How long the API may be silent, or no node Ready, after a start on a slow box, in seconds. */
 const API = 120;
 const INSECURE = "--kubelet-insecure-tls";
+const TYPES = "--kubelet-preferred-address-types";
+const ARTICLE = [`${TYPES}=ExternalIP,InternalIP,Hostname`, INSECURE];
+const INSIDE = [`${TYPES}=InternalIP,ExternalIP,Hostname`];
 
 export const fixMetrics = step({
   name: "fix-metrics",
-  options: ["SERVER"],
+  options: ["SERVER", "TUNNEL_KUBELETS"],
 
   look: () => [
     binaryLook,
@@ -37,7 +40,7 @@ fact ours; [ ! -e ${OWN} ] || { ours && echo yes; }`),
     TOP_LOOK,
   ],
 
-  plan(_want, facts): Change[] {
+  plan(want, facts): Change[] {
     const nodes = nodesOf(facts.nodes).filter((node) => node.ready);
     if (nodes.length === 0) {
       if (/^activ/.test(facts.runs ?? "")) return [API_FIRST];
@@ -47,7 +50,8 @@ fact ours; [ ! -e ${OWN} ] || { ours && echo yes; }`),
     const told = figuresOf(facts.top);
     const names = nodes.map((node) => node.name);
     const generation = generationOf(facts.version?.trim() ?? "", facts.flags ?? "");
-    const changes = generation === "old" ? articles(facts) : generation === "modern" ? packaged(facts) : [];
+    const modern = want.TUNNEL_KUBELETS ? tunnelled : packaged;
+    const changes = generation === "old" ? articles(facts) : generation === "modern" ? modern(facts) : [];
     // k3s checks manifests every 15 s: until then the old pod answers, afterwards none for about a minute.
     const late = changes.length ? names : names.filter((name) => !told.includes(name));
     return [...changes, ...(late.length ? [wait(late)] : [])];
@@ -68,12 +72,20 @@ function absent({ packaged, own, skipped, foreign }: Facts<MetricsFact>): string
  * Old k3s: our own manifest replaces the packaged one, which a `.skip` file disables: k3s reverts edits of the packaged
  * file or the deployment at its start (pkg/deploy, both generations; k3s #8052).
  */
-function articles(facts: Facts<MetricsFact>): Change[] {
-  const text = facts.packaged ? withArguments(facts.packaged) : (facts.own ?? "");
+const articles = (facts: Facts<MetricsFact>): Change[] =>
+  replaced(
+    facts.packaged ? withArguments(facts.packaged) : (facts.own ?? ""),
+    `ExternalIP and ${INSECURE}`,
+    facts,
+  );
+
+/** With TUNNEL_KUBELETS a modern k3s's own manifest would ask at the ExternalIP first. The certificates have both. */
+const tunnelled = (facts: Facts<MetricsFact>): Change[] =>
+  replaced(withArguments(facts.packaged || facts.own || "", INSIDE), "InternalIP first", facts);
+
+function replaced(text: string, what: string, facts: Facts<MetricsFact>): Change[] {
   if (text === facts.own && facts.skipped?.trim() && facts.ours?.trim()) return [];
-  return [
-    deploy(text, `deploy metrics-server with ExternalIP and ${INSECURE}, in place of the packaged one`),
-  ];
+  return [deploy(text, `deploy metrics-server with ${what}, in place of the packaged one`)];
 }
 
 const deploy = (text: string, why: string): Change => ({
@@ -94,7 +106,7 @@ function packaged(facts: Facts<MetricsFact>): Change[] {
   if (facts.packaged)
     return [
       {
-        why: `give k3s's own metrics-server back: this k3s needs no other, and no ${INSECURE}`,
+        why: `give k3s's own metrics-server back: this k3s needs no other${facts.own.includes(INSECURE) ? `, and no ${INSECURE}` : ""}`,
         // It was deployed before: only a changed checksum makes k3s deploy it again before the next start.
         sh: sh`rm -f ${PACKAGED}.skip
 echo "# written $(date +%s)" >>${PACKAGED}
@@ -106,11 +118,10 @@ rm -f ${OWN}`,
 }
 
 /**
- * metrics-server's manifest with the arguments of the article's step 7, as `args`, in whatever release of it.
+ * metrics-server's manifest with the arguments of the article's step 7, or others, as `args`, in whatever release of it.
  * v1.17.6's kubelet certificate names no address, hence --kubelet-insecure-tls.
  */
-export function withArguments(packaged: string): string {
-  const ours = ["--kubelet-preferred-address-types=ExternalIP,InternalIP,Hostname", INSECURE];
+export function withArguments(packaged: string, ours: readonly string[] = ARTICLE): string {
   const lines = packaged
     .split("\n")
     .filter((line) => !/^\s*- --kubelet-(preferred-address-types|insecure-tls)/.test(line));
@@ -151,14 +162,19 @@ const API_FIRST: Change = {
   lookAgain: true,
 };
 
-/** Do all running metrics-server pods use our manifest's arguments, or, without one, verify TLS? */
+/**
+ * Do all running metrics-server pods verify TLS, or not, as our manifest has it (without one: they do), and ask kubelets
+ * at the InternalIP first, or not, as the deployed one has it?
+ */
 const OURS = sh`pods() {
   api GET '/api/v1/namespaces/kube-system/pods?pretty=true&labelSelector=k8s-app%3Dmetrics-server' 10 2>/dev/null
 }
 ours() {
-  pods | awk -v lax="$(grep -cse ${INSECURE} ${OWN})" '
+  deployed=${OWN}; [ -e ${OWN} ] || deployed=${PACKAGED}
+  pods | awk -v lax="$(grep -cse ${INSECURE} ${OWN})" -v near="$(grep -cse ${`${TYPES}=InternalIP`} $deployed)" '
     /^ *"${INSECURE}/ { is = 1 }
-    /^ *"phase":/ { if (/Running/) { pods++; wrong += is != (lax > 0) } is = 0 }
+    /^ *"${TYPES}=InternalIP/ { inside = 1 }
+    /^ *"phase":/ { if (/Running/) { pods++; wrong += is != (lax > 0) || inside != (near > 0) } is = inside = 0 }
     END { exit !pods || wrong }'
 }`;
 
@@ -189,7 +205,7 @@ try`;
 
 await main(import.meta, {
   about:
-    "Makes `kubectl top` list every node: on old k3s by a manifest that survives restarts; else only verifies.",
+    "Makes `kubectl top` list every node: on old k3s, or with TUNNEL_KUBELETS, by a manifest that survives restarts; else only verifies.",
   steps: [fixMetrics],
   host: "SERVER",
   nothing: (_want, facts) => absent(facts) ?? "`kubectl top nodes` answers for every node",

@@ -360,6 +360,22 @@ esac`;
     assert.equal(waits(KUBECTL("exit 1", { tops, args: ["--kubelet-insecure-tls"] })).status, 1);
   });
 
+  test("metrics from a pod that asks at another address than the manifest says do not end the wait", () => {
+    const types = (first: string, next: string) =>
+      `--kubelet-preferred-address-types=${first},${next},Hostname`;
+    const [inside, outside] = [types("InternalIP", "ExternalIP"), types("ExternalIP", "InternalIP")];
+    const ends = (path: string, deployed: string, pod: string) => {
+      const { put, run } = box(KUBECTL("exit 1", { tops: ["b1", "a1"], args: [pod] }));
+      put(path, withArguments(manifests[MODERN] as string, [deployed]));
+      return run(plan(MODERN, { top: "" })[0]?.sh ?? "").status === 0;
+    };
+    for (const path of [OWN, PACKAGED])
+      assert.deepEqual(
+        [ends(path, inside, inside), ends(path, inside, outside), ends(path, outside, inside)],
+        [true, false, false],
+      );
+  });
+
   test("the wait is extended while the pod of metrics-server is being created, but not if its image cannot be pulled", () => {
     assert.equal(waits(KUBECTL("exit 1", { reason: "ContainerCreating" })).status, 0);
     assert.equal(waits(KUBECTL("exit 1", { reason: "ImagePullBackOff" })).status, 1);

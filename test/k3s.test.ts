@@ -116,7 +116,7 @@ describe("the unit", () => {
   for (const { generation } of RELEASES)
     for (const role of ROLES) {
       const unit = (want: Settings, onCard: boolean, mode = "iptables") =>
-        unitText(role, generation, argsOf(role, generation, want, mode, "a1"), onCard ? undefined : IP);
+        unitText(role, generation, argsOf(role, generation, want, mode, "a1"), onCard ? [] : [IP]);
 
       test(`of the ${generation} ${role} is the one in the fixtures`, () =>
         assert.equal(unit(wanted(), false, "ipvs"), fixture(`${unitOf(role)}-${generation}.service`)));
@@ -150,8 +150,7 @@ describe("the unit", () => {
     }
 
   test("loads ip_vs only for ipvs", () => {
-    const unit = (mode: string) =>
-      unitText("agent", "old", argsOf("agent", "old", wanted(), mode, "a1"), undefined);
+    const unit = (mode: string) => unitText("agent", "old", argsOf("agent", "old", wanted(), mode, "a1"), []);
     assert.match(unit("ipvs"), /modprobe -a ip_vs/);
     assert.doesNotMatch(unit("iptables"), /ip_vs/);
   });

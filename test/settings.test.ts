@@ -56,6 +56,7 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
     "root:pw@203.0.113.10",
   ],
   AGENTS: ["ok -oProxyCommand=id", "ok a\nb", "ok $(id)", "ok,b", "a=192.168.1.1", "=203.0.113.1"],
+  TUNNEL_KUBELETS: ["no", "true", "YES"],
   HOST: ["-v", "--", "a\rb", "${HOME}", "a&b", "a|b", "a>b", "\u0000", "a\tb=x", "汉字"],
   K3S_VERSION: [
     "latest",

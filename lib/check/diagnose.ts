@@ -2,7 +2,17 @@
 
 import { rangesOf } from "../k3s/config.ts";
 import { meaningOf } from "../k3s/journal.ts";
-import { FRESH, isHome, type Node, overload, peerOf, standing, tunnelIpOf } from "../k3s/nodes.ts";
+import {
+  FRESH,
+  isHome,
+  isInside,
+  kubeletIpOf,
+  type Node,
+  overload,
+  peerOf,
+  standing,
+  tunnelIpOf,
+} from "../k3s/nodes.ts";
 import { generationOf, unitOf } from "../k3s/unit.ts";
 import type { Problem } from "../report.ts";
 import { NAT, publicIp } from "../table.ts";
@@ -256,7 +266,16 @@ function addressFinding(box: BoxReport, { boxes, nodes }: Cluster): Findings[num
   if (box.ip === NAT) return homeFinding(box, node, nodes, say);
   if (node.externalIp !== box.ip)
     return say(`its ExternalIP is ${node.externalIp ?? "not set"}, not ${box.ip}`, makeLine(box));
-  if (node.publicIp === box.ip) return;
+  const outside =
+    box.inside &&
+    !isInside(node) &&
+    finding(
+      box.name,
+      `its InternalIP is ${node.internalIp ?? "not set"}, not ${tunnelIpOf(node) ?? "an address"} inside the tunnel, as TUNNEL_KUBELETS has it: metrics-server asks its kubelet there`,
+      makeLine(box),
+      [`kubelet ${box.name}`],
+    );
+  if (node.publicIp === box.ip) return outside;
   const is = `flannel's address for it is ${node.publicIp ?? "not set"}${node.publicIp && publicIp(node.publicIp) ? ", a private address" : ""}`;
   if (generationOf(node.version, "") === "old")
     return say(
@@ -703,14 +722,15 @@ function podFindings({ boxes, system }: Cluster): Findings {
       failed((tried) => tried[what]).map(({ box, to, name }) => {
         const why = box.tried.why[`${what} ${to}`] ?? "";
         const slow = SLOW.test(why);
+        const ports = server?.inside ? "" : "10250/tcp for the server, and ";
         return finding(
           name,
           slow
             ? `kubectl ${what} of it: ${why}`
             : `kubectl ${what} does not work on it${why ? `: ${why}` : ""}`,
           slow
-            ? "run make check again; if that stays: open 10250/tcp for the server, and 6443/tcp on the server for it"
-            : "open 10250/tcp for the server, and 6443/tcp on the server for it; then make agent",
+            ? `run make check again; if that stays: open ${ports}6443/tcp on the server for it`
+            : `open ${ports}6443/tcp on the server for it; then make agent`,
           [`${what} ${name}`],
           [
             `node ${name}`,
@@ -740,12 +760,18 @@ function kubeletFindings({ boxes, nodes }: Cluster): Findings {
       how !== "open" &&
       finding(
         name,
-        `its kubelet cannot be reached at ${node.externalIp ?? node.internalIp}:10250 (${how}): no logs, exec and metrics`,
+        `its kubelet cannot be reached at ${kubeletIpOf(node, server.inside)}:10250 (${how}): no logs, exec and metrics`,
         how === "refused"
           ? `${box ? makeLine(box) : "restart k3s there"}: nothing listens`
-          : "open 10250/tcp in its security group and firewall for the nodes' addresses",
+          : server.inside
+            ? `a firewall on it drops what comes out of the tunnel: make firewall${box ? ` HOST=${box.word}` : ""}, or trust ${rangesIn(boxes)} there`
+            : "open 10250/tcp in its security group and firewall for the nodes' addresses",
         [`kubelet ${name}`],
-        box === server ? [] : [`node ${name}`, ...(isHome(node) ? [tunnel(server.name, name)] : [])],
+        [
+          `kubelet ${name}`,
+          ...(box === server ? [] : [`node ${name}`]),
+          ...(box !== server && isInside(node) ? [tunnel(server.name, name)] : []),
+        ],
       )
     );
   });

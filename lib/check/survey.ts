@@ -7,6 +7,7 @@ import { boxes } from "../boxes.ts";
 import { look } from "../converge.ts";
 import { rangesOf } from "../k3s/config.ts";
 import { blocked, firewallLooks, type RuleFact, remedy } from "../k3s/firewall/firewall.ts";
+import { TUNNEL } from "../k3s/firewall/traffic.ts";
 import { nodeNameOf, nodesAt, whoIs } from "../k3s/identity.ts";
 import { MEANT } from "../k3s/journal.ts";
 import {
@@ -16,6 +17,7 @@ import {
   ITEMS,
   isHome,
   itemsOf,
+  kubeletIpOf,
   loadLook,
   loadOf,
   type Node,
@@ -102,7 +104,7 @@ export const LOOKS = { server: [boxLook, serverLook], agent: [boxLook, agentLook
 
 type BoxFact = Printed<(typeof LOOKS)[Role][number]> | RuleFact;
 /** What tries() and its companions print, and the second trip. */
-type TriedFact = Printed<ReturnType<typeof tries> | typeof answersLook> | "paths" | "kubelets" | "unstarted";
+type TriedFact = Printed<ReturnType<typeof tries | typeof answersLook>> | "paths" | "kubelets" | "unstarted";
 
 /** Time limit for a box's facts, in seconds; ssh itself gives up on a dead box after 15. */
 export const PATIENCE = 40;
@@ -231,7 +233,9 @@ function firewallOf(
     );
   };
   const ipOf = (node: Node) => node.externalIp ?? (isHome(node) ? NAT : "");
-  const ipsOf = (some: readonly Node[]) => [...new Set(some.map(ipOf))].sort();
+  const tunnel = want.TUNNEL_KUBELETS ? [TUNNEL] : [];
+  const ipsOf = (some: readonly Node[]) =>
+    some.length ? [...new Set([...some.map(ipOf), ...tunnel])].sort() : [];
   const others = nodes.filter(
     (node) => ipOf(node) && node.name !== box.nodeName && node.externalIp !== box.ip,
   );
@@ -265,6 +269,8 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
     word: box.word,
     ip: box.ip,
     role,
+    /** Is its kubelet to be reached inside the tunnel? */
+    inside: box.ip === NAT || box.want.TUNNEL_KUBELETS === "yes",
     error,
     /** The name of the box's node; and the cluster's node of that name, if any. */
     nodeName: name,
@@ -319,7 +325,7 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
     /** metrics-server is deployed: k3s's own, or fix-metrics'. */
     metrics: Boolean(facts.metrics?.trim()),
     now: Number(facts.now),
-    tried: triedOf({ ...tried, ...paths }, nodes),
+    tried: triedOf({ ...tried, ...paths }, nodes, Boolean(box.want.TUNNEL_KUBELETS)),
   };
 }
 
@@ -334,7 +340,7 @@ function nameOf(role: Role, want: Settings, facts: Facts<"nodes">, nodes: readon
 }
 
 /** What was tested from a box, by the name of the other end. Without nodes there are no rules of kube-proxy to test. */
-function triedOf(facts: Facts<TriedFact>, nodes: readonly Node[]) {
+function triedOf(facts: Facts<TriedFact>, nodes: readonly Node[], inside: boolean) {
   const { tries, ports, paths, kubelets, unstarted } = facts;
   const rows = [tries, ports, paths, kubelets, unstarted].flatMap((text) =>
     (text ?? "").split("\n").map((row) => row.split(" ")),
@@ -364,7 +370,7 @@ function triedOf(facts: Facts<TriedFact>, nodes: readonly Node[]) {
     /** TCP: open, refused, dropped, or another word. */
     kubelet: Object.fromEntries(
       named("kubelet").map(([at, how]) => [
-        nodes.find(({ externalIp, internalIp }) => (externalIp ?? internalIp) === at)?.name ?? at,
+        nodes.find((node) => kubeletIpOf(node, inside) === at)?.name ?? at,
         how,
       ]),
     ),
@@ -421,7 +427,12 @@ export async function surveyAndTry(boxes: Listed): Promise<Member[]> {
   const guess = serviceOf(server?.box.want.SERVER_ARGS);
   const looks = {
     // What the API may take long for comes last: both ends of a lost tunnel are watched at the same time.
-    server: [boxLook, tries("server", guess), serverLook, answersLook],
+    server: [
+      boxLook,
+      tries("server", guess),
+      serverLook,
+      answersLook(Boolean(server?.box.want.TUNNEL_KUBELETS)),
+    ],
     agent: [...LOOKS.agent, tries("agent", guess, server?.box.ip)],
   };
   const found = await survey<TriedFact>(
@@ -583,14 +594,18 @@ export const figuresOf = (top?: string): string[] =>
   itemsOf<{ metadata?: { name?: string } }>(top).flatMap(({ metadata }) => metadata?.name ?? []);
 
 /** On a server whose API answers: the shell that knocks at every kubelet, and asks for figures. */
-const answersLook = prints("ports top topless")(sh`if [ -z "$failed" ]; then
+const answersLook = (inside: boolean) => {
+  const types = inside ? ["Internal", "External"] : ["External", "Internal"];
+  const found = types.map((type) => `match($0, /"type":"${type}IP","address":"[0-9.]+/)`).join(" || ");
+  return prints("ports top topless")(sh`if [ -z "$failed" ]; then
 fact ports
 kubelet() { knock kubelet "$1" "$1" 10250; }
 # One a node: its kubelet may name any number.
 [ -z "$has" ] || printf '%s\n' "$list" | ${raw(ITEMS)} |
-  awk 'match($0, /"type":"ExternalIP","address":"[0-9.]+/) || match($0, /"type":"InternalIP","address":"[0-9.]+/) { print substr($0, RSTART + 31, RLENGTH - 31) }' | few ${FEW} kubelet
+  awk ${`${found} { print substr($0, RSTART + 31, RLENGTH - 31) }`} | few ${FEW} kubelet
 ${raw(TOP_LOOK)}
 fi`);
+};
 
 /** Senders of UDP 51820 to this box, from a packet socket (17; 0x800 is IPv4; type 4 is outgoing). */
 const PERL = `socket(S, 17, 2, unpack("S", pack("n", 0x800))) or do { print "?\\n"; exit };

@@ -27,6 +27,12 @@ const WORDS: readonly Word[] = [
     remedy: "systemctl restart k3s-agent there makes it anew (on a server: k3s), then AGAIN",
   },
   {
+    said: `${SCRAPE}.*//10\\.[0-9.]+:10250.*(dial tcp|deadline exceeded|timeout|EOF|reset)`,
+    cause: "metrics-server does not reach the kubelet of node NODE inside the tunnel",
+    remedy:
+      "trust the pods' network in its firewall (make firewall), then AGAIN; make check tries the tunnel",
+  },
+  {
     said: `${SCRAPE}.*(dial tcp|deadline exceeded|timeout|EOF|reset)`,
     cause: "metrics-server does not reach the kubelet of node NODE",
     remedy: "open 10250/tcp there for the nodes' addresses (make firewall, security group), then AGAIN",

@@ -587,9 +587,16 @@ export function standing(
 /** A node's address inside the tunnel, which flannel gives its WireGuard interface: the first of its pod network. */
 export const tunnelIpOf = ({ podCidr }: Pick<Node, "podCidr">): string | undefined => podCidr?.split("/")[0];
 
+/** Its kubelet is reached inside the tunnel: always of a node without a public address, of others with TUNNEL_KUBELETS. */
+export const isInside = (node: Node): boolean =>
+  node.internalIp !== undefined && node.internalIp === tunnelIpOf(node);
+
+/** The address at which metrics-server asks a node's kubelet; `inside` with TUNNEL_KUBELETS. */
+export const kubeletIpOf = ({ externalIp, internalIp }: Node, inside: boolean): string | undefined =>
+  inside ? (internalIp ?? externalIp) : (externalIp ?? internalIp);
+
 /** A node without a public address: others reach it inside the tunnel alone, at an endpoint that may change. */
-export const isHome = (node: Node): boolean =>
-  node.externalIp === undefined && node.internalIp !== undefined && node.internalIp === tunnelIpOf(node);
+export const isHome = (node: Node): boolean => node.externalIp === undefined && isInside(node);
 
 /** At which only that node can be. */
 export const addressesOf = ({ publicIp, externalIp }: Node): string[] =>

@@ -10,11 +10,12 @@ import { CLEAR } from "./cleanup.ts";
 import { filesLook, filesPlan, labelsPlan } from "./config.ts";
 import { nodeNameOf } from "./identity.ts";
 import { HOPELESS } from "./journal.ts";
-import { clusterLook, isHome, nodesOf, oldestSh, silence, tunnelIpOf, WATCH } from "./nodes.ts";
+import { clusterLook, isInside, nodesOf, oldestSh, silence, tunnelIpOf, WATCH } from "./nodes.ts";
 import { foldersLook, writable } from "./packages.ts";
 import {
   argsOf,
   binaryLook,
+  CLEAR_LO,
   cgroupArgs,
   cgroupFault,
   cgroupLook,
@@ -39,7 +40,8 @@ export const systemdFirst = step({
   look: () => [binaryLook, cgroupLook, prints("openrc")("fact openrc; test -d /run/openrc && echo yes")],
   plan(want, facts) {
     if (facts.systemd?.trim()) {
-      const fault = cgroupFault(releaseOf(want, facts).version, facts);
+      const { version, generation } = releaseOf(want, facts);
+      const fault = cgroupFault(version, facts) ?? tunnelFault(want, version, generation);
       if (fault) throw new Refusal(fault);
       return [];
     }
@@ -49,6 +51,12 @@ export const systemdFirst = step({
     );
   },
 });
+
+/** Why TUNNEL_KUBELETS cannot be had with this release. */
+const tunnelFault = (want: Settings, version: string, generation?: Generation): string | undefined =>
+  want.TUNNEL_KUBELETS && generation === "old"
+    ? `TUNNEL_KUBELETS=yes has not been tried on k3s of the old WireGuard backend, as ${version} is: remove the setting, or take v1.26 or later`
+    : undefined;
 
 type HealthFact = "nodes" | "interfaces" | "service";
 type ServiceFact = HealthFact | "other" | "envfile" | "unit" | "written" | "read" | "enabled" | "version";
@@ -87,11 +95,11 @@ export function onCard(ip: string, facts: Facts): boolean {
 }
 
 /**
- * The address inside the tunnel of a box without a public one: by its node's pod network, or as its unit has it while
- * the cluster says nothing, or has given none yet; undefined before it has joined.
+ * The address inside the tunnel of a box without a public one, with TUNNEL_KUBELETS of every box: by its node's pod
+ * network, or as its unit has it while the cluster says nothing, or has given none yet; undefined before it has joined.
  */
 function tunnelIpIn(want: Settings, facts: Facts<"nodes" | "unit">, name: string): string | undefined {
-  if (want.PUBLIC_IP !== NAT) return undefined;
+  if (want.PUBLIC_IP !== NAT && !want.TUNNEL_KUBELETS) return undefined;
   const inside = tunnelIpOf(nodesOf(facts.nodes).find((n) => n.name === name) ?? { podCidr: undefined });
   if (inside) return inside;
   const [, had] = /--node-ip=(\S+)/.exec(facts.unit ?? "") ?? [];
@@ -115,6 +123,7 @@ export function healthProblems(
   ip: string,
   generation: Generation,
   facts: Facts<HealthFact>,
+  inside = ip === NAT,
 ): string[] {
   const node = nodesOf(facts.nodes).find((n) => n.name === name);
   // If the API did not answer in time, the node is unknown, not missing.
@@ -124,13 +133,12 @@ export function healthProblems(
     node.ready ? "" : `node ${name} is not Ready`,
     // A node stays Ready for 40 s after its kubelet has died: the heartbeat must be later than this start.
     node.heartbeat >= Math.floor(started) - 1 ? "" : `node ${name} has not reported since its last start`,
-    ip === NAT
-      ? isHome(node)
-        ? ""
-        : `InternalIP of ${name} is ${node.internalIp ?? "not set"}, not ${tunnelIpOf(node) ?? "inside the tunnel"}`
-      : node.externalIp === ip
-        ? ""
-        : `ExternalIP of ${name} is ${node.externalIp ?? "not set"}, not ${ip}`,
+    !inside || isInside(node)
+      ? ""
+      : `InternalIP of ${name} is ${node.internalIp ?? "not set"}, not ${tunnelIpOf(node) ?? "inside the tunnel"}`,
+    ip === NAT || node.externalIp === ip
+      ? ""
+      : `ExternalIP of ${name} is ${node.externalIp ?? "not set"}, not ${ip}`,
     (facts.interfaces ?? "").split("\n").includes(interfaceOf(generation))
       ? ""
       : `no ${interfaceOf(generation)} yet`,
@@ -169,6 +177,8 @@ export function servicePlan(
     throw new Refusal(
       `Unexpected output of "systemctl show ${unitOf(role)}": ${quoted(facts.service.trim())}`,
     );
+  const fault = tunnelFault(want, version, generation);
+  if (fault) throw new Refusal(fault);
   if (want.PROXY_MODE === "nftables" && Number(version.split(".")[1]) < 31)
     throw new Refusal(`PROXY_MODE=nftables needs k3s v1.31 or later, not ${version}`);
 
@@ -178,8 +188,10 @@ export function servicePlan(
   const mode = noIpvs ? "iptables" : want.PROXY_MODE;
   const tunnelIp = tunnelIpIn(want, facts, name);
   const args = argsOf(role, generation, want, mode, name, cgroupArgs(role, version, want, facts), tunnelIp);
-  const absent = want.PUBLIC_IP !== NAT && !onCard(want.PUBLIC_IP, facts) && want.PUBLIC_IP;
-  const text = unitText(role, generation, args, tunnelIp ?? (absent || undefined));
+  const absent = want.PUBLIC_IP !== NAT && !onCard(want.PUBLIC_IP, facts) ? [want.PUBLIC_IP] : [];
+  const onLo = [...absent, ...(tunnelIp ? [tunnelIp] : [])];
+  const text = unitText(role, generation, args, onLo);
+  const clearLo = onLo.length === 0 && facts.unit?.includes(CLEAR_LO) ? `\n${CLEAR_LO} || :` : "";
   const { changes: files, gone } = filesPlan(generation, version, want, facts);
   const changes: Change[] = [...before, ...labelsPlan(role, name, args, facts), ...files];
   if (facts.envfile?.trim() !== `600\n${sha256(filledEnv(env, want))}`) {
@@ -202,7 +214,7 @@ export function servicePlan(
         noIpvs ? "this kernel has no ip_vs: iptables instead" : "",
       ),
       sh: sh`install -d -m 700 /var/lib/rancher/k3s/${role}
-${raw(writeFile(unitPath(role), text))}`,
+${raw(writeFile(unitPath(role), text))}${raw(clearLo)}`,
     });
 
   if (changes.length) writable(facts, "/etc/systemd/system", "/var/lib/rancher");
@@ -213,7 +225,8 @@ ${raw(writeFile(unitPath(role), text))}`,
   const stale = `${facts.written}\n${facts.read}`
     .split("\n")
     .some((s) => Number(s) > Math.floor((started ?? 0) + 0.5) && Number(s) <= Number(facts.now));
-  const problems = healthProblems(name, want.PUBLIC_IP, generation, facts);
+  const inside = want.PUBLIC_IP === NAT || want.TUNNEL_KUBELETS === "yes";
+  const problems = healthProblems(name, want.PUBLIC_IP, generation, facts, inside);
   const down = started === undefined || facts.enabled?.trim() !== "enabled";
   const border = (facts.interfaces ?? "")
     .split("\n")
@@ -285,8 +298,8 @@ export function restart(
   }: { verb?: string; gone?: readonly string[]; clear?: boolean; tunnelIp?: string | undefined } = {},
 ): Change {
   const unit = unitOf(role);
-  const home = tunnelIp ? " with its address inside the tunnel" : "";
-  const withAddress = want.PUBLIC_IP === NAT ? home : " with its public address";
+  const outside = want.PUBLIC_IP === NAT ? "" : " with its public address";
+  const withAddress = tunnelIp ? " with its address inside the tunnel" : outside;
   // One change: a run interrupted in between would leave a running k3s whose files are gone.
   const remove = gone.length ? `${sh`rm -f ${gone}`}\n` : "";
   const cleared = clear
@@ -338,7 +351,8 @@ function healthSh(
   meanwhile = "",
 ): string {
   // A box without a public address has none of its own before it has joined.
-  const [type, ip] = want.PUBLIC_IP === NAT ? ["InternalIP", tunnelIp ?? ""] : ["ExternalIP", want.PUBLIC_IP];
+  const [type, ip] =
+    tunnelIp || want.PUBLIC_IP === NAT ? ["InternalIP", tunnelIp ?? ""] : ["ExternalIP", want.PUBLIC_IP];
   return sh`${raw(WATCH)}
 began=$(date +%s); starts=0; was=; asked=; due=5
 nap() { sleep 0.5 2>/dev/null || sleep 1; }

@@ -126,7 +126,8 @@ export const nodeNameIn = (args: string): string | undefined =>
  * lets a box reach its own public address without hairpin NAT. Without the address on `lo`, v1.17.6 dies with "host IP
  * unknown" until its node has addresses by luck.
  *
- * A box without a public address has its address inside the tunnel instead, once it has a pod network.
+ * A box without a public address has its address inside the tunnel instead, once it has a pod network; with
+ * TUNNEL_KUBELETS every box, which then keeps its public one as --node-external-ip.
  *
  * @param name of the node, which stays when the box gets another host name.
  * @param more arguments that the box needs; the user's own come last.
@@ -141,8 +142,9 @@ export function argsOf(
   tunnelIp?: string,
 ): string[] {
   const ip = want.PUBLIC_IP;
-  const inside = tunnelIp ? [`--node-ip=${tunnelIp}`] : [];
-  const shared = ip === NAT ? inside : [`--node-ip=${ip}`, `--node-external-ip=${ip}`];
+  const own = tunnelIp ?? (ip === NAT ? undefined : ip);
+  const shared = own ? [`--node-ip=${own}`] : [];
+  if (ip !== NAT) shared.push(`--node-external-ip=${ip}`);
   if (!nodeNameIn(role === "server" ? want.SERVER_ARGS : want.AGENT_ARGS)) shared.push(`--node-name=${name}`);
   // One flag an argument: of the article's `--kube-proxy-arg "a" "b"` k3s drops "b" as a positional.
   if (proxyMode !== "iptables") shared.push(`--kube-proxy-arg=proxy-mode=${proxyMode}`);
@@ -165,18 +167,21 @@ export const unitOf = (role: Role) => (role === "server" ? "k3s" : "k3s-agent");
 export const unitPath = (role: Role): string => `/etc/systemd/system/${unitOf(role)}.service`;
 export const envPath = (role: Role): string => `${unitPath(role)}.env`;
 
+/** Takes what a unit has put on `lo` away. */
+export const CLEAR_LO = "ip addr flush dev lo label lo:k3s";
+
 /** The first line of the units that this project writes. */
 export const WRITTEN_BY = "# Written by k3s-across-clouds.";
 
 /**
  * The systemd unit of the article's steps 4 and 5, with its limits.
- * @param onLo the address to put on `lo`, if any.
+ * @param onLo the addresses to put on `lo`.
  */
 export function unitText(
   role: Role,
   generation: Generation,
   args: readonly string[],
-  onLo: string | undefined,
+  onLo: readonly string[],
 ): string {
   // v1.17.6 writes the node's WireGuard private key, 0644, into its working directory: / for an agent.
   // A file that is there already keeps its mode, and both folders are 0700.
@@ -188,11 +193,10 @@ export function unitText(
       ? ["ExecStartPre=-/sbin/modprobe -a ip_vs ip_vs_rr"]
       : []),
     // The label finds an address that is no longer this box's, to remove it.
-    ...(onLo
-      ? [
-          `ExecStartPre=/bin/sh -c 'ip addr flush dev lo label lo:k3s; ip addr replace ${onLo}/32 dev lo label lo:k3s'`,
-        ]
-      : []),
+    ...onLo.map(
+      (ip, i) =>
+        `ExecStartPre=/bin/sh -c '${i ? "" : `${CLEAR_LO}; `}ip addr replace ${ip}/32 dev lo label lo:k3s'`,
+    ),
     ...(generation === "old" ? [key] : []),
   ];
   // A modern agent tells systemd when it has joined; the old one never does. Type=exec is unknown to the

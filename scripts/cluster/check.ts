@@ -13,7 +13,7 @@ import {
   reportsOf,
   surveyAndTry,
 } from "../../lib/check/survey.ts";
-import { FRESH, isHome, overload, peerOf, standing } from "../../lib/k3s/nodes.ts";
+import { FRESH, isHome, isInside, overload, peerOf, standing } from "../../lib/k3s/nodes.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { forTerminal, type Problem } from "../../lib/report.ts";
 import type { Run } from "../../lib/script.ts";
@@ -243,7 +243,7 @@ function nodeTable({ boxes, nodes }: Cluster): Row[] {
       return [
         node.name,
         { text: node.ready ? "yes" : "no", wrong: !node.ready },
-        { text: SHORT(node.internalIp), wrong: home && !isHome(node) },
+        { text: SHORT(node.internalIp), wrong: (home && !isHome(node)) || (box?.inside && !isInside(node)) },
         { text: SHORT(node.externalIp), wrong: node.externalIp !== ip },
         // flannel's address of a node without a public one is its address at home: no peer uses it.
         { text: SHORT(node.publicIp), wrong: !home && node.publicIp !== ip },
@@ -343,7 +343,7 @@ function size(bytes: number): string {
 await main(import.meta, {
   about:
     "Shows the whole cluster, tests the connections between its boxes, and diagnoses problems. Changes nothing.",
-  steps: [ask([], ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", "AGENT_ARGS"])],
+  steps: [ask([], ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", "AGENT_ARGS", "TUNNEL_KUBELETS"])],
   readOnly: true,
   flags: {
     json: "one JSON object, for programs",

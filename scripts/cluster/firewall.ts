@@ -34,6 +34,8 @@ async function everywhere(run: Run): Promise<number> {
 await main(import.meta, {
   about:
     "Opens k3s's ports to the other nodes in each box's firewall (firewalld, ufw, iptables or nft), and closes them to all others.",
-  steps: [{ ...firewall, options: ["SERVER", "AGENTS", "HOST", "PUBLIC_IP", "SERVER_ARGS"] }],
+  steps: [
+    { ...firewall, options: ["SERVER", "AGENTS", "HOST", "PUBLIC_IP", "SERVER_ARGS", "TUNNEL_KUBELETS"] },
+  ],
   work: everywhere,
 });

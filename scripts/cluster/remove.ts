@@ -137,8 +137,9 @@ ${raw(CLEAR)}`,
         why: `remove k3s's units, binary and data${volumes ? `, with ${volumes} local volumes of pods` : ""}${links.join("")}`,
         // The units go last: they hold the address on lo, and an interrupted run starts over. Once they are gone nothing
         // is left to do, so systemd must have forgotten the failed unit by then.
-        sh: sh`ip=$(sed -n 's/^ExecStartPre=.*ip addr replace \([0-9.]*\/32\) dev lo.*/\1/p' ${UNITS} 2>/dev/null || :)
-[ -z "$ip" ] || ip addr del "$ip" dev lo 2>/dev/null || :
+        sh: sh`sed -n 's/^ExecStartPre=.*ip addr replace \([0-9.]*\/32\) dev lo.*/\1/p' ${UNITS} 2>/dev/null | while read -r ip; do
+  ip addr del "$ip" dev lo 2>/dev/null || :
+done
 for path in ${LINKS}; do
   [ "$(readlink "$path")" != k3s ] || rm -f "$path"
 done

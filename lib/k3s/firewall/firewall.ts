@@ -12,7 +12,7 @@ import { type Chain, drops, type End, ends, type Packet } from "./chains.ts";
 import { clearFirewalld, firewalld, firewalldLook, leftInFirewalld } from "./firewalld.ts";
 import { chainsOf, kernelLook, unread } from "./kernel.ts";
 import { CLEAR_OWN, isWritten, LEFT_OF_OWN, ownLook, scriptText, TABLE, written } from "./own.ts";
-import { ANYWHERE, CLOSED, type FirewallManager, ipv4Of, openings } from "./traffic.ts";
+import { ANYWHERE, CLOSED, type FirewallManager, ipv4Of, openings, TUNNEL } from "./traffic.ts";
 import { CLEAR_UFW, LEFT_IN_UFW, ufw, ufwLook } from "./ufw.ts";
 
 export const firewallLooks = [firewalldLook, ufwLook, kernelLook, ownLook];
@@ -142,7 +142,8 @@ function opened(chains: readonly Chain[], facts: Box, nodes: readonly string[]):
 
 /**
  * What the box's firewall blocks, or may block, of the cluster's traffic, one sentence each.
- * @param nodes public addresses of nodes that must get through; NAT where there is a home node.
+ * @param nodes public addresses of nodes that must get through; NAT where there is a home node; TUNNEL where kubelets
+ * are reached inside the tunnel.
  * @param ranges networks of pods and services, where they must. @see k3s docs, "Requirements", "Operating Systems"
  */
 export function blocked(facts: Box, nodes: readonly string[], ranges: readonly string[]): string[] {
@@ -182,9 +183,10 @@ function withOurs(chains: readonly Chain[], facts: Box, probes: readonly Probe[]
 
 /** Which ports are to be open, in words; `to` is "to" or "from". */
 function doors(nodes: readonly string[], to: string): string {
-  const known = nodes.filter((ip) => ip !== NAT).join(", ");
-  if (!nodes.includes(NAT)) return `6443/tcp, 10250/tcp and 51820/udp ${to} ${known}`;
-  const kubelets = known && `, 10250/tcp ${to} ${known}`;
+  const known = nodes.filter((ip) => ip !== NAT && ip !== TUNNEL).join(", ");
+  const inside = nodes.includes(TUNNEL);
+  if (!nodes.includes(NAT)) return `6443/tcp${inside ? "" : ", 10250/tcp"} and 51820/udp ${to} ${known}`;
+  const kubelets = known && !inside ? `, 10250/tcp ${to} ${known}` : "";
   return `6443/tcp and 51820/udp ${to} all, since home nodes have no fixed address${kubelets}`;
 }
 
@@ -215,7 +217,8 @@ export function firewallPlan(
     now.some(({ end }) => isManaged(end.chain, facts) === own),
   );
   const rest = nodes.includes(NAT) ? "k3s's other ports" : "k3s's ports to all others";
-  const opens = `open ${doors(nodes, "to")}, and close ${rest}`;
+  const inside = nodes.includes(TUNNEL) ? ": kubelets are reached inside the tunnel" : "";
+  const opens = `open ${doors(nodes, "to")}, and close ${rest}${inside}`;
   const changes: Change[] = [];
   const commands = manager?.commands(facts, nodes, ranges, late as boolean) ?? [];
   if (commands.length)
@@ -242,12 +245,15 @@ export function firewallPlan(
  */
 export const firewall = step({
   name: "firewall",
-  options: ["PUBLIC_IP", "SERVER_ARGS", "FIREWALL"],
+  options: ["PUBLIC_IP", "SERVER_ARGS", "FIREWALL", "TUNNEL_KUBELETS"],
   look: (want) => (want.FIREWALL ? ["others=names", ...clusterLook, ...firewallLooks] : []),
   plan: (want, facts) => (want.FIREWALL ? firewallPlan(facts, admitted(want, facts), rangesOf(want)) : []),
 });
 
-/** The addresses to let in: the known ones and those of the cluster's nodes (IPv4 only); NAT where one has none. */
+/**
+ * The addresses to let in: the known ones and those of the cluster's nodes (IPv4 only); NAT where one has none, and TUNNEL
+ * with TUNNEL_KUBELETS.
+ */
 export function admitted(want: Settings, facts: Facts<"nodes">): string[] {
   const known = splitWords(want.FIREWALL);
   const joined = nodesOf(facts.nodes).flatMap((node) => {
@@ -255,7 +261,7 @@ export function admitted(want: Settings, facts: Facts<"nodes">): string[] {
     const { externalIp: ip = isHome(node) ? NAT : "" } = node;
     return ip === NAT || isIPv4(ip) ? ip : [];
   });
-  const all = [...known, ...joined, want.PUBLIC_IP];
+  const all = [...known, ...joined, want.PUBLIC_IP, want.TUNNEL_KUBELETS && TUNNEL];
   // A home node that leaves may not be the only one.
   const leaves = (ip: string) => ip !== NAT && known.includes(`-${ip}`);
   return [...new Set(all.filter((ip) => ip && !ip.startsWith("-") && !leaves(ip)))].sort();

@@ -2,7 +2,7 @@
 
 import { raw, sh, writeFile } from "../../sh.ts";
 import { type Facts, type Printed, prints } from "../../step.ts";
-import { ANYWHERE, BETWEEN, CLOSED, INTERFACES, openings, RULE_COMMENT } from "./traffic.ts";
+import { ANYWHERE, CLOSED, INTERFACES, openings, portsTo, RULE_COMMENT } from "./traffic.ts";
 
 const SCRIPT = "/usr/local/sbin/k3s-firewall";
 const UNIT = "/etc/systemd/system/k3s-firewall.service";
@@ -68,6 +68,8 @@ export function scriptText(nodes: readonly string[], pods: string): string {
   const toAll = open.filter(({ ip }) => ip === ANYWHERE);
   const sources = [...new Set(open.map(({ ip }) => ip))];
   const known = sources.filter((ip) => ip !== ANYWHERE);
+  const ports = portsTo(nodes);
+  const tcp = ports.flatMap(([protocol, port]) => (protocol === "tcp" ? port : []));
   const skip = toAll.length ? `\n      case "$ip $port" in "${ANYWHERE} "*10250) continue ;; esac` : "";
   return `#!/bin/sh
 # Written by k3s-across-clouds, make firewall.
@@ -115,7 +117,7 @@ ${known.length ? `\t\telements = { ${known.join(", ")} }\n` : ""}	}
 	chain input {
 		type filter hook input priority -5; policy accept;
 		iifname { "lo", ${INTERFACES.map((name) => `"${name}"`).join(", ")} } accept
-		ip saddr @nodes tcp dport { 6443, 10250 } accept
+		ip saddr @nodes tcp dport { ${tcp.join(", ")} } accept
 		ip saddr @nodes udp dport 51820 accept
 ${toAll.map(({ ip, protocol, port }) => `\t\tip saddr ${ip} ${protocol} dport ${port} accept\n`).join("")}		tcp dport ${closed("tcp")} drop
 		udp dport ${closed("udp")} drop
@@ -127,7 +129,7 @@ rule() { nft insert rule "$@" accept comment '"${RULE_COMMENT}"'; }
 bases input | while read -r family table chain; do
   for card in ${INTERFACES.join(" ")}; do rule "$family" "$table" "$chain" iifname "$card"; done
   for ip in $nodes; do
-    for port in ${BETWEEN.map(([protocol, port]) => `"${protocol} dport ${port}"`).join(" ")}; do${skip}
+    for port in ${ports.map(([protocol, port]) => `"${protocol} dport ${port}"`).join(" ")}; do${skip}
       # shellcheck disable=SC2086
       rule "$family" "$table" "$chain" ip saddr "$ip" $port
     done
@@ -145,7 +147,7 @@ for tool in $tools; do
   if may_drop INPUT; then
     for card in ${INTERFACES.join(" ")}; do put INPUT -i "$card"; done
     for ip in $nodes; do
-      for port in ${BETWEEN.map(([protocol, port]) => `"-p ${protocol} --dport ${port}"`).join(" ")}; do${skip}
+      for port in ${ports.map(([protocol, port]) => `"-p ${protocol} --dport ${port}"`).join(" ")}; do${skip}
         # shellcheck disable=SC2086
         put INPUT -s "$ip" $port
       done

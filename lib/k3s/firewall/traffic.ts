@@ -35,16 +35,25 @@ export const ipv4Of = ([pods = ""]: readonly string[]) =>
 /** As a source in rules: any IPv4 address. */
 export const ANYWHERE = "0.0.0.0/0";
 
+/** Among the nodes: kubelets are reached inside the tunnel alone. */
+export const TUNNEL = "tunnel";
+
+/** The ports that are to be open to nodes with a public address. */
+export const portsTo = (nodes: readonly string[]) =>
+  BETWEEN.filter(([, port]) => port !== 10250 || !nodes.includes(TUNNEL));
+
 /**
  * What is to be open: each port to each node. A home node (NAT among `nodes`) comes from anywhere; it reaches kubelets
  * through the tunnel.
  */
 export const openings = (nodes: readonly string[]) =>
-  nodes.flatMap((node) =>
-    BETWEEN.filter(([, port]) => node !== NAT || port !== 10250).map(([protocol, port]) => ({
-      ...{ ip: node === NAT ? ANYWHERE : node, protocol, port },
-    })),
-  );
+  nodes
+    .filter((node) => node !== TUNNEL)
+    .flatMap((node) =>
+      portsTo(node === NAT ? [TUNNEL] : nodes).map(([protocol, port]) => ({
+        ...{ ip: node === NAT ? ANYWHERE : node, protocol, port },
+      })),
+    );
 
 /** A program that manages the box's firewall. */
 export interface FirewallManager<F extends string> {
