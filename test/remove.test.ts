@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { mkdirSync, symlinkSync, writeFileSync } from "node:fs";
+import { mkdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
 import { WRITTEN_BY } from "../lib/k3s/unit.ts";
@@ -53,6 +53,28 @@ describe("make remove on a box", () => {
     const changes = uninstall.plan(want, { left: "/usr/local/bin/k3s\nfirewall\n" });
     assert.equal(whys(changes)[1], "take the cluster's rules out of the firewall");
     assert.equal(uninstall.plan(want, { left: "/usr/local/bin/k3s\n" }).length, 2);
+  });
+
+  test("takes every address from lo that the unit has put there", () => {
+    const dir = temporary();
+    const PATH = programs(join(dir, "bin"), { ip: `echo "$*" >>${dir}/log` });
+    writeFileSync(
+      join(dir, "k3s.service"),
+      ["flush dev lo label lo:k3s; ip addr replace 198.51.100.11", "replace 10.42.0.0"]
+        .map((ip) => `ExecStartPre=/bin/sh -c 'ip addr ${ip}/32 dev lo label lo:k3s'\n`)
+        .join(""),
+    );
+    const [first = ""] = (uninstall.plan(want, { left: "/usr/local/bin/k3s\n" }).at(-1)?.sh ?? "").split(
+      "for path",
+    );
+    assert.equal(
+      shell(`set -eu\n${first.replaceAll("/etc/systemd/system", dir)}`, undefined, { PATH }).status,
+      0,
+    );
+    assert.equal(
+      readFileSync(join(dir, "log"), "utf8"),
+      "addr del 198.51.100.11/32 dev lo\naddr del 10.42.0.0/32 dev lo\n",
+    );
   });
 
   test("removes a leftover interface too, as after an interrupted run", () =>

@@ -24,7 +24,7 @@ const door = async (from: typeof a1, to: typeof a1) =>
 describe("TUNNEL_KUBELETS", () => {
   test("is refused on k3s of the old backend, and nothing is changed", async () => {
     set({ K3S_VERSION: OLD, TUNNEL_KUBELETS: "yes" });
-    await t.says("make -j up", 2, [/^a1: TUNNEL_KUBELETS=yes has not been tried on k3s of the old/m]);
+    await t.says("make -j up", 2, [/^a1 .*TUNNEL_KUBELETS=yes has not been tried on k3s of the old/m]);
     assert.equal((await a1.sh("ls /usr/local/bin /etc/systemd/system | grep k3s || :")).trim(), "");
   });
 
@@ -44,22 +44,24 @@ describe("TUNNEL_KUBELETS", () => {
     assert.deepEqual([seen.a1?.external, seen.b1?.external], [a1.publicIp, b1.publicIp]);
   });
 
-  test("leaves top, logs and exec as they were while 10250/tcp is closed on the boxes and dropped by both routers", async () => {
+  test("leaves kubectl top and make check as they were while 10250/tcp is closed on the boxes and dropped by both routers", async () => {
     assert.deepEqual([await door(a1, b1), await door(b1, a1)], ["closed", "closed"]);
     const open = await Promise.all(
       (["a", "b"] as const).map((cloud) => routerRule(t.lab, cloud, "forward", "tcp dport 10250 drop")),
     );
-    await a1.sh("systemctl restart k3s");
-    await t.ok("make fix-metrics");
-    assert.match(await types(), /^address-types=InternalIP$/m);
-    assert.deepEqual(await top(), ["a1", "b1", "h1"]);
-    await t.says("make check", 0, [
-      /Nothing is wrong/,
-      /^ok +kubelets at 10250 from the server: 3 of 3/m,
-      /^ok +kubectl logs: 3 of 3/m,
-      /^ok +kubectl exec: 3 of 3/m,
-    ]);
-    for (const close of open) await close();
+    try {
+      await a1.sh("systemctl restart k3s");
+      await t.ok("make fix-metrics");
+      assert.match(await types(), /^address-types=InternalIP$/m);
+      assert.deepEqual(await top(), ["a1", "b1", "h1"]);
+      await t.says("make check", 0, [
+        /Nothing is wrong/,
+        /^ok +kubelets at 10250 from the server: 3 of 3/m,
+        /^ok +nodes in kubectl top: 3 of 3/m,
+      ]);
+    } finally {
+      for (const close of open) await close();
+    }
   });
 
   test("is named by make check, and no open port asked for, where a box drops what comes out of the tunnel", async () => {
@@ -69,6 +71,13 @@ describe("TUNNEL_KUBELETS", () => {
     const { text } = await t.says("make check", 2, [/^b1: .*10250/m, /^ +do: .*make firewall HOST=b1/m]);
     assert.doesNotMatch(text, /security group/);
     await b1.sh("nft delete table ip mine");
+  });
+
+  test("leaves nothing behind on a box that is removed, and holds for it when it joins again", async () => {
+    await t.ok("make remove HOST=b1");
+    assert.doesNotMatch(await b1.sh("ip -4 -o addr show dev lo"), /10\.42\.|198\.51\./);
+    await t.ok("make agent HOST=b1");
+    assert.match((await internal()).b1 ?? "", /^10\.42\.\d+\.0$/);
   });
 
   test("gives everything back once it is removed", async () => {
@@ -85,12 +94,5 @@ describe("TUNNEL_KUBELETS", () => {
       assert(Date.now() < end, JSON.stringify(await internal()));
     await t.says("make check", 0, [/Nothing is wrong/, /^ok +kubelets at 10250 from the server: 3 of 3/m]);
     assert.deepEqual(await top(), ["a1", "b1", "h1"]);
-  });
-
-  test("leaves nothing behind on a box whose k3s is removed", async () => {
-    set({ TUNNEL_KUBELETS: "yes" });
-    await t.ok("make agent HOST=b1");
-    await t.ok("make remove HOST=b1");
-    assert.doesNotMatch(await b1.sh("ip -4 -o addr show dev lo"), /10\.42\.|198\.51\./);
   });
 });
