@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Box } from "./lab.ts";
-import { bench, MODERN, nodes, OLD, release, routerRule } from "./suite.ts";
+import { bench, envOnBox, install, MODERN, nodes, OLD, onBox, release, routerRule } from "./suite.ts";
 
 const t = await bench({ name: "home", boxes: ["a1", "a2", "b1", "h1", "h2", "i1"], tools: true });
 after(() => t.lab.down());
@@ -175,6 +175,18 @@ echo "$lines $most"'`);
     await i1.on();
     await t.ok("make agent HOST=i1");
     await t.says("make -j up", 0, [/^i1 +nothing to do/m]);
+  });
+
+  test("can be brought up by the script on the box itself", async () => {
+    await t.ok("make remove HOST=h2");
+    await install(t, "h2");
+    const { K3S_URL = "", K3S_TOKEN = "" } = t.env();
+    const more = { K3S_VERSION: NEXT, K3S_MIRRORS: t.mirrors };
+    await envOnBox(t, "h2", { PUBLIC_IP: "nat", K3S_URL, K3S_TOKEN, ...more });
+    await t.says(onBox("h2", "scripts/agent.ts"), 0, [/write .*k3s-keepalive\.service and start it/]);
+    await t.says(onBox("h2", "scripts/agent.ts"), 0, ["nothing to do"]);
+    await reached(a1, await inside("h2"), 5);
+    await t.says("make -j up", 0, [/^h2 +nothing to do/m]);
   });
 
   test("follow a server that is restored on another box", async () => {
