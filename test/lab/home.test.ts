@@ -50,7 +50,7 @@ describe("boxes without a public address", () => {
   test("are reached by every node with a public address, kubelet included, and are in kubectl top", async () => {
     for (const from of [a1, b1])
       for (const name of homes) {
-        await reached(from, await inside(name), 5);
+        await reached(from, await inside(name), 30);
         assert.match(
           await from.sh(
             `curl -sk -o /dev/null -w '%{http_code}' --max-time 5 https://${await inside(name)}:10250/healthz`,
@@ -68,9 +68,9 @@ describe("boxes without a public address", () => {
       string,
       string,
     ];
-    await reached(h1, two, 5);
-    await reached(h1, far, 10);
-    await reached(t.box("i1"), one, 10);
+    await reached(h1, two, 30);
+    await reached(h1, far, 30);
+    await reached(t.box("i1"), one, 30);
     const nets = async () => (await h1.sh("wg show flannel-wg dump | cut -f3,4")).trim().split("\n").sort();
     const before = await nets();
     assert(
@@ -83,7 +83,7 @@ describe("boxes without a public address", () => {
     );
     const peer = (await h1.sh("wg show flannel-wg allowed-ips | sed -n 's/\t(none)$//p'")).trim();
     await h1.sh(`wg set flannel-wg peer ${peer} allowed-ips ${far}/24`);
-    await reached(h1, far, 10);
+    await reached(h1, far, 30);
     assert.deepEqual(await nets(), before);
   });
 
@@ -96,11 +96,12 @@ describe("boxes without a public address", () => {
     await t.says("make status", 0, [/without a public address: h1, h2, i1/]);
   });
 
-  test("are reached again within 20 seconds after k3s of a node with a public address was started anew", async () => {
+  test("are reached again soon after k3s of a node with a public address was started anew, without the two minutes of WireGuard", async () => {
     const ips = await Promise.all(homes.map((name) => inside(name)));
     await a1.sh("systemctl stop k3s; ip link delete flannel-wg; systemctl start k3s");
     const seconds = await Promise.all(ips.map((ip) => reached(a1, ip, 60)));
-    assert(Math.max(...seconds) < 20, `${seconds}`);
+    // 8 to 19 s on a quiet machine; without datagrams 83 to 145 s.
+    assert(Math.max(...seconds) < 45, `${seconds}`);
   });
 
   test("keep their connections when their router gets another address, with a pause of less than 30 seconds", async () => {
@@ -156,7 +157,7 @@ echo "$lines $most"'`);
     );
     await t.ok(`make agent HOST=${low.name}`);
     assert.deepEqual([await inside(high.name), await inside(low.name)], [first, second]);
-    for (const { name } of [low, high]) await reached(a1, await inside(name), 5);
+    for (const { name } of [low, high]) await reached(a1, await inside(name), 30);
     assert.match(await high.sh("ip -4 -o addr show dev lo"), new RegExp(`inet ${first}/32`));
     assert.doesNotMatch(await high.sh("ip -4 -o addr show dev lo"), new RegExp(second));
   });
@@ -185,7 +186,7 @@ echo "$lines $most"'`);
     await envOnBox(t, "h2", { PUBLIC_IP: "nat", K3S_URL, K3S_TOKEN, ...more });
     await t.says(onBox("h2", "scripts/agent.ts"), 0, [/write .*k3s-keepalive\.service and start it/]);
     await t.says(onBox("h2", "scripts/agent.ts"), 0, ["nothing to do"]);
-    await reached(a1, await inside("h2"), 5);
+    await reached(a1, await inside("h2"), 30);
     await t.says("make -j up", 0, [/^h2 +nothing to do/m]);
   });
 
@@ -224,7 +225,7 @@ echo "$lines $most"'`);
     t.settings({ K3S_VERSION: OLD }, { server: "a2", agents: AGENTS });
     await t.ok("make -j up");
     await t.says("make -j up", 0, [/^h1 +nothing to do/m, /^a2 +nothing to do/m]);
-    for (const name of homes) await reached(b1, await inside(name, a2), 20);
+    for (const name of homes) await reached(b1, await inside(name, a2), 30);
     await t.says("make check", 0, [/Nothing is wrong/]);
   });
 });

@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { run } from "node:test";
 import { tap } from "node:test/reporters";
 
-const LONGEST = ["kernel.test.ts", "kernel-cuts.test.ts"];
+const LONGEST = ["kernel.test.ts", "kernel-cuts.test.ts", "home.test.ts"];
 const suites = readdirSync(import.meta.dirname).filter((name) => name.endsWith(".test.ts"));
 const rest = suites.filter((name) => !LONGEST.includes(name)).toSorted();
 run({ files: [...LONGEST, ...rest].map((name) => join(import.meta.dirname, name)), concurrency: 3 })
