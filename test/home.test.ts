@@ -217,12 +217,14 @@ describe("the unit that keeps a box without a public address reachable", () => {
     const folder = temporary();
     shell(
       (change?.sh ?? "")
-        .replaceAll("/etc/systemd/system", folder)
-        .replaceAll("/usr/local/bin", folder)
+        .replaceAll("/etc/systemd/system", `${folder}/units`)
+        .replaceAll("/usr/local/bin", `${folder}/bin`)
         .replace(/\nsystemctl[\s\S]*/, ""),
     );
-    const [program, unit] = ["k3s-keepalive", "k3s-keepalive.service"].map((name) =>
-      readFileSync(`${folder}/${name}`, "utf8").replaceAll(folder, "/usr/local/bin"),
+    const [program, unit] = ["bin/k3s-keepalive", "units/k3s-keepalive.service"].map((name) =>
+      readFileSync(`${folder}/${name}`, "utf8")
+        .replaceAll(`${folder}/units`, "/etc/systemd/system")
+        .replaceAll(`${folder}/bin`, "/usr/local/bin"),
     );
     const had = (state: string) => ({ keepalive: `${program}${unit}${state}\n` });
     assert.match(`${unit}`, /^\[Service\]$/m);

@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { keepaliveText } from "../lib/k3s/keepalive.ts";
@@ -17,6 +17,43 @@ const dump = (peers: Peer[]) =>
   ].join("\n");
 
 describe("a node without a public address", { skip: lacks("bash") }, () => {
+  /** The unit, and what was asked of systemctl, after so many rounds with this pod network. */
+  function after(rounds: number, unit: string, subnet = "10.42.7.1/24") {
+    const folder = temporary();
+    const path = programs(join(folder, "bin"), {
+      sleep: `echo >>${folder}/rounds; [ "$(wc -l <${folder}/rounds)" -le ${rounds} ]`,
+      wg: "exit 1",
+      systemctl: `echo "$*" >>${folder}/asked`,
+    });
+    if (subnet)
+      writeFileSync(join(folder, "subnet.env"), `FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=${subnet}\n`);
+    writeFileSync(join(folder, "k3s-agent.service"), unit);
+    writeFileSync(
+      join(folder, "program"),
+      keepaliveText("flannel-wg", join(folder, "memory"))
+        .replaceAll("/run/flannel", folder)
+        .replaceAll("/etc/systemd/system", folder),
+    );
+    assert.equal(shell(`PATH=${path} bash ${folder}/program; touch ${folder}/asked`).status, 0);
+    return ["k3s-agent.service", "asked"].map((name) => readFileSync(join(folder, name), "utf8"));
+  }
+  const unitAt = (ip: string) =>
+    `ExecStartPre=/bin/sh -c 'ip addr replace ${ip}/32 dev lo label lo:k3s'\nExecStart=k3s agent \\\n    --node-ip=${ip} \\\n    --node-name=nas\n`;
+
+  test("gets its address of another pod network by one restart, half a minute after it has joined anew", () => {
+    assert.deepEqual(after(9, unitAt("10.42.3.0")), [unitAt("10.42.3.0"), ""]);
+    assert.deepEqual(after(40, unitAt("10.42.3.0")), [
+      unitAt("10.42.7.0"),
+      "daemon-reload\nrestart --no-block k3s-agent\n",
+    ]);
+  });
+
+  test("keeps its unit while the address is right, is not there yet, or flannel has not started", () => {
+    assert.deepEqual(after(40, unitAt("10.42.7.0")), [unitAt("10.42.7.0"), ""]);
+    assert.deepEqual(after(40, "ExecStart=k3s agent\n"), ["ExecStart=k3s agent\n", ""]);
+    assert.deepEqual(after(40, unitAt("10.42.3.0"), ""), [unitAt("10.42.3.0"), ""]);
+  });
+
   /** What one round of its program sets with these peers, and then knows. */
   function round(peers: Peer[], memory = "") {
     const folder = temporary();

@@ -2,7 +2,7 @@
 import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal } from "../step.ts";
 import { PRIVATE_RANGES } from "../table.ts";
-import { shownLook, WRITTEN_BY } from "./unit.ts";
+import { shownLook, unitPath, WRITTEN_BY } from "./unit.ts";
 
 export const KEEPALIVE = "/etc/systemd/system/k3s-keepalive.service";
 export const KEEPALIVE_BIN = "/usr/local/bin/k3s-keepalive";
@@ -19,11 +19,30 @@ export const KEEPALIVE_BIN = "/usr/local/bin/k3s-keepalive";
  * handshake. WireGuard has a network at one peer only: `wg set` takes it from the peer whose it is, which keeps its
  * keepalive and so still shakes hands once it can. flannel gives it back at that node's next event, and this takes it
  * again. Whose network is where is kept in /run.
+ *
+ * The address: a node that was deleted joins anew at the next start of k3s, with another pod network, and k3s accepts the
+ * unit's old address without a word (both generations, seen). After half a minute of that the unit gets the new one, once.
  */
 export const keepaliveText = (name: string, memory = "/run/k3s-keepalive"): string => sh`#!/bin/bash
 ${raw(WRITTEN_BY)}
 export LC_ALL=C
+wrong=0; tried=
 while sleep 3; do
+  FLANNEL_SUBNET=
+  # shellcheck disable=SC1091
+  . /run/flannel/subnet.env
+  ip=\${FLANNEL_SUBNET%/*}; ip=\${ip%.*}.$((\${ip##*.} - 1))
+  if [[ $FLANNEL_SUBNET && $(<${unitPath("agent")}) =~ --node-ip=([0-9.]+) && \${BASH_REMATCH[1]} != "$ip" && $tried != "$ip" ]]; then
+    wrong=$((wrong + 1))
+  else
+    wrong=0
+  fi
+  if [ "$wrong" = 10 ]; then
+    tried=$ip
+    sed -i "s/--node-ip=\${BASH_REMATCH[1]} /--node-ip=$ip /; s/ \${BASH_REMATCH[1]}\/32 / $ip\/32 /" ${unitPath("agent")}
+    systemctl daemon-reload
+    systemctl restart --no-block k3s-agent
+  fi
   wg show ${name} dump 2>/dev/null | awk -F '\t' -v now="$(date +%s)" -v memory=${memory} '
     BEGIN { while ((getline line <memory) > 0) { split(line, of, " "); moved[of[1]] = of[2]; taken[of[2]] }; close(memory) }
     NR > 1 {

@@ -141,25 +141,50 @@ echo "$lines $most"'`);
     for (const name of homes) await reached(b1, await inside(name), 30);
   });
 
-  test("follow to another pod network when their node was deleted, even if that run is interrupted", async () => {
-    // The lowest free network is the next node's, so these two change places.
-    const [low, high] = ((await inside("h1")) < (await inside("h2")) ? [h1, h2] : [h2, h1]) as [Box, Box];
-    const [first, second] = [await inside(low.name), await inside(high.name)];
-    for (const { name, sh } of [low, high]) {
+  /** Deletes the nodes of h1 and h2. The lowest free network is the next node's: whoever joins first gets the lower one. */
+  async function forget() {
+    const all = [h1, h2];
+    const ips = await Promise.all(all.map(({ name }) => inside(name)));
+    for (const { name, sh } of all) {
       await sh("systemctl stop k3s-agent");
       await a1.sh(
         `kubectl delete node ${name}; kubectl -n kube-system delete secret ${name}.node-password.k3s --ignore-not-found`,
       );
     }
-    await t.cutThenDone(
-      `make agent HOST=${high.name}`,
-      new RegExp(`restart k3s-agent and wait until node ${high.name} is Ready with its address`),
-    );
-    await t.ok(`make agent HOST=${low.name}`);
+    const [low, high] = (ips[0] as string) < (ips[1] as string) ? all : all.toReversed();
+    return { low: low as Box, high: high as Box, ips: ips.toSorted() };
+  }
+
+  /** The two have changed places. */
+  async function exchanged({ low, high, ips }: Awaited<ReturnType<typeof forget>>) {
+    const [first, second] = ips as [string, string];
     assert.deepEqual([await inside(high.name), await inside(low.name)], [first, second]);
-    for (const { name } of [low, high]) await reached(a1, await inside(name), 30);
-    assert.match(await high.sh("ip -4 -o addr show dev lo"), new RegExp(`inet ${first}/32`));
-    assert.doesNotMatch(await high.sh("ip -4 -o addr show dev lo"), new RegExp(second));
+    for (const ip of ips) await reached(a1, ip, 30);
+    const lo = await high.sh("ip -4 -o addr show dev lo");
+    assert(lo.includes(`inet ${first}/32`) && !lo.includes(second), lo);
+  }
+
+  test("follow to another pod network when their node was deleted, even if that run is interrupted", async () => {
+    const both = await forget();
+    const at = new RegExp(
+      `restart k3s-agent and wait until node ${both.high.name} is Ready with its address`,
+    );
+    await t.cutThenDone(`make agent HOST=${both.high.name}`, at);
+    await t.ok(`make agent HOST=${both.low.name}`);
+    await exchanged(both);
+  });
+
+  test("follow there by themselves when nobody runs anything", async () => {
+    const both = await forget();
+    for (const { name, sh } of [both.high, both.low]) {
+      await sh("systemctl start k3s-agent");
+      while (!(await nodes(a1))[name]?.ready) await sleep(500);
+    }
+    const end = Date.now() + 120_000;
+    while ((await inside(both.high.name)) !== both.ips[0] && Date.now() < end) await sleep(2000);
+    while ((await inside(both.low.name)) !== both.ips[1] && Date.now() < end) await sleep(2000);
+    await exchanged(both);
+    await t.says("make -j up", 0, [/^h1 +nothing to do/m, /^h2 +nothing to do/m]);
   });
 
   test("can be removed, also when the box is gone, and can join again", async () => {
