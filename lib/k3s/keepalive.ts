@@ -127,7 +127,8 @@ systemctl daemon-reload`,
   return [
     {
       why: `write ${KEEPALIVE} and start it: this node sends to the others, which know no address of it`,
-      sh: sh`${raw(writeFile(KEEPALIVE_BIN, text, "755"))}
+      sh: sh`[ -x /bin/bash ] || { echo '/bin/bash is missing, by which it sends: install bash'; exit 1; }
+${raw(writeFile(KEEPALIVE_BIN, text, "755"))}
 ${raw(writeFile(KEEPALIVE, UNIT))}
 systemctl daemon-reload
 systemctl enable k3s-keepalive >/dev/null 2>&1
