@@ -425,7 +425,7 @@ describe("check finds the box, the cause and the remedy of", () => {
         },
       }),
       "b1",
-      /kubelet cannot be reached at 198\.51\.101\.11:10250 \(dropped\): no logs, exec and metrics/,
+      /kubelet cannot be reached at 198\.51\.101\.11:10250 \(dropped\): no metrics of it$/,
       /open 10250\/tcp/,
     ],
     [
@@ -722,7 +722,7 @@ describe("check reports causes without their consequences:", () => {
       [["a1", /k3s does not run \(systemd: failed\)/]],
     ],
     [
-      "a closed 10250/tcp, without which there are no logs, exec and metrics",
+      "a closed 10250/tcp, without which there are no metrics",
       boxes(MODERN, {
         a1: {
           tried: {

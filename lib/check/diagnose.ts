@@ -760,7 +760,7 @@ function kubeletFindings({ boxes, nodes }: Cluster): Findings {
       how !== "open" &&
       finding(
         name,
-        `its kubelet cannot be reached at ${kubeletIpOf(node, server.inside)}:10250 (${how}): no logs, exec and metrics`,
+        `its kubelet cannot be reached at ${kubeletIpOf(node, server.inside)}:10250 (${how}): no metrics of it${generationOf(node.version, "") === "old" ? ", and perhaps no logs and exec" : ""}`,
         how === "refused"
           ? `${box ? makeLine(box) : "restart k3s there"}: nothing listens`
           : server.inside
