@@ -93,10 +93,15 @@ const UFW = { ufw, added, iptables, nft };
 describe("a box without a public address", () => {
   const NAS = { ...B2, ip: "10.42.2.0", external: "", public: "192.168.0.11" };
   /** The cluster with b2 at home; `over` is what its node says, `tried` what the boxes reached. */
-  const home = (over: Partial<NodeSpec> = {}, tried: Record<string, Facts> = {}, keepalive = "active") => {
+  const home = (
+    over: Partial<NodeSpec> = {},
+    tried: Record<string, Facts> = {},
+    keepalive = "active",
+    more: Facts = {},
+  ) => {
     const members = boxes(MODERN, {
       a1: {
-        facts: { nodes: nodes(A1, B1, { ...NAS, ...over }) },
+        facts: { nodes: nodes(A1, B1, { ...NAS, ...over }), ...more },
         ...ways("a1", {}, tried.a1),
       },
       b1: ways("b1", {}, tried.b1),
@@ -120,7 +125,22 @@ describe("a box without a public address", () => {
     a1: { tries: "tunnel 10.42.1.0 1420\ntunnel 10.42.2.0 0" },
     b1: { tries: "tunnel 10.42.0.0 1420\ntunnel 10.42.2.0 0\napi server open" },
   };
+  const metricsServer = JSON.stringify({
+    kind: "PodList",
+    items: [
+      {
+        metadata: { name: "metrics-server-1", labels: { "k8s-app": "metrics-server" } },
+        spec: { nodeName: "b2" },
+        status: { conditions: [{ type: "Ready", status: "True" }] },
+      },
+    ],
+  });
   const cases: [name: string, seen: string[], cause: RegExp | undefined][] = [
+    [
+      "is named when metrics-server runs on it, which the other nodes' 10250/tcp is closed to",
+      home({}, { a1: { top: figures("b2") } }, "active", { system: metricsServer }),
+      /does not list a1, b1: metrics-server runs on b2, and their 10250\/tcp is closed to a node without a public address: TUNNEL_KUBELETS=yes/,
+    ],
     ["has no problems when its address is inside the tunnel", home(), undefined],
     [
       "is repaired by make agent when it has another address",
@@ -154,6 +174,12 @@ describe("a box without a public address", () => {
       if (cause) assert.match(seen[0] ?? "", cause);
     });
 });
+
+test("a script that does not know the address of a box does not report it as wrong", () =>
+  assert.deepEqual(
+    diagnose(clusterOf(boxes(MODERN).map((one) => ({ ...one, box: { ...one.box, ip: "" } })))),
+    [],
+  ));
 
 describe("a healthy cluster", () => {
   for (const version of [OLD, MODERN])

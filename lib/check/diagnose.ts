@@ -216,7 +216,7 @@ function serviceFinding(box: BoxReport, { boxes, nodes }: Cluster): Findings[num
     // A name may resolve to any of them.
     joins &&
       publicIp(joins) === undefined &&
-      server &&
+      server?.ip &&
       !servers.some(({ ip }) => ip === joins) &&
       say(`it joins ${box.url}, not ${server.name} at ${server.ip}`, again),
     api === "dropped" &&
@@ -262,7 +262,8 @@ function serviceFinding(box: BoxReport, { boxes, nodes }: Cluster): Findings[num
 function addressFinding(box: BoxReport, { boxes, nodes }: Cluster): Findings[number] {
   const { node } = box;
   const say = (cause: string, remedy: string) => finding(box.name, cause, remedy, [`node ${box.name}`]);
-  if (!node) return;
+  // A script that needs no address does not know it.
+  if (!node || !box.ip) return;
   if (box.ip === NAT) return homeFinding(box, node, nodes, say);
   if (node.externalIp !== box.ip)
     return say(`its ExternalIP is ${node.externalIp ?? "not set"}, not ${box.ip}`, makeLine(box));
@@ -650,14 +651,19 @@ function topFindings({ boxes, nodes, system }: Cluster, broken: Set<string>): Fi
   const late = missing.filter((node) => !young.includes(node));
   const nothing = (some: Node[]) =>
     `"kubectl top nodes" does not list ${some.map(({ name }) => name).join(", ")}`;
+  const home = nodes.find((node) => node.name === pod?.node && isHome(node) && !server.inside);
   const down = pod && !pod.ready ? ` and metrics-server does not run (${pod.reason ?? "not Ready"})` : "";
   const [soonest] = young.map(last).sort((a, b) => a[1] - b[1]);
   return [
     late.length > 0 &&
       finding(
         server.name,
-        `${nothing(late)}${down && `,${down}`}`,
-        down ? `kubectl -n kube-system describe pod ${pod?.name}` : "make fix-metrics",
+        `${nothing(late)}${down ? `,${down}` : home ? `: metrics-server runs on ${home.name}, and their 10250/tcp is closed to a node without a public address` : ""}`,
+        down
+          ? `kubectl -n kube-system describe pod ${pod?.name}`
+          : home
+            ? `TUNNEL_KUBELETS=yes, then make up; or keep it off ${home.name} by a taint (NODE_TAINTS)`
+            : "make fix-metrics",
       ),
     soonest &&
       finding(
