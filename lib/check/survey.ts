@@ -30,8 +30,9 @@ import {
   silence,
   systemLook,
   systemOf,
+  tunnelIpOf,
 } from "../k3s/nodes.ts";
-import { nameLook, type Role, unitOf } from "../k3s/unit.ts";
+import { goesInside, nameLook, type Role, unitOf } from "../k3s/unit.ts";
 import { silent } from "../report.ts";
 import type { Box, Run } from "../script.ts";
 import type { Settings } from "../settings.ts";
@@ -270,7 +271,7 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
     ip: box.ip,
     role,
     /** Is its kubelet to be reached inside the tunnel? */
-    inside: box.ip === NAT || box.want.TUNNEL_KUBELETS === "yes",
+    inside: goesInside({ ...box.want, PUBLIC_IP: box.ip }),
     error,
     /** The name of the box's node; and the cluster's node of that name, if any. */
     nodeName: name,
@@ -474,7 +475,7 @@ function tunnelsOf(
   boxes: readonly ReturnType<typeof reportAlone>[],
   nodes: readonly Node[],
 ): Record<string, number> {
-  const at = new Map(nodes.map(({ name, podCidr }) => [name, podCidr?.replace(/\/.*/, "")]));
+  const at = new Map(nodes.map((node) => [node.name, tunnelIpOf(node)]));
   for (const box of boxes)
     if (box.nodeName && box.wireguard?.address) at.set(box.nodeName, box.wireguard.address);
   at.delete(nodeName);

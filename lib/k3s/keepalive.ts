@@ -2,6 +2,7 @@
 import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal } from "../step.ts";
 import { PRIVATE_RANGES } from "../table.ts";
+import { FRESH } from "./nodes.ts";
 import { shownLook, unitPath, WRITTEN_BY } from "./unit.ts";
 
 export const KEEPALIVE = "/etc/systemd/system/k3s-keepalive.service";
@@ -46,7 +47,7 @@ while sleep 3; do
   wg show ${name} dump 2>/dev/null | awk -F '\t' -v now="$(date +%s)" -v memory=${memory} '
     BEGIN { while ((getline line <memory) > 0) { split(line, of, " "); moved[of[1]] = of[2]; taken[of[2]] }; close(memory) }
     NR > 1 {
-      peers[++n] = key = $1; at[key] = $4; fresh[key] = $5 > now - 180
+      peers[++n] = key = $1; at[key] = $4; fresh[key] = $5 > now - ${FRESH}
       hidden[key] = $3 !~ /^[0-9]/ || $3 ~ /${raw(PRIVATE_RANGES)}/
       if ($4 != "(none)" && $4 !~ /,/) { own[key] = $4; held[$4] }
     }

@@ -21,6 +21,7 @@ import {
   cgroupLook,
   envPath,
   type Generation,
+  goesInside,
   interfaceOf,
   K3S,
   NODE_TOKEN,
@@ -99,7 +100,7 @@ export function onCard(ip: string, facts: Facts): boolean {
  * network, or as its unit has it while the cluster says nothing, or has given none yet; undefined before it has joined.
  */
 function tunnelIpIn(want: Settings, facts: Facts<"nodes" | "unit">, name: string): string | undefined {
-  if (want.PUBLIC_IP !== NAT && !want.TUNNEL_KUBELETS) return undefined;
+  if (!goesInside(want)) return undefined;
   const inside = tunnelIpOf(nodesOf(facts.nodes).find((n) => n.name === name) ?? { podCidr: undefined });
   if (inside) return inside;
   const [, had] = /--node-ip=(\S+)/.exec(facts.unit ?? "") ?? [];
@@ -225,8 +226,7 @@ ${raw(writeFile(unitPath(role), text))}${raw(clearLo)}`,
   const stale = `${facts.written}\n${facts.read}`
     .split("\n")
     .some((s) => Number(s) > Math.floor((started ?? 0) + 0.5) && Number(s) <= Number(facts.now));
-  const inside = want.PUBLIC_IP === NAT || want.TUNNEL_KUBELETS === "yes";
-  const problems = healthProblems(name, want.PUBLIC_IP, generation, facts, inside);
+  const problems = healthProblems(name, want.PUBLIC_IP, generation, facts, goesInside(want));
   const down = started === undefined || facts.enabled?.trim() !== "enabled";
   const border = (facts.interfaces ?? "")
     .split("\n")

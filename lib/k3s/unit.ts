@@ -170,6 +170,13 @@ export const envPath = (role: Role): string => `${unitPath(role)}.env`;
 /** Takes what a unit has put on `lo` away. */
 export const CLEAR_LO = "ip addr flush dev lo label lo:k3s";
 
+/**
+ * Is a node's InternalIP to be inside the tunnel, where its kubelet is reached? That of a box without a public address
+ * always is.
+ */
+export const goesInside = (want: Pick<Settings, "PUBLIC_IP" | "TUNNEL_KUBELETS">): boolean =>
+  want.PUBLIC_IP === NAT || want.TUNNEL_KUBELETS === "yes";
+
 /** The first line of the units that this project writes. */
 export const WRITTEN_BY = "# Written by k3s-across-clouds.";
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Removes boxes from the cluster: drains them, uninstalls k3s, and deletes their nodes. */
 import { basename } from "node:path";
-import { boxes } from "../../lib/boxes.ts";
+import { boxes, isSame } from "../../lib/boxes.ts";
 import { ask } from "../../lib/check/survey.ts";
 import { look } from "../../lib/converge.ts";
 import { attempt, bring, worst } from "../../lib/fleet.ts";
@@ -256,7 +256,7 @@ async function remove(run: Run): Promise<number> {
   const leaving = await boxes(run, "HOST");
   const servers = await boxes({ ...run, settings: { ...settings, PUBLIC_IP: "" } }, "SERVER");
   const [server] = servers as [Box];
-  if (leaving.some((box) => box.host === server.host || box.ip === server.ip))
+  if (leaving.some((box) => isSame(server, box)))
     throw new SettingError(
       servers.length > 1
         ? `HOST names the first server, ${server.name}, which agents are told: name another one first in SERVER and "make up", then it can go; "make down" removes a whole cluster`
@@ -318,7 +318,7 @@ async function one(run: Run, servers: readonly Box[], box: Box): Promise<void> {
       throw new Failure(`${error.message}; if the box is gone for good, FORCE=1 removes its node alone`);
     line.says(`${error.message}: its node is removed anyway`);
   }
-  const role = servers.some((other) => other.host === box.host || other.ip === box.ip) ? "server" : "agent";
+  const role = servers.some((other) => isSame(other, box)) ? "server" : "agent";
   const name = facts && nodeNameOf(role, box.want, facts);
   const who = whoIs(box.ip, facts, box.want);
   const [drained, forget] = [drainedOn(who, force), forgotten(who, name)];

@@ -3,7 +3,7 @@
 import { execFile } from "node:child_process";
 import { resolve } from "node:path";
 import { promisify } from "node:util";
-import { boxAt, boxes } from "../../lib/boxes.ts";
+import { boxAt, boxes, isSame } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
 import { ask } from "../../lib/check/survey.ts";
 import { look, lookAndConverge } from "../../lib/converge.ts";
@@ -153,7 +153,7 @@ async function restore(run: Run): Promise<number> {
   const { host, ip, word } = named[0];
   if (named.length > 1) throw new SettingError(`HOST names ${named.length} boxes: expected one`);
   const follow = await boxes(run, "AGENTS");
-  if (follow.some((agent) => agent.host === host || agent.ip === ip))
+  if (follow.some((agent) => isSame(named[0], agent)))
     throw new SettingError(
       `HOST is ${host}, which is one of AGENTS: expected a box that is none (make remove HOST=${host}, and take it out of AGENTS)`,
     );
