@@ -202,6 +202,21 @@ describe("after a restart", () => {
     });
 });
 
+test("an API that stays silent after a boot is waited for 180 s if a step follows that repairs k3s, else for 600 s, and that is an error", () => {
+  const silent = { ...facts(), nodes: "", uptime: "20.00" };
+  const waits = (last: boolean, uptime: number) => {
+    const folder = temporary();
+    const script = (uncordonHere(want, silent, last)[0]?.sh ?? "").replaceAll("/proc/uptime", `${folder}/up`);
+    const PATH = programs(folder, { k3s: "exit 1", curl: "exit 7", sleep: "echo slept; exit 1" });
+    return shell(`echo ${uptime}.00 >${folder}/up\nset -eu\n${script}`, ["sh", "-s"], { PATH });
+  };
+  assert.deepEqual([waits(false, 179).stdout, waits(true, 599).stdout], ["slept\n", "slept\n"]);
+  const [before, last] = [waits(false, 180), waits(true, 600)];
+  assert.deepEqual([before.status, before.stdout], [0, ""]);
+  assert.equal(last.status, 1);
+  assert.match(last.stdout, /if this node was drained it is still cordoned/);
+});
+
 /** Three nodes as the API returns them, one of them in this state. */
 function cluster({ name = "b1", cordoned = false, drained = "" } = {}): string {
   const items = [A1, B1, B2].map((of) => node(of));
