@@ -51,7 +51,9 @@ import {
   type User,
 } from "./stand-in/nodes.ts";
 import { boxFiles, standIn } from "./stand-in/pack.ts";
+import { dnsAnswer } from "./stand-in/pod.ts";
 import { passwordOf, servingNames } from "./stand-in/server.ts";
+import { iptables, nftables, services } from "./stand-in/services.ts";
 import * as words from "./stand-in/words.ts";
 
 const VERSION: Record<Generation, string> = { old: "v1.17.6+k3s1", modern: "v1.36.3+k3s1" };
@@ -812,6 +814,93 @@ describe("metrics-server", () => {
       assert.equal(deployPass(dir, new Set(["metrics-server"]), { image: "before", args: [] }), null);
       assert.throws(() => statSync(join(dir, "metrics-server.yaml")));
     }));
+});
+
+describe("kube-proxy", () => {
+  const node = (name: string, podCIDR: string, labels = {}, ready = "True") =>
+    ({
+      metadata: { name, labels },
+      spec: { podCIDR },
+      status: { conditions: [{ type: "Ready", status: ready }] },
+    }) as unknown as Node;
+  const a1 = node("a1", "10.42.0.0/24", { "node-role.kubernetes.io/control-plane": "true" });
+  const b1 = node("b1", "10.42.1.0/24");
+  const api = ["198.51.100.21:6443"];
+
+  test("of modern k3s writes the recorded rules", () => {
+    const { nat } = iptables("modern", services([a1], api));
+    for (const rule of [
+      "-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000",
+      "-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN",
+      "-A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0",
+      '-A KUBE-POSTROUTING -m comment --comment "kubernetes service traffic requiring SNAT" -j MASQUERADE --random-fully',
+      '-A KUBE-SEP-ETQUULB6L7DIWC2R -s 198.51.100.21/32 -m comment --comment "default/kubernetes:https" -j KUBE-MARK-MASQ',
+      '-A KUBE-SEP-ETQUULB6L7DIWC2R -p tcp -m comment --comment "default/kubernetes:https" -m tcp -j DNAT --to-destination 198.51.100.21:6443',
+      '-A KUBE-SERVICES -d 10.43.0.1/32 -p tcp -m comment --comment "default/kubernetes:https cluster IP" -m tcp --dport 443 -j KUBE-SVC-NPX46M4PTMTKRN6Y',
+      '-A KUBE-SERVICES -m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS',
+      '-A KUBE-SVC-NPX46M4PTMTKRN6Y ! -s 10.42.0.0/16 -d 10.43.0.1/32 -p tcp -m comment --comment "default/kubernetes:https cluster IP" -m tcp --dport 443 -j KUBE-MARK-MASQ',
+      '-A KUBE-SVC-NPX46M4PTMTKRN6Y -m comment --comment "default/kubernetes:https -> 198.51.100.21:6443" -j KUBE-SEP-ETQUULB6L7DIWC2R',
+    ])
+      assert(nat.includes(rule), `no ${rule}`);
+  });
+  test("of old k3s writes the recorded rules", () => {
+    const { nat, filter } = iptables("old", services([a1], api));
+    for (const rule of [
+      "-A KUBE-SEP-ETQUULB6L7DIWC2R -s 198.51.100.21/32 -j KUBE-MARK-MASQ",
+      "-A KUBE-SEP-ETQUULB6L7DIWC2R -p tcp -m tcp -j DNAT --to-destination 198.51.100.21:6443",
+      '-A KUBE-SERVICES ! -s 10.42.0.0/16 -d 10.43.0.1/32 -p tcp -m comment --comment "default/kubernetes:https cluster IP" -m tcp --dport 443 -j KUBE-MARK-MASQ',
+    ])
+      assert(nat.includes(rule), `no ${rule}`);
+    const established =
+      '-A KUBE-FORWARD -s 10.42.0.0/16 -m comment --comment "kubernetes forwarding conntrack pod source rule" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT';
+    assert(filter.includes(established), `no ${established}`);
+  });
+  test("gives a service the pods of nodes that are Ready, and refuses one without", () => {
+    const away = node("c1", "10.42.2.0/24", {}, "Unknown");
+    const ends = (nodes: Node[]) => services(nodes, api).map(({ ip, endpoints }) => [ip, ...endpoints]);
+    assert.deepEqual(ends([b1, away, a1]), [
+      ["10.43.0.1", ...api],
+      ["10.43.0.10", "10.42.0.2:53"],
+      ["10.43.0.10", "10.42.0.2:53"],
+      ["10.43.0.80", "10.42.0.2:8080", "10.42.1.2:8080"],
+    ]);
+    const { filter } = iptables("modern", services([b1], api));
+    const refused =
+      '-A KUBE-SERVICES -d 10.43.0.10/32 -p udp -m comment --comment "kube-system/kube-dns:dns has no endpoints" -m udp --dport 53 -j REJECT --reject-with icmp-port-unreachable';
+    assert(filter.includes(refused), filter.join("\n"));
+  });
+  test("shares a service's connections evenly among its pods", () => {
+    const { nat } = iptables("modern", services([a1, b1, node("b2", "10.42.2.0/24")], api));
+    const shares = nat.filter((rule) => /hello:http -> /.test(rule));
+    assert.deepEqual(
+      shares.map((rule) => /--probability (\S+)/.exec(rule)?.[1]),
+      ["0.3333333333", "0.5000000000", undefined],
+    );
+    assert.match(
+      nftables(services([a1, b1], api)),
+      /numgen random mod 2 vmap \{ 0 : goto endpoint-\S+\/8080, 1 : /,
+    );
+  });
+});
+
+describe("CoreDNS", () => {
+  const ask = (name: string, type = 1) => {
+    const labels = name
+      .split(".")
+      .map((label) => Buffer.from(`${String.fromCharCode(label.length)}${label}`));
+    const question = [Buffer.from("12340120000100000000", "hex"), Buffer.from([0, 0])];
+    const answer = dnsAnswer(Buffer.concat([...question, ...labels, Buffer.from([0, 0, type, 0, 1])]));
+    return { flags: answer.readUInt16BE(2).toString(16), address: [...answer.subarray(-4)].join("."), count: answer.readUInt16BE(6) }; // biome-ignore format: a line
+  };
+  test("knows services by name", () => {
+    const found = ask("Hello.default.svc.cluster.local");
+    assert.deepEqual(found, { flags: "8580", address: "10.43.0.80", count: 1 });
+    assert.equal(ask("kubernetes.default.svc.cluster.local").address, "10.43.0.1");
+  });
+  test("has no other address of them, and no other names", () => {
+    const [ipv6, none, other] = [ask("hello.default.svc.cluster.local", 28), ask("x.default.svc.cluster.local"), ask("example.org")]; // biome-ignore format: a list
+    assert.deepEqual([ipv6, none, other].map(({ flags, count }) => [flags, count]), [["8580", 0], ["8583", 0], ["8582", 0]]); // biome-ignore format: a list
+  });
 });
 
 describe("kubectl", () => {

@@ -19,7 +19,7 @@ const IN_BOXES = [
   "iproute2 iptables iputils-ping nftables wireguard-go",
 ].join(" ");
 /** Not in the root, but served to the boxes by the lab's own apt repository. */
-const FOR_BOXES = ["wireguard-tools", "ufw", "firewalld"];
+const FOR_BOXES = ["wireguard-tools", "ufw", "firewalld", "systemd-resolved", "dnsmasq-base"];
 
 /**
  * Modern k3s wants WireGuard in the kernel, of which a box has this machine's. Where that has none, a box's own modprobe

@@ -134,7 +134,7 @@ cloud() {
 				chain ports {
 					icmp type echo-request accept
 					tcp dport { 22, 80, 443, 6443, 10250 } accept
-					udp dport 51820-51821 accept
+					udp dport 51820-51822 accept
 				}
 				chain forward {
 					type filter hook forward priority filter; policy drop;

@@ -37,6 +37,7 @@ import {
 import { HOME } from "./pack.ts";
 import { splitPem } from "./pki.ts";
 import { SUBNET, startPod } from "./pods.ts";
+import { services, writeRules } from "./services.ts";
 import { bringUp, publicKey, removePeer, setPeer } from "./wg.ts";
 import * as words from "./words.ts";
 
@@ -497,22 +498,24 @@ export async function runAgent(s: Start): Promise<void> {
 /** v1.17 watches the endpoints of the API, modern k3s asks its server; here both ask now and then. */
 async function learnServers(gen: Generation, balancer: Balancer, j: Joined, token: Token): Promise<void> {
   const ask = async (): Promise<string[]> => {
-    if (gen === "modern") {
-      const auth = `${token.user}:${token.password}`;
-      const answer = await call(`${balancer.url}/v1-k3s/apiservers`, { ca: j.ca, auth });
-      return answer.status === 200 ? (JSON.parse(answer.body) as string[]) : [];
-    }
-    const answer = await call(`${balancer.url}/api/v1/namespaces/default/endpoints/kubernetes`, j.controller);
-    if (answer.status !== 200) return [];
-    const { subsets } = JSON.parse(answer.body) as {
-      subsets: { addresses: { ip: string }[]; ports: { port: number }[] }[];
-    };
-    return subsets.flatMap(({ addresses, ports }) => addresses.map(({ ip }) => `${ip}:${ports[0]?.port}`));
+    if (gen === "old") return apiEndpoints(balancer.url, j);
+    const auth = `${token.user}:${token.password}`;
+    const answer = await call(`${balancer.url}/v1-k3s/apiservers`, { ca: j.ca, auth });
+    return answer.status === 200 ? (JSON.parse(answer.body) as string[]) : [];
   };
   for (;;) {
     balancer.update(await ask().catch(() => []));
     await sleep(DELAY.poll);
   }
+}
+
+async function apiEndpoints(url: string, j: Joined): Promise<string[]> {
+  const answer = await call(`${url}/api/v1/namespaces/default/endpoints/kubernetes`, j.controller);
+  if (answer.status !== 200) return [];
+  const { subsets } = JSON.parse(answer.body) as {
+    subsets: { addresses: { ip: string }[]; ports: { port: number }[] }[];
+  };
+  return subsets.flatMap(({ addresses, ports }) => addresses.map(({ ip }) => `${ip}:${ports[0]?.port}`));
 }
 
 /** From the kubelet's start on. Never returns. */
@@ -613,8 +616,7 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
     gen === "old"
       ? fatal(gen, `flannel exited: ${reason(error)}`)
       : shutdown(`flannel exited: ${reason(error)}`);
-  const pod = (): void =>
-    startPod(gen, podCIDR, list(s.values, "kube-proxy-arg").includes("proxy-mode=nftables"));
+  const pod = (): void => startPod(gen, podCIDR, facts.name);
   const inBox = import.meta.dirname === HOME;
   // As pkg/agent/syssetup does, both generations.
   for (const of of inBox ? ["all", "default"] : [])
@@ -662,15 +664,17 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
     await ready(s.notify);
   }
 
+  const proxyByNft = list(s.values, "kube-proxy-arg").includes("proxy-mode=nftables");
+  let proxied = "";
+  let checked = 0;
   const peers = new Map<string, string>();
   for (; ; await sleep(DELAY.poll)) {
     if (!wireguard) continue;
     try {
       const answer = await call(`${url}/api/v1/nodes`, j.lister);
       if (answer.status !== 200) throw new Error(`failed to list nodes: ${answer.status}`);
-      const nodes = (JSON.parse(answer.body) as { items: Node[] }).items.filter(
-        (n) => n.metadata.name !== facts.name,
-      );
+      const all = (JSON.parse(answer.body) as { items: Node[] }).items;
+      const nodes = all.filter((n) => n.metadata.name !== facts.name);
       for (const n of nodes) {
         const p = peer(gen, n),
           known = JSON.stringify(p);
@@ -683,6 +687,12 @@ async function runNode(s: Start, j: Joined, url: string): Promise<void> {
         if (nodes.some((n) => n.metadata.name === name)) continue;
         removePeer(gen, (JSON.parse(known) as { key: string }).key);
         peers.delete(name);
+      }
+      const wanted = JSON.stringify(services(all, []));
+      if (inBox && (wanted !== proxied || Date.now() - checked > DELAY.proxy)) {
+        writeRules(gen, services(all, await apiEndpoints(url, j)), proxyByNft);
+        proxied = wanted;
+        checked = Date.now();
       }
     } catch (error) {
       log("error", `stand-in: flannel: ${reason(error)}`);

@@ -23,6 +23,8 @@ export const DELAY = {
   start: 1000 * Number(process.env.STAND_IN_START_SECONDS ?? 0),
   poll: 1000,
   manifests: 3000,
+  /** kube-proxy's iptables.syncPeriod. */
+  proxy: 30_000,
   metrics: 3000,
 };
 

@@ -1,5 +1,5 @@
 /**
- * The stand-in for a release's `k3s` binary. It is not k3s: it runs no pods. It answers as k3s was recorded to answer.
+ * The stand-in for a release's `k3s` binary. It is not k3s: its pods are processes of its own. It answers as k3s was recorded to answer.
  * A box needs `boxFiles` in place and a node binary (24 or later) at /opt/k3s-stand-in/node.
  */
 
