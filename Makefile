@@ -1,17 +1,17 @@
 # Works with make 3.81. Settings come from .env (ENV_FILE=… picks another), or as `make agent HOST=b1`.
 # Not STEPS: that is a setting of `make upgrade`, given on make's command line.
 SCRIPTS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
-LIVING := upgrade remove down token backup restore firewall
+LIVING := upgrade remove down token backup restore firewall device
 # A switch is NAME=1 or NAME=yes on make's command line: an exported one must not have an effect by accident. DRY and
 # PRINT only prevent changes, and also count from the environment.
 given = $(if $(filter command,$(origin $1))$(filter DRY PRINT,$1),$($1))
 switch = $(if $(call given,$1),$(if $(filter-out 1 yes,$(call given,$1)),$(error $1 is "$($1)": expected 1 or yes),$2))
 # An unknown name (DRYRUN=1, SERVR=b1) would be ignored silently.
 SETTINGS := $(shell command -v sed >/dev/null && sed -n 's/^\(\# \)\{0,1\}\([A-Z][A-Z0-9_]*\)=.*/\2/p' env.example 2>/dev/null)
-KNOWN := $(SETTINGS) DRY PRINT REBOOT FORCE TAKE_OVER YES USE JSON WATCH ENV_FILE KUBECONFIG CMD ONLY NO_COLOR TMPDIR CI NODE TS \
+KNOWN := $(SETTINGS) DRY PRINT REBOOT REMOVE FORCE TAKE_OVER YES USE JSON WATCH ENV_FILE KUBECONFIG CMD ONLY NO_COLOR TMPDIR CI NODE TS \
 	RUN SHELL MAKE% K3S_LAB_%
 $(foreach name,$(if $(SETTINGS),$(filter-out $(KNOWN),$(.VARIABLES))),$(if $(filter command,$(origin $(name))),$(error \
-	$(name) (make's command line): expected a setting of env.example, or DRY, PRINT, REBOOT, FORCE, TAKE_OVER, YES, USE, JSON, WATCH)))
+	$(name) (make's command line): expected a setting of env.example, or DRY, PRINT, REBOOT, REMOVE, FORCE, TAKE_OVER, YES, USE, JSON, WATCH)))
 FLAGS = $(call switch,DRY,--dry-run) $(call switch,PRINT,--print) $(call switch,REBOOT,--reboot)
 
 # A Node.js that strips types, else Node.js with tsx, else Deno.
@@ -49,6 +49,8 @@ backup: ## copy the server's datastore, token and manifests to a file here (BACK
 restore: ## restore a server from BACKUP=… on HOST, a box without k3s, and move the agents
 remove: ## drain the boxes in HOST and uninstall k3s (FORCE=1: also a box that is gone)
 down: ## remove k3s from SERVER and all AGENTS, after confirmation (YES=1: without)
+device: ## give device NAME=… access to pods, services and names (FOR=…, VIA=…, ONLY=services; REMOVE=1)
+devices: ## list the devices with access
 
 download: download-k3s
 kernel: upgrade-kernel
@@ -58,6 +60,7 @@ metrics: fix-metrics
 server agent up upgrade remove down restore: FLAGS += $(call switch,FORCE,--force)
 server agent up: FLAGS += $(call switch,TAKE_OVER,--take-over)
 down: FLAGS += $(call switch,YES,--yes)
+device: FLAGS += $(call switch,REMOVE,--remove)
 $(SCRIPTS) up: $(MODULES)
 	@$(TS) scripts/$@.ts $(FLAGS)
 $(LIVING): $(MODULES)
@@ -65,8 +68,8 @@ $(LIVING): $(MODULES)
 
 check: $(MODULES)
 	@$(TS) scripts/cluster/check.ts $(call switch,JSON,--json) $(call switch,WATCH,--watch)
-status: $(MODULES)
-	@$(TS) scripts/cluster/status.ts
+status devices: $(MODULES)
+	@$(TS) scripts/cluster/$@.ts
 kubeconfig: $(MODULES)
 	@$(TS) scripts/cluster/kubeconfig.ts $(FLAGS) $(call switch,USE,--use)
 
@@ -88,7 +91,7 @@ rehearse-down: $(MODULES) ## remove its boxes, networks and processes; images st
 UNITS := $(patsubst test/%.test.ts,%,$(sort $(wildcard test/*.test.ts)))
 unknown = $(if $(filter-out $(UNITS),$(ONLY)),$(error ONLY is "$(ONLY)": expected some of $(UNITS)))
 test: $(DEV) ## run the unit tests; no root, no network (ONLY="annotate sh": only these files)
-	@$(unknown)$(RUN) --test --test-concurrency=4 $(patsubst %,test/%.test.ts,$(or $(ONLY),$(UNITS)))
+	@$(unknown)unset ONLY; $(RUN) --test --test-concurrency=4 $(patsubst %,test/%.test.ts,$(or $(ONLY),$(UNITS)))
 test-lab: $(MODULES) ## run the lab's tests, with real ssh, NAT and WireGuard (root)
 	@$(RUN) test/lab/run.ts
 faults: $(MODULES) ## inject every fault at every change, and test 30 boxes (root, over an hour; ONLY="agent token": only these)
@@ -115,4 +118,4 @@ $(DEV): package-lock.json
 	npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench pictures lint format hooks
+.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig devices download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench pictures lint format hooks

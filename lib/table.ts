@@ -128,6 +128,38 @@ export function liesIn(one: string, other: string): boolean {
   return networkIn(other)?.check(ip, family(ip)) ?? false;
 }
 
+const numberOf = (ip: string) => ip.split(".").reduce((sum, byte) => sum * 256 + Number(byte), 0);
+
+/** An IPv4 network's n-th address. */
+export const hostIn = (network: string, n: number): string => {
+  const at = numberOf(network.replace(/\/.*/, "")) + n;
+  return [24, 16, 8, 0].map((bits) => Math.floor(at / 2 ** bits) % 256).join(".");
+};
+
+/** How many addresses an IPv4 network has. */
+export const sizeOf = (network: string): number => 2 ** (32 - Number(network.split("/")[1]));
+
+/** Have two networks an address in common? */
+export const overlap = (one: string, other: string): boolean => liesIn(one, other) || liesIn(other, one);
+
+/** The check of an IPv4 network with between 2^least and 2^most addresses. */
+const network4 =
+  (least: number, most: number, example: string): Check =>
+  (value) => {
+    const [first = ""] = value.split("/");
+    const bits = Math.log2(sizeOf(value));
+    return networkIn(value) &&
+      isIP(first) === 4 &&
+      bits >= least &&
+      bits <= most &&
+      !(numberOf(first) % 2 ** bits)
+      ? undefined
+      : `an IPv4 network of ${2 ** least} to ${2 ** most} addresses by its first one, such as ${example}`;
+  };
+
+/** The cluster's domain among a server's arguments, or k3s's default. */
+export const domainIn = (args: readonly Arg[]): string => lastOf(args, "cluster-domain") || "cluster.local";
+
 /** The networks of pods and services among a server's arguments, or k3s's defaults. */
 export const rangesIn = (args: readonly Arg[]): [pods: string, services: string] => [
   lastOf(args, "cluster-cidr") || "10.42.0.0/16",
@@ -139,7 +171,7 @@ function overlapIn(args: readonly Arg[]): string | undefined {
   const [pods, services] = rangesIn(args).map((networks) => networks.split(",")) as [string[], string[]];
   for (const one of pods)
     for (const other of services)
-      if (liesIn(one, other) || liesIn(other, one))
+      if (overlap(one, other))
         return `networks of their own for pods and services, --cluster-cidr and --service-cidr: ${one} and ${other} overlap`;
   return undefined;
 }
@@ -297,6 +329,9 @@ function server(value: string): string | undefined {
   return value.endsWith(`=${NAT}`) ? expected : destination(value);
 }
 
+/** What the configuration of a device may be written for. */
+export const FORMS = ["phone", "linux", "macos", "windows", "router"] as const;
+
 /** Every setting: flags and the env file's keys come from here, what each is for and an example from env.example. */
 export const SETTINGS = {
   SERVER: { value: "", shared: true, check: each(server) },
@@ -345,6 +380,42 @@ export const SETTINGS = {
       /^(postgres|postgresql|mysql|nats|https?):\/\/[^\s\p{Cc}'"\\`]+$/u,
       "postgres://…, mysql://… or https://… (etcd), without spaces, quotes, backslashes or control characters",
     ),
+  },
+  NAME: {
+    value: "",
+    shared: true,
+    ambient: true,
+    // With -2 it is still a WireGuard interface's name.
+    check: matches(/^[a-z0-9][a-z0-9-]{0,11}$/, "a name of 1 to 12 lower-case letters, digits and -"),
+  },
+  FOR: {
+    value: "phone",
+    shared: true,
+    ambient: true,
+    check: matches(
+      new RegExp(`^(${FORMS.join("|")})$`),
+      `${FORMS.slice(0, -1).join(", ")} or ${FORMS.at(-1)}`,
+    ),
+  },
+  VIA: { value: "", shared: true, ambient: true, check: each(destination) },
+  ONLY: { value: "", shared: true, ambient: true, check: matches(/^services$/, "services, or nothing") },
+  LAN: { value: "", shared: true, ambient: true, check: network4(1, 16, "192.168.1.0/24") },
+  PUBLIC_KEY: {
+    value: "",
+    shared: true,
+    check: matches(
+      /^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$/,
+      "a device's WireGuard public key, as `wg pubkey` prints it",
+    ),
+  },
+  DEVICE_CIDR: { value: "10.44.0.0/24", shared: true, check: network4(3, 16, "10.44.0.0/24") },
+  DEVICE_PORT: {
+    value: "51822",
+    shared: true,
+    check: (value) =>
+      /^[1-9]\d{0,4}$/.test(value) && Number(value) < 65536 && !OWN_PORTS.includes(Number(value))
+        ? undefined
+        : `a port from 1 to 65535 that k3s does not use (${OWN_PORTS.join(", ")})`,
   },
   K3S_URL: {
     value: "",

@@ -43,12 +43,12 @@ describe("--help", { concurrency: 4 }, () => {
   };
   /** The switches of a script; those that change nothing on a box have no others. */
   const OWN: Record<string, string[]> = {
-    ...{ check: ["json", "watch"], kubeconfig: ["use"], status: [] },
+    ...{ check: ["json", "watch"], kubeconfig: ["use"], device: ["remove"] },
     ...{ down: ["yes", "force"], remove: ["force"], upgrade: ["force"], restore: ["force"] },
     ...Object.fromEntries(["server", "agent", "up"].map((name) => [name, ["force", "take-over"]])),
   };
-  const READ_ONLY = ["check", "kubeconfig", "status"];
-  const WHOLE = [...READ_ONLY, "up", "down", "upgrade", "backup"];
+  const READ_ONLY = ["check", "kubeconfig", "status", "devices"];
+  const WHOLE = [...READ_ONLY, "up", "down", "upgrade", "backup", "device"];
   for (const script of Object.keys(SCRIPT_FILES)) {
     const switches = [
       ...(READ_ONLY.includes(script) ? [] : ["dry-run", "print", "reboot"]),
@@ -79,7 +79,7 @@ describe("--help", { concurrency: 4 }, () => {
 
   test("exists for each of the seven steps, for up, and for operating the cluster", () => {
     const others = ["check", "firewall", "kubeconfig", "status", "up"];
-    others.push("upgrade", "remove", "down", "token", "backup", "restore");
+    others.push("upgrade", "remove", "down", "token", "backup", "restore", "device", "devices");
     assert.deepEqual(
       Object.keys(SCRIPT_FILES)
         .filter((s) => !others.includes(s))

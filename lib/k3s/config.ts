@@ -1,10 +1,10 @@
 /** A node's configuration besides its unit: labels, taints, and files in /etc/rancher/k3s. */
 
-import { lastOf, parseArgs } from "../args.ts";
+import { parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal } from "../step.ts";
-import { NAT, rangesIn } from "../table.ts";
+import { domainIn, NAT, rangesIn } from "../table.ts";
 import { rewrite, sha256, splitWords } from "../text.ts";
 import { KUBECTL, nodesOf } from "./nodes.ts";
 import type { Generation, Role } from "./unit.ts";
@@ -66,7 +66,7 @@ export function noProxy(want: Settings, nodes: readonly string[]): string {
     "127.0.0.0/8",
     ...rangesOf(want),
     ".svc",
-    `.${lastOf(parseArgs(want.SERVER_ARGS), "cluster-domain") || "cluster.local"}`,
+    `.${domainIn(parseArgs(want.SERVER_ARGS))}`,
   ];
   return [
     ...new Set([...want.NO_PROXY.split(","), ...own, ...nodes].filter((word) => word && word !== NAT)),

@@ -1,0 +1,332 @@
+/**
+ * Devices that reach the cluster's pods, services and names: a WireGuard interface of our own on a node, their entry. flannel
+ * masquerades what comes from outside to pods, and kube-proxy what comes to services, so that a device reaches the whole
+ * cluster by each entry alike (v1.17.6 and v1.36.3, seen).
+ */
+import { parseArgs } from "../args.ts";
+import type { Settings } from "../settings.ts";
+import { raw, sh, writeFile } from "../sh.ts";
+import { type Change, type Facts, prints, Refusal, type Step, step } from "../step.ts";
+import { domainIn, type FORMS, hostIn, liesIn } from "../table.ts";
+import { sha256, splitWords } from "../text.ts";
+import { rangesOf } from "./config.ts";
+import { ipv4Of } from "./firewall/traffic.ts";
+import { API } from "./nodes.ts";
+import { shownLook, WRITTEN_BY } from "./unit.ts";
+
+export const ENTRY = "k3s-devices";
+/** The interface's key and its peers, 0600. */
+export const ENTRY_FOLDER = "/etc/rancher/k3s-devices";
+export const ENTRY_PROGRAM = "/usr/local/sbin/k3s-devices";
+export const ENTRY_UNIT = "/etc/systemd/system/k3s-devices.service";
+/** At both ends: every path carries it with WireGuard's 80 bytes but IPv6's own least, and mobile networks have little more. */
+export const MTU = 1280;
+
+export type Form = (typeof FORMS)[number];
+
+export interface Device {
+  name: string;
+  ip: string;
+  /** Its WireGuard public key. */
+  key: string;
+  /** What its configuration is written for. */
+  form: Form;
+  /** It reaches services alone. */
+  only?: "services";
+  /** The home's network that it carries. */
+  lan?: string;
+}
+
+/** The file of peers, for `wg syncconf`. What else is known of a device is in the comment before its section. */
+export const peersText = (devices: readonly Device[]): string =>
+  devices
+    .map(
+      ({ name, ip, key, form, only, lan }) => `# ${[name, form, only, lan].filter(Boolean).join(" ")}
+[Peer]
+PublicKey = ${key}
+AllowedIPs = ${ip}/32
+`,
+    )
+    .join("");
+
+/** The devices in a file of peers. */
+export const devicesIn = (text = ""): Device[] =>
+  [...text.matchAll(/^# (\S+) (\S+)(.*)\n\[Peer\]\nPublicKey = (\S+)\nAllowedIPs = ([\d.]+)\/32$/gm)].map(
+    ([, name = "", form, rest = "", key = "", ip = ""]) => {
+      const [lan] = splitWords(rest).filter((word) => word.includes("/"));
+      return {
+        ...{ name, ip, key, form: form as Form },
+        ...(splitWords(rest).includes("services") ? { only: "services" as const } : {}),
+        ...(lan ? { lan } : {}),
+      };
+    },
+  );
+
+/** Where an entry's interface is, and which networks it leads to. */
+interface Networks {
+  port: string;
+  devices: string;
+  pods: string;
+  services: string;
+}
+
+/**
+ * The program that the unit runs. The rule stands before DNAT, where a packet to a service still has the service's address.
+ * It comes before the interface is up, and the key is on standard input alone.
+ */
+const programText = ({ port, devices, pods, services }: Networks): string => sh`#!/bin/sh
+${raw(WRITTEN_BY)}
+set -eu
+port=${port}
+clear_rules() {
+  ! command -v nft >/dev/null || nft 'table inet k3s_devices; delete table inet k3s_devices' 2>/dev/null || :
+  iptables -w -t raw -D PREROUTING -i ${ENTRY} -j K3S-DEVICES 2>/dev/null || return 0
+  iptables -w -t raw -F K3S-DEVICES
+  iptables -w -t raw -X K3S-DEVICES
+}
+if [ "$1" = stop ]; then
+  ip link delete ${ENTRY} 2>/dev/null || :
+  clear_rules
+  exit 0
+fi
+limited=$(awk '/^# / { only = / services( |$)/ } /^AllowedIPs/ && only { print $3 }' ${ENTRY_FOLDER}/peers)
+if command -v nft >/dev/null; then
+  nft -f - <<NFT
+table inet k3s_devices
+delete table inet k3s_devices
+table inet k3s_devices {
+	chain prerouting {
+		type filter hook prerouting priority -300; policy accept;
+		iifname != "${raw(ENTRY)}" accept
+		ip daddr ${services} accept
+$(for ip in $limited; do echo "		ip saddr $ip drop"; done)
+		ip daddr { ${raw(pods)}, ${raw(devices)} } accept
+		drop
+	}
+}
+NFT
+else
+  command -v iptables >/dev/null || { echo 'Neither nft nor iptables is here, which keep devices to the cluster: install nftables'; exit 1; }
+  iptables-restore -w --noflush <<IPTABLES
+*raw
+:K3S-DEVICES - [0:0]
+-A K3S-DEVICES -d ${services} -j ACCEPT
+$(for ip in $limited; do echo "-A K3S-DEVICES -s $ip -j DROP"; done)
+-A K3S-DEVICES -d ${pods} -j ACCEPT
+-A K3S-DEVICES -d ${devices} -j ACCEPT
+-A K3S-DEVICES -j DROP
+COMMIT
+IPTABLES
+  iptables -w -t raw -C PREROUTING -i ${ENTRY} -j K3S-DEVICES 2>/dev/null || iptables -w -t raw -I PREROUTING -i ${ENTRY} -j K3S-DEVICES
+fi
+[ -e /sys/class/net/${ENTRY} ] || ip link add ${ENTRY} type wireguard || wireguard-go ${ENTRY}
+{
+  printf '[Interface]\nListenPort = %s\nPrivateKey = %s\n' "$port" "$(cat ${ENTRY_FOLDER}/key)"
+  cat ${ENTRY_FOLDER}/peers
+} | wg syncconf ${ENTRY} /dev/stdin
+ip addr replace ${`${hostIn(devices, 1)}/${devices.split("/")[1]}`} dev ${ENTRY}
+ip link set ${ENTRY} mtu ${MTU} up
+`;
+
+/** Our rule is loaded again when a firewall's service has flushed all of them. */
+const UNIT = `${WRITTEN_BY}
+[Unit]
+Description=Devices that reach this k3s cluster's pods and services
+After=nftables.service iptables.service netfilter-persistent.service ufw.service firewalld.service
+PartOf=nftables.service iptables.service netfilter-persistent.service
+ReloadPropagatedFrom=nftables.service iptables.service netfilter-persistent.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=${ENTRY_PROGRAM} start
+ExecReload=${ENTRY_PROGRAM} start
+ExecStop=${ENTRY_PROGRAM} stop
+
+[Install]
+WantedBy=multi-user.target
+`;
+
+/** Facts about an entry: its files, public key, peers and their traffic. The first line of the dump has its private key. */
+export const entryLook = [
+  shownLook,
+  prints(
+    "entry peers-file entry-key entry-state entry-dump",
+  )(sh`fact entry; cat ${ENTRY_PROGRAM} ${ENTRY_UNIT} 2>/dev/null
+fact peers-file; cat ${ENTRY_FOLDER}/peers 2>/dev/null
+if [ -e ${ENTRY_FOLDER}/key ]; then
+  fact entry-key; wg pubkey <${ENTRY_FOLDER}/key 2>/dev/null
+  entry_unit=$(show ${ENTRY})
+  fact entry-state; shown "$entry_unit" ActiveState; shown "$entry_unit" UnitFileState
+  wg show ${ENTRY} public-key 2>/dev/null; wg show ${ENTRY} listen-port 2>/dev/null
+  fact entry-dump; wg show ${ENTRY} dump 2>/dev/null | sed 1d
+fi
+`),
+] as const;
+
+/** Facts about the networks that it leads to. */
+const clusterNetworksLook = prints("pod-network api-service dns-service")(sh`${raw(API)}
+cluster_ip() { api GET "/api/v1/namespaces/$1/services/$2?pretty=false" 10 2>/dev/null | sed -n 's/.*"clusterIP":"\([0-9.]*\)".*/\1/p'; }
+fact pod-network; sed -n 's/^FLANNEL_NETWORK=//p' /run/flannel/subnet.env 2>/dev/null
+fact api-service; cluster_ip default kubernetes
+fact dns-service; cluster_ip kube-system kube-dns
+`);
+
+type EntryFact =
+  | "entry"
+  | "peers-file"
+  | "entry-key"
+  | "entry-state"
+  | "entry-dump"
+  | "pod-network"
+  | "api-service"
+  | "dns-service";
+
+/**
+ * The networks that devices reach by this entry: the settings', held against what the cluster has.
+ * @throws {Refusal} where the cluster is silent, has others, or an address of the box is in the devices' network.
+ */
+export function networksOf(want: Settings, facts: Facts<EntryFact>): Networks {
+  const { DEVICE_CIDR: devices, DEVICE_PORT: port } = want;
+  const [pods, services] = rangesOf(want).map((range) => ipv4Of([range])) as [string, string];
+  const [has, api] = [facts["pod-network"]?.trim(), facts["api-service"]?.trim()];
+  if (!has || !api)
+    throw new Refusal(
+      `${has ? "The cluster's API does not answer here" : "No k3s node runs on this box"}: make check says what is wrong`,
+    );
+  if (has !== pods)
+    throw new Refusal(`Pods are in ${has} here, not ${pods}: SERVER_ARGS has to say so (--cluster-cidr)`);
+  if (!liesIn(api, services))
+    throw new Refusal(
+      `The API's service is ${api} here, outside of ${services}: SERVER_ARGS has to say which network services have (--service-cidr)`,
+    );
+  const taken = [...(facts.addresses ?? "").matchAll(/^\d+: +(\S+) +inet ([\d.]+)/gm)].find(
+    ([, card, ip]) => card !== ENTRY && liesIn(ip as string, devices),
+  );
+  if (taken)
+    throw new Refusal(
+      `This box has the address ${taken[2]} (${taken[1]}), within DEVICE_CIDR ${devices}: give devices another network`,
+    );
+  return { port, devices, pods, services };
+}
+
+/** CoreDNS, and the domain that it answers for; undefined if the cluster has none. */
+export const namesOf = (want: Settings, facts: Facts<EntryFact>) => {
+  const server = facts["dns-service"]?.trim();
+  return server ? { server, domain: domainIn(parseArgs(want.SERVER_ARGS)) } : undefined;
+};
+
+/** Changes that give an entry these devices, or take it away with the last one. */
+function entryPlan(
+  want: Settings,
+  facts: Facts<EntryFact>,
+  devices: readonly Device[],
+  why: string,
+): Change[] {
+  const had = facts["peers-file"] ?? "";
+  // Two operators may add devices at once: neither writes over what it has not seen.
+  const unchanged = sh`[ "$(cat ${ENTRY_FOLDER}/peers 2>/dev/null | sha256sum | cut -d' ' -f1)" = ${sha256(had)} ] || { echo 'Another run has changed the devices meanwhile: run this again'; exit 1; }`;
+  if (!devices.length)
+    return facts.entry?.trim() || had
+      ? [{ why: `${why}, and ${ENTRY}, which has no other`, sh: `${unchanged}\n${CLEAR_ENTRY}` }]
+      : [];
+  const networks = networksOf(want, facts);
+  const far = devices.find(({ ip }) => !liesIn(ip, networks.devices));
+  if (far)
+    throw new Refusal(
+      `Device ${far.name} has ${far.ip}, outside of DEVICE_CIDR ${networks.devices}: set that back, or remove it first (make device NAME=${far.name} REMOVE=1)`,
+    );
+  const [peers, program] = [peersText(devices), programText(networks)];
+  const files = facts.entry === `${program}${UNIT}`;
+  const [active, enabled, key, port] = (facts["entry-state"] ?? "").split("\n");
+  const runs = active === "active" && enabled === "enabled" && key === facts["entry-key"]?.trim();
+  const loaded = (facts["entry-dump"] ?? "")
+    .split("\n")
+    .filter(Boolean)
+    .map((row) => row.split("\t"))
+    .map(([key, , , nets]) => `${key} ${nets}`);
+  const due = devices.map(({ key, ip }) => `${key} ${ip}/32`);
+  if (files && had === peers && runs && port === networks.port && `${loaded.sort()}` === `${due.sort()}`)
+    return [];
+  return [
+    {
+      why,
+      sh: [
+        unchanged,
+        sh`install -d -m 700 ${ENTRY_FOLDER}
+[ -s ${ENTRY_FOLDER}/key ] || {
+  (umask 077; wg genkey >${ENTRY_FOLDER}/key.new)
+  sync
+  mv -f ${ENTRY_FOLDER}/key.new ${ENTRY_FOLDER}/key
+}`,
+        ...(files
+          ? []
+          : [
+              "# shellcheck disable=SC2016 # what is written is a script",
+              `{\n${writeFile(ENTRY_PROGRAM, program, "755")}\n}`,
+              writeFile(ENTRY_UNIT, UNIT),
+            ]),
+        writeFile(`${ENTRY_FOLDER}/peers`, peers, "600"),
+        files && runs
+          ? `systemctl reload ${ENTRY}`
+          : sh`systemctl daemon-reload
+systemctl enable ${ENTRY} >/dev/null 2>&1
+systemctl restart ${ENTRY} || { journalctl -u ${ENTRY} -o cat --no-pager -n 5; exit 1; }`,
+      ].join("\n"),
+    },
+  ];
+}
+
+const entryStep = (plan: (want: Settings, facts: Facts<EntryFact>) => Change[]): Step<EntryFact> =>
+  step({
+    name: "device",
+    options: ["SERVER", "PUBLIC_IP", "SERVER_ARGS", "DEVICE_CIDR", "DEVICE_PORT"],
+    look: () => [...entryLook, clusterNetworksLook],
+    plan,
+  });
+
+/** An entry that has this device, and all its others. */
+export const admits = (device: Device): Step<EntryFact> =>
+  entryStep((want, facts) => {
+    const others = devicesIn(facts["peers-file"]).filter(({ name }) => name !== device.name);
+    const known = others.length < devicesIn(facts["peers-file"]).length;
+    const all = [...others, device].sort((one, other) => (one.name < other.name ? -1 : 1));
+    const what = `${device.ip}${device.only ? ", services alone" : ""}`;
+    return entryPlan(want, facts, all, `${known ? "keep" : "let in"} device ${device.name} (${what})`);
+  });
+
+/** An entry without the device of this name. */
+export const shutsOut = (name: string): Step<EntryFact> =>
+  entryStep((want, facts) => {
+    const devices = devicesIn(facts["peers-file"]);
+    const others = devices.filter((device) => device.name !== name);
+    return others.length < devices.length ? entryPlan(want, facts, others, `remove device ${name}`) : [];
+  });
+
+/** Shell that takes an entry away. */
+export const CLEAR_ENTRY = sh`systemctl disable --now ${ENTRY} >/dev/null 2>&1 || :
+[ ! -x ${ENTRY_PROGRAM} ] || ${ENTRY_PROGRAM} stop
+rm -rf ${ENTRY_UNIT} ${ENTRY_PROGRAM} ${ENTRY_FOLDER}
+systemctl daemon-reload`;
+
+/** How an entry sees a device. */
+export interface Seen extends Device {
+  /** Seconds since 1970; 0: never. */
+  handshake: number;
+  received: number;
+  sent: number;
+}
+
+/** The devices of an entry, as it sees them. */
+export function seenBy(facts: Facts<"peers-file" | "entry-dump">): Seen[] {
+  const rows = (facts["entry-dump"] ?? "").split("\n").map((row) => row.split("\t"));
+  return devicesIn(facts["peers-file"]).map((device) => {
+    const [, , , , handshake, received, sent] = rows.find(([key]) => key === device.key) ?? [];
+    return {
+      ...device,
+      handshake: Number(handshake ?? 0),
+      received: Number(received ?? 0),
+      sent: Number(sent ?? 0),
+    };
+  });
+}

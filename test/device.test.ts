@@ -1,0 +1,470 @@
+import assert from "node:assert/strict";
+import { readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import jsQR from "jsqr";
+import {
+  admits,
+  type Device,
+  devicesIn,
+  type Form,
+  peersText,
+  seenBy,
+  shutsOut,
+} from "../lib/k3s/devices.ts";
+import { type Origins, SettingError, type Settings, settle } from "../lib/settings.ts";
+import { Refusal } from "../lib/step.ts";
+import {
+  advice,
+  apart,
+  configOf,
+  deviceFor,
+  type EntryPeer,
+  entriesOf,
+  newPrivateKey,
+  ownIn,
+  publicKeyOf,
+  qrOf,
+} from "../scripts/cluster/device.ts";
+import { rowOf } from "../scripts/cluster/devices.ts";
+import { type Facts, MODERN, NOW, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+
+const key = (letter: string) => `${letter.repeat(42)}A=`;
+const PHONE: Device = { name: "phone", ip: "10.44.0.2", key: key("P"), form: "phone" };
+const LIMITED: Device = { name: "tv", ip: "10.44.0.3", key: key("T"), form: "linux", only: "services" };
+const ATTIC: Device = {
+  name: "attic",
+  ip: "10.44.0.4",
+  key: key("R"),
+  form: "router",
+  lan: "192.168.1.0/24",
+};
+
+/** A box of a running cluster without devices. */
+const node = (over: Facts = {}): Facts => ({
+  ...prepared(MODERN),
+  "pod-network": "10.42.0.0/16\n",
+  "api-service": "10.43.0.1\n",
+  "dns-service": "10.43.0.10\n",
+  ...over,
+});
+/** The text that a change writes to a file, by running it. */
+function written(sh: string, path: string): string {
+  const folder = temporary();
+  const text = sh.replaceAll("/etc/", `${folder}/etc/`).replaceAll("/usr/local/", `${folder}/usr/local/`);
+  const PATH = programs(`${folder}/bin`, { systemctl: ":", wg: "echo KEY" });
+  const { status, stderr } = shell(`set -eu\n${text}`, ["sh", "-s"], { PATH });
+  assert.equal(status, 0, stderr);
+  return readFileSync(`${folder}${path}`, "utf8").replaceAll(folder, "");
+}
+/** An entry that has these devices, as a change has left it. */
+function entry(devices: Device[], over: Facts = {}): Facts {
+  const sh = admits(devices[0] as Device).plan(wanted(), node())[0]?.sh ?? "";
+  return node({
+    entry: ["/usr/local/sbin/k3s-devices", "/etc/systemd/system/k3s-devices.service"]
+      .map((path) => written(sh, path))
+      .join(""),
+    "peers-file": peersText(devices),
+    "entry-key": `${key("E")}\n`,
+    "entry-state": `active\nenabled\n${key("E")}\n51822\n`,
+    "entry-dump": devices
+      .map(({ key, ip }, i) =>
+        [key, "(none)", "198.51.102.1:5", `${ip}/32`, i ? 0 : NOW - 12, 1500, 2e6, "off"].join("\t"),
+      )
+      .join("\n"),
+    ...over,
+  });
+}
+const whys = (changes: readonly { why: string }[]) => changes.map(({ why }) => why);
+
+describe("an entry", () => {
+  test("is set up with its first device, and a second run has nothing to do", () => {
+    assert.deepEqual(whys(admits(PHONE).plan(wanted(), node())), ["let in device phone (10.44.0.2)"]);
+    assert.deepEqual(admits(PHONE).plan(wanted(), entry([PHONE])), []);
+  });
+
+  test("keeps its other devices when one is added or taken away", () => {
+    const [added] = admits(LIMITED).plan(wanted(), entry([PHONE]));
+    assert.equal(added?.why, "let in device tv (10.44.0.3, services alone)");
+    assert.match(added?.sh ?? "", /systemctl reload k3s-devices/);
+    const [gone] = shutsOut("phone").plan(wanted(), entry([PHONE, LIMITED]));
+    assert.equal(gone?.why, "remove device phone");
+    assert(gone?.sh.includes(peersText([LIMITED])) && !gone.sh.includes(PHONE.key));
+    assert.deepEqual(shutsOut("sofa").plan(wanted(), entry([PHONE])), []);
+  });
+
+  test("goes with its last device: unit, program, key and rule", () => {
+    const [gone] = shutsOut("phone").plan(wanted(), entry([PHONE]));
+    assert.equal(gone?.why, "remove device phone, and k3s-devices, which has no other");
+    for (const path of ["/etc/systemd/system/k3s-devices.service", "/etc/rancher/k3s-devices"])
+      assert(gone?.sh.includes(path));
+  });
+
+  for (const [what, over] of [
+    ["its interface is gone", { "entry-state": "active\nenabled\n", "entry-dump": "" }],
+    ["its unit is stopped", { "entry-state": `inactive\nenabled\n${key("E")}\n51822\n` }],
+    ["its unit does not start at boot", { "entry-state": `active\ndisabled\n${key("E")}\n51822\n` }],
+    ["its interface has another key", { "entry-state": `active\nenabled\n${key("X")}\n51822\n` }],
+    ["its interface lacks a peer", { "entry-dump": "" }],
+    ["its program was changed", { entry: "#!/bin/sh\n" }],
+  ] as const)
+    test(`is repaired by the next run if ${what}`, () =>
+      assert.deepEqual(whys(admits(PHONE).plan(wanted(), entry([PHONE], over))), [
+        "keep device phone (10.44.0.2)",
+      ]));
+
+  test("is not written over by a run that has not seen what another one wrote meanwhile", () => {
+    const [change] = admits(LIMITED).plan(wanted(), entry([PHONE]));
+    const folder = temporary();
+    writeFileSync(join(folder, "peers"), peersText([PHONE, ATTIC]));
+    const { status, stdout } = shell(`set -eu\n${change?.sh.replaceAll("/etc/rancher/k3s-devices", folder)}`);
+    assert.deepEqual(
+      [status, stdout],
+      [1, "Another run has changed the devices meanwhile: run this again\n"],
+    );
+  });
+
+  for (const [what, facts, expected] of [
+    ["no k3s runs on it", { "pod-network": "" }, /No k3s node runs on this box/],
+    ["the cluster's API is silent", { "api-service": "" }, /API does not answer here/],
+    [
+      "pods have another network than the settings say",
+      { "pod-network": "10.50.0.0/16\n" },
+      /--cluster-cidr/,
+    ],
+    [
+      "services have another network than the settings say",
+      { "api-service": "10.99.0.1\n" },
+      /--service-cidr/,
+    ],
+    [
+      "it has an address in the devices' network",
+      { addresses: "2: eth0    inet 10.44.0.7/16 brd 10.44.255.255" },
+      /10\.44\.0\.7 \(eth0\), within DEVICE_CIDR/,
+    ],
+  ] as [string, Facts, RegExp][])
+    test(`is refused, and nothing is changed, if ${what}`, () =>
+      assert.throws(
+        () => admits(PHONE).plan(wanted(), node(facts)),
+        (error) => error instanceof Refusal && expected.test(error.message),
+      ));
+
+  test("is refused another network while devices have addresses of the old one", () =>
+    assert.throws(
+      () => admits(LIMITED).plan(wanted({ DEVICE_CIDR: "10.99.0.0/24" }), entry([PHONE])),
+      /Device phone has 10\.44\.0\.2, outside of DEVICE_CIDR/,
+    ));
+
+  test("has its devices in a file that wg reads and this project reads back", () => {
+    const all = [PHONE, LIMITED, ATTIC];
+    assert.deepEqual(devicesIn(peersText(all)), all);
+    assert.match(peersText([PHONE]), /^\[Peer\]\nPublicKey = \S+\nAllowedIPs = 10\.44\.0\.2\/32$/m);
+  });
+
+  /** What its program passes to nft, iptables-restore and wg with these devices. */
+  function started(devices: Device[], tool: "nft" | "iptables") {
+    const folder = temporary();
+    const text = written(
+      admits(devices[0] as Device).plan(wanted(), node())[0]?.sh ?? "",
+      "/usr/local/sbin/k3s-devices",
+    );
+    writeFileSync(join(folder, "peers"), peersText(devices));
+    writeFileSync(join(folder, "key"), `${key("S")}\n`);
+    const notes = `cat >${folder}/rules`;
+    const PATH = programs(`${folder}/bin`, {
+      ip: `echo "ip $*" >>${folder}/asked`,
+      wg: `echo "wg $*" >>${folder}/asked; cat >${folder}/wg.conf`,
+      ...(tool === "nft"
+        ? { nft: `[ "$1" = -f ] && ${notes}` }
+        : { "iptables-restore": notes, iptables: "exit 0" }),
+    });
+    const script = text
+      .replaceAll("/etc/rancher/k3s-devices", folder)
+      .replaceAll("command -v nft", tool === "nft" ? "true" : "false");
+    const { status, stderr } = shell(script, ["sh", "-s", "start"], { PATH });
+    assert.equal(status, 0, stderr);
+    return ["rules", "asked", "wg.conf"].map((name) => readFileSync(join(folder, name), "utf8")) as [
+      string,
+      string,
+      string,
+    ];
+  }
+
+  test("passes packets of devices to pods, services and each other alone, and those of ONLY=services to services alone", () => {
+    const [nft, asked, conf] = started([PHONE, LIMITED], "nft");
+    assert.deepEqual(nft.match(/(?<=\t\t).*(accept|drop)$/gm), [
+      'iifname != "k3s-devices" accept',
+      "ip daddr 10.43.0.0/16 accept",
+      "ip saddr 10.44.0.3/32 drop",
+      "ip daddr { 10.42.0.0/16, 10.44.0.0/24 } accept",
+      "drop",
+    ]);
+    assert.match(nft, /hook prerouting priority -300/);
+    const [iptables] = started([PHONE, LIMITED], "iptables");
+    assert.deepEqual(iptables.match(/^-A .*$/gm), [
+      "-A K3S-DEVICES -d 10.43.0.0/16 -j ACCEPT",
+      "-A K3S-DEVICES -s 10.44.0.3/32 -j DROP",
+      "-A K3S-DEVICES -d 10.42.0.0/16 -j ACCEPT",
+      "-A K3S-DEVICES -d 10.44.0.0/24 -j ACCEPT",
+      "-A K3S-DEVICES -j DROP",
+    ]);
+    assert(
+      asked.endsWith("ip addr replace 10.44.0.1/24 dev k3s-devices\nip link set k3s-devices mtu 1280 up\n"),
+    );
+    assert.match(conf, /^\[Interface\]\nListenPort = 51822\nPrivateKey = S{42}A=\n# phone phone\n\[Peer\]\n/);
+    assert(!asked.includes(key("S")));
+  });
+
+  test("lists its devices with the last handshake and the traffic of each", () => {
+    const rows = seenBy(entry([PHONE, LIMITED])).map((seen) => rowOf("a1", NOW, seen).join(" | "));
+    assert.deepEqual(rows, [
+      "phone | 10.44.0.2 | a1 | 12 s ago | 1.5 kB | 2.0 MB | phone",
+      "tv | 10.44.0.3 | a1 | never | 1.5 kB | 2.0 MB | linux, services alone",
+    ]);
+  });
+});
+
+describe("a device", () => {
+  const origins = (...given: string[]) =>
+    Object.fromEntries(
+      ["FOR", "ONLY", "LAN"].map((name) => [name, given.includes(name) ? `variable ${name}` : "default"]),
+    ) as Origins;
+  const decided = (
+    over: Partial<Settings>,
+    known: Device[],
+    mine: { key: string; ip?: string },
+    given: string[] = [],
+  ) => deviceFor(wanted({ NAME: "phone", ...over }), origins(...given), known, mine);
+
+  test("gets the first free address, and keeps it", () => {
+    assert.equal(decided({}, [], { key: key("N") }).ip, "10.44.0.2");
+    assert.equal(decided({ NAME: "new" }, [PHONE, ATTIC], { key: key("N") }).ip, "10.44.0.3");
+    assert.equal(decided({}, [], { key: key("N"), ip: "10.44.0.9" }).ip, "10.44.0.9");
+    assert.equal(
+      decided({}, [{ ...LIMITED, ip: "10.44.0.9" }], { key: key("N"), ip: "10.44.0.9" }).ip,
+      "10.44.0.2",
+    );
+    assert.equal(decided({}, [PHONE], { key: PHONE.key, ip: "10.44.0.7" }).ip, "10.44.0.2");
+  });
+
+  test("is refused if no address is left", () =>
+    assert.throws(
+      () => decided({ NAME: "new", DEVICE_CIDR: "10.44.0.0/30" }, [PHONE], { key: key("N") }),
+      /DEVICE_CIDR 10\.44\.0\.0\/30 has no address left/,
+    ));
+
+  test("keeps what is not given again, and changes what is", () => {
+    const held = { ...ATTIC, only: "services" as const };
+    const same = { NAME: "attic" };
+    assert.deepEqual(decided(same, [held], { key: held.key }), held);
+    const lifted = decided({ ...same, FOR: "linux", ONLY: "" }, [held], { key: held.key }, ["FOR", "ONLY"]);
+    assert.deepEqual([lifted.form, lifted.only, lifted.lan], ["linux", undefined, "192.168.1.0/24"]);
+  });
+
+  test("is not replaced by another one of its name, nor by one with its key", () => {
+    assert.throws(
+      () => decided({}, [PHONE], { key: key("N") }),
+      /its configuration is not on this machine: .*REMOVE=1/,
+    );
+    assert.throws(
+      () => decided({ PUBLIC_KEY: key("N") }, [PHONE], { key: key("N") }),
+      /Device phone has another key.*REMOVE=1/,
+    );
+    assert.throws(
+      () => decided({ NAME: "new" }, [PHONE], { key: PHONE.key }),
+      /Device phone has that key already/,
+    );
+  });
+
+  test("gets a key as WireGuard makes it", () => {
+    // What `wg genkey` and `wg pubkey` gave.
+    assert.equal(
+      publicKeyOf("4C6kZl5bGJqM8oF13Rels6jLBRSraPvX5rpofXjEs1E="),
+      "X1NQVR+Q+Bta7uSVBhGeRST9mEH1ez0t/Id+Kw3u/Q4=",
+    );
+    const one = newPrivateKey();
+    assert.match(one, /^[A-Za-z0-9+/]{43}=$/);
+    assert.notEqual(one, newPrivateKey());
+    assert.match(publicKeyOf(one), /^[A-Za-z0-9+/]{43}=$/);
+  });
+});
+
+const ACCESS: EntryPeer = {
+  endpoint: "198.51.100.11:51822",
+  key: key("E"),
+  networks: ["10.42.0.0/16", "10.43.0.0/16", "10.44.0.0/24"],
+  names: { server: "10.43.0.10", domain: "cluster.local" },
+};
+
+describe("a configuration", () => {
+  const SECRET = newPrivateKey();
+  const of = (form: Form, access = ACCESS) =>
+    configOf({ ...PHONE, form, ...(form === "router" ? { lan: "192.168.1.0/24" } : {}) }, access, SECRET);
+
+  test("of a phone is what every WireGuard app reads, with CoreDNS for names", () =>
+    assert.equal(
+      of("phone"),
+      `[Interface]
+PrivateKey = ${SECRET}
+Address = 10.44.0.2/32
+DNS = 10.43.0.10
+MTU = 1280
+
+[Peer]
+PublicKey = ${ACCESS.key}
+Endpoint = 198.51.100.11:51822
+AllowedIPs = 10.42.0.0/16, 10.43.0.0/16, 10.44.0.0/24
+PersistentKeepalive = 25
+`,
+    ));
+
+  test("of macOS and Windows has no line that the apps refuse, and says how names are found", () => {
+    for (const form of ["macos", "windows"] as const) {
+      const lines = of(form)
+        .split("\n")
+        .filter((line) => line && !/^[#[]/.test(line));
+      assert.deepEqual(
+        lines.map((line) => line.split(" = ")[0]),
+        ["PrivateKey", "Address", "MTU", "PublicKey", "Endpoint", "AllowedIPs", "PersistentKeepalive"],
+      );
+    }
+    assert.match(of("macos"), /^# .*nameserver 10\.43\.0\.10.*\/etc\/resolver\/cluster\.local$/m);
+    assert.match(of("windows"), /^# .*-Namespace '\.cluster\.local' -NameServers '10\.43\.0\.10'$/m);
+  });
+
+  test("of Linux has split DNS by systemd-resolved, and comes up without it", () => {
+    const [, hook = ""] = /^PostUp = (.*)$/m.exec(of("linux")) ?? [];
+    const asked = temporary();
+    const run = (resolvectl: string) =>
+      shell(hook.replaceAll("%i", "laptop"), ["bash", "-s"], {
+        PATH: programs(join(asked, "bin"), { resolvectl }),
+      });
+    assert.equal(run(`echo "$*" >>${asked}/asked`).status, 0);
+    assert.equal(
+      readFileSync(join(asked, "asked"), "utf8"),
+      "dns laptop 10.43.0.10\ndomain laptop ~cluster.local\n",
+    );
+    const without = run("exit 1");
+    assert.deepEqual([without.status, /systemd-resolved does not run/.test(without.stdout)], [0, true]);
+  });
+
+  test("of a router carries its LAN by masquerade, takes back all rules, and says how names and routes go", () => {
+    const text = of("router");
+    const rules = (hook: string) =>
+      [...(new RegExp(`^${hook} = (.*)$`, "m").exec(text)?.[1] ?? "").matchAll(/iptables ([^;]*)/g)].map(
+        ([, rule = ""]) => rule.replace(/-[ID] /, "").trim(),
+      );
+    assert.deepEqual(rules("PostUp"), rules("PostDown"));
+    assert(rules("PostUp").includes("-t nat POSTROUTING -s 192.168.1.0/24 -o %i -j MASQUERADE"));
+    assert.match(text, /^# {3}server=\/cluster\.local\/10\.43\.0\.10$/m);
+    assert.match(text, /^# {3}ip route add 10\.43\.0\.0\/16 via THIS-BOX$/m);
+  });
+
+  test("has no word of names if the cluster has no CoreDNS", () => {
+    for (const form of ["phone", "linux", "macos", "windows"] as const) {
+      const { names: _, ...nameless } = ACCESS;
+      assert.doesNotMatch(of(form, nameless), /DNS|resolv|cluster\.local/);
+      assert.deepEqual(advice({ ...PHONE, form }, nameless), []);
+    }
+  });
+
+  test("is read back for the device's own key and address, and what is none is not", () => {
+    assert.deepEqual(ownIn(of("linux")), { privateKey: SECRET, ip: "10.44.0.2" });
+    assert.equal(ownIn(of("linux").replace(SECRET, "THE-DEVICE'S-OWN")), undefined);
+  });
+
+  test("as a QR code on the terminal is the file, to the letter", () => {
+    const text = of("phone");
+    for (const coloured of [false, true]) {
+      const lines = qrOf(text, coloured)
+        // biome-ignore lint/suspicious/noControlCharactersInRegex: the colours
+        .replace(/\x1b\[[\d;]*m/g, "")
+        .split("\n");
+      assert(lines.every((line) => line.length === lines[0]?.length && line.length <= 80));
+      // Each character is two modules, one above the other; light is what the terminal's foreground draws.
+      const light = lines.flatMap((line) => [
+        [...line].map((c) => c === "█" || c === "▀"),
+        [...line].map((c) => c === "█" || c === "▄"),
+      ]);
+      const scale = 4;
+      const [width, height] = [(lines[0] as string).length * scale, light.length * scale];
+      const pixels = new Uint8ClampedArray(width * height * 4);
+      for (let y = 0; y < height; y++)
+        for (let x = 0; x < width; x++) {
+          const shade = light[Math.floor(y / scale)]?.[Math.floor(x / scale)] ? 255 : 0;
+          pixels.set([shade, shade, shade, 255], (y * width + x) * 4);
+        }
+      assert.equal(jsQR.default(pixels, width, height)?.data, text);
+    }
+  });
+});
+
+describe("settings of devices", () => {
+  const settled = (env: Record<string, string>) => settle({}, env, join(temporary(), "none"));
+  const wrong = (env: Record<string, string>, expected: RegExp) =>
+    assert.throws(
+      () => {
+        const { settings, origins } = settled(env);
+        apart(settings, origins);
+      },
+      (error) => error instanceof SettingError && expected.test(error.message),
+    );
+
+  test("that are wrong are refused in one line, with what would be right", () => {
+    wrong({ PUBLIC_KEY: "abc" }, /PUBLIC_KEY is "abc" \(variable PUBLIC_KEY\): expected .*wg pubkey/);
+    wrong(
+      { DEVICE_PORT: "51820" },
+      /DEVICE_PORT is "51820".*that k3s does not use \(6443, 10250, 51820, 51821\)/,
+    );
+    for (const DEVICE_CIDR of [
+      "10.44.0.0",
+      "10.44.0.1/24",
+      "10.44.0.0/8",
+      "10.44.0.0/31",
+      "fd00::/64",
+      "10.44.300.0/24",
+    ])
+      wrong({ DEVICE_CIDR }, /DEVICE_CIDR is .*expected an IPv4 network of 8 to 65536 addresses/);
+    const make = (name: string, value: string) => ({ [name]: value, MAKEFLAGS: ` -- ${name}=${value}` });
+    wrong(make("NAME", "My-Phone"), /NAME is "My-Phone".*1 to 12 lower-case letters/);
+    wrong(make("FOR", "fridge"), /FOR is "fridge".*phone, linux, macos, windows or router/);
+    wrong(make("ONLY", "pods"), /ONLY is "pods".*services, or nothing/);
+    wrong(make("LAN", "192.168.1.7/24"), /LAN is "192\.168\.1\.7\/24".*192\.168\.1\.0\/24/);
+  });
+
+  test("that collide with the cluster's networks are refused", () => {
+    wrong(
+      { DEVICE_CIDR: "10.42.8.0/24" },
+      /DEVICE_CIDR is 10\.42\.8\.0\/24.*apart from 10\.42\.0\.0\/16, which the cluster has/,
+    );
+    wrong(
+      { DEVICE_CIDR: "10.99.0.0/24", SERVER_ARGS: "--service-cidr=10.99.0.0/16" },
+      /apart from 10\.99\.0\.0\/16/,
+    );
+    const lan = (LAN: string) => ({ LAN, MAKEFLAGS: ` -- LAN=${LAN}` });
+    wrong(lan("10.43.0.0/16"), /LAN is 10\.43\.0\.0\/16 .*give the home's LAN another one/);
+    wrong(lan("10.44.0.0/16"), /apart from 10\.44\.0\.0\/24, which devices has/);
+    const { settings, origins } = settled(lan("192.168.1.0/24"));
+    apart(settings, origins);
+  });
+
+  test("that other programs use too are read from the environment only if they were given to make", () => {
+    const { settings } = settled({ NAME: "WSL-HOST", FOR: "x", LAN: "y", VIA: "-", ONLY: "annotate" });
+    assert.deepEqual(
+      [settings.NAME, settings.FOR, settings.LAN, settings.VIA, settings.ONLY],
+      ["", "phone", "", "", ""],
+    );
+  });
+
+  test("name as entries boxes of the cluster with a public address", () => {
+    const cluster = ["a1=198.51.100.11", "root@b1=198.51.101.11", "nas=nat"].map((word) => {
+      const [host = "", ip = ""] = word.split("=");
+      return { host, ip, word, name: host.replace("root@", "") };
+    }) as never;
+    const names = (VIA: string) =>
+      entriesOf(cluster, wanted({ VIA }), { VIA: "variable VIA" }).map(({ name }) => name);
+    assert.deepEqual([names(""), names("b1 a1 root@b1")], [["a1"], ["b1", "a1"]]);
+    assert.throws(() => names("c1"), /VIA names c1 \(variable VIA\): expected some of a1, b1, nas/);
+    assert.throws(() => names("nas"), /VIA names nas .*expected a box with a public address/);
+  });
+});
