@@ -87,8 +87,10 @@ describe("a restore", () => {
   test("never overwrites another server's data", () =>
     assert.throws(() => data.plan(want, { data: "db\ntoken\n", restored: "" }), Refusal));
 
-  test("places the backup's files on the box", () => {
+  test("places the backup's files on the box, with the devices that the server lets in", () => {
     const { root } = server();
+    mkdirSync(join(root, "etc/rancher/k3s-devices"), { mode: 0o700 });
+    writeFileSync(join(root, "etc/rancher/k3s-devices/key"), "the entry's key", { mode: 0o600 });
     const made = under(root, archive("x").plan(want, facts)[0]?.sh);
     const PATH = programs(join(root, "bin"), { systemctl: "echo MainPID=0" });
     assert.equal(shell(`set -eu\n${made}`, ["sh", "-s"], { PATH }).status, 0);
@@ -102,6 +104,12 @@ describe("a restore", () => {
     assert.equal(file("var/lib/rancher/k3s/server/tls/server-ca.key"), "a key");
     assert.equal(file("var/lib/rancher/k3s/server/restored"), "abc\n");
     assert.equal(file("etc/rancher/node/password"), "a password");
+    assert.equal(file("etc/rancher/k3s-devices/key"), "the entry's key");
+    assert.equal(
+      shell(`cd ${fresh}/etc/rancher; stat -c %a k3s-devices k3s-devices/key`).stdout,
+      "700\n600\n",
+    );
+    assert.ok(!existsSync(join(fresh, "var/lib/rancher/k3s/server/devices")));
     assert.ok(!existsSync(join(fresh, "var/lib/.k3s-restore.tar.gz")));
     rmSync(fresh, { recursive: true });
   });

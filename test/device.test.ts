@@ -5,6 +5,7 @@ import { describe, test } from "node:test";
 import jsQR from "jsqr";
 import {
   admits,
+  bringsBack,
   type Device,
   devicesIn,
   type Form,
@@ -106,7 +107,7 @@ describe("an entry", () => {
     ["its unit does not start at boot", { "entry-state": `active\ndisabled\n${key("E")}\n51822\n` }],
     ["its interface has another key", { "entry-state": `active\nenabled\n${key("X")}\n51822\n` }],
     ["its interface lacks a peer", { "entry-dump": "" }],
-    ["its program was changed", { entry: "#!/bin/sh\n" }],
+    ["its program was changed", { entry: "#!/bin/sh\n# Written by k3s-across-clouds.\n" }],
   ] as const)
     test(`is repaired by the next run if ${what}`, () =>
       assert.deepEqual(whys(admits(PHONE).plan(wanted(), entry([PHONE], over))), [
@@ -148,6 +149,20 @@ describe("an entry", () => {
         () => admits(PHONE).plan(wanted(), node(facts)),
         (error) => error instanceof Refusal && expected.test(error.message),
       ));
+
+  test("is refused where somebody else's unit has its name", () =>
+    assert.throws(
+      () => admits(PHONE).plan(wanted(), node({ entry: "[Unit]\nDescription=Another\n" })),
+      /was not written by this project/,
+    ));
+
+  test("comes back with its devices on a box that has them from a backup", () => {
+    assert.deepEqual(whys(bringsBack.plan(wanted(), node({ "peers-file": peersText([PHONE, LIMITED]) }))), [
+      "let devices in again: phone, tv",
+    ]);
+    assert.deepEqual(bringsBack.plan(wanted(), entry([PHONE])), []);
+    assert.deepEqual(bringsBack.plan(wanted(), node({ "pod-network": "" })), []);
+  });
 
   test("is refused another network while devices have addresses of the old one", () =>
     assert.throws(

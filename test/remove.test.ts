@@ -49,6 +49,18 @@ describe("make remove on a box", () => {
     assert.deepEqual(named(`${unit}\n${program}\n`), [unit, program, unit, unit]);
   });
 
+  test("takes away an entry of devices, and names the devices that lose it", () => {
+    const [unit, program] = ["/etc/systemd/system/k3s-devices.service", "/usr/local/sbin/k3s-devices"];
+    const changes = uninstall.plan(want, {
+      left: `${unit}\n${program}\n/etc/rancher/k3s-devices\n/usr/local/bin/k3s\n`,
+      "peers-file": `# phone phone\n[Peer]\nPublicKey = ${"P".repeat(42)}A=\nAllowedIPs = 10.44.0.2/32\n`,
+    });
+    assert.match(whys(changes).at(-1) ?? "", /; phone cannot come in by it any more \(make devices\)$/);
+    assert.match(changes[0]?.sh ?? "", new RegExp(`for unit in ${unit} `));
+    assert.match(changes[1]?.sh ?? "", new RegExp(`for path in ${program} .* /etc/rancher/k3s-devices;`));
+    assert.doesNotMatch(uninstall.plan(want, { left: "/usr/local/bin/k3s\n" })[1]?.sh ?? "", /sbin/);
+  });
+
   test("removes the firewall's rules before the files, if there are any", () => {
     const changes = uninstall.plan(want, { left: "/usr/local/bin/k3s\nfirewall\n" });
     assert.equal(whys(changes)[1], "take the cluster's rules out of the firewall");

@@ -230,6 +230,10 @@ function entryPlan(
     return facts.entry?.trim() || had
       ? [{ why: `${why}, and ${ENTRY}, which has no other`, sh: `${unchanged}\n${CLEAR_ENTRY}` }]
       : [];
+  if (facts.entry?.trim() && !facts.entry.split("\n").includes(WRITTEN_BY))
+    throw new Refusal(
+      `${ENTRY_UNIT} or ${ENTRY_PROGRAM} on this box was not written by this project: give it another name`,
+    );
   const networks = networksOf(want, facts);
   const far = devices.find(({ ip }) => !liesIn(ip, networks.devices));
   if (far)
@@ -302,6 +306,13 @@ export const shutsOut = (name: string): Step<EntryFact> =>
     const others = devices.filter((device) => device.name !== name);
     return others.length < devices.length ? entryPlan(want, facts, others, `remove device ${name}`) : [];
   });
+
+/** An entry as it was, on a box that has its folder from a backup. */
+export const bringsBack: Step<EntryFact> = entryStep((want, facts) => {
+  const devices = devicesIn(facts["peers-file"]);
+  const names = devices.map(({ name }) => name).join(", ");
+  return devices.length ? entryPlan(want, facts, devices, `let devices in again: ${names}`) : [];
+});
 
 /** Shell that takes an entry away. */
 export const CLEAR_ENTRY = sh`systemctl disable --now ${ENTRY} >/dev/null 2>&1 || :

@@ -6,6 +6,7 @@ import { boxes } from "../../lib/boxes.ts";
 import { lookAndConverge } from "../../lib/converge.ts";
 import { hashOf, putNew, remove, temporary, tryWrite } from "../../lib/files.ts";
 import { attempt, bring } from "../../lib/fleet.ts";
+import { ENTRY_FOLDER } from "../../lib/k3s/devices.ts";
 import { nodeNameOf } from "../../lib/k3s/identity.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { binaryLook, nameLook } from "../../lib/k3s/unit.ts";
@@ -49,7 +50,7 @@ fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`),
       ];
       return [
         {
-          why: "copy the datastore, token, certificates and manifests; k3s is paused meanwhile",
+          why: "copy the datastore, token, certificates, manifests and devices; k3s is paused meanwhile",
           sh: sh`rm -rf ${FOLDER}
 mkdir -m 700 ${FOLDER} ${FOLDER}/${id} ${FOLDER}/${id}/db
 cd ${FOLDER}/${id}
@@ -57,6 +58,7 @@ printf '%s\n' ${about} >about
 cp -p /etc/rancher/node/password node-password
 # A backup has no links: what they lead to goes with it.
 for path in token tls cred manifests; do cp -RLp ${SERVER}/$path .; done
+devices=; [ ! -e ${ENTRY_FOLDER} ] || { devices=devices; cp -RLp ${ENTRY_FOLDER} devices; }
 # SQLite reads a database and its log as they stood at one moment, whatever was being done then. So k3s, all its
 # threads, is stopped for the copy; whatever becomes of this script, it goes on after 20 s.
 pid=$(systemctl show k3s -p MainPID | cut -d= -f2)
@@ -87,7 +89,8 @@ if [ "$pid" != 0 ]; then
   [ "$state" = T ] || { echo 'The copy took more than 20 s: k3s went on before it was whole'; exit 1; }
 fi
 umask 077
-tar -czf ../${id}.tar.gz about node-password token tls cred manifests db
+# shellcheck disable=SC2086
+tar -czf ../${id}.tar.gz about node-password token tls cred manifests db $devices
 rm -rf ${FOLDER}/${id}`,
           seconds: 600,
         },

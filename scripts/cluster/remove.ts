@@ -7,6 +7,7 @@ import { look } from "../../lib/converge.ts";
 import { attempt, bring, worst } from "../../lib/fleet.ts";
 import { CLEAR, CLEAR_LOOK } from "../../lib/k3s/cleanup.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
+import { devicesIn, ENTRY_FOLDER, ENTRY_PROGRAM, ENTRY_UNIT } from "../../lib/k3s/devices.ts";
 import { drainedOn, onNodeOf } from "../../lib/k3s/drain.ts";
 import { closeAgain, closeLook } from "../../lib/k3s/firewall/firewall.ts";
 import { neighbours } from "../../lib/k3s/firewall/neighbours.ts";
@@ -46,8 +47,10 @@ const UNITS = [unitPath("server"), unitPath("agent")];
 const FILES = [
   ...["/var/lib/rancher/k3s", "/var/lib/kubelet", "/var/lib/cni", "/run/k3s", "/run/flannel"],
   ...["/var/log/pods", "/var/log/containers", "/etc/rancher/k3s", "/etc/rancher/node"],
-  ...["/usr/local/bin/k3s", raw("/usr/local/bin/.k3s*"), "/run/k3s-keepalive"],
+  ...["/usr/local/bin/k3s", raw("/usr/local/bin/.k3s*"), "/run/k3s-keepalive", ENTRY_FOLDER],
 ];
+/** Units of this project beside k3s's, and their programs. */
+const OWN: Record<string, string> = { [KEEPALIVE]: KEEPALIVE_BIN, [ENTRY_UNIT]: ENTRY_PROGRAM };
 /** What k3s creates in folders that may be links to a user's disk, where other files may be. */
 const MADE = {
   "/var/lib/rancher/k3s": "agent data server storage",
@@ -73,8 +76,11 @@ export const uninstall = step({
     nameLook,
     caLook,
     unitsLook,
-    prints("left volumes links inner running")(sh`fact left
-for path in ${[KEEPALIVE, KEEPALIVE_BIN]}; do
+    prints(
+      "left volumes links inner running peers-file",
+    )(sh`fact peers-file; cat ${ENTRY_FOLDER}/peers 2>/dev/null
+fact left
+for path in ${Object.entries(OWN).flat()}; do
   if grep -qsxF ${WRITTEN_BY} "$path"; then echo "$path"; fi
 done
 for path in ${[...UNITS, ...UNITS.map((unit) => `${unit}.env`), ...FILES]}; do
@@ -104,10 +110,13 @@ case $(shown "$agent_unit" ActiveState) in active) echo k3s-agent ;; esac
     const list = (text = "") => text.split("\n").filter(Boolean);
     const left = [...new Set(list(facts.left))];
     if (left.length === 0) return [];
-    const units = left.includes(KEEPALIVE) ? [KEEPALIVE, ...UNITS] : UNITS;
-    const files = left.includes(KEEPALIVE_BIN) ? [KEEPALIVE_BIN, ...FILES] : FILES;
+    const ours = (paths: string[]) => paths.filter((path) => left.includes(path));
+    const units = [...ours(Object.keys(OWN)), ...UNITS];
+    const files = [...ours(Object.values(OWN)), ...FILES];
     const [volumes, running] = [list(facts.volumes).length, list(facts.running)];
+    const devices = devicesIn(facts["peers-file"]).map(({ name }) => name);
     const links = [
+      ...(devices.length ? [`; ${devices.join(", ")} cannot come in by it any more (make devices)`] : []),
       ...list(facts.links).map((link) => `; ${link}: what k3s has made there goes, the rest stays`),
       ...list(facts.inner).map((link) => `; ${link}, which stays with all that is in it: delete it yourself`),
     ];

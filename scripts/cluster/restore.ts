@@ -11,6 +11,7 @@ import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { hashOf } from "../../lib/files.ts";
 import { attempt, bring, each, learn, worst } from "../../lib/fleet.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
+import { bringsBack, devicesIn, ENTRY_FOLDER } from "../../lib/k3s/devices.ts";
 import { closeLook, firewall } from "../../lib/k3s/firewall/firewall.ts";
 import { ALLOWED, brief, nodeNameOf, whoIs } from "../../lib/k3s/identity.ts";
 import { address, VERSION } from "../../lib/k3s/nodes.ts";
@@ -41,7 +42,7 @@ const checked = (
 tar -tzf ${file} >../names || no 'it cannot be read'
 # An owner's name may have blanks and digits, and would stand where its size is looked for.
 tar --numeric-owner -tvzf ${file} >../members
-grep -vE '^(about|node-password|token|(tls|cred|manifests|db)(/.*)?)$' ../names >../odd || :
+grep -vE '^(about|node-password|token|(tls|cred|manifests|db|devices)(/.*)?)$' ../names >../odd || :
 grep -E '(^|/)[.][.](/|$)' ../names >>../odd || :
 [ ! -s ../odd ] || no "it has $(head -n 1 ../odd)"
 awk '$1 !~ /^[-d][r-][w-][x-][r-][w-][x-][r-][w-][x-][.+@]?$/' ../members >../odd
@@ -77,6 +78,7 @@ cd ${BASE}/server.new
 ${raw(checked(ARRIVED))}
 tar -xzof ${ARRIVED}
 mv -f node-password /etc/rancher/node/password
+[ ! -e devices ] || { rm -rf ${ENTRY_FOLDER}; mv devices ${ENTRY_FOLDER}; }
 echo ${hash} >restored
 sync
 mv ${BASE}/server.new ${BASE}/server
@@ -196,6 +198,14 @@ async function restore(run: Run): Promise<number> {
     const have = readEnv(run.envFile).values;
     for (const [name, value] of Object.entries(values))
       if (have[name] !== value) await updateEnv(run.envFile, { [name]: value });
+    const devices = devicesIn((await lookAndConverge(box, bringsBack))["peers-file"]).map(({ name }) => name);
+    if (!devices.length) return;
+    // Whose port is to be opened is known only now.
+    await lookAndConverge(box, follows);
+    if (about.ip !== ip)
+      box.line.says(
+        `devices look for it at ${about.ip}: make device NAME=… writes their configurations anew (${devices.join(", ")})`,
+      );
   });
   if (status !== 0 || run.mode !== "apply") return status;
   // In parallel: each waits for those that the datastore still lists as Ready.
