@@ -630,6 +630,12 @@ describe("authorization", () => {
       { verb: "list", resource: "deployments", group: "apps" },
       { old: false, modern: false },
     ],
+    [
+      "a kubelet reads a service",
+      kubelet,
+      { verb: "get", resource: "services", namespace: "default", name: "kubernetes" },
+      { old: true, modern: true },
+    ],
     ["k3s-controller lists nodes", controller, nodes("list"), { old: false, modern: true }],
     ["k3s-controller reads a node", controller, nodes("get", "a1"), { old: true, modern: true }],
     ["k3s-controller changes a node", controller, nodes("patch", "a1"), { old: false, modern: false }],

@@ -9,6 +9,7 @@ import type { Generation } from "./common.ts";
 import type { Deployment, Usage } from "./metrics.ts";
 import * as rules from "./nodes.ts";
 import { type Ca, type Subject, sign } from "./pki.ts";
+import { ADDRESSES } from "./services.ts";
 
 export type State = {
   nodes: Record<string, rules.Node>;
@@ -359,6 +360,18 @@ function kubernetes(c: Cluster, q: Question): Reply {
             ],
           })
         : notFound;
+    case "/services": {
+      const clusterIP = ADDRESSES[`${name}.${namespace}` as keyof typeof ADDRESSES];
+      if (!name || !clusterIP)
+        return name ? status(404, "NotFound", `services ${quote(name)} not found`) : notFound;
+      const metadata = { name, namespace };
+      return json(200, {
+        kind: "Service",
+        apiVersion: "v1",
+        metadata,
+        spec: { clusterIP, type: "ClusterIP" },
+      });
+    }
     case "/secrets": {
       // Of modern k3s's secrets only node passwords are imitated; v1.17 keeps those in a file.
       const ofNodes = gen === "modern" && here ? Object.keys(c.state.passwords) : [];

@@ -332,12 +332,14 @@ export function forbidden(gen: Generation, user: User, ask: Ask): string | undef
   const no = `${subject}: User ${JSON.stringify(user.name)} cannot ${ask.verb} resource ${JSON.stringify(what)} in API group ${JSON.stringify(ask.group ?? "")} ${ask.namespace ? `in the namespace ${JSON.stringify(ask.namespace)}` : "at the cluster scope"}`;
   if (ask.resource !== "nodes") {
     const reads = ["get", "list", "watch"].includes(ask.verb);
-    return user.name === "system:k3s-controller" &&
-      ["pods", "endpoints"].includes(ask.resource) &&
-      !ask.group &&
-      reads
-      ? undefined
-      : no;
+    // Kubernetes lets kubelets read services (its NodeRules), k3s its controller what network policies are about.
+    const mayRead =
+      user.name === "system:k3s-controller"
+        ? ["pods", "endpoints"]
+        : user.groups.includes("system:nodes")
+          ? ["services"]
+          : [];
+    return reads && !ask.group && mayRead.includes(ask.resource) ? undefined : no;
   }
   if (ask.group) return no;
   if (user.name === "system:k3s-controller") {
