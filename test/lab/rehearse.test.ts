@@ -114,6 +114,21 @@ test("make in-rehearsal runs any command as the operator, and returns its exit s
   assert.notEqual((await run`make in-rehearsal CMD=false`).exitCode, 0);
 });
 
+test("the rehearsal's laptop reaches the cluster's API by name, as make rehearse says", async () => {
+  const said = await run`make rehearse`;
+  const commands = [...said.stderr.matchAll(/make in-rehearsal CMD='(.*(?:laptop|kubernetes).*)'/g)].map(
+    ([, command]) => command as string,
+  );
+  assert.equal(commands.length, 3, said.stderr);
+  let last = "";
+  for (const command of commands) {
+    const { exitCode, stdout, stderr } = await run`make in-rehearsal ${`CMD=${command}`}`;
+    assert.equal(exitCode, 0, stdout + stderr);
+    last = stdout;
+  }
+  assert.match(last, /gitVersion|Unauthorized/);
+});
+
 test("make rehearse-down removes everything", async () => {
   const { exitCode, stderr } = await run`make rehearse-down`;
   assert.equal(exitCode, 0, stderr);

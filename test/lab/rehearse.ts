@@ -17,6 +17,8 @@ import { addMachine, type Machine, REPOSITORIES } from "./vm.ts";
 
 const NAME = "rehearse";
 const KERNEL = "rehearse-kernel";
+/** A box that joins no cluster. */
+const LAPTOP = "h2";
 const started = Date.now();
 const say = (line: string) =>
   console.error(`[${((Date.now() - started) / 1000).toFixed(1).padStart(5)} s] ${line}`);
@@ -44,7 +46,12 @@ async function rehearse() {
           "Boxes, NAT, ssh, downloads, systemd and WireGuard are real. For the real k3s: make rehearse K3S_BIN=…",
   );
   console.error(
-    "Go on with: make in-rehearsal CMD='make agent HOST=b2'  (or CMD='ssh a1')\nRemove it:  make rehearse-down",
+    `Go on with: make in-rehearsal CMD='make agent HOST=b2'  (or CMD='ssh a1')
+A laptop at home, ${LAPTOP}, is no node:
+            make in-rehearsal CMD='make device NAME=laptop FOR=linux'
+            make in-rehearsal CMD='scp ~/devices/laptop.conf ${LAPTOP}:/etc/wireguard && ssh ${LAPTOP} wg-quick up laptop'
+            make in-rehearsal CMD='ssh ${LAPTOP} curl -ks https://kubernetes.default.svc.cluster.local/version'
+Remove it:  make rehearse-down`,
   );
   return whole ? 0 : 1;
 }
@@ -61,14 +68,22 @@ async function running(k3sBin?: string, version?: string) {
 }
 
 async function build(k3sBin?: string, version?: string) {
-  say("building two clouds and a home with the same private network, and four boxes");
-  const boxes = ["a1", "b1", "b2", "h1"];
+  say("building two clouds and a home with the same private network, and five boxes");
+  const boxes = ["a1", "b1", "b2", "h1", LAPTOP];
   const lab = await up({ name: NAME, boxes, symmetric: ["h"], ...(k3sBin ? { k3sBin } : {}) }, say);
   for (const box of lab.boxes)
     say(`${box.name} is ${box.privateIp} ${atHome(box) ? "at home, " : ""}behind ${box.publicIp}`);
+  await lab
+    .box(LAPTOP)
+    .sh(
+      "apt-get -q update && apt-get -q -y install --no-install-recommends wireguard-tools systemd-resolved && mkdir -p /etc/wireguard",
+    );
   writeFileSync(lab.envFile, envFile(lab, version), { mode: 0o600 });
   return lab;
 }
+
+/** The cluster's boxes. */
+const nodesIn = ({ boxes }: Lab) => boxes.filter(({ name }) => name !== LAPTOP);
 
 /** The article's steps 2 to 5 on a machine with a kernel of its own, in QEMU. */
 async function rehearseKernel() {
@@ -112,24 +127,25 @@ ${Object.entries(REPOSITORIES)
   .join("")}`;
 
 const envFile = (
-  { boxes, mirror }: Lab,
+  lab: Lab,
   version?: string,
 ) => `# The rehearsal's cluster: a1 in one cloud, b1 and b2 in another, h1 at home.
-SERVER=${boxes[0]?.name}
+SERVER=a1
 # HOST, HOST=PUBLIC_IP, or HOST=nat if it has no public address.
-AGENTS="${boxes
+AGENTS="${nodesIn(lab)
   .slice(1)
   .map((box, i) => (atHome(box) ? `${box.name}=nat` : i ? `${box.name}=${box.publicIp}` : box.name))
   .join(" ")}"
 # Each has the checksums for what the other serves.
-K3S_MIRRORS="${mirror.plain} ${mirror.github}"
+K3S_MIRRORS="${lab.mirror.plain} ${lab.mirror.github}"
 ${version ? `K3S_VERSION=${version}\n` : ""}`;
 
 /**
  * Prints a table, a row for each box with what it knows of the others; true when all are fresh. A box at home may be
  * known by any address.
  */
-async function handshakes({ boxes }: Lab) {
+async function handshakes(lab: Lab) {
+  const boxes = nodesIn(lab);
   const dumps = await Promise.all(
     boxes.map(async (box) => {
       const text = await box.sh("date +%s; wg show all dump || true").catch(() => "0");
