@@ -92,6 +92,8 @@ describe("an entry", () => {
     assert.equal(gone?.why, "remove device phone");
     assert(gone?.sh.includes(peersText([LIMITED])) && !gone.sh.includes(PHONE.key));
     assert.deepEqual(shutsOut("sofa").plan(wanted(), entry([PHONE])), []);
+    const silent = { "api-service": "", "pod-network": "" };
+    assert.deepEqual(shutsOut("phone").plan(wanted(), entry([PHONE, LIMITED], silent)), [gone]);
   });
 
   test("goes with its last device: unit, program, key and rule", () => {

@@ -216,20 +216,17 @@ export const namesOf = (want: Settings, facts: Facts<EntryFact>) => {
   return server ? { server, domain: domainIn(parseArgs(want.SERVER_ARGS)) } : undefined;
 };
 
-/** Changes that give an entry these devices, or take it away with the last one. */
+/** Two operators may change devices at once: neither writes over what it has not seen. */
+const unchanged = (had = ""): string =>
+  sh`[ "$(cat ${ENTRY_FOLDER}/peers 2>/dev/null | sha256sum | cut -d' ' -f1)" = ${sha256(had)} ] || { echo 'Another run has changed the devices meanwhile: run this again'; exit 1; }`;
+
+/** Changes that give an entry these devices. @throws {Refusal} */
 function entryPlan(
   want: Settings,
   facts: Facts<EntryFact>,
   devices: readonly Device[],
   why: string,
 ): Change[] {
-  const had = facts["peers-file"] ?? "";
-  // Two operators may add devices at once: neither writes over what it has not seen.
-  const unchanged = sh`[ "$(cat ${ENTRY_FOLDER}/peers 2>/dev/null | sha256sum | cut -d' ' -f1)" = ${sha256(had)} ] || { echo 'Another run has changed the devices meanwhile: run this again'; exit 1; }`;
-  if (!devices.length)
-    return facts.entry?.trim() || had
-      ? [{ why: `${why}, and ${ENTRY}, which has no other`, sh: `${unchanged}\n${CLEAR_ENTRY}` }]
-      : [];
   if (facts.entry?.trim() && !facts.entry.split("\n").includes(WRITTEN_BY))
     throw new Refusal(
       `${ENTRY_UNIT} or ${ENTRY_PROGRAM} on this box was not written by this project: give it another name`,
@@ -250,13 +247,19 @@ function entryPlan(
     .map((row) => row.split("\t"))
     .map(([key, , , nets]) => `${key} ${nets}`);
   const due = devices.map(({ key, ip }) => `${key} ${ip}/32`);
-  if (files && had === peers && runs && port === networks.port && `${loaded.sort()}` === `${due.sort()}`)
+  if (
+    files &&
+    facts["peers-file"] === peers &&
+    runs &&
+    port === networks.port &&
+    `${loaded.sort()}` === `${due.sort()}`
+  )
     return [];
   return [
     {
       why,
       sh: [
-        unchanged,
+        unchanged(facts["peers-file"]),
         sh`install -d -m 700 ${ENTRY_FOLDER}
 [ -s ${ENTRY_FOLDER}/key ] || {
   (umask 077; wg genkey >${ENTRY_FOLDER}/key.new)
@@ -299,12 +302,20 @@ export const admits = (device: Device): Step<EntryFact> =>
     return entryPlan(want, facts, all, `${known ? "keep" : "let in"} device ${device.name} (${what})`);
   });
 
-/** An entry without the device of this name. */
+/** An entry without the device of this name, also while the cluster is silent. It goes with its last device. */
 export const shutsOut = (name: string): Step<EntryFact> =>
-  entryStep((want, facts) => {
+  entryStep((_want, facts) => {
     const devices = devicesIn(facts["peers-file"]);
     const others = devices.filter((device) => device.name !== name);
-    return others.length < devices.length ? entryPlan(want, facts, others, `remove device ${name}`) : [];
+    if (others.length === devices.length) return [];
+    const [why, how] = others.length
+      ? [
+          "",
+          sh`${raw(writeFile(`${ENTRY_FOLDER}/peers`, peersText(others), "600"))}
+! systemctl is-active -q ${ENTRY} || systemctl reload ${ENTRY}`,
+        ]
+      : [`, and ${ENTRY}, which has no other`, CLEAR_ENTRY];
+    return [{ why: `remove device ${name}${why}`, sh: `${unchanged(facts["peers-file"])}\n${how}` }];
   });
 
 /** An entry as it was, on a box that has its folder from a backup. */
