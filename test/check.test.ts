@@ -222,6 +222,20 @@ describe("a healthy cluster", () => {
     assert.doesNotMatch(reportOf(clusterOf(boxes(MODERN)), [], {}), /note/);
   });
 
+  test("that is an entry for devices whose firewall drops their packets has that problem, and only there", () => {
+    const facts = { ...UFW, "device-port": "51822\n" };
+    const pods = "pod a1 yes\npod b2 yes\nservice kubernetes yes\nservice DNS yes";
+    const [problem, ...more] = problemsOf(
+      boxes(MODERN, { b1: { facts, ...ways("b1", {}, { paths: pods }) } }),
+    );
+    assert.deepEqual(more, []);
+    assert.deepEqual(problem, {
+      box: "b1",
+      cause: "ufw drops 51822/udp from devices (policy drop)",
+      remedy: "make firewall HOST=b1",
+    });
+  });
+
   test("of one box has no problems", () => {
     const alone = member(
       MODERN,

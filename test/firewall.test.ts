@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { describe, test } from "node:test";
 import { type Chain, drops, ends, type Packet } from "../lib/k3s/firewall/chains.ts";
 import * as firewall from "../lib/k3s/firewall/firewall.ts";
@@ -767,6 +767,219 @@ describe("a home node, whose address is nat,", () => {
   });
 });
 
+describe("on an entry for devices", () => {
+  const ENTRY = [...NODES, "51822/udp"];
+  const ufwDone = recorded("ufw-fresh-done");
+  const firewalldDone = recorded("firewalld-fresh-done");
+  const put = (text: string | undefined, mark: string, line: string) =>
+    text?.replaceAll(mark, line + mark) ?? "";
+  const rich =
+    'public rule priority="-1000" family="ipv4" source address="0.0.0.0/0" port port="51822-51822" protocol="udp" accept\n';
+  const table = (nodes: string[]) => /^table [\s\S]*?^}/m.exec(scriptText(nodes))?.[0] ?? "";
+  const script = (nodes: string[]): Facts => ({
+    ...{ ...BOX, script: scriptText(nodes), start: own.UNIT_TEXT, booted: "enabled\nactive\n" },
+    ruleset: table(nodes),
+  });
+  const trusted = "10.42.0.0/16 10.43.0.0/16\nk3s-devices\n";
+  const mine = "comment 'k3s-across-clouds'\n";
+  /** Each firewall of a box that is no entry, with the rules for one, and what these are. */
+  const firewalls: [name: string, facts: Facts, withEntry: Facts, opens: RegExp[], closes: RegExp[]][] = [
+    [
+      "nft",
+      script(NODES),
+      script(ENTRY),
+      [/"flannel-wg", "k3s-devices" } accept\n/, /^\t\tudp dport 51822 accept$/m],
+      [/"flannel-wg" } accept\n/],
+    ],
+    [
+      "ufw",
+      ufwDone,
+      {
+        ...ufwDone,
+        added: put(
+          ufwDone.added,
+          "ufw allow 22",
+          `ufw route allow in on k3s-devices ${mine}ufw allow in on k3s-devices ${mine}ufw allow 51822/udp ${mine}`,
+        ),
+        iptables: put(
+          ufwDone.iptables,
+          "-A ufw-user-limit -m",
+          "-A ufw-user-forward -i k3s-devices -j ACCEPT\n-A ufw-user-input -i k3s-devices -j ACCEPT\n-A ufw-user-input -p udp -m udp --dport 51822 -j ACCEPT\n",
+        ),
+      },
+      [
+        /^ufw insert 1 allow from 0\.0\.0\.0\/0 to any port 51822 proto udp comment k3s-across-clouds /m,
+        /^ufw insert 1 allow in on k3s-devices comment k3s-across-clouds /m,
+        /^ufw route insert 1 allow in on k3s-devices comment k3s-across-clouds /m,
+      ],
+      [
+        /^ufw route delete allow in on k3s-devices$/m,
+        /^ufw --force delete allow in on k3s-devices$/m,
+        /^ufw --force delete allow from 0\.0\.0\.0\/0 to any port 51822 proto udp$/m,
+      ],
+    ],
+    [
+      "firewalld",
+      firewalldDone,
+      {
+        ...firewalldDone,
+        ...{ rules: `${rich}${firewalldDone.rules}`, sources: trusted },
+        ...{
+          "rules--permanent": `${rich}${firewalldDone["rules--permanent"]}`,
+          "sources--permanent": trusted,
+        },
+        ruleset: ["IN", "FWD"].reduce(
+          (text, of) =>
+            put(
+              text,
+              `\t\tgoto filter_${of}_public`,
+              `\t\tiifname "k3s-devices" goto filter_${of}_trusted\n`,
+            ),
+          put(
+            firewalldDone.ruleset,
+            `\t\tip saddr ${A} tcp dport 6443`,
+            "\t\tip saddr 0.0.0.0/0 udp dport 51822 accept\n",
+          ),
+        ),
+      },
+      ["", "--permanent "].flatMap((when) => [
+        new RegExp(`^firewall-cmd -q ${when}--zone=public '--add-rich-rule=${rich.slice(7, -1)}'$`, "m"),
+        new RegExp(`^firewall-cmd -q ${when}--zone=trusted --add-interface=k3s-devices$`, "m"),
+      ]),
+      ["", "--permanent "].flatMap((when) => [
+        new RegExp(`^firewall-cmd -q ${when}--zone=public '--remove-rich-rule=${rich.slice(7, -1)}'$`, "m"),
+        new RegExp(`^firewall-cmd -q ${when}--zone=trusted --remove-interface=k3s-devices$`, "m"),
+      ]),
+    ],
+  ];
+  for (const [name, facts, withEntry, opens, closes] of firewalls) {
+    test(`${name} opens its port to everybody, and lets in what comes by its interface`, () => {
+      const [change, ...more] = firewallPlan(facts, ENTRY);
+      assert.deepEqual(more, []);
+      assert.equal(
+        change?.why,
+        `${name}: open 6443/tcp, 10250/tcp and 51820/udp to ${A}, ${B}, 51822/udp to devices, and close k3s's ports to all others`,
+      );
+      for (const one of opens) assert.match(change?.sh ?? "", one);
+      if (name !== "nft") assert.equal(change?.sh.split("\n").length, opens.length);
+    });
+    test(`${name} has nothing more to do once it has these rules`, () => {
+      assert.deepEqual(blocked(withEntry, ENTRY), []);
+      assert.deepEqual(firewallPlan(withEntry, ENTRY), []);
+    });
+    test(`${name} closes the port again once it is none any more, with nothing else changed`, () => {
+      const [change, ...more] = firewallPlan(withEntry);
+      assert.deepEqual(more, []);
+      for (const one of closes) assert.match(change?.sh ?? "", one);
+      if (name !== "nft") assert.equal(change?.sh.split("\n").length, closes.length);
+      else assert.doesNotMatch(change?.sh ?? "", /51822|k3s-devices/);
+    });
+    if (name !== "nft")
+      test(`a port that ${name} keeps closed is named`, () => {
+        assert.match(
+          firewall.blocked(facts, ["51822/udp"], []).join(),
+          new RegExp(`^${name} drops 51822/udp from devices \\(`),
+        );
+        assert.match(blocked(facts, ENTRY).join(), /51822\/udp, everything from devices/);
+      });
+  }
+
+  test("other chains that drop get a rule for its port, and for its interface in both directions", () => {
+    const folder = temporary();
+    const other = ["input", "forward"].map((hook) => chain(hook, hook, "drop")).join("\n");
+    const PATH = programs(folder, {
+      nft: `case $* in list*) cat <<'X'\n${other}\nX\n;; -*) ;; *) echo "$*" >>${folder}/log ;; esac`,
+      "iptables-nft": `case $* in --version) echo nf_tables ;; '-S '*) echo "-A $2 -j DROP" ;; *-I*) echo "$*" >>${folder}/log ;; esac`,
+      "iptables-legacy": "echo legacy",
+    });
+    const logged = (nodes: string[]) => {
+      shell(scriptText(nodes), ["sh", "-s", "start"], { PATH });
+      const rules = readFileSync(`${folder}/log`, "utf8").trim().split("\n");
+      writeFileSync(`${folder}/log`, "");
+      return rules;
+    };
+    const before = logged(NODES);
+    assert.deepEqual(
+      logged(ENTRY).filter((rule) => !before.includes(rule)),
+      [
+        ...["input iifname k3s-devices", "input udp dport 51822", "forward iifname k3s-devices"].map(
+          (rule) => `insert rule inet mine ${rule} accept comment "k3s-across-clouds"`,
+        ),
+        ...["INPUT -i k3s-devices", "INPUT -p udp --dport 51822", "FORWARD -i k3s-devices"].map(
+          (rule) => `-w -I ${rule} -m comment --comment k3s-across-clouds -j ACCEPT`,
+        ),
+      ],
+    );
+  });
+  test("a home node's ports are open besides, and neither opens the other's", () => {
+    const from = (nodes: string[], port: number) => {
+      const protocol = port > 51_000 ? "udp" : "tcp";
+      const packet: Packet = {
+        hook: "input",
+        family: "ip",
+        iif: "eth0",
+        oif: "",
+        from: "",
+        to: [],
+        protocol,
+        port,
+      };
+      return !ends(nft(`${table(nodes)}\n`), packet).some(drops);
+    };
+    const ports = [6443, 51820, 10250];
+    assert.deepEqual(
+      ports.map((port) => from(ENTRY, port)),
+      [false, false, false],
+    );
+    assert.deepEqual(
+      ports.map((port) => from([...ENTRY, "nat"], port)),
+      [true, true, false],
+    );
+    assert.match(
+      firewallPlan(BOX, [...ENTRY, "nat"])[0]?.why ?? "",
+      /: open 6443\/tcp and 51820\/udp to all, since home nodes have no fixed address, 10250\/tcp to [\d., ]+, 51822\/udp to devices, and/,
+    );
+  });
+  test("a port of k3s's that the user's own rule opens to everybody is closed as on any other box", () => {
+    const [, facts, withEntry] = firewalls[1] as (typeof firewalls)[number];
+    const open = (box: Facts) => ({
+      ...box,
+      iptables: put(
+        box.iptables,
+        "-A ufw-user-limit -m",
+        "-A ufw-user-input -p tcp -m tcp --dport 6443 -j ACCEPT\n",
+      ),
+    });
+    assert.deepEqual(whys(open(facts)), ["nft"]);
+    assert.deepEqual(
+      firewallPlan(open(withEntry), ENTRY).map(({ why }) => why.split(":")[0]),
+      ["nft"],
+    );
+  });
+  test("the chain that keeps devices to the cluster's networks is no obstacle to them", () => {
+    const entry = `table inet k3s_devices {
+\tchain prerouting {
+\t\ttype filter hook prerouting priority raw; policy accept;
+\t\tiifname != "k3s-devices" accept
+\t\tip daddr 10.43.0.0/16 accept
+\t\tip saddr 10.44.0.3 drop
+\t\tip daddr { 10.42.0.0/16, 10.44.0.0/24 } accept
+\t\tdrop
+\t}
+}`;
+    assert.deepEqual(blocked({ ...BOX, ruleset: entry }, ENTRY), []);
+    const { ruleset = "" } = script(ENTRY);
+    assert.deepEqual(firewallPlan({ ...script(ENTRY), ruleset: `${ruleset}\n${entry}` }, ENTRY), []);
+  });
+  test("its port is read from the program that sets up the interface; no other word counts", () => {
+    const want = wanted({ FIREWALL: A, PUBLIC_IP: B });
+    const admitted = (port: string) => firewall.admitted(want, { nodes: "", "device-port": port });
+    assert.deepEqual(admitted("51822\n"), [A, B, "51822/udp"]);
+    for (const entry of ["", "\n", "51822; reboot\n", "51822\n51823\n"])
+      assert.deepEqual(admitted(entry), NODES);
+  });
+});
+
 describe("the boxes beside those of a run", () => {
   const place = (word: string) => {
     const [host = "", ip = ""] = word.split("=");
@@ -819,6 +1032,25 @@ describe("a look for remaining firewall rules", () => {
       "finds a trusted source of ours in firewalld",
       { "firewall-cmd": firewalld("", "192.0.2.7 10.43.0.0/16") },
       true,
+    ],
+    [
+      "finds the port and the interface of devices in firewalld",
+      {
+        "firewall-cmd": firewalld(
+          'rule family="ipv4" source address="0.0.0.0/0" port port="51822-51822" protocol="udp" accept',
+          "\\n  interfaces: k3s-devices",
+        ),
+      },
+      true,
+    ],
+    [
+      "ignores another rule for everybody in firewalld",
+      {
+        "firewall-cmd": firewalld(
+          'rule family="ipv4" source address="0.0.0.0/0" port port="1194" protocol="udp" accept',
+        ),
+      },
+      false,
     ],
     ["ignores other rules in firewalld", { "firewall-cmd": firewalld(ours(22), "10.42.0.0/24") }, false],
     [

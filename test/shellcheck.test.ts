@@ -160,9 +160,11 @@ describe("shellcheck reports nothing", { skip }, () => {
     check(`#!/bin/sh\nfact() { echo "$1"; }\n${firewallLooks.join("\n")}`);
     check(scriptText(["198.51.100.11"], ranges[0]));
     check(scriptText(["198.51.100.11", "nat"], ranges[0]));
+    check(scriptText(["198.51.100.11", "51822/udp"], ranges[0]));
     check(`#!/bin/sh\n${closeAgain(ranges)}\n`);
     for (const facts of [fresh, firewalld, ufw])
-      for (const { sh } of firewallPlan(facts, ["198.51.100.11"], ranges)) check(`#!/bin/sh\n${sh}\n`);
+      for (const { sh } of firewallPlan(facts, ["198.51.100.11", "51822/udp"], ranges))
+        check(`#!/bin/sh\n${sh}\n`);
   });
 });
 

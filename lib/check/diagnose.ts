@@ -338,6 +338,7 @@ function smallFindings({ boxes, nodes }: Cluster): Findings {
       const by = [`node ${box.name}`, ...servers];
       const ipvs = box.proxyMode === "ipvs" || node?.args.some((arg) => arg.endsWith("proxy-mode=ipvs"));
       return [
+        box.closed.length > 0 && say(box.closed.join("; "), box.opens),
         ipvs &&
           !box.ipvs &&
           say(

@@ -7,7 +7,7 @@ import { boxes } from "../boxes.ts";
 import { look } from "../converge.ts";
 import { rangesOf } from "../k3s/config.ts";
 import { blocked, firewallLooks, type RuleFact, remedy } from "../k3s/firewall/firewall.ts";
-import { TUNNEL } from "../k3s/firewall/traffic.ts";
+import { entryOf, TUNNEL } from "../k3s/firewall/traffic.ts";
 import { nodeNameOf, nodesAt, whoIs } from "../k3s/identity.ts";
 import { MEANT } from "../k3s/journal.ts";
 import {
@@ -163,7 +163,9 @@ export interface BoxReport extends ReturnType<typeof reportAlone> {
    */
   blocked: string[];
   latent: string[];
-  /** The remedy for both. */
+  /** On an entry for devices: what its firewall drops of theirs. */
+  closed: string[];
+  /** The remedy for all three. */
   opens: string;
   /** Other nodes without a public address that this one, which has none either, does not reach. */
   apart: string[];
@@ -245,11 +247,13 @@ function firewallOf(
   const lost = others.filter((node) => !passes(node));
   const now = said(lost, lost.length > 0 || !pods.every(Boolean));
   const latent = now.length ? [] : said(others, true);
+  const entry = entryOf(facts);
+  const closed = blocked(facts, entry, []);
   const opens =
-    now.length + latent.length
-      ? remedy(facts, [...new Set([...ipsOf(others), box.ip])].sort(), rangesOf(want), box.word)
+    now.length + latent.length + closed.length
+      ? remedy(facts, [...new Set([...ipsOf(others), ...entry, box.ip])].sort(), rangesOf(want), box.word)
       : "";
-  return { blocked: now, latent, opens };
+  return { blocked: now, latent, closed, opens };
 }
 
 /** A box's own report; its firewall is judged together with the others. */

@@ -33,6 +33,33 @@ describe("make firewall", { concurrency: 1 }, () => {
     ssh: ["open", "open", "open"],
   };
 
+  /** Does a packet of a stranger to a UDP port pass all rules of a box? */
+  const passed = async (box: Box, port: number) => {
+    await box.sh(
+      `nft 'add table ip seen; add chain ip seen input { type filter hook input priority 300; }; add rule ip seen input ip saddr 203.0.113.254 udp dport ${port} counter'`,
+    );
+    await t.lab.net(
+      "op",
+      `bash -c 'for i in 1 2 3; do echo >/dev/udp/${box.publicIp}/${port}; sleep 0.1; done'`,
+    );
+    const seen = await box.sh("nft list table ip seen; nft delete table ip seen");
+    return Number(/packets (\d+)/.exec(seen)?.[1]) > 0;
+  };
+  /** Do packets of a device pass all rules of a box, to itself and to a pod? */
+  const passedInside = async (box: Box) => {
+    const seen = await box.sh(`ip netns add phone
+ip link add k3s-devices type veth peer name eth0 netns phone
+ip addr add 10.44.0.1/24 dev k3s-devices; ip link set k3s-devices up
+ip -n phone addr add 10.44.0.2/24 dev eth0; ip -n phone link set eth0 up; ip -n phone route add default via 10.44.0.1
+until ip link show k3s-devices | grep -q 'state UP' && ip -n phone link show eth0 | grep -q 'state UP'; do sleep 0.1; done
+for hook in input forward; do
+  nft "add table ip seen; add chain ip seen $hook { type filter hook $hook priority 300; }; add rule ip seen $hook iifname k3s-devices udp dport 53 counter"
+done
+ip netns exec phone bash -c 'for ip in 10.44.0.1 10.42.1.9; do for i in 1 2 3; do echo >/dev/udp/$ip/53; sleep 0.1; done; done' || true
+nft list table ip seen; nft delete table ip seen; ip netns del phone; ip link del k3s-devices 2>/dev/null || true`);
+    return [...seen.matchAll(/packets (\d+)/g)].map(([, packets]) => Number(packets) > 0);
+  };
+
   before(async () => {
     t = await bench({ name: "settings-fw", hairpin: ["a", "b"] });
     [a1, b1, b2] = [t.box("a1"), t.box("b1"), t.box("b2")];
@@ -145,19 +172,7 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
   });
 
   test("opens 6443/tcp and 51820/udp to everybody while a home node is in AGENTS, and never 10250/tcp", async () => {
-    /** How many packets of a stranger to 51820/udp have passed all rules of a box. */
-    const passed = async (box: Box) => {
-      await box.sh(
-        "nft 'add table ip seen; add chain ip seen input { type filter hook input priority 300; }; add rule ip seen input ip saddr 203.0.113.254 udp dport 51820 counter'",
-      );
-      await t.lab.net(
-        "op",
-        `bash -c 'for i in 1 2 3; do echo >/dev/udp/${box.publicIp}/51820; sleep 0.1; done'`,
-      );
-      const seen = await box.sh("nft list table ip seen; nft delete table ip seen");
-      return Number(/packets (\d+)/.exec(seen)?.[1]) > 0;
-    };
-    const udp = async () => await Promise.all(t.lab.boxes.map(passed));
+    const udp = async () => await Promise.all(t.lab.boxes.map((box) => passed(box, 51820)));
     const nothing = [/^a1 +nothing to do/m, /^b1 +nothing to do/m, /^b2 +nothing to do/m];
     assert.deepEqual(await udp(), [false, false, false]);
     t.settings({ ...learned() }, { agents: "b1 b2 nas=nat" });
@@ -176,6 +191,25 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
     assert.deepEqual(await doors(), SHUT);
     assert.deepEqual(await udp(), [false, false, false]);
     await t.says("make firewall", 0, nothing);
+  });
+
+  test("opens 51822/udp to everybody, and all to what comes in by k3s-devices, on an entry for devices alone", async () => {
+    const entries = async (...those: Box[]) => {
+      await Promise.all(t.lab.boxes.map(({ sh }) => sh("rm -f /usr/local/sbin/k3s-devices")));
+      await Promise.all(
+        those.map(({ sh }) => sh("printf '#!/bin/sh\\nport=51822\\n' >/usr/local/sbin/k3s-devices")),
+      );
+      await t.ok("make firewall");
+      const nothing = t.lab.boxes.map(({ name }) => new RegExp(`^${name} +nothing to do`, "m"));
+      await t.says("make firewall", 0, nothing);
+      assert.deepEqual(await Promise.all(those.map(passedInside)), Array(those.length).fill([true, true]));
+      return await Promise.all(t.lab.boxes.map((box) => passed(box, 51822)));
+    };
+    assert.deepEqual(await entries(a1, b2), [true, false, true]);
+    assert.deepEqual(await entries(b1), [false, true, false]);
+    assert.deepEqual(await entries(), [false, false, false]);
+    assert.deepEqual(await entries(a1, b1, b2), [true, true, true]);
+    assert.deepEqual(await doors(), SHUT);
   });
 
   test("is part of a join and a removal with FIREWALL=yes, in the same run", async () => {
@@ -223,7 +257,7 @@ firewall-cmd --permanent --add-port=10250/tcp; firewall-cmd --add-port=10250/tcp
       ),
       b1.sh("ufw show added"),
       b2.sh(
-        "firewall-cmd --list-rich-rules; firewall-cmd --permanent --list-rich-rules; firewall-cmd --zone=trusted --list-sources",
+        "firewall-cmd --list-rich-rules; firewall-cmd --permanent --list-rich-rules; firewall-cmd --zone=trusted --list-sources; firewall-cmd --permanent --zone=trusted --list-interfaces",
       ),
     ]);
     assert.deepEqual(

@@ -89,7 +89,7 @@ export const sentTo = (packet: Packet, net: string): Truth => {
 
 export function isCard(have: string, word: string): Truth {
   const name = word.replaceAll('"', "");
-  if (!have && !/^(lo|cni|flannel|veth|docker|br-|wg|tun|tailscale)/.test(name)) return undefined;
+  if (!have && !/^(lo|cni|flannel|veth|docker|br-|wg|tun|tailscale|k3s-)/.test(name)) return undefined;
   return /[*+]$/.test(name) ? have.startsWith(name.slice(0, -1)) : have === name;
 }
 

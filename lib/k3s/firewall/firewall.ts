@@ -12,10 +12,21 @@ import { type Chain, drops, type End, ends, type Packet } from "./chains.ts";
 import { clearFirewalld, firewalld, firewalldLook, leftInFirewalld } from "./firewalld.ts";
 import { chainsOf, kernelLook, unread } from "./kernel.ts";
 import { CLEAR_OWN, isWritten, LEFT_OF_OWN, ownLook, scriptText, TABLE, written } from "./own.ts";
-import { ANYWHERE, CLOSED, type FirewallManager, ipv4Of, openings, TUNNEL } from "./traffic.ts";
+import {
+  ANYWHERE,
+  CLOSED,
+  DEVICES,
+  devicePort,
+  devicePortLook,
+  entryOf,
+  type FirewallManager,
+  ipv4Of,
+  openings,
+  TUNNEL,
+} from "./traffic.ts";
 import { CLEAR_UFW, LEFT_IN_UFW, ufw, ufwLook } from "./ufw.ts";
 
-export const firewallLooks = [firewalldLook, ufwLook, kernelLook, ownLook];
+export const firewallLooks = [firewalldLook, ufwLook, kernelLook, ownLook, devicePortLook];
 
 export type RuleFact = Printed<(typeof firewallLooks)[number]>;
 type Box = Facts<RuleFact>;
@@ -41,36 +52,34 @@ function fromWorld(facts: Box): Packet {
   return { hook: "input", family: "ip", iif, oif: "", from: "", to, protocol: "tcp", port: 0 };
 }
 
-/** Packets that must pass: from nodes to this box, from pods to it, and between pods. */
+/** Packets that must pass: from nodes and devices to this box, from pods to it, and between pods. */
 function wanted(facts: Box, nodes: readonly string[], ranges: readonly string[]): Probe[] {
   const packet = fromWorld(facts);
   const [pods = ""] = ranges;
   const pod = (host: number) => `${ipv4Of(ranges).split(/\.\d+\//)[0]}.${host}`;
-  const tunnels = (
-    ranges.length
-      ? [
-          ["cni0", "flannel-wg"],
-          ["flannel-wg", "cni0"],
-        ]
-      : []
-  ) as [string, string][];
+  const ways: (readonly [iif: string, oif: string, whom: string, from: string])[] = [
+    ["cni0", "flannel-wg", pods, pod(5)],
+    ["flannel-wg", "cni0", pods, pod(5)],
+    ...(devicePort(nodes) ? [[DEVICES, "cni0", "devices", ""] as const] : []),
+  ];
   return [
-    ...openings(nodes).map(({ ip, protocol, port }) => ({
-      what: `${port}/${protocol}`,
-      whom: ip === ANYWHERE ? "home nodes" : ip,
-      packet: { ...packet, from: ip === ANYWHERE ? "" : ip, protocol, port },
-    })),
-    ...tunnels.flatMap(([iif, oif]): Probe[] => [
+    ...openings(nodes).map(({ ip, protocol, port }) => {
+      const what = `${port}/${protocol}`;
+      const whom = nodes.includes(what) ? "devices" : ip === ANYWHERE ? "home nodes" : ip;
+      return { what, whom, packet: { ...packet, from: ip === ANYWHERE ? "" : ip, protocol, port } };
+    }),
+    ...(ranges.length ? ways : []).flatMap(([iif, oif, whom, from]): Probe[] => [
       ...[6443, 10250].map((port) => ({
         what: "everything",
-        whom: pods,
-        packet: { ...packet, iif, from: pod(5), port },
+        whom,
+        // Before it gets here, the entry's own chain has dropped what is for other networks.
+        packet: { ...packet, iif, from, to: iif === DEVICES ? [pod(1)] : packet.to, port },
       })),
       ...(["tcp", "udp"] as const).map((protocol) => ({
-        what: `what is forwarded for ${pods}`,
+        what: `what is forwarded for ${whom}`,
         whom: "",
         packet: {
-          ...{ hook: "forward" as const, family: "ip" as const, iif, oif, from: pod(5), to: [pod(6)] },
+          ...{ hook: "forward" as const, family: "ip" as const, iif, oif, from, to: [pod(6)] },
           ...{ protocol, port: protocol === "tcp" ? 80 : 53 },
         },
       })),
@@ -143,7 +152,7 @@ function opened(chains: readonly Chain[], facts: Box, nodes: readonly string[]):
 /**
  * What the box's firewall blocks, or may block, of the cluster's traffic, one sentence each.
  * @param nodes public addresses of nodes that must get through; NAT where there is a home node; TUNNEL where kubelets
- * are reached inside the tunnel.
+ * are reached inside the tunnel; `entryOf` where it is an entry for devices.
  * @param ranges networks of pods and services, where they must. @see k3s docs, "Requirements", "Operating Systems"
  */
 export function blocked(facts: Box, nodes: readonly string[], ranges: readonly string[]): string[] {
@@ -183,11 +192,14 @@ function withOurs(chains: readonly Chain[], facts: Box, probes: readonly Probe[]
 
 /** Which ports are to be open, in words; `to` is "to" or "from". */
 function doors(nodes: readonly string[], to: string): string {
-  const known = nodes.filter((ip) => ip !== NAT && ip !== TUNNEL).join(", ");
+  const port = devicePort(nodes);
+  const known = nodes.filter((ip) => ip !== NAT && ip !== TUNNEL && !devicePort([ip])).join(", ");
   const inside = nodes.includes(TUNNEL);
-  if (!nodes.includes(NAT)) return `6443/tcp${inside ? "" : ", 10250/tcp"} and 51820/udp ${to} ${known}`;
+  const devices = port ? `, ${port}/udp ${to} devices` : "";
+  if (!nodes.includes(NAT))
+    return `6443/tcp${inside ? "" : ", 10250/tcp"} and 51820/udp ${to} ${known}${devices}`;
   const kubelets = known && !inside ? `, 10250/tcp ${to} ${known}` : "";
-  return `6443/tcp and 51820/udp ${to} all, since home nodes have no fixed address${kubelets}`;
+  return `6443/tcp and 51820/udp ${to} all, since home nodes have no fixed address${kubelets}${devices}`;
 }
 
 /** Changes that open k3s's ports to the nodes and close them to the world; ssh is not touched. @throws {Refusal} */
@@ -252,16 +264,16 @@ export const firewall = step({
 
 /**
  * The addresses to let in: the known ones and those of the cluster's nodes (IPv4 only); NAT where one has none, and TUNNEL
- * with TUNNEL_KUBELETS.
+ * with TUNNEL_KUBELETS; the port of devices where the box is an entry.
  */
-export function admitted(want: Settings, facts: Facts<"nodes">): string[] {
+export function admitted(want: Settings, facts: Facts<"nodes" | "device-port">): string[] {
   const known = splitWords(want.FIREWALL);
   const joined = nodesOf(facts.nodes).flatMap((node) => {
     // Not every node without one: a node that is joining gets its address a moment later.
     const { externalIp: ip = isHome(node) ? NAT : "" } = node;
     return ip === NAT || isIPv4(ip) ? ip : [];
   });
-  const all = [...known, ...joined, want.PUBLIC_IP, want.TUNNEL_KUBELETS && TUNNEL];
+  const all = [...known, ...joined, want.PUBLIC_IP, want.TUNNEL_KUBELETS && TUNNEL, ...entryOf(facts)];
   // A home node that leaves may not be the only one.
   const leaves = (ip: string) => ip !== NAT && known.includes(`-${ip}`);
   return [...new Set(all.filter((ip) => ip && !ip.startsWith("-") && !leaves(ip)))].sort();

@@ -1,8 +1,8 @@
-/** firewalld: rich rules for the nodes, and a trusted source for each network of pods and services. */
+/** firewalld: rich rules for the nodes; the networks of pods and services, and the interface of devices, are trusted. */
 
 import { sh } from "../../sh.ts";
 import { type Facts, type Printed, prints } from "../../step.ts";
-import { ANYWHERE, eachOf, type FirewallManager, openings } from "./traffic.ts";
+import { ANYWHERE, DEVICES, devicePort, eachOf, type FirewallManager, openings } from "./traffic.ts";
 
 export const firewalldLook = prints(
   "firewalld firewalld-version zones rules rules--permanent sources sources--permanent",
@@ -14,7 +14,7 @@ if [ "$state" = running ]; then
   fact zones; echo "$zones"
   for when in '' --permanent; do
     fact "rules$when"; for zone in $zones; do firewall-cmd $when --zone="$zone" --list-rich-rules | sed "s/^/$zone /"; done
-    fact "sources$when"; firewall-cmd $when --zone=trusted --list-sources
+    fact "sources$when"; firewall-cmd $when --info-zone=trusted | sed -n 's/^  \(sources\|interfaces\): *//p'
   done
 fi`);
 
@@ -22,8 +22,8 @@ type FirewalldFact = Printed<typeof firewalldLook>;
 
 /** firewalld before 0.7 has no priorities among rich rules: those that deny come first. */
 const early = (facts: Facts<FirewalldFact>) => !/^0\.[0-6]\./.test(facts["firewalld-version"] ?? "");
-/** A rich rule of ours. */
-const RICH = `rule (priority="-1000" )?family="ipv4" source address="[0-9.]+(/0)?" port port="(6443|10250|51820)" protocol="(tcp|udp)" accept$`;
+/** A rich rule of ours. The port of devices, which can be any, is written as a range: a rule of the user's is not. */
+const RICH = `rule (priority="-1000" )?family="ipv4" source address="[0-9.]+(/0)?" port port="(6443|10250|51820|([0-9]+)-\\4)" protocol="(tcp|udp)" accept$`;
 
 const OURS = new RegExp(`^\\S+ ${RICH}`);
 const zoneOf = (rule: string) => rule.replace(/ .*/, "");
@@ -45,21 +45,26 @@ export const firewalld: FirewallManager<FirewalldFact> = {
   letsAllIn: (facts) =>
     `${facts.rules}\n${facts["rules--permanent"]}`
       .split("\n")
-      .some((rule) => OURS.test(rule) && rule.includes(`"${ANYWHERE}"`)),
+      .some((rule) => OURS.test(rule) && rule.includes(`"${ANYWHERE}" port port="6443"`)),
   commands(facts, nodes, ranges) {
+    const device = devicePort(nodes);
     const rules = split(facts.zones).flatMap((zone) =>
       openings(nodes).map(
         ({ ip, protocol, port }) =>
-          `${zone} rule ${early(facts) ? 'priority="-1000" ' : ""}family="ipv4" source address="${ip}" port port="${port}" protocol="${protocol}" accept`,
+          `${zone} rule ${early(facts) ? 'priority="-1000" ' : ""}family="ipv4" source address="${ip}" port port="${port === device ? `${port}-${port}` : port}" protocol="${protocol}" accept`,
       ),
     );
     const networks = eachOf(ranges).map((range) => `trusted ${range}`);
     return (["", "--permanent"] as const).flatMap((when) => {
       const have = (facts[`rules${when}`] ?? "").split("\n");
       const sources = split(facts[`sources${when}`]).map((source) => `trusted ${source}`);
+      const trusted = `trusted ${DEVICES}`;
+      const isTrusted = sources.includes(trusted);
       const todo = {
         "add-rich-rule": rules.filter((rule) => !have.includes(rule)),
         "add-source": networks.filter((range) => !sources.includes(range)),
+        "add-interface": device && !isTrusted ? [trusted] : [],
+        "remove-interface": !device && isTrusted ? [trusted] : [],
         "remove-rich-rule": have.filter((rule) => OURS.test(rule) && !rules.includes(rule)),
       };
       // Each call starts python: one for all of a zone.
@@ -78,7 +83,7 @@ export const firewalld: FirewallManager<FirewalldFact> = {
 export const leftInFirewalld = (ranges: readonly string[]): string =>
   sh`if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
   for when in '' --permanent; do
-    firewall-cmd $when --list-all-zones 2>/dev/null | grep -qE ${`^[[:blank:]]+${RICH}|^ +sources:.* (${eachOf(ranges).join("|").replaceAll(".", "\\.")})( |$)`} && echo firewall
+    firewall-cmd $when --list-all-zones 2>/dev/null | grep -qE ${`^[[:blank:]]+${RICH}|^ +(sources|interfaces):.* (${[...eachOf(ranges), DEVICES].join("|").replaceAll(".", "\\.")})( |$)`} && echo firewall
   done
 fi`;
 
@@ -92,5 +97,6 @@ export const clearFirewalld = (ranges: readonly string[]): string =>
         while read -r rule; do firewall-cmd -q $when --zone="$zone" --remove-rich-rule="$rule" </dev/null; done
     done
     for range in ${eachOf(ranges)}; do firewall-cmd -q $when --zone=trusted --remove-source=$range 2>/dev/null || :; done
+    firewall-cmd -q $when --zone=trusted --remove-interface=${DEVICES} 2>/dev/null || :
   done
 fi`;

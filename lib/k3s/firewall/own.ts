@@ -2,7 +2,16 @@
 
 import { raw, sh, writeFile } from "../../sh.ts";
 import { type Facts, type Printed, prints } from "../../step.ts";
-import { ANYWHERE, CLOSED, INTERFACES, openings, portsTo, RULE_COMMENT } from "./traffic.ts";
+import {
+  ANYWHERE,
+  CLOSED,
+  DEVICES,
+  devicePort,
+  INTERFACES,
+  openings,
+  portsTo,
+  RULE_COMMENT,
+} from "./traffic.ts";
 
 const SCRIPT = "/usr/local/sbin/k3s-firewall";
 const UNIT = "/etc/systemd/system/k3s-firewall.service";
@@ -64,7 +73,9 @@ const closed = (protocol: string) =>
 
 /** The script for a box without firewalld and ufw: our own table, and accept rules in chains that drop. */
 export function scriptText(nodes: readonly string[], pods: string): string {
-  const open = openings(nodes);
+  const device = devicePort(nodes);
+  const cards = device ? [...INTERFACES, DEVICES] : INTERFACES;
+  const open = openings(nodes.filter((node) => !devicePort([node])));
   const toAll = open.filter(({ ip }) => ip === ANYWHERE);
   const sources = [...new Set(open.map(({ ip }) => ip))];
   const known = sources.filter((ip) => ip !== ANYWHERE);
@@ -116,10 +127,10 @@ table inet ${TABLE} {
 ${known.length ? `\t\telements = { ${known.join(", ")} }\n` : ""}	}
 	chain input {
 		type filter hook input priority -5; policy accept;
-		iifname { "lo", ${INTERFACES.map((name) => `"${name}"`).join(", ")} } accept
+		iifname { "lo", ${cards.map((name) => `"${name}"`).join(", ")} } accept
 		ip saddr @nodes tcp dport { ${tcp.join(", ")} } accept
 		ip saddr @nodes udp dport 51820 accept
-${toAll.map(({ ip, protocol, port }) => `\t\tip saddr ${ip} ${protocol} dport ${port} accept\n`).join("")}		tcp dport ${closed("tcp")} drop
+${toAll.map(({ ip, protocol, port }) => `\t\tip saddr ${ip} ${protocol} dport ${port} accept\n`).join("")}${device ? `\t\tudp dport ${device} accept\n` : ""}		tcp dport ${closed("tcp")} drop
 		udp dport ${closed("udp")} drop
 	}
 }
@@ -127,7 +138,7 @@ NFT
 nodes='${sources.join(" ")}'
 rule() { nft insert rule "$@" accept comment '"${RULE_COMMENT}"'; }
 bases input | while read -r family table chain; do
-  for card in ${INTERFACES.join(" ")}; do rule "$family" "$table" "$chain" iifname "$card"; done
+  for card in ${cards.join(" ")}; do rule "$family" "$table" "$chain" iifname "$card"; done${device ? `\n  rule "$family" "$table" "$chain" udp dport ${device}` : ""}
   for ip in $nodes; do
     for port in ${ports.map(([protocol, port]) => `"${protocol} dport ${port}"`).join(" ")}; do${skip}
       # shellcheck disable=SC2086
@@ -136,7 +147,7 @@ bases input | while read -r family table chain; do
   done
 done
 bases forward | while read -r family table chain; do
-  for end in saddr daddr; do rule "$family" "$table" "$chain" ip $end ${pods}; done
+  for end in saddr daddr; do rule "$family" "$table" "$chain" ip $end ${pods}; done${device ? `\n  rule "$family" "$table" "$chain" iifname ${DEVICES}` : ""}
 done
 for tool in $tools; do
   may_drop() {
@@ -145,7 +156,7 @@ for tool in $tools; do
   }
   put() { "$tool" -w -I "$@" -m comment --comment ${RULE_COMMENT} -j ACCEPT; }
   if may_drop INPUT; then
-    for card in ${INTERFACES.join(" ")}; do put INPUT -i "$card"; done
+    for card in ${cards.join(" ")}; do put INPUT -i "$card"; done${device ? `\n    put INPUT -p udp --dport ${device}` : ""}
     for ip in $nodes; do
       for port in ${ports.map(([protocol, port]) => `"-p ${protocol} --dport ${port}"`).join(" ")}; do${skip}
         # shellcheck disable=SC2086
@@ -154,7 +165,7 @@ for tool in $tools; do
     done
   fi
   if may_drop FORWARD; then
-    for end in -s -d; do put FORWARD $end ${pods}; done
+    for end in -s -d; do put FORWARD $end ${pods}; done${device ? `\n    put FORWARD -i ${DEVICES}` : ""}
   fi
 done
 `;

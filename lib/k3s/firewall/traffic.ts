@@ -1,6 +1,6 @@
 /** What the nodes of a cluster send each other, what is closed to all others, and the firewall that is to have it so. */
 
-import type { Facts } from "../../step.ts";
+import { type Facts, type Printed, prints } from "../../step.ts";
 import { NAT } from "../../table.ts";
 import type { Chain } from "./chains.ts";
 
@@ -38,22 +38,42 @@ export const ANYWHERE = "0.0.0.0/0";
 /** Among the nodes: kubelets are reached inside the tunnel alone. */
 export const TUNNEL = "tunnel";
 
+/** The interface of an entry for devices. */
+export const DEVICES = "k3s-devices";
+
+export const devicePortLook = prints("device-port")(
+  "fact device-port; sed -n 's/^port=//p' /usr/local/sbin/k3s-devices 2>/dev/null",
+);
+
+/** Among the nodes, where the box is an entry for devices: its port, such as 51822/udp, which is open to all. */
+export const entryOf = (facts: Facts<Printed<typeof devicePortLook>>): string[] => {
+  const [port] = /^\d{1,5}$/.exec(facts["device-port"]?.trim() ?? "") ?? [];
+  return port ? [`${port}/udp`] : [];
+};
+
+/** The port of devices among the nodes. */
+export const devicePort = (nodes: readonly string[]): number | undefined => {
+  const node = nodes.find((one) => one.endsWith("/udp"));
+  return node ? Number.parseInt(node, 10) : undefined;
+};
+
 /** The ports that are to be open to nodes with a public address. */
 export const portsTo = (nodes: readonly string[]) =>
   BETWEEN.filter(([, port]) => port !== 10250 || !nodes.includes(TUNNEL));
 
 /**
  * What is to be open: each port to each node. A home node (NAT among `nodes`) comes from anywhere; it reaches kubelets
- * through the tunnel.
+ * through the tunnel. Devices come from anywhere too, to their own port.
  */
 export const openings = (nodes: readonly string[]) =>
   nodes
     .filter((node) => node !== TUNNEL)
-    .flatMap((node) =>
-      portsTo(node === NAT ? [TUNNEL] : nodes).map(([protocol, port]) => ({
-        ...{ ip: node === NAT ? ANYWHERE : node, protocol, port },
-      })),
-    );
+    .flatMap((node) => {
+      const port = devicePort([node]);
+      const ports = port ? [["udp", port] as const] : portsTo(node === NAT ? [TUNNEL] : nodes);
+      const ip = port || node === NAT ? ANYWHERE : node;
+      return ports.map(([protocol, port]) => ({ ip, protocol, port }));
+    });
 
 /** A program that manages the box's firewall. */
 export interface FirewallManager<F extends string> {

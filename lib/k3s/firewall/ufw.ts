@@ -2,12 +2,20 @@
 
 import { raw, sh } from "../../sh.ts";
 import { type Printed, prints } from "../../step.ts";
-import { ANYWHERE, eachOf, type FirewallManager, openings, RULE_COMMENT } from "./traffic.ts";
+import {
+  ANYWHERE,
+  DEVICES,
+  devicePort,
+  eachOf,
+  type FirewallManager,
+  openings,
+  RULE_COMMENT,
+} from "./traffic.ts";
 
 export const ufwLook = prints("ufw added")(sh`fact ufw; ufw status verbose 2>/dev/null
 fact added; ufw show added 2>/dev/null`);
 
-const RULE = /^ufw ((?:route )?allow [\w.:/ ]+?)(?: comment '(.*)')?$/gm;
+const RULE = /^ufw ((?:route )?allow [\w.:/ -]+?)(?: comment '(.*)')?$/gm;
 
 /** The rules with their comments. ufw does not show a source or destination that is any. */
 const rulesIn = (added: string) =>
@@ -23,7 +31,7 @@ export const ufw: FirewallManager<Printed<typeof ufwLook>> = {
   runs: ({ ufw = "" }) => /^Status: active/m.test(ufw),
   owns: ({ rules }) => rules.some(({ text }) => / ufw-before-(input|forward)$/.test(text)),
   opens: ({ name }) => (/^ufw-user-(input|forward)$/.test(name) ? ["nodes", "pods"] : []),
-  letsAllIn: ({ added }) => oursIn(added).some((rule) => rule.includes(ANYWHERE)),
+  letsAllIn: ({ added }) => oursIn(added).some((rule) => rule.includes(`${ANYWHERE} to any port 6443 `)),
   commands({ added = "" }, nodes, ranges, blocked) {
     const ours = oursIn(added);
     // A rule of the user stays theirs: to add it again would only change its comment.
@@ -36,6 +44,7 @@ export const ufw: FirewallManager<Printed<typeof ufwLook>> = {
       ...["from", "to"].flatMap((end) =>
         eachOf(ranges.slice(0, 1)).map((pods) => sh`route allow ${end} ${pods}`),
       ),
+      ...(devicePort(nodes) ? [sh`allow in on ${DEVICES}`, sh`route allow in on ${DEVICES}`] : []),
     ];
     const told = (rule: string, how: string) =>
       rule.startsWith("route ") ? `ufw route ${how}${rule.slice(5)}` : `ufw ${how} ${rule}`;
