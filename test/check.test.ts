@@ -2,7 +2,8 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { causesOf } from "../lib/check/causes.ts";
 import { diagnose, judge } from "../lib/check/diagnose.ts";
-import { clusterOf, type Member, surveyAndTry } from "../lib/check/survey.ts";
+import { clusterOf, LOOKS, type Member, surveyAndTry } from "../lib/check/survey.ts";
+import type { Device } from "../lib/k3s/devices.ts";
 import { MEANT, meaningOf } from "../lib/k3s/journal.ts";
 import type { Settings } from "../lib/settings.ts";
 import { jsonOf } from "../lib/text.ts";
@@ -12,6 +13,8 @@ import {
   answering,
   B1,
   B2,
+  deviceKey,
+  entryFacts,
   type Facts,
   figures,
   fixture,
@@ -19,6 +22,7 @@ import {
   keyOf,
   MODERN,
   member,
+  NFT_RULES,
   NOW,
   type NodeSpec,
   nodes,
@@ -173,6 +177,186 @@ describe("a box without a public address", () => {
       assert.equal(seen.length, cause ? 1 : 0, seen.join("\n"));
       if (cause) assert.match(seen[0] ?? "", cause);
     });
+});
+
+describe("an entry of devices", () => {
+  const PHONE: Device = { name: "phone", ip: "10.44.0.2", key: deviceKey("P"), form: "phone" };
+  const TV: Device = { name: "tv", ip: "10.44.0.3", key: deviceKey("T"), form: "linux", only: "services" };
+  const attic = (lan: string): Device => ({
+    ...{ name: "attic", ip: "10.44.0.4", key: deviceKey("R"), form: "router", lan },
+  });
+  const both = [PHONE, TV];
+  const entries = (over: Record<string, Facts>, more: Record<string, Over> = {}) => {
+    const made = Object.entries(over).map(([name, facts]) => [name, { ...more[name], facts }]);
+    return boxes(MODERN, { ...more, ...Object.fromEntries(made) });
+  };
+  const found = (a1: Facts) => problemsOf(entries({ a1 }));
+  const state = (...rows: string[]) => ({ "entry-state": `${rows.join("\n")}\n` });
+  const E = deviceKey("E");
+  const own = "make device NAME=phone VIA=a1; or systemctl restart k3s-devices on it";
+
+  test("whose devices are all switched off has no problems, nor has a box that is none", () => {
+    const off = entryFacts(both)["entry-dump"]?.replace(String(NOW - 12), String(NOW - 90_000)) ?? "";
+    assert.deepEqual(found({ ...entryFacts(both), "entry-dump": off }), []);
+    assert.equal(clusterOf(boxes(MODERN)).boxes[0]?.entry, undefined);
+  });
+
+  const cases: [name: string, over: Facts, cause: string, remedy: string][] = [
+    [
+      "whose interface is gone",
+      { ...state("active", "enabled"), "entry-dump": "" },
+      "its interface k3s-devices is gone, although the unit is active",
+      own,
+    ],
+    [
+      "whose unit is stopped",
+      { ...state("inactive", "enabled"), "entry-dump": "", "entry-rules": "" },
+      "k3s-devices does not run on it (systemd: inactive): devices reach nothing by it",
+      own,
+    ],
+    [
+      "whose unit does not start at boot",
+      state("active", "disabled", E, "51822"),
+      "k3s-devices does not start at boot (systemd: disabled)",
+      "make device NAME=phone VIA=a1; or systemctl enable k3s-devices on it",
+    ],
+    [
+      "whose interface has another key than its file",
+      state("active", "enabled", deviceKey("X"), "51822"),
+      "its interface k3s-devices has another key than /etc/rancher/k3s-devices/key",
+      own,
+    ],
+    [
+      "whose interface is at another port than its program says",
+      state("active", "enabled", E, "4242"),
+      "its interface k3s-devices is at port 4242, not 51822",
+      own,
+    ],
+    [
+      "whose interface lets in others than its file",
+      { "entry-dump": entryFacts([PHONE, attic("")])["entry-dump"] ?? "" },
+      "its interface k3s-devices has other peers than /etc/rancher/k3s-devices/peers: without tv, 1 more",
+      own,
+    ],
+    [
+      "whose rules are gone while its interface is up",
+      { "entry-rules": "" },
+      "the rules that keep its devices to the cluster's networks are gone: what they send is forwarded anywhere",
+      own,
+    ],
+    [
+      "whose rules no longer keep a device to services",
+      { "entry-rules": NFT_RULES([PHONE]) },
+      "the rules that keep its devices to the cluster's networks are gone: what they send is forwarded anywhere",
+      own,
+    ],
+    [
+      "whose key is gone, so that all devices need new configurations",
+      { "entry-key": "\n" },
+      "the key of k3s-devices is gone (/etc/rancher/k3s-devices/key)",
+      "make device NAME=phone VIA=a1, and so on for tv",
+    ],
+    [
+      "whose file of devices is gone, while its interface lets them in",
+      { "peers-file": "" },
+      "its interface k3s-devices has other peers than /etc/rancher/k3s-devices/peers: 2 more",
+      "systemctl restart k3s-devices on it",
+    ],
+    [
+      "whose box has an address in the devices' network",
+      { addresses: "2: eth0    inet 10.44.0.77/16" },
+      "its devices have addresses of 10.44.0.0/24, which collides with its own address 10.44.0.77 (eth0)",
+      "take them away (make device NAME=… REMOVE=1 for phone, tv), set DEVICE_CIDR to another network, and make them anew",
+    ],
+  ];
+  for (const [name, over, cause, remedy] of cases)
+    test(`${name} is found, with its remedy`, () => {
+      const facts = { ...entryFacts(both), ...over };
+      assert.deepEqual(found(facts), [{ box: "a1", cause, remedy }]);
+    });
+
+  test("in whose network the cluster has its pods is found", () => {
+    const list = nodes({ ...A1, args: ["server", "--cluster-cidr=10.44.0.0/16"] }, B1, B2);
+    const [problem, ...more] = found({ ...entryFacts(both), nodes: list });
+    assert.match(problem?.cause ?? "", /collides with 10\.44\.0\.0\/16, which the cluster has$/);
+    assert.deepEqual(more, []);
+  });
+
+  test("with a device whose home has the cluster's addresses, or those of devices, is found", () => {
+    for (const [lan, other] of [
+      ["10.42.7.0/24", "10.42.0.0/16, which the cluster has"],
+      ["10.43.0.0/24", "10.43.0.0/16, which the cluster has"],
+      ["10.44.0.0/16", "10.44.0.0/24, which devices have"],
+    ]) {
+      const device = attic(lan as string);
+      assert.deepEqual(found(entryFacts([device])), [
+        {
+          box: "a1",
+          cause: `the home's network of device attic, ${lan}, collides with ${other}: from there it is out of reach`,
+          remedy: "give that LAN another network, then: make device NAME=attic VIA=a1 LAN=that network",
+        },
+      ]);
+    }
+    assert.deepEqual(found(entryFacts([attic("192.168.0.0/24")])), []);
+  });
+
+  test("is repaired together with the others of its device, so that the device's files stay numbered alike", () => {
+    const b1 = { ...entryFacts(both), "entry-rules": "" };
+    assert.deepEqual(
+      problemsOf(entries({ a1: entryFacts(both), b1 })).map(({ box, remedy }) => [box, remedy]),
+      [["b1", 'make device NAME=phone VIA="a1 b1"; or systemctl restart k3s-devices on it']],
+    );
+  });
+
+  test("that no device has ever reached gives a note about its port, and no problem", () => {
+    const facts = entryFacts(both);
+    const never = { ...facts, "entry-dump": facts["entry-dump"]?.replace(String(NOW - 12), "0") ?? "" };
+    const { wrong, notes } = judge(clusterOf(entries({ a1: never })));
+    assert.deepEqual(wrong, []);
+    assert.deepEqual(notes, [
+      "a1: no device has had a handshake with its k3s-devices: is 51822/udp open to all at its vendor?",
+    ]);
+    assert.deepEqual(judge(clusterOf(entries({ a1: facts }))).notes, []);
+    const closed = judge(clusterOf(entries({ a1: { ...UFW, ...never, "device-port": "51822\n" } })));
+    assert.deepEqual(
+      closed.wrong.map(({ cause }) => cause),
+      ["ufw drops 51822/udp from devices (policy drop)"],
+    );
+    assert.deepEqual(
+      closed.notes.filter((note) => note.includes("vendor")),
+      [],
+    );
+  });
+
+  test("gets one line in the report, a device with two entries counts once, and without a device there is no line", () => {
+    const text = (a1: Facts, b1: Facts) => reportOf(clusterOf(entries({ a1, b1 })), [], {});
+    const line = (text: string) => text.match(/^.*device.*$/gm);
+    assert.deepEqual(line(text(entryFacts([PHONE]), entryFacts([TV, PHONE]))), [
+      "devices  2 at a1, b1, 2 of them with a handshake in the last 3 minutes",
+    ]);
+    const facts = entryFacts(both);
+    const old = { ...facts, "entry-dump": facts["entry-dump"]?.replace(String(NOW - 12), "1") ?? "" };
+    assert.deepEqual(line(text(facts, {})), [
+      "devices  2 at a1, 1 of them with a handshake in the last 3 minutes",
+    ]);
+    assert.deepEqual(line(text(old, {})), [
+      "devices  2 at a1, none of them with a handshake in the last 3 minutes",
+    ]);
+    assert.equal(line(text({}, {})), null);
+  });
+
+  test("is asked for by check alone, without a second trip", async () => {
+    const sent: string[] = [];
+    await surveyAndTry(
+      boxes(MODERN).map(({ box, role, facts }) => ({
+        box: { ...box, shell: answering(facts, sent) },
+        role,
+      })),
+    );
+    assert.equal(sent.length, 3);
+    for (const script of sent) assert.match(script, /^fact entry-rules/m);
+    assert.doesNotMatch([...LOOKS.server, ...LOOKS.agent].join("\n"), /k3s-devices/);
+  });
 });
 
 test("a script that does not know the address of a box does not report it as wrong", () =>

@@ -8,7 +8,10 @@ import {
   bringsBack,
   type Device,
   devicesIn,
+  entryIn,
+  entryLook,
   type Form,
+  ENTRY_PROGRAM as PROGRAM,
   peersText,
   seenBy,
   shutsOut,
@@ -28,9 +31,24 @@ import {
   qrOf,
 } from "../scripts/cluster/device.ts";
 import { rowOf } from "../scripts/cluster/devices.ts";
-import { type Facts, MODERN, NOW, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import {
+  entryFacts,
+  type Facts,
+  IPTABLES_RULES,
+  deviceKey as key,
+  look,
+  MODERN,
+  NETWORKS,
+  NFT_RULES,
+  NOW,
+  prepared,
+  programs,
+  shell,
+  temporary,
+  wanted,
+  written,
+} from "./helpers.ts";
 
-const key = (letter: string) => `${letter.repeat(42)}A=`;
 const PHONE: Device = { name: "phone", ip: "10.44.0.2", key: key("P"), form: "phone" };
 const LIMITED: Device = { name: "tv", ip: "10.44.0.3", key: key("T"), form: "linux", only: "services" };
 const ATTIC: Device = {
@@ -42,40 +60,9 @@ const ATTIC: Device = {
 };
 
 /** A box of a running cluster without devices. */
-const node = (over: Facts = {}): Facts => ({
-  ...prepared(MODERN),
-  "pod-network": "10.42.0.0/16\n",
-  "api-service": "10.43.0.1\n",
-  "dns-service": "10.43.0.10\n",
-  ...over,
-});
-/** The text that a change writes to a file, by running it. */
-function written(sh: string, path: string): string {
-  const folder = temporary();
-  const text = sh.replaceAll("/etc/", `${folder}/etc/`).replaceAll("/usr/local/", `${folder}/usr/local/`);
-  const PATH = programs(`${folder}/bin`, { systemctl: ":", wg: "echo KEY" });
-  const { status, stderr } = shell(`set -eu\n${text}`, ["sh", "-s"], { PATH });
-  assert.equal(status, 0, stderr);
-  return readFileSync(`${folder}${path}`, "utf8").replaceAll(folder, "");
-}
+const node = (over: Facts = {}): Facts => ({ ...prepared(MODERN), ...NETWORKS, ...over });
 /** An entry that has these devices, as a change has left it. */
-function entry(devices: Device[], over: Facts = {}): Facts {
-  const sh = admits(devices[0] as Device).plan(wanted(), node())[0]?.sh ?? "";
-  return node({
-    entry: ["/usr/local/sbin/k3s-devices", "/etc/systemd/system/k3s-devices.service"]
-      .map((path) => written(sh, path))
-      .join(""),
-    "peers-file": peersText(devices),
-    "entry-key": `${key("E")}\n`,
-    "entry-state": `active\nenabled\n${key("E")}\n51822\n`,
-    "entry-dump": devices
-      .map(({ key, ip }, i) =>
-        [key, "(none)", "198.51.102.1:5", `${ip}/32`, i ? 0 : NOW - 12, 1500, 2e6, "off"].join("\t"),
-      )
-      .join("\n"),
-    ...over,
-  });
-}
+const entry = (devices: Device[], over: Facts = {}): Facts => node({ ...entryFacts(devices), ...over });
 const whys = (changes: readonly { why: string }[]) => changes.map(({ why }) => why);
 
 describe("an entry", () => {
@@ -109,6 +96,8 @@ describe("an entry", () => {
     ["its unit does not start at boot", { "entry-state": `active\ndisabled\n${key("E")}\n51822\n` }],
     ["its interface has another key", { "entry-state": `active\nenabled\n${key("X")}\n51822\n` }],
     ["its interface lacks a peer", { "entry-dump": "" }],
+    ["its interface is at another port", { "entry-state": `active\nenabled\n${key("E")}\n51999\n` }],
+    ["its rules are gone", { "entry-rules": "" }],
     ["its program was changed", { entry: "#!/bin/sh\n# Written by k3s-across-clouds.\n" }],
   ] as const)
     test(`is repaired by the next run if ${what}`, () =>
@@ -181,10 +170,7 @@ describe("an entry", () => {
   /** What its program passes to nft, iptables-restore and wg with these devices. */
   function started(devices: Device[], tool: "nft" | "iptables") {
     const folder = temporary();
-    const text = written(
-      admits(devices[0] as Device).plan(wanted(), node())[0]?.sh ?? "",
-      "/usr/local/sbin/k3s-devices",
-    );
+    const text = written(admits(devices[0] as Device).plan(wanted(), node())[0]?.sh ?? "", PROGRAM);
     writeFileSync(join(folder, "peers"), peersText(devices));
     writeFileSync(join(folder, "key"), `${key("S")}\n`);
     const notes = `cat >${folder}/rules`;
@@ -230,6 +216,58 @@ describe("an entry", () => {
     );
     assert.match(conf, /^\[Interface\]\nListenPort = 51822\nPrivateKey = S{42}A=\n# phone phone\n\[Peer\]\n/);
     assert(!asked.includes(key("S")));
+  });
+
+  test("is seen whole by the look that its program leaves, with nft as with iptables, and any rule that is gone is missed", () => {
+    const folder = temporary();
+    const text = written(admits(LIMITED).plan(wanted(), node())[0]?.sh ?? "", PROGRAM);
+    writeFileSync(join(folder, "peers"), peersText([LIMITED]));
+    writeFileSync(join(folder, "key"), `${key("S")}\n`);
+    writeFileSync(join(folder, "program"), text);
+    const dump = [LIMITED.key, "(none)", "(none)", `${LIMITED.ip}/32`, 0, 0, 0, "25"].join("\t");
+    /** What the look finds where this is what nft or iptables lists. */
+    const seen = (tool: "nft" | "iptables", rules: string) => {
+      const PATH = programs(`${folder}/${tool}`, {
+        wg: `case $* in pubkey) cat >/dev/null; echo ${key("E")} ;; *dump) printf '%s\\n' secret '${dump}' ;; *port) echo 51822 ;; *) echo ${key("E")} ;; esac`,
+        // In no order of ours.
+        systemctl: "echo UnitFileState=enabled; echo ActiveState=active",
+        [tool]: `cat <<'RULES'\n${rules}\nRULES`,
+      });
+      const there = entryLook.map((part) =>
+        part
+          .replaceAll("/etc/rancher/k3s-devices", folder)
+          .replaceAll(PROGRAM, `${folder}/program`)
+          .replaceAll("command -v nft", tool === "nft" ? "true" : "false"),
+      );
+      const facts = look([{ look: () => there }], wanted(), { PATH });
+      assert.doesNotMatch(JSON.stringify(facts), /secret/);
+      return entryIn(facts);
+    };
+    for (const [tool, rules] of [
+      ["nft", NFT_RULES([LIMITED])],
+      ["iptables", IPTABLES_RULES([LIMITED])],
+    ] as const) {
+      const { port, network, devices, fault } = seen(tool, rules) ?? {};
+      assert.deepEqual(
+        [port, network, devices?.map(({ name }) => name), fault],
+        ["51822", "10.44.0.0/24", ["tv"], undefined],
+      );
+      for (const gone of rules.split("\n").filter((line) => /drop$|-j (DROP|K3S-DEVICES)$/i.test(line)))
+        assert.match(
+          seen(tool, rules.replace(`${gone}\n`, ""))?.fault?.cause ?? "",
+          /^the rules that keep its devices/,
+          gone,
+        );
+    }
+  });
+
+  test("that is none is looked at without a single program", () => {
+    const { status, stdout, stderr } = shell(
+      `fact() { echo "$1"; }\n${entryLook.join("\n")}`,
+      ["/bin/sh", "-s"],
+      { PATH: "/nowhere" },
+    );
+    assert.deepEqual([status, stdout, stderr], [0, "", ""]);
   });
 
   test("lists its devices with the last handshake and the traffic of each", () => {

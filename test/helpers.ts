@@ -1,3 +1,4 @@
+import { strict as assert } from "node:assert";
 import { spawn, spawnSync } from "node:child_process";
 import { chmodSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -5,6 +6,7 @@ import { join } from "node:path";
 import { after } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Member } from "../lib/check/survey.ts";
+import { admits, type Device, ENTRY_PROGRAM, ENTRY_UNIT, peersText } from "../lib/k3s/devices.ts";
 import { interfaceOf, type Role, unitOf, unitPath } from "../lib/k3s/unit.ts";
 import { lookScript, reader, wrapInMain } from "../lib/protocol.ts";
 import { silent } from "../lib/report.ts";
@@ -240,6 +242,75 @@ export function member(version: string, spec: NodeSpec, facts: Facts = {}, tried
       tries: byAddress(tried.tries ?? [...ways, ...reached].join("\n")),
     },
   } satisfies Member;
+}
+
+/** What the API and flannel say of a cluster's networks. */
+export const NETWORKS = {
+  "pod-network": "10.42.0.0/16\n",
+  "api-service": "10.43.0.1\n",
+  "dns-service": "10.43.0.10\n",
+};
+
+/** The text that a change writes to a file, by running it. */
+export function written(sh: string, path: string): string {
+  const folder = temporary();
+  const text = sh.replaceAll("/etc/", `${folder}/etc/`).replaceAll("/usr/local/", `${folder}/usr/local/`);
+  const PATH = programs(`${folder}/bin`, { systemctl: ":", wg: "echo KEY" });
+  const { status, stderr } = shell(`set -eu\n${text}`, ["sh", "-s"], { PATH });
+  assert.equal(status, 0, stderr);
+  return readFileSync(`${folder}${path}`, "utf8").replaceAll(folder, "");
+}
+
+/** A WireGuard key of a device's or an entry's. */
+export const deviceKey = (letter: string): string => `${letter.repeat(42)}A=`;
+
+const limited = (devices: readonly Device[]) => devices.flatMap(({ ip, only }) => (only ? [ip] : []));
+
+/** The rules of an entry with these devices, as `nft list` prints them. */
+export const NFT_RULES = (devices: readonly Device[]): string =>
+  [
+    "table inet k3s_devices {",
+    "\tchain prerouting {",
+    "\t\ttype filter hook prerouting priority raw; policy accept;",
+    '\t\tiifname != "k3s-devices" accept',
+    "\t\tip daddr 10.43.0.0/16 accept",
+    ...limited(devices).map((ip) => `\t\tip saddr ${ip} drop`),
+    "\t\tip daddr { 10.42.0.0/16, 10.44.0.0/24 } accept",
+    "\t\tdrop",
+    "\t}",
+    "}",
+    "",
+  ].join("\n");
+
+/** The same of iptables. */
+export const IPTABLES_RULES = (devices: readonly Device[]): string =>
+  [
+    "-N K3S-DEVICES",
+    "-A PREROUTING -i k3s-devices -j K3S-DEVICES",
+    "-A K3S-DEVICES -d 10.43.0.0/16 -j ACCEPT",
+    ...limited(devices).map((ip) => `-A K3S-DEVICES -s ${ip}/32 -j DROP`),
+    "-A K3S-DEVICES -d 10.42.0.0/16 -j ACCEPT",
+    "-A K3S-DEVICES -d 10.44.0.0/24 -j ACCEPT",
+    "-A K3S-DEVICES -j DROP",
+    "",
+  ].join("\n");
+
+/** What an entry says that has these devices, as a change has left it; the first of them is on. */
+export function entryFacts(devices: readonly Device[], want = wanted()): Facts {
+  const facts = { ...prepared(MODERN), ...NETWORKS };
+  const sh = admits(devices[0] as Device).plan(want, facts)[0]?.sh ?? "";
+  return {
+    entry: [ENTRY_PROGRAM, ENTRY_UNIT].map((path) => written(sh, path)).join(""),
+    "peers-file": peersText(devices),
+    "entry-key": `${deviceKey("E")}\n`,
+    "entry-state": `active\nenabled\n${deviceKey("E")}\n51822\n`,
+    "entry-rules": NFT_RULES(devices),
+    "entry-dump": devices
+      .map(({ key, ip }, i) =>
+        [key, "(none)", "198.51.102.1:5", `${ip}/32`, i ? 0 : NOW - 12, 1500, 2e6, "off"].join("\t"),
+      )
+      .join("\n"),
+  };
 }
 
 /** What the metrics API says of these nodes. */

@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { kubelets, made, type Pod, paths } from "../lib/check/pods.ts";
 import { ask, clusterOf, LOOKS, surveyAndTry } from "../lib/check/survey.ts";
+import { admits, type Device, ENTRY_PROGRAM, shutsOut } from "../lib/k3s/devices.ts";
 import { drainedOn } from "../lib/k3s/drain.ts";
 import { closeAgain, firewallLooks, firewallPlan } from "../lib/k3s/firewall/firewall.ts";
 import { scriptText } from "../lib/k3s/firewall/own.ts";
@@ -23,6 +24,8 @@ import {
   A1,
   answering,
   B1,
+  deviceKey,
+  entryFacts,
   type Facts,
   fixture,
   healthy,
@@ -30,6 +33,7 @@ import {
   lacks,
   MODERN,
   member,
+  NETWORKS,
   node,
   nodes,
   OLD,
@@ -38,6 +42,7 @@ import {
   shell,
   TOKEN,
   wanted,
+  written,
 } from "./helpers.ts";
 
 const skip = lacks("shellcheck");
@@ -166,6 +171,32 @@ describe("shellcheck reports nothing", { skip }, () => {
       for (const { sh } of firewallPlan(facts, ["198.51.100.11", "51822/udp"], ranges))
         check(`#!/bin/sh\n${sh}\n`);
   });
+});
+
+describe("shellcheck reports nothing in an entry of devices:", { skip }, () => {
+  const device = (name: string, ip: string): Device => ({ name, ip, key: deviceKey("P"), form: "phone" });
+  const [PHONE, TV] = [device("phone", "10.44.0.2"), { ...device("tv", "10.44.0.3"), only: "services" }] as [
+    Device,
+    Device,
+  ];
+  const none = { ...prepared(MODERN), ...NETWORKS };
+  const entry = { ...none, ...entryFacts([PHONE]) };
+  const steps: [string, Step, Facts][] = [
+    ["that is new", admits(PHONE), none],
+    ["with one device more", admits(TV), entry],
+    ["that is repaired", admits(PHONE), { ...entry, "entry-state": "inactive\n" }],
+    ["with one device less", shutsOut("tv"), { ...entry, ...entryFacts([PHONE, TV]) }],
+    ["without its last device", shutsOut("phone"), entry],
+  ];
+  for (const [what, step, facts] of steps)
+    test(what, () => {
+      check(`#!/bin/sh\n${wrapInMain(lookScript([step], wanted(), "mark"))}`);
+      const changes = step.plan(wanted(), facts);
+      assert.equal(changes.length, 1);
+      for (const { sh } of changes) check(`#!/bin/sh\nset -eu\n${sh}\n`);
+    });
+
+  test("its program", () => check(written(admits(PHONE).plan(wanted(), none)[0]?.sh ?? "", ENTRY_PROGRAM)));
 });
 
 test("shellcheck reports nothing in the program that keeps a node without a public address in touch", {

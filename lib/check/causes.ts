@@ -43,8 +43,11 @@ async function explain(run: Run, failed: Box, role: Role, script: string): Promi
     const members = await look.finally(() => {
       if (underWay === look) underWay = undefined;
     });
+    const { boxes: seen, ...cluster } = clusterOf(members);
+    // Devices are no node's concern.
+    const problems = diagnose({ ...cluster, boxes: seen.map((box) => ({ ...box, entry: undefined })) });
     const name = members.find(({ box }) => box.host === failed.host)?.box.name;
-    return causesOf(diagnose(clusterOf(members)), name, script);
+    return causesOf(problems, name, script);
   } catch {
     return [];
   }

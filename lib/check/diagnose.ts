@@ -1,6 +1,7 @@
 /** Diagnoses a cluster from its boxes' reports: what is wrong, and what to do. Pure. */
 
 import { rangesOf } from "../k3s/config.ts";
+import { eachOf } from "../k3s/firewall/traffic.ts";
 import { meaningOf } from "../k3s/journal.ts";
 import {
   FRESH,
@@ -15,7 +16,7 @@ import {
 } from "../k3s/nodes.ts";
 import { generationOf, unitOf } from "../k3s/unit.ts";
 import type { Problem } from "../report.ts";
-import { NAT, publicIp } from "../table.ts";
+import { NAT, overlap, publicIp } from "../table.ts";
 import type { BoxReport, Cluster } from "./survey.ts";
 
 /** Tolerated difference between clocks, in seconds; NTP keeps them within one. */
@@ -99,6 +100,7 @@ export function judge(cluster: Cluster): { wrong: Problem[]; notes: string[]; ea
   add(dnsFindings(cluster));
   add(topFindings(cluster, broken));
   add(podFindings(cluster));
+  add(entryFindings(cluster));
   return { wrong, notes, early };
 }
 
@@ -418,6 +420,10 @@ const notesOf = ({ boxes, nodes }: Cluster): string[] =>
         `by its rules ${latent.join("; ")}; this passes now, but may not after a restart: ${opens}`,
       loops(box) === "young" &&
         `${unitOf(box.role)} was started ${starts.length} times in ${Math.round(Math.max(...starts))} s, and has run for ${Math.round(unit.runs ?? 0)} s since`,
+      box.entry?.devices.every(({ handshake }) => !handshake) &&
+        !box.entry.fault &&
+        !box.closed.length &&
+        `no device has had a handshake with its k3s-devices: is ${box.entry.port}/udp open to all at its vendor?`,
       ...away.map((node) => {
         const { note } = standing(peerOf(box.peers, node.podCidr), node, nodes, now - FRESH);
         return note && `${node.name} sends from ${note}`;
@@ -431,10 +437,11 @@ const notesOf = ({ boxes, nodes }: Cluster): string[] =>
   });
 
 /** The cluster's networks of pods and of services, by what its server got. */
-const rangesIn = (boxes: readonly BoxReport[]): string => {
-  const server = boxes.find(({ role, node }) => role === "server" && node);
-  return rangesOf({ SERVER_ARGS: server?.node?.args.join(" ") ?? "" }).join(" and ");
-};
+const rangesIn = (boxes: readonly BoxReport[]): string =>
+  rangesOf({ SERVER_ARGS: serverNode(boxes)?.args.join(" ") ?? "" }).join(" and ");
+
+const serverNode = (boxes: readonly BoxReport[]) =>
+  boxes.find(({ role, node }) => role === "server" && node)?.node;
 
 /** Tunnels between otherwise healthy boxes: packet size, closed ports, stale peers. */
 function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
@@ -751,6 +758,50 @@ function podFindings({ boxes, system }: Cluster): Findings {
       }),
     ),
   ];
+}
+
+/** Entries that are not as their files have them, and networks that collide. A device that is switched off is no fault. */
+function entryFindings({ boxes }: Cluster): Findings {
+  const args = serverNode(boxes)?.args.join(" ");
+  const cluster =
+    args === undefined ? [] : eachOf(rangesOf({ SERVER_ARGS: args })).filter((range) => range.includes("."));
+  return boxes.flatMap(({ name: box, entry }): Findings => {
+    if (!entry) return [];
+    const { devices, network, fault, taken } = entry;
+    const names = devices.map(({ name }) => name);
+    // All entries of the device: those of a run are numbered.
+    const make = (device = names[0]) => {
+      const via = boxes.filter((one) => one.entry?.devices.some(({ name }) => name === device));
+      const list = via.map(({ name }) => name).join(" ");
+      return `make device NAME=${device} VIA=${via.length > 1 ? `"${list}"` : list}`;
+    };
+    // A new key has to go into the configurations of all.
+    const all = names.length > 1 ? `${make()}, and so on for ${names.slice(1).join(", ")}` : make();
+    const mends = fault?.mends && `${fault.mends} on it`;
+    const repair = !mends ? all : names.length ? `${make()}; or ${mends}` : mends;
+    const met = network && cluster.find((range) => overlap(network, range));
+    const what = met ? `${met}, which the cluster has` : taken && `its own address ${taken}`;
+    return [
+      fault && finding(box, fault.cause, repair),
+      what &&
+        finding(
+          box,
+          `its devices have addresses of ${network}, which collides with ${what}`,
+          `take them away (make device NAME=… REMOVE=1 for ${names.join(", ")}), set DEVICE_CIDR to another network, and make them anew`,
+        ),
+      ...devices.map(({ name, lan }) => {
+        const other = lan && [...cluster, ...(network ? [network] : [])].find((range) => overlap(lan, range));
+        return (
+          other &&
+          finding(
+            box,
+            `the home's network of device ${name}, ${lan}, collides with ${other}, which ${other === network ? "devices have" : "the cluster has"}: from there it is out of reach`,
+            `give that LAN another network, then: ${make(name)} LAN=that network`,
+          )
+        );
+      }),
+    ];
+  });
 }
 
 /** Kubelets that the server does not reach. */

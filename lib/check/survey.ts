@@ -6,6 +6,7 @@
 import { boxes } from "../boxes.ts";
 import { look } from "../converge.ts";
 import { rangesOf } from "../k3s/config.ts";
+import { entryIn, entryLook } from "../k3s/devices.ts";
 import { blocked, firewallLooks, type RuleFact, remedy } from "../k3s/firewall/firewall.ts";
 import { entryOf, TUNNEL } from "../k3s/firewall/traffic.ts";
 import { nodeNameOf, nodesAt, whoIs } from "../k3s/identity.ts";
@@ -103,7 +104,7 @@ fact joins; echo "$joins"`,
 /** What a box is asked for, by its role. */
 export const LOOKS = { server: [boxLook, serverLook], agent: [boxLook, agentLook] } as const;
 
-type BoxFact = Printed<(typeof LOOKS)[Role][number]> | RuleFact;
+type BoxFact = Printed<(typeof LOOKS)[Role][number] | (typeof entryLook)[number]> | RuleFact;
 /** What tries() and its companions print, and the second trip. */
 type TriedFact = Printed<ReturnType<typeof tries | typeof answersLook>> | "paths" | "kubelets" | "unstarted";
 
@@ -329,6 +330,8 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
     said: facts.said?.trim() ?? "",
     /** metrics-server is deployed: k3s's own, or fix-metrics'. */
     metrics: Boolean(facts.metrics?.trim()),
+    /** What devices have as their entry here. */
+    entry: entryIn(facts),
     now: Number(facts.now),
     tried: triedOf({ ...tried, ...paths }, nodes, Boolean(box.want.TUNNEL_KUBELETS)),
   };
@@ -442,7 +445,7 @@ export async function surveyAndTry(boxes: Listed): Promise<Member[]> {
   };
   const found = await survey<TriedFact>(
     boxes,
-    (role) => [...looks[role], ...firewallLooks],
+    (role) => [...looks[role], ...firewallLooks, ...entryLook],
     patience(20 + boxes.length),
   );
   const members = found.map((member) => ({ ...member, tried: member.facts }));

@@ -6,13 +6,13 @@
 import { parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh, writeFile } from "../sh.ts";
-import { type Change, type Facts, prints, Refusal, type Step, step } from "../step.ts";
+import { type Change, type Facts, type Printed, prints, Refusal, type Step, step } from "../step.ts";
 import { domainIn, type FORMS, hostIn, liesIn } from "../table.ts";
 import { sha256, splitWords } from "../text.ts";
 import { rangesOf } from "./config.ts";
 import { ipv4Of } from "./firewall/traffic.ts";
 import { API } from "./nodes.ts";
-import { shownLook, WRITTEN_BY } from "./unit.ts";
+import { WRITTEN_BY } from "./unit.ts";
 
 export const ENTRY = "k3s-devices";
 /** The interface's key and its peers, 0600. */
@@ -147,21 +147,25 @@ ExecStop=${ENTRY_PROGRAM} stop
 WantedBy=multi-user.target
 `;
 
-/** Facts about an entry: its files, public key, peers and their traffic. The first line of the dump has its private key. */
+/**
+ * Facts about an entry: its files, public key, rules, peers and their traffic. What is none says nothing, for two tests.
+ * The first line of the dump has the private key.
+ */
 export const entryLook = [
-  shownLook,
-  prints(
-    "entry peers-file entry-key entry-state entry-dump",
-  )(sh`fact entry; cat ${ENTRY_PROGRAM} ${ENTRY_UNIT} 2>/dev/null
+  prints("entry peers-file entry-key entry-state entry-rules entry-dump")(
+    sh`if [ -e ${ENTRY_FOLDER} ] || [ -e ${ENTRY_PROGRAM} ]; then
+fact entry; cat ${ENTRY_PROGRAM} ${ENTRY_UNIT} 2>/dev/null
 fact peers-file; cat ${ENTRY_FOLDER}/peers 2>/dev/null
-if [ -e ${ENTRY_FOLDER}/key ]; then
-  fact entry-key; wg pubkey <${ENTRY_FOLDER}/key 2>/dev/null
-  entry_unit=$(show ${ENTRY})
-  fact entry-state; shown "$entry_unit" ActiveState; shown "$entry_unit" UnitFileState
-  wg show ${ENTRY} public-key 2>/dev/null; wg show ${ENTRY} listen-port 2>/dev/null
-  fact entry-dump; wg show ${ENTRY} dump 2>/dev/null | sed 1d
+fact entry-key; [ ! -e ${ENTRY_FOLDER}/key ] || wg pubkey <${ENTRY_FOLDER}/key 2>/dev/null
+fact entry-state; systemctl show ${ENTRY} -p ActiveState -p UnitFileState 2>/dev/null |
+  awk -F= '{ is[$1] = $2 } END { print is["ActiveState"]; print is["UnitFileState"] }'
+wg show ${ENTRY} public-key 2>/dev/null; wg show ${ENTRY} listen-port 2>/dev/null
+fact entry-rules; if command -v nft >/dev/null; then nft list table inet k3s_devices 2>/dev/null
+else iptables -w -t raw -S 2>/dev/null | grep -F K3S-DEVICES; fi
+fact entry-dump; wg show ${ENTRY} dump 2>/dev/null | sed 1d
 fi
-`),
+`,
+  ),
 ] as const;
 
 /** Facts about the networks that it leads to. */
@@ -172,15 +176,8 @@ fact api-service; cluster_ip default kubernetes
 fact dns-service; cluster_ip kube-system kube-dns
 `);
 
-type EntryFact =
-  | "entry"
-  | "peers-file"
-  | "entry-key"
-  | "entry-state"
-  | "entry-dump"
-  | "pod-network"
-  | "api-service"
-  | "dns-service";
+type SeenFact = Printed<(typeof entryLook)[number]>;
+type EntryFact = SeenFact | Printed<typeof clusterNetworksLook>;
 
 /**
  * The networks that devices reach by this entry: the settings', held against what the cluster has.
@@ -200,14 +197,21 @@ export function networksOf(want: Settings, facts: Facts<EntryFact>): Networks {
     throw new Refusal(
       `The API's service is ${api} here, outside of ${services}: SERVER_ARGS has to say which network services have (--service-cidr)`,
     );
-  const taken = [...(facts.addresses ?? "").matchAll(/^\d+: +(\S+) +inet ([\d.]+)/gm)].find(
-    ([, card, ip]) => card !== ENTRY && liesIn(ip as string, devices),
-  );
+  const taken = takenIn(devices, facts);
   if (taken)
     throw new Refusal(
-      `This box has the address ${taken[2]} (${taken[1]}), within DEVICE_CIDR ${devices}: give devices another network`,
+      `This box has the address ${taken}, within DEVICE_CIDR ${devices}: give devices another network`,
     );
   return { port, devices, pods, services };
+}
+
+/** A box's own address in the devices' network, and its interface. */
+function takenIn(devices: string, { addresses = "" }: Facts): string | undefined {
+  const [, card, ip] =
+    [...addresses.matchAll(/^\d+: +(\S+) +inet ([\d.]+)/gm)].find(
+      ([, card, ip]) => card !== ENTRY && liesIn(ip as string, devices),
+    ) ?? [];
+  return ip && `${ip} (${card})`;
 }
 
 /** CoreDNS, and the domain that it answers for; undefined if the cluster has none. */
@@ -216,9 +220,82 @@ export const namesOf = (want: Settings, facts: Facts<EntryFact>) => {
   return server ? { server, domain: domainIn(parseArgs(want.SERVER_ARGS)) } : undefined;
 };
 
+const stateOf = (facts: Facts<SeenFact>) => {
+  const [active, enabled, key, port] = (facts["entry-state"] ?? "").split("\n");
+  const own = facts["entry-key"]?.trim();
+  return {
+    active,
+    enabled,
+    key,
+    port,
+    own,
+    runs: active === "active" && enabled === "enabled" && key === own,
+  };
+};
+
+/** Do the rules keep devices to the cluster, and those of ONLY=services to services? */
+function confines(rules: string, devices: readonly Device[]): boolean {
+  const lines = rules.split("\n").map((line) => line.trim());
+  const limited = devices.flatMap(({ ip, only }) => (only ? [ip] : []));
+  return [
+    ["drop", ...limited.map((ip) => `ip saddr ${ip} drop`)],
+    [
+      `-A PREROUTING -i ${ENTRY} -j K3S-DEVICES`,
+      "-A K3S-DEVICES -j DROP",
+      ...limited.map((ip) => `-A K3S-DEVICES -s ${ip}/32 -j DROP`),
+    ],
+  ].some((due) => due.every((line) => lines.includes(line)));
+}
+
+/** What is wrong with an entry, and what mends it on the box itself, if anything does. */
+export interface Fault {
+  cause: string;
+  mends?: string;
+}
+
+/** Why an entry is not as its files have it: the first cause that holds. @param due its port. */
+function faultOf(facts: Facts<SeenFact>, due: string | undefined): Fault | undefined {
+  const { active, enabled, key, port, own } = stateOf(facts);
+  const devices = devicesIn(facts["peers-file"]);
+  const loaded = (facts["entry-dump"] ?? "")
+    .split("\n")
+    .filter(Boolean)
+    .map((row) => row.split("\t"))
+    .map(([key, , , nets]) => `${key} ${nets}`);
+  const missing = devices.filter(({ key, ip }) => !loaded.includes(`${key} ${ip}/32`));
+  const more = loaded.length + missing.length - devices.length;
+  const mends = `systemctl restart ${ENTRY}`;
+  const faults: (Fault | false | "" | undefined)[] = [
+    !due && { cause: `${ENTRY_PROGRAM} is gone` },
+    !own && { cause: `the key of ${ENTRY} is gone (${ENTRY_FOLDER}/key)` },
+    key &&
+      !confines(facts["entry-rules"] ?? "", devices) && {
+        cause: `the rules that keep its devices to the cluster's networks are gone: what they send is forwarded anywhere`,
+        mends,
+      },
+    active !== "active" && {
+      cause: `${ENTRY} does not run on it (systemd: ${active || "unknown"}): devices reach nothing by it`,
+      mends,
+    },
+    !key && { cause: `its interface ${ENTRY} is gone, although the unit is active`, mends },
+    key !== own && { cause: `its interface ${ENTRY} has another key than ${ENTRY_FOLDER}/key`, mends },
+    port !== due && { cause: `its interface ${ENTRY} is at port ${port}, not ${due}`, mends },
+    (missing.length > 0 || more > 0) && {
+      cause: `its interface ${ENTRY} has other peers than ${ENTRY_FOLDER}/peers: ${[...missing.map(({ name }) => `without ${name}`), ...(more ? [`${more} more`] : [])].join(", ")}`,
+      mends,
+    },
+    enabled !== "enabled" && {
+      cause: `${ENTRY} does not start at boot (systemd: ${enabled || "unknown"})`,
+      mends: `systemctl enable ${ENTRY}`,
+    },
+  ];
+  return faults.find((fault) => !!fault) || undefined;
+}
+
 /** Two operators may change devices at once: neither writes over what it has not seen. */
 const unchanged = (had = ""): string =>
-  sh`[ "$(cat ${ENTRY_FOLDER}/peers 2>/dev/null | sha256sum | cut -d' ' -f1)" = ${sha256(had)} ] || { echo 'Another run has changed the devices meanwhile: run this again'; exit 1; }`;
+  sh`# shellcheck disable=SC2002 # it may not be there
+[ "$(cat ${ENTRY_FOLDER}/peers 2>/dev/null | sha256sum | cut -d' ' -f1)" = ${sha256(had)} ] || { echo 'Another run has changed the devices meanwhile: run this again'; exit 1; }`;
 
 /** Changes that give an entry these devices. @throws {Refusal} */
 function entryPlan(
@@ -239,22 +316,7 @@ function entryPlan(
     );
   const [peers, program] = [peersText(devices), programText(networks)];
   const files = facts.entry === `${program}${UNIT}`;
-  const [active, enabled, key, port] = (facts["entry-state"] ?? "").split("\n");
-  const runs = active === "active" && enabled === "enabled" && key === facts["entry-key"]?.trim();
-  const loaded = (facts["entry-dump"] ?? "")
-    .split("\n")
-    .filter(Boolean)
-    .map((row) => row.split("\t"))
-    .map(([key, , , nets]) => `${key} ${nets}`);
-  const due = devices.map(({ key, ip }) => `${key} ${ip}/32`);
-  if (
-    files &&
-    facts["peers-file"] === peers &&
-    runs &&
-    port === networks.port &&
-    `${loaded.sort()}` === `${due.sort()}`
-  )
-    return [];
+  if (files && facts["peers-file"] === peers && !faultOf(facts, networks.port)) return [];
   return [
     {
       why,
@@ -274,7 +336,7 @@ function entryPlan(
               writeFile(ENTRY_UNIT, UNIT),
             ]),
         writeFile(`${ENTRY_FOLDER}/peers`, peers, "600"),
-        files && runs
+        files && stateOf(facts).runs
           ? `systemctl reload ${ENTRY}`
           : sh`systemctl daemon-reload
 systemctl enable ${ENTRY} >/dev/null 2>&1
@@ -351,4 +413,29 @@ export function seenBy(facts: Facts<"peers-file" | "entry-dump">): Seen[] {
       sent: Number(sent ?? 0),
     };
   });
+}
+
+/** An entry, as check sees it. */
+export interface Entry {
+  port: string | undefined;
+  /** The devices' network. */
+  network: string | undefined;
+  devices: Seen[];
+  fault: Fault | undefined;
+  /** The box's own address in the devices' network. */
+  taken: string | undefined;
+}
+
+/** The entry that a box is; undefined for one that lets nobody in. */
+export function entryIn(facts: Facts<SeenFact>): Entry | undefined {
+  const devices = seenBy(facts);
+  if (!devices.length && !facts["entry-dump"]?.trim()) return undefined;
+  const { entry = "" } = facts;
+  const [, port] = /^port=(\d+)$/m.exec(entry) ?? [];
+  const [, ip, bits] = /^ip addr replace ([\d.]+)\/(\d+) /m.exec(entry) ?? [];
+  const network = ip && `${hostIn(ip, -1)}/${bits}`;
+  return {
+    ...{ port, network, devices, fault: faultOf(facts, port) },
+    taken: network && takenIn(network, facts),
+  };
 }

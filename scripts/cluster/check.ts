@@ -179,12 +179,29 @@ export function reportOf(
     ...(of ? [`${passed === of ? green("ok   ") : failed} ${what}: ${passed} of ${of}`] : []),
     ...untested.map((why) => `could not test ${what}: ${shown(why)}`),
   ]);
+  const devices = devicesRow(cluster);
   const wrong = merged(problems).flatMap(({ box, cause, remedy }) => [
     red(`${box}: ${shown(cause)}`),
     `    do: ${shown(remedy)}`,
   ]);
   const last = wrong.length ? wrong : [green("Nothing is wrong.")];
-  return `${[...tables, [...proofs, ...notes.map((text) => `note  ${shown(text)}`)], last].map((lines) => lines.join("\n")).join("\n\n")}\n`;
+  return `${[...tables, [...proofs, ...devices, ...notes.map((text) => `note  ${shown(text)}`)], last].map((lines) => lines.join("\n")).join("\n\n")}\n`;
+}
+
+/** How many devices there are, and how many of them are on, in one line. */
+function devicesRow({ boxes }: Cluster): string[] {
+  const entries = boxes.filter(({ entry }) => entry);
+  const seen = entries.flatMap(({ entry, now }) =>
+    (entry?.devices ?? []).map(({ name, handshake }) => ({ name, fresh: now - handshake < FRESH })),
+  );
+  const count = (list: typeof seen) => new Set(list.map(({ name }) => name)).size;
+  const fresh = count(seen.filter((device) => device.fresh)) || "none";
+  const at = entries.map(({ name }) => name).join(", ");
+  return seen.length
+    ? [
+        `devices  ${count(seen)} at ${at}, ${fresh} of them with a handshake in the last ${FRESH / 60} minutes`,
+      ]
+    : [];
 }
 
 /** A box's message in one line. */

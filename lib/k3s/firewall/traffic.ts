@@ -42,7 +42,7 @@ export const TUNNEL = "tunnel";
 export const DEVICES = "k3s-devices";
 
 export const devicePortLook = prints("device-port")(
-  "fact device-port; sed -n 's/^port=//p' /usr/local/sbin/k3s-devices 2>/dev/null",
+  "[ ! -e /usr/local/sbin/k3s-devices ] || { fact device-port; sed -n 's/^port=//p' /usr/local/sbin/k3s-devices; }",
 );
 
 /** Among the nodes, where the box is an entry for devices: its port, such as 51822/udp, which is open to all. */
