@@ -385,8 +385,11 @@ export const SETTINGS = {
     value: "",
     shared: true,
     ambient: true,
-    // With -2 it is still a WireGuard interface's name.
-    check: matches(/^[a-z0-9][a-z0-9-]{0,11}$/, "a name of 1 to 12 lower-case letters, digits and -"),
+    // NAME-2 is the file of its second entry, and still a WireGuard interface's name.
+    check: matches(
+      /^(?!.*-\d+$)[a-z0-9][a-z0-9-]{0,11}$/,
+      "a name of 1 to 12 lower-case letters, digits and -, without a number at its end as in tv-2",
+    ),
   },
   FOR: {
     value: "phone",

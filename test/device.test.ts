@@ -16,6 +16,7 @@ import {
   seenBy,
   shutsOut,
 } from "../lib/k3s/devices.ts";
+import type { Box } from "../lib/script.ts";
 import { type Origins, SettingError, type Settings, settle } from "../lib/settings.ts";
 import { Refusal } from "../lib/step.ts";
 import {
@@ -67,13 +68,23 @@ const whys = (changes: readonly { why: string }[]) => changes.map(({ why }) => w
 
 describe("an entry", () => {
   test("is set up with its first device, and a second run has nothing to do", () => {
-    assert.deepEqual(whys(admits(PHONE).plan(wanted(), node())), ["let in device phone (10.44.0.2)"]);
+    assert.deepEqual(whys(admits(PHONE).plan(wanted(), node())), ["let in device phone: 10.44.0.2"]);
     assert.deepEqual(admits(PHONE).plan(wanted(), entry([PHONE])), []);
+  });
+
+  test("says whether it lets a device in, changes what it may reach, or only repairs the interface", () => {
+    const limited = { ...PHONE, only: "services" as const };
+    assert.deepEqual(whys(admits(limited).plan(wanted(), entry([PHONE]))), [
+      "change device phone: 10.44.0.2, services alone",
+    ]);
+    assert.deepEqual(whys(admits(PHONE).plan(wanted(), entry([limited]))), [
+      "change device phone: 10.44.0.2",
+    ]);
   });
 
   test("keeps its other devices when one is added or taken away", () => {
     const [added] = admits(LIMITED).plan(wanted(), entry([PHONE]));
-    assert.equal(added?.why, "let in device tv (10.44.0.3, services alone)");
+    assert.equal(added?.why, "let in device tv: 10.44.0.3, services alone");
     assert.match(added?.sh ?? "", /systemctl reload k3s-devices/);
     const [gone] = shutsOut("phone").plan(wanted(), entry([PHONE, LIMITED]));
     assert.equal(gone?.why, "remove device phone");
@@ -102,7 +113,7 @@ describe("an entry", () => {
   ] as const)
     test(`is repaired by the next run if ${what}`, () =>
       assert.deepEqual(whys(admits(PHONE).plan(wanted(), entry([PHONE], over))), [
-        "keep device phone (10.44.0.2)",
+        "repair the interface of device phone",
       ]));
 
   test("is not written over by a run that has not seen what another one wrote meanwhile", () => {
@@ -482,6 +493,7 @@ describe("settings of devices", () => {
       wrong({ DEVICE_CIDR }, /DEVICE_CIDR is .*expected an IPv4 network of 8 to 65536 addresses/);
     const make = (name: string, value: string) => ({ [name]: value, MAKEFLAGS: ` -- ${name}=${value}` });
     wrong(make("NAME", "My-Phone"), /NAME is "My-Phone".*1 to 12 lower-case letters/);
+    wrong(make("NAME", "tv-2"), /without a number at its end/);
     wrong(make("FOR", "fridge"), /FOR is "fridge".*phone, linux, macos, windows or router/);
     wrong(make("ONLY", "pods"), /ONLY is "pods".*services, or nothing/);
     wrong(make("LAN", "192.168.1.7/24"), /LAN is "192\.168\.1\.7\/24".*192\.168\.1\.0\/24/);
@@ -511,14 +523,20 @@ describe("settings of devices", () => {
     );
   });
 
-  test("name as entries boxes of the cluster with a public address", () => {
+  test("name as entries boxes of the cluster with a public address; without, a device keeps those that it has", () => {
     const cluster = ["a1=198.51.100.11", "root@b1=198.51.101.11", "nas=nat"].map((word) => {
       const [host = "", ip = ""] = word.split("=");
       return { host, ip, word, name: host.replace("root@", "") };
-    }) as never;
-    const names = (VIA: string) =>
-      entriesOf(cluster, wanted({ VIA }), { VIA: "variable VIA" }).map(({ name }) => name);
-    assert.deepEqual([names(""), names("b1 a1 root@b1")], [["a1"], ["b1", "a1"]]);
+    }) as unknown as Box[];
+    const names = (VIA: string, ...has: string[]) =>
+      entriesOf(
+        cluster,
+        wanted({ VIA }),
+        { VIA: "variable VIA" },
+        cluster.filter(({ name }) => has.includes(name)),
+      ).map(({ name }) => name);
+    assert.deepEqual([names(""), names("", "b1"), names("", "b1", "a1")], [["a1"], ["b1"], ["a1", "b1"]]);
+    assert.deepEqual([names("b1 a1 root@b1", "a1"), names("b1", "a1")], [["a1", "b1"], ["b1"]]);
     assert.throws(() => names("c1"), /VIA names c1 \(variable VIA\): expected some of a1, b1, nas/);
     assert.throws(() => names("nas"), /VIA names nas .*expected a box with a public address/);
   });

@@ -1,7 +1,7 @@
 /**
- * Devices that reach the cluster's pods, services and names: a WireGuard interface of our own on a node, their entry. flannel
- * masquerades what comes from outside to pods, and kube-proxy what comes to services, so that a device reaches the whole
- * cluster by each entry alike (v1.17.6 and v1.36.3, seen).
+ * Devices that reach the cluster's pods, services and names: a WireGuard interface of our own on a node, their entry. Packets
+ * to pods of other nodes are masqueraded by flannel, those to services by kube-proxy, so that a device reaches the whole
+ * cluster by each entry alike; pods of the entry see its own address (v1.36.3, seen).
  */
 import { parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
@@ -357,11 +357,17 @@ const entryStep = (plan: (want: Settings, facts: Facts<EntryFact>) => Change[]):
 /** An entry that has this device, and all its others. */
 export const admits = (device: Device): Step<EntryFact> =>
   entryStep((want, facts) => {
-    const others = devicesIn(facts["peers-file"]).filter(({ name }) => name !== device.name);
-    const known = others.length < devicesIn(facts["peers-file"]).length;
+    const known = devicesIn(facts["peers-file"]);
+    const others = known.filter(({ name }) => name !== device.name);
+    const held = known.find(({ name }) => name === device.name);
     const all = [...others, device].sort((one, other) => (one.name < other.name ? -1 : 1));
     const what = `${device.ip}${device.only ? ", services alone" : ""}`;
-    return entryPlan(want, facts, all, `${known ? "keep" : "let in"} device ${device.name} (${what})`);
+    const why = !held
+      ? `let in device ${device.name}: ${what}`
+      : peersText([held]) === peersText([device])
+        ? `repair the interface of device ${device.name}`
+        : `change device ${device.name}: ${what}`;
+    return entryPlan(want, facts, all, why);
   });
 
 /** An entry without the device of this name, also while the cluster is silent. It goes with its last device. */

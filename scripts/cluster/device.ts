@@ -7,7 +7,7 @@ import { renderUnicodeCompact } from "uqr";
 import { boxes } from "../../lib/boxes.ts";
 import { look } from "../../lib/converge.ts";
 import { replaceFile, shown } from "../../lib/files.ts";
-import { bring, each, worst } from "../../lib/fleet.ts";
+import { attempt, bring, each, worst } from "../../lib/fleet.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import {
   admits,
@@ -194,13 +194,20 @@ export function apart(settings: Settings, origins: Origins): void {
   }
 }
 
-/** The boxes that VIA names; the first server without. @throws {SettingError} */
+/**
+ * The boxes that VIA names, in the cluster's order; without, those that have the device, or the first server.
+ * @throws {SettingError}
+ */
 export function entriesOf(
   cluster: readonly Box[],
-  { VIA }: Settings,
+  { VIA }: Pick<Settings, "VIA">,
   { VIA: origin }: Pick<Origins, "VIA">,
-): Box[] {
-  const entries = (VIA ? splitWords(VIA) : [cluster[0]?.word as string]).map((word) => {
+  holders: readonly Box[],
+): readonly Box[] {
+  if (!VIA) return holders.length ? holders : cluster.slice(0, 1);
+  const words = splitWords(VIA);
+  const named = (box: Box) => words.some((word) => [box.name, box.host, box.word].includes(word));
+  for (const word of words) {
     const box = cluster.find(({ name, host, word: of }) => [name, host, of].includes(word));
     if (!box)
       throw new SettingError(
@@ -210,9 +217,8 @@ export function entriesOf(
       throw new SettingError(
         `VIA names ${word} (${origin}): expected a box with a public address, at which devices find it`,
       );
-    return box;
-  });
-  return [...new Set(entries)];
+  }
+  return cluster.filter(named);
 }
 
 /** The files of a device: NAME.conf, and NAME-2.conf for its second entry. */
@@ -220,101 +226,117 @@ const fileIn = (folder: string, name: string, i: number) =>
   join(folder, `${name}${i ? `-${i + 1}` : ""}.conf`);
 const filesOf = (folder: string, name: string): string[] =>
   (existsSync(folder) ? readdirSync(folder) : [])
-    .filter((file) => file.startsWith(name) && /^(-[2-9]\d*)?\.conf$/.test(file.slice(name.length)))
+    .filter((file) => file.startsWith(name) && /^(-\d+)?\.conf$/.test(file.slice(name.length)))
     .map((file) => join(folder, file));
+
+/** In a configuration of a device that has made its own key. */
+const ITS_OWN = "THE-DEVICE'S-OWN";
 
 async function device(run: Run): Promise<number> {
   const { settings, origins, mode } = run;
-  const { NAME, PUBLIC_KEY, LAN } = settings;
+  const { NAME, PUBLIC_KEY } = settings;
+  const leaves = run.flags.has("remove");
   if (!NAME) throw new SettingError("NAME is not set: expected a name for the device, such as NAME=phone");
-  apart(settings, origins);
-  const cluster = [...(await boxes(run, "SERVER")), ...(await boxes(run, "AGENTS"))];
-  if (settings.FIREWALL) run.letIn = cluster.map(({ ip }) => ip);
-  const folder = join(dirname(run.envFile), "devices");
-  if (run.flags.has("remove")) return await remove(run, cluster, folder);
-  if (settings.FOR === "router" && !LAN)
+  if (settings.FOR === "router" && !settings.LAN && !leaves)
     throw new SettingError(
       "LAN is not set: expected the network that the router carries, such as LAN=192.168.1.0/24",
     );
-  const entries = entriesOf(cluster, settings, origins);
-  const before = filesOf(folder, NAME).map((file) => ownIn(readFileSync(file, "utf8")));
-  const own = PUBLIC_KEY ? undefined : before.find((one) => one);
-  if (!own && !PUBLIC_KEY && mode === "print")
+  apart(settings, origins);
+  const cluster = [...(await boxes(run, "SERVER")), ...(await boxes(run, "AGENTS"))];
+  entriesOf(cluster, settings, origins, []);
+  if (settings.FIREWALL) run.letIn = cluster.map(({ ip }) => ip);
+  const folder = join(dirname(run.envFile), "devices");
+  const before = filesOf(folder, NAME);
+  const own = PUBLIC_KEY ? undefined : before.map((file) => ownIn(readFileSync(file, "utf8"))).find(Boolean);
+  if (!own && !PUBLIC_KEY && mode === "print" && !leaves)
     throw new SettingError("PUBLIC_KEY is not set: PRINT=1 makes no key, so expected the device's");
-  const privateKey = own?.privateKey ?? newPrivateKey();
-  const mine = { key: PUBLIC_KEY || publicKeyOf(privateKey), ...(own ? { ip: own.ip } : {}) };
+  const privateKey = PUBLIC_KEY ? ITS_OWN : (own?.privateKey ?? newPrivateKey());
 
-  await watch(entries);
+  // Every box that may be an entry: which have the device is theirs to know.
+  const reached = cluster.filter(({ ip }) => ip !== NAT);
+  await watch(reached);
   const found = new Map<Box, EntryFacts>();
-  const looked = await each(run, entries, async (box) => {
-    const facts = await look(box, [shutsOut(NAME)]);
-    networksOf(box.want, facts);
-    found.set(box, facts);
+  const statuses = await each(run, reached, async (box) => {
+    found.set(box, await look(box, [shutsOut(NAME)]));
   });
-  if (worst(looked)) return worst(looked);
-  const known = [...found.values()].flatMap((facts) => devicesIn(facts["peers-file"]));
-  let made: Device | undefined;
-  const decided = await each(run, entries.slice(0, 1), async () => {
-    made = deviceFor(settings, origins, known, mine);
-  });
-  if (!made) return worst(decided);
-  const it = made;
-  const interfaceLines = `[Interface]\nPrivateKey = ${PUBLIC_KEY ? "THE-DEVICE'S-OWN" : privateKey}\nAddress = ${it.ip}/32\n`;
-  if (mode === "apply" && !own && !PUBLIC_KEY) {
-    // Before the entries know it: an interrupted run is finished by the next one, with this key.
-    mkdirSync(folder, { recursive: true, mode: 0o700 });
-    replaceFile(fileIn(folder, NAME, 0), interfaceLines);
-  }
+  const has = (box: Box) => devicesIn(found.get(box)?.["peers-file"]).some(({ name }) => name === NAME);
+  const holders = reached.filter(has);
+  const entries = leaves ? [] : entriesOf(cluster, settings, origins, holders);
+  if (entries.some((box) => !found.has(box))) return worst(statuses);
+
+  let it: Device | undefined;
+  if (entries.length)
+    statuses.push(
+      await attempt(run, entries[0] as Box, async () => {
+        const known = [...found.values()].flatMap((facts) => devicesIn(facts["peers-file"]));
+        const key = PUBLIC_KEY || publicKeyOf(privateKey);
+        it = deviceFor(settings, origins, known, { key, ...(own ? { ip: own.ip } : {}) });
+        if (mode !== "apply" || own || PUBLIC_KEY) return;
+        // Before the entries know it: an interrupted run is finished by the next one, with this key.
+        mkdirSync(folder, { recursive: true, mode: 0o700 });
+        replaceFile(
+          fileIn(folder, NAME, 0),
+          `[Interface]\nPrivateKey = ${privateKey}\nAddress = ${it.ip}/32\n`,
+        );
+      }),
+    );
+  if (entries.length && !it) return worst(statuses);
+
   const files: string[] = [];
-  const done = await each(run, entries, async (box) => {
-    const facts = found.get(box) as EntryFacts;
-    const now = await bring(run, box, [admits(it)], facts);
+  const done = await each(run, [...found.keys()], async (box) => {
+    const i = entries.indexOf(box);
+    const now = await bring(run, box, [it && i >= 0 ? admits(it) : shutsOut(NAME)], found.get(box));
     if (!now) return;
-    const admitted = settings.FIREWALL ? await bring(run, box, [firewall]) : undefined;
-    const { pods, services, devices, port } = networksOf(box.want, now.facts);
-    const peer: EntryPeer = {
-      endpoint: `${box.ip}:${port}`,
-      key: now.facts["entry-key"]?.trim() ?? "",
-      networks: it.only ? [services] : [pods, services, devices],
-      names: namesOf(box.want, now.facts),
-    };
-    const file = fileIn(folder, NAME, entries.indexOf(box));
-    const text = configOf(it, peer, PUBLIC_KEY ? "THE-DEVICE'S-OWN" : privateKey);
+    const doors = settings.FIREWALL && (i >= 0 || has(box)) ? await bring(run, box, [firewall]) : undefined;
+    const nothing = now.nothing && doors?.nothing !== false;
+    if (!it || i < 0) {
+      if (has(box)) box.line.done(nothing);
+      return;
+    }
+    const peer = peerFor(it, box, now.facts);
+    const file = fileIn(folder, NAME, i);
+    const text = configOf(it, peer, privateKey);
     mkdirSync(folder, { recursive: true, mode: 0o700 });
     const same = existsSync(file) && readFileSync(file, "utf8") === text;
     if (!same) replaceFile(file, text);
-    files[entries.indexOf(box)] = file;
-    box.line.done(
-      now.nothing && same && admitted?.nothing !== false,
-      `${it.ip}; its configuration is ${shown(file)}; ${port}/udp has to be open to all at ${box.name}'s vendor`,
-    );
-    if (box === entries[0]) for (const line of advice(it, peer)) process.stderr.write(`  ${line}\n`);
+    files[i] = file;
+    const limits = it.only ? ", services alone (ONLY= lifts that)" : "";
+    if (!holders.includes(box))
+      box.line.says(`${settings.DEVICE_PORT}/udp has to be open to all at its vendor`);
+    if (PUBLIC_KEY && i === 0) box.line.says(`put the device's private key in place of ${ITS_OWN}`);
+    if (i === 0) for (const line of advice(it, peer)) box.line.says(line);
+    box.line.done(nothing && same, `${it.ip}${limits}, ${shown(file)}`);
   });
+  statuses.push(...done);
+  if (leaves && !holders.length)
+    process.stderr.write(`No entry has a device ${NAME}: make devices lists them\n`);
+  if (mode === "apply" && worst(statuses) === 0)
+    for (const file of before) if (!files.includes(file)) rmSync(file);
   for (const file of files.filter(Boolean)) {
     process.stdout.write(`${file}\n`);
-    if (it.form === "phone" && !PUBLIC_KEY && process.stdout.isTTY)
+    if (it?.form !== "phone" || PUBLIC_KEY) continue;
+    if (process.stdout.isTTY)
       process.stdout.write(`${qrOf(readFileSync(file, "utf8"), !process.env.NO_COLOR)}\n`);
+    else process.stderr.write("On a terminal this shows its QR code\n");
   }
-  return worst(done);
+  return worst(statuses);
+}
+
+/** What a device's configuration says of this entry. */
+function peerFor({ only }: Device, { ip, want }: Box, facts: EntryFacts): EntryPeer {
+  const { pods, services, devices, port } = networksOf(want, facts);
+  return {
+    endpoint: `${ip}:${port}`,
+    key: facts["entry-key"]?.trim() ?? "",
+    networks: only ? [services] : [pods, services, devices],
+    names: namesOf(want, facts),
+  };
 }
 
 /** A text as a QR code for a terminal, of half blocks; `coloured`: right on a light background too. */
 export function qrOf(text: string, coloured: boolean): string {
   const lines = renderUnicodeCompact(text, { ecc: "L", border: 2 }).split("\n");
   return lines.map((line) => (coloured ? `\x1b[97;40m${line}\x1b[0m` : line)).join("\n");
-}
-
-/** From every box of the cluster: which are its entries is theirs to know. Its files go last. */
-async function remove(run: Run, cluster: readonly Box[], folder: string): Promise<number> {
-  const { NAME } = run.settings;
-  await watch(cluster);
-  const done = await each(run, cluster, async (box) => {
-    const now = await bring(run, box, [shutsOut(NAME)]);
-    if (now && !now.nothing && run.settings.FIREWALL) await bring(run, box, [firewall]);
-    if (now) box.line.done(now.nothing, `it has no device ${NAME}`);
-  });
-  if (worst(done) === 0 && run.mode === "apply") for (const file of filesOf(folder, NAME)) rmSync(file);
-  return worst(done);
 }
 
 await main(import.meta, {
