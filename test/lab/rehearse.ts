@@ -73,11 +73,10 @@ async function build(k3sBin?: string, version?: string) {
   const lab = await up({ name: NAME, boxes, symmetric: ["h"], ...(k3sBin ? { k3sBin } : {}) }, say);
   for (const box of lab.boxes)
     say(`${box.name} is ${box.privateIp} ${atHome(box) ? "at home, " : ""}behind ${box.publicIp}`);
-  await lab
-    .box(LAPTOP)
-    .sh(
-      "apt-get -q update && apt-get -q -y install --no-install-recommends wireguard-tools systemd-resolved && mkdir -p /etc/wireguard",
-    );
+  // Installed on a busy machine, systemd-resolved may start before D-Bus knows its user.
+  await lab.box(LAPTOP).sh(`apt-get -qq update
+DEBIAN_FRONTEND=noninteractive apt-get -qq install wireguard-tools systemd-resolved >/dev/null 2>&1
+mkdir -p /etc/wireguard; systemctl reload dbus; systemctl restart systemd-resolved`);
   writeFileSync(lab.envFile, envFile(lab, version), { mode: 0o600 });
   return lab;
 }
