@@ -229,7 +229,13 @@ done`);
     await turnOff(laptop, "laptop");
     await turnOn(laptop, "laptop-2");
     await reachesAll(laptop);
-    await t.says("make devices", 0, [/^laptop .*\bb1\b/m]);
+    const limited = (name: string) => new RegExp(`^laptop .*\\b${name}\\b.*services alone`, "m");
+    await t.ok("make device NAME=laptop ONLY=services");
+    await t.says("make devices", 0, [limited("a1"), limited("b1")]);
+    const [pod, service] = await ask(laptop, [pods.h1 as string, SERVICE]);
+    assert(pod === "" && CLUSTER.includes(service as string), `${pod} ${service}`);
+    await t.ok("make device NAME=laptop ONLY=");
+    await reachesAll(laptop);
     await shut();
     await turnOff(laptop, "laptop-2");
     await turnOn(laptop, "laptop");
@@ -248,7 +254,7 @@ done`);
     await turnOff(laptop, "laptop-2");
     const { out } = await t.says("make devices", 0, [/^phone /m]);
     assert.doesNotMatch(out, /^laptop /m);
-    await t.says("make device NAME=laptop REMOVE=1", 0, ["nothing to do"]);
+    await t.says("make device NAME=laptop REMOVE=1", 0, ["No entry has a device laptop"]);
   });
 
   test("may keep its key to itself", async () => {
