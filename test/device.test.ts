@@ -214,6 +214,8 @@ describe("an entry", () => {
       "drop",
     ]);
     assert.match(nft, /hook prerouting priority -300/);
+    const [named] = started([{ ...PHONE, name: "services" }], "nft");
+    assert.doesNotMatch(named, /saddr/);
     const [iptables] = started([PHONE, LIMITED], "iptables");
     assert.deepEqual(iptables.match(/^-A .*$/gm), [
       "-A K3S-DEVICES -d 10.43.0.0/16 -j ACCEPT",

@@ -89,7 +89,7 @@ if [ "$1" = stop ]; then
   clear_rules
   exit 0
 fi
-limited=$(awk '/^# / { only = / services( |$)/ } /^AllowedIPs/ && only { print $3 }' ${ENTRY_FOLDER}/peers)
+limited=$(awk '/^# / { only = $4 == "services" } /^AllowedIPs/ && only { print $3 }' ${ENTRY_FOLDER}/peers)
 if command -v nft >/dev/null; then
   nft -f - <<NFT
 table inet k3s_devices

@@ -42,7 +42,7 @@ async function rehearse() {
   console.error(
     k3sBin
       ? `\nThis was the real k3s of ${k3sBin}.`
-      : "\nThe k3s in this rehearsal is a STAND-IN: a test tool that behaves like k3s as recorded, and runs no pods.\n" +
+      : "\nThe k3s in this rehearsal is a STAND-IN: a test tool that behaves like k3s as recorded, and runs no pods of yours.\n" +
           "Boxes, NAT, ssh, downloads, systemd and WireGuard are real. For the real k3s: make rehearse K3S_BIN=…",
   );
   console.error(
