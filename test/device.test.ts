@@ -1,20 +1,24 @@
 import assert from "node:assert/strict";
-import { readFileSync, writeFileSync } from "node:fs";
+import { chmodSync, mkdirSync, readFileSync, statSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import jsQR from "jsqr";
+import { Unwritten } from "../lib/files.ts";
 import {
   admits,
   bringsBack,
   type Device,
   devicesIn,
+  ENTRY_FOLDER,
   entryIn,
+  entryKeyOf,
   entryLook,
   type Form,
   ENTRY_PROGRAM as PROGRAM,
   peersText,
   seenBy,
   shutsOut,
+  ENTRY_UNIT as UNIT,
 } from "../lib/k3s/devices.ts";
 import type { Box } from "../lib/script.ts";
 import { type Origins, SettingError, type Settings, settle } from "../lib/settings.ts";
@@ -26,10 +30,12 @@ import {
   deviceFor,
   type EntryPeer,
   entriesOf,
+  keep,
   newPrivateKey,
   ownIn,
   publicKeyOf,
   qrOf,
+  textsIn,
 } from "../scripts/cluster/device.ts";
 import { rowOf } from "../scripts/cluster/devices.ts";
 import {
@@ -125,6 +131,77 @@ describe("an entry", () => {
       [status, stdout],
       [1, "Another run has changed the devices meanwhile: run this again\n"],
     );
+  });
+
+  test("gives no second device an address that another run has just given away", () =>
+    assert.throws(
+      () => admits({ ...LIMITED, ip: PHONE.ip }).plan(wanted(), entry([PHONE])),
+      (error) => error instanceof Refusal && /phone got 10\.44\.0\.2 by another run/.test(error.message),
+    ));
+
+  test("gets a new key where its own is damaged", () => {
+    const [change] = admits(PHONE).plan(wanted(), entry([PHONE], { "entry-key": "" }));
+    const folder = temporary();
+    writeFileSync(join(folder, "peers"), peersText([PHONE]));
+    writeFileSync(join(folder, "key"), "half a k");
+    const PATH = programs(`${folder}/bin`, {
+      wg: `case $1 in genkey) echo new ;; *) exec grep -qx new ;; esac`,
+      systemctl: "",
+    });
+    const script = [ENTRY_FOLDER, PROGRAM, UNIT].reduce(
+      (text, path, i) => text.replaceAll(path, i ? join(folder, `${i}`) : folder),
+      change?.sh ?? "",
+    );
+    const run = () => shell(`set -eu\n${script}`, ["sh", "-s"], { PATH });
+    const { status, stderr } = run();
+    assert.deepEqual([status, readFileSync(join(folder, "key"), "utf8")], [0, "new\n"], stderr);
+  });
+
+  for (const server of [
+    "10.43.0.10; canary",
+    "10.43.0.10\nPostUp = canary",
+    "10.43.0.10/$(canary)",
+    "9.9.9.9",
+  ])
+    test(`is refused if it says that CoreDNS is at ${JSON.stringify(server)}`, () =>
+      assert.throws(
+        () => admits(PHONE).plan(wanted(), entry([PHONE], { "dns-service": server })),
+        (error) => error instanceof Refusal && /CoreDNS's service is /.test(error.message),
+      ));
+
+  test("has no key but one that can stand in a configuration", () => {
+    const hostile = `${key("E")}\n[Interface]\nPostUp = canary`;
+    assert.equal(entryKeyOf({ "entry-key": hostile }), undefined);
+    assert.equal(entryKeyOf({ "entry-key": `${key("E")}\n` }), key("E"));
+    const facts = entry([PHONE], {
+      "entry-key": hostile,
+      "entry-state": `active\nenabled\n${hostile}\n51822\n`,
+    });
+    assert.notDeepEqual(admits(PHONE).plan(wanted(), facts), []);
+  });
+
+  test("names no device in words that no run has written", () => {
+    const good = peersText([ATTIC]);
+    for (const [from, to] of [
+      ["attic", "$(canary)"],
+      ["attic", "attic\u001b[2J"],
+      ["attic", "a".repeat(13)],
+      ["router", "fridge"],
+      ["192.168.1.0/24", "192.168.1.0/24;canary"],
+      ["192.168.1.0/24", "$(canary)/24"],
+      [ATTIC.key, "canary"],
+      [ATTIC.ip, `${ATTIC.ip}\nPostUp = canary`],
+    ] as const)
+      assert.deepEqual(devicesIn(good.replace(from, to)), [], to);
+  });
+
+  test("takes no time, whatever it says that its devices are", () => {
+    const began = Date.now();
+    assert.deepEqual(devicesIn(`# phone ${"b".repeat(500_000)}\n[Peer]\n`), []);
+    const many = Array.from({ length: 50_000 }, (_, i) => ({ ...PHONE, name: `d${i}` }));
+    const dump = many.map((_, i) => `${i}\t\t\t10.44.0.2/32`).join("\n");
+    entryIn(entry(many, { "entry-dump": dump }));
+    assert(Date.now() - began < 3000, `${Date.now() - began} ms`);
   });
 
   for (const [what, facts, expected] of [
@@ -229,6 +306,11 @@ describe("an entry", () => {
     );
     assert.match(conf, /^\[Interface\]\nListenPort = 51822\nPrivateKey = S{42}A=\n# phone phone\n\[Peer\]\n/);
     assert(!asked.includes(key("S")));
+  });
+
+  test("limits no device for its name", () => {
+    const [nft] = started([{ ...PHONE, name: "services" }], "nft");
+    assert.doesNotMatch(nft, /saddr/);
   });
 
   test("is seen whole by the look that its program leaves, with nft as with iptables, and any rule that is gone is missed", () => {
@@ -342,6 +424,18 @@ describe("a device", () => {
       () => decided({ NAME: "new" }, [PHONE], { key: PHONE.key }),
       /Device phone has that key already/,
     );
+  });
+
+  test("is what it is where it has its key, and as limited as any of its entries says", () => {
+    const stale = { ...PHONE, key: key("O"), ip: "10.44.0.9" };
+    const limited = { ...PHONE, only: "services" as const };
+    assert.deepEqual(decided({}, [stale, PHONE], { key: PHONE.key }), PHONE);
+    for (const known of [
+      [PHONE, limited],
+      [limited, PHONE],
+    ])
+      assert.deepEqual(decided({}, known, { key: PHONE.key }), limited);
+    assert.deepEqual(decided({ ONLY: "" }, [PHONE, limited], { key: PHONE.key }, ["ONLY"]), PHONE);
   });
 
   test("gets a key as WireGuard makes it", () => {
@@ -464,6 +558,42 @@ PersistentKeepalive = 25
         }
       assert.equal(jsQR.default(pixels, width, height)?.data, text);
     }
+  });
+});
+
+describe("the files of a device", () => {
+  test("are read if they are files, and else refused in one line", () => {
+    const folder = join(temporary(), "devices");
+    assert.deepEqual(textsIn(folder, "tv"), []);
+    mkdirSync(folder);
+    writeFileSync(join(folder, "tv.conf"), "text");
+    writeFileSync(join(folder, "tv-x.conf"), "of another");
+    assert.deepEqual(
+      textsIn(folder, "tv").map(({ text }) => text),
+      ["text"],
+    );
+    mkdirSync(join(folder, "tv-2.conf"));
+    symlinkSync("/nowhere", join(folder, "sofa.conf"));
+    assert.equal(shell(`mkfifo ${folder}/pipe.conf`).status, 0);
+    for (const [name, expected] of [
+      ["tv", /tv-2\.conf cannot be read: it is a folder/],
+      ["sofa", /sofa\.conf cannot be read: it is a link that leads nowhere/],
+      ["pipe", /pipe\.conf cannot be read: it is a pipe/],
+    ] as const)
+      assert.throws(
+        () => textsIn(folder, name),
+        (error) => error instanceof SettingError && expected.test(error.message),
+      );
+    assert.throws(() => textsIn(join(folder, "tv.conf"), "tv"), SettingError);
+  });
+
+  test("are for their owner alone, also where nothing else is to be written", () => {
+    const file = join(temporary(), "devices", "tv.conf");
+    const mode = () => (statSync(file).mode & 0o777).toString(8);
+    assert.deepEqual([keep(file, "text"), keep(file, "text"), mode()], [false, true, "600"]);
+    chmodSync(file, 0o644);
+    assert.deepEqual([keep(file, "text"), mode()], [false, "600"]);
+    assert.throws(() => keep(join(file, "below.conf"), "text"), Unwritten);
   });
 });
 

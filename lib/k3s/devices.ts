@@ -7,8 +7,8 @@ import { parseArgs } from "../args.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, type Printed, prints, Refusal, type Step, step } from "../step.ts";
-import { domainIn, type FORMS, hostIn, liesIn } from "../table.ts";
-import { sha256, splitWords } from "../text.ts";
+import { domainIn, FORMS, hostIn, liesIn } from "../table.ts";
+import { quoted, sha256 } from "../text.ts";
 import { rangesOf } from "./config.ts";
 import { ipv4Of } from "./firewall/traffic.ts";
 import { API } from "./nodes.ts";
@@ -49,18 +49,19 @@ AllowedIPs = ${ip}/32
     )
     .join("");
 
-/** The devices in a file of peers. */
+const KEY = "[A-Za-z0-9+/]{43}=";
+const DEVICE = new RegExp(
+  `^# ([a-z0-9-]{1,12}) (${FORMS.join("|")})( services)?(?: ([\\d.]{7,15}/\\d{1,2}))?\n\\[Peer\\]\nPublicKey = (${KEY})\nAllowedIPs = ([\\d.]{7,15})/32$`,
+  "gm",
+);
+
+/** The devices in a file of peers. What no run has written is none: parts of it go into configurations and commands. */
 export const devicesIn = (text = ""): Device[] =>
-  [...text.matchAll(/^# (\S+) (\S+)(.*)\n\[Peer\]\nPublicKey = (\S+)\nAllowedIPs = ([\d.]+)\/32$/gm)].map(
-    ([, name = "", form, rest = "", key = "", ip = ""]) => {
-      const [lan] = splitWords(rest).filter((word) => word.includes("/"));
-      return {
-        ...{ name, ip, key, form: form as Form },
-        ...(splitWords(rest).includes("services") ? { only: "services" as const } : {}),
-        ...(lan ? { lan } : {}),
-      };
-    },
-  );
+  [...text.matchAll(DEVICE)].map(([, name = "", form, only, lan, key = "", ip = ""]) => ({
+    ...{ name, ip, key, form: form as Form },
+    ...(only ? { only: "services" as const } : {}),
+    ...(lan ? { lan } : {}),
+  }));
 
 /** Where an entry's interface is, and which networks it leads to. */
 interface Networks {
@@ -187,6 +188,7 @@ export function networksOf(want: Settings, facts: Facts<EntryFact>): Networks {
   const { DEVICE_CIDR: devices, DEVICE_PORT: port } = want;
   const [pods, services] = rangesOf(want).map((range) => ipv4Of([range])) as [string, string];
   const [has, api] = [facts["pod-network"]?.trim(), facts["api-service"]?.trim()];
+  const names = namesOf(want, facts);
   if (!has || !api)
     throw new Refusal(
       `${has ? "The cluster's API does not answer here" : "No k3s node runs on this box"}: make check says what is wrong`,
@@ -196,6 +198,10 @@ export function networksOf(want: Settings, facts: Facts<EntryFact>): Networks {
   if (!liesIn(api, services))
     throw new Refusal(
       `The API's service is ${api} here, outside of ${services}: SERVER_ARGS has to say which network services have (--service-cidr)`,
+    );
+  if (names && !(/^[\d.]+$/.test(names.server) && liesIn(names.server, services)))
+    throw new Refusal(
+      `Unexpected answer from the box: CoreDNS's service is ${quoted(names.server)}, outside of ${services}`,
     );
   const taken = takenIn(devices, facts);
   if (taken)
@@ -220,9 +226,13 @@ export const namesOf = (want: Settings, facts: Facts<EntryFact>) => {
   return server ? { server, domain: domainIn(parseArgs(want.SERVER_ARGS)) } : undefined;
 };
 
+/** The entry's public key; undefined if the box has none. */
+export const entryKeyOf = (facts: Facts<"entry-key">): string | undefined =>
+  new RegExp(`^${KEY}$`).exec(facts["entry-key"]?.trim() ?? "")?.[0];
+
 const stateOf = (facts: Facts<SeenFact>) => {
   const [active, enabled, key, port] = (facts["entry-state"] ?? "").split("\n");
-  const own = facts["entry-key"]?.trim();
+  const own = entryKeyOf(facts);
   return {
     active,
     enabled,
@@ -235,7 +245,7 @@ const stateOf = (facts: Facts<SeenFact>) => {
 
 /** Do the rules keep devices to the cluster, and those of ONLY=services to services? */
 function confines(rules: string, devices: readonly Device[]): boolean {
-  const lines = rules.split("\n").map((line) => line.trim());
+  const lines = new Set(rules.split("\n").map((line) => line.trim()));
   const limited = devices.flatMap(({ ip, only }) => (only ? [ip] : []));
   return [
     ["drop", ...limited.map((ip) => `ip saddr ${ip} drop`)],
@@ -244,7 +254,7 @@ function confines(rules: string, devices: readonly Device[]): boolean {
       "-A K3S-DEVICES -j DROP",
       ...limited.map((ip) => `-A K3S-DEVICES -s ${ip}/32 -j DROP`),
     ],
-  ].some((due) => due.every((line) => lines.includes(line)));
+  ].some((due) => due.every((line) => lines.has(line)));
 }
 
 /** What is wrong with an entry, and what mends it on the box itself, if anything does. */
@@ -257,13 +267,15 @@ export interface Fault {
 function faultOf(facts: Facts<SeenFact>, due: string | undefined): Fault | undefined {
   const { active, enabled, key, port, own } = stateOf(facts);
   const devices = devicesIn(facts["peers-file"]);
-  const loaded = (facts["entry-dump"] ?? "")
-    .split("\n")
-    .filter(Boolean)
-    .map((row) => row.split("\t"))
-    .map(([key, , , nets]) => `${key} ${nets}`);
-  const missing = devices.filter(({ key, ip }) => !loaded.includes(`${key} ${ip}/32`));
-  const more = loaded.length + missing.length - devices.length;
+  const loaded = new Set(
+    (facts["entry-dump"] ?? "")
+      .split("\n")
+      .filter(Boolean)
+      .map((row) => row.split("\t"))
+      .map(([key, , , nets]) => `${key} ${nets}`),
+  );
+  const missing = devices.filter(({ key, ip }) => !loaded.has(`${key} ${ip}/32`));
+  const more = loaded.size + missing.length - devices.length;
   const mends = `systemctl restart ${ENTRY}`;
   const faults: (Fault | false | "" | undefined)[] = [
     !due && { cause: `${ENTRY_PROGRAM} is gone` },
@@ -323,7 +335,7 @@ function entryPlan(
       sh: [
         unchanged(facts["peers-file"]),
         sh`install -d -m 700 ${ENTRY_FOLDER}
-[ -s ${ENTRY_FOLDER}/key ] || {
+wg pubkey <${ENTRY_FOLDER}/key >/dev/null 2>&1 || {
   (umask 077; wg genkey >${ENTRY_FOLDER}/key.new)
   sync
   mv -f ${ENTRY_FOLDER}/key.new ${ENTRY_FOLDER}/key
@@ -360,6 +372,9 @@ export const admits = (device: Device): Step<EntryFact> =>
     const known = devicesIn(facts["peers-file"]);
     const others = known.filter(({ name }) => name !== device.name);
     const held = known.find(({ name }) => name === device.name);
+    const twin = others.find(({ ip }) => ip === device.ip);
+    if (twin)
+      throw new Refusal(`Device ${twin.name} got ${device.ip} by another run meanwhile: run this again`);
     const all = [...others, device].sort((one, other) => (one.name < other.name ? -1 : 1));
     const what = `${device.ip}${device.only ? ", services alone" : ""}`;
     const why = !held
@@ -409,9 +424,11 @@ export interface Seen extends Device {
 
 /** The devices of an entry, as it sees them. */
 export function seenBy(facts: Facts<"peers-file" | "entry-dump">): Seen[] {
-  const rows = (facts["entry-dump"] ?? "").split("\n").map((row) => row.split("\t"));
+  const rows = new Map(
+    (facts["entry-dump"] ?? "").split("\n").map((row) => [row.split("\t")[0], row.split("\t")]),
+  );
   return devicesIn(facts["peers-file"]).map((device) => {
-    const [, , , , handshake, received, sent] = rows.find(([key]) => key === device.key) ?? [];
+    const [, , , , handshake, received, sent] = rows.get(device.key) ?? [];
     return {
       ...device,
       handshake: Number(handshake ?? 0),

@@ -1,12 +1,12 @@
 #!/usr/bin/env -S node --import tsx
 /** Lets a device, or a whole home, reach the cluster's pods, services and names, and writes its WireGuard configuration here. */
 import { createPrivateKey, createPublicKey, generateKeyPairSync } from "node:crypto";
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { renderUnicodeCompact } from "uqr";
 import { boxes } from "../../lib/boxes.ts";
 import { look } from "../../lib/converge.ts";
-import { replaceFile, shown } from "../../lib/files.ts";
+import { noFile, replaceFile, shown, unwritten } from "../../lib/files.ts";
 import { attempt, bring, each, worst } from "../../lib/fleet.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import {
@@ -14,6 +14,7 @@ import {
   type Device,
   devicesIn,
   ENTRY,
+  entryKeyOf,
   type Form,
   MTU,
   namesOf,
@@ -151,7 +152,9 @@ export function deviceFor(
   mine: { key: string; ip?: string },
 ): Device {
   const { NAME: name, DEVICE_CIDR: network } = want;
-  const held = known.find((device) => device.name === name);
+  const named = known.filter((device) => device.name === name);
+  const same = named.filter((device) => device.key === mine.key);
+  const held = same[0] ?? named[0];
   const again = `make device NAME=${name} REMOVE=1`;
   if (held && held.key !== mine.key)
     throw new Refusal(
@@ -161,15 +164,16 @@ export function deviceFor(
     );
   const twin = known.find((device) => device.key === mine.key && device.name !== name);
   if (twin) throw new Refusal(`Device ${twin.name} has that key already: each needs one of its own`);
-  const others = known.filter((device) => device.name !== name).map(({ ip }) => ip);
+  const others = new Set(known.filter((device) => device.name !== name).map(({ ip }) => ip));
   // The first is the entry's, the last is for broadcasts.
   const hosts = Array.from({ length: Math.max(0, sizeOf(network) - 3) }, (_, i) => hostIn(network, i + 2));
-  const kept = [held?.ip, mine.ip].find((ip) => ip && liesIn(ip, network) && !others.includes(ip));
-  const ip = kept ?? hosts.find((host) => !others.includes(host));
+  const kept = [held?.ip, mine.ip].find((ip) => ip && liesIn(ip, network) && !others.has(ip));
+  const ip = kept ?? hosts.find((host) => !others.has(host));
   if (!ip) throw new Refusal(`DEVICE_CIDR ${network} has no address left: remove a device (make devices)`);
   const given = (setting: "FOR" | "ONLY" | "LAN") => origins[setting] !== "default";
   const form = given("FOR") || !held ? (want.FOR as Form) : held.form;
-  const only = given("ONLY") || !held ? want.ONLY : held.only;
+  // An entry that was off when the device was limited does not lift that.
+  const only = given("ONLY") || !held ? want.ONLY : same.some((device) => device.only);
   const lan = given("LAN") || !held ? want.LAN : held.lan;
   return {
     ...{ name, ip, key: mine.key, form },
@@ -229,8 +233,45 @@ const filesOf = (folder: string, name: string): string[] =>
     .filter((file) => file.startsWith(name) && /^(-\d+)?\.conf$/.test(file.slice(name.length)))
     .map((file) => join(folder, file));
 
+/** The texts of these files. @throws {SettingError} when they cannot be read. */
+export function textsIn(folder: string, name: string): { file: string; text: string }[] {
+  let path = folder;
+  try {
+    return filesOf(folder, name).map((file) => {
+      path = file;
+      const wrong = noFile(file);
+      if (wrong) throw new Error(`it is ${wrong}`);
+      return { file, text: readFileSync(file, "utf8") };
+    });
+  } catch (error) {
+    throw new SettingError(`${shown(path)} cannot be read: ${(error as Error).message}`);
+  }
+}
+
+/** Writes a configuration, 0600; one that is so is left alone. Was it so? */
+export function keep(file: string, text: string): boolean {
+  try {
+    const stat = statSync(file, { throwIfNoEntry: false });
+    if (stat && !(stat.mode & 0o77) && readFileSync(file, "utf8") === text) return true;
+    mkdirSync(dirname(file), { recursive: true, mode: 0o700 });
+  } catch (error) {
+    throw unwritten(file, error);
+  }
+  replaceFile(file, text);
+  return false;
+}
+
 /** In a configuration of a device that has made its own key. */
 const ITS_OWN = "THE-DEVICE'S-OWN";
+
+/** @throws {Unwritten} */
+function discard(file: string): void {
+  try {
+    rmSync(file);
+  } catch (error) {
+    throw unwritten(file, error);
+  }
+}
 
 async function device(run: Run): Promise<number> {
   const { settings, origins, mode } = run;
@@ -246,11 +287,15 @@ async function device(run: Run): Promise<number> {
   entriesOf(cluster, settings, origins, []);
   if (settings.FIREWALL) run.letIn = cluster.map(({ ip }) => ip);
   const folder = join(dirname(run.envFile), "devices");
-  const before = filesOf(folder, NAME);
-  const own = PUBLIC_KEY ? undefined : before.map((file) => ownIn(readFileSync(file, "utf8"))).find(Boolean);
+  const before = textsIn(folder, NAME);
+  // A device that is this machine may have put its own key into the file.
+  const own = before
+    .map(({ text }) => ownIn(text))
+    .find((one) => one && (!PUBLIC_KEY || publicKeyOf(one.privateKey) === PUBLIC_KEY));
   if (!own && !PUBLIC_KEY && mode === "print" && !leaves)
     throw new SettingError("PUBLIC_KEY is not set: PRINT=1 makes no key, so expected the device's");
-  const privateKey = PUBLIC_KEY ? ITS_OWN : (own?.privateKey ?? newPrivateKey());
+  const privateKey = own?.privateKey ?? (PUBLIC_KEY ? ITS_OWN : newPrivateKey());
+  const key = PUBLIC_KEY || publicKeyOf(privateKey);
 
   // Every box that may be an entry: which have the device is theirs to know.
   const reached = cluster.filter(({ ip }) => ip !== NAT);
@@ -259,8 +304,12 @@ async function device(run: Run): Promise<number> {
   const statuses = await each(run, reached, async (box) => {
     found.set(box, await look(box, [shutsOut(NAME)]));
   });
-  const has = (box: Box) => devicesIn(found.get(box)?.["peers-file"]).some(({ name }) => name === NAME);
-  const holders = reached.filter(has);
+  const devicesAt = (box: Box) => devicesIn(found.get(box)?.["peers-file"]);
+  const has = (box: Box) => devicesAt(box).some(({ name }) => name === NAME);
+  // One that was off when the device got another key still has the old one, and is no entry of it now.
+  const holders = reached.filter((box) =>
+    devicesAt(box).some((one) => one.name === NAME && (leaves || one.key === key)),
+  );
   const entries = leaves ? [] : entriesOf(cluster, settings, origins, holders);
   if (entries.some((box) => !found.has(box))) return worst(statuses);
 
@@ -268,16 +317,11 @@ async function device(run: Run): Promise<number> {
   if (entries.length)
     statuses.push(
       await attempt(run, entries[0] as Box, async () => {
-        const known = [...found.values()].flatMap((facts) => devicesIn(facts["peers-file"]));
-        const key = PUBLIC_KEY || publicKeyOf(privateKey);
+        const known = reached.flatMap(devicesAt);
         it = deviceFor(settings, origins, known, { key, ...(own ? { ip: own.ip } : {}) });
         if (mode !== "apply" || own || PUBLIC_KEY) return;
         // Before the entries know it: an interrupted run is finished by the next one, with this key.
-        mkdirSync(folder, { recursive: true, mode: 0o700 });
-        replaceFile(
-          fileIn(folder, NAME, 0),
-          `[Interface]\nPrivateKey = ${privateKey}\nAddress = ${it.ip}/32\n`,
-        );
+        keep(fileIn(folder, NAME, 0), `[Interface]\nPrivateKey = ${privateKey}\nAddress = ${it.ip}/32\n`);
       }),
     );
   if (entries.length && !it) return worst(statuses);
@@ -295,15 +339,13 @@ async function device(run: Run): Promise<number> {
     }
     const peer = peerFor(it, box, now.facts);
     const file = fileIn(folder, NAME, i);
-    const text = configOf(it, peer, privateKey);
-    mkdirSync(folder, { recursive: true, mode: 0o700 });
-    const same = existsSync(file) && readFileSync(file, "utf8") === text;
-    if (!same) replaceFile(file, text);
+    const same = keep(file, configOf(it, peer, privateKey));
     files[i] = file;
     const limits = it.only ? ", services alone (ONLY= lifts that)" : "";
     if (!holders.includes(box))
       box.line.says(`${settings.DEVICE_PORT}/udp has to be open to all at its vendor`);
-    if (PUBLIC_KEY && i === 0) box.line.says(`put the device's private key in place of ${ITS_OWN}`);
+    if (privateKey === ITS_OWN && i === 0)
+      box.line.says(`put the device's private key in place of ${ITS_OWN}`);
     if (i === 0) for (const line of advice(it, peer)) box.line.says(line);
     box.line.done(nothing && same, `${it.ip}${limits}, ${shown(file)}`);
   });
@@ -311,7 +353,7 @@ async function device(run: Run): Promise<number> {
   if (leaves && !holders.length)
     process.stderr.write(`No entry has a device ${NAME}: make devices lists them\n`);
   if (mode === "apply" && worst(statuses) === 0)
-    for (const file of before) if (!files.includes(file)) rmSync(file);
+    for (const { file } of before) if (!files.includes(file)) discard(file);
   for (const file of files.filter(Boolean)) {
     process.stdout.write(`${file}\n`);
     if (it?.form !== "phone" || PUBLIC_KEY) continue;
@@ -327,7 +369,7 @@ function peerFor({ only }: Device, { ip, want }: Box, facts: EntryFacts): EntryP
   const { pods, services, devices, port } = networksOf(want, facts);
   return {
     endpoint: `${ip}:${port}`,
-    key: facts["entry-key"]?.trim() ?? "",
+    key: entryKeyOf(facts) ?? "",
     networks: only ? [services] : [pods, services, devices],
     names: namesOf(want, facts),
   };
