@@ -115,8 +115,8 @@ const family = (ip: string) => (isIP(ip) === 4 ? "ipv4" : "ipv6");
 
 /** Parses a network; undefined if it is none. */
 function networkIn(text: string): BlockList | undefined {
-  const [, ip = "", bits] = /^([\da-f.:]+)\/(\d{1,3})$/.exec(text) ?? [];
-  if (!isIP(ip) || Number(bits) < 1 || Number(bits) > (isIP(ip) === 4 ? 32 : 128)) return undefined;
+  const [, ip = "", bits] = /^([\da-f.:]+)\/([1-9]\d{0,2})$/.exec(text) ?? [];
+  if (!isIP(ip) || Number(bits) > (isIP(ip) === 4 ? 32 : 128)) return undefined;
   const network = new BlockList();
   network.addSubnet(ip, Number(bits), family(ip));
   return network;

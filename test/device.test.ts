@@ -41,6 +41,7 @@ import { rowOf } from "../scripts/cluster/devices.ts";
 import {
   entryFacts,
   type Facts,
+  fileOf,
   IPTABLES_RULES,
   deviceKey as key,
   look,
@@ -49,6 +50,7 @@ import {
   NFT_RULES,
   NOW,
   prepared,
+  program,
   programs,
   shell,
   temporary,
@@ -139,6 +141,12 @@ describe("an entry", () => {
       (error) => error instanceof Refusal && /phone got 10\.44\.0\.2 by another run/.test(error.message),
     ));
 
+  test("lets in no device with its own key", () =>
+    assert.throws(
+      () => admits({ ...LIMITED, key: key("E") }).plan(wanted(), entry([PHONE])),
+      (error) => error instanceof Refusal && /PUBLIC_KEY is the entry's own/.test(error.message),
+    ));
+
   test("gets a new key where its own is damaged", () => {
     const [change] = admits(PHONE).plan(wanted(), entry([PHONE], { "entry-key": "" }));
     const folder = temporary();
@@ -196,11 +204,12 @@ describe("an entry", () => {
   });
 
   test("takes no time, whatever it says that its devices are", () => {
-    const began = Date.now();
-    assert.deepEqual(devicesIn(`# phone ${"b".repeat(500_000)}\n[Peer]\n`), []);
     const many = Array.from({ length: 50_000 }, (_, i) => ({ ...PHONE, name: `d${i}` }));
     const dump = many.map((_, i) => `${i}\t\t\t10.44.0.2/32`).join("\n");
-    entryIn(entry(many, { "entry-dump": dump }));
+    const facts = entry(many, { "entry-dump": dump });
+    const began = Date.now();
+    assert.deepEqual(devicesIn(`# phone ${"b".repeat(500_000)}\n[Peer]\n`), []);
+    entryIn(facts);
     assert(Date.now() - began < 3000, `${Date.now() - began} ms`);
   });
 
@@ -587,6 +596,24 @@ describe("the files of a device", () => {
     assert.throws(() => textsIn(join(folder, "tv.conf"), "tv"), SettingError);
   });
 
+  test("come first: without them no box lets the device in", async () => {
+    const folder = temporary();
+    writeFileSync(join(folder, ".env"), "SERVER=a1=198.51.100.11\n");
+    symlinkSync("/nowhere/at-all", join(folder, "devices"));
+    // It runs the command here.
+    const ssh = `case $1 in -G) echo "hostname 198.51.100.11"; exit ;; esac
+while [ "$1" != -- ]; do [ "$1" = -O ] && exit; shift; done
+exec sh -c "$3"`;
+    const PATH = programs(join(folder, "bin"), { ssh, id: "echo 0" });
+    const { status, stderr } = await program([fileOf("device"), "--name", "tv"], {
+      PATH,
+      ENV_FILE: join(folder, ".env"),
+    });
+    assert.equal(status, 1);
+    assert.match(stderr, /tv\.conf could not be written/);
+    assert.equal(stderr.match(/FAILED/g)?.length, 1, stderr);
+  });
+
   test("are for their owner alone, also where nothing else is to be written", () => {
     const file = join(temporary(), "devices", "tv.conf");
     const mode = () => (statSync(file).mode & 0o777).toString(8);
@@ -617,6 +644,7 @@ describe("settings of devices", () => {
     for (const DEVICE_CIDR of [
       "10.44.0.0",
       "10.44.0.1/24",
+      "10.44.0.0/024",
       "10.44.0.0/8",
       "10.44.0.0/31",
       "fd00::/64",

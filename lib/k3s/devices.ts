@@ -372,6 +372,8 @@ export const admits = (device: Device): Step<EntryFact> =>
     const known = devicesIn(facts["peers-file"]);
     const others = known.filter(({ name }) => name !== device.name);
     const held = known.find(({ name }) => name === device.name);
+    if (device.key === entryKeyOf(facts))
+      throw new Refusal(`PUBLIC_KEY is the entry's own, ${device.key}: expected the device's`);
     const twin = others.find(({ ip }) => ip === device.ip);
     if (twin)
       throw new Refusal(`Device ${twin.name} got ${device.ip} by another run meanwhile: run this again`);

@@ -318,10 +318,14 @@ async function device(run: Run): Promise<number> {
     statuses.push(
       await attempt(run, entries[0] as Box, async () => {
         const known = reached.flatMap(devicesAt);
-        it = deviceFor(settings, origins, known, { key, ...(own ? { ip: own.ip } : {}) });
-        if (mode !== "apply" || own || PUBLIC_KEY) return;
+        const decided = deviceFor(settings, origins, known, { key, ...(own ? { ip: own.ip } : {}) });
         // Before the entries know it: an interrupted run is finished by the next one, with this key.
-        keep(fileIn(folder, NAME, 0), `[Interface]\nPrivateKey = ${privateKey}\nAddress = ${it.ip}/32\n`);
+        if (mode === "apply" && !own && !PUBLIC_KEY)
+          keep(
+            fileIn(folder, NAME, 0),
+            `[Interface]\nPrivateKey = ${privateKey}\nAddress = ${decided.ip}/32\n`,
+          );
+        it = decided;
       }),
     );
   if (entries.length && !it) return worst(statuses);
