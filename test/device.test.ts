@@ -317,11 +317,6 @@ describe("an entry", () => {
     assert(!asked.includes(key("S")));
   });
 
-  test("limits no device for its name", () => {
-    const [nft] = started([{ ...PHONE, name: "services" }], "nft");
-    assert.doesNotMatch(nft, /saddr/);
-  });
-
   test("is seen whole by the look that its program leaves, with nft as with iptables, and any rule that is gone is missed", () => {
     const folder = temporary();
     const text = written(admits(LIMITED).plan(wanted(), node())[0]?.sh ?? "", PROGRAM);
