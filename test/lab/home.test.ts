@@ -1,5 +1,6 @@
 /** Boxes without a public address, behind routers that let nothing in, as nodes of a cluster in two clouds. */
 import assert from "node:assert/strict";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -94,6 +95,30 @@ describe("boxes without a public address", () => {
       /^ok +kubelets at 10250 from the server: 5 of 5/m,
     ]);
     await t.says("make status", 0, [/without a public address: h1, h2, i1/]);
+  });
+
+  test("can be set up by an operator elsewhere, through a node with a public address as jump host", async () => {
+    const config = join(t.lab.dir, "home/.ssh/config");
+    const before = readFileSync(config, "utf8");
+    const far = `Host far\n  HostName ${await inside("h1")}\n  User root\n  ProxyJump a1\n  HostKeyAlias h1\n`;
+    writeFileSync(config, before + far);
+    await t.says("make agent HOST=far=nat", 0, [/^far +nothing to do/m]);
+    await h1.sh("systemctl stop k3s-keepalive");
+    await t.says("make agent HOST=far=nat", 0, [/^far +write .*k3s-keepalive\.service and start it/m]);
+    writeFileSync(config, before);
+  });
+
+  test("get the new token by the next make up after make token, and have no part in make kubeconfig", async () => {
+    await t.says("make token", 0);
+    await t.says("make -j up", 0);
+    await t.says(
+      "make -j up",
+      0,
+      homes.map((name) => new RegExp(`^${name} +nothing to do$`, "m")),
+    );
+    await t.says("make kubeconfig", 0);
+    assert.match((await t.op("cat ~/.kube/config")).out, /server: https:\/\/198\.51\.100\.11:6443/);
+    await Promise.all(homes.map(async (name) => reached(a1, await inside(name), 30)));
   });
 
   test("are reached again soon after k3s of a node with a public address was started anew, without the two minutes of WireGuard", async () => {
