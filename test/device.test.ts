@@ -565,6 +565,27 @@ PersistentKeepalive = 25
   });
 });
 
+/** Runs the script; an ssh runs the commands here, with each box's files of devices and of flannel in a folder. */
+async function run(args: string[], folder = temporary(), servers = "a1=198.51.100.11") {
+  const ssh = `case $1 in -G) echo "hostname 198.51.100.11"; exit ;; esac
+while [ "$1" != -- ]; do [ "$1" = -O ] && exit; shift; done
+sed -u "s|/etc/rancher/k3s-devices|${folder}/$2|g; s|/run/flannel|${folder}/none|g" | sh -c "$3"`;
+  const PATH = programs(join(folder, "bin"), { ssh, id: "echo 0" });
+  const [server, agents = ""] = servers.split(/ (.*)/);
+  writeFileSync(join(folder, ".env"), `SERVER=${server}\nAGENTS="${agents}"\n`);
+  return await program([fileOf("device"), ...args], { PATH, ENV_FILE: join(folder, ".env") });
+}
+
+test("a device keeps its entries until the new ones let it in", async () => {
+  const folder = temporary();
+  mkdirSync(join(folder, "a1"));
+  writeFileSync(join(folder, "a1", "peers"), peersText([PHONE]));
+  const args = ["--name", "phone", "--public-key", PHONE.key, "--via", "b1", "--dry-run"];
+  const { stdout, stderr } = await run(args, folder, "a1=198.51.100.11 b1=198.51.101.11");
+  assert.match(stderr, /^b1 +FAILED .*No k3s node runs on this box/m);
+  assert.doesNotMatch(stdout, /remove device/);
+});
+
 describe("the files of a device", () => {
   test("are read if they are files, and else refused in one line", () => {
     const folder = join(temporary(), "devices");
@@ -593,17 +614,8 @@ describe("the files of a device", () => {
 
   test("come first: without them no box lets the device in", async () => {
     const folder = temporary();
-    writeFileSync(join(folder, ".env"), "SERVER=a1=198.51.100.11\n");
     symlinkSync("/nowhere/at-all", join(folder, "devices"));
-    // It runs the command here.
-    const ssh = `case $1 in -G) echo "hostname 198.51.100.11"; exit ;; esac
-while [ "$1" != -- ]; do [ "$1" = -O ] && exit; shift; done
-exec sh -c "$3"`;
-    const PATH = programs(join(folder, "bin"), { ssh, id: "echo 0" });
-    const { status, stderr } = await program([fileOf("device"), "--name", "tv"], {
-      PATH,
-      ENV_FILE: join(folder, ".env"),
-    });
+    const { status, stderr } = await run(["--name", "tv"], folder);
     assert.equal(status, 1);
     assert.match(stderr, /tv\.conf could not be written/);
     assert.equal(stderr.match(/FAILED/g)?.length, 1, stderr);

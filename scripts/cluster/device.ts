@@ -331,7 +331,7 @@ async function device(run: Run): Promise<number> {
   if (entries.length && !it) return worst(statuses);
 
   const files: string[] = [];
-  const done = await each(run, [...found.keys()], async (box) => {
+  const bringTo = async (box: Box) => {
     const i = entries.indexOf(box);
     const now = await bring(run, box, [it && i >= 0 ? admits(it) : shutsOut(NAME)], found.get(box));
     if (!now) return;
@@ -352,7 +352,11 @@ async function device(run: Run): Promise<number> {
       box.line.says(`put the device's private key in place of ${ITS_OWN}`);
     if (i === 0) for (const line of advice(it, peer)) box.line.says(line);
     box.line.done(nothing && same, `${it.ip}${limits}, ${shown(file)}`);
-  });
+  };
+  const done = await each(run, entries, bringTo);
+  // Until its entries let it in, the device keeps the others.
+  const others = [...found.keys()].filter((box) => !entries.includes(box));
+  if (worst(done) === 0) done.push(...(await each(run, others, bringTo)));
   statuses.push(...done);
   if (leaves && !holders.length)
     process.stderr.write(`No entry has a device ${NAME}: make devices lists them\n`);
