@@ -204,7 +204,7 @@ describe("an entry", () => {
   });
 
   test("takes no time, whatever it says that its devices are", () => {
-    const many = Array.from({ length: 50_000 }, (_, i) => ({ ...PHONE, name: `d${i}` }));
+    const many = Array.from({ length: 10_000 }, (_, i) => ({ ...PHONE, name: `d${i}` }));
     const dump = many.map((_, i) => `${i}\t\t\t10.44.0.2/32`).join("\n");
     const facts = entry(many, { "entry-dump": dump });
     const began = Date.now();
