@@ -1,7 +1,7 @@
 # Works with make 3.81. Settings come from .env (ENV_FILE=… picks another), or as `make agent HOST=b1`.
 # Not STEPS: that is a setting of `make upgrade`, given on make's command line.
 SCRIPTS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
-LIVING := upgrade remove down token backup restore firewall device
+LIVING := upgrade certs remove down token backup restore firewall device
 # A switch is NAME=1 or NAME=yes on make's command line: an exported one must not have an effect by accident. DRY and
 # PRINT only prevent changes, and also count from the environment.
 given = $(if $(filter command,$(origin $1))$(filter DRY PRINT,$1),$($1))
@@ -44,6 +44,7 @@ status: ## show a summary of ten lines, from one connection to the server
 kubeconfig: ## merge the cluster's kubeconfig into yours (USE=1: make it the current context)
 firewall: ## open k3s's ports to the nodes only, on all boxes or HOST
 upgrade: ## upgrade all nodes to K3S_VERSION, one at a time (STEPS="v1.35.4+k3s1 …": intermediate releases)
+certs: ## renew k3s's certificates that end within 90 days, one node at a time
 token: ## replace the token for joining; nodes keep running
 backup: ## copy the server's datastore, token and manifests to a file here (BACKUP=…)
 restore: ## restore a server from BACKUP=… on HOST, a box without k3s, and move the agents

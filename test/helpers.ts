@@ -453,3 +453,20 @@ export async function program(args: string[], env: Facts = {}, kill?: number): P
   }
   return { status: await ended, ...said, seconds: (Date.now() - began) / 1000 };
 }
+
+/** A certificate that ends then, as base64 of its DER: k3s's CA with another end, whose signature nobody asks for. */
+export function certificate(ends: number): string {
+  const der = Buffer.from(fixture("cacerts-v1.17.6.pem").replace(/-----.*-----|\n/g, ""), "base64");
+  const stamp = new Date(ends * 1000).toISOString().replace(/^..|[-:T]|\.\d+/g, "");
+  return Buffer.from(der.toString("latin1").replace("361120150805Z", stamp), "latin1").toString("base64");
+}
+
+/** The fact `certificates` of a box: the ends by file. */
+export const certificates = (ends: Record<string, number>): string =>
+  Object.entries(ends)
+    .map(([file, end]) => {
+      const text = certificate(end);
+      const block = `-----BEGIN CERTIFICATE-----\n${text}\n-----END CERTIFICATE-----\n`;
+      return `${file} ${file.endsWith(".json") ? Buffer.from(block).toString("base64") : text}`;
+    })
+    .join("\n");

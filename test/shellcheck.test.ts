@@ -12,6 +12,7 @@ import { applyScript, asScript, lookScript, wrapInMain } from "../lib/protocol.t
 import type { Look, Step } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { archive, cleared } from "../scripts/cluster/backup.ts";
+import { certsAs } from "../scripts/cluster/certs.ts";
 import { forgotten, uninstall } from "../scripts/cluster/remove.ts";
 import { forgetPasswords, placeData } from "../scripts/cluster/restore.ts";
 import { MORE } from "../scripts/cluster/status.ts";
@@ -24,6 +25,7 @@ import {
   A1,
   answering,
   B1,
+  certificates,
   deviceKey,
   entryFacts,
   type Facts,
@@ -34,6 +36,7 @@ import {
   MODERN,
   member,
   NETWORKS,
+  NOW,
   node,
   nodes,
   OLD,
@@ -235,6 +238,14 @@ describe("shellcheck reports nothing in the commands that operate a cluster,", {
     ].map((step): [Step, Facts] => [step, facts]),
     [forgetPasswords, { ...facts, restored: "abc", secrets: "b1" }],
     [downloadAhead, facts],
+    ...[OLD, MODERN].map((version): [Step, Facts] => [
+      certsAs("server"),
+      {
+        ...healthy(version, {}),
+        active: "active\n",
+        certificates: certificates({ "dynamic-cert.json": NOW }),
+      },
+    ]),
     [upgrade.keep, facts],
     [upgrade.runs, facts],
     [upgrade.forget, kept],

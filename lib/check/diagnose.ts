@@ -1,5 +1,6 @@
 /** Diagnoses a cluster from its boxes' reports: what is wrong, and what to do. Pure. */
 
+import { type Certificate, DUE, daysTo, ending, firstOf, PRESSING, renewsFrom } from "../k3s/certificates.ts";
 import { rangesOf } from "../k3s/config.ts";
 import { eachOf } from "../k3s/firewall/traffic.ts";
 import { meaningOf } from "../k3s/journal.ts";
@@ -101,6 +102,7 @@ export function judge(cluster: Cluster): { wrong: Problem[]; notes: string[]; ea
   add(topFindings(cluster, broken));
   add(podFindings(cluster));
   add(entryFindings(cluster));
+  add(certificateFindings(cluster));
   return { wrong, notes, early };
 }
 
@@ -123,7 +125,7 @@ function boxFindings(cluster: Cluster): Findings {
             "run timedatectl set-ntp true on it",
             [`clock ${box.name}`],
           ),
-        serviceFinding(box, cluster),
+        endedFinding(box) || serviceFinding(box, cluster),
         box.blocked.length > 0 && finding(box.name, box.blocked.join("; "), box.opens, node),
       ];
     }),
@@ -140,6 +142,76 @@ function boxFindings(cluster: Cluster): Findings {
     ),
   ];
 }
+
+/** Days until the first of them ends; infinite without any. */
+const daysLeft = ({ now }: BoxReport, list: readonly Certificate[]): number =>
+  daysTo(firstOf(list)?.ends ?? Number.POSITIVE_INFINITY, now);
+
+const first = ({ now }: BoxReport, list: readonly Certificate[]): string =>
+  ending(firstOf(list)?.ends ?? now, now);
+
+/** Certificates that have ended: nodes refuse each other, whatever else there is. */
+const endedFinding = (box: BoxReport): Findings[number] =>
+  daysLeft(box, box.certificates) < 0 &&
+  finding(
+    box.name,
+    `its k3s's certificates ${first(box, box.certificates)}: k3s renews them when it starts`,
+    "make certs",
+    [`node ${box.name}`, `certificates ${box.name}`],
+    // A clock that is ahead makes all of them look old.
+    [`clock ${box.name}`],
+  );
+
+/** Certificates that end soon, of boxes, of the cluster, and of the user. */
+const certificateFindings = ({ boxes, access }: Cluster): Findings => {
+  const server = boxes.find(({ role, error }) => role === "server" && error === undefined);
+  const old = server && generationOf(server.node?.version ?? "", "") === "old";
+  return [
+    ...boxes.flatMap((box): Findings => {
+      const own = daysLeft(box, box.certificates);
+      return [
+        own >= 0 &&
+          own <= PRESSING &&
+          finding(
+            box.name,
+            `its k3s's certificates ${first(box, box.certificates)}: k3s renews them only when it starts`,
+            "make certs",
+            [`certificates ${box.name}`],
+          ),
+        daysLeft(box, box.cas) <= PRESSING &&
+          finding(
+            box.name,
+            `the cluster's CA certificates ${first(box, box.cas)}, and no restart renews them`,
+            old
+              ? "make upgrade: k3s can rotate its CA from v1.25 on (k3s certificate rotate-ca)"
+              : "k3s certificate rotate-ca: https://docs.k3s.io/cli/certificate",
+          ),
+      ];
+    }),
+    access &&
+      server &&
+      daysTo(access.ends, server.now) <= PRESSING &&
+      finding(
+        "kubeconfig",
+        `the certificate of its context ${access.context} ${ending(access.ends, server.now, "s")}`,
+        "make kubeconfig",
+        [],
+        [`certificates ${server.name}`],
+      ),
+  ];
+};
+
+/** The same as notes, while there is time. */
+const certificateNotes = (box: BoxReport): (string | false)[] => {
+  const later = (list: readonly Certificate[]) =>
+    daysLeft(box, list) > PRESSING && daysLeft(box, list) <= DUE;
+  const days = renewsFrom(generationOf(box.node?.version ?? "", ""));
+  return [
+    later(box.certificates) &&
+      `its k3s's certificates ${first(box, box.certificates)}: any restart of k3s renews them from ${days} days before, and make certs does it one node at a time`,
+    later(box.cas) && `the cluster's CA certificates ${first(box, box.cas)}, and no restart renews them`,
+  ];
+};
 
 /** Peers with a fresh handshake at an address that cannot stay theirs. */
 const endpointFindings = (boxes: BoxReport[], nodes: readonly Node[]): Findings =>
@@ -424,6 +496,7 @@ const notesOf = ({ boxes, nodes }: Cluster): string[] =>
         !box.entry.fault &&
         !box.closed.length &&
         `no device has had a handshake with its k3s-devices: is ${box.entry.port}/udp open to all at its vendor?`,
+      ...certificateNotes(box),
       ...away.map((node) => {
         const { note } = standing(peerOf(box.peers, node.podCidr), node, nodes, now - FRESH);
         return note && `${node.name} sends from ${note}`;

@@ -5,6 +5,7 @@
 
 import { boxes } from "../boxes.ts";
 import { look } from "../converge.ts";
+import { certificatesIn, certificatesLook } from "../k3s/certificates.ts";
 import { rangesOf } from "../k3s/config.ts";
 import { entryIn, entryLook } from "../k3s/devices.ts";
 import { blocked, firewallLooks, type RuleFact, remedy } from "../k3s/firewall/firewall.ts";
@@ -104,7 +105,9 @@ fact joins; echo "$joins"`,
 /** What a box is asked for, by its role. */
 export const LOOKS = { server: [boxLook, serverLook], agent: [boxLook, agentLook] } as const;
 
-type BoxFact = Printed<(typeof LOOKS)[Role][number] | (typeof entryLook)[number]> | RuleFact;
+type BoxFact =
+  | Printed<(typeof LOOKS)[Role][number] | (typeof entryLook)[number] | typeof certificatesLook>
+  | RuleFact;
 /** What tries() and its companions print, and the second trip. */
 type TriedFact = Printed<ReturnType<typeof tries | typeof answersLook>> | "paths" | "kubelets" | "unstarted";
 
@@ -178,6 +181,8 @@ export interface Cluster {
   nodes: Node[];
   /** CoreDNS and metrics-server, where the API said. */
   system?: SystemPod[] | undefined;
+  /** The user's own kubeconfig, if it has the cluster's context: when its certificate ends, in seconds since 1970. */
+  access?: { context: string; ends: number } | undefined;
 }
 
 /** Combines the boxes' answers, but for their firewalls: to judge those takes the longest. */
@@ -332,6 +337,9 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
     metrics: Boolean(facts.metrics?.trim()),
     /** What devices have as their entry here. */
     entry: entryIn(facts),
+    /** Of k3s, without the CAs; and those of a server. */
+    certificates: certificatesIn(facts).own,
+    cas: certificatesIn(facts).cas,
     now: Number(facts.now),
     tried: triedOf({ ...tried, ...paths }, nodes, Boolean(box.want.TUNNEL_KUBELETS)),
   };
@@ -445,7 +453,7 @@ export async function surveyAndTry(boxes: Listed): Promise<Member[]> {
   };
   const found = await survey<TriedFact>(
     boxes,
-    (role) => [...looks[role], ...firewallLooks, ...entryLook],
+    (role) => [...looks[role], ...firewallLooks, ...entryLook, certificatesLook],
     patience(20 + boxes.length),
   );
   const members = found.map((member) => ({ ...member, tried: member.facts }));

@@ -19,6 +19,7 @@ import { forTerminal, type Problem } from "../../lib/report.ts";
 import type { Run } from "../../lib/script.ts";
 import { NAT } from "../../lib/table.ts";
 import { jsonOf, redacted } from "../../lib/text.ts";
+import { accessEnd } from "./kubeconfig.ts";
 
 /** Seconds between two rounds of --watch. */
 const PAUSE = 5;
@@ -31,7 +32,7 @@ async function check(run: Run): Promise<number> {
     // Starting test pods takes seconds: not in each round.
     const mark = randomBytes(3).toString("hex");
     const podless = watch ? "not with --watch" : await tryPods(members, reportsOf(members), mark);
-    const cluster = clusterOf(members);
+    const cluster = { ...clusterOf(members), access: accessEnd(boxes[0]?.box.ip) };
     const { problems, notes } = verdict(cluster, podless);
     const { stdout } = process;
     if (run.flags.has("json")) stdout.write(`${jsonOf(asJson(cluster, problems, notes, podless))}\n`);
@@ -125,7 +126,7 @@ export function proofsOf({ boxes, nodes }: Cluster, podless: string | undefined)
 
 /** The JSON output. */
 function asJson(
-  { boxes, nodes }: Cluster,
+  { boxes, nodes, access }: Cluster,
   problems: Problem[],
   notes: string[],
   podless: string | undefined,
@@ -141,6 +142,7 @@ function asJson(
       node: node?.name,
     })),
     nodes,
+    ...(access ? { access } : {}),
   };
 }
 

@@ -6,10 +6,11 @@ import { homedir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
 import { isDeepStrictEqual } from "node:util";
 import { boxes } from "../../lib/boxes.ts";
-import { ask } from "../../lib/check/survey.ts";
+import { ask, type Cluster } from "../../lib/check/survey.ts";
 import { look } from "../../lib/converge.ts";
 import { noFile, realPath, replaceFile, take, unwritten } from "../../lib/files.ts";
 import { attempt } from "../../lib/fleet.ts";
+import { endOf } from "../../lib/k3s/certificates.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
@@ -79,7 +80,7 @@ export function accessOf(text: string, ip: string, token: string): Access {
       "The CA in /etc/rancher/k3s/k3s.yaml is not the one that K3S_TOKEN names: the box's k3s belongs to another cluster",
     );
   const access = (...names: string[]): Access => ({
-    name: `k3s-${ip}`,
+    name: contextOf(ip),
     cluster: { [CA]: field(CA), server: `https://${ip}:${port}` },
     user: Object.fromEntries(names.map((name) => [name, field(name)])),
   });
@@ -94,6 +95,9 @@ export function accessOf(text: string, ip: string, token: string): Access {
     no("its client-key-data is of another certificate");
   return access("client-certificate-data", "client-key-data");
 }
+
+/** The cluster's name in the user's kubeconfig. */
+const contextOf = (ip: string) => `k3s-${ip}`;
 
 const CA = "certificate-authority-data";
 const LISTS = ["clusters", "contexts", "users"] as const;
@@ -298,22 +302,47 @@ function lock(path: string): () => void {
   throw new SettingError(`${path} is locked: expected no ${file}; remove it if no kubectl is at work`);
 }
 
+/**
+ * The user's access to the cluster with this server, and when its certificate ends; undefined where the kubeconfig has
+ * none, or cannot be read.
+ */
+export function accessEnd(ip = ""): Cluster["access"] {
+  try {
+    const config = configIn(readFileSync(pathOf(), "utf8")).config;
+    const context = contextOf(ip);
+    const user = config.users?.find(({ name }) => name === context)?.user;
+    const ends = endOf(`${user?.["client-certificate-data"]}`);
+    return ends ? { context, ends } : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+/** Merges the access that a server gives into the user's kubeconfig. Returns whether anything had to be changed. */
+export async function mergeFrom(
+  server: Box,
+  use = false,
+): Promise<{ changed: boolean; access: Access; path: string }> {
+  const path = pathOf();
+  const facts = await look(server, [
+    ask([prints("kubeconfig")("fact kubeconfig; cat /etc/rancher/k3s/k3s.yaml 2>/dev/null")]),
+  ]);
+  if (!facts.kubeconfig?.trim())
+    throw new Failure("It has no /etc/rancher/k3s/k3s.yaml: k3s is no server there, or not up yet");
+  const access = accessOf(facts.kubeconfig, server.ip, server.want.K3S_TOKEN);
+  return { changed: merge(path, access, use), access, path };
+}
+
 async function kubeconfig(run: Run): Promise<number> {
   const [server] = (await boxes(run, "SERVER")) as [Box];
-  const path = pathOf();
   // Is it locked? Found out before the box is queried.
-  lock(realPath(path))();
+  lock(realPath(pathOf()))();
   await watch([server]);
   return await attempt(run, server, async () => {
-    const facts = await look(server, [
-      ask([prints("kubeconfig")("fact kubeconfig; cat /etc/rancher/k3s/k3s.yaml 2>/dev/null")]),
-    ]);
-    if (!facts.kubeconfig?.trim())
-      throw new Failure("It has no /etc/rancher/k3s/k3s.yaml: k3s is no server there, or not up yet");
-    const access = accessOf(facts.kubeconfig, server.ip, server.want.K3S_TOKEN);
     const use = run.flags.has("use");
+    const { changed, access, path } = await mergeFrom(server, use);
     server.line.done(
-      !merge(path, access, use),
+      !changed,
       `context ${access.name} in ${path}; ${use ? "kubectl uses it" : `kubectl --context ${access.name} get nodes`}`,
     );
   });

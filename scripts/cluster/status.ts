@@ -11,6 +11,7 @@ import {
   survey,
   TOP_LOOK,
 } from "../../lib/check/survey.ts";
+import { certificatesLook, DUE, daysTo, ending, firstOf, PRESSING } from "../../lib/k3s/certificates.ts";
 import { CURL, FRESH, isHome, type Node, peerOf } from "../../lib/k3s/nodes.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { forTerminal } from "../../lib/report.ts";
@@ -60,6 +61,8 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
   const { top } = server.tried;
   const early = judge(cluster).early.includes(TOP);
   const { state, runs, restarts } = server.unit;
+  const ends = firstOf(server.certificates)?.ends ?? Number.POSITIVE_INFINITY;
+  const days = daysTo(ends, server.now);
   const up =
     runs === undefined
       ? "not running"
@@ -108,8 +111,8 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
     ],
     [
       "server",
-      `k3s ${state}, ${up}${restarts === undefined ? "" : `, ${restarts} restarts`}`,
-      state === "active",
+      `k3s ${state}, ${up}${restarts === undefined ? "" : `, ${restarts} restarts`}${days <= DUE ? `; its certificates ${ending(ends, server.now)}: make certs` : ""}`,
+      state === "active" && days > PRESSING,
     ],
     [
       "room",
@@ -134,7 +137,7 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
 
 async function status(run: Run): Promise<number> {
   const [box] = (await boxes(run, "SERVER")) as [Box];
-  const [server] = await survey([{ box, role: "server" }], () => [...LOOKS.server, MORE]);
+  const [server] = await survey([{ box, role: "server" }], () => [...LOOKS.server, MORE, certificatesLook]);
   if (!server || server.error !== undefined) {
     process.stderr.write(`${box.name}: ${forTerminal(server?.error ?? "")}\n`);
     return 1;

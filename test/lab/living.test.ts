@@ -74,6 +74,56 @@ test("make backup works with old k3s", async () => {
   assert.equal((await t.ok(`make backup BACKUP=${early}`)).out.trim(), early);
 });
 
+describe("make certs", () => {
+  /** What a1 signs meanwhile ends in 20 days. */
+  const short = async (work: () => Promise<unknown>) => {
+    await a1.sh("echo 20 >/run/stand-in-certificate-days");
+    await work();
+    await a1.sh("rm /run/stand-in-certificate-days");
+  };
+  const ends = (file: string) =>
+    `! openssl x509 -in /var/lib/rancher/k3s/${file} -noout -checkend ${30 * 86_400} >/dev/null`;
+
+  test("renews an agent's certificates, which check names, and restarts no other node", async () => {
+    await short(() =>
+      b1.sh(
+        `systemctl restart k3s-agent; until ${ends("agent/serving-kubelet.crt")} && ${ends("agent/client-kubelet.crt")}; do sleep 0.2; done`,
+      ),
+    );
+    await t.says("make check", 1, [
+      /^b1: its k3s's certificates end on \S+, in (19|20) days.*\n +do: make certs$/m,
+    ]);
+    const before = await Promise.all([a1, b2].map(starts));
+    await t.says("make certs", 0, [
+      /^a1 +nothing to do: its certificates end on/m,
+      /^b1 +restart k3s-agent and wait until node b1 is Ready .*certificates end on/m,
+      /^b2 +nothing to do/m,
+    ]);
+    assert.deepEqual(await Promise.all([a1, b2].map(starts)), before);
+    await t.says("make certs", 0, [/^b1 +nothing to do/m]);
+    await t.says("make check", 0, ["Nothing is wrong."]);
+  });
+
+  test("renews the certificate of 6443, which a restart of old k3s does not, even after an interruption", async () => {
+    await short(() =>
+      a1.sh(`kubectl -n kube-system delete secret k3s-serving
+rm /var/lib/rancher/k3s/server/tls/dynamic-cert.json
+systemctl restart k3s; until kubectl get nodes >/dev/null 2>&1; do sleep 0.5; done`),
+    );
+    const end = () =>
+      a1.sh(
+        "echo | openssl s_client -connect 127.0.0.1:6443 2>/dev/null | openssl x509 -noout -checkend 2592000 || true",
+      );
+    assert.match(await end(), /will expire/);
+    await a1.sh("systemctl restart k3s; until kubectl get nodes >/dev/null 2>&1; do sleep 0.5; done");
+    assert.match(await end(), /will expire/);
+    await t.says("make status", 1, [/^server +.*its certificates end on \S+, in (19|20) days: make certs$/m]);
+    await t.cutThenDone("make certs", /a1 +delete the secret k3s-serving/);
+    assert.match(await end(), /will not expire/);
+    await connected([a1, b1, b2]);
+  });
+});
+
 describe("make upgrade", () => {
   test("refuses a jump, with the intermediate releases, and its dry run shows the removed and added lines of a unit", async () => {
     await t.says(`make upgrade K3S_VERSION=${MODERN}`, 2, [

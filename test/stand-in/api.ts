@@ -18,6 +18,8 @@ export type State = {
   /** What the deploy controller has applied, by its checksums. */
   addons?: Record<string, string>;
   tokenHash: string;
+  /** The secret k3s-serving: 6443's certificate and key. */
+  serving?: string;
   starts: number;
   version: number;
 };
@@ -212,6 +214,11 @@ function supervisor(c: Cluster, { req }: Question, path: string): Reply {
         : `unable to verify password for node ${name}: hash does not match`,
     );
   };
+  // In v1.17 all nodes have copies of the server's (fileHandler).
+  if (gen === "old" && /^client-k(ube-proxy|3s-controller)\.crt$/.test(path)) {
+    const key = c.keyed(path.replace(/\.crt$/, ""));
+    return text(200, file(key.replace(/key$/, "crt")) + file(key));
+  }
   switch (path) {
     case "client-ca.crt":
       return text(200, file(c.clientCa.crt));
@@ -376,6 +383,11 @@ function kubernetes(c: Cluster, q: Question): Reply {
       // Of modern k3s's secrets only node passwords are imitated; v1.17 keeps those in a file.
       const ofNodes = gen === "modern" && here ? Object.keys(c.state.passwords) : [];
       if (!name) return listOf(c, "SecretList", "v1", ofNodes.map(passwordSecret));
+      if (here && deletes && name === "k3s-serving" && c.state.serving) {
+        delete c.state.serving;
+        c.save();
+        return json(200, { kind: "Status", apiVersion: "v1", metadata: {}, status: "Success" });
+      }
       const node = ofNodes.find((node) => passwordSecret(node).metadata.name === name);
       if (!node) return status(404, "NotFound", `secrets ${quote(name)} not found`);
       if (!deletes) return json(200, passwordSecret(node));

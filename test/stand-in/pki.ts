@@ -17,6 +17,30 @@ export type Ca = { crt: string; key: string };
 const HOUR = 3600_000,
   DAY = 24 * HOUR;
 
+/** Days that a certificate lasts, in place of 365: a file on the box that signs it, for time that would have to pass. */
+export const LASTS = "/run/stand-in-certificate-days";
+
+function days(): number {
+  try {
+    return Number(readFileSync(LASTS, "utf8"));
+  } catch {
+    return 365;
+  }
+}
+
+/**
+ * Is it kept at a start? v1.17 renews from 90 days before the end, modern k3s from 120 (createClientCertKey); both when
+ * another CA has signed it.
+ */
+export function lasts(gen: Generation, pem: string, ca: Ca): boolean {
+  const certificate = new X509Certificate(pem);
+  const left = Date.parse(certificate.validTo) - Date.now();
+  return left > (gen === "old" ? 90 : 120) * DAY && signedBy(pem, ca);
+}
+
+export const signedBy = (pem: string, ca: Ca): boolean =>
+  new X509Certificate(pem).verify(new X509Certificate(readFileSync(ca.crt)).publicKey);
+
 export function newKey(path: string): void {
   const { privateKey } = generateKeyPairSync("ec", {
     namedCurve: "P-256",
@@ -116,8 +140,10 @@ export function makeCa(gen: Generation, ca: Ca, name: string, now = Date.now()):
 /** Signs for the key at `key`. v1.17's certificates begin when their CA does. */
 export function sign(gen: Generation, ca: Ca, key: string, s: Subject): string {
   const now = Date.now();
-  const from =
+  const to = now + days() * DAY;
+  const begins =
     gen === "modern" ? now - HOUR : Date.parse(new X509Certificate(readFileSync(ca.crt)).validFrom);
+  const from = Math.min(begins, to - DAY);
   const names = [...(s.dns ?? []).map((n) => `DNS:${n}`), ...(s.ips ?? []).map((n) => `IP:${n}`)];
   return inScratch((dir) =>
     issue(
@@ -127,7 +153,7 @@ export function sign(gen: Generation, ca: Ca, key: string, s: Subject): string {
       `${s.o ? `/O=${s.o}` : ""}/CN=${s.cn}`,
       `keyUsage=critical,digitalSignature,keyEncipherment\nextendedKeyUsage=${s.usage}\nauthorityKeyIdentifier=keyid\n${names.length ? `subjectAltName=${names.join(",")}` : ""}`,
       from,
-      now + 365 * DAY,
+      to,
     ),
   );
 }

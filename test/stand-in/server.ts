@@ -1,5 +1,5 @@
 /** `k3s server`: its files and certificates, the listener on 6443, its controllers, and its own node. */
-import { randomBytes } from "node:crypto";
+import { randomBytes, X509Certificate } from "node:crypto";
 import {
   chmodSync,
   existsSync,
@@ -30,7 +30,7 @@ import { openStore, patched, patiently, type Store } from "./datastore.ts";
 import { list, one, type Values } from "./flags.ts";
 import { deployPass, scrape, stage } from "./metrics.ts";
 import { cloudAddresses, unknownCondition } from "./nodes.ts";
-import { makeCa, newKey, sign } from "./pki.ts";
+import { lasts, makeCa, newKey, type Subject, sign, signedBy } from "./pki.ts";
 import { NO_ROUTE, otherToken, portTaken, unknownBackend } from "./words.ts";
 
 export type Start = { gen: Generation; version: string; values: Values; argv: string[]; notify?: string };
@@ -187,9 +187,21 @@ export async function runServer(start: Start): Promise<void> {
   const admin = join(tls, "client-admin.crt"),
     adminKey = keyed("client-admin");
   const adminSubject = { cn: "system:admin", o: "system:masters", usage: "clientAuth" } as const;
-  write(admin, sign(gen, c.clientCa, adminKey, adminSubject) + file(c.clientCa.crt), 0o644);
+  const renewed = (name: string, ca: Cluster["ca"], subject: Subject): string => {
+    const crt = join(tls, `${name}.crt`);
+    if (!existsSync(crt) || !lasts(gen, file(crt), ca))
+      write(crt, sign(gen, ca, keyed(name), subject) + file(ca.crt), 0o644);
+    return crt;
+  };
+  renewed("client-admin", c.clientCa, adminSubject);
+  if (gen === "old")
+    for (const name of ["kube-proxy", "k3s-controller"])
+      renewed(`client-${name}`, c.clientCa, { cn: `system:${name}`, usage: "clientAuth" });
+  const names = servingNames(gen, values, hostname, hostIp);
+  renewed("serving-kube-apiserver", c.ca, { cn: "kube-apiserver", usage: "serverAuth", ...names });
 
-  await listen(c, one(values, "bind-address"), servingNames(gen, values, hostname, hostIp), tls);
+  const own = dynamic(c, names, tls);
+  await listen(c, one(values, "bind-address"), own);
   // "Serving insecurely on [::]:10251": v1.17.6's scheduler and controller manager answer everybody.
   if (gen === "old" && c.port === 6443)
     for (const port of [10251, 10252])
@@ -247,8 +259,8 @@ export async function runServer(start: Start): Promise<void> {
     await sleep(DELAY.fatalBackend);
     shutdown(unknownBackend(gen, c.backend));
   }
-  const own = { server: [`https://127.0.0.1:${c.port}`], token: [`${pin}::node:${password}`] };
-  await runAgent({ ...start, notify: undefined, values: { ...values, ...own }, inServer: true });
+  const joins = { server: [`https://127.0.0.1:${c.port}`], token: [`${pin}::node:${password}`] };
+  await runAgent({ ...start, notify: undefined, values: { ...values, ...joins }, inServer: true });
 }
 
 function givenToken(values: Values): string | undefined {
@@ -263,18 +275,54 @@ function serverPassword(values: Values, tokenPath: string): string {
   return existsSync(tokenPath) ? passwordOf(file(tokenPath)) : randomBytes(16).toString("hex");
 }
 
+/** Does a start of this release renew the certificate of 6443? Since v1.19 (dynamiclistener v0.2.1). */
+const renews = (version: string): boolean => Number(version.split(".")[1]) >= 19;
+
+/**
+ * The certificate of 6443: a file, and the secret k3s-serving. Up to v1.18 the secret comes first, and only a name that
+ * it lacks makes it anew.
+ */
+function dynamic(
+  c: Cluster,
+  names: { dns: string[]; ips: string[] },
+  tls: string,
+): { cert: string; key: string } {
+  const path = join(tls, "dynamic-cert.json");
+  const local = existsSync(path) ? file(path) : undefined;
+  const read = (text: string): { cert: string; key: string } => {
+    const { data } = JSON.parse(text) as { data: Record<string, string> };
+    const of = (name: string) => Buffer.from(data[name] as string, "base64").toString();
+    return { cert: of("tls.crt"), key: of("tls.key") };
+  };
+  const good = (text: string): boolean => {
+    const { cert } = read(text);
+    const has = new X509Certificate(cert).subjectAltName?.split(", ") ?? [];
+    const wants = [...names.dns.map((n) => `DNS:${n}`), ...names.ips.map((n) => `IP Address:${n}`)];
+    return (
+      wants.every((name) => has.includes(name) || name.endsWith("::1")) &&
+      (renews(c.version) ? lasts(c.gen, cert, c.ca) : signedBy(cert, c.ca))
+    );
+  };
+  let text = [c.state.serving, local].find((one) => one && good(one));
+  if (!text) {
+    const key = c.keyed("serving-kube-apiserver");
+    const subject = { cn: "k3s", o: "k3s", usage: "serverAuth", ...names } as const;
+    const made = { "tls.crt": sign(c.gen, c.ca, key, subject) + file(c.ca.crt), "tls.key": file(key) };
+    const data = Object.entries(made).map(([name, pem]) => [name, Buffer.from(pem).toString("base64")]);
+    text = JSON.stringify({ metadata: { name: "k3s-serving" }, data: Object.fromEntries(data) });
+  }
+  write(path, text, 0o600);
+  c.state.serving = text;
+  return read(text);
+}
+
 async function listen(
   c: Cluster,
   address: string | undefined,
-  names: { dns: string[]; ips: string[] },
-  tls: string,
+  { cert, key }: { cert: string; key: string },
 ): Promise<void> {
-  const key = c.keyed("serving-kube-apiserver");
-  const cert =
-    sign(c.gen, c.ca, key, { cn: "k3s", o: "k3s", usage: "serverAuth", ...names }) + file(c.ca.crt);
-  write(join(tls, "serving-kube-apiserver.crt"), cert, 0o644);
   const asks = { ca: file(c.clientCa.crt), requestCert: true, rejectUnauthorized: false };
-  const server = createServer({ cert, key: file(key), ...asks }, (req, res) => {
+  const server = createServer({ cert, key, ...asks }, (req, res) => {
     const parts: Buffer[] = [];
     req.on("data", (part: Buffer) => parts.push(part));
     req.on("end", () => {
