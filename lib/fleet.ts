@@ -128,7 +128,7 @@ function retryLine(run: Run, script: string, box: Box): string {
     run.reboot ? "REBOOT=1" : "",
   ];
   // Variables that the env file cannot hold.
-  const files = ["ENV_FILE", ...(script === "kubeconfig" ? ["KUBECONFIG"] : [])]
+  const files = ["ENV_FILE", ...(["kubeconfig", "certs"].includes(script) ? ["KUBECONFIG"] : [])]
     .filter((name) => process.env[name])
     .map((name) => `${name}=${forMake(process.env[name] as string)}`);
   return ["make", script, ...own, ...files].filter(Boolean).join(" ");

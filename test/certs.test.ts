@@ -108,7 +108,7 @@ describe("check", () => {
 
   test("reports certificates that end within 30 days as a problem, with make certs", () => {
     assert.deepEqual(lines(judged({ ...AGENT, "agent/client-kubelet.crt": inDays(20.1) })), [
-      "b1: its k3s's certificates end on 2026-12-13, in 20 days: k3s renews them only when it starts: make certs",
+      "b1: its certificates end on 2026-12-13, in 20 days: k3s renews them only when it starts: make certs",
     ]);
   });
 
@@ -134,7 +134,22 @@ describe("check", () => {
     );
     assert.deepEqual(
       result.wrong.map(({ box, cause, remedy }) => [box, cause.slice(0, 49), remedy]),
-      [["b1", "its k3s's certificates ended on 2026-11-22: k3s r", "make certs"]],
+      [["b1", "its certificates ended on 2026-11-22: k3s renews ", "make certs"]],
+    );
+  });
+
+  test("reports a server's certificates that have ended, not that the clocks of its agents are wrong", () => {
+    const said = "x509: certificate has expired or is not yet valid";
+    const units = "Id=k3s-agent.service\nActiveState=failed\nMainPID=0";
+    const result = judge(
+      clusterOf([
+        member(MODERN, A1, { certificates: certificates({ ...SERVER, "dynamic-cert.json": inDays(-1) }) }),
+        member(MODERN, B1, { certificates: certificates(AGENT), units, said }),
+      ]),
+    );
+    assert.deepEqual(
+      result.wrong.map(({ box, remedy }) => [box, remedy]),
+      [["a1", "make certs"]],
     );
   });
 

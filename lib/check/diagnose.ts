@@ -155,7 +155,7 @@ const endedFinding = (box: BoxReport): Findings[number] =>
   daysLeft(box, box.certificates) < 0 &&
   finding(
     box.name,
-    `its k3s's certificates ${first(box, box.certificates)}: k3s renews them when it starts`,
+    `its certificates ${first(box, box.certificates)}: k3s renews them when it starts`,
     "make certs",
     [`node ${box.name}`, `certificates ${box.name}`],
     // A clock that is ahead makes all of them look old.
@@ -174,7 +174,7 @@ const certificateFindings = ({ boxes, access }: Cluster): Findings => {
           own <= PRESSING &&
           finding(
             box.name,
-            `its k3s's certificates ${first(box, box.certificates)}: k3s renews them only when it starts`,
+            `its certificates ${first(box, box.certificates)}: k3s renews them only when it starts`,
             "make certs",
             [`certificates ${box.name}`],
           ),
@@ -208,7 +208,7 @@ const certificateNotes = (box: BoxReport): (string | false)[] => {
   const days = renewsFrom(generationOf(box.node?.version ?? "", ""));
   return [
     later(box.certificates) &&
-      `its k3s's certificates ${first(box, box.certificates)}: any restart of k3s renews them from ${days} days before, and make certs does it one node at a time`,
+      `its certificates ${first(box, box.certificates)}: any restart of k3s renews them from ${days} days before, and make certs does it one node at a time`,
     later(box.cas) && `the cluster's CA certificates ${first(box, box.cas)}, and no restart renews them`,
   ];
 };
@@ -315,7 +315,7 @@ function serviceFinding(box: BoxReport, { boxes, nodes }: Cluster): Findings[num
         meaning.cause,
         meaning.remedy,
         meaning.cause.startsWith("its clock")
-          ? [`clock ${box.name}`]
+          ? [`clock ${box.name}`, ...(server ? [`certificates ${server.name}`] : [])]
           : meaning.cause === "it does not reach the server's 6443/tcp"
             ? byServer
             : [],
