@@ -142,7 +142,8 @@ export const sizeOf = (network: string): number => 2 ** (32 - Number(network.spl
 /** Have two networks an address in common? */
 export const overlap = (one: string, other: string): boolean => liesIn(one, other) || liesIn(other, one);
 
-/** The check of an IPv4 network with between 2^least and 2^most addresses. */
+const HOMES = /^(10|172\.(1[6-9]|2\d|3[01])|192\.168|100\.(6[4-9]|[7-9]\d|1[01]\d|12[0-7]))\./;
+/** The check of a private IPv4 network with between 2^least and 2^most addresses. */
 const network4 =
   (least: number, most: number, example: string): Check =>
   (value) => {
@@ -150,11 +151,12 @@ const network4 =
     const bits = Math.log2(sizeOf(value));
     return networkIn(value) &&
       isIP(first) === 4 &&
+      HOMES.test(first) &&
       bits >= least &&
       bits <= most &&
       !(numberOf(first) % 2 ** bits)
       ? undefined
-      : `an IPv4 network of ${2 ** least} to ${2 ** most} addresses by its first one, such as ${example}`;
+      : `a private IPv4 network of ${2 ** least} to ${2 ** most} addresses by its first one, such as ${example}`;
   };
 
 /** The cluster's domain among a server's arguments, or k3s's default. */

@@ -10,11 +10,10 @@ import { type Change, type Facts, type Printed, prints, Refusal, type Step, step
 import { domainIn, FORMS, hostIn, liesIn } from "../table.ts";
 import { quoted, sha256 } from "../text.ts";
 import { rangesOf } from "./config.ts";
-import { ipv4Of } from "./firewall/traffic.ts";
+import { ENTRY, ipv4Of } from "./firewall/traffic.ts";
 import { API } from "./nodes.ts";
 import { WRITTEN_BY } from "./unit.ts";
 
-export const ENTRY = "k3s-devices";
 /** The interface's key and its peers, 0600. */
 export const ENTRY_FOLDER = "/etc/rancher/k3s-devices";
 export const ENTRY_PROGRAM = "/usr/local/sbin/k3s-devices";

@@ -13,7 +13,6 @@ import {
   admits,
   type Device,
   devicesIn,
-  ENTRY,
   entryKeyOf,
   type Form,
   MTU,
@@ -22,7 +21,7 @@ import {
   shutsOut,
 } from "../../lib/k3s/devices.ts";
 import { firewall } from "../../lib/k3s/firewall/firewall.ts";
-import { eachOf } from "../../lib/k3s/firewall/traffic.ts";
+import { ENTRY, eachOf } from "../../lib/k3s/firewall/traffic.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";

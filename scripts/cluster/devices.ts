@@ -8,6 +8,7 @@ import { entryLook, type Seen, seenBy } from "../../lib/k3s/devices.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { forTerminal, watch } from "../../lib/report.ts";
 import type { Run } from "../../lib/script.ts";
+import { NAT } from "../../lib/table.ts";
 
 const HEAD = ["NAME", "ADDRESS", "ENTRY", "HANDSHAKE", "FROM IT", "TO IT", "FOR"];
 
@@ -34,7 +35,9 @@ export const rowOf = (entry: string, now: number, device: Seen): string[] => [
 ];
 
 async function devices(run: Run): Promise<number> {
-  const cluster = [...(await boxes(run, "SERVER")), ...(await boxes(run, "AGENTS"))];
+  const all = [...(await boxes(run, "SERVER")), ...(await boxes(run, "AGENTS"))];
+  // A home node is no entry, and may be off.
+  const cluster = all.filter(({ ip }) => ip !== NAT);
   await watch(cluster);
   const rows: string[][] = [];
   const done = await each(run, cluster, async (box) => {

@@ -15,9 +15,9 @@ import { CLEAR_OWN, isWritten, LEFT_OF_OWN, ownLook, scriptText, TABLE, written 
 import {
   ANYWHERE,
   CLOSED,
-  DEVICES,
   devicePort,
   devicePortLook,
+  ENTRY,
   entryOf,
   type FirewallManager,
   ipv4Of,
@@ -60,7 +60,7 @@ function wanted(facts: Box, nodes: readonly string[], ranges: readonly string[])
   const ways: (readonly [iif: string, oif: string, whom: string, from: string])[] = [
     ["cni0", "flannel-wg", pods, pod(5)],
     ["flannel-wg", "cni0", pods, pod(5)],
-    ...(devicePort(nodes) ? [[DEVICES, "cni0", "devices", ""] as const] : []),
+    ...(devicePort(nodes) ? [[ENTRY, "cni0", "devices", ""] as const] : []),
   ];
   return [
     ...openings(nodes).map(({ ip, protocol, port }) => {
@@ -73,7 +73,7 @@ function wanted(facts: Box, nodes: readonly string[], ranges: readonly string[])
         what: "everything",
         whom,
         // Before it gets here, the entry's own chain has dropped what is for other networks.
-        packet: { ...packet, iif, from, to: iif === DEVICES ? [pod(1)] : packet.to, port },
+        packet: { ...packet, iif, from, to: iif === ENTRY ? [pod(1)] : packet.to, port },
       })),
       ...(["tcp", "udp"] as const).map((protocol) => ({
         what: `what is forwarded for ${whom}`,

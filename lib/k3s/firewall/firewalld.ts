@@ -2,7 +2,7 @@
 
 import { sh } from "../../sh.ts";
 import { type Facts, type Printed, prints } from "../../step.ts";
-import { ANYWHERE, DEVICES, devicePort, eachOf, type FirewallManager, openings } from "./traffic.ts";
+import { ANYWHERE, devicePort, ENTRY, eachOf, type FirewallManager, openings } from "./traffic.ts";
 
 export const firewalldLook = prints(
   "firewalld firewalld-version zones rules rules--permanent sources sources--permanent",
@@ -58,7 +58,7 @@ export const firewalld: FirewallManager<FirewalldFact> = {
     return (["", "--permanent"] as const).flatMap((when) => {
       const have = (facts[`rules${when}`] ?? "").split("\n");
       const sources = split(facts[`sources${when}`]).map((source) => `trusted ${source}`);
-      const trusted = `trusted ${DEVICES}`;
+      const trusted = `trusted ${ENTRY}`;
       const isTrusted = sources.includes(trusted);
       const todo = {
         "add-rich-rule": rules.filter((rule) => !have.includes(rule)),
@@ -83,7 +83,7 @@ export const firewalld: FirewallManager<FirewalldFact> = {
 export const leftInFirewalld = (ranges: readonly string[]): string =>
   sh`if [ "$(firewall-cmd --state 2>/dev/null)" = running ]; then
   for when in '' --permanent; do
-    firewall-cmd $when --list-all-zones 2>/dev/null | grep -qE ${`^[[:blank:]]+${RICH}|^ +(sources|interfaces):.* (${[...eachOf(ranges), DEVICES].join("|").replaceAll(".", "\\.")})( |$)`} && echo firewall
+    firewall-cmd $when --list-all-zones 2>/dev/null | grep -qE ${`^[[:blank:]]+${RICH}|^ +(sources|interfaces):.* (${[...eachOf(ranges), ENTRY].join("|").replaceAll(".", "\\.")})( |$)`} && echo firewall
   done
 fi`;
 
@@ -97,6 +97,6 @@ export const clearFirewalld = (ranges: readonly string[]): string =>
         while read -r rule; do firewall-cmd -q $when --zone="$zone" --remove-rich-rule="$rule" </dev/null; done
     done
     for range in ${eachOf(ranges)}; do firewall-cmd -q $when --zone=trusted --remove-source=$range 2>/dev/null || :; done
-    firewall-cmd -q $when --zone=trusted --remove-interface=${DEVICES} 2>/dev/null || :
+    firewall-cmd -q $when --zone=trusted --remove-interface=${ENTRY} 2>/dev/null || :
   done
 fi`;

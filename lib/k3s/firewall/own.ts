@@ -5,8 +5,8 @@ import { type Facts, type Printed, prints } from "../../step.ts";
 import {
   ANYWHERE,
   CLOSED,
-  DEVICES,
   devicePort,
+  ENTRY,
   INTERFACES,
   openings,
   portsTo,
@@ -74,7 +74,7 @@ const closed = (protocol: string) =>
 /** The script for a box without firewalld and ufw: our own table, and accept rules in chains that drop. */
 export function scriptText(nodes: readonly string[], pods: string): string {
   const device = devicePort(nodes);
-  const cards = device ? [...INTERFACES, DEVICES] : INTERFACES;
+  const cards = device ? [...INTERFACES, ENTRY] : INTERFACES;
   const open = openings(nodes.filter((node) => !devicePort([node])));
   const toAll = open.filter(({ ip }) => ip === ANYWHERE);
   const sources = [...new Set(open.map(({ ip }) => ip))];
@@ -147,7 +147,7 @@ bases input | while read -r family table chain; do
   done
 done
 bases forward | while read -r family table chain; do
-  for end in saddr daddr; do rule "$family" "$table" "$chain" ip $end ${pods}; done${device ? `\n  rule "$family" "$table" "$chain" iifname ${DEVICES}` : ""}
+  for end in saddr daddr; do rule "$family" "$table" "$chain" ip $end ${pods}; done${device ? `\n  rule "$family" "$table" "$chain" iifname ${ENTRY}` : ""}
 done
 for tool in $tools; do
   may_drop() {
@@ -165,7 +165,7 @@ for tool in $tools; do
     done
   fi
   if may_drop FORWARD; then
-    for end in -s -d; do put FORWARD $end ${pods}; done${device ? `\n    put FORWARD -i ${DEVICES}` : ""}
+    for end in -s -d; do put FORWARD $end ${pods}; done${device ? `\n    put FORWARD -i ${ENTRY}` : ""}
   fi
 done
 `;

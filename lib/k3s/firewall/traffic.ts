@@ -39,7 +39,7 @@ export const ANYWHERE = "0.0.0.0/0";
 export const TUNNEL = "tunnel";
 
 /** The interface of an entry for devices. */
-export const DEVICES = "k3s-devices";
+export const ENTRY = "k3s-devices";
 
 export const devicePortLook = prints("device-port")(
   "[ ! -e /usr/local/sbin/k3s-devices ] || { fact device-port; sed -n 's/^port=//p' /usr/local/sbin/k3s-devices; }",

@@ -4,8 +4,8 @@ import { raw, sh } from "../../sh.ts";
 import { type Printed, prints } from "../../step.ts";
 import {
   ANYWHERE,
-  DEVICES,
   devicePort,
+  ENTRY,
   eachOf,
   type FirewallManager,
   openings,
@@ -44,7 +44,7 @@ export const ufw: FirewallManager<Printed<typeof ufwLook>> = {
       ...["from", "to"].flatMap((end) =>
         eachOf(ranges.slice(0, 1)).map((pods) => sh`route allow ${end} ${pods}`),
       ),
-      ...(devicePort(nodes) ? [sh`allow in on ${DEVICES}`, sh`route allow in on ${DEVICES}`] : []),
+      ...(devicePort(nodes) ? [sh`allow in on ${ENTRY}`, sh`route allow in on ${ENTRY}`] : []),
     ];
     const told = (rule: string, how: string) =>
       rule.startsWith("route ") ? `ufw route ${how}${rule.slice(5)}` : `ufw ${how} ${rule}`;
