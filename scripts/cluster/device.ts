@@ -272,6 +272,18 @@ function discard(file: string): void {
   }
 }
 
+/** The device's key: the one given, or that of its files here, or a new one. @throws {SettingError} */
+function keyOf({ settings: { PUBLIC_KEY }, flags, mode }: Run, texts: readonly string[]) {
+  // A device that is this machine may have put its own key into the file.
+  const own = texts
+    .map(ownIn)
+    .find((one) => one && (!PUBLIC_KEY || publicKeyOf(one.privateKey) === PUBLIC_KEY));
+  if (!own && !PUBLIC_KEY && mode === "print" && !flags.has("remove"))
+    throw new SettingError("PUBLIC_KEY is not set: PRINT=1 makes no key, so expected the device's");
+  const privateKey = own?.privateKey ?? (PUBLIC_KEY ? ITS_OWN : newPrivateKey());
+  return { privateKey, key: PUBLIC_KEY || publicKeyOf(privateKey), ip: own?.ip };
+}
+
 async function device(run: Run): Promise<number> {
   const { settings, origins, mode } = run;
   const { NAME, PUBLIC_KEY } = settings;
@@ -287,14 +299,10 @@ async function device(run: Run): Promise<number> {
   if (settings.FIREWALL) run.letIn = cluster.map(({ ip }) => ip);
   const folder = join(dirname(run.envFile), "devices");
   const before = textsIn(folder, NAME);
-  // A device that is this machine may have put its own key into the file.
-  const own = before
-    .map(({ text }) => ownIn(text))
-    .find((one) => one && (!PUBLIC_KEY || publicKeyOf(one.privateKey) === PUBLIC_KEY));
-  if (!own && !PUBLIC_KEY && mode === "print" && !leaves)
-    throw new SettingError("PUBLIC_KEY is not set: PRINT=1 makes no key, so expected the device's");
-  const privateKey = own?.privateKey ?? (PUBLIC_KEY ? ITS_OWN : newPrivateKey());
-  const key = PUBLIC_KEY || publicKeyOf(privateKey);
+  const { privateKey, key, ip } = keyOf(
+    run,
+    before.map(({ text }) => text),
+  );
 
   // Every box that may be an entry: which have the device is theirs to know.
   const reached = cluster.filter(({ ip }) => ip !== NAT);
@@ -317,9 +325,9 @@ async function device(run: Run): Promise<number> {
     statuses.push(
       await attempt(run, entries[0] as Box, async () => {
         const known = reached.flatMap(devicesAt);
-        const decided = deviceFor(settings, origins, known, { key, ...(own ? { ip: own.ip } : {}) });
+        const decided = deviceFor(settings, origins, known, { key, ...(ip ? { ip } : {}) });
         // Before the entries know it: an interrupted run is finished by the next one, with this key.
-        if (mode === "apply" && !own && !PUBLIC_KEY)
+        if (mode === "apply" && !ip && !PUBLIC_KEY)
           keep(
             fileIn(folder, NAME, 0),
             `[Interface]\nPrivateKey = ${privateKey}\nAddress = ${decided.ip}/32\n`,
@@ -361,13 +369,7 @@ async function device(run: Run): Promise<number> {
     process.stderr.write(`No entry has a device ${NAME}: make devices lists them\n`);
   if (mode === "apply" && worst(statuses) === 0)
     for (const { file } of before) if (!files.includes(file)) discard(file);
-  for (const file of files.filter(Boolean)) {
-    process.stdout.write(`${file}\n`);
-    if (it?.form !== "phone" || PUBLIC_KEY) continue;
-    if (process.stdout.isTTY)
-      process.stdout.write(`${qrOf(readFileSync(file, "utf8"), !process.env.NO_COLOR)}\n`);
-    else process.stderr.write("On a terminal this shows its QR code\n");
-  }
+  for (const file of files.filter(Boolean)) show(file, it?.form === "phone" && !PUBLIC_KEY);
   return worst(statuses);
 }
 
@@ -380,6 +382,14 @@ function peerFor({ only }: Device, { ip, want }: Box, facts: EntryFacts): EntryP
     networks: only ? [services] : [pods, services, devices],
     names: namesOf(want, facts),
   };
+}
+
+/** Says where a configuration is; shows it as a QR code only to somebody who sees it. */
+function show(file: string, asCode: boolean): void {
+  process.stdout.write(`${file}\n`);
+  if (asCode && process.stdout.isTTY)
+    process.stdout.write(`${qrOf(readFileSync(file, "utf8"), !process.env.NO_COLOR)}\n`);
+  else if (asCode) process.stderr.write("On a terminal this shows its QR code\n");
 }
 
 /** A text as a QR code for a terminal, of half blocks; `coloured`: right on a light background too. */
