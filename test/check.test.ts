@@ -2,10 +2,12 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { causesOf } from "../lib/check/causes.ts";
 import { diagnose, judge } from "../lib/check/diagnose.ts";
-import { clusterOf, LOOKS, type Member, surveyAndTry } from "../lib/check/survey.ts";
+import { ask, CLOCK, clusterOf, LOOKS, type Member, surveyAndTry } from "../lib/check/survey.ts";
 import type { Device } from "../lib/k3s/devices.ts";
 import { MEANT, meaningOf } from "../lib/k3s/journal.ts";
+import { lookScript, reader, wrapInMain } from "../lib/protocol.ts";
 import type { Settings } from "../lib/settings.ts";
+import { prints } from "../lib/step.ts";
 import { jsonOf } from "../lib/text.ts";
 import { merged, reportOf, verdict } from "../scripts/cluster/check.ts";
 import {
@@ -1439,6 +1441,16 @@ async function sentTo(specs: NodeSpec[], args?: string[]): Promise<Record<string
   );
   return sent;
 }
+
+test("check reads a box's clock, whatever the look before it printed last", () => {
+  const said: string[] = [];
+  const stream = reader("mark", { say: (text) => said.push(text) });
+  const glued = prints("glued")("fact glued; printf 'a file without an end of its line'");
+  const { stdout } = shell(wrapInMain(lookScript([ask([glued, CLOCK])], wanted(), "mark")));
+  for (const line of stdout.split("\n")) stream.line(line);
+  assert.equal(said.length, 1, stdout);
+  assert(Math.abs(Number(said[0]) - Date.now() / 1000) < 60, said[0]);
+});
 
 describe("check sends each box", () => {
   const many = [

@@ -130,8 +130,8 @@ export const few = (lines: readonly string[], many = FEW): string =>
 /** Boxes, and what is to run on each. */
 export type Listed = { box: Box; role: Role }[];
 
-/** The box's clock, as the last of a trip: what a look prints before may come late. */
-const CLOCK = `printf '%s say %s\\n' "$m" "$(date +%s.%N)"` as Look;
+/** The box's clock, as the last of a trip: what a look prints before may come late, and without an end of its line. */
+export const CLOCK = `printf '\\n%s say %s\\n' "$m" "$(date +%s.%N)"` as Look;
 
 /** Asks all boxes in parallel. A box that cannot be reached carries its error. */
 export async function survey<F extends string = never>(
