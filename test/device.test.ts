@@ -14,12 +14,12 @@ import {
   entryKeyOf,
   entryLook,
   type Form,
-  ENTRY_PROGRAM as PROGRAM,
   peersText,
   seenBy,
   shutsOut,
   ENTRY_UNIT as UNIT,
 } from "../lib/k3s/devices.ts";
+import { ENTRY_PROGRAM as PROGRAM } from "../lib/k3s/firewall/traffic.ts";
 import type { Box } from "../lib/script.ts";
 import { type Origins, SettingError, type Settings, settle } from "../lib/settings.ts";
 import { Refusal } from "../lib/step.ts";

@@ -274,6 +274,7 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
     [...(facts.wg ?? "").matchAll(/^(flannel\.1|flannel-wg) (\d{3,5}) ?([\w+/=]*)$/gm)].at(-1) ?? [];
   const joins = (facts.joins ?? "").trim().split("\n");
   const addresses = (facts.addresses ?? "").split("\n").map((row) => row.split(/\s+/));
+  const { own: certificates, cas } = certificatesIn(facts);
   return {
     name: box.name,
     host: box.host,
@@ -338,8 +339,8 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
     /** What devices have as their entry here. */
     entry: entryIn(facts),
     /** Of k3s, without the CAs; and those of a server. */
-    certificates: certificatesIn(facts).own,
-    cas: certificatesIn(facts).cas,
+    certificates,
+    cas,
     now: Number(facts.now),
     tried: triedOf({ ...tried, ...paths }, nodes, Boolean(box.want.TUNNEL_KUBELETS)),
   };

@@ -10,13 +10,13 @@ import { type Change, type Facts, type Printed, prints, Refusal, type Step, step
 import { domainIn, FORMS, hostIn, liesIn } from "../table.ts";
 import { quoted, sha256 } from "../text.ts";
 import { rangesOf } from "./config.ts";
-import { ENTRY, ipv4Of } from "./firewall/traffic.ts";
-import { API } from "./nodes.ts";
+import { loadingUnit, placed } from "./firewall/own.ts";
+import { ENTRY, ENTRY_PROGRAM, ipv4Of } from "./firewall/traffic.ts";
+import { API, peersOf } from "./nodes.ts";
 import { WRITTEN_BY } from "./unit.ts";
 
 /** The interface's key and its peers, 0600. */
 export const ENTRY_FOLDER = "/etc/rancher/k3s-devices";
-export const ENTRY_PROGRAM = "/usr/local/sbin/k3s-devices";
 export const ENTRY_UNIT = "/etc/systemd/system/k3s-devices.service";
 /** At both ends: every path carries it with WireGuard's 80 bytes but IPv6's own least, and mobile networks have little more. */
 export const MTU = 1280;
@@ -128,24 +128,8 @@ ip addr replace ${`${hostIn(devices, 1)}/${devices.split("/")[1]}`} dev ${ENTRY}
 ip link set ${ENTRY} mtu ${MTU} up
 `;
 
-/** Our rule is loaded again when a firewall's service has flushed all of them. */
 const UNIT = `${WRITTEN_BY}
-[Unit]
-Description=Devices that reach this k3s cluster's pods and services
-After=nftables.service iptables.service netfilter-persistent.service ufw.service firewalld.service
-PartOf=nftables.service iptables.service netfilter-persistent.service
-ReloadPropagatedFrom=nftables.service iptables.service netfilter-persistent.service
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=${ENTRY_PROGRAM} start
-ExecReload=${ENTRY_PROGRAM} start
-ExecStop=${ENTRY_PROGRAM} stop
-
-[Install]
-WantedBy=multi-user.target
-`;
+${loadingUnit("Devices that reach this k3s cluster's pods and services", ENTRY_PROGRAM)}`;
 
 /**
  * Facts about an entry: its files, public key, rules, peers and their traffic. What is none says nothing, for two tests.
@@ -262,17 +246,15 @@ export interface Fault {
   mends?: string;
 }
 
+/** The interface's peers. */
+const loadedIn = (facts: Facts<"entry-dump">) =>
+  peersOf((facts["entry-dump"] ?? "").replace(/^(?=.)/gm, `${ENTRY}\t`));
+
 /** Why an entry is not as its files have it: the first cause that holds. @param due its port. */
 function faultOf(facts: Facts<SeenFact>, due: string | undefined): Fault | undefined {
   const { active, enabled, key, port, own } = stateOf(facts);
   const devices = devicesIn(facts["peers-file"]);
-  const loaded = new Set(
-    (facts["entry-dump"] ?? "")
-      .split("\n")
-      .filter(Boolean)
-      .map((row) => row.split("\t"))
-      .map(([key, , , nets]) => `${key} ${nets}`),
-  );
+  const loaded = new Set(loadedIn(facts).map(({ key, allowedIps }) => `${key} ${allowedIps}`));
   const missing = devices.filter(({ key, ip }) => !loaded.has(`${key} ${ip}/32`));
   const more = loaded.size + missing.length - devices.length;
   const mends = `systemctl restart ${ENTRY}`;
@@ -339,13 +321,7 @@ wg pubkey <${ENTRY_FOLDER}/key >/dev/null 2>&1 || {
   sync
   mv -f ${ENTRY_FOLDER}/key.new ${ENTRY_FOLDER}/key
 }`,
-        ...(files
-          ? []
-          : [
-              "# shellcheck disable=SC2016 # what is written is a script",
-              `{\n${writeFile(ENTRY_PROGRAM, program, "755")}\n}`,
-              writeFile(ENTRY_UNIT, UNIT),
-            ]),
+        ...(files ? [] : [placed(ENTRY_PROGRAM, program, ENTRY_UNIT, UNIT)]),
         writeFile(`${ENTRY_FOLDER}/peers`, peers, "600"),
         files && stateOf(facts).runs
           ? `systemctl reload ${ENTRY}`
@@ -425,17 +401,10 @@ export interface Seen extends Device {
 
 /** The devices of an entry, as it sees them. */
 export function seenBy(facts: Facts<"peers-file" | "entry-dump">): Seen[] {
-  const rows = new Map(
-    (facts["entry-dump"] ?? "").split("\n").map((row) => [row.split("\t")[0], row.split("\t")]),
-  );
+  const loaded = new Map(loadedIn(facts).map((peer) => [peer.key, peer]));
   return devicesIn(facts["peers-file"]).map((device) => {
-    const [, , , , handshake, received, sent] = rows.get(device.key) ?? [];
-    return {
-      ...device,
-      handshake: Number(handshake ?? 0),
-      received: Number(received ?? 0),
-      sent: Number(sent ?? 0),
-    };
+    const { handshake = 0, received = 0, sent = 0 } = loaded.get(device.key) ?? {};
+    return { ...device, handshake, received, sent };
   });
 }
 

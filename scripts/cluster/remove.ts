@@ -7,10 +7,11 @@ import { look } from "../../lib/converge.ts";
 import { attempt, bring, worst } from "../../lib/fleet.ts";
 import { CLEAR, CLEAR_LOOK } from "../../lib/k3s/cleanup.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
-import { devicesIn, ENTRY_FOLDER, ENTRY_PROGRAM, ENTRY_UNIT } from "../../lib/k3s/devices.ts";
+import { devicesIn, ENTRY_FOLDER, ENTRY_UNIT } from "../../lib/k3s/devices.ts";
 import { drainedOn, onNodeOf } from "../../lib/k3s/drain.ts";
 import { closeAgain, closeLook } from "../../lib/k3s/firewall/firewall.ts";
 import { neighbours } from "../../lib/k3s/firewall/neighbours.ts";
+import { ENTRY_PROGRAM } from "../../lib/k3s/firewall/traffic.ts";
 import {
   caLook,
   casOf,

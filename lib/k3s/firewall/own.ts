@@ -27,11 +27,15 @@ export const isWritten = (facts: Facts<Printed<typeof ownLook>>, script: string)
   facts.start?.trimEnd() === UNIT_TEXT.trimEnd() &&
   facts.booted?.trim() === "enabled\nactive";
 
-export const written = (script: string): string => `# shellcheck disable=SC2016 # what is written is a script
+/** Shell that puts a program and its unit in place. */
+export const placed = (program: string, text: string, unit: string, unitText: string): string =>
+  `# shellcheck disable=SC2016 # what is written is a script
 {
-${writeFile(SCRIPT, script, "755")}
+${writeFile(program, text, "755")}
 }
-${writeFile(UNIT, UNIT_TEXT)}
+${writeFile(unit, unitText)}`;
+
+export const written = (script: string): string => `${placed(SCRIPT, script, UNIT, UNIT_TEXT)}
 systemctl daemon-reload
 systemctl enable k3s-firewall >/dev/null 2>&1
 systemctl restart k3s-firewall`;
@@ -46,25 +50,33 @@ export const CLEAR_OWN = sh`if ${raw(LEFT_OF_OWN)}; then
   systemctl daemon-reload
 fi`;
 
-/** Runs the script at boot, and again after nftables.service has flushed the rules. */
-export const UNIT_TEXT = `[Unit]
-Description=Who reaches k3s's ports, by k3s-across-clouds
+/**
+ * A unit that runs a program that loads rules: at boot, and again after nftables.service has flushed all of them.
+ * @param order what else it is to come before.
+ */
+export const loadingUnit = (description: string, program: string, order = ""): string => `[Unit]
+Description=${description}
 # These begin by flushing everything, and so does their reload.
 After=nftables.service iptables.service netfilter-persistent.service ufw.service firewalld.service
 PartOf=nftables.service iptables.service netfilter-persistent.service
 ReloadPropagatedFrom=nftables.service iptables.service netfilter-persistent.service
-Before=k3s.service k3s-agent.service
-
+${order}
 [Install]
 WantedBy=multi-user.target
 
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=${SCRIPT} start
-ExecReload=${SCRIPT} start
-ExecStop=${SCRIPT} stop
+ExecStart=${program} start
+ExecReload=${program} start
+ExecStop=${program} stop
 `;
+
+export const UNIT_TEXT = loadingUnit(
+  "Who reaches k3s's ports, by k3s-across-clouds",
+  SCRIPT,
+  "Before=k3s.service k3s-agent.service\n",
+);
 
 const closed = (protocol: string) =>
   `{ ${CLOSED.filter(([of]) => of === protocol)

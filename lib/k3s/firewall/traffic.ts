@@ -40,9 +40,11 @@ export const TUNNEL = "tunnel";
 
 /** The interface of an entry for devices. */
 export const ENTRY = "k3s-devices";
+/** What sets it up. */
+export const ENTRY_PROGRAM = "/usr/local/sbin/k3s-devices";
 
 export const devicePortLook = prints("device-port")(
-  "[ ! -e /usr/local/sbin/k3s-devices ] || { fact device-port; sed -n 's/^port=//p' /usr/local/sbin/k3s-devices; }",
+  `[ ! -e ${ENTRY_PROGRAM} ] || { fact device-port; sed -n 's/^port=//p' ${ENTRY_PROGRAM}; }`,
 );
 
 /** Among the nodes, where the box is an entry for devices: its port, such as 51822/udp, which is open to all. */
