@@ -37,7 +37,7 @@ keep() {
 	ip netns attach op $$
 	ip netns add inet
 	ip -n inet link set lo up
-	ip -n inet link add br0 type bridge
+	ip -n inet link add br0 address 02:00:cb:00:71:00 type bridge
 	ip -n inet link set br0 up
 	for address in 80 81 82; do ip -n inet address add "203.0.113.$address/24" dev br0; done
 	ip -n inet route add 198.51.100.0/22 dev br0
@@ -101,7 +101,8 @@ router() {
 	ip netns add "$router"
 	ip -n "$router" link set lo up
 	wire "$router" wan "wan-$1"
-	ip -n "$router" link add lan type bridge
+	# Its address must not follow its ports, or boxes would look for the old one until they ask again, for 8 s or more.
+	ip -n "$router" link add lan address 02:00:c0:a8:00:01 type bridge
 	ip -n "$router" address add 192.168.0.1/24 dev lan
 	ip -n "$router" link set lan up
 	# shellcheck disable=SC2016
