@@ -22,6 +22,12 @@ fact systemd; test -d /run/systemd/system && echo yes
 fact addresses; ip -o -4 addr show 2>/dev/null
 `;
 
+/** A box's IPv4 addresses, each with its interface and the bits of its network, by the fact `addresses` (ip -o -4 addr). */
+export const cardsOf = ({ addresses = "" }: Facts<string>): { card: string; ip: string; bits: number }[] =>
+  [...addresses.matchAll(/^\d+: +(\S+) +inet ([\d.]+)(?: peer [\d.]+)?(?:\/(\d+))?/gm)].map(
+    ([, card = "", ip = "", bits = "32"]) => ({ card, ip, bits: Number(bits) }),
+  );
+
 /** The mark is random, so that no file's content can contain it. */
 export const newMark = () => `k3s-across-clouds-${randomBytes(8).toString("hex")}`;
 

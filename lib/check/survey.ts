@@ -35,6 +35,7 @@ import {
   tunnelIpOf,
 } from "../k3s/nodes.ts";
 import { goesInside, nameLook, type Role, unitOf } from "../k3s/unit.ts";
+import { cardsOf } from "../protocol.ts";
 import { silent } from "../report.ts";
 import type { Box, Run } from "../script.ts";
 import type { Settings } from "../settings.ts";
@@ -273,7 +274,7 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
   const [, wg, mtu, key] =
     [...(facts.wg ?? "").matchAll(/^(flannel\.1|flannel-wg) (\d{3,5}) ?([\w+/=]*)$/gm)].at(-1) ?? [];
   const joins = (facts.joins ?? "").trim().split("\n");
-  const addresses = (facts.addresses ?? "").split("\n").map((row) => row.split(/\s+/));
+  const cards = cardsOf(facts);
   const { own: certificates, cas } = certificatesIn(facts);
   return {
     name: box.name,
@@ -314,13 +315,13 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
           name: wg,
           mtu: Number(mtu),
           key: key ?? "",
-          address: addressIn(addresses.find(([, device]) => device === wg)?.[3]?.split("/")[0]),
+          address: addressIn(cards.find(({ card }) => card === wg)?.ip),
         }
       : undefined,
     /** The largest MTU of the pods' ports on the bridge; undefined without a pod. */
     cniMtu: numberOf(facts.cni?.trim()),
     peers: peersOf(facts.peers).filter((peer) => peer.interface === wg),
-    addresses: addresses.flatMap(([, , , address]) => address?.split("/")[0] ?? []),
+    addresses: cards.map(({ ip }) => ip),
     /** kube-proxy's mode by the settings. */
     proxyMode: box.want.PROXY_MODE,
     /** The kernel has ip_vs. */

@@ -4,6 +4,7 @@
  * cluster by each entry alike; pods of the entry see its own address (v1.36.3, seen).
  */
 import { parseArgs } from "../args.ts";
+import { cardsOf } from "../protocol.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, type Printed, prints, Refusal, type Step, step } from "../step.ts";
@@ -195,12 +196,9 @@ export function networksOf(want: Settings, facts: Facts<EntryFact>): Networks {
 }
 
 /** A box's own address in the devices' network, and its interface. */
-function takenIn(devices: string, { addresses = "" }: Facts): string | undefined {
-  const [, card, ip] =
-    [...addresses.matchAll(/^\d+: +(\S+) +inet ([\d.]+)/gm)].find(
-      ([, card, ip]) => card !== ENTRY && liesIn(ip as string, devices),
-    ) ?? [];
-  return ip && `${ip} (${card})`;
+function takenIn(devices: string, facts: Facts): string | undefined {
+  const taken = cardsOf(facts).find(({ card, ip }) => card !== ENTRY && liesIn(ip, devices));
+  return taken && `${taken.ip} (${taken.card})`;
 }
 
 /** CoreDNS, and the domain that it answers for; undefined if the cluster has none. */

@@ -1,6 +1,7 @@
 /** Who a box is: its address, boot id, machine id and cluster CA, checked against each other. */
 
 import { parseArgs, secretIn } from "../args.ts";
+import { cardsOf } from "../protocol.ts";
 import type { Settings } from "../settings.ts";
 import { sh } from "../sh.ts";
 import { type Facts, prints, Refusal, type Step, type Want } from "../step.ts";
@@ -424,10 +425,9 @@ function rightRelease(
 function lanApart(want: Want, facts: Facts): void {
   if (want.PUBLIC_IP !== NAT) return;
   const ranges = rangesOf(want).flatMap((range) => range.split(","));
-  for (const [, card = "", ip = ""] of (facts.addresses ?? "").matchAll(
-    // A network, not an address alone, as those of ipvs and NodeLocal DNSCache's.
-    /^\d+: +(?!lo |cni|flannel|veth)(\S+) +inet ([\d.]+)\/(?!32\b)/gm,
-  )) {
+  for (const { card, ip, bits } of cardsOf(facts)) {
+    // Addresses alone are those of ipvs and NodeLocal DNSCache.
+    if (bits === 32 || /^(lo$|cni|flannel|veth)/.test(card)) continue;
     const range = ranges.find((range) => liesIn(ip, range));
     if (range)
       throw new Refusal(

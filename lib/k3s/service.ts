@@ -1,5 +1,6 @@
 /** k3s as a systemd unit: changes that make it run as configured, and the wait until it is healthy. */
 
+import { cardsOf } from "../protocol.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, step } from "../step.ts";
@@ -89,10 +90,7 @@ export function startedAt(facts: Facts<"service">, shown = facts.service): numbe
 
 /** Is the public address on a network interface (other than `lo`, where our unit puts it)? */
 export function onCard(ip: string, facts: Facts): boolean {
-  return (facts.addresses ?? "")
-    .split("\n")
-    .map((line) => line.split(/\s+/))
-    .some(([, device, , address]) => device !== "lo" && address?.split("/")[0] === ip);
+  return cardsOf(facts).some((own) => own.card !== "lo" && own.ip === ip);
 }
 
 /**

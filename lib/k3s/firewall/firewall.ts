@@ -1,6 +1,7 @@
 /** The box's firewall: what it blocks of the cluster's traffic, and what opens it to the nodes and to nobody else. */
 
 import { isIPv4 } from "node:net";
+import { cardsOf } from "../../protocol.ts";
 import type { Settings } from "../../settings.ts";
 import { raw, sh } from "../../sh.ts";
 import { type Change, type Facts, type Printed, Refusal, step } from "../../step.ts";
@@ -47,8 +48,7 @@ interface Probe {
 /** A new connection to this box, of somebody whom no rule names. */
 function fromWorld(facts: Box): Packet {
   const iif = facts.card?.trim() ?? "";
-  const own = [...(facts.addresses ?? "").matchAll(/^\d+: +(\S+) +inet ([\d.]+)/gm)];
-  const to = own.flatMap(([, name, ip]) => (name === iif ? [ip as string] : []));
+  const to = cardsOf(facts).flatMap(({ card, ip }) => (card === iif ? [ip] : []));
   return { hook: "input", family: "ip", iif, oif: "", from: "", to, protocol: "tcp", port: 0 };
 }
 
