@@ -12,7 +12,7 @@ KNOWN := $(SETTINGS) DRY PRINT REBOOT REMOVE FORCE TAKE_OVER YES USE JSON WATCH 
 	RUN SHELL MAKE% K3S_LAB_%
 $(foreach name,$(if $(SETTINGS),$(filter-out $(KNOWN),$(.VARIABLES))),$(if $(filter command,$(origin $(name))),$(error \
 	$(name) (make's command line): expected a setting of env.example, or DRY, PRINT, REBOOT, REMOVE, FORCE, TAKE_OVER, YES, USE, JSON, WATCH)))
-FLAGS = $(call switch,DRY,--dry-run) $(call switch,PRINT,--print) $(call switch,REBOOT,--reboot)
+FLAGS = $(call switch,DRY,--dry-run) $(call switch,JSON,--json) $(call switch,PRINT,--print) $(call switch,REBOOT,--reboot)
 
 # A Node.js that strips types, else Node.js with tsx, else Deno.
 NODE := $(shell command -v node;)
@@ -37,6 +37,7 @@ agent: ## 5  set up a k3s agent on HOST, including steps 1 to 3 and 6
 annotate: ## 6  make peers use each other's public addresses
 fix-metrics: ## 7  make kubectl top list every node
 up: ## all seven on SERVER and all AGENTS (make -j up does the same)
+plan: ## show what make up would do (JSON=1: as JSON, as DRY=1 JSON=1 does for any command)
 
 ## Operating a cluster
 check: ## examine the whole cluster and diagnose problems (JSON=1, WATCH=1)
@@ -58,12 +59,14 @@ kernel: upgrade-kernel
 wireguard: install-wireguard
 metrics: fix-metrics
 
-server agent up upgrade remove down restore: FLAGS += $(call switch,FORCE,--force)
-server agent up: FLAGS += $(call switch,TAKE_OVER,--take-over)
+server agent up plan upgrade remove down restore: FLAGS += $(call switch,FORCE,--force)
+server agent up plan: FLAGS += $(call switch,TAKE_OVER,--take-over)
 down: FLAGS += $(call switch,YES,--yes)
 device: FLAGS += $(call switch,REMOVE,--remove)
 $(SCRIPTS) up: $(MODULES)
 	@$(TS) scripts/$@.ts $(FLAGS)
+plan: $(MODULES)
+	@$(TS) scripts/up.ts $(filter-out --dry-run,$(FLAGS)) --dry-run
 $(LIVING): $(MODULES)
 	@$(TS) scripts/cluster/$@.ts $(FLAGS)
 
@@ -113,10 +116,10 @@ hooks: ## install a git hook that runs make lint test before each push
 	@git config core.hooksPath .ci/hooks
 
 node_modules/.package-lock.json: package-lock.json
-	npm ci --omit=dev --ignore-scripts --no-audit --no-fund --loglevel=error
+	npm ci --omit=dev --ignore-scripts --no-audit --no-fund --loglevel=error >&2
 	@touch $@
 $(DEV): package-lock.json
 	npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
-.PHONY: help up $(SCRIPTS) $(LIVING) check status kubeconfig devices download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench pictures lint format hooks
+.PHONY: help up plan $(SCRIPTS) $(LIVING) check status kubeconfig devices download kernel wireguard metrics rehearse rehearse-kernel in-rehearsal rehearse-down test test-lab faults bench pictures lint format hooks

@@ -8,6 +8,7 @@ import { unnamed } from "./boxes.ts";
 import { readEnv, readExample, updateEnv } from "./env-file.ts";
 import { noFile, shown, Unwritten } from "./files.ts";
 import { fanOut } from "./fleet.ts";
+import { documentOf, planStatus } from "./plan.ts";
 import { forTerminal } from "./report.ts";
 import { type Run, type Script, switchOf } from "./script.ts";
 import { flagOf, givenNow, isSecret, NAMES, SettingError, settle } from "./settings.ts";
@@ -22,7 +23,7 @@ const SIGNALS = { SIGHUP: 1, SIGINT: 2, SIGQUIT: 3, SIGTERM: 15 };
 
 /**
  * Runs a script when it is the program itself, not an import. Exit status: 0 done or nothing to do, 1 failed,
- * 2 a setting is wrong (nothing was touched), 128 and a signal's number: interrupted.
+ * 2 a setting is wrong (nothing was touched), 3 a dry run with --json has something to do, 128 and a signal's number: interrupted.
  */
 export async function runScript(meta: ImportMeta, script: Script): Promise<void> {
   // import.meta.main is missing in Node 20.
@@ -75,6 +76,11 @@ async function main(meta: ImportMeta, script: Script): Promise<number> {
     process.stdout.write(help(name, relative(PROJECT, meta.filename), script));
     return 0;
   }
+  const asJson = !script.readOnly && flags.json;
+  if (asJson && (flags.print || !flags["dry-run"]))
+    throw new SettingError(
+      "--json (flag): expected --dry-run beside it, whose plan it prints, and no --print",
+    );
   const envFile = envFileBy(process.env.ENV_FILE ?? "");
   // csh exports HOST as this machine's name.
   const env = { ...process.env, HOST: process.env.HOST === hostname() ? undefined : process.env.HOST };
@@ -101,9 +107,13 @@ async function main(meta: ImportMeta, script: Script): Promise<number> {
     addresses: { servers: [], agents: [] },
     reboot: Boolean(flags.reboot),
     flags: new Set(Object.keys(script.flags ?? {}).filter((name) => flags[name])),
+    ...(asJson ? { plan: { parts: [], later: [] } } : {}),
   };
   await script.prepare?.(run);
-  return await (script.work ?? fanOut)(run);
+  const status = await (script.work ?? fanOut)(run);
+  if (!run.plan) return status;
+  process.stdout.write(`${documentOf(name, run.plan)}\n`);
+  return status || planStatus(run.plan);
 }
 
 /** @throws {SettingError} when ENV_FILE is missing or not a regular file. */
@@ -128,6 +138,7 @@ async function tryEnv(path: string): Promise<void> {
 
 const MODES = {
   "dry-run": "show the plan, change nothing",
+  json: "with --dry-run: print the plan as JSON; exit status 3 if there is something to do",
   print: "print the plan as a shell script",
   reboot: "reboot this machine if a step needs it",
 };
@@ -175,7 +186,7 @@ function help(name: string, file: string, script: Script): string {
   const usage = [
     names.includes("HOST") ? "HOST=…" : "",
     "SETTING=…",
-    script.readOnly ? "" : "DRY=1 | PRINT=1",
+    ...(script.readOnly ? [] : ["DRY=1 | PRINT=1", "JSON=1"]),
     ...Object.keys(script.flags ?? {}).map((flag) => `${switchOf(flag)}=1`),
   ].filter(Boolean);
   const width = Math.max(60, process.stdout.columns || 80);

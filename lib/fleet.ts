@@ -99,6 +99,7 @@ export async function attempt(
     );
     const retry = retryLine(run, script, again);
     // Causes are looked for only when a change failed, not when the box waited for another one.
+    run.plan?.parts.push({ box, changes: [], error: message });
     const problems =
       error instanceof Failure && change
         ? ((await run.script.causes?.(run, script, again, output, retry)) ?? [])
@@ -125,6 +126,7 @@ function retryLine(run: Run, script: string, box: Box): string {
     ...(script === run.name ? [...run.flags] : []).map((flag) => `${switchOf(flag)}=1`),
     // A dry run is retried as a dry run.
     run.mode === "dry-run" ? "DRY=1" : run.mode === "print" ? "PRINT=1" : "",
+    run.plan ? "JSON=1" : "",
     run.reboot ? "REBOOT=1" : "",
   ];
   // Variables that the env file cannot hold.
@@ -137,7 +139,8 @@ function retryLine(run: Run, script: string, box: Box): string {
 /** Shows the plan of a dry run, or prints it as a script. */
 export function showPlan(run: Run, box: Box, steps: readonly Step[], facts: Facts): void {
   const changes: Change[] = planAll(steps, box.want, facts, true);
-  if (run.mode === "print")
+  if (run.plan) run.plan.parts.push({ box, changes });
+  else if (run.mode === "print")
     process.stdout.write(
       changes.length ? `# on ${box.name}\n${asScript(changes)}` : `# on ${box.name}: nothing to do\n`,
     );
@@ -149,6 +152,12 @@ export function showPlan(run: Run, box: Box, steps: readonly Step[], facts: Fact
           )
         : `${box.name}: nothing to do\n`,
     );
+}
+
+/** Shows what follows on the plan of a dry run, and can be planned only then. */
+export function showLater(run: Run, what: string): void {
+  if (run.plan) run.plan.later.push(what);
+  else process.stdout.write(forTerminal(`${run.mode === "print" ? "# " : ""}then: ${what}\n`));
 }
 
 /** Settings that the steps learned from the facts. @throws {SettingError} for an invalid value. */

@@ -13,6 +13,8 @@ export interface Problem {
 
 /** Output about one box, on standard error. */
 export interface Line {
+  /** Its place among all of the run. */
+  readonly row: number;
   starts(what: string): void;
   /** `box`: the text comes from the box, and is marked so. */
   says(text: string, box?: true): void;
@@ -28,7 +30,7 @@ export interface Line {
 }
 
 /** Shows nothing. */
-export const silent: Line = { starts() {}, says() {}, waits() {}, done() {}, failed() {} };
+export const silent: Line = { row: 0, starts() {}, says() {}, waits() {}, done() {}, failed() {} };
 
 /** Text from a box, made safe for a terminal: without secrets, control and bidirectional characters. */
 export const forTerminal = (text: string): string =>
@@ -57,6 +59,7 @@ export async function watch(boxes: readonly { name: string; line: Line }[]): Pro
 
 /** When the run began to report: it may have parts with reports of their own. */
 let began: number | undefined;
+let rows = 0;
 
 /** A spinner for a single box on a terminal; otherwise plain lines, each with its box's name. */
 export async function report(names: readonly string[]): Promise<{ line(name: string): Line }> {
@@ -89,6 +92,7 @@ export async function report(names: readonly string[]): Promise<{ line(name: str
         spinner = undefined;
       };
       return {
+        row: ++rows,
         starts(what) {
           finish();
           show(what);

@@ -1,4 +1,5 @@
 /** What a script declares, one run of it, and the boxes that it is for. */
+import type { Plan } from "./plan.ts";
 import type { Line, Problem } from "./report.ts";
 import type { Origins, Settings } from "./settings.ts";
 import type { Shell } from "./shell.ts";
@@ -30,7 +31,7 @@ export interface Script {
   flags?: Record<string, string>;
   /** May this run write the env file? */
   writes?(want: Settings, known: Record<string, string>): boolean;
-  /** It never changes a box, so it has no --dry-run, --print and --reboot. */
+  /** It never changes a box, so it has no --dry-run, --json, --print and --reboot. */
   readOnly?: true;
   /** Other boxes that have to be updated along with those of the run, and how. */
   others?: {
@@ -89,6 +90,8 @@ export interface Run {
   letIn?: string[];
   envFile: string;
   mode: Mode;
+  /** Collects what a dry run with --json shows. */
+  plan?: Plan;
   reboot: boolean;
   /** The script's own switches that were given. */
   flags: ReadonlySet<string>;

@@ -3,7 +3,7 @@
 import { boxes } from "../lib/boxes.ts";
 import { causes } from "../lib/check/causes.ts";
 import { converge, look } from "../lib/converge.ts";
-import { attempt, learn, learnedFrom, showPlan, worst } from "../lib/fleet.ts";
+import { attempt, learn, learnedFrom, showLater, showPlan, worst } from "../lib/fleet.ts";
 import { ALLOWED, casOf } from "../lib/k3s/identity.ts";
 import { main } from "../lib/k3s/script.ts";
 import { watch } from "../lib/report.ts";
@@ -150,6 +150,11 @@ export async function up(run: Run): Promise<number> {
   ];
   const statuses = await Promise.all([serverUp, ...othersUp]);
   const failed = [...further, ...agents].filter((_, i) => statuses[i + 1] !== 0).map((box) => box.name);
+  if (statuses[0] === 0 && run.mode !== "apply" && !facts.nodes)
+    showLater(
+      run,
+      `${lastSteps.map(({ name }) => name).join(" and ")} on ${server.name}, once all have joined`,
+    );
   const state = failed.length
     ? `up to date, except ${failed.join(", ")} (see above)`
     : "the cluster is up to date";

@@ -51,7 +51,7 @@ describe("--help", { concurrency: 4 }, () => {
   const WHOLE = [...READ_ONLY, "up", "down", "upgrade", "certs", "backup", "device"];
   for (const script of Object.keys(SCRIPT_FILES)) {
     const switches = [
-      ...(READ_ONLY.includes(script) ? [] : ["dry-run", "print", "reboot"]),
+      ...(READ_ONLY.includes(script) ? [] : ["dry-run", "json", "print", "reboot"]),
       ...(OWN[script] ?? []),
     ];
     test(`of ${script} lists its flags and their defaults, and contacts no box`, async () => {

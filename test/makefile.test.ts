@@ -34,10 +34,13 @@ describe("make runs the scripts", () => {
   });
 
   test("with the flags of its variables", () => {
-    assert.equal(
-      runs({ deno: "" }, "remove", "HOST=b1", "DRY=1", "FORCE=1"),
-      "deno run -A scripts/cluster/remove.ts --dry-run --force",
-    );
+    for (const [words, command] of [
+      ["remove HOST=b1 DRY=1 FORCE=1", "cluster/remove.ts --dry-run --force"],
+      ["agent HOST=b1 DRY=1 JSON=1", "agent.ts --dry-run --json"],
+      ["plan JSON=1 FORCE=1", "up.ts --json --force --dry-run"],
+      ["plan DRY=1", "up.ts --dry-run"],
+    ] as const)
+      assert.equal(runs({ deno: "" }, ...words.split(" ")), `deno run -A scripts/${command}`);
   });
 });
 
@@ -53,7 +56,7 @@ function make(words: string[], env: Record<string, string> = {}, has: Record<str
   return { status, stdout: stdout.replace(/ +/g, " ").trim(), stderr };
 }
 
-test("make help lists every script once, first the seven steps in their order, then those for operating a cluster", () => {
+test("make help lists every script once, first the seven steps in their order, with the plan of them all, then those for operating a cluster", () => {
   const groups = execFileSync(MAKE, ["help"], { cwd: ROOT, encoding: "utf8" }).trim().split("\n\n").slice(1);
   const listed = groups.map((group) => group.split("\n").map((line) => line.trim().split(/ {2,}/)));
   assert.deepEqual(
@@ -61,9 +64,9 @@ test("make help lists every script once, first the seven steps in their order, t
     ["The seven steps, in their order", "Operating a cluster", "Rehearsal", "Development"],
   );
   const [steps, life] = listed.map((group) => group.slice(1).map(([target]) => target));
-  const SEVEN = "download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics up";
+  const SEVEN = "download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics up plan";
   assert.deepEqual(steps, SEVEN.split(" "));
-  assert.deepEqual([...steps, ...(life ?? [])].sort(), Object.keys(SCRIPT_FILES).sort());
+  assert.deepEqual([...steps, ...(life ?? [])].sort(), [...Object.keys(SCRIPT_FILES), "plan"].sort());
 });
 
 const USUAL = { PATH: process.env.PATH as string };

@@ -6,7 +6,7 @@
 import { boxes } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
 import { look } from "../../lib/converge.ts";
-import { attempt, bring, each, worst } from "../../lib/fleet.ts";
+import { attempt, bring, each, showLater, worst } from "../../lib/fleet.ts";
 import {
   type Certificate,
   certificatesIn,
@@ -138,9 +138,7 @@ async function certs(run: Run): Promise<number> {
   const due = access && daysTo(access.ends, Date.now() / 1000) <= DUE;
   if (!due || looked[0] !== 0) return worst(looked);
   if (run.mode !== "apply") {
-    process.stdout.write(
-      `${run.mode === "print" ? "# " : ""}then: make kubeconfig, for its context ${access.context}\n`,
-    );
+    showLater(run, `make kubeconfig, for its context ${access.context}`);
     return worst(looked);
   }
   const merged = await attempt(run, server, async () => {

@@ -4,7 +4,8 @@ import { createInterface } from "node:readline/promises";
 import { boxes as boxesOf } from "../../lib/boxes.ts";
 import { look } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
-import { bring, each, showPlan, worst } from "../../lib/fleet.ts";
+import { shown } from "../../lib/files.ts";
+import { bring, each, showLater, showPlan, worst } from "../../lib/fleet.ts";
 import { casOf, mayGo } from "../../lib/k3s/identity.ts";
 import { main } from "../../lib/k3s/script.ts";
 import type { Role } from "../../lib/k3s/unit.ts";
@@ -93,6 +94,10 @@ async function down(run: Run): Promise<number> {
     if (refused.has(box)) throw refused.get(box);
     if (mode !== "apply") showPlan(run, box, [uninstall], found.get(box) as Facts);
   });
+  if (mode !== "apply") {
+    const forgotten = outdated(leaving, settings, readEnv(envFile).values, there);
+    if (forgotten.length) showLater(run, `${forgotten.join(" and ")} go from ${shown(envFile)}`);
+  }
   if (mode !== "apply" || worst(examined) !== 0) return worst([...looked, ...examined]);
   if (full.length && !yes && !(await agreed(full.map(({ name }) => name)))) return 1;
   const removed = await each(run, there, async (box) => {

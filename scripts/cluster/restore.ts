@@ -9,7 +9,7 @@ import { ask } from "../../lib/check/survey.ts";
 import { look, lookAndConverge } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { hashOf } from "../../lib/files.ts";
-import { attempt, bring, each, learn, worst } from "../../lib/fleet.ts";
+import { attempt, bring, each, learn, showLater, worst } from "../../lib/fleet.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { bringsBack, devicesIn, ENTRY_FOLDER } from "../../lib/k3s/devices.ts";
 import { closeLook, firewall } from "../../lib/k3s/firewall/firewall.ts";
@@ -207,6 +207,8 @@ async function restore(run: Run): Promise<number> {
         `devices look for it at ${about.ip}: make device NAME=… writes their configurations anew (${devices.join(", ")})`,
       );
   });
+  if (run.mode !== "apply" && agents.length)
+    showLater(run, `${agents.map(({ name }) => name).join(", ")} follow the server: make up, on all boxes`);
   if (status !== 0 || run.mode !== "apply") return status;
   // In parallel: each waits for those that the datastore still lists as Ready.
   const followed = await each(

@@ -8,7 +8,7 @@ import { boxes } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
 import { converge, look, lookAndConverge } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
-import { attempt, each, showPlan, worst } from "../../lib/fleet.ts";
+import { attempt, each, showLater, showPlan, worst } from "../../lib/fleet.ts";
 import { CONFIG, REGISTRIES } from "../../lib/k3s/config.ts";
 import { drainedOn, serverNodes, uncordonedOn } from "../../lib/k3s/drain.ts";
 import { firewall } from "../../lib/k3s/firewall/firewall.ts";
@@ -245,8 +245,11 @@ async function upgrade(run: Run): Promise<number> {
     const { does, release, due } = todo;
     for (const { box } of due) box.want = { ...box.want, K3S_VERSION: release };
     if (run.mode !== "apply") {
-      for (const member of due) await preview(run, member, first, force);
-      return 0;
+      for (const member of due)
+        status = worst([status, await attempt(run, member.box, () => preview(run, member, first, force))]);
+      const later = path.slice(path.indexOf(release) + 1);
+      if (later.length) showLater(run, `the same on all nodes, to ${later.join(", then ")}`);
+      return status;
     }
     const boxes = due.map(({ box }) => box);
     const statuses = await each(run, boxes, async (box) => {
@@ -281,7 +284,7 @@ export function mayUpgrade(
 async function preview(run: Run, { box, role, version }: Member, first: Member, force: boolean) {
   const facts = await look(box, [...stepsOf(role), stepsFor(role, version, box.ip).keep]);
   if (version !== box.want.K3S_VERSION)
-    showPlan(run, first.box, [drainedOn(whoIs(box.ip, facts), force)], first.facts);
+    showPlan(run, { ...first.box, line: box.line }, [drainedOn(whoIs(box.ip, facts), force)], first.facts);
   showPlan(run, box, stepsOf(role), facts);
 }
 

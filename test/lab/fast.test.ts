@@ -4,7 +4,7 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, test } from "node:test";
 import { standIn } from "../stand-in/pack.ts";
-import { bench, connected, MODERN, routerRule } from "./suite.ts";
+import { bench, connected, MODERN, routerRule, state, untouched } from "./suite.ts";
 
 const NAMES = ["a1", "a2", "b1", "b2", "b3"];
 /** What the operator has sent and received, in bytes. */
@@ -56,6 +56,38 @@ test("with nothing to do, `make up`, `make agent` and `make server` need one com
     for (const [box, trip] of Object.entries(seen))
       assert.deepEqual(trip, { commands: 1, logins: 1 }, `${command}: ${box}`);
   }
+});
+
+test("DRY=1 JSON=1 prints the plan of up, agent, upgrade and remove as JSON, with nothing and with something to do, and changes nothing", async () => {
+  const boxes = [...t.lab.boxes];
+  const before = await Promise.all(boxes.map(state));
+  const planOf = async (command: string, status: number) => {
+    const { out } = await t.says(`make -s ${command} JSON=1`, status);
+    return JSON.parse(out);
+  };
+  const b1 = NAMES.filter((name) => name === "b1");
+  for (const [command, script, names] of [
+    ["plan", "up", NAMES],
+    ["agent HOST=b1 DRY=1", "agent", b1],
+    [`upgrade K3S_VERSION=${MODERN} DRY=1`, "upgrade", NAMES],
+  ] as const) {
+    const { boxes: parts, ...rest } = await planOf(command, 0);
+    assert.deepEqual(rest, { script, todo: 0, failed: 0, later: [] });
+    assert.deepEqual(
+      parts.map(({ name }: { name: string }) => name),
+      names,
+    );
+  }
+  const labelled = await planOf("plan NODE_LABELS=disk=ssd", 2);
+  for (const { changes } of labelled.boxes) assert(changes[0].detail.includes("+ --node-label=disk=ssd"));
+  const removed = await planOf("remove HOST=b1 DRY=1", 2);
+  assert.deepEqual(
+    removed.boxes.map(({ name }: { name: string }) => name),
+    ["a1", "b1", "a1"],
+  );
+  const newer = await planOf("upgrade K3S_VERSION=v1.36.3+k3s1 DRY=1", 2);
+  assert.match(newer.boxes[0].changes[0].why, /^drain node a1/);
+  await untouched(boxes, before);
 });
 
 /** Limits a box's download rate from the mirrors, until the returned function is called. */
