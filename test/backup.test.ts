@@ -1,17 +1,34 @@
 import assert from "node:assert/strict";
-import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
+import { listOf } from "../lib/k3s/backups.ts";
 import { Refusal } from "../lib/step.ts";
 import { archive } from "../scripts/cluster/backup.ts";
 import { forgetPasswords, moveFirewall, placeData } from "../scripts/cluster/restore.ts";
-import { A1, B1, B2, MODERN, nodes, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import {
+  A1,
+  B1,
+  B2,
+  database,
+  lacks,
+  MODERN,
+  nodes,
+  noSqlite,
+  prepared,
+  programs,
+  shell,
+  temporary,
+  wanted,
+} from "./helpers.ts";
 
 const facts = prepared(MODERN, { database: "/var/lib/rancher/k3s/server/db/state.db\n" });
 
 /** The script with a box's folders under `root`. */
 const under = (root: string, text = "") =>
   text.replace(/(?<![\w/])\/(var\/lib|etc\/rancher)/g, (path) => root + path);
+
+const skip = noSqlite;
 
 /** A server's data, and a process that stands for k3s. */
 function server() {
@@ -21,14 +38,15 @@ function server() {
   mkdirSync(join(root, "etc/rancher/node"), { recursive: true });
   for (const [path, text] of Object.entries({
     token: "a token",
-    "db/state.db": "a database",
-    "db/state.db-wal": "its log",
+    "db/state.db": "",
+    "db/state.db-wal": "",
     "db/state.db-shm": "nothing that lasts",
     "tls/server-ca.key": "a key",
     "manifests/own.yaml": "a manifest",
   }))
     writeFileSync(join(data, path), text);
   writeFileSync(join(root, "etc/rancher/node/password"), "a password");
+  database(join(data, "db"));
   return { root, data };
 }
 
@@ -74,6 +92,74 @@ ${sh}) || exit 1
     });
 });
 
+describe("what a backup says of its datastore", () => {
+  const want = wanted({ K3S_VERSION: MODERN });
+  const archived = (root: string, path = "") => {
+    const PATH = programs(join(root, "bin"), { systemctl: "echo MainPID=0" });
+    const made = shell(`set -eu\n${under(root, archive("x").plan(want, facts)[0]?.sh)}`, ["sh", "-s"], {
+      PATH: path ? `${path}:${join(root, "bin")}` : PATH,
+    });
+    return { ...made, file: join(root, "var/lib/rancher/k3s/backup/x.tar.gz") };
+  };
+
+  test("is its newest revision and what it has, with what is in its log alone", { skip }, async () => {
+    const { file, status, stderr } = archived(server().root);
+    assert.equal(status, 0, stderr);
+    assert.deepEqual(await listOf(file), {
+      verified: true,
+      revision: 9,
+      nodes: 2,
+      deployments: 1,
+      secrets: 3,
+    });
+    const { stdout } = shell(`tar -tzf ${file}`);
+    assert.match(stdout, /^about\nlist\n/);
+  });
+
+  test("is the same by python", { skip: skip || lacks("python3") }, async () => {
+    const { root } = server();
+    // Without sqlite3: the rest of what the shell calls.
+    const bin = join(temporary(), "bin");
+    mkdirSync(bin);
+    const names =
+      "sh cat tar gzip df ls awk mkdir printf cp rm mv sync chmod sed grep cut sha256sum tail head";
+    shell(`for name in ${names}; do ln -s "$(command -v $name)" ${bin}/; done
+ln -s "$(python3 -c 'import sys; print(sys.executable)')" ${bin}/python3`);
+    const { file, status, stderr, stdout } = archived(root, bin);
+    assert.equal(status, 0, stderr + stdout);
+    assert.deepEqual(await listOf(file), {
+      verified: true,
+      revision: 9,
+      nodes: 2,
+      deployments: 1,
+      secrets: 3,
+    });
+    rmSync(join(bin, "python3"));
+    assert.equal(archived(root, bin).status, 0);
+    assert.deepEqual(await listOf(file), { verified: false });
+  });
+
+  test("is nothing where bytes in its middle were overwritten: there is no backup", { skip }, () => {
+    const { root, data } = server();
+    database(join(data, "db"), 2000);
+    const file = join(data, "db/state.db");
+    const size = statSync(file).size;
+    shell(`dd if=/dev/urandom of=${file} bs=1 seek=${Math.floor(size / 2)} count=6000 conv=notrunc 2>&1`);
+    const { status, stderr, stdout, file: made } = archived(root);
+    assert.notEqual(status, 0);
+    assert.match(stdout + stderr, /^The datastore is damaged: /m);
+    assert.ok(!existsSync(made));
+  });
+
+  test("is nothing where it is empty", { skip }, () => {
+    const { root, data } = server();
+    for (const name of ["state.db", "state.db-wal"]) writeFileSync(join(data, "db", name), "");
+    const { status, stdout } = archived(root);
+    assert.notEqual(status, 0);
+    assert.match(stdout, /^The datastore is damaged: .*no such table/m);
+  });
+});
+
 describe("a restore", () => {
   const data = placeData("./backup.tar.gz", "abc");
   const want = wanted();
@@ -100,7 +186,8 @@ describe("a restore", () => {
     const { status, stderr } = shell(`set -eu\n${under(fresh, data.plan(want, {})[0]?.sh)}`);
     assert.equal(status, 0, stderr);
     const file = (path: string) => readFileSync(join(fresh, path), "utf8");
-    assert.equal(file("var/lib/rancher/k3s/server/db/state.db-wal"), "its log");
+    const log = "var/lib/rancher/k3s/server/db/state.db-wal";
+    assert.equal(file(log), readFileSync(join(root, log), "utf8"));
     assert.equal(file("var/lib/rancher/k3s/server/tls/server-ca.key"), "a key");
     assert.equal(file("var/lib/rancher/k3s/server/restored"), "abc\n");
     assert.equal(file("etc/rancher/node/password"), "a password");

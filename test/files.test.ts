@@ -22,7 +22,7 @@ import { updateEnv } from "../lib/env-file.ts";
 import { temporary as nameIn, noFile, putNew, remove, replaceFile, Unwritten } from "../lib/files.ts";
 import { SettingError } from "../lib/settings.ts";
 import { accessOf, merge } from "../scripts/cluster/kubeconfig.ts";
-import { fileOf, fixture, lacks, programs, ROOT, RUNTIME, temporary } from "./helpers.ts";
+import { database, fileOf, fixture, lacks, programs, ROOT, RUNTIME, temporary } from "./helpers.ts";
 
 const OLD = `# mine\nA=old\n${"B=".padEnd(4937, "x")}\n`;
 const NEW = OLD.replace("old", "new");
@@ -362,6 +362,7 @@ function cluster() {
   for (const folder of ["tls", "cred", "manifests"]) mkdirSync(join(box, "var/k3s/server", folder));
   for (const file of ["var/k3s/server/db/state.db", "var/k3s/server/token", "etc/node/password"])
     writeFileSync(join(box, file), `${"x".repeat(99)}\n`.repeat(99));
+  database(join(box, "var/k3s/server/db"));
   writeFileSync(join(box, "etc/k3s/k3s.yaml"), YAML);
   writeFileSync(join(box, "calls"), "");
   writeFileSync(join(home, ".env"), "SERVER=root@a1=203.0.113.77\n", { mode: 0o600 });

@@ -13,7 +13,7 @@ import { lookScript, reader, wrapInMain } from "../lib/protocol.ts";
 import { silent } from "../lib/report.ts";
 import type { Box } from "../lib/script.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
-import { quote } from "../lib/sh.ts";
+import { quote, sh } from "../lib/sh.ts";
 import type { Shell } from "../lib/shell.ts";
 import { type Change, Refusal, type Step } from "../lib/step.ts";
 import { SETTINGS } from "../lib/table.ts";
@@ -471,3 +471,33 @@ export const certificates = (ends: Record<string, number>): string =>
       return `${file} ${file.endsWith(".json") ? Buffer.from(block).toString("base64") : text}`;
     })
     .join("\n");
+
+/** Nothing here reads SQLite. */
+export const noSqlite = lacks("sqlite3") && lacks("python3");
+
+/**
+ * A datastore as a running kine has it, partly in its log: two nodes and one that was deleted, a deployment, three secrets,
+ * one of them changed, and `more` events.
+ */
+export function database(folder: string, more = 0) {
+  if (noSqlite) return;
+  const row = (name: string, deleted = 0) =>
+    `insert into kine (name, created, deleted, create_revision, prev_revision, lease, value) values ('/registry/${name}', 1, ${deleted}, 0, abs(random()), 0, hex(randomblob(200)));`;
+  const sql = `create table kine (id integer primary key autoincrement, name text, created integer, deleted integer, create_revision integer, prev_revision integer, lease integer, value blob, old_value blob);
+create index kine_name_index on kine (name);
+begin;
+${Array.from({ length: more }, (_, i) => row(`events/${i}`)).join("\n")}
+${["minions/a1", "minions/b1", "minions/b2", "deployments/kube-system/coredns", "secrets/default/x"].map((name) => row(name)).join("\n")}
+commit;
+pragma journal_mode = wal;
+${row("minions/b2", 1)}${row("secrets/default/y")}${row("secrets/default/x")}${row("secrets/kube-system/z")}
+`;
+  const copy = `cp made.db made.db-wal ${folder}; cd ${folder}; mv made.db state.db; mv made.db-wal state.db-wal`;
+  const python =
+    "import os, sqlite3, sys; d = sqlite3.connect('made.db', isolation_level=None); d.executescript(sys.argv[1]); sys.exit(os.system(sys.argv[2]))";
+  const make = lacks("sqlite3")
+    ? sh`python3 -c ${python} ${sql} ${copy}`
+    : sh`printf '%s\n' ${sql} ${`.shell ${copy}`} | sqlite3 made.db`;
+  const { status, stderr } = shell(`cd ${temporary()} && ${make}`);
+  assert.equal(status, 0, stderr);
+}

@@ -6,18 +6,17 @@ import { boxes } from "../../lib/boxes.ts";
 import { lookAndConverge } from "../../lib/converge.ts";
 import { hashOf, putNew, remove, temporary, tryWrite } from "../../lib/files.ts";
 import { attempt, bring } from "../../lib/fleet.ts";
-import { ENTRY_FOLDER } from "../../lib/k3s/devices.ts";
+import { DATA, PACK } from "../../lib/k3s/archive.ts";
 import { nodeNameOf } from "../../lib/k3s/identity.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { binaryLook, nameLook } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
-import { sh } from "../../lib/sh.ts";
+import { raw, sh } from "../../lib/sh.ts";
 import { type Change, Failure, prints, Refusal, step } from "../../lib/step.ts";
 import { quoted } from "../../lib/text.ts";
 
-const SERVER = "/var/lib/rancher/k3s/server";
 const FOLDER = "/var/lib/rancher/k3s/backup";
 
 /** Packs the archive `id` on the server. Its first file, `about`, describes the backup. */
@@ -29,7 +28,7 @@ export const archive = (id: string) =>
     look: () => [
       binaryLook,
       nameLook,
-      prints("database made")(`fact database; ls ${SERVER}/db/state.db 2>/dev/null
+      prints("database made")(`fact database; ls ${DATA}/db/state.db 2>/dev/null
 fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`),
     ],
 
@@ -41,57 +40,18 @@ fact made; sha256sum <${FOLDER}/${id}.tar.gz 2>/dev/null | cut -d' ' -f1`),
       if (facts.made?.trim()) return [];
       if (!facts.database?.trim())
         throw new Refusal(
-          `There is no SQLite datastore on this box (${SERVER}/db/state.db): is it the server?`,
+          `There is no SQLite datastore on this box (${DATA}/db/state.db): is it the server?`,
         );
       const about = [
         `version=${facts.version?.trim()}`,
         `node=${nodeNameOf("server", want, facts)}`,
         `ip=${want.PUBLIC_IP}`,
-      ];
+      ].join("\n");
       return [
         {
           why: "copy the datastore, token, certificates, manifests and devices; k3s is paused meanwhile",
-          sh: sh`rm -rf ${FOLDER}
-mkdir -m 700 ${FOLDER} ${FOLDER}/${id} ${FOLDER}/${id}/db
-cd ${FOLDER}/${id}
-printf '%s\n' ${about} >about
-cp -p /etc/rancher/node/password node-password
-# A backup has no links: what they lead to goes with it.
-for path in token tls cred manifests; do cp -RLp ${SERVER}/$path .; done
-devices=; [ ! -e ${ENTRY_FOLDER} ] || { devices=devices; cp -RLp ${ENTRY_FOLDER} devices; }
-# SQLite reads a database and its log as they stood at one moment, whatever was being done then. So k3s, all its
-# threads, is stopped for the copy; whatever becomes of this script, it goes on after 20 s.
-pid=$(systemctl show k3s -p MainPID | cut -d= -f2)
-if [ "$pid" != 0 ]; then
-  trap 'kill -CONT "$pid"' EXIT
-  trap 'exit 1' TERM INT HUP
-  : >stopped
-  (
-    trap '' TERM
-    n=0
-    while [ "$n" -lt 20 ] && [ -e stopped ]; do sleep 1; n=$((n + 1)); done
-    kill -CONT "$pid"
-  ) >/dev/null 2>&1 &
-  kill -STOP "$pid"
-  tries=0
-  while grep -h '^State:' /proc/"$pid"/task/*/status | grep -qv 'T (stopped)'; do
-    tries=$((tries + 1))
-    [ "$tries" -lt 100 ] || { echo 'k3s could not be paused'; exit 1; }
-    sleep 0.05
-  done
-fi
-cp -p ${SERVER}/db/state.db db/
-[ ! -e ${SERVER}/db/state.db-wal ] || cp -p ${SERVER}/db/state.db-wal db/
-if [ "$pid" != 0 ]; then
-  state=$(sed -n 's/^State:[[:space:]]*\(.\).*/\1/p' /proc/"$pid"/status)
-  kill -CONT "$pid"
-  rm stopped
-  [ "$state" = T ] || { echo 'The copy took more than 20 s: k3s went on before it was whole'; exit 1; }
-fi
-umask 077
-# shellcheck disable=SC2086
-tar -czf ../${id}.tar.gz about node-password token tls cred manifests db $devices
-rm -rf ${FOLDER}/${id}`,
+          sh: sh`${raw(PACK)}
+pack ${FOLDER} ${id} ${about}`,
           seconds: 600,
         },
       ];

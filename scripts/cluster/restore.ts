@@ -1,8 +1,5 @@
 #!/usr/bin/env -S node --import tsx
 /** Restores a server from a backup on a fresh box, at any address; the agents follow it there. */
-import { execFile } from "node:child_process";
-import { resolve } from "node:path";
-import { promisify } from "node:util";
 import { boxAt, boxes, isSame } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
 import { ask } from "../../lib/check/survey.ts";
@@ -10,19 +7,18 @@ import { look, lookAndConverge } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { hashOf } from "../../lib/files.ts";
 import { attempt, bring, each, learn, showLater, worst } from "../../lib/fleet.ts";
+import { aboutOf, caOf, opened } from "../../lib/k3s/backups.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { bringsBack, devicesIn, ENTRY_FOLDER } from "../../lib/k3s/devices.ts";
 import { closeLook, firewall } from "../../lib/k3s/firewall/firewall.ts";
 import { ALLOWED, brief, nodeNameOf, whoIs } from "../../lib/k3s/identity.ts";
-import { address, VERSION } from "../../lib/k3s/nodes.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { nameLook } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
-import { aFile, SettingError } from "../../lib/settings.ts";
+import { SettingError } from "../../lib/settings.ts";
 import { raw, sh } from "../../lib/sh.ts";
 import { type Change, prints, Refusal, step } from "../../lib/step.ts";
-import { parseKeyValues, sha256, splitWords } from "../../lib/text.ts";
 import { caIn } from "../../lib/token.ts";
 import { agentSteps, prepareAs, proofLook } from "../agent.ts";
 import { server } from "../server.ts";
@@ -42,7 +38,7 @@ const checked = (
 tar -tzf ${file} >../names || no 'it cannot be read'
 # An owner's name may have blanks and digits, and would stand where its size is looked for.
 tar --numeric-owner -tvzf ${file} >../members
-grep -vE '^(about|node-password|token|(tls|cred|manifests|db|devices)(/.*)?)$' ../names >../odd || :
+grep -vE '^(about|list|node-password|token|(tls|cred|manifests|db|devices)(/.*)?)$' ../names >../odd || :
 grep -E '(^|/)[.][.](/|$)' ../names >>../odd || :
 [ ! -s ../odd ] || no "it has $(head -n 1 ../odd)"
 awk '$1 !~ /^[-d][r-][w-][x-][r-][w-][x-][r-][w-][x-][.+@]?$/' ../members >../odd
@@ -131,21 +127,31 @@ export const moveFirewall = (FIREWALL: string) =>
   });
 
 async function restore(run: Run): Promise<number> {
-  const { settings, origins } = run;
+  const { settings } = run;
   if (!settings.BACKUP)
     throw new SettingError("BACKUP is not set: expected the file that make backup has written");
+  const { file, done } = await opened(settings.BACKUP, run);
+  try {
+    return await restoreFrom(file, run);
+  } finally {
+    done();
+  }
+}
+
+async function restoreFrom(file: string, run: Run): Promise<number> {
+  const { settings, origins } = run;
   if (origins.HOST === "default")
     throw new SettingError("HOST is not set: expected the box that becomes the server");
   if (settings.K3S_DATASTORE_ENDPOINT)
     throw new SettingError(
       `K3S_DATASTORE_ENDPOINT is set (${origins.K3S_DATASTORE_ENDPOINT}): expected it empty, for a backup is of a server's own SQLite`,
     );
-  const about = await aboutOf(settings.BACKUP);
+  const about = await aboutOf(file, settings.BACKUP);
   if (settings.K3S_VERSION !== about.version)
     throw new SettingError(
       `K3S_VERSION is ${settings.K3S_VERSION} (${origins.K3S_VERSION}), the backup of ${about.version}: restore with K3S_VERSION=${about.version}, then upgrade`,
     );
-  const ca = await caOf(settings.BACKUP);
+  const ca = await caOf(file);
   const asked = caIn(settings.K3S_TOKEN);
   if (asked && asked !== ca && !run.flags.has("force"))
     throw new SettingError(
@@ -161,12 +167,7 @@ async function restore(run: Run): Promise<number> {
     );
   const members = [ip, ...follow.map((agent) => agent.ip), ...(about.ip === ip ? [] : [`-${about.ip}`])];
   const follows = moveFirewall(members.join(" "));
-  const steps = [
-    ...prepareAs("server"),
-    placeData(settings.BACKUP, await hashOf(settings.BACKUP)),
-    follows,
-    server,
-  ];
+  const steps = [...prepareAs("server"), placeData(file, await hashOf(file)), follows, server];
   /** The settings from now on: this box is the server. */
   const next: Run = {
     ...run,
@@ -224,28 +225,6 @@ async function restore(run: Run): Promise<number> {
   const rest = await up(next);
   return worst([...followed, rest]);
 }
-
-/** A backup's description. @throws {SettingError} when the file is no backup, or is damaged. */
-async function aboutOf(file: string): Promise<{ version: string; node: string; ip: string }> {
-  aFile("BACKUP", file);
-  const { stdout, stderr } = await member(file, "about");
-  const { version = "", node, ip } = parseKeyValues(stdout);
-  if (VERSION.test(version) && node && address(ip)) return { version, node, ip: ip as string };
-  throw new SettingError(
-    `BACKUP is "${file}": ${splitWords(stderr.replaceAll("\n", " ")).join(" ").slice(0, 300) || "it is not a file written by make backup"}`,
-  );
-}
-
-/** A member's text. Reads to the end, for gzip's checksum. With the full path: tar takes host:file for another machine's. */
-const member = async (file: string, name: string) =>
-  await promisify(execFile)("tar", ["-xzOf", resolve(file), name], { maxBuffer: 100_000 }).catch((error) => ({
-    stdout: "",
-    stderr: String(error.stderr || error.message),
-  }));
-
-/** The CA hash of a backup's cluster. */
-const caOf = async (file: string): Promise<string> =>
-  caIn((await member(file, "token")).stdout) ?? sha256((await member(file, "tls/server-ca.crt")).stdout);
 
 await main(import.meta, {
   about:

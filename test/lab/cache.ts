@@ -15,7 +15,7 @@ const NODE = `node-linux-${process.arch}`;
 
 const IN_BOXES = [
   "systemd systemd-sysv dbus udev kmod procps sudo",
-  "openssh-server openssl curl ca-certificates",
+  "openssh-server openssl curl ca-certificates sqlite3",
   "iproute2 iptables iputils-ping nftables wireguard-go",
 ].join(" ");
 /** Not in the root, but served to the boxes by the lab's own apt repository. */

@@ -72,11 +72,53 @@ const write = (path: string, text: string, mode: number): void => {
 
 type Database = {
   exec(sql: string): void;
-  prepare(sql: string): { get(): unknown; run(...values: string[]): void };
+  prepare(sql: string): {
+    get(...values: unknown[]): unknown;
+    all(...values: unknown[]): unknown[];
+    run(...values: unknown[]): { lastInsertRowid: number | bigint };
+  };
 };
+type Row = { id: number; name: string; value: Uint8Array; create_revision: number; deleted: number };
 
-/** SQLite with a write-ahead log, as k3s's own: a copy of a running server has to cope with both files. */
-async function datastore(path: string): Promise<{ state: State; save: () => void }> {
+/** kine's table and indexes: v1.17's column `name` is an INTEGER, which keeps text as it is. */
+const schema = (gen: Generation): string => `CREATE TABLE IF NOT EXISTS kine (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, name ${gen === "old" ? "INTEGER" : "TEXT"}, created INTEGER, deleted INTEGER,
+  create_revision INTEGER, prev_revision INTEGER, lease INTEGER, value BLOB, old_value BLOB);
+CREATE INDEX IF NOT EXISTS kine_name_index ON kine (name);
+CREATE UNIQUE INDEX IF NOT EXISTS kine_name_prev_revision_uindex ON kine (name, prev_revision)`;
+
+const NODES = "/registry/minions/";
+const SECRETS = "/registry/secrets/kube-system/";
+const PASSWORD = ".node-password.k3s";
+const METRICS = "/registry/deployments/kube-system/metrics-server";
+/** What is not imitated as an object of Kubernetes. */
+const REST = "/stand-in";
+
+/** The state as kine's keys and values. */
+function rowsOf(gen: Generation, { nodes, passwords, deployment, ...rest }: State): Map<string, string> {
+  const rows = new Map([[REST, JSON.stringify(gen === "old" ? { ...rest, passwords } : rest)]]);
+  for (const [name, node] of Object.entries(nodes)) rows.set(NODES + name, JSON.stringify(node));
+  if (gen === "modern")
+    for (const [name, password] of Object.entries(passwords)) rows.set(SECRETS + name + PASSWORD, password);
+  if (deployment) rows.set(METRICS, JSON.stringify(deployment));
+  return rows;
+}
+
+function stateOf(rows: ReadonlyMap<string, string>, fresh: State): State {
+  const state = { ...fresh, ...(JSON.parse(rows.get(REST) ?? "{}") as Partial<State>) };
+  for (const [name, value] of rows) {
+    if (name.startsWith(NODES)) state.nodes[name.slice(NODES.length)] = JSON.parse(value);
+    if (name.startsWith(SECRETS)) state.passwords[name.slice(SECRETS.length, -PASSWORD.length)] = value;
+    if (name === METRICS) state.deployment = JSON.parse(value);
+  }
+  return state;
+}
+
+/**
+ * SQLite with a write-ahead log, and kine's rows: one a revision, an object's newest says if it is there. A copy of a
+ * running server has to cope with both files.
+ */
+async function datastore(gen: Generation, path: string): Promise<{ state: State; save: () => void }> {
   const fresh: State = { nodes: {}, passwords: {}, deployment: null, tokenHash: "", starts: 0, version: 1 };
   // Node 20, by which the unit tests may run, has no SQLite; in a box it is 24.
   const sqlite = (await import("node:sqlite" as string).catch(() => undefined)) as
@@ -85,11 +127,44 @@ async function datastore(path: string): Promise<{ state: State; save: () => void
   if (!sqlite) return { state: fresh, save: () => {} };
   const db = new sqlite.DatabaseSync(path);
   db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA busy_timeout = 5000");
-  db.exec("CREATE TABLE IF NOT EXISTS kine (id INTEGER PRIMARY KEY, name TEXT, value TEXT)");
-  const row = db.prepare("SELECT value FROM kine WHERE id = 1").get() as { value: string } | undefined;
-  const state = row ? (JSON.parse(row.value) as State) : fresh;
-  const put = db.prepare("INSERT OR REPLACE INTO kine (id, name, value) VALUES (1, '/stand-in', ?)");
-  return { state, save: () => put.run(JSON.stringify(state)) };
+  db.exec(schema(gen));
+  const newest = db.prepare(
+    "SELECT * FROM kine AS one WHERE id = (SELECT max(id) FROM kine WHERE name = one.name)",
+  );
+  const had = new Map((newest.all() as Row[]).map((row) => [row.name, row]));
+  const text = (row: Row): string => Buffer.from(row.value).toString();
+  const there = [...had].filter(([, row]) => !row.deleted);
+  const state = stateOf(new Map(there.map(([name, row]) => [name, text(row)])), fresh);
+  const insert = db.prepare(
+    "INSERT INTO kine (name, created, deleted, create_revision, prev_revision, lease, value, old_value) VALUES (?, ?, ?, ?, ?, 0, ?, ?)",
+  );
+  // As kine compacts, which keeps the last thousand revisions.
+  const compact = db.prepare(
+    "DELETE FROM kine WHERE id < ? - 1000 AND (deleted = 1 OR EXISTS (SELECT 1 FROM kine AS later WHERE later.name = kine.name AND later.id > kine.id))",
+  );
+  const put = (name: string, value: string, deleted: 0 | 1): void => {
+    const old = had.get(name);
+    const bytes = Buffer.from(value);
+    const created = !old || old.deleted ? 1 : 0;
+    const made = created ? 0 : (old?.create_revision ?? 0);
+    const { lastInsertRowid } = insert.run(
+      ...[name, created, deleted, made, old?.id ?? 0, bytes, old?.value ?? null],
+    );
+    const id = Number(lastInsertRowid);
+    had.set(name, { id, name, value: bytes, create_revision: made || id, deleted });
+    if (id % 500 === 0) compact.run(id);
+  };
+  const save = (): void => {
+    const rows = rowsOf(gen, state);
+    db.exec("BEGIN");
+    for (const [name, row] of [...had]) if (!row.deleted && !rows.has(name)) put(name, text(row), 1);
+    for (const [name, value] of rows) {
+      const old = had.get(name);
+      if (!old || old.deleted || text(old) !== value) put(name, value, 0);
+    }
+    db.exec("COMMIT");
+  };
+  return { state, save };
 }
 
 export async function runServer(start: Start): Promise<void> {
@@ -108,7 +183,7 @@ export async function runServer(start: Start): Promise<void> {
     mkdirSync(d, { recursive: true, mode: 0o700 });
   process.chdir(dir);
 
-  const { state, save } = await datastore(join(dir, "db", "state.db"));
+  const { state, save } = await datastore(gen, join(dir, "db", "state.db"));
 
   const tokenPath = join(dir, "token");
   const password = serverPassword(values, tokenPath);
