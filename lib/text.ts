@@ -69,11 +69,12 @@ const SECRETS: readonly [RegExp, string][] = [
 /** Known secret values, longest first. */
 let known: string[] = [];
 
-/** From now on redacted() hides the secrets in these values: tokens and passwords, also those in URLs. */
+/** From now on redacted() hides the secrets in these values: tokens, passwords in URLs, and the paths of webhooks. */
 export function hide(values: readonly string[]): void {
   const parts = values.flatMap((value) => [
     ...(value.includes("://") ? [] : [value, value.slice(value.lastIndexOf(":") + 1)]),
     ...[...value.matchAll(/:\/\/[^:@/\s]*:(.*)@|[?&]password=([^&]*)/g)].map((m) => m[1] ?? m[2] ?? ""),
+    /^https?:\/\/[^/?#]*[/?](.+)$/.exec(value)?.[1] ?? "",
   ]);
   const decoded = parts.map((part) => {
     try {

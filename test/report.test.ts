@@ -93,6 +93,14 @@ describe("a secret in the output", () => {
     hide([`K10${"d".repeat(64)}::server:wrong horse`, "two blank words", "mysql://k3s:bat tery@tcp(db)/k3s"]);
     assert.equal(redacted("a wrong horse two blank words bat tery"), "a ******** ******** ********");
     assert.equal(redacted("two words"), "two words");
+    hide(["https://hooks.example.org/services/T0/B0", "https://example.org/bot1:AA/sendMessage?chat_id=1"]);
+    const hidden = "no answer of https://hooks.example.org/********, nor of https://example.org/********";
+    assert.equal(
+      redacted(
+        hidden.replace("********", "services/T0/B0").replace(/\*{8}$/, "bot1:AA/sendMessage?chat_id=1"),
+      ),
+      hidden,
+    );
   });
 
   test("is not assumed if a text only mentions secrets", () => {
