@@ -79,7 +79,7 @@ async function main(meta: ImportMeta, script: Script): Promise<number> {
   const asJson = !script.readOnly && flags.json;
   if (asJson && (flags.print || !flags["dry-run"]))
     throw new SettingError(
-      "--json (flag): expected --dry-run beside it, whose plan it prints, and no --print",
+      "--json (flag): expected --dry-run beside it, whose plan it prints, and no --print (make: DRY=1 JSON=1)",
     );
   const envFile = envFileBy(process.env.ENV_FILE ?? "");
   // csh exports HOST as this machine's name.
