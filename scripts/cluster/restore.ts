@@ -199,14 +199,6 @@ async function restoreFrom(file: string, run: Run): Promise<number> {
     const have = readEnv(run.envFile).values;
     for (const [name, value] of Object.entries(values))
       if (have[name] !== value) await updateEnv(run.envFile, { [name]: value });
-    const devices = devicesIn((await lookAndConverge(box, bringsBack))["peers-file"]).map(({ name }) => name);
-    if (!devices.length) return;
-    // Whose port is to be opened is known only now.
-    await lookAndConverge(box, follows);
-    if (about.ip !== ip)
-      box.line.says(
-        `devices look for it at ${about.ip}: make device NAME=… writes their configurations anew (${devices.join(", ")})`,
-      );
   });
   if (run.mode !== "apply" && agents.length)
     showLater(run, `${agents.map(({ name }) => name).join(", ")} follow the server: make up, on all boxes`);
@@ -222,8 +214,17 @@ async function restoreFrom(file: string, run: Run): Promise<number> {
     },
     "agent",
   );
-  const rest = await up(next);
-  return worst([...followed, rest]);
+  const admitted = await attempt(run, box, async () => {
+    const devices = devicesIn((await lookAndConverge(box, bringsBack))["peers-file"]).map(({ name }) => name);
+    if (!devices.length) return;
+    // Whose port is to be opened is known only now.
+    await lookAndConverge(box, follows);
+    if (about.ip !== ip)
+      box.line.says(
+        `devices look for it at ${about.ip}: make device NAME=… writes their configurations anew (${devices.join(", ")})`,
+      );
+  });
+  return worst([...followed, admitted, await up(next)]);
 }
 
 await main(import.meta, {

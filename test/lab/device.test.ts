@@ -272,6 +272,12 @@ done`);
     const file = join(t.lab.dir, "home/backup.tar.gz");
     await t.ok(`make backup BACKUP=${file}`);
     await a1.off();
+    await t.says(`make restore BACKUP=${file} HOST=a3 DEVICE_CIDR=10.45.0.0/24`, 2, [
+      /^a3 +FAILED .*DEVICE_CIDR/m,
+      /^a3 +again: make restore HOST=a3 .*DEVICE_CIDR=/m,
+      /^b1 +nothing to do/m,
+    ]);
+    assert.deepEqual(Object.keys(await podsOf(neighbour)), ["a3", "b1", "h1"]);
     await t.says(`make restore BACKUP=${file} HOST=a3`, 0, [/make device NAME=/]);
     await t.ok("make device NAME=phone");
     pods = await podsOf(neighbour);
