@@ -1,7 +1,7 @@
 # Works with make 3.81. Settings come from .env (ENV_FILE=… picks another), or as `make agent HOST=b1`.
 # Not STEPS: that is a setting of `make upgrade`, given on make's command line.
 SCRIPTS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
-LIVING := upgrade certs remove down token backup restore firewall device
+LIVING := upgrade certs remove down token backup restore drill firewall device
 # A switch is NAME=1 or NAME=yes on make's command line: an exported one must not have an effect by accident. DRY and
 # PRINT only prevent changes, and also count from the environment.
 given = $(if $(filter command,$(origin $1))$(filter DRY PRINT,$1),$($1))
@@ -49,6 +49,7 @@ certs: ## renew k3s's certificates that end within 90 days, one node at a time
 token: ## replace the token for joining; nodes keep running
 backup: ## copy the server's datastore, token and manifests to a file here (BACKUP=…)
 restore: ## restore a server from BACKUP=… on HOST, a box without k3s, and move the agents
+drill: ## prove the newest backup or BACKUP=…: start k3s on it alone, on this Linux machine or HOST=… (root)
 remove: ## drain the boxes in HOST and uninstall k3s (FORCE=1: also a box that is gone)
 down: ## remove k3s from SERVER and all AGENTS, after confirmation (YES=1: without)
 device: ## give device NAME=… access to pods, services and names (FOR=…, VIA=…, ONLY=services; REMOVE=1)

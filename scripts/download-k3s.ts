@@ -84,6 +84,23 @@ ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/nu
   },
 });
 
+/** Puts a verified binary of K3S_VERSION into a folder as k3s, for a run of its own: the box's own stays. */
+export function binaryIn(folder: string, want: Settings, facts: Facts): Change {
+  const path = `${folder}/k3s`;
+  const put = swap(`${want.K3S_VERSION} `, path);
+  return want.K3S_BIN
+    ? {
+        why: `put ${want.K3S_BIN} into ${folder}`,
+        ...pushed(want.K3S_BIN, want.K3S_SHA256, path, put),
+        seconds: 120,
+      }
+    : byProxy(want, {
+        why: `download k3s ${want.K3S_VERSION} into ${folder}`,
+        sh: fetch({ ...binary(want, facts), part: `${path}.part` }, want, put),
+        seconds: 3600,
+      });
+}
+
 /**
  * Downloads the binary and images to every box before the first node is drained, so that a failing mirror does not stop
  * an upgrade half-way.
@@ -204,10 +221,10 @@ if [ "$have" != "$sum" ]; then rm -f "$part"; tell "$from: sha256 is $have, expe
 const TELL = 'tell() { say "$1"; echo "$1"; }\n';
 
 /** The old binary stays until the new one has run and reported the wanted version. */
-const swap = (version: string) => sh`chmod 755 "$part"
+const swap = (version: string, path = K3S) => sh`chmod 755 "$part"
 said=$("$part" --version) || { echo "the new binary does not run here: $said"; exit 1; }
 case $said in *${` ${version}`}*) ;; *) echo "the new binary says: $said"; exit 1 ;; esac
-mv -f "$part" ${K3S}
+mv -f "$part" ${path}
 rm -f "$part.good"`;
 
 /** The host of a URL, without port and notation: a host must not verify its own files. */

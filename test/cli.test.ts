@@ -48,7 +48,7 @@ describe("--help", { concurrency: 4 }, () => {
     ...Object.fromEntries(["server", "agent", "up"].map((name) => [name, ["force", "take-over"]])),
   };
   const READ_ONLY = ["check", "kubeconfig", "status", "devices"];
-  const WHOLE = [...READ_ONLY, "up", "down", "upgrade", "certs", "backup", "device"];
+  const WHOLE = [...READ_ONLY, "up", "down", "upgrade", "certs", "backup", "drill", "device"];
   for (const script of Object.keys(SCRIPT_FILES)) {
     const switches = [
       ...(READ_ONLY.includes(script) ? [] : ["dry-run", "json", "print", "reboot"]),
@@ -79,7 +79,18 @@ describe("--help", { concurrency: 4 }, () => {
 
   test("exists for each of the seven steps, for up, and for operating the cluster", () => {
     const others = ["check", "firewall", "kubeconfig", "status", "up"];
-    others.push("upgrade", "certs", "remove", "down", "token", "backup", "restore", "device", "devices");
+    others.push(
+      "upgrade",
+      "certs",
+      "remove",
+      "down",
+      "token",
+      "backup",
+      "restore",
+      "drill",
+      "device",
+      "devices",
+    );
     assert.deepEqual(
       Object.keys(SCRIPT_FILES)
         .filter((s) => !others.includes(s))

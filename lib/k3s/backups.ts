@@ -6,7 +6,6 @@ import { promisify } from "node:util";
 import { remove, temporary } from "../files.ts";
 import type { Run } from "../script.ts";
 import { aFile, SettingError } from "../settings.ts";
-import { Refusal } from "../step.ts";
 import { parseKeyValues, quoted, sha256, splitWords } from "../text.ts";
 import { caIn } from "../token.ts";
 import { address, VERSION } from "./nodes.ts";
@@ -123,7 +122,7 @@ export const caOf = async (file: string): Promise<string> =>
  * The path of the newest backup of this cluster, brought to this machine: of the files beside the env file and those in
  * BACKUP_TO, the latest name.
  * @param exclude names of boxes that are not asked.
- * @throws {Refusal} when there is none.
+ * @throws {SettingError} when there is none.
  */
 export async function newest(run: Run, _exclude: readonly string[] = []): Promise<string> {
   const folder = dirname(resolve(run.envFile));
@@ -139,5 +138,7 @@ export async function newest(run: Run, _exclude: readonly string[] = []): Promis
     const ca = await caOf(file).finally(done);
     if (ca === asked) return path;
   }
-  throw new Refusal(`There is no backup of this cluster in ${folder}: make backup makes one`);
+  throw new SettingError(
+    `BACKUP is not set, and there is no backup of this cluster in ${folder}: expected one, as make backup makes it`,
+  );
 }

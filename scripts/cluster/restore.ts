@@ -32,7 +32,7 @@ const ARRIVED = "/var/lib/.k3s-restore.tar.gz";
  * Shell that fails for an archive with anything but regular files and folders of a backup's names, or with more than
  * the disk has room for: a compromised server could have made it. It uses the same tar that unpacks it later.
  */
-const checked = (
+export const checked = (
   file: string,
 ) => sh`no() { echo "The backup is not as make backup writes it: $1"; rm -f ${file} ../names ../members ../odd; exit 1; }
 tar -tzf ${file} >../names || no 'it cannot be read'

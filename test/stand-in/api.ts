@@ -42,6 +42,8 @@ export type Cluster = {
   logins: string[];
   state: State;
   save: () => void;
+  /** Objects of a kind as they were at a revision; undefined: it is not here yet. Without SQLite: none. */
+  at: (resource: string, revision: number) => unknown[] | undefined;
   /** Where several servers share it: what becomes of a node or its password there; undefined: it goes. */
   share?: (key: string, value: string | undefined) => void;
   /** Advertised addresses of all servers. */
@@ -326,6 +328,8 @@ function kubernetes(c: Cluster, q: Question): Reply {
     name,
   });
   if (no) return status(403, "Forbidden", no);
+  const past = !name && listAt(c, resource!, q.url.searchParams);
+  if (past) return past;
   const here = !namespace || namespace === "kube-system";
   switch (`${group ?? ""}/${resource}`) {
     case "metrics.k8s.io/nodes":
@@ -424,6 +428,23 @@ function listOf(c: Cluster, kind: string, apiVersion: string, items: unknown[]):
   return json(200, { kind, apiVersion, metadata, items });
 }
 
+const LISTS: Record<string, [kind: string, apiVersion: string]> = {
+  nodes: ["NodeList", "v1"],
+  secrets: ["SecretList", "v1"],
+  deployments: ["DeploymentList", "apps/v1"],
+};
+
+/** With a limit a list is the one of exactly that revision (both generations, seen). */
+function listAt(c: Cluster, resource: string, query: URLSearchParams): Reply | undefined {
+  const revision = Number(query.get("resourceVersion") ?? 0);
+  const list = LISTS[resource];
+  if (!list || !revision || !query.get("limit") || query.get("watch")) return undefined;
+  const items = c.at(resource, revision);
+  return items
+    ? listOf(c, ...list, resource === "nodes" ? (items as rules.Node[]).map(rules.ordered) : items)
+    : status(504, "Timeout", `Too large resource version: ${revision}, current: ${c.state.version}`);
+}
+
 /** A line of a watch. */
 const event = (type: string, object: object): string => `${JSON.stringify({ type, object })}\n`;
 const nodeEvent = (type: string, node: rules.Node): string =>
@@ -445,6 +466,8 @@ function nodes(c: Cluster, q: Question, user: rules.User, name?: string, subreso
   if (no) return nodeStatus(403, "Forbidden", no, name ?? "");
   const wanted = (n: rules.Node): boolean =>
     !fieldSelector || fieldSelector === `metadata.name=${n.metadata.name}`;
+  const past = verb === "list" && listAt(c, "nodes", query);
+  if (past) return past;
   if (verb === "watch") {
     // Of what was before it knows nothing: the real one has it for some minutes.
     const since = Number(query.get("resourceVersion") ?? 0);

@@ -118,13 +118,13 @@ function stateOf(rows: ReadonlyMap<string, string>, fresh: State): State {
  * SQLite with a write-ahead log, and kine's rows: one a revision, an object's newest says if it is there. A copy of a
  * running server has to cope with both files.
  */
-async function datastore(gen: Generation, path: string): Promise<{ state: State; save: () => void }> {
+async function datastore(gen: Generation, path: string): Promise<Pick<Cluster, "state" | "save" | "at">> {
   const fresh: State = { nodes: {}, passwords: {}, deployment: null, tokenHash: "", starts: 0, version: 1 };
   // Node 20, by which the unit tests may run, has no SQLite; in a box it is 24.
   const sqlite = (await import("node:sqlite" as string).catch(() => undefined)) as
     | { DatabaseSync: new (path: string) => Database }
     | undefined;
-  if (!sqlite) return { state: fresh, save: () => {} };
+  if (!sqlite) return { state: fresh, save: () => {}, at: () => [] };
   const db = new sqlite.DatabaseSync(path);
   db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA busy_timeout = 5000");
   db.exec(schema(gen));
@@ -164,7 +164,20 @@ async function datastore(gen: Generation, path: string): Promise<{ state: State;
     }
     db.exec("COMMIT");
   };
-  return { state, save };
+  const past = db.prepare(
+    "SELECT * FROM kine AS one WHERE name >= ?1 || '/' AND name < ?1 || '0' AND deleted = 0 AND id = (SELECT max(id) FROM kine WHERE name = one.name AND id <= ?2)",
+  );
+  const at: Cluster["at"] = (resource, revision) => {
+    const { last } = db.prepare("SELECT max(id) AS last FROM kine").get() as { last: number };
+    if (revision > last) return undefined;
+    const key = `/registry/${resource === "nodes" ? "minions" : resource}`;
+    return (past.all(key, revision) as Row[]).map((row) =>
+      row.name.startsWith(SECRETS)
+        ? { metadata: { name: row.name.slice(SECRETS.length), namespace: "kube-system" } }
+        : JSON.parse(text(row)),
+    );
+  };
+  return { state, save, at };
 }
 
 export async function runServer(start: Start): Promise<void> {
@@ -183,7 +196,7 @@ export async function runServer(start: Start): Promise<void> {
     mkdirSync(d, { recursive: true, mode: 0o700 });
   process.chdir(dir);
 
-  const { state, save } = await datastore(gen, join(dir, "db", "state.db"));
+  const { state, save, at } = await datastore(gen, join(dir, "db", "state.db"));
 
   const tokenPath = join(dir, "token");
   const password = serverPassword(values, tokenPath);
@@ -246,6 +259,7 @@ export async function runServer(start: Start): Promise<void> {
     logins: file(passwd).trim().split("\n"),
     state,
     save,
+    at,
     servers: [],
     apiUp: false,
     seen: new Map(),
