@@ -212,6 +212,7 @@ test("no value of a secret setting is in any script's plan as JSON, in no encodi
   );
   const ARGS: Record<string, string[]> = {
     restore: ["--backup", join(folder, "backup.tar.gz"), "--host", "c1=198.51.100.30"],
+    drill: ["--backup", join(folder, "backup.tar.gz"), "--host", "c1=198.51.100.30"],
     device: ["--name", "phone"],
     ...Object.fromEntries(
       ["agent", "annotate", "download-k3s", "install-wireguard", "upgrade-kernel", "remove"].map((name) => [
@@ -229,7 +230,7 @@ test("no value of a secret setting is in any script's plan as JSON, in no encodi
     a1: { ...a1(), ...full, ...due, envfile: "K3S_TOKEN=another\n" },
     b1: { ...b1(), ...full, ...foreign, envfile: `K3S_URL=https://${IP}:6443\nK3S_TOKEN=${TOKEN}x\n` },
     b2: { ...b2(), ...full },
-    c1: fresh("c1", { boot: "c1" }),
+    c1: fresh("c1", { boot: "c1", system: "Linux", tools: "/bin/unshare\n/sbin/ip\n/bin/mount" }),
   };
   const scenes: [Record<string, Facts>, without?: string][] = [
     [{ a1: fresh("a1"), b1: fresh("b1", foreign), b2: fresh("b2") }],
