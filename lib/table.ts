@@ -325,6 +325,23 @@ function address(value: string): string | undefined {
   return wrong ? `${wrong}, or ${NAT} for a box that has no public address` : undefined;
 }
 
+/** From an hour to a month. */
+function every(value: string): string | undefined {
+  const [, number, unit] = /^([1-9]\d{0,2})([hd])$/.exec(value) ?? [];
+  const hours = Number(number) * (unit === "d" ? 24 : 1);
+  return hours <= 720 ? undefined : "hours or days from 1h to 30d, such as 6h";
+}
+
+/** A box, or a folder in an S3 bucket. */
+function backupTo(value: string): string | undefined {
+  const expected = "a box of SERVER or AGENTS, or the https:// address of a folder in an S3 bucket";
+  if (!value.startsWith("https://"))
+    return value.includes("=") || /\s/.test(value) ? expected : destination(value);
+  return /^https:\/\/[\w.-]+(:\d+)?(\/[\w.~-]+)*\/?$/.test(value) && URL.canParse(value)
+    ? undefined
+    : `${expected}, of letters, digits, -, ., _ and ~`;
+}
+
 /** A server is called by all others. */
 function server(value: string): string | undefined {
   const expected = `a public address: only an agent can do without (${NAT})`;
@@ -370,6 +387,30 @@ export const SETTINGS = {
   },
   K3S_CONFIG: { value: "", check: file },
   BACKUP: { value: "", shared: true, check: file },
+  BACKUP_EVERY: { value: "", shared: true, check: every },
+  BACKUP_TO: { value: "", shared: true, check: backupTo },
+  BACKUP_KEEP: {
+    value: "7",
+    shared: true,
+    check: matches(/^([1-9]\d{0,2}|1000)$/, "how many backups to keep, from 1 to 1000"),
+  },
+  S3_REGION: {
+    value: "us-east-1",
+    shared: true,
+    check: matches(/^[a-z0-9-]{1,40}$/, "a region such as eu-central-1"),
+  },
+  S3_ACCESS_KEY: {
+    value: "",
+    secret: true,
+    shared: true,
+    check: matches(/^[^\s\p{Cc}"'\\:]+$/u, "an access key's id, without quotes, blanks and colons"),
+  },
+  S3_SECRET_KEY: {
+    value: "",
+    secret: true,
+    shared: true,
+    check: matches(/^[^\s\p{Cc}"'\\]+$/u, "a secret key, without quotes, blanks and backslashes"),
+  },
   ELREPO_URL: { value: "https://www.elrepo.org", check: url },
   ELREPO_KERNEL_URL: { value: "", check: url },
   EPEL_URL: { value: "https://dl.fedoraproject.org/pub/epel", check: url },

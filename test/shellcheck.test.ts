@@ -9,6 +9,15 @@ import { scriptText } from "../lib/k3s/firewall/own.ts";
 import { ENTRY_PROGRAM } from "../lib/k3s/firewall/traffic.ts";
 import { keepaliveText } from "../lib/k3s/keepalive.ts";
 import { DRAINED } from "../lib/k3s/nodes.ts";
+import {
+  PROGRAM,
+  RECEIVES,
+  receives,
+  receivesNone,
+  scheduled,
+  scheduleKey,
+  unscheduled,
+} from "../lib/k3s/schedule.ts";
 import { applyScript, asScript, lookScript, wrapInMain } from "../lib/protocol.ts";
 import type { Look, Step } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
@@ -201,6 +210,36 @@ describe("shellcheck reports nothing in an entry of devices:", { skip }, () => {
     });
 
   test("its program", () => check(written(admits(PHONE).plan(wanted(), none)[0]?.sh ?? "", ENTRY_PROGRAM)));
+});
+
+describe("shellcheck reports nothing in backups that a server makes by itself:", { skip }, () => {
+  const keeper = {
+    "receiver-user": "debian\n/home/debian/.ssh/authorized_keys\n",
+    "receiver-keys": "ssh-ed25519 AAAA\n",
+    receiver: "of an earlier release\n",
+  };
+  const target = { login: "debian", port: "22", keys: ["ssh-ed25519 AAAA"] };
+  const want = { BACKUP_EVERY: "6h", BACKUP_TO: "b1", S3_ACCESS_KEY: "id", S3_SECRET_KEY: "secret" };
+  const bucket = { ...want, BACKUP_TO: "https://s3.example/bucket/folder" };
+  const steps: [string, Step, Facts, Partial<ReturnType<typeof wanted>>][] = [
+    ["the server's key", scheduleKey, {}, want],
+    ["the node that keeps them", receives("a1", "7", "ssh-ed25519 AAAA"), keeper, want],
+    ["the node that keeps none any more", receivesNone, keeper, want],
+    ["the server, to a node", scheduled("a1", "CERTIFICATE", target), healthy(MODERN, {}), want],
+    ["the server, to a bucket", scheduled("a1", "CERTIFICATE", undefined), healthy(MODERN, {}), bucket],
+    ["a server that makes none any more", unscheduled, { schedule: "x" }, want],
+  ];
+  for (const [what, step, facts, more] of steps)
+    test(what, () => {
+      check(`#!/bin/sh\n${wrapInMain(lookScript([step], wanted(more), "mark"))}`);
+      const changes = step.plan(wanted(more), facts);
+      assert.ok(changes.length > 0);
+      for (const { sh } of changes) check(`#!/bin/sh\nset -eu\n${sh}\n`);
+    });
+  test("the program and the receiver", () => {
+    check(PROGRAM);
+    check(RECEIVES);
+  });
 });
 
 test("shellcheck reports nothing in the program that keeps a node without a public address in touch", {

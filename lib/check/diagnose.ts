@@ -103,6 +103,11 @@ export function judge(cluster: Cluster): { wrong: Problem[]; notes: string[]; ea
   add(podFindings(cluster));
   add(entryFindings(cluster));
   add(certificateFindings(cluster));
+  add(
+    cluster.boxes.flatMap(({ name, backups }) =>
+      (backups?.wrong ?? []).map((cause) => finding(name, cause, "make backup")),
+    ),
+  );
   return { wrong, notes, early };
 }
 
@@ -497,6 +502,7 @@ const notesOf = ({ boxes, nodes }: Cluster): string[] =>
         !box.closed.length &&
         `no device has had a handshake with its k3s-devices: is ${box.entry.port}/udp open to all at its vendor?`,
       ...certificateNotes(box),
+      ...(box.backups?.notes ?? []),
       ...away.map((node) => {
         const { note } = standing(peerOf(box.peers, node.podCidr), node, nodes, now - FRESH);
         return note && `${node.name} sends from ${note}`;

@@ -34,6 +34,7 @@ import {
   systemOf,
   tunnelIpOf,
 } from "../k3s/nodes.ts";
+import { backupsIn, scheduleLook } from "../k3s/schedule.ts";
 import { goesInside, nameLook, type Role, unitOf } from "../k3s/unit.ts";
 import { cardsOf } from "../protocol.ts";
 import { silent } from "../report.ts";
@@ -107,7 +108,12 @@ fact joins; echo "$joins"`,
 export const LOOKS = { server: [boxLook, serverLook], agent: [boxLook, agentLook] } as const;
 
 type BoxFact =
-  | Printed<(typeof LOOKS)[Role][number] | (typeof entryLook)[number] | typeof certificatesLook>
+  | Printed<
+      | (typeof LOOKS)[Role][number]
+      | (typeof entryLook)[number]
+      | typeof certificatesLook
+      | typeof scheduleLook
+    >
   | RuleFact;
 /** What tries() and its companions print, and the second trip. */
 type TriedFact = Printed<ReturnType<typeof tries | typeof answersLook>> | "paths" | "kubelets" | "unstarted";
@@ -342,6 +348,8 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
     /** Of k3s, without the CAs; and those of a server. */
     certificates,
     cas,
+    /** On a server: what is wrong with its own backups, and how old the last one is. */
+    backups: role === "server" && error === undefined ? backupsIn(box.want, facts, nodes) : undefined,
     now: Number(facts.now),
     tried: triedOf({ ...tried, ...paths }, nodes, Boolean(box.want.TUNNEL_KUBELETS)),
   };
@@ -455,7 +463,13 @@ export async function surveyAndTry(boxes: Listed): Promise<Member[]> {
   };
   const found = await survey<TriedFact>(
     boxes,
-    (role) => [...looks[role], ...firewallLooks, ...entryLook, certificatesLook],
+    (role) => [
+      ...looks[role],
+      ...firewallLooks,
+      ...entryLook,
+      certificatesLook,
+      ...(role === "server" ? [scheduleLook] : []),
+    ],
     patience(20 + boxes.length),
   );
   const members = found.map((member) => ({ ...member, tried: member.facts }));

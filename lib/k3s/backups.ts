@@ -3,21 +3,28 @@ import { execFile } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import { promisify } from "node:util";
-import { remove, temporary } from "../files.ts";
+import { boxes } from "../boxes.ts";
+import { look } from "../converge.ts";
+import { hashOf, putNew, remove, temporary } from "../files.ts";
 import type { Run } from "../script.ts";
 import { aFile, SettingError } from "../settings.ts";
-import { parseKeyValues, quoted, sha256, splitWords } from "../text.ts";
+import { sh } from "../sh.ts";
+import { Failure, type Look, prints, type Step, step } from "../step.ts";
+import { boxNames, nameOf, parseKeyValues, quoted, sha256, splitWords } from "../text.ts";
 import { caIn } from "../token.ts";
+import { fetchFrom, textIn } from "./bucket.ts";
 import { address, VERSION } from "./nodes.ts";
+import { COPIES, isBucket } from "./schedule.ts";
 
 /** The operator's certificate, to which backups are encrypted, and its key, which alone opens them. */
 export const certificateOf = (run: Run): string => join(dirname(run.envFile), "backup.crt");
 export const keyOf = (run: Run): string => join(dirname(run.envFile), "backup.key");
 
-const NAME = /^k3s-(.+)-(\d{8}T\d{6}Z)\.tar\.gz(\.cms)?$/;
+/** The whole of it: a name from elsewhere becomes part of a path. */
+const NAME = /^k3s-([\w.-]+)-(\d{8}T\d{6}Z)\.tar\.gz(\.cms)?$/;
 
 /** When a backup of this name was made, as text that sorts; "" for other names. */
-export const madeAt = (name: string): string => NAME.exec(basename(name))?.[2] ?? "";
+export const madeAt = (name: string): string => NAME.exec(name)?.[2] ?? "";
 
 const ran = promisify(execFile);
 const oneLine = (text: string) => splitWords(text.replaceAll("\n", " ")).join(" ").slice(0, 300);
@@ -26,11 +33,11 @@ const oneLine = (text: string) => splitWords(text.replaceAll("\n", " ")).join(" 
  * A backup as an archive: a plain one as it is, an encrypted one in a temporary file, 0600, until `done` is called.
  * @throws {SettingError} when the key is missing, or is another one's.
  */
-export async function opened(file: string, run: Run): Promise<{ file: string; done(): void }> {
+export async function opened(file: string, run: Run, named = file): Promise<{ file: string; done(): void }> {
   aFile("BACKUP", file);
-  if (!/\.cms$/.test(file)) return { file, done: () => {} };
+  if (!/\.cms( in |$)/.test(named)) return { file, done: () => {} };
   const key = keyOf(run);
-  const says = (what: string) => new SettingError(`${quoted(file)} cannot be opened: ${what}`);
+  const says = (what: string) => new SettingError(`${quoted(named)} cannot be opened: ${what}`);
   if (!existsSync(key)) throw says(`expected the operator's key, ${key}`);
   const plain = temporary(dirname(resolve(run.envFile)));
   const done = () => remove(plain);
@@ -97,11 +104,12 @@ export async function listOf(file: string): Promise<Counts | undefined> {
 export async function aboutOf(
   file: string,
   named = file,
-): Promise<{ version: string; node: string; ip: string }> {
+): Promise<{ version: string; node: string; ip: string; made?: string }> {
   aFile("BACKUP", file);
   const { stdout, stderr } = await member(file, "about");
-  const { version = "", node, ip } = parseKeyValues(stdout);
-  if (VERSION.test(version) && node && address(ip)) return { version, node, ip: ip as string };
+  const { version = "", node, ip, made } = parseKeyValues(stdout);
+  if (VERSION.test(version) && node && address(ip))
+    return { version, node, ip: ip as string, ...(made ? { made } : {}) };
   throw new SettingError(
     `BACKUP is "${named}": ${oneLine(stderr) || "it is not a file written by make backup"}`,
   );
@@ -118,27 +126,118 @@ const member = async (file: string, name: string) =>
 export const caOf = async (file: string): Promise<string> =>
   caIn((await member(file, "token")).stdout) ?? sha256((await member(file, "tls/server-ca.crt")).stdout);
 
-/**
- * The path of the newest backup of this cluster, brought to this machine: of the files beside the env file and those in
- * BACKUP_TO, the latest name.
- * @param exclude names of boxes that are not asked.
- * @throws {SettingError} when there is none.
- */
-export async function newest(run: Run, _exclude: readonly string[] = []): Promise<string> {
-  const folder = dirname(resolve(run.envFile));
-  const here = readdirSync(folder)
-    .filter(madeAt)
-    .sort((one, other) => madeAt(other).localeCompare(madeAt(one)))
-    .map((name) => join(folder, name));
-  const asked = caIn(run.settings.K3S_TOKEN);
-  for (const path of here) {
-    if (!asked) return path;
-    // Several clusters' env files may be in one folder.
-    const { file, done } = await opened(path, run);
-    const ca = await caOf(file).finally(done);
-    if (ca === asked) return path;
+/** A copy that is elsewhere: its name, and how it comes here. */
+interface Copy {
+  name: string;
+  sha256: string;
+  fetch(file: string): Promise<void>;
+}
+
+const copiesLook = prints(
+  "copies",
+)(sh`fact copies; cd ${COPIES} 2>/dev/null && for name in k3s-*.tar.gz.cms; do
+  [ -f "$name" ] && echo "$name"
+done`);
+const sumLook = (name: string) =>
+  prints("copy")(sh`fact copy; sha256sum <${`${COPIES}/${name}`} 2>/dev/null | cut -d' ' -f1`);
+const looksAt = <F extends string>(look: Look<F>): Step<F> =>
+  step({ name: "copies", options: [], look: () => [look], plan: () => [] });
+
+const byTime = (one: string, other: string) => madeAt(other).localeCompare(madeAt(one));
+const DAY = 86_400_000;
+/** The newest of these names; none of tomorrow's, which would be the newest for ever. */
+const latestOf = (names: readonly string[]) => {
+  const end = new Date(Date.now() + DAY).toISOString().replace(/[-:]|\.\d+/g, "");
+  return names.filter((name) => madeAt(name) && name.endsWith(".cms") && madeAt(name) < end).sort(byTime)[0];
+};
+
+/** The newest copy in BACKUP_TO. @throws {Failure | Unreachable} where it does not answer. */
+async function newestCopy(run: Run, exclude: readonly string[]): Promise<Copy | undefined> {
+  const { settings } = run;
+  const to = settings.BACKUP_TO;
+  const server = boxNames(settings.SERVER)[0]?.replace(/[^\w.-]/g, "-");
+  if (!to || !server) return undefined;
+  const ours = (name: string) => NAME.exec(name)?.[1] === server;
+  if (isBucket(to)) {
+    const text = (await textIn(to, `k3s-${server}-latest`, settings)) ?? "";
+    const rows = text.split("\n").map((row) => row.split(" "));
+    const name = latestOf(rows.map(([name = ""]) => name).filter(ours));
+    const sum = rows.find(([first]) => first === name)?.[1];
+    if (!name || !/^[0-9a-f]{64}$/.test(sum ?? "")) return undefined;
+    return { name, sha256: sum as string, fetch: (file) => fetchFrom(to, name, settings, file) };
   }
+  const keepers = [...(await boxes(run, "SERVER")), ...(await boxes(run, "AGENTS"))];
+  const keeper = keepers.find(({ host, name }) => host === to || name === nameOf(to));
+  if (!keeper || exclude.includes(keeper.name)) return undefined;
+  const { copies = "" } = await look(keeper, [looksAt(copiesLook)]);
+  // After a move the copies of the last server may be all there is.
+  const names = copies.split("\n");
+  const name = latestOf(names.filter(ours)) ?? latestOf(names);
+  if (!name) return undefined;
+  const { copy = "" } = await look(keeper, [looksAt(sumLook(name))]);
+  return { name, sha256: copy.trim(), fetch: (file) => keeper.shell.pull(`${COPIES}/${name}`, file) };
+}
+
+/** Brings a copy here, if it is what its name says. */
+async function brought(run: Run, copy: Copy, asked: string | undefined, folder: string): Promise<string> {
+  const part = temporary(folder);
+  const path = join(folder, copy.name);
+  const named = `${copy.name} in ${run.settings.BACKUP_TO}`;
+  try {
+    await copy.fetch(part);
+    const have = await hashOf(part);
+    if (have !== copy.sha256)
+      throw new Failure(`The copy of ${named} has sha256 ${have}, not ${copy.sha256}`);
+    const { file, done } = await opened(part, run, named);
+    try {
+      const { made } = await aboutOf(file, named);
+      if (made && made !== madeAt(copy.name))
+        throw new Failure(`${named} was made at ${made}: it has another's name`);
+      if (asked && (await caOf(file)) !== asked) throw new Failure(`${named} is of another cluster`);
+    } finally {
+      done();
+    }
+    putNew(part, path);
+    return path;
+  } finally {
+    remove(part);
+  }
+}
+
+/**
+ * The path of the newest backup of this cluster, on this machine: of the files beside the env file and the newest copy in
+ * BACKUP_TO, which is brought here if its name is later. Where BACKUP_TO has none that is of use, that is said, and those
+ * that are here count.
+ * @param exclude names of boxes that are not asked.
+ * @throws {SettingError} when there is none, or the newest on this machine cannot be opened.
+ */
+export async function newest(run: Run, exclude: readonly string[] = []): Promise<string> {
+  const folder = dirname(resolve(run.envFile));
+  const asked = caIn(run.settings.K3S_TOKEN);
+  let here = "";
+  for (const name of readdirSync(folder).filter(madeAt).sort(byTime)) {
+    const path = join(folder, name);
+    const { file, done } = await opened(path, run);
+    try {
+      await aboutOf(file, path);
+      // Several clusters' env files may be in one folder.
+      if (asked && (await caOf(file)) !== asked) continue;
+    } finally {
+      done();
+    }
+    here = path;
+    break;
+  }
+  try {
+    const copy = await newestCopy(run, exclude);
+    if (copy && madeAt(copy.name) > madeAt(basename(here))) return await brought(run, copy, asked, folder);
+  } catch (error) {
+    if (!here) throw error;
+    process.stderr.write(`${(error as Error).message}: ${here} is taken\n`);
+  }
+  if (here) return here;
+  const places = [folder, run.settings.BACKUP_TO].filter(Boolean).join(" or ");
   throw new SettingError(
-    `BACKUP is not set, and there is no backup of this cluster in ${folder}: expected one, as make backup makes it`,
+    `BACKUP is not set, and there is no backup of this cluster in ${places}: expected one, as make backup makes it`,
   );
 }

@@ -25,6 +25,14 @@ import {
 } from "../../lib/k3s/identity.ts";
 import { KEEPALIVE, KEEPALIVE_BIN } from "../../lib/k3s/keepalive.ts";
 import { API, clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
+import {
+  COPIES,
+  RECEIVER,
+  receiverLook,
+  receivesNone,
+  SCHEDULE_CLEAR,
+  SCHEDULE_LEFT,
+} from "../../lib/k3s/schedule.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { nameLook, shownLook, unitPath, WRITTEN_BY } from "../../lib/k3s/unit.ts";
 import { watch } from "../../lib/report.ts";
@@ -42,6 +50,7 @@ import {
   type Step,
   step,
 } from "../../lib/step.ts";
+import { nameOf } from "../../lib/text.ts";
 import { caIn } from "../../lib/token.ts";
 
 const UNITS = [unitPath("server"), unitPath("agent")];
@@ -77,10 +86,13 @@ export const uninstall = step({
     nameLook,
     caLook,
     unitsLook,
+    receiverLook,
     prints(
-      "left volumes links inner running peers-file",
+      "left volumes links inner running peers-file copies",
     )(sh`fact peers-file; cat ${ENTRY_FOLDER}/peers 2>/dev/null
+fact copies; ls ${COPIES} 2>/dev/null
 fact left
+${raw(SCHEDULE_LEFT)}
 for path in ${Object.entries(OWN).flat()}; do
   if grep -qsxF ${WRITTEN_BY} "$path"; then echo "$path"; fi
 done
@@ -110,12 +122,15 @@ case $(shown "$agent_unit" ActiveState) in active) echo k3s-agent ;; esac
   plan(want, facts): Change[] {
     const list = (text = "") => text.split("\n").filter(Boolean);
     const left = [...new Set(list(facts.left))];
-    if (left.length === 0) return [];
+    if (left.length === 0 && !facts["receiver-line"]?.trim()) return [];
     const ours = (paths: string[]) => paths.filter((path) => left.includes(path));
     const units = [...ours(Object.keys(OWN)), ...UNITS];
     const files = [...ours(Object.values(OWN)), ...FILES];
     const [volumes, running] = [list(facts.volumes).length, list(facts.running)];
     const devices = devicesIn(facts["peers-file"]).map(({ name }) => name);
+    const copies = list(facts.copies).length;
+    const keeps = Boolean(facts["receiver-line"]?.trim()) || left.includes(COPIES) || left.includes(RECEIVER);
+    const backups = keeps || left.some((path) => path.includes("k3s-backup"));
     const links = [
       ...(devices.length ? [`; ${devices.join(", ")} cannot come in by it any more (make devices)`] : []),
       ...list(facts.links).map((link) => `; ${link}: what k3s has made there goes, the rest stays`),
@@ -140,6 +155,21 @@ ${raw(CLEAR)}`,
               why: "take the cluster's rules out of the firewall",
               sh: closeAgain(rangesOf(want)),
               seconds: 300,
+            },
+          ]
+        : []),
+      ...(backups
+        ? [
+            {
+              why: `remove what makes or keeps backups${copies ? `, with ${copies} copies` : ""}`,
+              sh: `${
+                keeps
+                  ? `${receivesNone
+                      .plan(want, { ...facts, receiver: "x" })
+                      .map(({ sh }) => sh)
+                      .join("\n")}\n`
+                  : ""
+              }${SCHEDULE_CLEAR}`,
             },
           ]
         : []),
@@ -271,6 +301,15 @@ async function remove(run: Run): Promise<number> {
       servers.length > 1
         ? `HOST names the first server, ${server.name}, which agents are told: name another one first in SERVER and "make up", then it can go; "make down" removes a whole cluster`
         : `HOST names the server, ${server.name}: "make down" removes a whole cluster`,
+    );
+  const keeper =
+    settings.BACKUP_EVERY &&
+    leaving.find(
+      ({ host, name }) => [host, name].includes(settings.BACKUP_TO) || name === nameOf(settings.BACKUP_TO),
+    );
+  if (keeper && !run.flags.has("force"))
+    throw new SettingError(
+      `HOST names ${keeper.host}, which keeps the server's backups (BACKUP_TO, ${origins.BACKUP_TO}): let BACKUP_TO name another and run make backup, or add FORCE=1: its copies go with it`,
     );
   await watch(leaving);
   const statuses: number[] = [];

@@ -50,7 +50,7 @@ rm -f ../names ../members ../odd`;
 const restoredLook = prints("restored")(`fact restored; cat ${BASE}/server/restored 2>/dev/null`);
 
 /** Puts the backup's data in place on a box that has none. Its hash is kept, for an interrupted run. */
-export const placeData = (file: string, hash: string) =>
+export const placeData = (file: string, hash: string, named = file) =>
   step({
     name: "put",
     options: ["HOST", "PUBLIC_IP", "BACKUP"],
@@ -65,7 +65,7 @@ export const placeData = (file: string, hash: string) =>
         );
       return [
         {
-          why: `put the data of ${file} in place`,
+          why: `put the data of ${named} in place`,
           push: { file, path: ARRIVED },
           sh: sh`mkdir -p ${BASE} /etc/rancher/node
 rm -rf ${BASE}/server.new
@@ -167,7 +167,12 @@ async function restoreFrom(file: string, run: Run): Promise<number> {
     );
   const members = [ip, ...follow.map((agent) => agent.ip), ...(about.ip === ip ? [] : [`-${about.ip}`])];
   const follows = moveFirewall(members.join(" "));
-  const steps = [...prepareAs("server"), placeData(file, await hashOf(file)), follows, server];
+  const steps = [
+    ...prepareAs("server"),
+    placeData(file, await hashOf(file), settings.BACKUP),
+    follows,
+    server,
+  ];
   /** The settings from now on: this box is the server. */
   const next: Run = {
     ...run,

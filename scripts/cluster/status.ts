@@ -13,6 +13,7 @@ import {
 } from "../../lib/check/survey.ts";
 import { certificatesLook, DUE, daysTo, ending, firstOf, PRESSING } from "../../lib/k3s/certificates.ts";
 import { CURL, FRESH, isHome, type Node, peerOf } from "../../lib/k3s/nodes.ts";
+import { scheduleLook } from "../../lib/k3s/schedule.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { forTerminal } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
@@ -114,6 +115,15 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
       `k3s ${state}, ${up}${restarts === undefined ? "" : `, ${restarts} restarts`}${days <= DUE ? `; its certificates ${ending(ends, server.now)}: make certs` : ""}`,
       state === "active" && days > PRESSING,
     ],
+    ...(server.backups
+      ? [
+          [
+            "backups",
+            server.backups.wrong[0] ?? `the last one is ${server.backups.last}, in ${server.backups.to}`,
+            server.backups.wrong.length === 0,
+          ] as Row,
+        ]
+      : []),
     [
       "room",
       `disk ${server.disk ?? "?"} %, memory ${server.load.memory ?? "?"} % in use`,
@@ -137,7 +147,12 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
 
 async function status(run: Run): Promise<number> {
   const [box] = (await boxes(run, "SERVER")) as [Box];
-  const [server] = await survey([{ box, role: "server" }], () => [...LOOKS.server, MORE, certificatesLook]);
+  const [server] = await survey([{ box, role: "server" }], () => [
+    ...LOOKS.server,
+    MORE,
+    certificatesLook,
+    scheduleLook,
+  ]);
   if (!server || server.error !== undefined) {
     process.stderr.write(`${box.name}: ${forTerminal(server?.error ?? "")}\n`);
     return 1;

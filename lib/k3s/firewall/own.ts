@@ -29,7 +29,7 @@ export const isWritten = (facts: Facts<Printed<typeof ownLook>>, script: string)
 
 /** Shell that puts a program and its unit in place. */
 export const placed = (program: string, text: string, unit: string, unitText: string): string =>
-  `# shellcheck disable=SC2016 # what is written is a script
+  `# shellcheck disable=SC1003,SC2016 # what is written is a script
 {
 ${writeFile(program, text, "755")}
 }
