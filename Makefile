@@ -47,7 +47,7 @@ firewall: ## open k3s's ports to the nodes only, on all boxes or HOST
 upgrade: ## upgrade all nodes to K3S_VERSION, one at a time (STEPS="v1.35.4+k3s1 …": intermediate releases)
 certs: ## renew k3s's certificates that end within 90 days, one node at a time
 token: ## replace the token for joining; nodes keep running
-backup: ## copy the server's datastore, token and manifests to a file here (BACKUP=…)
+backup: ## copy the server's datastore, token and manifests to a file here (BACKUP=…; BACKUP_EVERY=…: and by itself)
 restore: ## restore a server from BACKUP=… on HOST, a box without k3s, and move the agents
 drill: ## prove the newest backup or BACKUP=…: start k3s on it alone, on this Linux machine or HOST=… (root)
 remove: ## drain the boxes in HOST and uninstall k3s (FORCE=1: also a box that is gone)
