@@ -336,7 +336,7 @@ function every(value: string): string | undefined {
 function backupTo(value: string): string | undefined {
   const expected = "a box of SERVER or AGENTS, or the https:// address of a folder in an S3 bucket";
   if (!value.startsWith("https://"))
-    return value.includes("=") || /\s/.test(value) ? expected : destination(value);
+    return /[=\s]|^(?!ssh:)\w+:\/\//.test(value) ? expected : destination(value);
   return /^https:\/\/[\w.-]+(:\d+)?(\/[\w.~-]+)*\/?$/.test(value) && URL.canParse(value)
     ? undefined
     : `${expected}, of letters, digits, -, ., _ and ~`;

@@ -40,6 +40,18 @@ describe("every setting", () => {
 const CA = `K10${"ab".repeat(32)}::`;
 /** Values that no setting accepts, or that one of them does not. */
 const WRONG: Partial<Record<SettingName, string[]>> = {
+  BACKUP_EVERY: ["6", "0h", "31d", "721h", "90m", "1w", "-1h"],
+  BACKUP_TO: [
+    "b1=198.51.100.20",
+    "b1 b2",
+    "http://s3.example/x",
+    "https://id:key@s3.example/x",
+    "https://s3.example/a b",
+    "https://s3.example/x?y",
+    "$(id)",
+  ],
+  BACKUP_KEEP: ["0", "-1", "1001", "x"],
+  S3_REGION: ["EU", "a b", "a/b"],
   SERVER: [
     "-oProxyCommand=id",
     "ok -oProxyCommand=id",
