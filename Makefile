@@ -1,7 +1,7 @@
 # Works with make 3.81. Settings come from .env (ENV_FILE=… picks another), or as `make agent HOST=b1`.
 # Not STEPS: that is a setting of `make upgrade`, given on make's command line.
 SCRIPTS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
-LIVING := upgrade certs remove down token backup restore drill firewall device
+LIVING := upgrade certs remove down token backup restore promote drill firewall device
 # A switch is NAME=1 or NAME=yes on make's command line: an exported one must not have an effect by accident. DRY and
 # PRINT only prevent changes, and also count from the environment.
 given = $(if $(filter command,$(origin $1))$(filter DRY PRINT,$1),$($1))
@@ -50,6 +50,7 @@ token: ## replace the token for joining; nodes keep running
 backup: ## copy the server's datastore, token and manifests to a file here (BACKUP=…; BACKUP_EVERY=…: and by itself)
 restore: ## restore a server from BACKUP=… on HOST, a box without k3s, and move the agents
 drill: ## prove the newest backup or BACKUP=…: start k3s on it alone, on this Linux machine or HOST=… (root)
+promote: ## make HOST the server in place of one that is lost, from the newest backup; all follow (FORCE=1: it still answers)
 remove: ## drain the boxes in HOST and uninstall k3s (FORCE=1: also a box that is gone)
 down: ## remove k3s from SERVER and all AGENTS, after confirmation (YES=1: without)
 device: ## give device NAME=… access to pods, services and names (FOR=…, VIA=…, ONLY=services; REMOVE=1)
@@ -60,7 +61,7 @@ kernel: upgrade-kernel
 wireguard: install-wireguard
 metrics: fix-metrics
 
-server agent up plan upgrade remove down restore: FLAGS += $(call switch,FORCE,--force)
+server agent up plan upgrade remove down restore promote: FLAGS += $(call switch,FORCE,--force)
 server agent up plan: FLAGS += $(call switch,TAKE_OVER,--take-over)
 down: FLAGS += $(call switch,YES,--yes)
 device: FLAGS += $(call switch,REMOVE,--remove)

@@ -93,7 +93,7 @@ export async function boxes(run: Run, setting: "HOST" | "SERVER" | "AGENTS"): Pr
       return { host, ip, word, name };
     }),
   );
-  const isServer = setting === "SERVER" || run.script.host === "SERVER" || run.name === "restore";
+  const isServer = setting === "SERVER" || run.script.host === "SERVER" || run.script.replaces;
   const home = isServer && setting !== "AGENTS" && found.find(({ ip }) => ip === NAT);
   if (home)
     throw new SettingError(
@@ -116,8 +116,8 @@ export async function boxes(run: Run, setting: "HOST" | "SERVER" | "AGENTS"): Pr
  */
 async function ownAddresses(run: Run, setting: string, found: readonly Place[]): Promise<void> {
   const { settings, origins, script } = run;
-  // A restored server may reuse the old server's address.
-  const lists = run.name === "restore" ? settings.AGENTS : `${settings.SERVER} ${settings.AGENTS}`;
+  // It may have the old server's address.
+  const lists = script.replaces ? settings.AGENTS : `${settings.SERVER} ${settings.AGENTS}`;
   const others = await Promise.all(
     splitWords(lists).map(async (word) => {
       const [host = "", own] = word.split("=");

@@ -18,6 +18,8 @@ export interface Script {
   everyServer?: true;
   /** Runs on all boxes, so HOST is refused. The text names the command for a single box. */
   everyBox?: string;
+  /** HOST becomes the server, in place of the one in SERVER. */
+  replaces?: true;
   /** A box's address may be unknown: the step asks for PUBLIC_IP when it needs it. */
   asksLate?: true;
   /** With `host`: checks the boxes against each other. @throws {SettingError} */

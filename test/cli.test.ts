@@ -45,6 +45,7 @@ describe("--help", { concurrency: 4 }, () => {
   const OWN: Record<string, string[]> = {
     ...{ check: ["json", "watch"], kubeconfig: ["use"], device: ["remove"] },
     ...{ down: ["yes", "force"], remove: ["force"], upgrade: ["force"], restore: ["force"] },
+    promote: ["force"],
     ...Object.fromEntries(["server", "agent", "up"].map((name) => [name, ["force", "take-over"]])),
   };
   const READ_ONLY = ["check", "kubeconfig", "status", "devices"];
@@ -87,6 +88,7 @@ describe("--help", { concurrency: 4 }, () => {
       "token",
       "backup",
       "restore",
+      "promote",
       "drill",
       "device",
       "devices",

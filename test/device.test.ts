@@ -254,6 +254,14 @@ describe("an entry", () => {
     assert.deepEqual(bringsBack.plan(wanted(), node({ "pod-network": "" })), []);
   });
 
+  test("takes in the lost server's devices, if it has its own, and keeps its key and theirs", () => {
+    const brought = peersText([PHONE, LIMITED]);
+    const [change] = bringsBack.plan(wanted(), { ...entry([PHONE]), brought });
+    assert.equal(change?.why, `let devices in again: ${LIMITED.name}`);
+    assert.match(change?.sh ?? "", /rm -rf \/var\/lib\/rancher\/k3s\/server\/devices/);
+    assert.deepEqual(bringsBack.plan(wanted(), { ...entry([PHONE, LIMITED]), brought }), []);
+  });
+
   test("is refused another network while devices have addresses of the old one", () =>
     assert.throws(
       () => admits(LIMITED).plan(wanted({ DEVICE_CIDR: "10.99.0.0/24" }), entry([PHONE])),

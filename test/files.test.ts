@@ -560,6 +560,7 @@ describe("a script", { concurrency: 4, skip: !isLinux || lacks("flock", "timeout
       ["token", "tested env file"],
       ["upgrade", "tested env file"],
       ["restore", "tested env file"],
+      ["promote", "tested env file"],
       ["down", "tested env file"],
       ["kubeconfig", "new kubeconfig"],
       ["backup", "backup"],

@@ -213,6 +213,7 @@ test("no value of a secret setting is in any script's plan as JSON, in no encodi
   const ARGS: Record<string, string[]> = {
     restore: ["--backup", join(folder, "backup.tar.gz"), "--host", "c1=198.51.100.30"],
     drill: ["--backup", join(folder, "backup.tar.gz"), "--host", "c1=198.51.100.30"],
+    promote: ["--backup", join(folder, "backup.tar.gz"), "--host", "c1=198.51.100.30", "--force"],
     device: ["--name", "phone"],
     ...Object.fromEntries(
       ["agent", "annotate", "download-k3s", "install-wireguard", "upgrade-kernel", "remove"].map((name) => [

@@ -23,6 +23,7 @@ import type { Look, Step } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { archive, cleared } from "../scripts/cluster/backup.ts";
 import { certsAs } from "../scripts/cluster/certs.ts";
+import { agentLeaves, replacesToken, stopped } from "../scripts/cluster/promote.ts";
 import { forgotten, uninstall } from "../scripts/cluster/remove.ts";
 import { forgetPasswords, placeData } from "../scripts/cluster/restore.ts";
 import { MORE } from "../scripts/cluster/status.ts";
@@ -276,6 +277,13 @@ describe("shellcheck reports nothing in the commands that operate a cluster,", {
       cleared,
       placeData("./x.tar.gz", "abc"),
     ].map((step): [Step, Facts] => [step, facts]),
+    [placeData("./x.tar.gz", "abc", "x", ["promoted"]), facts],
+    [stopped("a1"), { ...facts, runs: "active\nenabled\n" }],
+    [
+      agentLeaves("ab".repeat(32), "./x.tar.gz"),
+      { ...facts, joined: "/etc/systemd/system/k3s-agent.service\n" },
+    ],
+    [replacesToken, facts],
     [forgetPasswords, { ...facts, restored: "abc", secrets: "b1" }],
     [downloadAhead, facts],
     ...[OLD, MODERN].map((version): [Step, Facts] => [

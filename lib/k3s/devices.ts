@@ -7,7 +7,16 @@ import { parseArgs } from "../args.ts";
 import { cardsOf } from "../protocol.ts";
 import type { Settings } from "../settings.ts";
 import { raw, sh, writeFile } from "../sh.ts";
-import { type Change, type Facts, type Printed, prints, Refusal, type Step, step } from "../step.ts";
+import {
+  type Change,
+  type Facts,
+  type Look,
+  type Printed,
+  prints,
+  Refusal,
+  type Step,
+  step,
+} from "../step.ts";
 import { domainIn, FORMS, hostIn, liesIn } from "../table.ts";
 import { quoted, sha256 } from "../text.ts";
 import { rangesOf } from "./config.ts";
@@ -331,11 +340,14 @@ systemctl restart ${ENTRY} || { journalctl -u ${ENTRY} -o cat --no-pager -n 5; e
   ];
 }
 
-const entryStep = (plan: (want: Settings, facts: Facts<EntryFact>) => Change[]): Step<EntryFact> =>
+const entryStep = <F extends string = never>(
+  plan: (want: Settings, facts: Facts<EntryFact | F>) => Change[],
+  ...more: Look<F>[]
+): Step<EntryFact | F> =>
   step({
     name: "device",
     options: ["SERVER", "PUBLIC_IP", "SERVER_ARGS", "DEVICE_CIDR", "DEVICE_PORT"],
-    look: () => [...entryLook, clusterNetworksLook],
+    look: () => [...entryLook, clusterNetworksLook, ...more],
     plan,
   });
 
@@ -376,12 +388,24 @@ export const shutsOut = (name: string): Step<EntryFact> =>
     return [{ why: `remove device ${name}${why}`, sh: `${unchanged(facts["peers-file"])}\n${how}` }];
   });
 
+/** The lost server's entry on a box that is one itself, and keeps its own key. */
+const BROUGHT = "/var/lib/rancher/k3s/server/devices";
+const broughtLook = prints("brought")(sh`fact brought; cat ${BROUGHT}/peers 2>/dev/null`);
+
 /** An entry as it was, on a box that has its folder from a backup. */
-export const bringsBack: Step<EntryFact> = entryStep((want, facts) => {
-  const devices = devicesIn(facts["peers-file"]);
-  const names = devices.map(({ name }) => name).join(", ");
-  return devices.length ? entryPlan(want, facts, devices, `let devices in again: ${names}`) : [];
-});
+export const bringsBack = entryStep((want, facts) => {
+  const own = devicesIn(facts["peers-file"]);
+  const others = devicesIn(facts.brought).filter(
+    (one) => !own.some(({ name, ip, key }) => name === one.name || ip === one.ip || key === one.key),
+  );
+  const devices = [...own, ...others];
+  if (!devices.length) return [];
+  const names = (others.length ? others : own).map(({ name }) => name).join(", ");
+  return entryPlan(want, facts, devices, `let devices in again: ${names}`).map((change) => ({
+    ...change,
+    sh: `${change.sh}\n${sh`rm -rf ${BROUGHT}`}`,
+  }));
+}, broughtLook);
 
 /** Shell that takes an entry away. */
 export const CLEAR_ENTRY = sh`systemctl disable --now ${ENTRY} >/dev/null 2>&1 || :

@@ -24,6 +24,8 @@ export interface Access {
   name: string;
   cluster: Record<string, string>;
   user: Record<string, string>;
+  /** What its context has besides, such as a namespace. */
+  context?: Record<string, unknown>;
 }
 
 /**
@@ -140,10 +142,10 @@ function configIn(text: string) {
  *
  * @throws {SettingError} for a text that cannot be edited like that, or that uses the cluster's name for something else.
  */
-export function withAccess(text: string, { name, cluster, user }: Access, use: boolean): string {
+export function withAccess(text: string, { name, cluster, user, context }: Access, use: boolean): string {
   const entries = {
     clusters: { cluster, name },
-    contexts: { context: { cluster: name, user: name }, name },
+    contexts: { context: { ...context, cluster: name, user: name }, name },
     users: { name, user },
   };
   const { config, map } = configIn(text);
@@ -172,6 +174,35 @@ export function withAccess(text: string, { name, cluster, user }: Access, use: b
   }
   if (!isDeepStrictEqual(configIn(result).config, wanted))
     no("its anchors or its style leave no place for more");
+  return result;
+}
+
+/**
+ * The same, and the entries of the server before are taken out; what was the current context still is.
+ *
+ * @param gone its name. It stays where it is of another cluster.
+ */
+export function withMoved(text: string, access: Access, gone: string): string {
+  const { config } = configIn(text);
+  const [cluster, context] = LISTS.map((key) => config[key]?.find((one) => one.name === gone));
+  const use = config["current-context"] === gone;
+  if (!cluster || cluster.cluster?.[CA] !== access.cluster[CA]) return withAccess(text, access, false);
+  const { cluster: _, user: __, ...more } = context?.context ?? {};
+  let result = withAccess(text, { ...access, context: more }, use);
+  const wanted = structuredClone(configIn(result).config);
+  for (const key of LISTS) {
+    const at = (wanted[key] ?? []).findIndex((one) => one.name === gone);
+    if (at < 0) continue;
+    wanted[key]?.splice(at, 1);
+    const { map } = configIn(result);
+    const list = map.items.find((one: { key: { value?: unknown } | null }) => one.key?.value === key)?.value;
+    const old = list?.items[at];
+    if (!old?.range || list.flow) return no("its style leaves no place to take an entry out");
+    const from = result.lastIndexOf("\n", old.range[0]) + 1;
+    result = result.slice(0, from) + result.slice(old.range[2]);
+  }
+  if (!isDeepStrictEqual(configIn(result).config, wanted))
+    no("its anchors or its style leave no place for less");
   return result;
 }
 
@@ -261,7 +292,7 @@ function pathOf(): string {
  *
  * @throws {SettingError} for a file that is locked or cannot be edited; it is unchanged then.
  */
-export function merge(given: string, access: Access, use: boolean): boolean {
+export function merge(given: string, access: Access, use: boolean, gone = ""): boolean {
   const path = realPath(given);
   const release = lock(path);
   try {
@@ -271,7 +302,7 @@ export function merge(given: string, access: Access, use: boolean): boolean {
       throw new SettingError(`${path} cannot be merged into: it is no UTF-8`);
     let next: string;
     try {
-      next = withAccess(text, access, use);
+      next = gone ? withMoved(text, access, gone) : withAccess(text, access, use);
     } catch (error) {
       throw error instanceof SettingError ? new SettingError(`${path} ${error.message}`) : error;
     }
@@ -318,10 +349,24 @@ export function accessEnd(ip = ""): Cluster["access"] {
   }
 }
 
-/** Merges the access that a server gives into the user's kubeconfig. Returns whether anything had to be changed. */
+/** The context of the server at this address, if the user's kubeconfig has one and can be read. */
+export function contextAt(ip: string): string | undefined {
+  try {
+    const { config } = configIn(readFileSync(pathOf(), "utf8"));
+    return config.clusters?.find(({ name }) => name === contextOf(ip))?.name;
+  } catch {
+    return undefined;
+  }
+}
+
+/**
+ * Merges the access that a server gives into the user's kubeconfig. Returns whether anything had to be changed.
+ * @param gone the context of the server before, which it takes the place of.
+ */
 export async function mergeFrom(
   server: Box,
   use = false,
+  gone = "",
 ): Promise<{ changed: boolean; access: Access; path: string }> {
   const path = pathOf();
   const facts = await look(server, [
@@ -330,7 +375,7 @@ export async function mergeFrom(
   if (!facts.kubeconfig?.trim())
     throw new Failure("It has no /etc/rancher/k3s/k3s.yaml: k3s is no server there, or not up yet");
   const access = accessOf(facts.kubeconfig, server.ip, server.want.K3S_TOKEN);
-  return { changed: merge(path, access, use), access, path };
+  return { changed: merge(path, access, use, gone), access, path };
 }
 
 async function kubeconfig(run: Run): Promise<number> {

@@ -6,7 +6,7 @@ import { ask } from "../../lib/check/survey.ts";
 import { look, lookAndConverge } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { hashOf } from "../../lib/files.ts";
-import { attempt, bring, each, learn, showLater, worst } from "../../lib/fleet.ts";
+import { attempt, bring, each, learnedFrom, showLater, worst } from "../../lib/fleet.ts";
 import { aboutOf, caOf, opened } from "../../lib/k3s/backups.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { bringsBack, devicesIn, ENTRY_FOLDER } from "../../lib/k3s/devices.ts";
@@ -18,7 +18,17 @@ import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
 import { raw, sh } from "../../lib/sh.ts";
-import { type Change, prints, Refusal, step } from "../../lib/step.ts";
+import {
+  type Change,
+  type Facts,
+  Failure,
+  planAll,
+  prints,
+  Refusal,
+  type Step,
+  step,
+} from "../../lib/step.ts";
+import { splitWords } from "../../lib/text.ts";
 import { caIn } from "../../lib/token.ts";
 import { agentSteps, prepareAs, proofLook } from "../agent.ts";
 import { server } from "../server.ts";
@@ -47,10 +57,31 @@ size=$(awk '{ size += $3 } END { printf "%.0f", size / 1024 }' ../members)
 [ "$size" -lt "$(df -Pk . | awk 'NR == 2 { print $4 }')" ] || no "it takes $size kB, and there is less room here"
 rm -f ../names ../members ../odd`;
 
-const restoredLook = prints("restored")(`fact restored; cat ${BASE}/server/restored 2>/dev/null`);
+/** The hash of the backup that a server was restored from, and what has been done since, a word a line. */
+export const restoredLook = prints("restored")(`fact restored; cat ${BASE}/server/restored 2>/dev/null`);
+export const hasDone = (facts: Facts<"restored">, what: string): boolean =>
+  (facts.restored ?? "").split("\n").includes(what);
+/** Shell that remembers it. */
+export const remember = (what: string): string => sh`echo ${what} >>${BASE}/server/restored`;
 
-/** Puts the backup's data in place on a box that has none. Its hash is kept, for an interrupted run. */
-export const placeData = (file: string, hash: string, named = file) =>
+/** Is the backup whole, and is there room for it? Asked before anything goes from the box. */
+export const arrives = (file: string): Change => ({
+  why: "check the backup on the box, and that there is room for its data",
+  push: { file, path: ARRIVED },
+  sh: sh`mkdir -p ${BASE}
+rm -rf ${BASE}/server.new
+mkdir -m 700 ${BASE}/server.new
+cd ${BASE}/server.new
+${raw(checked(ARRIVED))}
+rm -f ${ARRIVED}`,
+  seconds: 300,
+});
+
+/**
+ * Puts the backup's data in place on a box that has none. Its hash is kept, for an interrupted run.
+ * @param named what the user calls the file. @param done what else is to be remembered. An agent's password, and an entry for devices of its own, stay.
+ */
+export const placeData = (file: string, hash: string, named = file, done: readonly string[] = []) =>
   step({
     name: "put",
     options: ["HOST", "PUBLIC_IP", "BACKUP"],
@@ -73,9 +104,10 @@ mkdir -m 700 ${BASE}/server.new
 cd ${BASE}/server.new
 ${raw(checked(ARRIVED))}
 tar -xzof ${ARRIVED}
-mv -f node-password /etc/rancher/node/password
-[ ! -e devices ] || { rm -rf ${ENTRY_FOLDER}; mv devices ${ENTRY_FOLDER}; }
-echo ${hash} >restored
+${raw(done.length ? "[ -s /etc/rancher/node/password ] || " : "")}mv -f node-password /etc/rancher/node/password
+rm -f node-password
+[ ! -e devices ] || ${raw(done.length ? sh`[ -s ${ENTRY_FOLDER}/peers ] || ` : "")}{ rm -rf ${ENTRY_FOLDER}; mv devices ${ENTRY_FOLDER}; }
+printf '%s\n' ${[hash, ...done]} >restored
 sync
 mv ${BASE}/server.new ${BASE}/server
 rm -f ${ARRIVED}`,
@@ -94,7 +126,7 @@ export const forgetPasswords = step({
   options: [],
   look: () => [nameLook, ...provenLook, restoredLook],
   plan(want, facts): Change[] {
-    if (!facts.restored || /^passwords$/m.test(facts.restored)) return [];
+    if (!facts.restored || hasDone(facts, "passwords")) return [];
     const own = nodeNameOf("server", want, facts);
     const others = (facts.secrets ?? "")
       .split("\n")
@@ -104,7 +136,25 @@ export const forgetPasswords = step({
         why: "forget the nodes' passwords: nodes that joined again after the backup have new ones",
         sh: sh`${raw(others.length ? dropSecrets(others) : "")}
 ${raw(keepPasswords("==", own))}
-echo passwords >>${BASE}/server/restored`,
+${raw(remember("passwords"))}`,
+      },
+    ];
+  },
+});
+
+/** Deletes this box's own password, once, where it has another one than its node in the backup: it joined again since. */
+const forgetOwn = step({
+  ...forgetPasswords,
+  plan(want, facts): Change[] {
+    const own = nodeNameOf("server", want, facts);
+    const has = [facts.secrets, facts.passwords].some((names) => names?.split("\n").includes(own));
+    if (!facts.restored || !has || hasDone(facts, "own")) return [];
+    return [
+      {
+        why: `forget the password of ${own}, which joined again after the backup`,
+        sh: sh`${raw(dropSecrets([own]))}
+${raw(keepPasswords("!=", own))}
+${raw(remember("own"))}`,
       },
     ];
   },
@@ -138,78 +188,114 @@ async function restore(run: Run): Promise<number> {
   }
 }
 
-async function restoreFrom(file: string, run: Run): Promise<number> {
-  const { settings, origins } = run;
-  if (origins.HOST === "default")
-    throw new SettingError("HOST is not set: expected the box that becomes the server");
-  if (settings.K3S_DATASTORE_ENDPOINT)
-    throw new SettingError(
-      `K3S_DATASTORE_ENDPOINT is set (${origins.K3S_DATASTORE_ENDPOINT}): expected it empty, for a backup is of a server's own SQLite`,
-    );
-  const about = await aboutOf(file, settings.BACKUP);
+/** What a backup says of the server that it was made of. */
+export type About = Awaited<ReturnType<typeof aboutOf>>;
+
+/**
+ * @param named what the user calls the file. @param does what is to be done with it.
+ * @throws {SettingError} when it is of another release, or of another cluster.
+ */
+export async function examine(
+  { settings, origins, flags }: Run,
+  file: string,
+  named: string,
+  does: string,
+): Promise<About> {
+  const about = await aboutOf(file, named);
   if (settings.K3S_VERSION !== about.version)
     throw new SettingError(
-      `K3S_VERSION is ${settings.K3S_VERSION} (${origins.K3S_VERSION}), the backup of ${about.version}: restore with K3S_VERSION=${about.version}, then upgrade`,
+      `K3S_VERSION is ${settings.K3S_VERSION} (${origins.K3S_VERSION}), the backup of ${about.version}: ${does} with K3S_VERSION=${about.version}, then upgrade`,
     );
   const ca = await caOf(file);
   const asked = caIn(settings.K3S_TOKEN);
-  if (asked && asked !== ca && !run.flags.has("force"))
+  if (asked && asked !== ca && !(does === "restore" && flags.has("force")))
     throw new SettingError(
-      `K3S_TOKEN (${origins.K3S_TOKEN}) is of the CA ${brief(asked)}, the backup of ${brief(ca)}, another cluster, whose token would take its place: expected an env file of its own, or FORCE=1`,
+      `K3S_TOKEN (${origins.K3S_TOKEN}) is of the CA ${brief(asked)}, the backup of ${brief(ca)}, another cluster, whose token would take its place: expected an env file of its own${does === "restore" ? ", or FORCE=1" : ""}`,
     );
-  const named = (await boxes(run, "HOST")) as [Box];
-  const { host, ip, word } = named[0];
-  if (named.length > 1) throw new SettingError(`HOST names ${named.length} boxes: expected one`);
-  const follow = await boxes(run, "AGENTS");
-  if (follow.some((agent) => isSame(named[0], agent)))
-    throw new SettingError(
-      `HOST is ${host}, which is one of AGENTS: expected a box that is none (make remove HOST=${host}, and take it out of AGENTS)`,
-    );
-  const members = [ip, ...follow.map((agent) => agent.ip), ...(about.ip === ip ? [] : [`-${about.ip}`])];
-  const follows = moveFirewall(members.join(" "));
-  const steps = [
-    ...prepareAs("server"),
-    placeData(file, await hashOf(file), settings.BACKUP),
-    follows,
-    server,
-  ];
+  return about;
+}
+
+/** A box that becomes the server in place of others, and the agents that follow it. */
+export interface Successor {
   /** The settings from now on: this box is the server. */
+  next: Run;
+  box: Box;
+  agents: Box[];
+  /** Updates the rules of an earlier `make firewall`. */
+  follows: ReturnType<typeof moveFirewall>;
+}
+
+const without = (list: string, word: string) =>
+  splitWords(list).includes(word)
+    ? splitWords(list)
+        .filter((other) => other !== word)
+        .join(" ")
+    : list;
+
+/** @param gone addresses of the servers before. */
+export function successor(run: Run, place: Box, follow: readonly Box[], gone: readonly string[]): Successor {
+  const { settings } = run;
+  const { ip, word } = place;
+  const left = gone.filter((other) => other !== ip);
+  const members = [ip, ...follow.map((agent) => agent.ip), ...left.map((other) => `-${other}`)];
   const next: Run = {
     ...run,
-    settings: { ...settings, SERVER: word, HOST: "", PUBLIC_IP: "", K3S_URL: "", K3S_TOKEN: "" },
-    addresses: { ...run.addresses, servers: [ip] },
+    settings: {
+      ...settings,
+      ...{ SERVER: word, AGENTS: without(settings.AGENTS, word), HOST: "", PUBLIC_IP: "" },
+      ...{ K3S_URL: "", K3S_TOKEN: "" },
+    },
+    addresses: { servers: [ip], agents: run.addresses.agents.filter((other) => other !== ip) },
     ...(settings.FIREWALL ? { letIn: members } : {}),
   };
-  const box = boxAt(next, named[0]);
-  const agents = follow.map((agent) => boxAt(next, agent));
-  await watch([box, ...agents]);
+  const nextOf = (box: Box) => Object.assign(boxAt(next, box), { line: box.line });
+  return { next, box: nextOf(place), agents: follow.map(nextOf), follows: moveFirewall(members.join(" ")) };
+}
 
+/** Starts the server, deletes the nodes of those that are gone, and says in the env file who is the server now. */
+export async function begin(
+  run: Run,
+  { next, box, agents }: Successor,
+  steps: Step[],
+  gone: readonly string[],
+  version: string,
+): Promise<void> {
   // A new agent cannot prove that it is the node of its name; an unreachable one is reported when it has to follow. The
   // old server would still count as a peer of all others until its silence is noticed.
-  const gone = about.ip === ip ? [] : [whoIs(about.ip)];
+  const leaving = gone.filter((ip) => ip !== box.ip).map((ip) => whoIs(ip));
   const proof = ask([proofLook]);
   await Promise.all(
     agents.map(async (agent) => {
       const facts = await look(agent, [proof]).catch(() => undefined);
       if (facts && !facts.proof?.trim())
-        gone.push({ ...whoIs(agent.ip, facts, agent.want), boot: "", machine: "" });
+        leaving.push({ ...whoIs(agent.ip, facts, agent.want), boot: "", machine: "" });
     }),
   );
-  const status = await attempt(run, box, async () => {
-    const now = await bring(run, box, steps);
-    if (!now) return;
-    await lookAndConverge(box, ...gone.map((who) => forgotten(who, undefined)), forgetPasswords);
-    Object.assign(next.settings, await learn(run, steps, box, now.facts));
-    const values = { SERVER: word, K3S_VERSION: about.version };
-    const have = readEnv(run.envFile).values;
-    for (const [name, value] of Object.entries(values))
-      if (have[name] !== value) await updateEnv(run.envFile, { [name]: value });
+  const now = await bring(run, box, steps).catch(async (error) => {
+    // As k3s repeats forever what it says of a rejected password.
+    if (!(error instanceof Failure && /cannot go on|node password/i.test(error.output))) throw error;
+    const forgets = await look(box, [forgetOwn]).then((facts) => planAll([forgetOwn], box.want, facts));
+    if (!forgets.length) throw error;
+    await lookAndConverge(box, forgetOwn);
+    return await bring(run, box, steps);
   });
-  if (run.mode !== "apply" && agents.length)
-    showLater(run, `${agents.map(({ name }) => name).join(", ")} follow the server: make up, on all boxes`);
-  if (status !== 0 || run.mode !== "apply") return status;
-  // In parallel: each waits for those that the datastore still lists as Ready.
-  const followed = await each(
+  if (!now) return;
+  await lookAndConverge(box, ...leaving.map((who) => forgotten(who, undefined)), forgetPasswords);
+  const learned = learnedFrom(steps, box, now.facts);
+  Object.assign(next.settings, learned);
+  const have = readEnv(run.envFile).values;
+  const values: Record<string, string> = { ...learned, SERVER: box.word, K3S_VERSION: version };
+  if (have.AGENTS) values.AGENTS = without(have.AGENTS, box.word);
+  // At once: the next run is to find the old server there, or the new one.
+  await updateEnv(
+    run.envFile,
+    Object.fromEntries(Object.entries(values).filter(([name, value]) => have[name] !== value)),
+  );
+}
+
+/** In parallel: each waits for those that the datastore still lists as Ready. */
+export const agentsFollow = (run: Run, { agents, follows }: Successor): Promise<number[]> =>
+  each(
     run,
     agents,
     async (agent) => {
@@ -219,23 +305,60 @@ async function restoreFrom(file: string, run: Run): Promise<number> {
     },
     "agent",
   );
-  const admitted = await attempt(run, box, async () => {
+
+/** Lets devices in again. @param was the address at which they look for their entry. */
+export const devicesFollow = (run: Run, { box, follows }: Successor, was: string): Promise<number> =>
+  attempt(run, box, async () => {
     const devices = devicesIn((await lookAndConverge(box, bringsBack))["peers-file"]).map(({ name }) => name);
     if (!devices.length) return;
     // Whose port is to be opened is known only now.
     await lookAndConverge(box, follows);
-    if (about.ip !== ip)
+    if (was !== box.ip)
       box.line.says(
-        `devices look for it at ${about.ip}: make device NAME=… writes their configurations anew (${devices.join(", ")})`,
+        `devices look for it at ${was}: make device NAME=… writes their configurations anew (${devices.join(", ")})`,
       );
   });
-  return worst([...followed, admitted, await up(next)]);
+
+/** The box in HOST. @throws {SettingError} */
+export async function named(run: Run): Promise<Box> {
+  if (run.origins.HOST === "default")
+    throw new SettingError("HOST is not set: expected the box that becomes the server");
+  const [box, ...others] = (await boxes(run, "HOST")) as [Box];
+  if (others.length) throw new SettingError(`HOST names ${others.length + 1} boxes: expected one`);
+  return box;
+}
+
+async function restoreFrom(file: string, run: Run): Promise<number> {
+  const { settings, origins } = run;
+  if (settings.K3S_DATASTORE_ENDPOINT)
+    throw new SettingError(
+      `K3S_DATASTORE_ENDPOINT is set (${origins.K3S_DATASTORE_ENDPOINT}): expected it empty, for a backup is of a server's own SQLite`,
+    );
+  const about = await examine(run, file, settings.BACKUP, "restore");
+  const place = await named(run);
+  const follow = await boxes(run, "AGENTS");
+  if (follow.some((agent) => isSame(place, agent)))
+    throw new SettingError(
+      `HOST is ${place.host}, which is one of AGENTS: expected a box that is none (make remove HOST=${place.host}, and take it out of AGENTS), or make promote HOST=${place.host}`,
+    );
+  const gone = [about.ip];
+  await watch([place, ...follow]);
+  const now = successor(run, place, follow, gone);
+  const { next, box, agents } = now;
+  const puts = placeData(file, await hashOf(file), settings.BACKUP);
+  const steps = [...prepareAs("server"), puts, now.follows, server];
+  const status = await attempt(run, box, () => begin(run, now, steps, gone, about.version));
+  if (run.mode !== "apply" && agents.length)
+    showLater(run, `${agents.map(({ name }) => name).join(", ")} follow the server: make up, on all boxes`);
+  if (status !== 0 || run.mode !== "apply") return status;
+  return worst([...(await agentsFollow(run, now)), await devicesFollow(run, now, about.ip), await up(next)]);
 }
 
 await main(import.meta, {
   about:
     "Restores the server in BACKUP on HOST, a box without k3s. Updates SERVER in the env file, and moves the agents.",
   steps: [...prepareAs("server"), placeData("", ""), server, ...agentSteps],
+  replaces: true,
   writes: () => true,
   flags: { force: ALLOWED.force },
   work: restore,
