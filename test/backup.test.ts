@@ -92,6 +92,26 @@ ${sh}) || exit 1
     });
 });
 
+test("a backup that begins right after another one, or beside it, is whole as well", () => {
+  const { root } = server();
+  const want = wanted({ K3S_VERSION: MODERN });
+  const made = (id: string) =>
+    under(root, archive(id).plan(want, facts)[0]?.sh).replaceAll("k3s/backup", `k3s/backup-${id}`);
+  const PATH = programs(join(root, "bin"), { systemctl: "echo MainPID=$PID" });
+  const script = `sleep 60 & PID=$!; export PID
+one() { sh -c "$1"; }
+one "$A" & first=$!
+one "$B" && one "$C" && wait $first
+status=$?
+sed -n 's/^State:.//p' /proc/$PID/status
+kill $PID
+exit $status`;
+  const [A, B, C] = ["a", "b", "c"].map((id) => `set -eu\n${made(id)}`) as [string, string, string];
+  const { status, stdout, stderr } = shell(script, ["sh", "-s"], { PATH, A, B, C });
+  assert.equal(status, 0, stdout + stderr);
+  assert.match(stdout, /sleeping/);
+});
+
 describe("what a backup says of its datastore", () => {
   const want = wanted({ K3S_VERSION: MODERN });
   const archived = (root: string, path = "") => {
@@ -122,7 +142,7 @@ describe("what a backup says of its datastore", () => {
     const bin = join(temporary(), "bin");
     mkdirSync(bin);
     const names =
-      "sh cat tar gzip df ls awk mkdir printf cp rm mv sync chmod sed grep cut sha256sum tail head";
+      "sh cat tar flock gzip df ls awk mkdir printf cp rm mv sync chmod sed grep cut sha256sum tail head";
     shell(`for name in ${names}; do ln -s "$(command -v $name)" ${bin}/; done
 ln -s "$(python3 -c 'import sys; print(sys.executable)')" ${bin}/python3`);
     const { file, status, stderr, stdout } = archived(root, bin);

@@ -57,6 +57,9 @@ umask 077
 rm -rf "$1"
 mkdir -p "$1"
 cd "$1"
+# One at a time: the end of one's pause would end the other's. What watches over the pause holds it too.
+exec 8>>${`${DATA}/.backup-lock`}
+flock -w 300 8 || { echo 'Another backup still runs'; exit 1; }
 free=$(df -Pk . | awk 'NR == 2 { print $4 }')
 # shellcheck disable=SC2012 # the names are known
 needs=$(ls -ln ${DATA}/db/state.db ${DATA}/db/state.db-wal 2>/dev/null | awk '{ size += $5 } END { printf "%.0f", size * 2.5 / 1024 + 10240 }')
