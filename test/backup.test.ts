@@ -97,7 +97,10 @@ test("a backup that begins right after another one, or beside it, is whole as we
   const want = wanted({ K3S_VERSION: MODERN });
   const made = (id: string) =>
     under(root, archive(id).plan(want, facts)[0]?.sh).replaceAll("k3s/backup", `k3s/backup-${id}`);
-  const PATH = programs(join(root, "bin"), { systemctl: "echo MainPID=$PID" });
+  const PATH = programs(join(root, "bin"), {
+    systemctl: "echo MainPID=$PID",
+    cp: `case "$*" in *"/state.db db/") sleep 1.3 ;; esac; exec ${shell("command -v cp").stdout.trim()} "$@"`,
+  });
   const script = `sleep 60 & PID=$!; export PID
 one() { sh -c "$1"; }
 one "$A" & first=$!
