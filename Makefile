@@ -1,7 +1,7 @@
 # Works with make 3.81. Settings come from .env (ENV_FILE=… picks another), or as `make agent HOST=b1`.
 # Not STEPS: that is a setting of `make upgrade`, given on make's command line.
 SCRIPTS := download-k3s upgrade-kernel install-wireguard server agent annotate fix-metrics
-LIVING := upgrade certs remove down token backup restore promote drill firewall device
+LIVING := upgrade certs remove down token backup restore promote drill firewall device watch
 # A switch is NAME=1 or NAME=yes on make's command line: an exported one must not have an effect by accident. DRY and
 # PRINT only prevent changes, and also count from the environment.
 given = $(if $(filter command,$(origin $1))$(filter DRY PRINT,$1),$($1))
@@ -46,6 +46,7 @@ kubeconfig: ## merge the cluster's kubeconfig into yours (USE=1: make it the cur
 firewall: ## open k3s's ports to the nodes only, on all boxes or HOST
 upgrade: ## upgrade all nodes to K3S_VERSION, one at a time (STEPS="v1.35.4+k3s1 …": intermediate releases)
 certs: ## renew k3s's certificates that end within 90 days, one node at a time
+watch: ## look after the cluster each minute, and tell NOTIFY_URL what goes wrong (REMOVE=1)
 token: ## replace the token for joining; nodes keep running
 backup: ## copy the server's datastore, token and manifests to a file here (BACKUP=…; BACKUP_EVERY=…: and by itself)
 restore: ## restore a server from BACKUP=… on HOST, a box without k3s, and move the agents
@@ -64,7 +65,7 @@ metrics: fix-metrics
 server agent up plan upgrade remove down restore promote: FLAGS += $(call switch,FORCE,--force)
 server agent up plan: FLAGS += $(call switch,TAKE_OVER,--take-over)
 down: FLAGS += $(call switch,YES,--yes)
-device: FLAGS += $(call switch,REMOVE,--remove)
+device watch: FLAGS += $(call switch,REMOVE,--remove)
 $(SCRIPTS) up: $(MODULES)
 	@$(TS) scripts/$@.ts $(FLAGS)
 plan: $(MODULES)

@@ -351,6 +351,20 @@ function server(value: string): string | undefined {
 /** What the configuration of a device may be written for. */
 export const FORMS = ["phone", "linux", "macos", "windows", "router"] as const;
 
+/** What the watch's webhook takes. */
+export const NOTIFY_FORMS = ["json", "ntfy", "slack", "dingtalk", "wecom", "telegram"] as const;
+
+/** A webhook's address; curl reads it from a file, between quotes. */
+function webhook(value: string): string | undefined {
+  if (!/^https?:\/\/[^\s"'`\\\p{Cc}]+$/u.test(value) || !URL.canParse(value))
+    return "an https:// or http:// address without spaces, quotes and backslashes";
+  const { hostname, pathname, searchParams } = new URL(value);
+  const telegram = /^\/bot[^/]+\/sendMessage$/.test(pathname) && searchParams.get("chat_id");
+  return hostname === "api.telegram.org" && !telegram
+    ? "Telegram's https://api.telegram.org/botTOKEN/sendMessage?chat_id=CHAT"
+    : undefined;
+}
+
 /** Every setting: flags and the env file's keys come from here, what each is for and an example from env.example. */
 export const SETTINGS = {
   SERVER: { value: "", shared: true, check: each(server) },
@@ -462,6 +476,15 @@ export const SETTINGS = {
       /^[1-9]\d{0,4}$/.test(value) && Number(value) < 65536 && !OWN_PORTS.includes(Number(value))
         ? undefined
         : `a port from 1 to 65535 that k3s does not use (${OWN_PORTS.join(", ")})`,
+  },
+  NOTIFY_URL: { value: "", secret: true, shared: true, check: webhook },
+  NOTIFY_FORM: {
+    value: "",
+    shared: true,
+    check: matches(
+      new RegExp(`^(${NOTIFY_FORMS.join("|")})$`),
+      `${NOTIFY_FORMS.slice(0, -1).join(", ")} or ${NOTIFY_FORMS.at(-1)}`,
+    ),
   },
   K3S_URL: {
     value: "",

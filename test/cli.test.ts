@@ -43,7 +43,7 @@ describe("--help", { concurrency: 4 }, () => {
   };
   /** The switches of a script; those that change nothing on a box have no others. */
   const OWN: Record<string, string[]> = {
-    ...{ check: ["json", "watch"], kubeconfig: ["use"], device: ["remove"] },
+    ...{ check: ["json", "watch"], kubeconfig: ["use"], device: ["remove"], watch: ["remove"] },
     ...{ down: ["yes", "force"], remove: ["force"], upgrade: ["force"], restore: ["force"] },
     promote: ["force"],
     ...Object.fromEntries(["server", "agent", "up"].map((name) => [name, ["force", "take-over"]])),
@@ -92,6 +92,7 @@ describe("--help", { concurrency: 4 }, () => {
       "drill",
       "device",
       "devices",
+      "watch",
     );
     assert.deepEqual(
       Object.keys(SCRIPT_FILES)

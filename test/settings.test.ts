@@ -69,6 +69,17 @@ const WRONG: Partial<Record<SettingName, string[]>> = {
   ],
   AGENTS: ["ok -oProxyCommand=id", "ok a\nb", "ok $(id)", "ok,b", "a=192.168.1.1", "=203.0.113.1"],
   TUNNEL_KUBELETS: ["no", "true", "YES"],
+  NOTIFY_URL: [
+    "hooks.slack.com/services/x",
+    "ftp://a/b",
+    'https://a/"b',
+    "https://a/b c",
+    "https://a/\\b",
+    "https://a/b\nurl = c",
+    "https://api.telegram.org/bot1:x/sendMessage",
+    "https://api.telegram.org/bot1:x/getMe?chat_id=1",
+  ],
+  NOTIFY_FORM: ["Slack", "feishu", "json "],
   HOST: ["-v", "--", "a\rb", "${HOME}", "a&b", "a|b", "a>b", "\u0000", "a\tb=x", "汉字"],
   K3S_VERSION: [
     "latest",

@@ -18,6 +18,7 @@ import {
   scheduleKey,
   unscheduled,
 } from "../lib/k3s/schedule.ts";
+import { watchStep, watchText } from "../lib/k3s/watch.ts";
 import { applyScript, asScript, lookScript, wrapInMain } from "../lib/protocol.ts";
 import type { Look, Step } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
@@ -248,6 +249,32 @@ test("shellcheck reports nothing in the program that keeps a node without a publ
 }, () => {
   const { status, stdout } = shell(keepaliveText("flannel-wg"), ["shellcheck", "-"]);
   assert.equal(status, 0, stdout);
+});
+
+describe("shellcheck reports nothing in the watch:", { skip }, () => {
+  const want = wanted({
+    NOTIFY_URL: "https://ntfy.sh/x",
+    HTTPS_PROXY: "http://u:p@m.example:1",
+    NO_PROXY: "m.example",
+  });
+  const facts = {
+    ...healthy(MODERN, {}),
+    subnet: "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.0.1/24\n",
+  };
+
+  test("its program", () => check(watchText({ node: "a1", inside: true, pods: "10.42." })));
+
+  test("its look", () => check(`#!/bin/sh\n${wrapInMain(lookScript([watchStep], want, "mark"))}`));
+
+  test("what sets it up and takes it away", () => {
+    const given = ["NOTIFY_URL", "HTTPS_PROXY"].map((name) => `${name}=x\n`).join("");
+    const away = { ...want, allowed: new Set(["remove"]) };
+    for (const of of [want, wanted(), away]) {
+      const [change, more] = watchStep.plan(of, { ...facts, watch: of === away ? "x" : "" });
+      assert.equal(more, undefined);
+      check(`#!/bin/sh\nset -eu\n${of === want ? given : ""}${change?.sh}\n`);
+    }
+  });
 });
 
 describe("shellcheck reports nothing in the commands that operate a cluster,", { skip }, () => {

@@ -108,6 +108,7 @@ export function judge(cluster: Cluster): { wrong: Problem[]; notes: string[]; ea
       (backups?.wrong ?? []).map((cause) => finding(name, cause, "make backup")),
     ),
   );
+  add(boxes.map(({ name, watch }) => watch?.fault && finding(name, watch.fault, "make watch")));
   return { wrong, notes, early };
 }
 
@@ -503,6 +504,7 @@ const notesOf = ({ boxes, nodes }: Cluster): string[] =>
         `no device has had a handshake with its k3s-devices: is ${box.entry.port}/udp open to all at its vendor?`,
       ...certificateNotes(box),
       ...(box.backups?.notes ?? []),
+      box.watch?.note ?? false,
       ...away.map((node) => {
         const { note } = standing(peerOf(box.peers, node.podCidr), node, nodes, now - FRESH);
         return note && `${node.name} sends from ${note}`;

@@ -36,6 +36,7 @@ import {
 } from "../k3s/nodes.ts";
 import { backupsIn, scheduleLook } from "../k3s/schedule.ts";
 import { goesInside, nameLook, type Role, unitOf } from "../k3s/unit.ts";
+import { watchIn, watchLook } from "../k3s/watch.ts";
 import { cardsOf } from "../protocol.ts";
 import { silent } from "../report.ts";
 import type { Box, Run } from "../script.ts";
@@ -114,7 +115,8 @@ type BoxFact =
       | typeof certificatesLook
       | typeof scheduleLook
     >
-  | RuleFact;
+  | RuleFact
+  | Printed<typeof watchLook>;
 /** What tries() and its companions print, and the second trip. */
 type TriedFact = Printed<ReturnType<typeof tries | typeof answersLook>> | "paths" | "kubelets" | "unstarted";
 
@@ -345,6 +347,8 @@ function reportAlone({ box, role, error, facts, clock, tried, paths }: Member, n
     metrics: Boolean(facts.metrics?.trim()),
     /** What devices have as their entry here. */
     entry: entryIn(facts),
+    /** What looks after the cluster. */
+    watch: role === "server" && error === undefined ? watchIn(box.want, facts) : undefined,
     /** Of k3s, without the CAs; and those of a server. */
     certificates,
     cas,
@@ -457,6 +461,7 @@ export async function surveyAndTry(boxes: Listed): Promise<Member[]> {
       boxLook,
       tries("server", guess),
       serverLook,
+      watchLook,
       answersLook(Boolean(server?.box.want.TUNNEL_KUBELETS)),
     ],
     agent: [...LOOKS.agent, tries("agent", guess, server?.box.ip)],

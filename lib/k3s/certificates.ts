@@ -13,7 +13,7 @@ export const DYNAMIC = `${DATA}/server/tls/dynamic-cert.json`;
  * Those that k3s uses, both generations (pkg/daemons/control/deps, pkg/agent/config). Others may be left over from an
  * earlier release, and are never renewed: client-cloud-controller, and on a server client-kube-proxy.
  */
-const FILES = [
+export const CERTIFICATE_FILES = [
   ...["client-ca", "server-ca", "request-header-ca"],
   ...["client-admin", "client-auth-proxy", "client-controller", "client-k3s-cloud-controller"],
   ...["client-kube-apiserver", "client-scheduler", "client-supervisor", "serving-kube-apiserver"],
@@ -29,7 +29,7 @@ const FILES = [
 export const certificatesLook = prints("certificates")(sh`certificates() (
   cd ${DATA} 2>/dev/null || return
   set --
-  for f in ${FILES}; do [ ! -s "$f" ] || set -- "$@" "$f"; done
+  for f in ${CERTIFICATE_FILES}; do [ ! -s "$f" ] || set -- "$@" "$f"; done
   [ $# = 0 ] || awk '
     FNR == 1 { n = 0 }
     /^-----BEGIN/ { n++ }

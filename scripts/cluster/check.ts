@@ -362,7 +362,15 @@ function size(bytes: number): string {
 await main(import.meta, {
   about:
     "Shows the whole cluster, tests the connections between its boxes, and diagnoses problems. Changes nothing.",
-  steps: [ask([], ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", "AGENT_ARGS", "TUNNEL_KUBELETS"])],
+  steps: [
+    ask(
+      [],
+      [
+        ...(["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", "AGENT_ARGS", "TUNNEL_KUBELETS"] as const),
+        ...(["NOTIFY_URL", "NOTIFY_FORM"] as const),
+      ],
+    ),
+  ],
   readOnly: true,
   flags: {
     json: "one JSON object, for programs",

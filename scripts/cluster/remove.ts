@@ -35,6 +35,7 @@ import {
 } from "../../lib/k3s/schedule.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { nameLook, shownLook, unitPath, WRITTEN_BY } from "../../lib/k3s/unit.ts";
+import { WATCH_FILES, WATCH_UNITS } from "../../lib/k3s/watch.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
@@ -57,10 +58,14 @@ const UNITS = [unitPath("server"), unitPath("agent")];
 const FILES = [
   ...["/var/lib/rancher/k3s", "/var/lib/kubelet", "/var/lib/cni", "/run/k3s", "/run/flannel"],
   ...["/var/log/pods", "/var/log/containers", "/etc/rancher/k3s", "/etc/rancher/node"],
-  ...["/usr/local/bin/k3s", raw("/usr/local/bin/.k3s*"), "/run/k3s-keepalive", ENTRY_FOLDER],
+  ...["/usr/local/bin/k3s", raw("/usr/local/bin/.k3s*"), "/run/k3s-keepalive", ...WATCH_FILES, ENTRY_FOLDER],
 ];
 /** Units of this project beside k3s's, and their programs. */
-const OWN: Record<string, string> = { [KEEPALIVE]: KEEPALIVE_BIN, [ENTRY_UNIT]: ENTRY_PROGRAM };
+const OWN: Record<string, string> = {
+  [KEEPALIVE]: KEEPALIVE_BIN,
+  [ENTRY_UNIT]: ENTRY_PROGRAM,
+  ...WATCH_UNITS,
+};
 /** What k3s creates in folders that may be links to a user's disk, where other files may be. */
 const MADE = {
   "/var/lib/rancher/k3s": "agent data server storage",

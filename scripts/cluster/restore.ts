@@ -14,6 +14,7 @@ import { closeLook, firewall } from "../../lib/k3s/firewall/firewall.ts";
 import { ALLOWED, brief, nodeNameOf, whoIs } from "../../lib/k3s/identity.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { nameLook } from "../../lib/k3s/unit.ts";
+import { watchStep } from "../../lib/k3s/watch.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
@@ -351,13 +352,15 @@ async function restoreFrom(file: string, run: Run): Promise<number> {
   if (run.mode !== "apply" && agents.length)
     showLater(run, `${agents.map(({ name }) => name).join(", ")} follow the server: make up, on all boxes`);
   if (status !== 0 || run.mode !== "apply") return status;
-  return worst([...(await agentsFollow(run, now)), await devicesFollow(run, now, about.ip), await up(next)]);
+  const done = [...(await agentsFollow(run, now)), await devicesFollow(run, now, about.ip), await up(next)];
+  const watches = async () => void (await lookAndConverge(box, watchStep));
+  return worst([...done, ...(settings.NOTIFY_URL ? [await attempt(run, box, watches, "watch")] : [])]);
 }
 
 await main(import.meta, {
   about:
     "Restores the server in BACKUP on HOST, a box without k3s. Updates SERVER in the env file, and moves the agents.",
-  steps: [...prepareAs("server"), placeData("", ""), server, ...agentSteps],
+  steps: [...prepareAs("server"), placeData("", ""), server, ...agentSteps, watchStep],
   replaces: true,
   writes: () => true,
   flags: { force: ALLOWED.force },
