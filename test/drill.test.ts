@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { Failure, Refusal } from "../lib/step.ts";
-import { ageOf, proof, resultOf } from "../scripts/cluster/drill.ts";
+import { proof, resultOf } from "../scripts/cluster/drill.ts";
 import { type Facts, wanted } from "./helpers.ts";
 
 const HASH = "a".repeat(64);
@@ -104,13 +104,5 @@ describe("a drill of a backup", () => {
         () => planned(facts),
         (error) => error instanceof Refusal && says.test(error.message),
       );
-  });
-
-  test("says how old the backup is, by its name", () => {
-    const now = Date.parse("2026-11-28T12:00:00Z");
-    assert.equal(ageOf("/x/k3s-a1-20261128T113000Z.tar.gz", now), ", less than an hour old");
-    assert.equal(ageOf("k3s-a1-20261127T110000Z.tar.gz.cms", now), ", 25 h old");
-    assert.equal(ageOf("k3s-a1-20261120T110000Z.tar.gz", now), ", 8 days old");
-    assert.equal(ageOf("mine.tar.gz", now), "");
   });
 });

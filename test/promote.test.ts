@@ -1,11 +1,11 @@
 import assert from "node:assert/strict";
 import { createServer } from "node:net";
 import { describe, test } from "node:test";
+import { age } from "../lib/k3s/backups.ts";
 import { Unreachable } from "../lib/shell.ts";
 import { Refusal } from "../lib/step.ts";
 import { withMoved } from "../scripts/cluster/kubeconfig.ts";
 import {
-  age,
   agentLeaves,
   answersHere,
   hasAnswered,

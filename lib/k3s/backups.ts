@@ -26,6 +26,21 @@ const NAME = /^k3s-([\w.-]+)-(\d{8}T\d{6}Z)\.tar\.gz(\.cms)?$/;
 /** When a backup of this name was made, as text that sorts; "" for other names. */
 export const madeAt = (name: string): string => NAME.exec(name)?.[2] ?? "";
 
+/** How long ago a backup was made, by its name and this machine's clock. */
+export function age(file: string, now = Date.now()): string {
+  const [, day = "", time = ""] = /^(\d{8})T(\d{6})Z$/.exec(madeAt(basename(file))) ?? [];
+  if (!day) return "of unknown age";
+  const iso = `${day.replace(/(....)(..)(..)/, "$1-$2-$3")}T${time.replace(/(..)(..)(..)/, "$1:$2:$3")}Z`;
+  const minutes = Math.max(0, Math.round((now - Date.parse(iso)) / 60_000));
+  const parts = [
+    [Math.floor(minutes / 1440), "d"],
+    [Math.floor(minutes / 60) % 24, "h"],
+    [minutes % 60, "min"],
+  ] as const;
+  const shown = parts.filter(([count]) => count).map(([count, unit]) => `${count} ${unit}`);
+  return `made ${shown.slice(0, 2).join(" ") || "less than a minute"} ago (${iso})`;
+}
+
 const ran = promisify(execFile);
 const oneLine = (text: string) => splitWords(text.replaceAll("\n", " ")).join(" ").slice(0, 300);
 

@@ -7,7 +7,7 @@ import { boxes } from "../../lib/boxes.ts";
 import { lookAndConverge } from "../../lib/converge.ts";
 import { hashOf } from "../../lib/files.ts";
 import { attempt, bring } from "../../lib/fleet.ts";
-import { aboutOf, type Counts, listOf, madeAt, newest, opened } from "../../lib/k3s/backups.ts";
+import { aboutOf, age, type Counts, listOf, newest, opened } from "../../lib/k3s/backups.ts";
 import { PROXY_SETTINGS } from "../../lib/k3s/config.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { binaryLook, K3S } from "../../lib/k3s/unit.ts";
@@ -165,16 +165,6 @@ export function resultOf(found: Record<string, string>, counts: Counts | undefin
   return `k3s was ready in ${Number(found.seconds)} s with ${Math.round(Number(found.memory) / 1024)} MB: ${parts.join(", ")}${told}`;
 }
 
-/** How long ago a backup of this name was made. */
-export function ageOf(file: string, now: number): string {
-  const made = madeAt(file).replace(/^(....)(..)(..)T(..)(..)(..)Z$/, "$1-$2-$3T$4:$5:$6Z");
-  const hours = (now - Date.parse(made)) / 3_600_000;
-  if (!made || !Number.isFinite(hours)) return "";
-  return hours < 48
-    ? `, ${hours < 1 ? "less than an hour" : `${Math.floor(hours)} h`} old`
-    : `, ${Math.floor(hours / 24)} days old`;
-}
-
 async function drill(run: Run): Promise<number> {
   const { settings } = run;
   const named = await boxes(run, "HOST");
@@ -189,7 +179,7 @@ async function drill(run: Run): Promise<number> {
     const counts = await listOf(file);
     const hash = await hashOf(file);
     await watch([box]);
-    box.line.says(`proves ${path}${ageOf(path, Date.now())}`);
+    box.line.says(`proves ${path}, ${age(path)}`);
     return await attempt(run, box, async () => {
       try {
         const now = await bring(run, box, [proof(file, hash, about, counts)]);

@@ -8,7 +8,7 @@ import { ask } from "../../lib/check/survey.ts";
 import { look, lookAndConverge } from "../../lib/converge.ts";
 import { hashOf } from "../../lib/files.ts";
 import { attempt, bring, learn, showLater, worst } from "../../lib/fleet.ts";
-import { caOf, madeAt, newest, opened } from "../../lib/k3s/backups.ts";
+import { age, caOf, newest, opened } from "../../lib/k3s/backups.ts";
 import { CLEAR } from "../../lib/k3s/cleanup.ts";
 import { argumentsIn, caLook, mayGo, unitsLook } from "../../lib/k3s/identity.ts";
 import { address } from "../../lib/k3s/nodes.ts";
@@ -187,21 +187,6 @@ export const replacesToken = step({
   },
   learn: token.learn as NonNullable<typeof token.learn>,
 });
-
-/** How long ago a backup was made, by its name and this machine's clock. */
-export function age(file: string, now = Date.now()): string {
-  const [, day = "", time = ""] = /^(\d{8})T(\d{6})Z$/.exec(madeAt(basename(file))) ?? [];
-  if (!day) return "of unknown age";
-  const iso = `${day.replace(/(....)(..)(..)/, "$1-$2-$3")}T${time.replace(/(..)(..)(..)/, "$1:$2:$3")}Z`;
-  const minutes = Math.max(0, Math.round((now - Date.parse(iso)) / 60_000));
-  const parts = [
-    [Math.floor(minutes / 1440), "d"],
-    [Math.floor(minutes / 60) % 24, "h"],
-    [minutes % 60, "min"],
-  ] as const;
-  const shown = parts.filter(([count]) => count).map(([count, unit]) => `${count} ${unit}`);
-  return `made ${shown.slice(0, 2).join(" ") || "less than a minute"} ago (${iso})`;
-}
 
 const promotedLook = ask([restoredLook, prints("about")(`fact about; cat ${BASE}/server/about 2>/dev/null`)]);
 
