@@ -40,20 +40,35 @@ const NAMES = Object.keys(KINDS) as (keyof typeof KINDS)[];
 const inside = (k3s: string, args: readonly string[], revision: number | undefined) => {
   const at = revision ? `&resourceVersion=${revision}` : "";
   return sh`mount --make-rprivate /
+# /etc/rancher and /var/lib/rancher are the drill's own: k3s writes there whatever its arguments, and the kubeconfigs in a
+# backup of v1.17.6 name files there.
+mount --rbind /etc ${FOLDER}/data/etc
+for path in /etc/* /etc/.[!.]*; do
+  [ "$path" = /etc/rancher ] || ln -s ${`${FOLDER}/data`}"$path" ${FOLDER}/data/own/
+done
+mount --bind ${FOLDER}/data/own /etc
+mount --rbind ${FOLDER} ${FOLDER}/data/lib/k3s-drill
+mount --rbind ${FOLDER}/data/lib /var/lib
 mount -t tmpfs tmpfs /run
 ip link set lo up
 # k3s looks for an address and a default route of its own.
 ip address add 192.0.2.1/32 dev lo
 ip route add default dev lo
-env -i PATH="$PATH" HOME=/root ${k3s} server --data-dir ${FOLDER}/data/k3s --disable-agent --node-ip=192.0.2.1 \
-  --write-kubeconfig=${FOLDER}/data/kubeconfig ${args} >log 2>&1 &
+# k3s reads the key of encrypted secrets only when it is told to.
+encryption=; [ ! -s k3s/server/cred/encryption-config.json ] || encryption=--secrets-encryption
+env -i PATH="$PATH" HOME=/run ${k3s} server --data-dir ${FOLDER}/data/k3s --disable-agent --node-ip=192.0.2.1 \
+  --write-kubeconfig=${FOLDER}/data/kubeconfig ${args} $encryption >log 2>&1 &
 pid=$!
-get() { env -i PATH="$PATH" HOME=/root ${k3s} kubectl --kubeconfig ${FOLDER}/data/kubeconfig get --raw "$1"; }
+# Standard input ends with the operator's connection: unshare of CentOS 7 has no --kill-child.
+exec 3<&0
+{ while read -r _; do :; done <&3; kill -9 "$pid"; } >/dev/null 2>&1 &
+get() { env -i PATH="$PATH" HOME=/run ${k3s} kubectl --kubeconfig ${FOLDER}/data/kubeconfig get --raw "$1"; }
 gave_up() { echo "$1"; grep -E 'level=(fatal|error)|^panic|^F[0-9]{4} ' log | tail -n 5 | grep . || tail -n 3 log; exit 1; }
 began=$(date +%s)
-until get /readyz >/dev/null 2>said; do
+# v1.17.6 unpacks itself without a lock: kubectl may not come meanwhile.
+until [ -s kubeconfig ] && get /readyz >/dev/null 2>said; do
   grep -qs '^State:[[:space:]]*[^ZX]' /proc/$pid/status || gave_up 'k3s ended on this backup:'
-  [ $(($(date +%s) - began)) -lt ${STARTED} ] || gave_up ${`k3s is not ready on this backup after ${STARTED} s: `}"$(grep -v '^\[+]' said | head -n 3)"
+  [ $(($(date +%s) - began)) -lt ${STARTED} ] || gave_up ${`k3s is not ready on this backup after ${STARTED} s: `}"$(grep -sv '^\[+]' said | head -n 3)"
   sleep 1
 done
 echo "seconds=$(($(date +%s) - began))" >found
@@ -66,7 +81,12 @@ echo ${`${name}=`}"$(sed 's/},{"metadata":{/},\
 {"metadata":{/g' list | grep -cE '^\{"metadata":|"items":\[\{')" >>found`,
   ).join("\n"),
 )}
-echo "memory=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' /proc/$pid/status)" >>found
+memory=0
+for status in /proc/[0-9]*/status; do
+  size=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' "$status" 2>/dev/null)
+  [ "\${size:-0}" -le "$memory" ] || memory=$size
+done
+echo "memory=$memory" >>found
 mv found ..`;
 };
 
@@ -124,14 +144,16 @@ chmod 700 ${FOLDER}
 cd ${FOLDER}
 rm -rf data found
 trap 'rm -rf ${FOLDER}/data ${archive}' EXIT
+trap 'exit 1' TERM INT HUP
 [ "$(sha256sum <${archive} | cut -d' ' -f1)" = ${hash} ] || { echo 'The copy of the backup on this box is not the backup'; exit 1; }
-mkdir -p data/k3s/server
+mkdir -p data/k3s/server data/lib/k3s-drill data/etc data/own/rancher
+ln -s ${FOLDER}/data data/lib/rancher
 cd data/k3s/server
 ${raw(checked(archive))}
 tar -xzof ${archive}
 cd ${FOLDER}/data
 printf '%s\n' "\${K3S_CONFIG:-}" >config.yaml
-unshare --mount --net --pid --fork --mount-proc sh -euc ${inside(k3s, [...config, ...splitWords(want.SERVER_ARGS)], counts?.revision)}
+{ while beat >&4 && echo; do sleep 1; done 2>/dev/null | unshare --mount --net --pid --fork --mount-proc sh -euc ${inside(k3s, [...config, ...splitWords(want.SERVER_ARGS)], counts?.revision)}; } 4>&1
 echo ${`sha256=${hash}`} >>${FOLDER}/found`,
           ...(want.K3S_CONFIG ? { secrets: ["K3S_CONFIG"] as const } : {}),
           seconds: STARTED + 300,
