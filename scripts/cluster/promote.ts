@@ -15,6 +15,7 @@ import { address } from "../../lib/k3s/nodes.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { systemdFirst } from "../../lib/k3s/service.ts";
 import { envPath, nameLook, shownLook, unitPath } from "../../lib/k3s/unit.ts";
+import { watchStep } from "../../lib/k3s/watch.ts";
 import { watch } from "../../lib/report.ts";
 import type { Box, Run } from "../../lib/script.ts";
 import { SettingError } from "../../lib/settings.ts";
@@ -41,6 +42,7 @@ import {
   restoredLook,
   type Successor,
   successor,
+  watchFollows,
 } from "./restore.ts";
 import { token } from "./token.ts";
 
@@ -273,7 +275,7 @@ async function promote(run: Run): Promise<number> {
   const access = await attempt(run, box, () => moveAccess(box, [...new Set([was, old.ip])]));
   if (settings.BACKUP_EVERY)
     line.says("make backup is still to be run: this server does not back itself up yet");
-  return worst([renewed, ...joined, devices, access, await up(next)]);
+  return worst([renewed, ...joined, devices, access, await up(next), await watchFollows(run, box)]);
 }
 
 /** @throws {Refusal} while the old server answers, unless FORCE=1, which stops its k3s. */
@@ -316,7 +318,7 @@ async function moveAccess(box: Box, gone: readonly string[]): Promise<void> {
 await main(import.meta, {
   about:
     "Makes HOST the server in place of the one in SERVER, which is lost: from the newest backup, with a new token. Agents, devices and kubeconfig follow.",
-  steps: [...prepareAs("server"), placeData("", ""), server, token, ...agentSteps],
+  steps: [...prepareAs("server"), placeData("", ""), server, token, ...agentSteps, watchStep],
   replaces: true,
   writes: () => true,
   flags: { force: "although the old server still answers: stop k3s there first" },

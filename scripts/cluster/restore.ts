@@ -353,9 +353,14 @@ async function restoreFrom(file: string, run: Run): Promise<number> {
     showLater(run, `${agents.map(({ name }) => name).join(", ")} follow the server: make up, on all boxes`);
   if (status !== 0 || run.mode !== "apply") return status;
   const done = [...(await agentsFollow(run, now)), await devicesFollow(run, now, about.ip), await up(next)];
-  const watches = async () => void (await lookAndConverge(box, watchStep));
-  return worst([...done, ...(settings.NOTIFY_URL ? [await attempt(run, box, watches, "watch")] : [])]);
+  return worst([...done, await watchFollows(run, box)]);
 }
+
+/** The new server looks after the cluster, if somebody is to be told. */
+export const watchFollows = async (run: Run, box: Box): Promise<number> =>
+  run.settings.NOTIFY_URL
+    ? await attempt(run, box, async () => void (await lookAndConverge(box, watchStep)), "watch")
+    : 0;
 
 await main(import.meta, {
   about:
