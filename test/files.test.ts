@@ -421,7 +421,7 @@ const lives = (pid: number) => {
 const isLinux = process.platform === "linux";
 const NUMBERS = { SIGINT: 2, SIGTERM: 15, SIGHUP: 1, SIGKILL: 9 };
 const SCRIPTS: Record<string, [place: string, holds: Record<string, string>]> = {
-  backup: ["backup", { "before the file": "1", "within the file": "file", "after the file": "3" }],
+  backup: ["backup", { "before the file": "1", "within the file": "file", "after the file": "4" }],
   kubeconfig: ["kubeconfig and its copy", { "before the file": "1" }],
 };
 

@@ -94,6 +94,16 @@ describe("a server's own backups", () => {
     await t.ok(`rm ${home}/half.tar.gz.cms ${home}/${name}`);
   });
 
+  test("are what make drill proves, if no newer one is with the operator", async () => {
+    const name = (await copies(b1)).at(-1);
+    await t.ok(`rm ${home}/k3s-a1-*.tar.gz`);
+    await t.says("make drill HOST=a3", 0, [
+      new RegExp(`proves .*/${name}, made `),
+      /nodes 3 of 3, deployments 1 of 1, secrets 3 of 3/,
+    ]);
+    await t.ok(`rm ${home}/${name}`);
+  });
+
   test("go by a key that can do nothing else there", async () => {
     const by =
       "ssh -F /dev/null -i /etc/rancher/k3s-backup/key -o BatchMode=yes -o HostKeyAlias=k3s-backup-target -o UserKnownHostsFile=/etc/rancher/k3s-backup/known_hosts";
@@ -261,6 +271,14 @@ update-ca-certificates >/dev/null 2>&1`);
       !now.includes(had[0] as string),
       `${had} ${now} ${await state()} ${readFileSync(join(folder, "log"), "utf8")}`,
     );
+  });
+
+  test("are brought from there by make drill", async () => {
+    await t.ok(`rm -f ${home}/k3s-a1-*; echo '203.0.113.254 copies.s3.example' >>/etc/hosts`);
+    const newest = objects("k3s/a").at(-2);
+    await t.says("make drill HOST=a3", 0, [new RegExp(`proves .*/${newest}, made `), /nodes 3 of 3/], {
+      env: { NODE_EXTRA_CA_CERTS: join(folder, "certificate.pem") },
+    });
   });
 
   test("do not count when the bucket is full, forbidden, or does not know the key, and prune nothing", async () => {

@@ -1,4 +1,7 @@
-/** The server is lost, and another box takes its place: `make promote`. */
+/**
+ * The server is lost while nobody looks: it has backed itself up and looked after the cluster, and another box takes its
+ * place, with the newest copy (`make promote`).
+ */
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -42,12 +45,19 @@ const units = async () =>
 
 let told = "";
 before(async () => {
-  t.settings({ K3S_VERSION: MODERN }, { agents: AGENTS });
+  await b2.sh(
+    `systemd-run -q --unit=hook /opt/k3s-stand-in/node -e 'require("node:http").createServer((request, response) => response.end("ok")).listen(80)'`,
+  );
+  const own = { BACKUP_EVERY: "1h", BACKUP_TO: "b2", NOTIFY_URL: `http://${b2.publicIp}/told` };
+  t.settings({ K3S_VERSION: MODERN, ...own }, { agents: AGENTS });
   await t.ok("make -j up");
+  await t.ok("make watch");
   await t.ok("make device NAME=phone");
   await t.ok("make kubeconfig USE=1");
   await turnOn();
   await t.ok("make backup");
+  // What is left is the copy that the server has sent to b2.
+  await t.ok("rm ~/k3s-a1-*.tar.gz");
   told = t.env().K3S_TOKEN as string;
 });
 
@@ -78,6 +88,7 @@ describe("a promotion", () => {
     await a1.off();
     const before = await units();
     await t.says("make promote HOST=b1 DRY=1", 0, [
+      /^b1 +takes k3s-a1-\S+\.tar\.gz\.cms, made /m,
       /^b1: 2 to do\n.*check the backup on the box.*\n.*stop k3s-agent/m,
       /then: b1 is the server, with a new token/,
     ]);
@@ -106,7 +117,10 @@ describe("a promotion", () => {
       await b1.on();
     }
     assert.equal(t.env().SERVER, "b1");
-    await t.says("make promote HOST=b1", 0, [/all nodes are Ready, \d+ s after the command/]);
+    await t.says("make promote HOST=b1", 0, [
+      /all nodes are Ready, \d+ s after the command/,
+      /make backup is still to be run/,
+    ]);
   });
 
   test("brings agents, home nodes, devices and the kubeconfig along, and leaves pods their local volumes", async () => {
@@ -124,6 +138,9 @@ describe("a promotion", () => {
       0,
       CLUSTER.map((name) => new RegExp(`^${name} +nothing to do`, "m")),
     );
+    assert.equal(await b1.sh("systemctl is-active k3s-watch.timer"), "active\n");
+    await t.says("make check", 2, [/^b1: BACKUP_EVERY is 1h, and this server makes no backups by itself/m]);
+    await t.ok("make backup");
     await t.says("make check", 0, [/Nothing is wrong/]);
     const config = (await t.op("cat ~/.kube/config")).out;
     assert.match(config, /^current-context: k3s-198\.51\.101\.11$/m);
