@@ -1,7 +1,11 @@
 import assert from "node:assert/strict";
+import { once } from "node:events";
+import { statSync } from "node:fs";
+import { createServer } from "node:http";
+import { join } from "node:path";
 import { describe, test } from "node:test";
 import { madeAt } from "../lib/k3s/backups.ts";
-import { signedHeaders } from "../lib/k3s/bucket.ts";
+import { fetchFrom, signedHeaders } from "../lib/k3s/bucket.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
 import { backupsIn, RECEIVES, receives, secondsOf, signs, stateIn, targetOf } from "../lib/k3s/schedule.ts";
 import { sha256 } from "../lib/text.ts";
@@ -168,4 +172,17 @@ describe("the signature of a request to a bucket", () => {
     assert.equal(keyIn(spec, "examplebucket.s3.amazonaws.com", "/a/b"), "a/b");
     assert.deepEqual(keyIn(spec, "other.s3.amazonaws.com", "/a/b"), [404, "NoSuchBucket"]);
   });
+});
+
+test("a copy from a bucket that is larger than it may be is refused before the disk is full", async () => {
+  const server = createServer((_, answer) => answer.end(Buffer.alloc(5000))).listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = server.address() as { port: number };
+  const folder = temporary();
+  const fetched = (file: string, most: number) =>
+    fetchFrom(`http://127.0.0.1:${port}/copies`, "k3s-a1", wanted(), join(folder, file), most);
+  await fetched("whole", 5000);
+  assert.equal(statSync(join(folder, "whole")).size, 5000);
+  await assert.rejects(fetched("more", 4999), /sends more than 4999 bytes for k3s-a1/);
+  server.close();
 });

@@ -24,6 +24,7 @@ import type { Look, Step } from "../lib/step.ts";
 import { agentSteps } from "../scripts/agent.ts";
 import { archive, cleared } from "../scripts/cluster/backup.ts";
 import { certsAs } from "../scripts/cluster/certs.ts";
+import { inside, proof } from "../scripts/cluster/drill.ts";
 import { agentLeaves, replacesToken, stopped } from "../scripts/cluster/promote.ts";
 import { forgotten, uninstall } from "../scripts/cluster/remove.ts";
 import { forgetPasswords, placeData } from "../scripts/cluster/restore.ts";
@@ -269,11 +270,30 @@ describe("shellcheck reports nothing in the watch:", { skip }, () => {
   test("what sets it up and takes it away", () => {
     const given = ["NOTIFY_URL", "HTTPS_PROXY"].map((name) => `${name}=x\n`).join("");
     const away = { ...want, allowed: new Set(["remove"]) };
-    for (const of of [want, wanted(), away]) {
-      const [change, more] = watchStep.plan(of, { ...facts, watch: of === away ? "x" : "" });
+    for (const one of [want, wanted(), away]) {
+      const [change, more] = watchStep.plan(one, { ...facts, watch: one === away ? "x" : "" });
       assert.equal(more, undefined);
-      check(`#!/bin/sh\nset -eu\n${of === want ? given : ""}${change?.sh}\n`);
+      check(`#!/bin/sh\nset -eu\n${one === want ? given : ""}${change?.sh}\n`);
     }
+  });
+});
+
+describe("shellcheck reports nothing in a drill,", { skip }, () => {
+  const counts = { verified: true, revision: 1, nodes: 1, deployments: 1, secrets: 1 };
+  const step = proof("./x.tar.gz", "ab".repeat(32), { version: MODERN }, counts);
+  const facts = {
+    version: MODERN,
+    system: "Linux",
+    tools: "/bin/unshare\n/sbin/ip\n/bin/mount",
+    arch: "x86_64",
+  };
+
+  test("its look", () => check(`#!/bin/sh\n${wrapInMain(lookScript([step], wanted(), "mark"))}`));
+
+  test("what it does with the box's own k3s, with one of its own, and within its namespaces", () => {
+    for (const version of [MODERN, "none"])
+      for (const { sh } of step.plan(wanted(), { ...facts, version })) check(`#!/bin/sh\nset -eu\n${sh}\n`);
+    check(`#!/bin/sh\nset -eu\n${inside("/usr/local/bin/k3s", ["--disable=traefik"], 1)}\n`);
   });
 });
 

@@ -66,10 +66,24 @@ export async function textIn(folder: string, name: string, access: Access): Prom
   return answer.ok ? await textOf(answer) : refused(name, answer);
 }
 
-/** Writes an object to a new file. */
-export async function fetchFrom(folder: string, name: string, access: Access, file: string): Promise<void> {
+/** Writes an object to a new file. @throws {Failure} when it is larger than `most` bytes. */
+export async function fetchFrom(
+  folder: string,
+  name: string,
+  access: Access,
+  file: string,
+  most = 64e9,
+): Promise<void> {
   const answer = await get(folder, name, access, 3600);
   if (!answer.ok || !answer.body) await refused(name, answer);
   const body = Readable.fromWeb(answer.body as Parameters<typeof Readable.fromWeb>[0]);
-  await pipeline(body, createWriteStream(file, { mode: 0o600, flags: "wx" }));
+  let size = 0;
+  const bounded = async function* (parts: AsyncIterable<Uint8Array>) {
+    for await (const part of parts) {
+      size += part.length;
+      if (size > most) throw new Failure(`The bucket sends more than ${most} bytes for ${name}`);
+      yield part;
+    }
+  };
+  await pipeline(body, bounded, createWriteStream(file, { mode: 0o600, flags: "wx" }));
 }

@@ -37,7 +37,7 @@ const NAMES = Object.keys(KINDS) as (keyof typeof KINDS)[];
  * things at once, so each list is asked for at the backup's own revision: with a limit the API gives exactly that one
  * (Kubernetes docs, "Semantics for get and list"), and every secret is decrypted for it.
  */
-const inside = (k3s: string, args: readonly string[], revision: number | undefined) => {
+export const inside = (k3s: string, args: readonly string[], revision: number | undefined) => {
   const at = revision ? `&resourceVersion=${revision}` : "";
   return sh`mount --make-rprivate /
 # /etc/rancher and /var/lib/rancher are the drill's own: k3s writes there whatever its arguments, and the kubeconfigs in a
@@ -153,6 +153,7 @@ ${raw(checked(archive))}
 tar -xzof ${archive}
 cd ${FOLDER}/data
 printf '%s\n' "\${K3S_CONFIG:-}" >config.yaml
+# shellcheck disable=SC2016 # it is a script
 { while beat >&4 && echo; do sleep 1; done 2>/dev/null | unshare --mount --net --pid --fork --mount-proc sh -euc ${inside(k3s, [...config, ...splitWords(want.SERVER_ARGS)], counts?.revision)}; } 4>&1
 echo ${`sha256=${hash}`} >>${FOLDER}/found`,
           ...(want.K3S_CONFIG ? { secrets: ["K3S_CONFIG"] as const } : {}),
