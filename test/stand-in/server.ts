@@ -156,13 +156,24 @@ async function datastore(gen: Generation, path: string): Promise<Pick<Cluster, "
   };
   const save = (): void => {
     const rows = rowsOf(gen, state);
+    const before = [...had];
     db.exec("BEGIN");
-    for (const [name, row] of [...had]) if (!row.deleted && !rows.has(name)) put(name, text(row), 1);
-    for (const [name, value] of rows) {
-      const old = had.get(name);
-      if (!old || old.deleted || text(old) !== value) put(name, value, 0);
+    try {
+      for (const [name, row] of before) if (!row.deleted && !rows.has(name)) put(name, text(row), 1);
+      for (const [name, value] of rows) {
+        const old = had.get(name);
+        if (!old || old.deleted || text(old) !== value) put(name, value, 0);
+      }
+      db.exec("COMMIT");
+    } catch (error) {
+      // On a full disk SQLite may have rolled it back itself.
+      try {
+        db.exec("ROLLBACK");
+      } catch {}
+      had.clear();
+      for (const [name, row] of before) had.set(name, row);
+      throw error;
     }
-    db.exec("COMMIT");
   };
   const past = db.prepare(
     "SELECT * FROM kine AS one WHERE name >= ?1 || '/' AND name < ?1 || '0' AND deleted = 0 AND id = (SELECT max(id) FROM kine WHERE name = one.name AND id <= ?2)",
