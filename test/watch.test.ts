@@ -375,7 +375,7 @@ describe("the watch", () => {
 
   test("reports a backup that is older than two intervals", () => {
     const it = watched();
-    writeFileSync(it.at("etc/k3s-backup/settings"), "every=6h\n");
+    writeFileSync(it.at("etc/k3s-backup/settings"), "every=21600\n");
     assert.deepEqual(it.lines(3, { backup: `made=${START - 12 * 3600} name=x\n` }), []);
     assert.match(
       it.lines(3, { backup: `made=${START - 14 * 3600} name=x\n` }).join(),

@@ -10,11 +10,11 @@ import type { Run } from "../script.ts";
 import { aFile, SettingError } from "../settings.ts";
 import { sh } from "../sh.ts";
 import { Failure, type Look, prints, type Step, step } from "../step.ts";
-import { boxNames, nameOf, parseKeyValues, quoted, sha256, splitWords } from "../text.ts";
+import { boxNames, parseKeyValues, quoted, sha256, splitWords } from "../text.ts";
 import { caIn } from "../token.ts";
 import { fetchFrom, textIn } from "./bucket.ts";
 import { address, VERSION } from "./nodes.ts";
-import { COPIES, isBucket } from "./schedule.ts";
+import { COPIES, calledIn, isBucket, keepsFor } from "./schedule.ts";
 
 /** The operator's certificate, to which backups are encrypted, and its key, which alone opens them. */
 export const certificateOf = (run: Run): string => join(dirname(run.envFile), "backup.crt");
@@ -170,7 +170,7 @@ const latestOf = (names: readonly string[]) => {
 async function newestCopy(run: Run, exclude: readonly string[]): Promise<Copy | undefined> {
   const { settings } = run;
   const to = settings.BACKUP_TO;
-  const server = boxNames(settings.SERVER)[0]?.replace(/[^\w.-]/g, "-");
+  const server = calledIn(boxNames(settings.SERVER)[0] ?? "");
   if (!to || !server) return undefined;
   const ours = (name: string) => NAME.exec(name)?.[1] === server;
   if (isBucket(to)) {
@@ -182,7 +182,7 @@ async function newestCopy(run: Run, exclude: readonly string[]): Promise<Copy | 
     return { name, sha256: sum as string, fetch: (file) => fetchFrom(to, name, settings, file) };
   }
   const keepers = [...(await boxes(run, "SERVER")), ...(await boxes(run, "AGENTS"))];
-  const keeper = keepers.find(({ host, name }) => host === to || name === nameOf(to));
+  const keeper = keepers.find(keepsFor(to));
   if (!keeper || exclude.includes(keeper.name)) return undefined;
   const { copies = "" } = await look(keeper, [looksAt(copiesLook)]);
   // After a move the copies of the last server may be all there is.

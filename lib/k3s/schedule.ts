@@ -27,6 +27,15 @@ export const RECEIVER = "/usr/local/sbin/k3s-backup-receive";
 export const secondsOf = (every: string): number =>
   Number(every.slice(0, -1) || 0) * (every.endsWith("d") ? 86_400 : 3600);
 
+/** How a server is called in the names of its backups. */
+export const calledIn = (name: string): string => name.replace(/[^\w.-]/g, "-");
+
+/** Is this the box that BACKUP_TO names? */
+export const keepsFor =
+  (to: string) =>
+  ({ host, name }: { host: string; name: string }): boolean =>
+    host === to || name === nameOf(to);
+
 export const isBucket = (to: string): boolean => to.startsWith("https://");
 
 /**

@@ -444,7 +444,7 @@ facts=$work/facts
   [ ! -e /var/lib/k3s-backup/state ] || awk -v every="$(sed -n 's/^every=//p' /etc/rancher/k3s-backup/settings 2>/dev/null)" '
     sub(/^made=/, "") { made = $1 }
     sub(/^failed=/, "") { failed = $1; sub(/^[^ ]* */, ""); gsub(/\t/, " "); cause = $0 }
-    END { printf "B\t%s\t%s\t%s\t%s\n", made, every * (every ~ /d/ ? 86400 : every ~ /h/ ? 3600 : 1), failed, cause }' /var/lib/k3s-backup/state
+    END { printf "B\t%s\t%s\t%s\t%s\n", made, every + 0, failed, cause }' /var/lib/k3s-backup/state
   # What is in memory is newer: a full disk keeps nothing.
   [ -e $run/state ] || { [ -e ${STATE}/state ] && cp ${STATE}/state $run/state; }
   cat $run/state $run/last 2>/dev/null

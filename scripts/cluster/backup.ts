@@ -13,7 +13,9 @@ import { DATA, PACK } from "../../lib/k3s/archive.ts";
 import { certificateOf, keyOf } from "../../lib/k3s/backups.ts";
 import { nodeNameOf } from "../../lib/k3s/identity.ts";
 import {
+  calledIn,
   isBucket,
+  keepsFor,
   receives,
   receivesNone,
   scheduled,
@@ -82,13 +84,10 @@ export const cleared = step({
     facts.folder?.trim() ? [{ why: "remove the copy from the server", sh: `rm -rf ${FOLDER}` }] : [],
 });
 
-/** How the server is called in the names of backups. */
-const called = ({ name }: Pick<Box, "name">) => name.replace(/[^\w.-]/g, "-");
-
 async function backup(run: Run): Promise<number> {
   const [server] = (await boxes(run, "SERVER")) as [Box];
   const id = new Date().toISOString().replace(/[-:]|\.\d+/g, "");
-  const file = run.settings.BACKUP || join(dirname(run.envFile), `k3s-${called(server)}-${id}.tar.gz`);
+  const file = run.settings.BACKUP || join(dirname(run.envFile), `k3s-${calledIn(server.name)}-${id}.tar.gz`);
   freeName(file, run.settings.BACKUP ? run.origins.BACKUP : "default");
   const all = run.settings.K3S_DATASTORE_ENDPOINT ? [server] : [server, ...(await boxes(run, "AGENTS"))];
   const target = targetIn(run, all);
@@ -135,7 +134,7 @@ function targetIn({ settings, origins }: Run, all: readonly Box[]): Box | undefi
       );
     return undefined;
   }
-  const target = all.find(({ host, name }) => host === BACKUP_TO || name === nameOf(BACKUP_TO));
+  const target = all.find(keepsFor(BACKUP_TO));
   if (!target || target === all[0])
     throw new SettingError(
       `BACKUP_TO is ${BACKUP_TO} (${origins.BACKUP_TO}): expected ${
@@ -178,11 +177,11 @@ async function schedule(
   if (target) {
     const keyed = await bring(run, server, [scheduleKey], before);
     key = scheduleKeyOf(keyed?.facts ?? before);
-    const receiver = receives(called(server), BACKUP_KEEP, key);
+    const receiver = receives(calledIn(server.name), BACKUP_KEEP, key);
     const found = await bring(run, { ...target, line: server.line }, [receiver]);
     at = targetOf(found?.facts ?? (await look(target, [receiver])));
   }
-  await bring(run, server, [scheduled(called(server), certificate, at)]);
+  await bring(run, server, [scheduled(calledIn(server.name), certificate, at)]);
 }
 
 /** The certificate that backups are encrypted to; made with its key where neither is there. */

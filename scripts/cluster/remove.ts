@@ -27,6 +27,7 @@ import { KEEPALIVE, KEEPALIVE_BIN } from "../../lib/k3s/keepalive.ts";
 import { API, clusterLook, KUBECTL, nodesOf } from "../../lib/k3s/nodes.ts";
 import {
   COPIES,
+  keepsFor,
   RECEIVER,
   receiverLook,
   receivesNone,
@@ -51,7 +52,6 @@ import {
   type Step,
   step,
 } from "../../lib/step.ts";
-import { nameOf } from "../../lib/text.ts";
 import { caIn } from "../../lib/token.ts";
 
 const UNITS = [unitPath("server"), unitPath("agent")];
@@ -307,11 +307,7 @@ async function remove(run: Run): Promise<number> {
         ? `HOST names the first server, ${server.name}, which agents are told: name another one first in SERVER and "make up", then it can go; "make down" removes a whole cluster`
         : `HOST names the server, ${server.name}: "make down" removes a whole cluster`,
     );
-  const keeper =
-    settings.BACKUP_EVERY &&
-    leaving.find(
-      ({ host, name }) => [host, name].includes(settings.BACKUP_TO) || name === nameOf(settings.BACKUP_TO),
-    );
+  const keeper = settings.BACKUP_EVERY && leaving.find(keepsFor(settings.BACKUP_TO));
   if (keeper && !run.flags.has("force"))
     throw new SettingError(
       `HOST names ${keeper.host}, which keeps the server's backups (BACKUP_TO, ${origins.BACKUP_TO}): let BACKUP_TO name another and run make backup, or add FORCE=1: its copies go with it`,
