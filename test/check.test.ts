@@ -173,6 +173,30 @@ describe("a box without a public address", () => {
       home({}, { ...lost, b2: { tries: "tunnel 10.42.0.0 0\ntunnel 10.42.1.0 0\napi server open" } }),
       /^its WireGuard reaches no other node: its router or its provider drops UDP/,
     ],
+    [
+      "is given half a minute, and no port is asked for, when k3s of the other was started seven seconds ago",
+      home(
+        {},
+        { a1: lost.a1, b2: { tries: "tunnel 10.42.0.0 0\ntunnel 10.42.1.0 1420\napi server open" } },
+        "active",
+        {
+          uptime: "1807.20\n",
+        },
+      ),
+      /^its WireGuard does not reach a1 yet, where k3s was started 7 s ago: wait half a minute/,
+    ],
+    [
+      "has its security group named when it was started a minute ago",
+      home(
+        {},
+        { a1: lost.a1, b2: { tries: "tunnel 10.42.0.0 0\ntunnel 10.42.1.0 1420\napi server open" } },
+        "active",
+        {
+          uptime: "1860.00\n",
+        },
+      ),
+      /^its WireGuard does not reach a1, while it reaches others: open 51820\/udp to every address/,
+    ],
   ];
   for (const [name, seen, cause] of cases)
     test(name, () => {

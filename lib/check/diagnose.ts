@@ -577,10 +577,21 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
   }
   for (const home of boxes.filter(isAtHome)) {
     const others = boxes.filter((box) => !isAtHome(box) && !explained.has(box));
-    const deaf = others.filter((box) => lost.some((pair) => pair.includes(home) && pair.includes(box)));
+    const silent = others.filter((box) => lost.some((pair) => pair.includes(home) && pair.includes(box)));
     explained.add(home);
+    const ways = silent.map((box) => tunnel(home.name, box.name));
+    const anew = silent.filter(({ unit }) => (unit.runs ?? Number.POSITIVE_INFINITY) < AGAIN);
+    const deaf = silent.filter((box) => !anew.includes(box));
     const names = deaf.map(({ name }) => name).join(", ");
-    const ways = deaf.map((box) => tunnel(home.name, box.name));
+    if (anew.length && !deaf.length)
+      findings.push(
+        finding(
+          home.name,
+          `its WireGuard does not reach ${anew.map(({ name, unit }) => `${name} yet, where k3s was started ${Math.round(unit.runs ?? 0)} s ago`).join(", nor ")}`,
+          "wait half a minute and make check again: a home shakes hands anew when nothing has answered it for 15 s",
+          ways,
+        ),
+      );
     const open = `open 51820/udp to every address in the security group and firewall of ${names}: that of ${home.name} is not fixed`;
     if (deaf.length > 1 && deaf.length === others.length)
       findings.push(
@@ -617,6 +628,12 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
   }
   return findings;
 }
+
+/**
+ * Seconds after a start of k3s within which a node at home shakes hands with it again: the home has to begin, and does so
+ * when what it sends every three seconds (keepalive.ts) was not answered for 15 s (WireGuard).
+ */
+const AGAIN = 30;
 
 const isAtHome = ({ ip, node }: BoxReport): boolean => ip === NAT || (node !== undefined && isHome(node));
 

@@ -233,6 +233,9 @@ const stateOf = (facts: Facts<SeenFact>) => {
   };
 };
 
+/** The UDP port at which an entry takes its devices now; undefined while its interface is down. */
+export const entryPortOf = (facts: Facts<SeenFact>): string | undefined => stateOf(facts).port || undefined;
+
 /** Do the rules keep devices to the cluster, and those of ONLY=services to services? */
 function confines(rules: string, devices: readonly Device[]): boolean {
   const lines = new Set(rules.split("\n").map((line) => line.trim()));

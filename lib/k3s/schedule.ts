@@ -27,6 +27,9 @@ export const RECEIVER = "/usr/local/sbin/k3s-backup-receive";
 export const secondsOf = (every: string): number =>
   Number(every.slice(0, -1) || 0) * (every.endsWith("d") ? 86_400 : 3600);
 
+/** Seconds, above twice BACKUP_EVERY, from which the last backup is too old: the timer comes late, and a copy takes time. */
+export const GRACE = 3600;
+
 /** How a server is called in the names of its backups. */
 export const calledIn = (name: string): string => name.replace(/[^\w.-]/g, "-");
 
@@ -646,7 +649,7 @@ export function backupsIn(want: Settings, facts: Facts<ScheduleFact>, nodes: rea
     else if (has.node && nodes.length && !nodes.some(({ name }) => name === has.node))
       wrong.push(`its backups go to ${has.node}, which is no node of the cluster: BACKUP_TO, ${BACKUP_TO}`);
   }
-  const stale = has?.every && (age === undefined ? undefined : age > 2 * has.every + 3600);
+  const stale = has?.every && (age === undefined ? undefined : age > 2 * has.every + GRACE);
   if (has?.failed)
     wrong.push(
       `its backup failed ${ago(now - has.failed.at)} ago, the last good one is ${last}: ${has.failed.cause}`,

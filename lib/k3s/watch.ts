@@ -6,6 +6,7 @@ import type { NOTIFY_FORMS, SettingName } from "../table.ts";
 import { parseKeyValues, sha256 } from "../text.ts";
 import { CERTIFICATE_FILES, DYNAMIC, PRESSING } from "./certificates.ts";
 import { API, FRESH } from "./nodes.ts";
+import { GRACE } from "./schedule.ts";
 import { goesInside, nameLook, shownLook, WRITTEN_BY } from "./unit.ts";
 
 type NotifyForm = (typeof NOTIFY_FORMS)[number];
@@ -219,7 +220,7 @@ END {
   if (memory_all && memory_left < memory_all * ${MEMORY} / 100)
     found("free " node, node " has " number(100 * memory_left / memory_all) " % of its memory left")
   if (failed) found("backup", "the backup failed at " iso(failed) ": " cause)
-  else if (every && made && now - made > 2 * every + 1800) found("backup", "the last backup is of " iso(made) ", " span(now - made) " ago")
+  else if (every && made && now - made > 2 * every + ${GRACE}) found("backup", "the last backup is of " iso(made) ", " span(now - made) " ago")
 
   for (i = 1; i <= found_n; i++) {
     key = order[i]

@@ -184,6 +184,23 @@ async function schedule(
   await bring(run, server, [scheduled(calledIn(server.name), certificate, at)]);
 }
 
+/** A restored or promoted server backs itself up, if BACKUP_EVERY is set. @param all this server, then the agents. */
+export async function backupsFollow(run: Run, all: readonly [Box, ...Box[]]): Promise<number> {
+  const [server] = all;
+  if (!run.settings.BACKUP_EVERY) return 0;
+  return await attempt(run, server, async () => {
+    try {
+      await schedule(run, server, targetIn(run, all), all, await certificateIn(run));
+    } catch (error) {
+      // BACKUP_TO may be the lost server, or this one.
+      if (!(error instanceof SettingError)) throw error;
+      server.line.says(
+        `this server does not back itself up yet: ${error.message}; make backup is still to be run`,
+      );
+    }
+  });
+}
+
 /** The certificate that backups are encrypted to; made with its key where neither is there. */
 async function certificateIn(run: Run): Promise<string> {
   const [certificate, key] = [certificateOf(run), keyOf(run)];

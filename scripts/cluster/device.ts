@@ -14,6 +14,7 @@ import {
   type Device,
   devicesIn,
   entryKeyOf,
+  entryPortOf,
   type Form,
   MTU,
   namesOf,
@@ -352,6 +353,12 @@ async function device(run: Run): Promise<number> {
     const file = fileIn(folder, NAME, i);
     const same = keep(file, configOf(it, peer, privateKey));
     files[i] = file;
+    const port = entryPortOf(found.get(box) ?? {});
+    const others = devicesAt(box).filter(({ name }) => name !== NAME);
+    if (port && port !== settings.DEVICE_PORT && others.length)
+      box.line.says(
+        `its port was ${port}: make device NAME=… writes the other configurations anew (${others.map(({ name }) => name).join(", ")})`,
+      );
     const limits = it.only ? ", services alone (ONLY= lifts that)" : "";
     if (!holders.includes(box))
       box.line.says(`${settings.DEVICE_PORT}/udp has to be open to all at its vendor`);

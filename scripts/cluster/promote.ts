@@ -12,6 +12,7 @@ import { age, caOf, newest, opened } from "../../lib/k3s/backups.ts";
 import { CLEAR } from "../../lib/k3s/cleanup.ts";
 import { argumentsIn, caLook, mayGo, unitsLook } from "../../lib/k3s/identity.ts";
 import { address } from "../../lib/k3s/nodes.ts";
+import { scheduled } from "../../lib/k3s/schedule.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { systemdFirst } from "../../lib/k3s/service.ts";
 import { envPath, nameLook, shownLook, unitPath } from "../../lib/k3s/unit.ts";
@@ -28,6 +29,7 @@ import { downloadK3s } from "../download-k3s.ts";
 import { installWireguard } from "../install-wireguard.ts";
 import { server } from "../server.ts";
 import { up } from "../up.ts";
+import { backupsFollow } from "./backup.ts";
 import { contextAt, mergeFrom } from "./kubeconfig.ts";
 import {
   agentsFollow,
@@ -273,9 +275,8 @@ async function promote(run: Run): Promise<number> {
     line.says(`all nodes are Ready, ${Math.round((Date.now() - began) / 1000)} s after the command`);
   const devices = await devicesFollow(run, now, was);
   const access = await attempt(run, box, () => moveAccess(box, [...new Set([was, old.ip])]));
-  if (settings.BACKUP_EVERY)
-    line.says("make backup is still to be run: this server does not back itself up yet");
-  return worst([renewed, ...joined, devices, access, await up(next), await watchFollows(run, box)]);
+  const rest = [await up(next), await watchFollows(run, box), await backupsFollow(run, [box, ...now.agents])];
+  return worst([renewed, ...joined, devices, access, ...rest]);
 }
 
 /** @throws {Refusal} while the old server answers, unless FORCE=1, which stops its k3s. */
@@ -318,7 +319,15 @@ async function moveAccess(box: Box, gone: readonly string[]): Promise<void> {
 await main(import.meta, {
   about:
     "Makes HOST the server in place of the one in SERVER, which is lost: from the newest backup, with a new token. Agents, devices and kubeconfig follow.",
-  steps: [...prepareAs("server"), placeData("", ""), server, token, ...agentSteps, watchStep],
+  steps: [
+    ...prepareAs("server"),
+    placeData("", ""),
+    server,
+    token,
+    ...agentSteps,
+    watchStep,
+    scheduled("", "", undefined),
+  ],
   replaces: true,
   writes: () => true,
   flags: { force: "although the old server still answers: stop k3s there first" },

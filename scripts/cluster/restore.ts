@@ -4,7 +4,7 @@ import { boxAt, boxes, isSame } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
 import { ask } from "../../lib/check/survey.ts";
 import { look, lookAndConverge } from "../../lib/converge.ts";
-import { readEnv, updateEnv } from "../../lib/env-file.ts";
+import { readEnv, updateEnv, type Values } from "../../lib/env-file.ts";
 import { hashOf } from "../../lib/files.ts";
 import { attempt, bring, each, learnedFrom, showLater, worst } from "../../lib/fleet.ts";
 import { aboutOf, caOf, opened } from "../../lib/k3s/backups.ts";
@@ -12,6 +12,7 @@ import { rangesOf } from "../../lib/k3s/config.ts";
 import { bringsBack, devicesIn, ENTRY_FOLDER } from "../../lib/k3s/devices.ts";
 import { closeLook, firewall } from "../../lib/k3s/firewall/firewall.ts";
 import { ALLOWED, brief, nodeNameOf, whoIs } from "../../lib/k3s/identity.ts";
+import { scheduled } from "../../lib/k3s/schedule.ts";
 import { main } from "../../lib/k3s/script.ts";
 import { nameLook } from "../../lib/k3s/unit.ts";
 import { watchStep } from "../../lib/k3s/watch.ts";
@@ -29,11 +30,13 @@ import {
   type Step,
   step,
 } from "../../lib/step.ts";
-import { splitWords } from "../../lib/text.ts";
+import type { SettingName } from "../../lib/table.ts";
+import { boxNames, splitWords } from "../../lib/text.ts";
 import { caIn } from "../../lib/token.ts";
 import { agentSteps, prepareAs, proofLook } from "../agent.ts";
 import { server } from "../server.ts";
 import { up } from "../up.ts";
+import { backupsFollow } from "./backup.ts";
 import { dropSecrets, forgotten, keepPasswords, provenLook } from "./remove.ts";
 
 const BASE = "/var/lib/rancher/k3s";
@@ -233,14 +236,37 @@ const without = (list: string, word: string) =>
         .join(" ")
     : list;
 
+/** Settings that a server may have for itself, and that are the cluster's: its networks, its features. */
+const INHERITED: readonly SettingName[] = ["SERVER_ARGS", "K3S_CONFIG"];
+
+/**
+ * What becomes of NAME__LOST in an env file, when no box of that name is left: INHERITED is the successor's, unless it has
+ * its own; all is kept as a comment.
+ */
+export function inherits(have: Record<string, string>, lost: string, heir: string): Values {
+  if (!lost || lost === heir) return {};
+  const own = Object.keys(have).filter((key) => key.endsWith(`__${lost}`));
+  const theirs = INHERITED.filter(
+    (name) => own.includes(`${name}__${lost}`) && !(`${name}__${heir}` in have),
+  );
+  return Object.fromEntries([
+    ...own.map((key) => [key, null]),
+    ...theirs.map((name) => [`${name}__${heir}`, have[`${name}__${lost}`]]),
+  ]);
+}
+
 /** @param gone addresses of the servers before. */
 export function successor(run: Run, place: Box, follow: readonly Box[], gone: readonly string[]): Successor {
   const { settings } = run;
-  const { ip, word } = place;
+  const { ip, word, name } = place;
+  const [lost = ""] = boxNames(settings.SERVER);
+  const moved = inherits(readEnv(run.envFile).values, lost, name);
+  const theirs = INHERITED.filter((of) => `${of}__${name}` in moved).map((of) => [of, run.own[lost]?.[of]]);
   const left = gone.filter((other) => other !== ip);
   const members = [ip, ...follow.map((agent) => agent.ip), ...left.map((other) => `-${other}`)];
   const next: Run = {
     ...run,
+    own: { ...run.own, [name]: { ...(run.own[name] ?? run.own[""]), ...Object.fromEntries(theirs) } },
     settings: {
       ...settings,
       ...{ SERVER: word, AGENTS: without(settings.AGENTS, word), HOST: "", PUBLIC_IP: "" },
@@ -285,13 +311,21 @@ export async function begin(
   const learned = learnedFrom(steps, box, now.facts);
   Object.assign(next.settings, learned);
   const have = readEnv(run.envFile).values;
-  const values: Record<string, string> = { ...learned, SERVER: box.word, K3S_VERSION: version };
+  const [lost = ""] = boxNames(run.settings.SERVER);
+  const moved = inherits(have, lost, box.name);
+  const values: Values = { ...moved, ...learned, SERVER: box.word, K3S_VERSION: version };
   if (have.AGENTS) values.AGENTS = without(have.AGENTS, box.word);
   // At once: the next run is to find the old server there, or the new one.
   await updateEnv(
     run.envFile,
     Object.fromEntries(Object.entries(values).filter(([name, value]) => have[name] !== value)),
   );
+  const old = Object.keys(moved).filter((key) => moved[key] === null);
+  const its = Object.keys(moved).filter((key) => moved[key] !== null);
+  if (old.length)
+    box.line.says(
+      `in the env file ${old.join(", ")} became a comment, for ${lost} is lost${its.length ? `; ${its.join(", ")} is its successor's` : ""}`,
+    );
 }
 
 /** In parallel: each waits for those that the datastore still lists as Ready. */
@@ -353,7 +387,7 @@ async function restoreFrom(file: string, run: Run): Promise<number> {
     showLater(run, `${agents.map(({ name }) => name).join(", ")} follow the server: make up, on all boxes`);
   if (status !== 0 || run.mode !== "apply") return status;
   const done = [...(await agentsFollow(run, now)), await devicesFollow(run, now, about.ip), await up(next)];
-  return worst([...done, await watchFollows(run, box)]);
+  return worst([...done, await watchFollows(run, box), await backupsFollow(run, [box, ...agents])]);
 }
 
 /** The new server looks after the cluster, if somebody is to be told. */
@@ -365,7 +399,14 @@ export const watchFollows = async (run: Run, box: Box): Promise<number> =>
 await main(import.meta, {
   about:
     "Restores the server in BACKUP on HOST, a box without k3s. Updates SERVER in the env file, and moves the agents.",
-  steps: [...prepareAs("server"), placeData("", ""), server, ...agentSteps, watchStep],
+  steps: [
+    ...prepareAs("server"),
+    placeData("", ""),
+    server,
+    ...agentSteps,
+    watchStep,
+    scheduled("", "", undefined),
+  ],
   replaces: true,
   writes: () => true,
   flags: { force: ALLOWED.force },

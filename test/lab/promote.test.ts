@@ -49,7 +49,8 @@ before(async () => {
     `systemd-run -q --unit=hook /opt/k3s-stand-in/node -e 'require("node:http").createServer((request, response) => response.end("ok")).listen(80)'`,
   );
   const own = { BACKUP_EVERY: "1h", BACKUP_TO: "b2", NOTIFY_URL: `http://${b2.publicIp}/told` };
-  t.settings({ K3S_VERSION: MODERN, ...own }, { agents: AGENTS });
+  const itself = { SERVER_ARGS__a1: "--disable=traefik", NODE_LABELS__a1: "disk=ssd" };
+  t.settings({ K3S_VERSION: MODERN, ...own, ...itself }, { agents: AGENTS });
   await t.ok("make -j up");
   await t.ok("make watch");
   await t.ok("make device NAME=phone");
@@ -117,10 +118,7 @@ describe("a promotion", () => {
       await b1.on();
     }
     assert.equal(t.env().SERVER, "b1");
-    await t.says("make promote HOST=b1", 0, [
-      /all nodes are Ready, \d+ s after the command/,
-      /make backup is still to be run/,
-    ]);
+    await t.says("make promote HOST=b1", 0, [/all nodes are Ready, \d+ s after the command/]);
   });
 
   test("brings agents, home nodes, devices and the kubeconfig along, and leaves pods their local volumes", async () => {
@@ -139,8 +137,16 @@ describe("a promotion", () => {
       CLUSTER.map((name) => new RegExp(`^${name} +nothing to do`, "m")),
     );
     assert.equal(await b1.sh("systemctl is-active k3s-watch.timer"), "active\n");
-    await t.says("make check", 2, [/^b1: BACKUP_EVERY is 1h, and this server makes no backups by itself/m]);
-    await t.ok("make backup");
+    assert.match(await b1.sh("cat /etc/systemd/system/k3s.service"), /--disable=traefik/);
+    const own = readFileSync(t.lab.envFile, "utf8").match(/^.*__[ab]1=.*$/gm);
+    assert.deepEqual(
+      own?.map((line) => line.replace(/=.*/, "")),
+      ["# SERVER_ARGS__a1", "# NODE_LABELS__a1", "SERVER_ARGS__b1"],
+    );
+    assert.match(
+      await b2.sh("ls /var/lib/k3s-backups; ! grep -h k3s-backup /root/.ssh/authorized_keys | grep a1"),
+      /^k3s-b1-/m,
+    );
     await t.says("make check", 0, [/Nothing is wrong/]);
     const config = (await t.op("cat ~/.kube/config")).out;
     assert.match(config, /^current-context: k3s-198\.51\.101\.11$/m);

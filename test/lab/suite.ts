@@ -317,6 +317,19 @@ export async function handshakes(box: Box): Promise<Record<string, number>> {
   );
 }
 
+/** Restarts k3s, until its interface is a new one: of a server, systemctl is back while the old one stands. */
+export async function restarted(
+  server: Box,
+  restart: () => Promise<unknown> = () => server.sh("systemctl restart k3s"),
+) {
+  const interfaces = "cat /sys/class/net/flannel-wg/ifindex";
+  const was = (await server.sh(interfaces)).trim();
+  await restart();
+  await server.sh(
+    `for _ in $(seq 300); do now=$(${interfaces} 2>/dev/null) || :; case $now in '' | ${was}) sleep 0.2 ;; *) exit 0 ;; esac; done; exit 1`,
+  );
+}
+
 /** Every box has a fresh handshake with every other, at its public address, and with nobody else. */
 export async function connected(boxes: Box[]) {
   for (const box of boxes) {

@@ -1,7 +1,7 @@
 /** TUNNEL_KUBELETS: every kubelet is reached inside the tunnel, and 10250/tcp is closed everywhere else. */
 import assert from "node:assert/strict";
 import { after, describe, test } from "node:test";
-import { bench, MODERN, nodes, OLD, routerRule } from "./suite.ts";
+import { bench, MODERN, nodes, OLD, restarted, routerRule } from "./suite.ts";
 
 const t = await bench({ name: "tunnel", boxes: ["a1", "b1", "h1"], tools: true });
 after(() => t.lab.down());
@@ -50,7 +50,11 @@ describe("TUNNEL_KUBELETS", () => {
       (["a", "b"] as const).map((cloud) => routerRule(t.lab, cloud, "forward", "tcp dport 10250 drop")),
     );
     try {
-      await a1.sh("systemctl restart k3s");
+      await restarted(a1);
+      // The home has to begin, and notices after 15 s.
+      await a1.sh(
+        "for _ in $(seq 60); do wg show flannel-wg latest-handshakes | grep -q '[[:blank:]]0$' || exit 0; sleep 1; done; exit 1",
+      );
       await t.ok("make fix-metrics");
       assert.match(await types(), /^address-types=InternalIP$/m);
       assert.deepEqual(await top(), ["a1", "b1", "h1"]);

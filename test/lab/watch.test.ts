@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { bench, MODERN, nodes, routerRule } from "./suite.ts";
+import { bench, MODERN, nodes, restarted, routerRule } from "./suite.ts";
 
 const t = await bench({ name: "watch", boxes: ["a1", "a2", "b1", "b2", "h1"], tools: true });
 after(() => t.lab.down());
@@ -61,13 +61,6 @@ const shaken = (...boxes: (typeof a1)[]) =>
       rows.split("\n").some((row) => row.startsWith(key.trim()) && !row.endsWith("\t0")),
     );
   });
-/** What restarts k3s on the server, until its interface is a new one: systemctl is back while the old one stands. */
-async function restarted(restart: () => Promise<unknown>) {
-  const of = () => a1.sh("cat /sys/class/net/flannel-wg/ifindex");
-  const was = await of();
-  await restart();
-  await until(async () => (await of()) !== was);
-}
 /** It is told of a problem once, and once of its end. */
 async function toldOnce(problem: RegExp, mend: () => Promise<unknown>) {
   const lines = await rounds(4);
@@ -117,7 +110,7 @@ describe("make watch", () => {
 
   test("tells nothing while all is well, nor of a restart of k3s", async () => {
     assert.deepEqual(await rounds(3), []);
-    await restarted(async () => {
+    await restarted(a1, async () => {
       await a1.sh("systemctl restart --no-block k3s; sleep 0.5");
       assert.deepEqual(await rounds(1), []);
     });
@@ -130,7 +123,7 @@ describe("make watch", () => {
     const open = await routerRule(t.lab, "b", "forward", "udp dport 51820 drop");
     try {
       // With another key there is no handshake until the port is open.
-      await restarted(() => a1.sh("rm -f /run/flannel/wgkey; systemctl restart k3s"));
+      await restarted(a1, () => a1.sh("rm -f /run/flannel/wgkey; systemctl restart k3s"));
       await ready("b1", true);
       await shaken(h1);
       await toldOnce(
