@@ -275,7 +275,8 @@ async function promote(run: Run): Promise<number> {
     line.says(`all nodes are Ready, ${Math.round((Date.now() - began) / 1000)} s after the command`);
   const devices = await devicesFollow(run, now, was);
   const access = await attempt(run, box, () => moveAccess(box, [...new Set([was, old.ip])]));
-  const rest = [await up(next), await watchFollows(run, box), await backupsFollow(run, [box, ...now.agents])];
+  const all = [box, ...now.agents] as const;
+  const rest = [await watchFollows(next, box), await backupsFollow(next, all), await up(next)];
   return worst([renewed, ...joined, devices, access, ...rest]);
 }
 

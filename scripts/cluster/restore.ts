@@ -386,8 +386,9 @@ async function restoreFrom(file: string, run: Run): Promise<number> {
   if (run.mode !== "apply" && agents.length)
     showLater(run, `${agents.map(({ name }) => name).join(", ")} follow the server: make up, on all boxes`);
   if (status !== 0 || run.mode !== "apply") return status;
-  const done = [...(await agentsFollow(run, now)), await devicesFollow(run, now, about.ip), await up(next)];
-  return worst([...done, await watchFollows(run, box), await backupsFollow(run, [box, ...agents])]);
+  const done = [...(await agentsFollow(run, now)), await devicesFollow(run, now, about.ip)];
+  const rest = [await watchFollows(next, box), await backupsFollow(next, [box, ...agents]), await up(next)];
+  return worst([...done, ...rest]);
 }
 
 /** The new server looks after the cluster, if somebody is to be told. */

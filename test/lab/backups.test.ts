@@ -241,7 +241,8 @@ describe("a server's own backups in a bucket", () => {
       `node --import tsx test/lab/bucket.ts ${folder} 203.0.113.254 443 >${folder}/log 2>&1 & sleep 2; cat ${folder}/log`,
     );
     const certificate = readFileSync(join(folder, "certificate.pem"), "utf8");
-    await a1.sh(`echo '203.0.113.254 s3.example copies.s3.example' >>/etc/hosts
+    for (const box of [a1, a3])
+      await box.sh(`echo '203.0.113.254 s3.example copies.s3.example' >>/etc/hosts
 cat >/usr/local/share/ca-certificates/lab.crt <<'END'
 ${certificate}END
 update-ca-certificates >/dev/null 2>&1`);
