@@ -261,7 +261,7 @@ export function successor(run: Run, place: Box, follow: readonly Box[], gone: re
   const { ip, word, name } = place;
   const [lost = ""] = boxNames(settings.SERVER);
   const moved = inherits(readEnv(run.envFile).values, lost, name);
-  const theirs = INHERITED.filter((of) => `${of}__${name}` in moved).map((of) => [of, run.own[lost]?.[of]]);
+  const theirs = Object.entries(run.own[lost] ?? {}).filter(([of]) => `${of}__${name}` in moved);
   const left = gone.filter((other) => other !== ip);
   const members = [ip, ...follow.map((agent) => agent.ip), ...left.map((other) => `-${other}`)];
   const next: Run = {
