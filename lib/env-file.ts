@@ -54,24 +54,16 @@ export function slipIn(path: string): [line: number, right: string] | undefined 
 }
 
 /**
- * The text of an env file with some keys set, removed where undefined, or made a comment where null. Comments, order and all
- * other lines stay unchanged.
+ * The text of an env file with some keys set, or removed where undefined. Comments, order and all other lines stay
+ * unchanged.
  *
  * @throws {RangeError} when dotenv cannot represent the value: it has no escapes, so not all three kinds of quotes at
  * once.
  */
-export function withValues(text: string, values: Values): string {
+export function withValues(text: string, values: Record<string, string | undefined>): string {
   let result = text;
   for (const [key, value] of Object.entries(values)) {
     const all = [...result.matchAll(LINE)].filter((m) => m[2] === key);
-    if (value === null) {
-      for (const { 0: lines, index } of all.reverse())
-        result =
-          result.slice(0, index) +
-          lines.replace(/^\uFEFF?/, "$&# ").replaceAll("\n", "\n# ") +
-          result.slice(index + lines.length);
-      continue;
-    }
     if (value === undefined) {
       for (const m of all.reverse()) {
         const rest = result.slice(m.index + m[0].length).replace(/^[ \t]*(\r?\n|(?=#|$))/, "");
@@ -96,17 +88,18 @@ export function withValues(text: string, values: Values): string {
   return result;
 }
 
-/** New values by key; undefined: without it; null: as a comment. */
-export type Values = Record<string, string | undefined | null>;
-
 /**
- * Sets keys of an env file, or takes them out. It holds a lock, so parallel writers lose nothing; the
+ * Sets keys of an env file, or removes those that are undefined. It holds a lock, so parallel writers lose nothing; the
  * file is 0600 and replaced atomically; symlinks are followed. Without values it only tests whether the file can be
  * written.
  *
  * @throws {Unwritten} when it cannot be written, or another live process holds the lock for more than `seconds`.
  */
-export async function updateEnv(path: string, values: Values | undefined, seconds = 10): Promise<void> {
+export async function updateEnv(
+  path: string,
+  values: Record<string, string | undefined> | undefined,
+  seconds = 10,
+): Promise<void> {
   const file = realPath(path);
   const lock = `${file}.lock`;
   const end = Date.now() + seconds * 1000;

@@ -23,13 +23,15 @@ export const server = step({
   look: () => [
     ...serviceLook("server"),
     passwordLook,
+    rotationLook,
     prints("token sqlite external")(`fact token; cat ${NODE_TOKEN} 2>/dev/null
 fact sqlite; test -e /var/lib/rancher/k3s/server/db/state.db && echo yes
 fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo yes`),
   ],
 
   plan(want, facts): Change[] {
-    return servicePlan("server", environment(want, facts), want, facts, password(want, facts));
+    const before = [...password(want, facts), ...undoesRotation(want, facts)];
+    return servicePlan("server", environment(want, facts), want, facts, before);
   },
 
   learn(want, facts) {
@@ -108,6 +110,49 @@ export const KEEP_PASSWORD = writePassword(sh`$(sed ${PASSWORD_SED} ${NODE_TOKEN
 export const passwordLook = prints("password")(
   `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`,
 );
+
+const SERVER = "/var/lib/rancher/k3s/server";
+/** What a rotation of the token replaces, until k3s has started with the new one. */
+export const ROTATION = `${SERVER}/rotation`;
+/** Says if a rotation has not come to its end. */
+export const rotationLook = prints("rotation")(`fact rotation; ls ${ROTATION} 2>/dev/null`);
+
+/** Shell that keeps it. */
+export const KEEP_ROTATION = sh`rm -rf ${[ROTATION, `${ROTATION}.new`]}
+mkdir -m 700 ${`${ROTATION}.new`}
+cp -p ${SERVER}/token ${SERVER}/cred/passwd ${`${ROTATION}.new`}
+sync
+mv ${`${ROTATION}.new`} ${ROTATION}`;
+
+/**
+ * k3s replaces its passwords and its token first, and then encrypts its data anew (pkg/server/handlers/token.go of v1.36.3):
+ * after a power cut between the two it never starts again. It says so itself, and only then the token before is put back.
+ */
+const undoesRotation = (want: Settings, facts: Facts<"rotation" | "service">): Change[] =>
+  want.K3S_DATASTORE_ENDPOINT || !facts.rotation?.trim() || /^ActiveState=active$/m.test(facts.service ?? "")
+    ? []
+    : [
+        {
+          why: "start k3s with the token of an interrupted rotation, or else with the one before",
+          sh: sh`systemctl cat k3s >/dev/null 2>&1 || exit 0
+since=$(date +%s)
+systemctl restart --no-block k3s
+for _ in $(seq 120); do
+  if systemctl is-active -q k3s; then rm -rf ${ROTATION}; exit 0; fi
+  if journalctl -u k3s -o cat --no-pager --since "@$since" | grep -q 'bootstrap data already found'; then
+    for file in token cred/passwd; do
+      cp -p ${ROTATION}/"\${file##*/}" ${SERVER}/"$file.new"
+      sync
+      mv -f ${SERVER}/"$file.new" ${SERVER}/"$file"
+    done
+    rm -rf ${ROTATION}
+    exit 0
+  fi
+  sleep 0.5
+done`,
+          seconds: 90,
+        },
+      ];
 
 /** @throws {SettingError} when the box would become the server of another cluster. */
 function examine({ settings: want }: Run, boxes: readonly Box[]): void {

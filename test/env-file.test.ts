@@ -137,13 +137,6 @@ describe("an env file", () => {
     assert.equal(withValues("B=1\nA=1\n", { B: undefined, A: "2" }), "A=2\n");
   });
 
-  test("keeps a setting that is no longer to count as a comment, in any notation", () => {
-    const text = '\uFEFFA=1\r\n  export B="several\r\nlines" # why\r\nBB=3\r\n';
-    const left = withValues(text, { A: null, B: null, NONE: null });
-    assert.equal(left, '\uFEFF# A=1\r\n#   export B="several\r\n# lines" # why\r\nBB=3\r\n');
-    assert.deepEqual(parse(left), { BB: "3" });
-  });
-
   test("keeps keys with similar names", () => {
     const text = withValues("XK3S_URL=1\nK3S_URL_X=2\n#K3S_URL=3\n", { K3S_URL: "new" });
     assert.equal(text, "XK3S_URL=1\nK3S_URL_X=2\n#K3S_URL=3\nK3S_URL=new\n");

@@ -14,28 +14,21 @@ import {
   replacesToken,
   stopped,
 } from "../scripts/cluster/promote.ts";
-import { inherits } from "../scripts/cluster/restore.ts";
+import { orphans } from "../scripts/cluster/restore.ts";
 import { B1, MODERN, OLD, prepared, TOKEN, wanted } from "./helpers.ts";
 
 const CA = "ab".repeat(32);
 
-test("A server takes over the cluster's settings that the lost one had for itself; all of these become comments", () => {
+test("Settings for the lost server alone are named, since no script would take the env file any more", () => {
   const have = {
     SERVER: "a1",
     SERVER_ARGS__a1: "--cluster-cidr=10.52.0.0/16",
     HOST_KEY__a1: "k",
     NODE_LABELS__b1: "x",
   };
-  assert.deepEqual(inherits(have, "a1", "b1"), {
-    SERVER_ARGS__a1: null,
-    HOST_KEY__a1: null,
-    SERVER_ARGS__b1: "--cluster-cidr=10.52.0.0/16",
-  });
-  const both = inherits({ ...have, SERVER_ARGS__b1: "--disable=traefik" }, "a1", "b1");
-  assert.deepEqual(both, { SERVER_ARGS__a1: null, HOST_KEY__a1: null });
-  // As after an interrupted run.
-  assert.deepEqual(inherits(have, "b1", "b1"), {});
-  assert.deepEqual(inherits(have, "", "b1"), {});
+  assert.deepEqual(orphans(have, "a1", ["b1", "b2"]), ["SERVER_ARGS__a1", "HOST_KEY__a1"]);
+  assert.deepEqual(orphans(have, "a1", ["a1", "b2"]), []);
+  assert.deepEqual(orphans({ HOST_KEY__x__a1: "k" }, "a1", ["x__a1"]), []);
 });
 
 describe("an old server answers", () => {

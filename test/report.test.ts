@@ -106,7 +106,7 @@ describe("a secret in the output", () => {
   test("is not assumed if a text only mentions secrets", () => {
     for (const text of [
       "--token is required",
-      "take --token out of SERVER_ARGS, then AGAIN",
+      'take any --token out of SERVER_ARGS, and "make server", which undoes an interrupted make token; then AGAIN',
       "failed to validate token: token is not valid: 401",
       "--kubelet-arg=anonymous-auth=false --kube-apiserver-arg=enable-bootstrap-token-auth=true",
       "--token-file=/root/token --secrets-encryption --disable=traefik",

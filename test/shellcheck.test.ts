@@ -33,7 +33,7 @@ import { token } from "../scripts/cluster/token.ts";
 import { stepsFor } from "../scripts/cluster/upgrade.ts";
 import { downloadAhead } from "../scripts/download-k3s.ts";
 import { fixMetrics } from "../scripts/fix-metrics.ts";
-import { serverSteps } from "../scripts/server.ts";
+import { server, serverSteps } from "../scripts/server.ts";
 import {
   A1,
   answering,
@@ -325,6 +325,7 @@ describe("shellcheck reports nothing in the commands that operate a cluster,", {
       placeData("./x.tar.gz", "abc"),
     ].map((step): [Step, Facts] => [step, facts]),
     [placeData("./x.tar.gz", "abc", "x", ["promoted"]), facts],
+    [server, { ...facts, rotation: "token\n", service: "ActiveState=failed\nMainPID=0\n" }],
     [stopped("a1"), { ...facts, runs: "active\nenabled\n" }],
     [
       agentLeaves("ab".repeat(32), "./x.tar.gz"),

@@ -4,7 +4,8 @@ import { describe, test } from "node:test";
 import type { Settings } from "../lib/settings.ts";
 import { Refusal } from "../lib/step.ts";
 import { token } from "../scripts/cluster/token.ts";
-import { B1, type Facts, MODERN, OLD, prepared, TOKEN, wanted } from "./helpers.ts";
+import { server } from "../scripts/server.ts";
+import { B1, type Facts, healthy, MODERN, OLD, prepared, TOKEN, wanted } from "./helpers.ts";
 
 const facts: Facts = {
   ...prepared(MODERN),
@@ -21,7 +22,7 @@ describe("the token", () => {
     const changes = token.plan(wanted(), facts);
     assert.deepEqual(
       changes.map(({ why }) => why.slice(0, 16)),
-      ["rotate the token", "restart k3s and "],
+      ["rotate the token", "restart k3s and ", "forget the token"],
     );
     assert.match(changes[0]?.sh ?? "", /^\/usr\/local\/bin\/k3s token rotate >\/dev\/null$/m);
     for (const { sh } of changes) assert.ok(!sh.includes(TOKEN.slice(-32)));
@@ -40,6 +41,26 @@ describe("the token", () => {
     assert.deepEqual(token.learn?.(wanted(), { ...facts, token: `${other}\n` }), { K3S_TOKEN: other });
   });
 
+  test("before is kept until k3s has started with the new one", () => {
+    const whys = (over: Facts) =>
+      token
+        .plan(wanted(), { ...facts, rotation: "passwd\ntoken\n", ...over })
+        .map(({ why }) => why.slice(0, 16));
+    assert.deepEqual(whys({ token: `${other}\n`, opens: "401" }), ["restart k3s and ", "forget the token"]);
+    assert.deepEqual(whys({ token: `${other}\n` }), ["forget the token"]);
+  });
+
+  test("before is put back where a rotation was torn apart and k3s does not run, on no guess", () => {
+    const whys = (over: Facts, want = wanted()) =>
+      server
+        .plan(want, { ...healthy(MODERN, {}), rotation: "passwd\ntoken\n", ...over })
+        .map(({ why }) => why.slice(0, 30));
+    const service = "ActiveState=activating\nMainPID=0\nExecMainStartTimestampMonotonic=0\n";
+    assert.equal(whys({ service })[0], "start k3s with the token of an");
+    for (const over of [{}, { service, rotation: "" }])
+      assert.ok(!whys(over).some((why) => why.includes("token")));
+  });
+
   describe("of several servers", () => {
     const sum = (token: string) =>
       `600\n${createHash("sha256")
@@ -55,6 +76,7 @@ describe("the token", () => {
         "rotate the token",
         "write /etc/rancher/k3s/",
         "restart k3s and wait un",
+        "forget the token before",
       ]));
     test("is stored on the first one even after an interrupted run", () =>
       assert.deepEqual(whys(first, { token: `${other}\n` }), [

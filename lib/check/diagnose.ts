@@ -577,21 +577,23 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
   }
   for (const home of boxes.filter(isAtHome)) {
     const others = boxes.filter((box) => !isAtHome(box) && !explained.has(box));
-    const silent = others.filter((box) => lost.some((pair) => pair.includes(home) && pair.includes(box)));
+    const deaf = others.filter((box) => lost.some((pair) => pair.includes(home) && pair.includes(box)));
     explained.add(home);
-    const ways = silent.map((box) => tunnel(home.name, box.name));
-    const anew = silent.filter(({ unit }) => (unit.runs ?? Number.POSITIVE_INFINITY) < AGAIN);
-    const deaf = silent.filter((box) => !anew.includes(box));
     const names = deaf.map(({ name }) => name).join(", ");
-    if (anew.length && !deaf.length)
+    const ways = deaf.map((box) => tunnel(home.name, box.name));
+    const ages = deaf.map(({ unit }) => unit.runs ?? Number.POSITIVE_INFINITY);
+    if (deaf.length && Math.max(...ages) < AGAIN) {
+      const since = `${ages.map(Math.round).join(", ")} s ago`;
       findings.push(
         finding(
           home.name,
-          `its WireGuard does not reach ${anew.map(({ name, unit }) => `${name} yet, where k3s was started ${Math.round(unit.runs ?? 0)} s ago`).join(", nor ")}`,
+          `its WireGuard does not reach ${names} yet, where k3s was started ${since}`,
           "wait half a minute and make check again: a home shakes hands anew when nothing has answered it for 15 s",
           ways,
         ),
       );
+      continue;
+    }
     const open = `open 51820/udp to every address in the security group and firewall of ${names}: that of ${home.name} is not fixed`;
     if (deaf.length > 1 && deaf.length === others.length)
       findings.push(

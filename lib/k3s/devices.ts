@@ -234,7 +234,8 @@ const stateOf = (facts: Facts<SeenFact>) => {
 };
 
 /** The UDP port at which an entry takes its devices now; undefined while its interface is down. */
-export const entryPortOf = (facts: Facts<SeenFact>): string | undefined => stateOf(facts).port || undefined;
+export const entryPortOf = (facts: Facts<SeenFact>): string | undefined =>
+  /^\d{1,5}$/.exec(stateOf(facts).port ?? "")?.[0];
 
 /** Do the rules keep devices to the cluster, and those of ONLY=services to services? */
 function confines(rules: string, devices: readonly Device[]): boolean {

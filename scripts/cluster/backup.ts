@@ -187,17 +187,21 @@ async function schedule(
 /** A restored or promoted server backs itself up, if BACKUP_EVERY is set. @param all this server, then the agents. */
 export async function backupsFollow(run: Run, all: readonly [Box, ...Box[]]): Promise<number> {
   const [server] = all;
-  if (!run.settings.BACKUP_EVERY) return 0;
   return await attempt(run, server, async () => {
+    // The lost server's key may have let its backups in here.
+    await bring(run, server, [receivesNone]);
+    if (!run.settings.BACKUP_EVERY) return;
+    let target: Box | undefined;
     try {
-      await schedule(run, server, targetIn(run, all), all, await certificateIn(run));
+      target = targetIn(run, all);
     } catch (error) {
       // BACKUP_TO may be the lost server, or this one.
-      if (!(error instanceof SettingError)) throw error;
       server.line.says(
-        `this server does not back itself up yet: ${error.message}; make backup is still to be run`,
+        `this server does not back itself up yet: ${(error as Error).message}; make backup is still to be run`,
       );
+      return;
     }
+    await schedule(run, server, target, all, await certificateIn(run));
   });
 }
 

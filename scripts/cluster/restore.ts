@@ -4,8 +4,8 @@ import { boxAt, boxes, isSame } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
 import { ask } from "../../lib/check/survey.ts";
 import { look, lookAndConverge } from "../../lib/converge.ts";
-import { readEnv, updateEnv, type Values } from "../../lib/env-file.ts";
-import { hashOf } from "../../lib/files.ts";
+import { readEnv, updateEnv } from "../../lib/env-file.ts";
+import { hashOf, shown } from "../../lib/files.ts";
 import { attempt, bring, each, learnedFrom, showLater, worst } from "../../lib/fleet.ts";
 import { aboutOf, caOf, opened } from "../../lib/k3s/backups.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
@@ -30,7 +30,6 @@ import {
   type Step,
   step,
 } from "../../lib/step.ts";
-import type { SettingName } from "../../lib/table.ts";
 import { boxNames, splitWords } from "../../lib/text.ts";
 import { caIn } from "../../lib/token.ts";
 import { agentSteps, prepareAs, proofLook } from "../agent.ts";
@@ -236,40 +235,32 @@ const without = (list: string, word: string) =>
         .join(" ")
     : list;
 
-/** Settings that a server may have for itself, and that are the cluster's: its networks, its features. */
-const INHERITED: readonly SettingName[] = ["SERVER_ARGS", "K3S_CONFIG"];
-
 /**
- * What becomes of NAME__LOST in an env file, when no box of that name is left: INHERITED is the successor's, unless it has
- * its own; all is kept as a comment.
+ * Settings of an env file, NAME__BOX, for a box that is none of `left`: every script would refuse them from now on, and
+ * which of them are the cluster's, such as its networks, is the user's to say.
  */
-export function inherits(have: Record<string, string>, lost: string, heir: string): Values {
-  if (!lost || lost === heir) return {};
-  const own = Object.keys(have).filter((key) => key.endsWith(`__${lost}`));
-  const theirs = INHERITED.filter(
-    (name) => own.includes(`${name}__${lost}`) && !(`${name}__${heir}` in have),
-  );
-  return Object.fromEntries([
-    ...own.map((key) => [key, null]),
-    ...theirs.map((name) => [`${name}__${heir}`, have[`${name}__${lost}`]]),
-  ]);
-}
+export const orphans = (have: Record<string, string>, lost: string, left: readonly string[]): string[] =>
+  left.includes(lost) ? [] : Object.keys(have).filter((key) => /^[A-Z0-9_]+?__(.+)$/.exec(key)?.[1] === lost);
 
 /** @param gone addresses of the servers before. */
 export function successor(run: Run, place: Box, follow: readonly Box[], gone: readonly string[]): Successor {
   const { settings } = run;
   const { ip, word, name } = place;
   const [lost = ""] = boxNames(settings.SERVER);
-  const moved = inherits(readEnv(run.envFile).values, lost, name);
-  const theirs = Object.entries(run.own[lost] ?? {}).filter(([of]) => `${of}__${name}` in moved);
+  const agents = without(settings.AGENTS, word);
+  const { values, lines } = readEnv(run.envFile);
+  const own = orphans(values, lost, boxNames(`${word} ${agents}`));
+  if (own.length)
+    throw new SettingError(
+      `${own.map((key) => `${key} (${shown(run.envFile)} line ${lines[key]})`).join(", ")}: ${lost} is lost: expected what is the cluster's, such as its networks, under the name of HOST, …__${name}, and none of ${lost}`,
+    );
   const left = gone.filter((other) => other !== ip);
   const members = [ip, ...follow.map((agent) => agent.ip), ...left.map((other) => `-${other}`)];
   const next: Run = {
     ...run,
-    own: { ...run.own, [name]: { ...(run.own[name] ?? run.own[""]), ...Object.fromEntries(theirs) } },
     settings: {
       ...settings,
-      ...{ SERVER: word, AGENTS: without(settings.AGENTS, word), HOST: "", PUBLIC_IP: "" },
+      ...{ SERVER: word, AGENTS: agents, HOST: "", PUBLIC_IP: "" },
       ...{ K3S_URL: "", K3S_TOKEN: "" },
     },
     addresses: { servers: [ip], agents: run.addresses.agents.filter((other) => other !== ip) },
@@ -311,21 +302,13 @@ export async function begin(
   const learned = learnedFrom(steps, box, now.facts);
   Object.assign(next.settings, learned);
   const have = readEnv(run.envFile).values;
-  const [lost = ""] = boxNames(run.settings.SERVER);
-  const moved = inherits(have, lost, box.name);
-  const values: Values = { ...moved, ...learned, SERVER: box.word, K3S_VERSION: version };
+  const values: Record<string, string> = { ...learned, SERVER: box.word, K3S_VERSION: version };
   if (have.AGENTS) values.AGENTS = without(have.AGENTS, box.word);
   // At once: the next run is to find the old server there, or the new one.
   await updateEnv(
     run.envFile,
     Object.fromEntries(Object.entries(values).filter(([name, value]) => have[name] !== value)),
   );
-  const old = Object.keys(moved).filter((key) => moved[key] === null);
-  const its = Object.keys(moved).filter((key) => moved[key] !== null);
-  if (old.length)
-    box.line.says(
-      `in the env file ${old.join(", ")} became a comment, for ${lost} is lost${its.length ? `; ${its.join(", ")} is its successor's` : ""}`,
-    );
 }
 
 /** In parallel: each waits for those that the datastore still lists as Ready. */

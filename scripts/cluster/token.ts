@@ -9,7 +9,15 @@ import { restart } from "../../lib/k3s/service.ts";
 import { binaryLook, generationOf, K3S, NODE_TOKEN, nameLook } from "../../lib/k3s/unit.ts";
 import { type Change, prints, Refusal, step } from "../../lib/step.ts";
 import { asNode, CURL_SED, caIn, PASSWORD_SED } from "../../lib/token.ts";
-import { joinsExistingDatastore, KEEP_PASSWORD, password, passwordLook } from "../server.ts";
+import {
+  joinsExistingDatastore,
+  KEEP_PASSWORD,
+  KEEP_ROTATION,
+  password,
+  passwordLook,
+  ROTATION,
+  rotationLook,
+} from "../server.ts";
 
 const SERVER = "/var/lib/rancher/k3s/server";
 
@@ -22,6 +30,7 @@ export const token = step({
     nameLook,
     configsLook(),
     passwordLook,
+    rotationLook,
     prints("token rotates active opens")(`fact token; cat ${NODE_TOKEN} 2>/dev/null
 fact rotates; ${K3S} token --help 2>/dev/null | grep -oE '^ +rotate '
 fact active; systemctl is-active k3s 2>/dev/null
@@ -56,15 +65,17 @@ fact opens; ${asNode(`"$(sed '${PASSWORD_SED}; ${CURL_SED}' ${NODE_TOKEN} 2>/dev
       nodeNameOf("server", want, facts),
       want,
     );
+    const ends = { why: "forget the token before", sh: `rm -rf ${ROTATION}` };
+    const left = facts.rotation?.trim() ? [ends] : [];
     const given = password(want, facts);
     // The server reads the passwords at its start (v1.36.3, seen): until its restart the old token is valid. Or it is not
     // up yet: an earlier run may still be restarting it.
-    if (given.length || facts.opens?.trim() !== "200") return [...given, start];
+    if (given.length || facts.opens?.trim() !== "200") return [...given, start, ...left];
     // Another server can read the data that the first one has stored under the new token only with that token (v1.36.3
     // with PostgreSQL, seen).
-    if (joinsExistingDatastore(want)) return now === want.K3S_TOKEN ? [] : [start];
+    if (joinsExistingDatastore(want)) return now === want.K3S_TOKEN ? [] : [start, ...left];
     // Not the env file's token, but a valid one: a run was interrupted before the new token was saved.
-    if (now !== want.K3S_TOKEN) return [];
+    if (now !== want.K3S_TOKEN) return left;
     return [
       {
         why: "rotate the token",
@@ -73,10 +84,12 @@ fact opens; ${asNode(`"$(sed '${PASSWORD_SED}; ${CURL_SED}' ${NODE_TOKEN} 2>/dev
         // read its own data at the next start (pkg/server/token.go).
         sh: `head -c 65536 /dev/zero >${SERVER}/room || { rm -f ${SERVER}/room; exit 1; }
 rm ${SERVER}/room
+${KEEP_ROTATION}
 ${K3S} token rotate >/dev/null`,
       },
       ...(want.K3S_DATASTORE_ENDPOINT ? [KEEP_PASSWORD] : []),
       start,
+      ends,
     ];
   },
 

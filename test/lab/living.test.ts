@@ -246,6 +246,19 @@ test("make token keeps nodes running, invalidates the old token, and reads the t
   await t.says("make -j up", 0, [/^b1 +nothing to do/m, /^b2 +nothing to do/m]);
 });
 
+test("make server undoes a rotation of the token that a power cut has torn apart", async () => {
+  const before = t.env().K3S_TOKEN as string;
+  await a1.sh("touch /run/stand-in-dies-rotating");
+  await t.says("make token", 2, [/^a1 +FAILED .*rotate the token/m]);
+  await a1.sh("rm /run/stand-in-dies-rotating");
+  await t.says("make token", 2, [/encrypted with different token/, /do: .*"make server", which undoes/]);
+  await t.says("make server", 0, [/^a1 +start k3s with the token of an interrupted rotation/m]);
+  assert.deepEqual([t.env().K3S_TOKEN, await door(a1, before)], [before, "200"]);
+  await t.ok("make token");
+  assert.equal(await a1.sh("ls /var/lib/rancher/k3s/server | grep rotation || :"), "");
+  await t.ok("make -j up");
+});
+
 describe("with backup and restore,", () => {
   const file = () => join(t.lab.dir, "home/backup.tar.gz");
 

@@ -49,8 +49,7 @@ before(async () => {
     `systemd-run -q --unit=hook /opt/k3s-stand-in/node -e 'require("node:http").createServer((request, response) => response.end("ok")).listen(80)'`,
   );
   const own = { BACKUP_EVERY: "1h", BACKUP_TO: "b2", NOTIFY_URL: `http://${b2.publicIp}/told` };
-  const itself = { SERVER_ARGS__a1: "--disable=traefik", NODE_LABELS__a1: "disk=ssd" };
-  t.settings({ K3S_VERSION: MODERN, ...own, ...itself }, { agents: AGENTS });
+  t.settings({ K3S_VERSION: MODERN, ...own }, { agents: AGENTS });
   await t.ok("make -j up");
   await t.ok("make watch");
   await t.ok("make device NAME=phone");
@@ -82,6 +81,19 @@ describe("a promotion", () => {
     await t.says("make promote HOST=b1 K3S_DATASTORE_ENDPOINT=postgres://u:p@203.0.113.9/k3s", 2, [
       /put another of its servers first in SERVER/,
     ]);
+    assert.deepEqual(await units(), before);
+  });
+
+  test("is refused while the env file has settings for the lost server alone, which it names", async () => {
+    const before = await units();
+    const { K3S_TOKEN, SERVER, AGENTS: agents, ...rest } = t.env();
+    const with_ = (more: Record<string, string>) =>
+      t.settings({ ...rest, K3S_TOKEN: K3S_TOKEN as string, ...more }, { server: SERVER, agents });
+    with_({ SERVER_ARGS__a1: "--disable=traefik" });
+    await t.says("make promote HOST=b1", 2, [
+      /SERVER_ARGS__a1 \(\S+\.env line \d+\): a1 is lost: expected .*…__b1/,
+    ]);
+    with_({});
     assert.deepEqual(await units(), before);
   });
 
@@ -137,12 +149,6 @@ describe("a promotion", () => {
       CLUSTER.map((name) => new RegExp(`^${name} +nothing to do`, "m")),
     );
     assert.equal(await b1.sh("systemctl is-active k3s-watch.timer"), "active\n");
-    assert.match(await b1.sh("cat /etc/systemd/system/k3s.service"), /--disable=traefik/);
-    const own = readFileSync(t.lab.envFile, "utf8").match(/^.*__[ab]1=.*$/gm);
-    assert.deepEqual(
-      own?.map((line) => line.replace(/=.*/, "")),
-      ["# SERVER_ARGS__a1", "# NODE_LABELS__a1", "SERVER_ARGS__b1"],
-    );
     assert.match(
       await b2.sh("ls /var/lib/k3s-backups; ! grep -h k3s-backup /root/.ssh/authorized_keys | grep a1"),
       /^k3s-b1-/m,
