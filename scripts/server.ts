@@ -1,6 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Step 4 of 7: a healthy k3s server on its public address. Includes steps 1 to 3. */
 import { causes } from "../lib/check/causes.ts";
+import { DATA } from "../lib/k3s/archive.ts";
 import { NODE_SETTINGS, PASSWORD, proxyEnv } from "../lib/k3s/config.ts";
 import { neighbours } from "../lib/k3s/firewall/neighbours.ts";
 import { ALLOWED, brief } from "../lib/k3s/identity.ts";
@@ -111,16 +112,15 @@ export const passwordLook = prints("password")(
   `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`,
 );
 
-const SERVER = "/var/lib/rancher/k3s/server";
 /** What a rotation of the token replaces, until k3s has started with the new one. */
-export const ROTATION = `${SERVER}/rotation`;
+export const ROTATION = `${DATA}/rotation`;
 /** Says if a rotation has not come to its end. */
 export const rotationLook = prints("rotation")(`fact rotation; ls ${ROTATION} 2>/dev/null`);
 
 /** Shell that keeps it. */
 export const KEEP_ROTATION = sh`rm -rf ${[ROTATION, `${ROTATION}.new`]}
 mkdir -m 700 ${`${ROTATION}.new`}
-cp -p ${SERVER}/token ${SERVER}/cred/passwd ${`${ROTATION}.new`}
+cp -p ${DATA}/token ${DATA}/cred/passwd ${`${ROTATION}.new`}
 sync
 mv ${`${ROTATION}.new`} ${ROTATION}`;
 
@@ -141,9 +141,9 @@ for _ in $(seq 120); do
   if systemctl is-active -q k3s; then rm -rf ${ROTATION}; exit 0; fi
   if journalctl -u k3s -o cat --no-pager --since "@$since" | grep -q 'bootstrap data already found'; then
     for file in token cred/passwd; do
-      cp -p ${ROTATION}/"\${file##*/}" ${SERVER}/"$file.new"
+      cp -p ${ROTATION}/"\${file##*/}" ${DATA}/"$file.new"
       sync
-      mv -f ${SERVER}/"$file.new" ${SERVER}/"$file"
+      mv -f ${DATA}/"$file.new" ${DATA}/"$file"
     done
     rm -rf ${ROTATION}
     exit 0

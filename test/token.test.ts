@@ -57,7 +57,7 @@ describe("the token", () => {
         .map(({ why }) => why.slice(0, 30));
     const service = "ActiveState=activating\nMainPID=0\nExecMainStartTimestampMonotonic=0\n";
     assert.equal(whys({ service })[0], "start k3s with the token of an");
-    for (const over of [{}, { service, rotation: "" }])
+    for (const over of [{}, { service, rotation: "" }] as Facts[])
       assert.ok(!whys(over).some((why) => why.includes("token")));
   });
 

@@ -2,6 +2,7 @@
 /** Rotates the cluster's token: nobody can join with the old one; nodes that have joined continue to run. */
 import { parseArgs } from "../../lib/args.ts";
 import { causes } from "../../lib/check/causes.ts";
+import { DATA } from "../../lib/k3s/archive.ts";
 import { configsLook, foreignArgs } from "../../lib/k3s/foreign.ts";
 import { brief, nodeNameOf } from "../../lib/k3s/identity.ts";
 import { main } from "../../lib/k3s/script.ts";
@@ -19,8 +20,6 @@ import {
   rotationLook,
 } from "../server.ts";
 
-const SERVER = "/var/lib/rancher/k3s/server";
-
 export const token = step({
   name: "token",
   options: ["SERVER", "PUBLIC_IP", "K3S_TOKEN", "K3S_DATASTORE_ENDPOINT"],
@@ -35,7 +34,7 @@ export const token = step({
 fact rotates; ${K3S} token --help 2>/dev/null | grep -oE '^ +rotate '
 fact active; systemctl is-active k3s 2>/dev/null
 fact opens; ${asNode(`"$(sed '${PASSWORD_SED}; ${CURL_SED}' ${NODE_TOKEN} 2>/dev/null)"`)}
-  curl -sS --max-time 10 -K - --cacert ${SERVER}/tls/server-ca.crt -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/client-ca.crt 2>/dev/null`),
+  curl -sS --max-time 10 -K - --cacert ${DATA}/tls/server-ca.crt -o /dev/null -w '%{http_code}' https://127.0.0.1:6443/v1-k3s/client-ca.crt 2>/dev/null`),
   ],
 
   plan(want, facts): Change[] {
@@ -82,8 +81,8 @@ fact opens; ${asNode(`"$(sed '${PASSWORD_SED}; ${CURL_SED}' ${NODE_TOKEN} 2>/dev
         // Without arguments it reads the old token from its file and generates the new one: none is on a command line.
         // Its warning is coloured. It rewrites its file in place, which a full disk would leave empty; k3s could then not
         // read its own data at the next start (pkg/server/token.go).
-        sh: `head -c 65536 /dev/zero >${SERVER}/room || { rm -f ${SERVER}/room; exit 1; }
-rm ${SERVER}/room
+        sh: `head -c 65536 /dev/zero >${DATA}/room || { rm -f ${DATA}/room; exit 1; }
+rm ${DATA}/room
 ${KEEP_ROTATION}
 ${K3S} token rotate >/dev/null`,
       },
