@@ -256,11 +256,15 @@ async function promote(run: Run): Promise<number> {
       done();
     }
   });
-  if (status === 0 && run.mode !== "apply")
+  if (status === 0 && run.mode !== "apply") {
+    const goesOn = [settings.NOTIFY_URL && ", is watched", settings.BACKUP_EVERY && ", backs itself up"].join(
+      "",
+    );
     showLater(
       run,
-      `${place.name} is the server, with a new token; ${["devices", "kubeconfig", ...follow.map(({ name }) => name)].join(", ")} follow`,
+      `${place.name} is the server, with a new token${goesOn}; ${["devices", "kubeconfig", ...follow.map(({ name }) => name)].join(", ")} follow`,
     );
+  }
   if (status !== 0 || run.mode !== "apply" || !now) return status;
 
   const { next, box } = now;

@@ -103,7 +103,7 @@ describe("a promotion", () => {
     await t.says("make promote HOST=b1 DRY=1", 0, [
       /^b1 +takes k3s-a1-\S+\.tar\.gz\.cms, made /m,
       /^b1: 2 to do\n.*check the backup on the box.*\n.*stop k3s-agent/m,
-      /then: b1 is the server, with a new token/,
+      /then: b1 is the server, with a new token, is watched, backs itself up; devices, /,
     ]);
     assert.deepEqual(await units(), before);
   });
