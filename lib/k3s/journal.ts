@@ -108,7 +108,8 @@ const WORDS: readonly Word[] = [
   {
     said: "bootstrap data already found",
     cause: "the server was given another token than the one its data are encrypted with",
-    remedy: 'take any --token out of SERVER_ARGS, and "make server", which undoes an interrupted make token; then AGAIN',
+    remedy:
+      'take any --token out of SERVER_ARGS, and "make server", which undoes an interrupted make token; then AGAIN',
     forever: true,
   },
   {
