@@ -28,8 +28,6 @@ import { agentSteps, prepareAs } from "../agent.ts";
 import { downloadK3s } from "../download-k3s.ts";
 import { installWireguard } from "../install-wireguard.ts";
 import { server } from "../server.ts";
-import { up } from "../up.ts";
-import { backupsFollow } from "./backup.ts";
 import { contextAt, mergeFrom } from "./kubeconfig.ts";
 import {
   agentsFollow,
@@ -37,6 +35,7 @@ import {
   begin,
   devicesFollow,
   examine,
+  goesOn,
   hasDone,
   named,
   placeData,
@@ -44,7 +43,6 @@ import {
   restoredLook,
   type Successor,
   successor,
-  watchFollows,
 } from "./restore.ts";
 import { token } from "./token.ts";
 
@@ -257,12 +255,12 @@ async function promote(run: Run): Promise<number> {
     }
   });
   if (status === 0 && run.mode !== "apply") {
-    const goesOn = [settings.NOTIFY_URL && ", is watched", settings.BACKUP_EVERY && ", backs itself up"].join(
+    const more = [settings.NOTIFY_URL && ", is watched", settings.BACKUP_EVERY && ", backs itself up"].join(
       "",
     );
     showLater(
       run,
-      `${place.name} is the server, with a new token${goesOn}; ${["devices", "kubeconfig", ...follow.map(({ name }) => name)].join(", ")} follow`,
+      `${place.name} is the server, with a new token${more}; ${["devices", "kubeconfig", ...follow.map(({ name }) => name)].join(", ")} follow`,
     );
   }
   if (status !== 0 || run.mode !== "apply" || !now) return status;
@@ -279,9 +277,7 @@ async function promote(run: Run): Promise<number> {
     line.says(`all nodes are Ready, ${Math.round((Date.now() - began) / 1000)} s after the command`);
   const devices = await devicesFollow(run, now, was);
   const access = await attempt(run, box, () => moveAccess(box, [...new Set([was, old.ip])]));
-  const all = [box, ...now.agents] as const;
-  const rest = [await watchFollows(next, box), await backupsFollow(next, all), await up(next)];
-  return worst([renewed, ...joined, devices, access, ...rest]);
+  return worst([renewed, ...joined, devices, access, await goesOn(now)]);
 }
 
 /** @throws {Refusal} while the old server answers, unless FORCE=1, which stops its k3s. */

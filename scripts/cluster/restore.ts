@@ -362,7 +362,7 @@ async function restoreFrom(file: string, run: Run): Promise<number> {
   const gone = [about.ip];
   await watch([place, ...follow]);
   const now = successor(run, place, follow, gone);
-  const { next, box, agents } = now;
+  const { box, agents } = now;
   const puts = placeData(file, await hashOf(file), settings.BACKUP);
   const steps = [...prepareAs("server"), puts, now.follows, server];
   const status = await attempt(run, box, () => begin(run, now, steps, gone, about.version));
@@ -370,15 +370,16 @@ async function restoreFrom(file: string, run: Run): Promise<number> {
     showLater(run, `${agents.map(({ name }) => name).join(", ")} follow the server: make up, on all boxes`);
   if (status !== 0 || run.mode !== "apply") return status;
   const done = [...(await agentsFollow(run, now)), await devicesFollow(run, now, about.ip)];
-  const rest = [await watchFollows(next, box), await backupsFollow(next, [box, ...agents]), await up(next)];
-  return worst([...done, ...rest]);
+  return worst([...done, await goesOn(now)]);
 }
 
-/** The new server looks after the cluster, if somebody is to be told. */
-export const watchFollows = async (run: Run, box: Box): Promise<number> =>
-  run.settings.NOTIFY_URL
-    ? await attempt(run, box, async () => void (await lookAndConverge(box, watchStep)), "watch")
+/** The new server looks after the cluster, if somebody is to be told, backs itself up, and gets what else `up` does. */
+export async function goesOn({ next, box, agents }: Successor): Promise<number> {
+  const watched = next.settings.NOTIFY_URL
+    ? await attempt(next, box, async () => void (await lookAndConverge(box, watchStep)), "watch")
     : 0;
+  return worst([watched, await backupsFollow(next, [box, ...agents]), await up(next)]);
+}
 
 await main(import.meta, {
   about:
