@@ -34,8 +34,8 @@ export const TURN = 150;
  * consequence of it, and not reported.
  */
 interface Finding extends Problem {
-  /** Not a problem yet, only a note: the test of this name does not count as failed. */
-  note?: string;
+  /** Not a problem yet, only a note: these tests do not count as failed. */
+  note: string[];
   /** `node b1`, `tunnel a1 b1`, `kubelet b1`: what others may depend on. */
   breaks: string[];
   by: string[];
@@ -50,8 +50,8 @@ const finding = (
   remedy: string,
   breaks: string[] = [],
   by: string[] = [],
-  note?: string,
-): Finding => ({ box, cause, remedy, breaks, by, ...(note ? { note } : {}) });
+  note: string[] = [],
+): Finding => ({ box, cause, remedy, breaks, by, note });
 
 /** Names of paths that others depend on. */
 const tunnel = (a: string, b: string) => `tunnel ${[a, b].sort().join(" ")}`;
@@ -82,8 +82,8 @@ export function judge(cluster: Cluster): { wrong: Problem[]; notes: string[]; ea
       const followed = by.some((way) => broken.has(way));
       // A consequence also breaks what depends on it.
       for (const way of breaks) broken.add(way);
-      if (note) early.push(note);
-      if (!followed && note) notes.push(`${problem.box}: ${problem.cause}`);
+      early.push(...note);
+      if (!followed && note.length) notes.push(`${problem.box}: ${problem.cause}`);
       else if (!followed) wrong.push(problem);
     }
   };
@@ -587,9 +587,11 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
       findings.push(
         finding(
           home.name,
-          `its WireGuard does not reach ${names} yet, where k3s was started ${since}`,
-          "wait half a minute and make check again: a home shakes hands anew when nothing has answered it for 15 s",
+          `its WireGuard does not reach ${names} yet: k3s was started there ${since}, and a box without a public address shakes hands again within ${AGAIN} s`,
+          "run make check again in half a minute",
           ways,
+          [],
+          Object.values(TESTS),
         ),
       );
       continue;
@@ -702,7 +704,7 @@ function dnsFindings({ boxes, nodes, system }: Cluster): Findings {
       `kubectl -n kube-system describe pod ${first.name}`,
       ["coredns"],
       where ? [`node ${where}`, `starts ${where}`] : [],
-      early ? "DNS from the pods of every node" : undefined,
+      early ? [TESTS.dns] : [],
     ),
   ];
 }
@@ -780,13 +782,23 @@ function topFindings({ boxes, nodes, system }: Cluster, broken: Set<string>): Fi
         "run make check again then",
         [],
         [],
-        TOP,
+        [TESTS.top],
       ),
   ];
 }
 
-/** The name of the test of `kubectl top nodes`. */
-export const TOP = "nodes in kubectl top";
+/** The tests of `make check`, by what its report calls them. */
+export const TESTS = {
+  sizes: "full-size packets through the tunnels",
+  kubelets: "kubelets at 10250 from the server",
+  service: "the API's service from every node",
+  top: "nodes in kubectl top",
+  pods: "full-size packets from pod to pod",
+  podService: "pods to the service of the API",
+  dns: "DNS from the pods of every node",
+  logs: "kubectl logs",
+  exec: "kubectl exec",
+};
 
 /** What pods cannot reach although their boxes can. */
 function podFindings({ boxes, system }: Cluster): Findings {

@@ -2,7 +2,7 @@
 
 import { SettingError, type Settings } from "../settings.ts";
 import { raw, sh, waitUntil } from "../sh.ts";
-import { type Change, type Facts, prints, Refusal, type Step } from "../step.ts";
+import { type Change, type Facts, type Look, prints, Refusal, type Step } from "../step.ts";
 import { type Match, nodeNameOf, nodeOf, nodesAt, place, RESTARTING, type Who, whoIs } from "./identity.ts";
 import { API, clusterLook, DRAINED, NODES, type Node, nodesOf, WATCH } from "./nodes.ts";
 import { K3S, nameLook, shownLook } from "./unit.ts";
@@ -70,6 +70,14 @@ export function uncordon({ name, drained }: Node): Change[] {
   return drained ? [{ why: `let pods come to node ${name} again`, sh: `${ADMIN}\n${givenBack(name)}` }] : [];
 }
 
+/**
+ * Waits while k3s starts on the server, for a minute at most, and prints nothing: after an interrupted run nothing could
+ * be planned. One that fails in a loop is not waited for: systemd has it as "auto-restart".
+ */
+export const startedLook = sh`for _ in $(seq 60); do
+  case $(systemctl show -p SubState k3s 2>/dev/null) in *=start* | *=stop* | *=final*) sleep 1 ;; *) break ;; esac
+done` as Look;
+
 /** The server's list of nodes. @throws {Refusal} where its API does not answer. */
 export function serverNodes(facts: Facts<"nodes">): Node[] {
   const nodes = nodesOf(facts.nodes);
@@ -88,7 +96,7 @@ export const onNodeOf = <F extends string = "nodes">(
 ): Step<F | "nodes"> => ({
   name,
   options: [],
-  look: () => [...clusterLook],
+  look: () => [startedLook, ...clusterLook],
   plan(_want, facts) {
     const found = nodeOf(serverNodes(facts), box);
     if (found?.is !== "restarted" || !found.node.ready) return plan(found, facts);

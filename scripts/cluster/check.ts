@@ -2,7 +2,7 @@
 /** Examines the whole cluster and reports what is wrong with it. Changes nothing. */
 import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
-import { judge, median, TOP } from "../../lib/check/diagnose.ts";
+import { judge, median, TESTS } from "../../lib/check/diagnose.ts";
 import { tryPods } from "../../lib/check/pods.ts";
 import {
   ask,
@@ -90,31 +90,31 @@ export function proofsOf({ boxes, nodes }: Cluster, podless: string | undefined)
     tried.services[name] === undefined ? {} : { [name]: tried.services[name] as boolean };
   return [
     {
-      what: "full-size packets through the tunnels",
+      what: TESTS.sizes,
       passed: sizes.filter(Boolean).length,
       of: sizes.length,
       untested: without("ping"),
     },
     {
-      what: "kubelets at 10250 from the server",
+      what: TESTS.kubelets,
       passed: kubelets.filter((how) => how === "open").length,
       of: kubelets.length,
       untested: without("bash"),
     },
     {
-      what: "the API's service from every node",
+      what: TESTS.service,
       passed: services.filter((how) => how === "open").length,
       of: services.length,
       untested: without("kube-proxy"),
     },
     ...(server?.metrics
-      ? [{ what: TOP, passed: server.tried.top.length, of: nodes.length, untested: [] }]
+      ? [{ what: TESTS.top, passed: server.tried.top.length, of: nodes.length, untested: [] }]
       : []),
-    byPods("full-size packets from pod to pod", ({ pods }) => pods),
-    byPods("pods to the service of the API", one("kubernetes")),
-    byPods("DNS from the pods of every node", one("DNS")),
-    byPods("kubectl logs", ({ logs }) => logs),
-    byPods("kubectl exec", ({ exec }) => exec),
+    byPods(TESTS.pods, ({ pods }) => pods),
+    byPods(TESTS.podService, one("kubernetes")),
+    byPods(TESTS.dns, one("DNS")),
+    byPods(TESTS.logs, ({ logs }) => logs),
+    byPods(TESTS.exec, ({ exec }) => exec),
     {
       what: "pods, services, DNS, logs and exec",
       passed: 0,

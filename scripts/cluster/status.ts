@@ -1,7 +1,7 @@
 #!/usr/bin/env -S node --import tsx
 /** Shows the cluster in ten lines, from one round trip to the server. Changes nothing. */
 import { boxes } from "../../lib/boxes.ts";
-import { judge, TOP } from "../../lib/check/diagnose.ts";
+import { judge, TESTS } from "../../lib/check/diagnose.ts";
 import {
   ask,
   type BoxReport,
@@ -60,7 +60,7 @@ export function statusOf(cluster: Cluster, pods: string | undefined): Row[] {
     ([, ready = "", state]) => state !== "Completed" && (state !== "Running" || !/^(\d+)\/\1$/.test(ready)),
   );
   const { top } = server.tried;
-  const early = judge(cluster).early.includes(TOP);
+  const early = judge(cluster).early.includes(TESTS.top);
   const { state, runs, restarts } = server.unit;
   const ends = firstOf(server.certificates)?.ends ?? Number.POSITIVE_INFINITY;
   const days = daysTo(ends, server.now);

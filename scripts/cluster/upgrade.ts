@@ -6,11 +6,12 @@
  */
 import { boxes } from "../../lib/boxes.ts";
 import { causes } from "../../lib/check/causes.ts";
+import { ask } from "../../lib/check/survey.ts";
 import { converge, look, lookAndConverge } from "../../lib/converge.ts";
 import { readEnv, updateEnv } from "../../lib/env-file.ts";
 import { attempt, each, showLater, showPlan, worst } from "../../lib/fleet.ts";
 import { CONFIG, REGISTRIES } from "../../lib/k3s/config.ts";
-import { drainedOn, serverNodes, uncordonedOn } from "../../lib/k3s/drain.ts";
+import { drainedOn, serverNodes, startedLook, uncordonedOn } from "../../lib/k3s/drain.ts";
 import { firewall } from "../../lib/k3s/firewall/firewall.ts";
 import { nodeNameOf, nodeOf, nodesAt, whoIs } from "../../lib/k3s/identity.ts";
 import { clusterLook, nodesOf, WATCH } from "../../lib/k3s/nodes.ts";
@@ -209,7 +210,8 @@ async function upgrade(run: Run): Promise<number> {
   const looked = await each(run, all, async (box) => {
     const role = servers.includes(box) ? "server" : "agent";
     box.want = { ...box.want, allowed: new Set([...run.flags, "release"]) };
-    const facts = await look(box, [...stepsOf(role), stepsFor(role, "", box.ip).keep]);
+    const started = ask(role === "server" ? [startedLook] : []);
+    const facts = await look(box, [started, ...stepsOf(role), stepsFor(role, "", box.ip).keep]);
     members[all.indexOf(box)] = { box, role, facts, version: "" };
   });
   if (looked.some((status) => status !== 0)) return worst(looked);

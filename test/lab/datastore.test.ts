@@ -157,6 +157,7 @@ runuser -u plain -- grep -rsl -D skip 'hunte[r]2' /etc /home /root /run /tmp /va
       test("are upgraded one at a time, then the agent, even to the other generation and after an interruption", async () => {
         const to = "v1.36.3+k3s1";
         await release(t.lab, to);
+        await t.box("a1").sh("touch /run/stand-in-slow");
         const text = await t.cutThenDone(
           `make upgrade K3S_VERSION=${to} ${generation === "old" ? "FORCE=1" : ""}`,
           /a1 +restart k3s and wait/,
