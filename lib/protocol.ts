@@ -10,13 +10,14 @@ import type { SettingName } from "./table.ts";
  * early.
  */
 const BASE = `
-fact uptime; cut -d' ' -f1 /proc/uptime
+fact uptime; read -r up _ </proc/uptime; echo "$up"
 fact now; date +%s.%N
 fact boot; cat /proc/sys/kernel/random/boot_id
 fact machine; cat /etc/machine-id 2>/dev/null
-fact hostname; uname -n
-fact arch; uname -m
-fact kernel; uname -r
+uname=$(uname -nrm)
+fact arch; echo "\${uname##* }"; uname=\${uname% *}
+fact kernel; echo "\${uname##* }"
+fact hostname; echo "\${uname% *}"
 fact os; cat /etc/os-release 2>/dev/null
 fact systemd; test -d /run/systemd/system && echo yes
 fact addresses; ip -o -4 addr show 2>/dev/null

@@ -436,7 +436,8 @@ export function open(host: string, keys = ""): Shell {
       const stream = packed ? new PassThrough() : createGzip({ level: 1 });
       // An unreadable file ends the stream, and with it the copy.
       pipeline(createReadStream(file, { start }), stream).catch(() => {});
-      const write = sh`umask 077; ${raw(packed ? "cat" : "gzip -dc")} ${raw(start ? ">>" : ">")}${path}`;
+      // At its place, not appended: an earlier run's copy, whose operator was lost, may still write the same bytes.
+      const write = sh`umask 077; ${raw(start ? "" : sh`rm -f ${path}; `)}{ dd bs=1 seek=${start} count=0 conv=notrunc 2>/dev/null && ${raw(packed ? "cat" : "gzip -dc")}; } 1<>${path}`;
       checkCopy(`push ${file}`, await execute(write, stream, Math.max(COPY, size / 20_000), () => {}));
     },
     async pull(path, file) {

@@ -1,8 +1,10 @@
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
-import { readFileSync, writeFileSync } from "node:fs";
+import { randomBytes } from "node:crypto";
+import { readFileSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { addressOf, closeAll, open, reasonOf, Unreachable } from "../lib/shell.ts";
 import { lacks, program, programs, ROOT, shell, TOKEN, temporary } from "./helpers.ts";
 
@@ -203,6 +205,16 @@ for (const [name, host] of [
         await open(host).push(from, to);
         assert.deepEqual(readFileSync(to), bytes);
       }
+    });
+
+    test("has the right file when a push is resumed while the bytes of an earlier one still arrive", async () => {
+      const [from, to] = [join(temporary(), "file"), join(temporary(), "file")];
+      const bytes = randomBytes(40_000_000);
+      writeFileSync(from, bytes);
+      const earlier = open(host).push(from, to);
+      while (!((statSync(to, { throwIfNoEntry: false })?.size ?? 0) > 0)) await sleep(5);
+      await Promise.all([earlier, open(host).push(from, to)]);
+      assert.ok(readFileSync(to).equals(bytes));
     });
 
     test("returns a file unchanged, readable by its owner only, and overwrites none", async () => {

@@ -141,7 +141,10 @@ describe("an agent reports", () => {
     const PATH = programs(`${root}/bin`, {
       curl: curl.replace("LIST", `${root}/list`),
       wg: `[ "$2" = flannel-wg ] && cat ${root}/dump`,
-      systemctl: `case $* in *show*) echo ExecMainStartTimestampMonotonic=0 ;; "is-active ${active}") echo active ;; *) echo inactive ;; esac`,
+      systemctl: `shift; for unit; do
+  case $unit in -*) break ;; ${active}) state=active ;; *) state=inactive ;; esac
+  printf 'ActiveState=%s\\nExecMainStartTimestampMonotonic=0\\n\\n' $state
+done`,
     });
     const there = clusterLook
       .join("\n")

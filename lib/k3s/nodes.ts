@@ -45,8 +45,9 @@ export const oldestSh = (generation: Generation): string =>
  * ExecMainStartTimestampMonotonic, in microseconds.
  */
 export const startedSh = (monotonic: string): string =>
-  sh`since=$(${raw(monotonic)} | sed 's/[0-9]\{6\}$//')
-since=$(($(date +%s) - $(cut -d. -f1 /proc/uptime) + \${since:-0}))
+  sh`since=$(${raw(monotonic)}); since=\${since%??????}
+read -r up _ </proc/uptime
+since=$(($(date +%s) - \${up%.*} + \${since:-0}))
 `;
 
 /** WireGuard's peers, never the private key. */
@@ -68,10 +69,11 @@ export const CURL = `curl -q -sS --noproxy '*' --cacert "$tls/server-ca.crt" --c
 export const API = sh`${raw(KUBECTL)}
 apiuser() {
   tls=/var/lib/rancher/k3s/server/tls; user=client-admin; users=$user; config=/etc/rancher/k3s/k3s.yaml
-  case $(systemctl is-active k3s-agent 2>/dev/null) in active | activating) false ;; *) [ -s $tls/$user.key ] ;; esac || {
+  # A look has asked systemd already.
+  case \${agent_unit:-$(systemctl is-active k3s-agent 2>/dev/null)} in active | activating | *ActiveState=activ*) false ;; *) [ -s $tls/$user.key ] ;; esac || {
     tls=/var/lib/rancher/k3s/agent; users='client-k3s-controller client-kubelet'; config=$tls/kubelet.kubeconfig
   }
-  apiurl=$(sed -n 's/^ *server: *//p' "$config" 2>/dev/null | head -n 1)
+  apiurl=$(sed -n '/^ *server: */{ s///p; q; }' "$config" 2>/dev/null) || :
 }
 apiuser
 api() {
@@ -84,7 +86,8 @@ api() {
     answer=$(printf %s "$body" | ${raw(CURL)} -m "$patience" "$@" -w '\n%{http_code}' "\${apiurl:-https://127.0.0.1:6443}$path" 2>/dev/null)
     case $? in
       0)
-        code=$(printf %s "$answer" | tail -n 1)
+        code=\${answer##*"
+"}
         answer=\${answer%"$code"}
         case $code in
           2*) printf '%s\n' "$answer"; return ;;
@@ -249,8 +252,8 @@ if [ -z "$failed" ]; then
   printf '%s\n' "$list" | grep '^[{ }]' | ${raw(form)}
 elif [ -n "$list" ]; then
   fact api; echo "$(($(date +%s) - began)) $list" | cut -c1-600
-fi
-${raw(loadLook)}`);
+  ${raw(loadLook)}
+fi`);
 
 export const nodesLook = nodesBy(SHAPE);
 
@@ -270,7 +273,7 @@ own() {
 }
 ${raw(nodesBy(`{ ${SHAPE}; } | own`))}
 [ -z "$failed" ] || { fact peers; printf '%s\n' "$peers"; }
-fact interfaces; ls /sys/class/net
+fact interfaces; for i in /sys/class/net/*; do echo "\${i##*/}"; done
 `),
 ] as const;
 

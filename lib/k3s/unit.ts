@@ -47,10 +47,16 @@ fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -o
  * `shown UNIT PROPERTY`.
  */
 export const shownLook = prints("processes")(sh`show() {
-  systemctl show "$1" -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic -p NeedDaemonReload \
+  systemctl show "$@" -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic -p NeedDaemonReload \
     -p UnitFileState -p FragmentPath -p DropInPaths 2>/dev/null
 }
-server_unit=$(show k3s); agent_unit=$(show k3s-agent)
+units=$(show k3s k3s-agent)
+server_unit=\${units%%
+
+*}
+agent_unit=\${units#*
+
+}
 shown() {
   value=\${1#*"$2="}
   [ "$value" = "$1" ] || printf '%s\n' "\${value%%

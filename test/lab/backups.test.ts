@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Box } from "./lab.ts";
-import { bench, hangUp, MODERN, nodes } from "./suite.ts";
+import { bench, hangUp, MODERN, nodes, restarted } from "./suite.ts";
 
 const t = await bench({ name: "backups", boxes: ["a1", "a3", "b1", "h1"], tools: true });
 after(() => t.lab.down());
@@ -163,8 +163,10 @@ dd if=/dev/urandom of=state.db bs=1 seek=$((size / 2)) count=$((size / 4)) conv=
     await due(1);
     assert.match(await state(), /failed=\d+ The datastore is damaged: /);
     assert.deepEqual(await copies(b1), before);
-    await a1.sh(`cd /var/lib/rancher/k3s/server/db; mv ../good state.db; systemctl start k3s
-. /etc/rancher/k3s-backup/settings
+    await restarted(a1, () =>
+      a1.sh("cd /var/lib/rancher/k3s/server/db; mv ../good state.db; systemctl start k3s"),
+    );
+    await a1.sh(`. /etc/rancher/k3s-backup/settings
 n=0; until ping -c 1 -W 1 "$address" >/dev/null 2>&1; do n=$((n + 1)); [ $n -lt 60 ]; sleep 1; done`);
     await due();
   });

@@ -14,7 +14,7 @@ import { parse } from "dotenv";
 import { quote } from "../../lib/sh.ts";
 import { fileOf } from "../helpers.ts";
 import type { Box, Light } from "./lab.ts";
-import { bench, connected, hangUp, MODERN, nodes, OLD, release } from "./suite.ts";
+import { bench, connected, hangUp, MODERN, nodes, OLD, release, soon } from "./suite.ts";
 
 const ALL = Boolean(process.env.ALL);
 const ONLY = (process.env.ONLY ?? "").split(" ").filter(Boolean);
@@ -242,18 +242,6 @@ const script = (name: string, box?: Box) =>
   `${t.lab.dir}/stand-in/node --no-warnings ${fileOf(name)}${box ? ` --host ${box.name}` : ""}`;
 const commandOf = (group: Group, { b }: Pair) => script(group.script, group.whole ? undefined : b);
 
-/** For everything that uses the network and needs some seconds. */
-async function soon<T>(part: () => Promise<T>): Promise<T> {
-  for (let left = 20; left; left--)
-    try {
-      return await part();
-    } catch {
-      await sleep(500);
-    }
-  return await part();
-}
-
-/** Starts a script as a person at a terminal would, so that it has signals for itself. */
 function begin(pair: Pair, command: string) {
   const log = `$HOME/${pair.b.name}.log`;
   // A shell without job control would have its children ignore SIGINT.

@@ -162,6 +162,24 @@ describe("a promotion", () => {
     await t.says("make promote HOST=b1", 0, [/the cluster is up to date/]);
   });
 
+  test("leaves a server whose own copies a drill proves, and whose agents' certificates are renewed before they end", async () => {
+    await t.ok(
+      `mount -t tmpfs tmpfs /opt; mkdir /opt/k3s-stand-in; mount --bind ${t.lab.dir}/stand-in /opt/k3s-stand-in`,
+    );
+    await t.says("make drill HOST=", 0, [
+      /proves .*k3s-b1-/,
+      /nodes (\d+) of \1, deployments (\d+) of \2, secrets (\d+) of \3$/m,
+    ]);
+    await t.ok("umount /opt/k3s-stand-in /opt");
+    await b1.sh("echo 20 >/run/stand-in-certificate-days");
+    await b2.sh(`systemctl restart k3s-agent
+while openssl x509 -in /var/lib/rancher/k3s/agent/client-kubelet.crt -noout -checkend ${30 * 86_400} >/dev/null; do sleep 0.2; done`);
+    await b1.sh("rm /run/stand-in-certificate-days");
+    await t.says("make check", 2, [/^b2: its certificates end on .*\n +do: make certs$/m]);
+    await t.says("make certs", 0, [/^b1 +nothing to do/m, /^b2 +restart k3s-agent/m]);
+    await t.says("make check", 0, [/Nothing is wrong/]);
+  });
+
   test("fences the old server: when it is back, nobody follows it, and it joins nothing", async () => {
     const before = (await units()).join();
     await a1.on();

@@ -330,6 +330,17 @@ export async function restarted(
   );
 }
 
+/** What a part answers as soon as it does not throw, within 30 s. */
+export async function soon<T>(part: () => Promise<T>): Promise<T> {
+  for (let left = 60; left; left--)
+    try {
+      return await part();
+    } catch {
+      await sleep(500);
+    }
+  return await part();
+}
+
 /** Every box has a fresh handshake with every other, at its public address, and with nobody else. */
 export async function connected(boxes: Box[]) {
   for (const box of boxes) {
