@@ -242,6 +242,7 @@ const script = (name: string, box?: Box) =>
   `${t.lab.dir}/stand-in/node --no-warnings ${fileOf(name)}${box ? ` --host ${box.name}` : ""}`;
 const commandOf = (group: Group, { b }: Pair) => script(group.script, group.whole ? undefined : b);
 
+/** Starts a script as a person at a terminal would, so that it has signals for itself. */
 function begin(pair: Pair, command: string) {
   const log = `$HOME/${pair.b.name}.log`;
   // A shell without job control would have its children ignore SIGINT.
