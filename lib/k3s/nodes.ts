@@ -578,7 +578,12 @@ export function standing(
   if (isHome(of)) return { fresh: true };
   const at = peer.endpoint.replace(/:\d+$/, "");
   if (at === of.publicIp || at === of.externalIp) return { fresh: true };
-  const other = nodes.find((node) => node.name !== of.name && addressesOf(node).includes(at));
+  const others = nodes.filter((node) => node.name !== of.name && addressesOf(node).includes(at));
+  // An agent is told of some nodes first: of two with one address it names the same one as its server.
+  others.sort(
+    (a, b) => Number(b.externalIp === at) - Number(a.externalIp === at) || (a.name < b.name ? -1 : 1),
+  );
+  const [other] = others;
   if (other) return { fresh: true, wrong: `${at}, which is the address of ${other.name}` };
   if (publicIp(at)) return { fresh: true, wrong: `${at}, which is no public address` };
   return {
