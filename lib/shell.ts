@@ -436,8 +436,12 @@ export function open(host: string, keys = ""): Shell {
       const stream = packed ? new PassThrough() : createGzip({ level: 1 });
       // An unreadable file ends the stream, and with it the copy.
       pipeline(createReadStream(file, { start }), stream).catch(() => {});
-      // At its place, not appended: an earlier run's copy, whose operator was lost, may still write the same bytes.
-      const write = sh`umask 077; ${raw(start ? "" : sh`rm -f ${path}; `)}{ dd bs=1 seek=${start} count=0 conv=notrunc 2>/dev/null && ${raw(packed ? "cat" : "gzip -dc")}; } 1<>${path}`;
+      // Into a file of its own: an earlier copy, whose operator was lost, may still write, and keeps a program from starting.
+      const half = `${path}.new`;
+      const begun = start
+        ? sh`{ head -c ${start} ${path} >${half} && mv -f ${half} ${path}; } || { rm -f ${[path, half]}; exit 1; }`
+        : sh`rm -f ${path}`;
+      const write = sh`umask 077; ${raw(begun)}; ${raw(packed ? "cat" : "gzip -dc")} >>${path}`;
       checkCopy(`push ${file}`, await execute(write, stream, Math.max(COPY, size / 20_000), () => {}));
     },
     async pull(path, file) {

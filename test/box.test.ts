@@ -213,8 +213,11 @@ for (const [name, host] of [
       writeFileSync(from, bytes);
       const earlier = open(host).push(from, to);
       while (!((statSync(to, { throwIfNoEntry: false })?.size ?? 0) > 0)) await sleep(5);
+      const { ino } = statSync(to);
       await Promise.all([earlier, open(host).push(from, to)]);
       assert.ok(readFileSync(to).equals(bytes));
+      // While it is open for writing elsewhere the kernel starts no program from it.
+      assert.notEqual(statSync(to).ino, ino);
     });
 
     test("returns a file unchanged, readable by its owner only, and overwrites none", async () => {

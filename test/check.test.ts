@@ -189,6 +189,16 @@ describe("a box without a public address", () => {
       /^note b2: its WireGuard does not reach a1 yet: k3s was started there 7 s ago, and .* again within 30 s$/,
     ],
     [
+      "is a problem at once when systemd had to start that k3s again",
+      home(
+        {},
+        { a1: lost.a1, b2: { tries: "tunnel 10.42.0.0 0\ntunnel 10.42.1.0 1420\napi server open" } },
+        "active",
+        { uptime: "1807.20\n", starts: `${NOW - 9}\n` },
+      ),
+      /^its WireGuard does not reach a1 yet: .*: run make check again in half a minute$/,
+    ],
+    [
       "has its security group named when it was started a minute ago",
       home(
         {},

@@ -591,7 +591,8 @@ function tunnelFindings(boxes: BoxReport[], broken: Set<string>): Findings {
           "run make check again in half a minute",
           ways,
           [],
-          Object.values(TESTS),
+          // One that systemd had to start again may not stay.
+          deaf.every(({ starts }) => starts.length === 0) ? Object.values(TESTS) : [],
         ),
       );
       continue;

@@ -74,8 +74,10 @@ export function uncordon({ name, drained }: Node): Change[] {
  * Waits while k3s starts on the server, for a minute at most, and prints nothing: after an interrupted run nothing could
  * be planned. One that fails in a loop is not waited for: systemd has it as "auto-restart".
  */
-export const startedLook = sh`for _ in $(seq 60); do
-  case $(systemctl show -p SubState k3s 2>/dev/null) in *=start* | *=stop* | *=final*) sleep 1 ;; *) break ;; esac
+export const startedLook = sh`read -r up _ </proc/uptime; end=$((\${up%.*} + 60))
+while case $(systemctl show -p SubState k3s 2>/dev/null) in *=start* | *=stop* | *=final*) [ "\${up%.*}" -lt "$end" ] ;; *) false ;; esac; do
+  sleep 1
+  read -r up _ </proc/uptime
 done` as Look;
 
 /** The server's list of nodes. @throws {Refusal} where its API does not answer. */

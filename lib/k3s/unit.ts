@@ -54,7 +54,8 @@ units=$(show k3s k3s-agent)
 server_unit=\${units%%
 
 *}
-agent_unit=\${units#*
+agent_unit=\${units#"$server_unit"}
+agent_unit=\${agent_unit#
 
 }
 shown() {

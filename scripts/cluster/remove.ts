@@ -8,7 +8,7 @@ import { attempt, bring, worst } from "../../lib/fleet.ts";
 import { CLEAR, CLEAR_LOOK } from "../../lib/k3s/cleanup.ts";
 import { rangesOf } from "../../lib/k3s/config.ts";
 import { devicesIn, ENTRY_FOLDER, ENTRY_UNIT } from "../../lib/k3s/devices.ts";
-import { drainedOn, onNodeOf } from "../../lib/k3s/drain.ts";
+import { drainedOn, onNodeOf, startedLook } from "../../lib/k3s/drain.ts";
 import { closeAgain, closeLook } from "../../lib/k3s/firewall/firewall.ts";
 import { neighbours } from "../../lib/k3s/firewall/neighbours.ts";
 import { ENTRY_PROGRAM } from "../../lib/k3s/firewall/traffic.ts";
@@ -291,7 +291,7 @@ export const forgotten = (box: Who, own: string | undefined): Step<ProvenFact> =
         : []),
     ];
   }),
-  look: () => provenLook,
+  look: () => [startedLook, ...provenLook],
 });
 
 async function remove(run: Run): Promise<number> {

@@ -245,12 +245,11 @@ kill -KILL -- -$pid && echo cut`,
         await t.box("b2").sh("sleep 1");
         const part = await t
           .box("b2")
-          .sh(`cd ${folder}/..; stat -c '%s %i' images-*.part; ls images 2>/dev/null || true`);
-        const [, size = "", inode] = /^(\d+) (\d+)\n$/.exec(part) ?? [];
-        assert(Number(size) > 0 && Number(size) < SIZE, part);
+          .sh(`cd ${folder}/..; stat -c '%s' images-*.part; ls images 2>/dev/null || true`);
+        assert(Number(part) > 0 && Number(part) < SIZE, part);
         await restarts([0, 0, 1], () => t.ok("make -j up"));
-        const there = await t.box("b2").sh(`cd ${folder}; stat -c '%i %n %a' *`);
-        assert.equal(there, `${inode} ${images} 600\n`);
+        const there = await t.box("b2").sh(`cd ${folder}; stat -c '%n %a' *`);
+        assert.equal(there, `${images} 600\n`);
         assert.equal(await t.box("b2").sh(`ls ${folder}/.. | grep part || true`), "");
       });
 
