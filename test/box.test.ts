@@ -212,7 +212,7 @@ for (const [name, host] of [
       const bytes = randomBytes(40_000_000);
       writeFileSync(from, bytes);
       const earlier = open(host).push(from, to);
-      while (!((statSync(to, { throwIfNoEntry: false })?.size ?? 0) > 0)) await sleep(5);
+      while (!statSync(to, { throwIfNoEntry: false })?.size) await sleep(5);
       const { ino } = statSync(to);
       await Promise.all([earlier, open(host).push(from, to)]);
       assert.ok(readFileSync(to).equals(bytes));

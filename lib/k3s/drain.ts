@@ -74,11 +74,9 @@ export function uncordon({ name, drained }: Node): Change[] {
  * Waits while k3s starts on the server, for a minute at most, and prints nothing: after an interrupted run nothing could
  * be planned. One that fails in a loop is not waited for: systemd has it as "auto-restart".
  */
-export const startedLook = sh`read -r up _ </proc/uptime; end=$((\${up%.*} + 60))
-while case $(systemctl show -p SubState k3s 2>/dev/null) in *=start* | *=stop* | *=final*) [ "\${up%.*}" -lt "$end" ] ;; *) false ;; esac; do
-  sleep 1
-  read -r up _ </proc/uptime
-done` as Look;
+export const startedLook = sh`(${raw(
+  waitUntil(60, "! systemctl show -p SubState k3s 2>/dev/null | grep -qE '=(start|stop|final)'", ":"),
+)})` as Look;
 
 /** The server's list of nodes. @throws {Refusal} where its API does not answer. */
 export function serverNodes(facts: Facts<"nodes">): Node[] {
