@@ -11,14 +11,14 @@ import type { SettingName } from "./table.ts";
  */
 const BASE = `
 fact uptime; read -r up _ </proc/uptime; echo "$up"
-fact now; date +%s.%N
-fact boot; cat /proc/sys/kernel/random/boot_id
-fact machine; cat /etc/machine-id 2>/dev/null
+fact now; now=$(date +%s.%N); echo "$now"; now=\${now%.*}
+fact boot; text /proc/sys/kernel/random/boot_id
+fact machine; text /etc/machine-id
 uname=$(uname -nrm)
 fact arch; echo "\${uname##* }"; uname=\${uname% *}
 fact kernel; echo "\${uname##* }"
 fact hostname; echo "\${uname% *}"
-fact os; cat /etc/os-release 2>/dev/null
+fact os; text /etc/os-release
 fact systemd; test -d /run/systemd/system && echo yes
 fact addresses; ip -o -4 addr show 2>/dev/null
 `;
@@ -33,14 +33,22 @@ export const cardsOf = ({ addresses = "" }: Facts<string>): { card: string; ip: 
 export const newMark = () => `k3s-across-clouds-${randomBytes(8).toString("hex")}`;
 
 /**
+ * What looks may use: `fact NAME`; `text FILE` and `digest FILE`, which print a file and its SHA-256. To start a program
+ * costs more than most of what a look asks for (1 ms of CPU; issue 14), so what the shell can do itself it does.
+ */
+export const HELPERS = sh`fact() { printf '\n%s fact %s\n' "$m" "$1"; }
+text() { [ ! -f "$1" ] || while IFS= read -r row || [ -n "$row" ]; do printf '%s\n' "$row"; done 2>/dev/null <"$1"; }
+digest() { [ ! -s "$1" ] || { row=$(sha256sum <"$1") && echo "\${row%% *}"; }; }
+`;
+
+/**
  * The script that prints the facts of all steps in one trip. It never fails; missing facts are left out. sed gathers what
  * would leave as a packet a line. Its comments stay here: each box would be sent them three times.
  */
 export function lookScript(steps: readonly Step[], want: Settings, mark: string): string {
   const looks = [...new Set(steps.flatMap((step) => step.look(want)))].join("\n");
   return sh`m=${mark}
-fact() { printf '\n%s fact %s\n' "$m" "$1"; }
-{ ${raw(BASE)}${raw(looks.replaceAll(/^ *# (?!shellcheck ).*\n/gm, ""))}
+${raw(HELPERS)}{ ${raw(BASE)}${raw(looks.replaceAll(/^ *# (?!shellcheck ).*\n/gm, ""))}
 printf '\n%s end\n' "$m"; } | sed ''`;
 }
 
@@ -92,13 +100,13 @@ flock -n 9 || {
 # This subshell: $$ is the shell that it stems from.
 sh -c 'echo $PPID' >$lock
 # A package manager must not die of a connection that was cut: its output is still read then. A wait's is not.
-relay() (
+relay() {
   trap '' PIPE
   while IFS= read -r line || [ -n "$line" ]; do
     printf '%s\n' "$line" 2>/dev/null || [ "$line" != ${`${mark} beat`} ] || exit
     line=
   done
-)
+}
 change() {
   [ -z "$waited" ] || return 0
   printf '\n%s change %s\n' ${mark} "$1"

@@ -28,7 +28,7 @@ export const agent = step({
   options: ["PUBLIC_IP", "PROXY_MODE", "AGENT_ARGS", ...NODE_SETTINGS, "K3S_URL", "K3S_TOKEN"],
 
   look: (want) => [
-    ...serviceLook("agent"),
+    ...serviceLook("agent", want),
     caLook,
     ...(want.K3S_URL && want.K3S_TOKEN ? [serverLook(want)] : []),
   ],
@@ -54,23 +54,23 @@ function serverLook(want: Settings) {
     .digest("hex");
   const name = nodeNameIn(want.AGENT_ARGS);
   return prints("cacerts error date door shut taken registered proof")(sh`
-if [ "$(sha256sum <${envPath("agent")} 2>/dev/null | cut -d' ' -f1)" != ${joined} ] && command -v curl >/dev/null; then (
-  dir=$(mktemp -d) && chmod 700 "$dir"
+if [ "$(digest ${envPath("agent")})" != ${joined} ] && command -v curl >/dev/null; then (
+  dir=$(mktemp -d)
   trap 'rm -rf "$dir"' EXIT
   ask() { curl -sS --connect-timeout 8 --max-time 20 "$@" 2>"$dir/error"; }
   url=${want.K3S_URL}
   fact cacerts; ask -k -D "$dir/head" "$url/cacerts" | tee "$dir/ca"
-  fact error; cat "$dir/error"
+  fact error; text "$dir/error"
   fact date; sed -n 's/^[Dd]ate: //p' "$dir/head" 2>/dev/null
   # The password is only for the CA that the token names.
-  if [ "$(sha256sum <"$dir/ca" | cut -d' ' -f1)" = ${ca} ]; then
+  if [ "$(digest "$dir/ca")" = ${ca} ]; then
     fact door; ${raw(asNode(quote(password)))}
       ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
-    fact shut; cat "$dir/error"
-    node=${name || raw('"$(uname -n | tr "[:upper:]" "[:lower:]")"')}
+    fact shut; text "$dir/error"
+    node=${name || raw('"$(tr "[:upper:]" "[:lower:]" </proc/sys/kernel/hostname)"')}
     ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node" -o "$dir/taken" \
       "$url/api/v1/nodes?pretty=false" -o "$dir/nodes"
-    fact taken; cat "$dir/taken" 2>/dev/null
+    fact taken; text "$dir/taken"
     fact registered; { ${raw(SHAPE)}; } <"$dir/nodes" | concerns '' joining ${want.PUBLIC_IP}
   fi
   ${raw(proofLook)}

@@ -156,7 +156,7 @@ function handshakes(
   return [
     {
       why: `wait for a fresh handshake with ${missing.map(({ node }) => node.name).join(", ")} at the public address${wrong.length ? ` (${wrong.join("; ")})` : ""}`,
-      sh: sh`${raw(generation === "old" ? startedSh(`systemctl show ${unitOf(role)} -p ExecMainStartTimestampMonotonic | cut -d= -f2`) : "")}late() {
+      sh: sh`${raw(generation === "old" ? startedSh(`$(systemctl show ${unitOf(role)} -p ExecMainStartTimestampMonotonic | cut -d= -f2)`) : "")}late() {
   ${raw(oldestSh(generation))}
   while read -r name c own others; do
     wg show ${interfaceOf(generation)} dump | awk -v c="$c" -v own="$own" -v others=" $others " -v oldest="$oldest" '

@@ -34,7 +34,7 @@ export const fixMetrics = step({
 fact own; sed '/^# written /d' ${OWN} 2>/dev/null
 fact skipped; test -e ${PACKAGED}.skip && echo yes
 fact foreign; grep -lsE '^ *"?name"?: *"?metrics-server"?,? *$' ${FOLDER}/*.yaml ${FOLDER}/*.yml ${FOLDER}/*.json | grep -vxF ${OWN}
-fact runs; shown "$server_unit" ActiveState
+fact runs; property "$server_unit" ActiveState; echo "$value"
 ${OURS}
 fact ours; [ ! -e ${OWN} ] || { ours && echo yes; }`),
     TOP_LOOK,

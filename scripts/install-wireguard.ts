@@ -17,17 +17,20 @@ export const installWireguard = step({
   look: () => [
     ...moduleLook,
     managersLook,
+    // Where k3s has its interface the tool is complete.
     prints("tool half")(`fact tool; command -v wg
-fact half; dpkg-query -W -f '\${db:Status-Status}' wireguard-tools 2>/dev/null | grep -E '^(half|unpacked)'`),
+fact half; if [ ! -d /sys/class/net/flannel-wg ] && [ ! -d /sys/class/net/flannel.1 ]; then
+  dpkg-query -W -f '\${db:Status-Status}' wireguard-tools 2>/dev/null | grep -E '^(half|unpacked)'
+fi`),
     prints("loaded probe split glibc")(`fact loaded; test -d /sys/module/wireguard && echo yes
 fact probe; test -d /sys/class/net/${PROBE} && echo yes
 # The package of the running kernel, where a distro has its modules in two.
-fact split; kernel=$(uname -r)
-if ! { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null; then
+fact split; if [ -z "$module" ]; then
+  kernel=$(uname -r)
   dpkg-query -W -f '\${Package}\n' "linux-modules-$kernel" 2>/dev/null
   rpm -q kernel-core kernel-uek-core kernel-rt-core kernel-64k-core 2>/dev/null | grep -F -- "-core-$kernel"
 fi
-fact glibc; getconf GNU_LIBC_VERSION 2>/dev/null`),
+fact glibc; ! command -v rpm >/dev/null || getconf GNU_LIBC_VERSION 2>/dev/null`),
   ],
 
   plan(want, facts) {

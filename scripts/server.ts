@@ -21,11 +21,11 @@ export const server = step({
   name: "server",
   options: ["SERVER", "PUBLIC_IP", "PROXY_MODE", "SERVER_ARGS", ...NODE_SETTINGS, "K3S_DATASTORE_ENDPOINT"],
 
-  look: () => [
-    ...serviceLook("server"),
+  look: (want) => [
+    ...serviceLook("server", want),
     passwordLook,
     rotationLook,
-    prints("token sqlite external")(`fact token; cat ${NODE_TOKEN} 2>/dev/null
+    prints("token sqlite external")(`fact token; text ${NODE_TOKEN}
 fact sqlite; test -e /var/lib/rancher/k3s/server/db/state.db && echo yes
 fact external; grep -qs '^K3S_DATASTORE_ENDPOINT=' ${envPath("server")} && echo yes`),
   ],

@@ -24,7 +24,8 @@ export function wireguardIn(want: Settings, facts: Facts<"module" | "userspace">
 export const moduleLook = [
   binaryLook,
   prints("module userspace")(
-    `fact module; { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null && echo yes
+    `module=; { test -d /sys/module/wireguard || modprobe -n -q wireguard; } 2>/dev/null && module=yes
+fact module; echo "$module"
 fact userspace; test -c /dev/net/tun && command -v wireguard-go
 `,
   ),

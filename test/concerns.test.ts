@@ -146,8 +146,10 @@ describe("an agent reports", () => {
   printf 'ActiveState=%s\\nExecMainStartTimestampMonotonic=0\\n\\n' $state
 done`,
     });
+    mkdirSync(`${root}/flannel-wg`);
     const there = clusterLook
       .join("\n")
+      .replaceAll("/sys/class/net", root)
       .replaceAll("/var/lib/rancher/k3s", root)
       .replaceAll("/usr/local/bin/k3s", "false");
     const facts = look([{ look: () => [there] }], wanted(), { PATH });

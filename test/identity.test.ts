@@ -17,6 +17,7 @@ import {
 } from "../lib/k3s/identity.ts";
 import { nodesOf } from "../lib/k3s/nodes.ts";
 import { argsOf, shownLook, WRITTEN_BY } from "../lib/k3s/unit.ts";
+import { HELPERS } from "../lib/protocol.ts";
 import { planAll, Refusal, type Want } from "../lib/step.ts";
 import { caIn } from "../lib/token.ts";
 import { agent, agentSteps } from "../scripts/agent.ts";
@@ -258,7 +259,8 @@ test("the CA of a box's cluster is read from its files, without any secret", () 
   const text = caLook
     .replaceAll("/var/lib/rancher/k3s", `${root}/k3s`)
     .replaceAll("/etc/systemd/system", `${root}/etc`);
-  const look = (files = "") => shell(`${files}fact() { :; }\nset -eu\nd=; ${text}true`, ["sh", "-s"]).stdout;
+  const look = (files = "") =>
+    shell(`${HELPERS}${files}fact() { :; }\nset -eu\nd=; ${text}true`, ["sh", "-s"]).stdout;
   assert.equal(look(), "");
   const said = look(`mkdir -p ${root}/etc ${root}/k3s/agent ${root}/k3s/server/tls; cd ${root}
 printf x >k3s/agent/server-ca.crt; printf y >k3s/server/tls/server-ca.crt
@@ -436,7 +438,7 @@ systemctl() {
   printf 'UnitFileState=enabled\\nFragmentPath=${root}/k3s.service\\nDropInPaths=${root}/1.conf ${root}/2.conf\\n\\n'
   printf 'UnitFileState=masked\\nFragmentPath=/dev/null\\nDropInPaths=\\n'
 }
-fact() { echo "fact $1"; }
+${HELPERS}fact() { echo "fact $1"; }
 ${shownLook}${unitsLook}`);
     const [, unit, masked] = /fact unit-k3s\n(.*)fact unit-k3s-agent\n(.*)fact told/s.exec(stdout) ?? [];
     assert.deepEqual([unit, masked], ["main\none\ntwo\n", "# masked\n"]);
@@ -464,7 +466,7 @@ ExecStart=/usr/local/bin/k3s \\
     --config "${root}/c.yaml" --debug
 EOF
 systemctl() { return 1; }
-fact() { echo "fact $1"; }
+${HELPERS}fact() { echo "fact $1"; }
 ${text}`);
     assert.equal(
       stdout.split("fact told\n")[1],

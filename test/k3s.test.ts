@@ -3,12 +3,21 @@ import { mkdirSync, writeFileSync } from "node:fs";
 import { describe, test } from "node:test";
 import fc from "fast-check";
 import { nodeNameOf } from "../lib/k3s/identity.ts";
-import { DRAINED, NODES, nodesLook, nodesOf, overload, peersOf, SHAPE, silence } from "../lib/k3s/nodes.ts";
+import {
+  clusterLook,
+  DRAINED,
+  NODES,
+  nodesLook,
+  nodesOf,
+  overload,
+  peersOf,
+  SHAPE,
+  silence,
+} from "../lib/k3s/nodes.ts";
 import { healthProblems, onCard } from "../lib/k3s/service.ts";
 import { argsOf, type Generation, generationOf, releaseOf, unitOf, unitText } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
 import { diff } from "../lib/text.ts";
-import { annotate } from "../scripts/annotate.ts";
 import {
   A1,
   B1,
@@ -260,10 +269,13 @@ describe("nodes and peers", () => {
   };
   for (const [name, [iface = "", file]] of Object.entries(dumps))
     test(`are read from wg's output of ${name}, without the private key`, () => {
+      const root = temporary();
+      mkdirSync(`${root}/${iface}`);
       const path = programs(temporary(), {
         wg: `[ "$2" = ${iface} ] && cat '${import.meta.dirname}/fixtures/wg-dump-${file}.txt'`,
       });
-      const facts = look([annotate], wanted(), { PATH: path });
+      const here = clusterLook.join("\n").replaceAll("/sys/class/net", root);
+      const facts = look([{ look: () => [here] }], wanted(), { PATH: path });
       const expected = peers[name as keyof typeof peers].map((p) => ({ interface: iface, ...p }));
       const found = peersOf(facts.peers);
       assert.deepEqual(

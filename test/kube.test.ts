@@ -39,7 +39,7 @@ test("a look queries systemd once for each unit, before any part of it reads the
   for (const steps of all) {
     const looks = new Set(steps.flatMap(({ look }: Step) => look(wanted())));
     const text = [...looks].join("\n").replaceAll(API, "").replace(startedLook, "");
-    const [defined, used] = [text.indexOf("shown() {"), text.search(/\bshown "/)];
+    const [defined, used] = [text.indexOf("property() {"), text.search(/\bproperty "/)];
     assert.ok(used > defined && defined >= 0, steps.map(({ name }) => name).join());
     assert.deepEqual(text.match(/systemctl [^"]*/g), ["systemctl show "]);
   }

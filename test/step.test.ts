@@ -387,7 +387,7 @@ describe("a reboot", { skip }, () => {
       const boot = boots.length > 1 ? boots.shift() : boots[0];
       if (boot === undefined) throw new Unreachable("Could not reach b1: Connection timed out");
       return await first.shell.run(
-        script.replaceAll("cat /proc/sys/kernel/random/boot_id", `echo ${boot}`),
+        script.replaceAll("text /proc/sys/kernel/random/boot_id", `echo ${boot}`),
         limit,
         onLine,
       );

@@ -32,9 +32,9 @@ export const IMAGES = "/var/lib/rancher/k3s/agent/images";
 // A registries.yaml that this project did not write may hold passwords, and is not read.
 export const filesLook = prints(
   "config registries read",
-)(sh`fact config; stat -c %a ${CONFIG} 2>/dev/null && sha256sum <${CONFIG} | cut -d' ' -f1
-fact registries; if [ "$(head -n 1 ${REGISTRIES} 2>/dev/null)" = ${OURS} ]; then cat ${REGISTRIES}
-elif [ -s ${REGISTRIES} ]; then echo foreign; fi
+)(sh`fact config; [ ! -e ${CONFIG} ] || { stat -c %a ${CONFIG}; digest ${CONFIG}; }
+fact registries; row=; [ ! -s ${REGISTRIES} ] || read -r row <${REGISTRIES}
+if [ "$row" = ${OURS} ]; then text ${REGISTRIES}; elif [ -s ${REGISTRIES} ]; then echo foreign; fi
 fact read; for f in ${CONFIG} ${REGISTRIES} ${PASSWORD} ${IMAGES}/k3s-airgap-images-*; do [ ! -e "$f" ] || stat -c %Z "$f"; done
 `);
 

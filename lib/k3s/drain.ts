@@ -11,8 +11,8 @@ import { K3S, nameLook, shownLook } from "./unit.ts";
 export const drainLook = [
   shownLook,
   prints("roles")(`fact roles
-case $(shown "$server_unit" UnitFileState) in enabled*) echo k3s ;; esac
-case $(shown "$agent_unit" UnitFileState) in enabled*) echo k3s-agent ;; esac
+property "$server_unit" UnitFileState; case $value in enabled*) echo k3s ;; esac
+property "$agent_unit" UnitFileState; case $value in enabled*) echo k3s-agent ;; esac
 `),
   nameLook,
   ...clusterLook,

@@ -7,7 +7,7 @@ import { boxNames } from "../text.ts";
 import { configArgs, wrongIn } from "./args.ts";
 import { CONFIG, rangesOf } from "./config.ts";
 import { nodeNameOf } from "./identity.ts";
-import { nameLook, type Role, releaseOf } from "./unit.ts";
+import { nameLook, type Role, releaseOf, shownLook } from "./unit.ts";
 
 const FOLDER = "/etc/rancher/k3s";
 
@@ -15,7 +15,7 @@ const FOLDER = "/etc/rancher/k3s";
 export const foreignFirst = (role: Role): Step<"ports" | "configs" | "token"> => ({
   name: "foreign",
   options: [],
-  look: () => [nameLook, portsLook, configsLook()],
+  look: () => [shownLook, nameLook, portsLook, configsLook()],
   plan(want, facts) {
     portsFree(role, want, facts);
     // A server that exists already has had its token from the start.
@@ -96,8 +96,9 @@ export const portsLook = prints(
   fi
   echo "$protocol $port $pid $name"
 done; }
-fact ports; used=$(port_users)
-[ -z "$used" ] || { sleep 1; port_users | grep -Fx "$used"; }
+# While k3s is up they are its own.
+case "$server_unit $agent_unit" in *ActiveState=active*) used= ;; *) used=$(port_users) ;; esac
+fact ports; [ -z "$used" ] || { sleep 1; port_users | grep -Fx "$used"; }
 `);
 
 /** @throws {Refusal} naming the program that uses a port which this role needs. */

@@ -168,10 +168,11 @@ export interface Cas {
 /** The fact for casOf: hashes only. A token contains the hash of the root CA. */
 export const caLook = prints("cas")(sh`fact cas; d=/var/lib/rancher/k3s
 for role in server/tls agent; do
-  [ ! -s $d/$role/server-ca.crt ] || echo "\${role%/*} $(sha256sum <$d/$role/server-ca.crt | cut -d' ' -f1)"
+  [ ! -s $d/$role/server-ca.crt ] || echo "\${role%/*} $(digest $d/$role/server-ca.crt)"
 done
-sed -n ${caSed("", "server ")} ${NODE_TOKEN} 2>/dev/null
-sed -n ${caSed("K3S_TOKEN=.\\{0,1\\}", "agent ")} /etc/systemd/system/k3s-agent.service.env 2>/dev/null
+[ ! -s ${NODE_TOKEN} ] || sed -n ${caSed("", "server ")} ${NODE_TOKEN}
+env=/etc/systemd/system/k3s-agent.service.env
+[ ! -s $env ] || sed -n ${caSed("K3S_TOKEN=.\\{0,1\\}", "agent ")} $env
 `);
 
 export function casOf(facts: Facts<"cas">): Cas {
@@ -242,20 +243,21 @@ export function mayGo(
  */
 export const unitsLook = prints("unit-k3s unit-k3s-agent told")(sh`unit_files() {
   # A link to /dev/null, whose owner wants no k3s here.
-  case $(shown "$2" UnitFileState) in masked*) echo '# masked' ;; esac
-  main=$(shown "$2" FragmentPath)
-  # shellcheck disable=SC2046 # drop-ins stand with blanks between
-  cat "\${main:-/etc/systemd/system/$1.service}" $(shown "$2" DropInPaths) 2>/dev/null
+  property "$2" UnitFileState; case $value in masked*) echo '# masked' ;; esac
+  property "$2" FragmentPath; text "\${value:-/etc/systemd/system/$1.service}"
+  # Drop-ins stand with blanks between.
+  property "$2" DropInPaths; for f in $value; do text "$f"; done
 }
 fact unit-k3s; unit_files k3s "$server_unit"
 fact unit-k3s-agent; unit_files k3s-agent "$agent_unit"
 fact told; d=/etc/systemd/system
-cat $d/k3s.service.env $d/k3s-agent.service.env /etc/default/k3s /etc/sysconfig/k3s 2>/dev/null |
-  sed -n "s/^K3S_DATA_DIR=['\"]\{0,1\}\([^'\"]*\).*/data-dir \1/p; s/^K3S_DATASTORE_ENDPOINT=..*/datastore-endpoint/p; s/^K3S_CLUSTER_INIT=..*/cluster-init/p"
-{
-  printf '%s\n' /etc/rancher/k3s/config.yaml /etc/rancher/k3s/config.yaml.d/*
-  cat $d/k3s.service $d/k3s-agent.service 2>/dev/null | sed -n "s/.*-c\(onfig\)\{0,1\}[=[:space:]]['\"]\{0,1\}\([^'\"[:space:]]*\).*/\2/p"
-} | while read -r file; do
+for f in $d/k3s.service.env $d/k3s-agent.service.env /etc/default/k3s /etc/sysconfig/k3s; do
+  [ ! -s "$f" ] || sed -n "s/^K3S_DATA_DIR=['\"]\{0,1\}\([^'\"]*\).*/data-dir \1/p; s/^K3S_DATASTORE_ENDPOINT=..*/datastore-endpoint/p; s/^K3S_CLUSTER_INIT=..*/cluster-init/p" "$f"
+done
+files=$(for f in $d/k3s.service $d/k3s-agent.service; do
+  [ ! -s "$f" ] || sed -n "s/.*-c\(onfig\)\{0,1\}[=[:space:]]['\"]\{0,1\}\([^'\"[:space:]]*\).*/\2/p" "$f"
+done)
+for file in /etc/rancher/k3s/config.yaml /etc/rancher/k3s/config.yaml.d/* $files; do
   [ ! -f "$file" ] || sed -n "s/^data-dir:[[:space:]]*['\"]\{0,1\}\([^'\"[:space:]]*\).*/data-dir \1/p; s/^\(datastore-endpoint\|cluster-init\):.*/\1/p" "$file"
 done
 [ ! -d /var/lib/rancher/k3s/server/db/etcd ] || echo cluster-init

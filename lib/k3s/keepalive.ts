@@ -103,7 +103,7 @@ WantedBy=multi-user.target
 export const keepaliveLook = [
   shownLook,
   prints("keepalive")(sh`fact keepalive; if [ -e ${KEEPALIVE} ]; then
-  cat ${KEEPALIVE_BIN} ${KEEPALIVE} 2>/dev/null; shown "$(show k3s-keepalive)" ActiveState
+  cat ${KEEPALIVE_BIN} ${KEEPALIVE} 2>/dev/null; property "$(show k3s-keepalive)" ActiveState; echo "$value"
 fi`),
 ] as const;
 

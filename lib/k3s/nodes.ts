@@ -14,7 +14,7 @@ import { type Generation, K3S, NAME, shownLook } from "./unit.ts";
 export const KUBECTL = sh`kc() {
   agent=/var/lib/rancher/k3s/agent
   configs="$agent/k3scontroller.kubeconfig $agent/kubelet.kubeconfig"
-  case $(systemctl is-active k3s 2>/dev/null) in active | *ing) configs=/etc/rancher/k3s/k3s.yaml ;; esac
+  [ ! -s /etc/rancher/k3s/k3s.yaml ] || case $(systemctl is-active k3s 2>/dev/null) in active | *ing) configs=/etc/rancher/k3s/k3s.yaml ;; esac
   for config in $configs; do
     [ -s "$config" ] || continue
     # kubectl prints an empty list beside "Forbidden": its word counts only when it succeeds.
@@ -36,22 +36,26 @@ export const FRESH = 180;
 export const oldest = (generation: Generation, now: number, started = 0): number =>
   Math.max(now - FRESH, generation === "old" ? Math.floor(started) - 2 : 0);
 
+/** Shell for the time, in seconds since 1970: asked now, or as a look has read it already. */
+const [ASKED, READ] = [raw("$(date +%s)"), raw("now")];
+
 /** The same as shell code: computes `oldest` from `since`, the time of the start. */
-export const oldestSh = (generation: Generation): string =>
-  sh`oldest=$(($(date +%s) - ${FRESH}))${raw(generation === "old" ? `; [ "$oldest" -ge $((since - 2)) ] || oldest=$((since - 2))` : "")}`;
+export const oldestSh = (generation: Generation, now = ASKED): string =>
+  sh`oldest=$((${now} - ${FRESH}))${raw(generation === "old" ? `; [ "$oldest" -ge $((since - 2)) ] || oldest=$((since - 2))` : "")}`;
 
 /**
- * Shell that sets `since` to when a unit was started, in seconds since 1970. `monotonic`: shell that prints systemd's
+ * Shell that sets `since` to when a unit was started, in seconds since 1970. `monotonic`: shell for systemd's
  * ExecMainStartTimestampMonotonic, in microseconds.
  */
-export const startedSh = (monotonic: string): string =>
-  sh`since=$(${raw(monotonic)}); since=\${since%??????}
+export const startedSh = (monotonic: string, now = ASKED): string =>
+  sh`since=${raw(monotonic)}; since=\${since%??????}
 read -r up _ </proc/uptime
-since=$(($(date +%s) - \${up%.*} + \${since:-0}))
+since=$((${now} - \${up%.*} + \${since:-0}))
 `;
 
 /** WireGuard's peers, never the private key. */
-const PEERS = 'for i in flannel.1 flannel-wg; do wg show "$i" dump 2>/dev/null | sed "1d;s/^/$i\t/"; done';
+const PEERS =
+  'for i in flannel.1 flannel-wg; do [ ! -d "/sys/class/net/$i" ] || wg show "$i" dump 2>/dev/null | sed "1d;s/^/$i\t/"; done';
 export const peersLook = prints("peers")(`fact peers; ${PEERS}`);
 
 /**
@@ -73,7 +77,8 @@ apiuser() {
   case \${agent_unit:-$(systemctl is-active k3s-agent 2>/dev/null)} in active | activating | *ActiveState=activ*) false ;; *) [ -s $tls/$user.key ] ;; esac || {
     tls=/var/lib/rancher/k3s/agent; users='client-k3s-controller client-kubelet'; config=$tls/kubelet.kubeconfig
   }
-  apiurl=$(sed -n '/^ *server: */{ s///p; q; }' "$config" 2>/dev/null) || :
+  apiurl=
+  [ ! -s "$config" ] || while read -r key apiurl; do [ "$key" != server: ] || break; done <"$config"
 }
 apiuser
 api() {
@@ -83,7 +88,11 @@ api() {
   [ -z "$body" ] || set -- "$@" -H 'Content-Type: application/json' --data-binary @-
   for user in $users; do
     [ -s "$tls/$user.key" ] || continue
-    answer=$(printf %s "$body" | ${raw(CURL)} -m "$patience" "$@" -w '\n%{http_code}' "\${apiurl:-https://127.0.0.1:6443}$path" 2>/dev/null)
+    answer=$(
+      ${raw(CURL)} -m "$patience" "$@" -w '\n%{http_code}' "\${apiurl:-https://127.0.0.1:6443}$path" 2>/dev/null <<EOF
+$body
+EOF
+    )
     case $? in
       0)
         code=\${answer##*"
@@ -104,7 +113,9 @@ api() {
   [ -z "$refused" ] || { printf %s "$refused" | tr '\n' ' ' | cut -c1-600 >&2; return 1; }
   set -- "$verb" --raw "$path"
   [ -z "$body" ] || set -- "$@" -f -
-  printf %s "$body" | kc "$@"
+  kc "$@" <<EOF
+$body
+EOF
 }`;
 
 /** Shell that puts each item of a list, as `?pretty=false` gives it, on a line of its own. */
@@ -243,19 +254,21 @@ END {
 }'
 }`;
 
-/** The fact `nodes`; if the API gave none, `api` has the seconds it took and its error. */
-const nodesBy = (form: string) =>
+/** The fact `nodes`, as `show` prints `shaped`; if the API gave none, `api` has the seconds it took and its error. */
+const nodesBy = (show: string) =>
   prints("nodes api load")(sh`${raw(API)}
-fact nodes; began=$(date +%s); failed=
+shaped() { printf '%s\n' "$list" | grep '^[{ }]' | ${raw(SHAPE)}; }
+fact nodes; read -r began _ </proc/uptime; failed=
 list=$(api GET '/api/v1/nodes?pretty=false' 2>&1) || failed=yes
 if [ -z "$failed" ]; then
-  printf '%s\n' "$list" | grep '^[{ }]' | ${raw(form)}
+  ${raw(show)}
 elif [ -n "$list" ]; then
-  fact api; echo "$(($(date +%s) - began)) $list" | cut -c1-600
+  read -r ended _ </proc/uptime
+  fact api; echo "$((\${ended%.*} - \${began%.*})) $list" | cut -c1-600
   ${raw(loadLook)}
 fi`);
 
-export const nodesLook = nodesBy(SHAPE);
+export const nodesLook = nodesBy("shaped");
 
 /**
  * Facts about the cluster as this box sees it: its nodes, and WireGuard's peers; on an agent what concerns it alone.
@@ -266,12 +279,13 @@ export const clusterLook = [
   prints("nodes api load peers interfaces")(sh`peers=$(${raw(PEERS)})
 ${raw(CONCERNS)}
 own() {
-  case $tls in */server/tls) cat; fact peers; printf '%s\n' "$peers"; return ;; esac
+  case $tls in */server/tls) shaped; fact peers; printf '%s\n' "$peers"; return ;; esac
   # Which generation runs is not asked here: the old one's rule is the stricter.
-  ${raw(startedSh('shown "$agent_unit" ExecMainStartTimestampMonotonic'))}  ${raw(oldestSh("old"))}
-  { printf '%s\n' "$peers"; cat; } | concerns "$oldest"
+  property "$agent_unit" ExecMainStartTimestampMonotonic
+  ${raw(startedSh("$value", READ))}  ${raw(oldestSh("old", READ))}
+  { printf '%s\n' "$peers"; shaped; } | concerns "$oldest"
 }
-${raw(nodesBy(`{ ${SHAPE}; } | own`))}
+${raw(nodesBy("own"))}
 [ -z "$failed" ] || { fact peers; printf '%s\n' "$peers"; }
 fact interfaces; for i in /sys/class/net/*; do echo "\${i##*/}"; done
 `),

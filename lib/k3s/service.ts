@@ -64,17 +64,15 @@ type HealthFact = "nodes" | "interfaces" | "service";
 type ServiceFact = HealthFact | "other" | "envfile" | "unit" | "written" | "read" | "enabled" | "version";
 
 /** Facts about a role's service, and the cluster's nodes as its box sees them. */
-export function serviceLook(role: Role) {
+export function serviceLook(role: Role, { PROXY_MODE }: Settings) {
   const [own, other] = role === "server" ? ["$server_unit", "$agent_unit"] : ["$agent_unit", "$server_unit"];
-  const service = prints(
-    "unit envfile written service enabled other ipvs",
-  )(`fact unit; cat ${unitPath(role)} 2>/dev/null
-fact envfile; stat -c %a ${envPath(role)} 2>/dev/null && sha256sum <${envPath(role)} | cut -d' ' -f1
-fact written; stat -c %Z ${K3S} ${unitPath(role)} ${envPath(role)} 2>/dev/null
+  const service = prints("unit envfile written service enabled other ipvs")(`fact unit; text ${unitPath(role)}
+fact envfile; [ ! -e ${envPath(role)} ] || { stat -c %a ${envPath(role)}; digest ${envPath(role)}; }
+fact written; [ ! -e ${unitPath(role)} ] || stat -c %Z ${K3S} ${unitPath(role)} ${envPath(role)} 2>/dev/null
 fact service; printf '%s\n' "${own}"
-fact enabled; shown "${own}" UnitFileState
-fact other; shown "${other}" ActiveState
-fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes
+fact enabled; property "${own}" UnitFileState; echo "$value"
+fact other; property "${other}" ActiveState; echo "$value"
+${PROXY_MODE === "ipvs" ? "fact ipvs; { test -d /sys/module/ip_vs || modprobe -n -q ip_vs 2>/dev/null; } && echo yes" : ""}
 `);
   return [shownLook, binaryLook, nameLook, cgroupLook, foldersLook, service, filesLook, ...clusterLook];
 }
@@ -265,7 +263,7 @@ ${raw(writeFile(unitPath(role), text))}${raw(clearLo)}`,
     changes.push({
       why: `wait until node ${name} is healthy: ${problems.join(", ")}`,
       // Of this start, as healthProblems() counts it: a heartbeat of the process before proves nothing.
-      sh: sh`unit=${unit}; pid=$(systemctl show ${unit} -p MainPID | cut -d= -f2); since=${Math.floor(started) + 1}; stand=0
+      sh: sh`unit=${unit}; pid=$(systemctl show ${unit} -p MainPID); pid=\${pid#*=}; since=${Math.floor(started) + 1}; stand=0
 ${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0, tunnelIp))}`,
       seconds: WAIT + 60,
       ...(silence(facts) ? { unknown: silence(facts) as string } : {}),
@@ -324,7 +322,7 @@ ${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0, tunnelIp, role 
  * Reports the token as soon as the server accepts it, so that agents join while the server's own node becomes Ready.
  * Not on old k3s, which annotate restarts once more.
  */
-const DOOR = sh`if [ -z "\${open-}" ] && token=$(cat ${NODE_TOKEN} 2>/dev/null) && [ -n "$token" ]; then
+const DOOR = sh`if [ -z "\${open-}" ] && [ -s ${NODE_TOKEN} ] && { read -r token <${NODE_TOKEN} || [ -n "$token" ]; }; then
     door=$(${raw(asNode(`"$(printf %s "${passwordOf("token")}" | sed '${CURL_SED}')"`))}
       curl -s -K - --cacert /var/lib/rancher/k3s/server/tls/server-ca.crt --max-time 5 -o /dev/null -w '%{http_code}' \
         https://127.0.0.1:6443/v1-k3s/client-k3s-controller.crt) || :
@@ -353,6 +351,10 @@ function healthSh(
     tunnelIp || want.PUBLIC_IP === NAT ? ["InternalIP", tunnelIp ?? ""] : ["ExternalIP", want.PUBLIC_IP];
   return sh`${raw(WATCH)}
 began=$(date +%s); starts=0; was=; asked=; due=5
+# apiuser need not ask systemd, and for this clock no program is started.
+case $unit in k3s) agent_unit=inactive ;; *) agent_unit=active ;; esac
+clock() { read -r up _ </proc/uptime; up=\${up%.*}; }
+clock; first=$up; at=$up
 nap() { sleep 0.5 2>/dev/null || sleep 1; }
 fail() {
   echo "$1"
@@ -367,15 +369,17 @@ sleep 1
 while :; do
   beat
   ${raw(withoutEmpty())}
-  now=$(date +%s)
-  ${raw(meanwhile)}if [ "$now" != "$asked" ]; then
-    asked=$now
-    p=$(systemctl show "$unit" -p MainPID); p=\${p#*=}
-    if [ "$p" != "$pid" ]; then pid=$p; since=$now; [ "$p" = 0 ] || starts=$((starts + 1)); fi
+  clock
+  ${raw(meanwhile)}if [ "$up" != "$asked" ]; then
+    asked=$up
+    if ! { [ "\${pid:-0}" != 0 ] && kill -0 "$pid" 2>/dev/null; }; then
+      p=$(systemctl show "$unit" -p MainPID); p=\${p#*=}
+      if [ "$p" != "$pid" ]; then pid=$p; since=$(date +%s); at=$up; [ "$p" = 0 ] || starts=$((starts + 1)); fi
+    fi
     [ "$starts" -lt 5 ] || fail "$unit starts again and again"
     # A long journal takes more time than all else here.
-    if [ $((now - began)) -ge "$due" ]; then
-      due=$((now - began + 5))
+    if [ $((up - first)) -ge "$due" ]; then
+      due=$((up - first + 5))
       [ "$(journalctl -u "$unit" -o cat --no-pager --since "@$began" | grep -cE ${HOPELESS})" -lt 3 ] || fail "$unit cannot go on"
     fi
   fi
@@ -390,15 +394,15 @@ while :; do
   [ "$ip" != - ] || ip='not set'
   want=${ip}; [ "$ip" = "\${want:-$ip}" ] || [ -z "$node" ] || shown="$shown, ${raw(type)} $ip"
   if [ "$shown" = Ready ] && [ "$(date -d "$beat" +%s)" -ge $((since - 2)) ]; then
-    [ $((now - since)) -lt "$stand" ] || break
+    [ $((up - at)) -lt "$stand" ] || break
   fi
   [ "$shown" = "$was" ] || say "node ${name}: $shown"
   was=$shown
-  [ $((now - began)) -lt ${WAIT} ] || fail "node ${name} is not healthy after ${WAIT} s: $shown"
+  [ $((up - first)) -lt ${WAIT} ] || fail "node ${name} is not healthy after ${WAIT} s: $shown"
 done
 # WireGuard needs some seconds more; who is still missing then is the next look's to say.
-end=$(($(date +%s) + 10))
-while [ "$(date +%s)" -lt "$end" ]; do
+clock; end=$((up + 10))
+while clock; [ "$up" -lt "$end" ]; do
   ${raw(oldestSh(generation))}
   wg show ${interfaceOf(generation)} dump | awk -v oldest="$oldest" 'NR > 1 && $4 != "(none)" && $5 < oldest { bad = 1 } NR > 1 { n++ } END { exit bad || n < ${peers} }' && break
   nap

@@ -37,14 +37,15 @@ export function generationOf(version: string, flags?: string): Generation | unde
 
 /** Facts about the binary: its version, and for v1.23 to v1.25 the lines of its help about the modern backend. */
 export const binaryLook = prints("version flags")(sh`said=$(${K3S} --version 2>/dev/null)
-fact version; echo "$said" | sed -n 's/^k3s version \(v[^ ]*\).*/\1/p'
-fact flags; case $said in *'version v1.2'[345].*) ${K3S} server --help | grep -oE -- '--flannel-(backend|external-ip)|wireguard-native' ;; esac
+fact version; case $said in *'k3s version v'*) said=\${said#*'k3s version '}; echo "\${said%%[ 
+]*}" ;; esac
+fact flags; case $said in v1.2[345].*) ${K3S} server --help | grep -oE -- '--flannel-(backend|external-ip)|wireguard-native' ;; esac
 `);
 
 /**
  * The fact `processes`: what systemd knows about the server's unit, an empty line, the agent's. Asked for once a look,
  * since a systemctl takes as long as ten small programs: the looks behind it read $server_unit and $agent_unit by
- * `shown UNIT PROPERTY`.
+ * `property UNIT NAME`, which sets $value.
  */
 export const shownLook = prints("processes")(sh`show() {
   systemctl show "$@" -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic -p NeedDaemonReload \
@@ -58,17 +59,17 @@ agent_unit=\${units#"$server_unit"}
 agent_unit=\${agent_unit#
 
 }
-shown() {
+property() {
   value=\${1#*"$2="}
-  [ "$value" = "$1" ] || printf '%s\n' "\${value%%
-*}"
+  if [ "$value" = "$1" ]; then value=; else value=\${value%%
+*}; fi
 }
 fact processes; printf '%s\n\n%s\n' "$server_unit" "$agent_unit"
 `);
 
 /** The fact `named`: what the box's unit says its node is called. */
 export const nameLook = prints("named")(
-  sh`fact named; sed -n 's/.*[[:space:]]--node-name=\([a-z0-9.-]*\).*/\1/p' /etc/systemd/system/k3s.service /etc/systemd/system/k3s-agent.service 2>/dev/null`,
+  sh`fact named; for f in /etc/systemd/system/k3s.service /etc/systemd/system/k3s-agent.service; do [ ! -s $f ] || sed -n 's/.*[[:space:]]--node-name=\([a-z0-9.-]*\).*/\1/p' $f; done`,
 );
 
 /** The release that the box will run: K3S_VERSION, or what a pushed K3S_BIN reported. */
@@ -85,17 +86,18 @@ export function releaseOf(
   return generation ? { version, generation } : { version };
 }
 
-/** Facts about cgroups: the file system (tmpfs: v1, or both with the controllers in v1), and v2's controllers. */
+/** Facts about cgroups: v2's controllers, which only its root has, or v1 (both with the controllers in v1 count as v1). */
 export const cgroupLook = prints(
   "cgroup",
-)(`fact cgroup; stat -fc %T /sys/fs/cgroup 2>/dev/null; cat /sys/fs/cgroup/cgroup.controllers 2>/dev/null
+)(`fact cgroup; if [ -f /sys/fs/cgroup/cgroup.controllers ]; then echo cgroup2fs; text /sys/fs/cgroup/cgroup.controllers
+elif [ -d /sys/fs/cgroup ]; then echo tmpfs; fi
 `);
 
-/** The cgroup version, and v2's controllers; undefined if not known. An old stat prints v2's number. */
+/** The cgroup version, and v2's controllers; undefined if not known. */
 function cgroupOf(facts: Facts<"cgroup">): { version: 1 | 2; controllers: string[] } | undefined {
   const [type = "", controllers = ""] = facts.cgroup?.trim().split("\n") ?? [];
   if (!type) return undefined;
-  return { version: /^cgroup2fs$|63677270/.test(type) ? 2 : 1, controllers: splitWords(controllers) };
+  return { version: type === "cgroup2fs" ? 2 : 1, controllers: splitWords(controllers) };
 }
 
 /** Why a release of k3s cannot run with a box's cgroups, and the remedy. */

@@ -119,8 +119,8 @@ fact inner; at=$(readlink -f /var/lib/rancher/k3s); for path in "$at"/* "$at"/*/
   to=$(readlink -f "$path"); case $to in "$at"/*) ;; *) printf '%s leads to %s\n' "$path" "$to" ;; esac
 done
 fact running
-case $(shown "$server_unit" ActiveState) in active) echo k3s ;; esac
-case $(shown "$agent_unit" ActiveState) in active) echo k3s-agent ;; esac
+property "$server_unit" ActiveState; case $value in active) echo k3s ;; esac
+property "$agent_unit" ActiveState; case $value in active) echo k3s-agent ;; esac
 `),
   ],
 
