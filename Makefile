@@ -16,7 +16,7 @@ FLAGS = $(call switch,DRY,--dry-run) $(call switch,JSON,--json) $(call switch,PR
 
 # A Node.js that strips types, else Node.js with tsx, else Deno.
 NODE := $(shell command -v node;)
-STRIPS := $(if $(NODE),$(shell node -p 'process.features.typescript || ""'))
+STRIPS := $(if $(NODE),$(shell case $$(node --version) in (v1*|v20.*|v21.*) ;; (*) node -p 'process.features.typescript || ""' ;; esac))
 RUN = node $(if $(STRIPS),--disable-warning=ExperimentalWarning,--import tsx)
 TS = $(if $(NODE),$(RUN),deno run -A)
 # The compile cache of Node.js 22 and later: a script starts in a third of the time.

@@ -98,7 +98,8 @@ flock -n 9 || {
   printf '\n%s waited\n' ${mark}
 }
 # This subshell: $$ is the shell that it stems from.
-sh -c 'echo $PPID' >$lock
+read -r self _ </proc/self/stat
+echo "$self" >$lock
 # A package manager must not die of a connection that was cut: its output is still read then. A wait's is not.
 relay() {
   trap '' PIPE

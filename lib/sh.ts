@@ -51,7 +51,8 @@ done`;
 export function writeFile(path: string, text: string, mode = "644", secrets: readonly string[] = []): string {
   const parts = text.split(new RegExp(`(${secrets.map((s) => `@${s}@`).join("|") || "(?!)"})`));
   const body = parts.map((p, i) => (i % 2 ? `"$${p.slice(1, -1)}"` : quote(p))).join("");
-  return sh`mkdir -p ${path.slice(0, path.lastIndexOf("/")) || "/"}
+  const folder = path.slice(0, path.lastIndexOf("/")) || "/";
+  return sh`[ -d ${folder} ] || mkdir -p ${folder}
 new=${path}.new
 (umask 077; printf %s ${raw(body)} >"$new")
 chmod ${mode} "$new"

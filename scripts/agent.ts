@@ -59,15 +59,16 @@ if [ "$(digest ${envPath("agent")})" != ${joined} ] && command -v curl >/dev/nul
   trap 'rm -rf "$dir"' EXIT
   ask() { curl -sS --connect-timeout 8 --max-time 20 "$@" 2>"$dir/error"; }
   url=${want.K3S_URL}
-  fact cacerts; ask -k -D "$dir/head" "$url/cacerts" | tee "$dir/ca"
+  ask -k -D "$dir/head" -o "$dir/ca" "$url/cacerts"
+  fact cacerts; text "$dir/ca"
   fact error; text "$dir/error"
-  fact date; sed -n 's/^[Dd]ate: //p' "$dir/head" 2>/dev/null
+  fact date; [ ! -f "$dir/head" ] || while read -r key row; do case $key in [Dd]ate:) echo "$row" ;; esac; done <"$dir/head"
   # The password is only for the CA that the token names.
   if [ "$(digest "$dir/ca")" = ${ca} ]; then
     fact door; ${raw(asNode(quote(password)))}
       ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
     fact shut; text "$dir/error"
-    node=${name || raw('"$(tr "[:upper:]" "[:lower:]" </proc/sys/kernel/hostname)"')}
+    node=${name || raw('$(tr "[:upper:]" "[:lower:]" </proc/sys/kernel/hostname)')}
     ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node" -o "$dir/taken" \
       "$url/api/v1/nodes?pretty=false" -o "$dir/nodes"
     fact taken; text "$dir/taken"

@@ -214,7 +214,7 @@ ${raw(put)}`,
   };
 }
 
-const VERIFY = sh`have=$(sha256sum <"$part" | cut -d' ' -f1)
+const VERIFY = sh`have=$(sha256sum <"$part"); have=\${have%% *}
 if [ "$have" != "$sum" ]; then rm -f "$part"; tell "$from: sha256 is $have, expected $sum"; exit 1; fi`;
 
 /** Reported at once, and again on failure: errors of one mirror matter even if the next one works. */
@@ -259,10 +259,18 @@ get() { # BASE FILE CURL-OPTION…; its last line is the address that answered
   done
   return 22
 }
-host() { sed -n '$ { s,^[^/]*//,,; s,[/?#].*,,; s,.*@,,; s,:[0-9]*$,,; s,[.]$,,; p; }' | tr '[:upper:]' '[:lower:]'; }
+host() { # TEXT: $host is that of the address in its last line
+  host=\${1##*
+}
+  host=\${host#*//}; host=\${host%%[/?#]*}; host=\${host##*@}
+  case \${host##*:} in *[!0-9]*) ;; *) host=\${host%:*} ;; esac
+  host=\${host%.}
+  case $host in *[!a-z0-9.:-]*) host=$(echo "$host" | tr '[:upper:]' '[:lower:]') ;; esac
+}
 word() { # BASE: its checksum, and the host that gave it
   said=$(get "$1" sha256sum-${arch}.txt --max-time 60 2>/dev/null) || return 0
-  echo "$(echo "$said" | awk '$2 == "${file}" { print $1 }') $(echo "$said" | host)"
+  host "$said"
+  echo "$(echo "$said" | awk '$2 == "${file}" { print $1 }') $host"
 }
 vouch() { # HOST that does not count, BASE…: whose word is taken for the checksum
   not=$1; shift
@@ -288,7 +296,7 @@ try() { # BASE, then the bases of other hosts
     case $status in 0 | 22) (${raw(VERIFY)}) && return ;; 33) ;; *) stopped; return 1 ;; esac
   fi
   at=$(get "$from" ${file} -o "$part") || { stopped; return 1; }
-  at=$(echo "$at" | host)
+  host "$at"; at=$host
   [ -z "$by" ] || [ "$at" != "$by" ] || vouch "$at" "$@" || { rm -f "$part"; tell "$from leads to $at, and no other host gave its checksum: add a mirror, or set K3S_SHA256"; return 1; }
   (${raw(VERIFY)})
 }

@@ -20,7 +20,8 @@ export const installWireguard = step({
     // Where k3s has its interface the tool is complete.
     prints("tool half")(`fact tool; command -v wg
 fact half; if [ ! -d /sys/class/net/flannel-wg ] && [ ! -d /sys/class/net/flannel.1 ]; then
-  dpkg-query -W -f '\${db:Status-Status}' wireguard-tools 2>/dev/null | grep -E '^(half|unpacked)'
+  status=$(dpkg-query -W -f '\${db:Status-Status}' wireguard-tools 2>/dev/null)
+  case $status in half* | unpacked*) echo "$status" ;; esac
 fi`),
     prints("loaded probe split glibc")(`fact loaded; test -d /sys/module/wireguard && echo yes
 fact probe; test -d /sys/class/net/${PROBE} && echo yes

@@ -196,7 +196,9 @@ export function servicePlan(
     changes.push({
       why: `write ${envPath(role)} (0600)${note && `: ${note}`}`,
       sh: [
-        ...secrets.map((name) => sh`${name}=$(printf %s "$${name}" | sed 's/\\/&&/g')`),
+        ...secrets.map(
+          (name) => sh`case $${name} in *\\*) ${name}=$(printf %s "$${name}" | sed 's/\\/&&/g') ;; esac`,
+        ),
         writeFile(envPath(role), env, "600", secrets),
       ].join("\n"),
       ...(secrets.length ? { secrets } : {}),
@@ -323,6 +325,7 @@ ${raw(healthSh(name, generation, want, role === "agent" ? 1 : 0, tunnelIp, role 
  * Not on old k3s, which annotate restarts once more.
  */
 const DOOR = sh`if [ -z "\${open-}" ] && [ -s ${NODE_TOKEN} ] && { read -r token <${NODE_TOKEN} || [ -n "$token" ]; }; then
+    pause=0.5
     door=$(${raw(asNode(`"$(printf %s "${passwordOf("token")}" | sed '${CURL_SED}')"`))}
       curl -s -K - --cacert /var/lib/rancher/k3s/server/tls/server-ca.crt --max-time 5 -o /dev/null -w '%{http_code}' \
         https://127.0.0.1:6443/v1-k3s/client-k3s-controller.crt) || :
@@ -349,13 +352,13 @@ function healthSh(
   // A box without a public address has none of its own before it has joined.
   const [type, ip] =
     tunnelIp || want.PUBLIC_IP === NAT ? ["InternalIP", tunnelIp ?? ""] : ["ExternalIP", want.PUBLIC_IP];
-  return sh`${raw(WATCH)}
-began=$(date +%s); starts=0; was=; asked=; due=5
-# apiuser need not ask systemd, and for this clock no program is started.
+  return sh`# So apiuser need not ask systemd.
 case $unit in k3s) agent_unit=inactive ;; *) agent_unit=active ;; esac
+${raw(WATCH)}
+began=$(date +%s); starts=0; was=; asked=; due=5
 clock() { read -r up _ </proc/uptime; up=\${up%.*}; }
 clock; first=$up; at=$up
-nap() { sleep 0.5 2>/dev/null || sleep 1; }
+nap() { sleep "$pause" 2>/dev/null || sleep 1; }
 fail() {
   echo "$1"
   echo "journal of $unit since then, what matters of it:"
@@ -365,7 +368,7 @@ fail() {
     sed -E 's/^time="[^"]*" //; s/^[EF][0-9]{4} [0-9:.]+ +[0-9]+ //' | tac | awk '!seen[$0]++' | cut -c1-400 | head -n 12 | tac
   exit 1
 }
-sleep 1
+${raw(meanwhile ? "pause=0.2" : "pause=0.5; sleep 1")}
 while :; do
   beat
   ${raw(withoutEmpty())}
@@ -401,7 +404,7 @@ while :; do
   [ $((up - first)) -lt ${WAIT} ] || fail "node ${name} is not healthy after ${WAIT} s: $shown"
 done
 # WireGuard needs some seconds more; who is still missing then is the next look's to say.
-clock; end=$((up + 10))
+pause=0.2; clock; end=$((up + 10))
 while clock; [ "$up" -lt "$end" ]; do
   ${raw(oldestSh(generation))}
   wg show ${interfaceOf(generation)} dump | awk -v oldest="$oldest" 'NR > 1 && $4 != "(none)" && $5 < oldest { bad = 1 } NR > 1 { n++ } END { exit bad || n < ${peers} }' && break
