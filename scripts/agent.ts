@@ -2,6 +2,7 @@
 /** Step 5 of 7: a healthy k3s agent that has joined the server. Includes steps 1 to 3. */
 import { createHash, X509Certificate } from "node:crypto";
 import { causes } from "../lib/check/causes.ts";
+import { look as lookAt } from "../lib/converge.ts";
 import { NODE_SETTINGS, proxyEnv } from "../lib/k3s/config.ts";
 import { firewall } from "../lib/k3s/firewall/firewall.ts";
 import { neighbours } from "../lib/k3s/firewall/neighbours.ts";
@@ -11,6 +12,7 @@ import { CONCERNS, nodesOf, SHAPE } from "../lib/k3s/nodes.ts";
 import { main } from "../lib/k3s/script.ts";
 import { healthyMessage, serviceLook, servicePlan, systemdFirst } from "../lib/k3s/service.ts";
 import { envPath, nodeNameIn, type Role } from "../lib/k3s/unit.ts";
+import type { Box } from "../lib/script.ts";
 import { SettingError, type Settings } from "../lib/settings.ts";
 import { quote, raw, sh } from "../lib/sh.ts";
 import { type Change, type Facts, type Printed, prints, Refusal, step } from "../lib/step.ts";
@@ -44,8 +46,10 @@ export const agent = step({
  * issues k3s-controller's certificate (to any agent, both generations), which allows to read the box's own node, or on
  * modern k3s all nodes: a name or address that is taken is found without registering anything. Skipped once the box has
  * joined with the same credentials.
+ *
+ * @param all ask more than whether the server is reached from here.
  */
-function serverLook(want: Settings) {
+function serverLook(want: Settings, all = true) {
   // An agent is the user "node" whatever the token says (pkg/clientaccess, both generations).
   const password = passwordIn(want.K3S_TOKEN).replace(/["\\]/g, "\\$&");
   const ca = caIn(want.K3S_TOKEN) ?? "";
@@ -53,6 +57,17 @@ function serverLook(want: Settings) {
     .update(filledEnv(ENV(want), want))
     .digest("hex");
   const name = nodeNameIn(want.AGENT_ARGS);
+  const more = sh`# The password is only for the CA that the token names.
+  if [ "$(digest "$dir/ca")" = ${ca} ]; then
+    fact door; ${raw(asNode(quote(password)))}
+      ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
+    fact shut; text "$dir/error"
+    node=${name || raw('$(tr "[:upper:]" "[:lower:]" </proc/sys/kernel/hostname)')}
+    ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node" -o "$dir/taken" \
+      "$url/api/v1/nodes?pretty=false" -o "$dir/nodes"
+    fact taken; text "$dir/taken"
+    fact registered; { ${raw(SHAPE)}; } <"$dir/nodes" | concerns '' joining ${want.PUBLIC_IP}
+  fi`;
   return prints("cacerts error date door shut taken registered proof")(sh`
 if [ "$(digest ${envPath("agent")})" != ${joined} ] && command -v curl >/dev/null; then (
   dir=$(mktemp -d)
@@ -63,28 +78,26 @@ if [ "$(digest ${envPath("agent")})" != ${joined} ] && command -v curl >/dev/nul
   fact cacerts; text "$dir/ca"
   fact error; text "$dir/error"
   fact date; [ ! -f "$dir/head" ] || while read -r key row; do case $key in [Dd]ate:) echo "$row" ;; esac; done <"$dir/head"
-  # The password is only for the CA that the token names.
-  if [ "$(digest "$dir/ca")" = ${ca} ]; then
-    fact door; ${raw(asNode(quote(password)))}
-      ask -K - --cacert "$dir/ca" -o "$dir/pem" -w '%{http_code}' "$url/v1-k3s/client-k3s-controller.crt"
-    fact shut; text "$dir/error"
-    node=${name || raw('$(tr "[:upper:]" "[:lower:]" </proc/sys/kernel/hostname)')}
-    ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node" -o "$dir/taken" \
-      "$url/api/v1/nodes?pretty=false" -o "$dir/nodes"
-    fact taken; text "$dir/taken"
-    fact registered; { ${raw(SHAPE)}; } <"$dir/nodes" | concerns '' joining ${want.PUBLIC_IP}
-  fi
+  ${raw(all ? more : "")}
   ${raw(proofLook)}
 ) fi`);
 }
 
-/** The server asked once more, with what it has taught the operator since the box was looked at. */
-export const admission = step({
-  name: "agent",
-  options: [],
-  look: (want) => [CONCERNS, serverLook(want)],
-  plan: () => [],
-});
+/**
+ * The server asked once more, with what it has taught the operator since the box was looked at. Where the operator has its
+ * nodes from itself, as well as the token, only whether it is reached: answers for each box would grow with the cluster,
+ * and keep the server from starting (issue 14).
+ *
+ * @param nodes the server's list.
+ */
+export async function admission(box: Box, nodes: string | undefined): Promise<Facts<ServerFact>> {
+  const look = (want: Settings) =>
+    nodes === undefined ? [CONCERNS, serverLook(want)] : [serverLook(want, false)];
+  const facts = await lookAt(box, [step({ name: "agent", options: [], look, plan: () => [] })]);
+  return nodes === undefined ? facts : { ...facts, door: "200", registered: nodes };
+}
+
+type ServerFact = Printed<ReturnType<typeof serverLook>>;
 
 /** Does the box have its node password, with which a node of its name authenticates? */
 export const proofLook = prints("proof")("fact proof; test -s /etc/rancher/node/password && echo yes");
@@ -93,7 +106,7 @@ export const proofLook = prints("proof")("fact proof; test -s /etc/rancher/node/
 const CLOCKS = 86_400;
 
 /** @throws {Refusal} or {SettingError} when this box cannot join; nothing was touched. */
-function examine(want: Settings, facts: Facts<Printed<ReturnType<typeof serverLook>>>): void {
+function examine(want: Settings, facts: Facts<ServerFact>): void {
   if (facts.cacerts === undefined) return;
   const [ca, url] = [facts.cacerts, want.K3S_URL];
   if (!ca.includes("BEGIN CERTIFICATE")) throw new Refusal(unreachable(url, facts.error ?? ""));
@@ -120,9 +133,12 @@ function examine(want: Settings, facts: Facts<Printed<ReturnType<typeof serverLo
     throw new Refusal(
       `${url} does not accept this box: it answers ${door}; try again when it is healthy${facts.shut?.trim() ? ` (${facts.shut.trim()})` : ""}`,
     );
-  const [node] = nodesOf(facts.taken);
-  if (!node || facts.proof?.trim()) return;
   const name = nodeNameOf("agent", want, facts);
+  const [node] = [
+    ...nodesOf(facts.taken),
+    ...nodesOf(facts.registered).filter((other) => other.name === name),
+  ];
+  if (!node || facts.proof?.trim()) return;
   throw new Refusal(
     `The name ${name} is taken by a node of the cluster (${node.externalIp ?? "no public address"}): rename this box (hostnamectl set-hostname …), or add --node-name to AGENT_ARGS; if it is this box before it was reinstalled, run "make remove HOST=${want.HOST || "…"}" first`,
   );

@@ -66,6 +66,11 @@ const isInformed = (want: Settings, { cacerts, door }: Facts, learned: Partial<S
   learned.K3S_TOKEN === want.K3S_TOKEN &&
   (cacerts === undefined || door?.trim() === "200");
 
+/** The cluster's nodes as the first server's look has them: none before it has been a server. Undefined: not known. */
+const nodesIn = ({ K3S_DATASTORE_ENDPOINT }: Settings, facts: Facts): string | undefined =>
+  facts.nodes?.trim() ||
+  (K3S_DATASTORE_ENDPOINT || facts.sqlite?.trim() || casOf(facts).server.length ? undefined : "");
+
 /** Others are prepared while the first server starts; they wait only for its token. */
 export async function up(run: Run): Promise<number> {
   const [server, ...further] = (await boxes(run, "SERVER")) as [Box, ...Box[]];
@@ -127,7 +132,10 @@ export async function up(run: Run): Promise<number> {
         box.want = { ...box.want, ...first.learned };
         // Only what the server says is new to an agent; what another one has said no longer counts.
         const { cacerts: _, registered: __, ...known } = own;
-        own = steps === agentSteps ? { ...known, ...(await look(box, [admission])) } : await look(box, steps);
+        own =
+          steps === agentSteps
+            ? { ...known, ...(await admission(box, nodesIn(server.want, facts))) }
+            : await look(box, steps);
         other.informed = true;
       } else {
         if (todo === "wait for the token") box.line.waits("the server's token");
