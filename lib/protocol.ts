@@ -1,7 +1,7 @@
 /** The shell scripts that are sent to a box, and the parser for their output. */
 import { randomBytes } from "node:crypto";
 import type { Settings } from "./settings.ts";
-import { raw, sh, type Word } from "./sh.ts";
+import { bare, raw, sh, type Word } from "./sh.ts";
 import { type Change, type Facts, Failure, type Step } from "./step.ts";
 import type { SettingName } from "./table.ts";
 
@@ -43,12 +43,12 @@ digest() { [ ! -s "$1" ] || { row=$(sha256sum <"$1") && echo "\${row%% *}"; }; }
 
 /**
  * The script that prints the facts of all steps in one trip. It never fails; missing facts are left out. sed gathers what
- * would leave as a packet a line. Its comments stay here: each box would be sent them three times.
+ * would leave as a packet a line.
  */
 export function lookScript(steps: readonly Step[], want: Settings, mark: string): string {
   const looks = [...new Set(steps.flatMap((step) => step.look(want)))].join("\n");
   return sh`m=${mark}
-${raw(HELPERS)}{ ${raw(BASE)}${raw(looks.replaceAll(/^ *# (?!shellcheck ).*\n/gm, ""))}
+${raw(HELPERS)}{ ${raw(BASE)}${raw(bare(looks))}
 printf '\n%s end\n' "$m"; } | sed ''`;
 }
 
@@ -62,7 +62,10 @@ export const EARLIER_RUN = 900;
  * The script that applies changes. Each runs in its own shell under `timeout`, with both output streams in order; the
  * first failure ends it. A lock keeps out a second operator and an earlier run that lost its connection: after waiting
  * for the lock the plan is out of date, and nothing is applied. It is held until the script ends, so that the look that
- * follows shows this run's changes and not another's.
+ * follows shows this run's changes and not another's. It names the process of this run's subshell: $$ is the shell that
+ * it stems from.
+ *
+ * A package manager must not die of a connection that was cut: `relay` still reads its output then. A wait's it does not.
  */
 export function applyScript(
   changes: readonly Change[],
@@ -78,8 +81,7 @@ export function applyScript(
 beat() { printf '%s beat\n' ${mark}; }`;
   const body = changes.map((change, i) => {
     const given = (change.secrets ?? []).map((name) => sh`${name}=${secrets(name)}`);
-    return sh`# ${raw(oneLine(change.why))}
-change ${i} ${change.seconds ?? 60} <<'${mark}'
+    return sh`${raw(reader === "person" ? `# ${oneLine(change.why)}\n` : "")}change ${i} ${change.seconds ?? 60} <<'${mark}'
 main() {
 set -eu
 say() { printf '%s say %s\n' ${mark} "$*"; }
@@ -97,10 +99,8 @@ flock -n 9 || {
   flock -w ${EARLIER_RUN} 9 || { printf '\n%s busy %s\n' ${mark} "$(cat $lock)"; exit 1; }
   printf '\n%s waited\n' ${mark}
 }
-# This subshell: $$ is the shell that it stems from.
 read -r self _ </proc/self/stat
 echo "$self" >$lock
-# A package manager must not die of a connection that was cut: its output is still read then. A wait's is not.
 relay() {
   trap '' PIPE
   while IFS= read -r line || [ -n "$line" ]; do

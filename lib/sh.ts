@@ -36,6 +36,11 @@ export const sh = (parts: TemplateStringsArray, ...words: readonly (Word | reado
 
 const shellOf = (word: Word) => (typeof word === "object" ? word.shell : quote(`${word}`));
 
+/**
+ * Shell without its comments, since each box would be sent them (issue 14). Not for shell with a text of several lines.
+ */
+export const bare = (shell: string): string => shell.replaceAll(/^ *# (?!shellcheck ).*\n/gm, "");
+
 /** Shell that waits for `condition` and runs `each` meanwhile; after `seconds` it runs `otherwise` and fails. */
 export const waitUntil = (seconds: number, condition: string, otherwise: string, each = ""): string =>
   sh`end=$(($(date +%s) + ${seconds}))

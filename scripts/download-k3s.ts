@@ -5,7 +5,7 @@ import { foldersLook, install, managersLook, osOf, writable } from "../lib/k3s/p
 import { main } from "../lib/k3s/script.ts";
 import { binaryLook, K3S, releaseOf } from "../lib/k3s/unit.ts";
 import type { Settings } from "../lib/settings.ts";
-import { raw, sh } from "../lib/sh.ts";
+import { bare, raw, sh } from "../lib/sh.ts";
 import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
 import { splitWords } from "../lib/text.ts";
 
@@ -248,7 +248,7 @@ function fetch({ file, arch, part, sha256 = "" }: File, want: Settings, put: str
     const others = bases.filter((other) => hostOf(other) !== hostOf(base));
     return sh`if try ${[base, ...others]}; then put; exit 0; fi`;
   });
-  return sh`${raw(TELL)}part=${part}
+  return bare(sh`${raw(TELL)}part=${part}
 mkdir -p ${part.replace(/\/[^/]*$/, "")}
 get() { # BASE FILE CURL-OPTION…; its last line is the address that answered
   base=$1 name=$2; shift 2
@@ -319,7 +319,7 @@ watch & watcher=$!
 trap 'kill $watcher' EXIT
 ${raw(tries.join("\n"))}
 echo ${`No mirror gave a good ${file === "k3s" ? "binary" : file}. What came is kept: run the same again, or give K3S_BIN.`}
-exit 1`;
+exit 1`);
 }
 
 await main(import.meta, {

@@ -63,6 +63,6 @@ test("TLS is verified in every download, except when fetching the CA itself, who
   assert.deepEqual(lax, [
     // Whether a kubelet answers at all, and what its certificate says.
     `lib/k3s/watch.ts: [ ! -e "$lane" ] || curl -q -k -s -v --n`,
-    'scripts/agent.ts: fact cacerts; ask -k -D "$dir/head" "$ur',
+    'scripts/agent.ts: ask -k -D "$dir/head" -o "$dir/ca" "$url',
   ]);
 });

@@ -2,7 +2,7 @@
 
 import { cardsOf } from "../protocol.ts";
 import type { Settings } from "../settings.ts";
-import { raw, sh, writeFile } from "../sh.ts";
+import { bare, raw, sh, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, step } from "../step.ts";
 import { NAT, publicIp, type SettingName } from "../table.ts";
 import { filledEnv, parseKeyValues, quoted, rewrite, SECRET, sha256 } from "../text.ts";
@@ -352,7 +352,7 @@ function healthSh(
   // A box without a public address has none of its own before it has joined.
   const [type, ip] =
     tunnelIp || want.PUBLIC_IP === NAT ? ["InternalIP", tunnelIp ?? ""] : ["ExternalIP", want.PUBLIC_IP];
-  return sh`# So apiuser need not ask systemd.
+  return bare(sh`# So apiuser need not ask systemd.
 case $unit in k3s) agent_unit=inactive ;; *) agent_unit=active ;; esac
 ${raw(WATCH)}
 began=$(date +%s); starts=0; was=; asked=; due=5
@@ -370,11 +370,11 @@ fail() {
 }
 ${raw(meanwhile ? "pause=0.2" : "pause=0.5; sleep 1")}
 while :; do
-  beat
   ${raw(withoutEmpty())}
   clock
   ${raw(meanwhile)}if [ "$up" != "$asked" ]; then
     asked=$up
+    beat
     if ! { [ "\${pid:-0}" != 0 ] && kill -0 "$pid" 2>/dev/null; }; then
       p=$(systemctl show "$unit" -p MainPID); p=\${p#*=}
       if [ "$p" != "$pid" ]; then pid=$p; since=$(date +%s); at=$up; [ "$p" = 0 ] || starts=$((starts + 1)); fi
@@ -409,5 +409,5 @@ while clock; [ "$up" -lt "$end" ]; do
   ${raw(oldestSh(generation))}
   wg show ${interfaceOf(generation)} dump | awk -v oldest="$oldest" 'NR > 1 && $4 != "(none)" && $5 < oldest { bad = 1 } NR > 1 { n++ } END { exit bad || n < ${peers} }' && break
   nap
-done`;
+done`);
 }
