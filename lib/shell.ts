@@ -6,6 +6,7 @@ import { lookup } from "node:dns/promises";
 import { once } from "node:events";
 import { createReadStream, mkdirSync, statSync } from "node:fs";
 import { open as openFile } from "node:fs/promises";
+import { isIPv4 } from "node:net";
 import { tmpdir } from "node:os";
 import { dirname } from "node:path";
 import { PassThrough, Readable } from "node:stream";
@@ -527,8 +528,8 @@ const REMEDIES: readonly [RegExp, (host: string, user?: string) => string][] = [
 const addresses = new Map<string, Promise<string>>();
 
 /**
- * The address to which ssh would connect, as an IPv4 address: HostName of ~/.ssh/config, then the resolver. Each host
- * is asked for once.
+ * The address to which ssh would connect, as an IPv4 address: the host itself if it is one, else HostName of
+ * ~/.ssh/config, then the resolver. Each host is asked for once.
  * @throws {Error} when the name does not resolve.
  */
 export function addressOf(host: string): Promise<string> {
@@ -538,6 +539,8 @@ export function addressOf(host: string): Promise<string> {
 }
 
 async function resolved(host: string): Promise<string> {
+  const literal = host.replace(/^.*@/, "");
+  if (isIPv4(literal)) return literal;
   const config = await $({ quiet: true, nothrow: true })`ssh -G -- ${host}`;
   if (config.exitCode !== 0) throw new Error(config.stderr.trim().split("\n").at(-1) || "ssh -G failed");
   const name = /^hostname (.*)$/m.exec(config.stdout)?.[1] ?? host;
