@@ -61,13 +61,18 @@ export function certificatesIn(facts: Facts<"certificates">): { own: Certificate
 const pem = (text: string) =>
   Buffer.from(`-----BEGIN CERTIFICATE-----\n${text}\n-----END CERTIFICATE-----\n`).toString("base64");
 
+/** By text: all boxes have the same CAs, and each part of a diagnosis asks anew. */
+const known = new Map<string, number | undefined>();
+
 /** The end of the first certificate in base64 of PEM, in seconds since 1970; undefined for anything else. */
 export function endOf(text: string): number | undefined {
+  if (known.has(text)) return known.get(text);
+  let ends: number | undefined;
   try {
-    return Date.parse(new X509Certificate(Buffer.from(text, "base64")).validTo) / 1000 || undefined;
-  } catch {
-    return undefined;
-  }
+    ends = Date.parse(new X509Certificate(Buffer.from(text, "base64")).validTo) / 1000 || undefined;
+  } catch {}
+  known.set(text, ends);
+  return ends;
 }
 
 /** Days before the end from which check reports a problem, and from which it notes it and `make certs` renews. */
