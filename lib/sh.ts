@@ -41,11 +41,18 @@ const shellOf = (word: Word) => (typeof word === "object" ? word.shell : quote(`
  */
 export const bare = (shell: string): string => shell.replaceAll(/^ *# (?!shellcheck ).*\n/gm, "");
 
+/**
+ * The shell function `clock`: $up is for how many seconds the box has been up. It starts no program, and a wait does not
+ * end when the time is set.
+ */
+export const UPTIME = sh`clock() { read -r up _ </proc/uptime; up=\${up%.*}; }`;
+
 /** Shell that waits for `condition` and runs `each` meanwhile; after `seconds` it runs `otherwise` and fails. */
 export const waitUntil = (seconds: number, condition: string, otherwise: string, each = ""): string =>
-  sh`end=$(($(date +%s) + ${seconds}))
+  sh`${raw(UPTIME)}
+clock; end=$((up + ${seconds}))
 until ${raw(condition)}; do
-  ${raw(each && `${each}\n  `)}[ "$(date +%s)" -lt "$end" ] || { ${raw(otherwise)}; exit 1; }
+  ${raw(each && `${each}\n  `)}clock; [ "$up" -lt "$end" ] || { ${raw(otherwise)}; exit 1; }
   sleep 1
 done`;
 

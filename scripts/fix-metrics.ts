@@ -5,7 +5,7 @@ import { FIGURES, figuresOf, TOP_LOOK } from "../lib/check/survey.ts";
 import { clusterLook, NODES, nodesOf } from "../lib/k3s/nodes.ts";
 import { main } from "../lib/k3s/script.ts";
 import { binaryLook, generationOf } from "../lib/k3s/unit.ts";
-import { raw, sh, waitUntil, writeFile } from "../lib/sh.ts";
+import { raw, sh, UPTIME, waitUntil, writeFile } from "../lib/sh.ts";
 import { type Change, type Facts, prints, Refusal, step } from "../lib/step.ts";
 
 const FOLDER = "/var/lib/rancher/k3s/server/manifests";
@@ -138,7 +138,7 @@ function wait(silent: string[]): Change {
   return {
     why: `wait until \`kubectl top nodes\` answers for ${silent.join(", ")}`,
     sh: sh`${raw(ANSWERED)} || {
-  echo "No metrics of every node after $((now - began)) s. metrics-server's pods:"
+  echo "No metrics of every node after $((up - began)) s. metrics-server's pods:"
   kc -n kube-system get pods -l k8s-app=metrics-server -o wide || :
   kc -n kube-system describe pods -l k8s-app=metrics-server 2>/dev/null | sed -n '/^Events:/,$p' | tail -n 6
   echo "Its log:"
@@ -179,7 +179,8 @@ ours() {
 }`;
 
 /** Every Ready node has a line in `top nodes`, from a pod of the current manifest. */
-const ANSWERED = sh`${raw(NODES)}
+const ANSWERED = sh`${raw(UPTIME)}
+${raw(NODES)}
 ${raw(OURS)}
 answered() {
   told=$(api GET ${FIGURES} 10 2>/dev/null | grep -o '"metadata":{"name":"[^"]*' | sed 's/.*"//')
@@ -188,15 +189,15 @@ answered() {
   [ -n "$ready" ] && ! printf '%s\n' "$ready" | grep -qvxF -e "$told" && ours
 }
 try() {
-  began=$(date +%s); end=$((began + ${PATIENCE}))
+  clock; began=$up; end=$((began + ${PATIENCE}))
   until answered; do
     beat
-    now=$(date +%s)
-    if [ "$now" -ge "$end" ]; then
-      [ "$now" -lt $((began + ${PULL})) ] || return 1
+    clock
+    if [ "$up" -ge "$end" ]; then
+      [ "$up" -lt $((began + ${PULL})) ] || return 1
       # Its image is still on its way.
       pods | grep -q '"reason": "ContainerCreating"' || return 1
-      end=$((now + 60))
+      end=$((up + 60))
     fi
     sleep 1
   done

@@ -67,7 +67,7 @@ const isInformed = (want: Settings, { cacerts, door }: Facts, learned: Partial<S
   (cacerts === undefined || door?.trim() === "200");
 
 /** The cluster's nodes as the first server's look has them: none before it has been a server. Undefined: not known. */
-const nodesIn = ({ K3S_DATASTORE_ENDPOINT }: Settings, facts: Facts): string | undefined =>
+export const nodesIn = ({ K3S_DATASTORE_ENDPOINT }: Settings, facts: Facts): string | undefined =>
   facts.nodes?.trim() ||
   (K3S_DATASTORE_ENDPOINT || facts.sqlite?.trim() || casOf(facts).server.length ? undefined : "");
 

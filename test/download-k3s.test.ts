@@ -6,7 +6,7 @@ import { describe, test } from "node:test";
 import { foldersLook } from "../lib/k3s/packages.ts";
 import { Refusal, type Step } from "../lib/step.ts";
 import { downloadAhead, downloadK3s, hostOf } from "../scripts/download-k3s.ts";
-import { type Facts, MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
+import { type Facts, has, MODERN, OLD, prepared, programs, shell, temporary, wanted } from "./helpers.ts";
 
 const HASH = "a".repeat(64);
 const verbs = (over = {}, facts = {}) =>
@@ -140,6 +140,33 @@ describe("a host", () => {
       "https://[2001:db8::1]/",
     ];
     assert.equal(new Set(bases.map(hostOf)).size, bases.length);
+  });
+  test("is the same one to a box, which has to read where a mirror led", () => {
+    const text = downloadK3s.plan(
+      wanted({ K3S_VERSION: OLD, K3S_MIRRORS: "https://m https://n" }),
+      prepared(MODERN),
+    )[0]?.sh;
+    const [host] = /^host\(\) \{.*?lower:.*?^\}$/ms.exec(text ?? "") ?? [];
+    const urls = [
+      "https://m/k3s",
+      "https://m:1/k3s",
+      "http://M./other?https://x/",
+      "https://a:b@M.:8443/@n//c",
+      "https://m#n",
+    ];
+    for (const argv of [["dash"], ["bash"], ["busybox", "sh"]].filter(([name]) => has(name as string)))
+      for (const url of [
+        ...urls,
+        "https://[2001:db8::1]/",
+        "https://[2001:DB8::1]:8443/x",
+        "https://192.0.2.1:/",
+      ]) {
+        const said = shell(
+          `set -eu\n${host}\nhost "$(printf 'https://other/\\n%s\\n' '${url}')"; echo "$host"`,
+          [...argv, "-s"],
+        );
+        assert.equal(said.stdout.trim(), hostOf(url), `${url} in ${argv}: ${said.stderr}`);
+      }
   });
   test("does not verify its own files, at another port or in another notation either", () => {
     const sh = downloadK3s.plan(

@@ -3,7 +3,7 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSy
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import fc from "fast-check";
-import { quote, raw, sh, waitUntil, writeFile } from "../lib/sh.ts";
+import { bare, quote, raw, sh, waitUntil, writeFile } from "../lib/sh.ts";
 import { lacks, shell, temporary } from "./helpers.ts";
 
 /** Without sync where many files are written, because the disk's speed is not tested. */
@@ -76,10 +76,13 @@ for (const argv of SHELLS) {
 
     test("a wait ends as soon as its condition is true, or fails with a message at its time limit", () => {
       // sleep advances the clock, so that the test does not wait.
-      const clock =
-        "set -eu; now=100; date() { echo $now; }; sleep() { now=$((now + $1)); }; beat() { printf .; }";
+      const file = join(temporary(), "uptime");
+      const clock = `set -eu; now=100; sleep() { now=$((now + $1)); echo "$now.50 0" >${file}; }; sleep 0; beat() { printf .; }`;
       const waits = (condition: string, each?: string) => {
-        const wait = waitUntil(60, condition, sh`echo ${"It's not there"}`, each);
+        const wait = waitUntil(60, condition, sh`echo ${"It's not there"}`, each).replaceAll(
+          "/proc/uptime",
+          file,
+        );
         const { status, stdout } = shell(`${clock}\n${wait}\necho "after $((now - 100)) s"`, [...argv, "-s"]);
         return [status, stdout];
       };
@@ -116,6 +119,11 @@ for (const argv of SHELLS) {
     });
   });
 }
+
+test("shell that is sent loses the lines that are comments, and no other", () => {
+  const text = "# why\na # not a line\n  # why\n  # shellcheck disable=SC1\nprintf '#x' #\n#!/bin/sh\n";
+  assert.equal(bare(text), "a # not a line\n  # shellcheck disable=SC1\nprintf '#x' #\n#!/bin/sh\n");
+});
 
 test("a plain word is not quoted, so that it is readable", () => {
   for (const word of ["k3s", "--a=b", "/usr/local/bin/k3s", "root@203.0.113.10:22", "1%+_,."])

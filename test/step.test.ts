@@ -1,9 +1,10 @@
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { converge, look as lookAt } from "../lib/converge.ts";
-import { applyScript, asScript, reader, wrapInMain } from "../lib/protocol.ts";
+import { applyScript, asScript, HELPERS, reader, wrapInMain } from "../lib/protocol.ts";
 import { silent } from "../lib/report.ts";
 import { quote } from "../lib/sh.ts";
 import { type Shell, Unreachable } from "../lib/shell.ts";
@@ -374,6 +375,29 @@ describe("converge", { skip }, () => {
     });
     assert.deepEqual([existsSync(`${folder}/before`), existsSync(`${folder}/restarted`)], [true, false]);
   });
+});
+
+describe("what looks print without a program of their own", () => {
+  const files: [what: string, text: string, printed: string][] = [
+    ["a line", "one\n", "one\n"],
+    ["a text without its last newline", "one\ntwo", "one\ntwo\n"],
+    ["blanks, backslashes and wildcards", "  a\\n\t* $(id) `id`  \n\n-n\n", "  a\\n\t* $(id) `id`  \n\n-n\n"],
+    ["a long line", `${"x".repeat(20_000)}\n`, `${"x".repeat(20_000)}\n`],
+    ["nothing", "", ""],
+  ];
+  for (const argv of SHELLS)
+    test(`is a file as it is, its SHA-256, and nothing of one that is missing (${argv.join(" ")})`, () => {
+      const folder = temporary();
+      const run = (words: string) =>
+        shell(`set -eu\n${HELPERS}\n${words}\necho done`, [...argv, "-s"]).stdout;
+      for (const [what, text, printed] of files) {
+        writeFileSync(`${folder}/file`, text);
+        assert.equal(run(`text ${folder}/file`), `${printed}done\n`, what);
+        const sum = text && `${createHash("sha256").update(text).digest("hex")}\n`;
+        assert.equal(run(`digest ${folder}/file`), `${sum}done\n`, what);
+      }
+      assert.equal(run(`text ${folder}/none; digest ${folder}/none; text ${folder}`), "done\n");
+    });
 });
 
 describe("a reboot", { skip }, () => {

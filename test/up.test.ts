@@ -4,8 +4,9 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import { DRAINED } from "../lib/k3s/nodes.ts";
+import type { Settings } from "../lib/settings.ts";
 import { agentSteps } from "../scripts/agent.ts";
-import { type First, next, type Other } from "../scripts/up.ts";
+import { type First, next, nodesIn, type Other } from "../scripts/up.ts";
 import { a1, b1, b2, ENV, fresh, JOINED, run } from "./cluster.ts";
 import { A1, B1, B2, box, type Facts, IP, MODERN, prepared, shell, TOKEN, temporary } from "./helpers.ts";
 
@@ -193,6 +194,17 @@ describe("within make up, another box", () => {
       if (expected instanceof RegExp) assert.match((todo as Error).message, expected);
       else assert.equal(todo, expected);
     });
+});
+
+test("an agent asks for no list of nodes where the first server's look has one, or the server is new", () => {
+  const none = { K3S_DATASTORE_ENDPOINT: "" } as Settings;
+  const list = '{"kind":"NodeList","items":[]}';
+  assert.equal(nodesIn(none, { nodes: list }), list);
+  assert.equal(nodesIn(none, { nodes: "", sqlite: "", cas: "" }), "");
+  // A server whose API was silent has a cluster: of this box, or in a datastore elsewhere.
+  assert.equal(nodesIn(none, { nodes: "", sqlite: "yes\n" }), undefined);
+  assert.equal(nodesIn(none, { nodes: "", cas: `server ${"ab".repeat(32)}\n` }), undefined);
+  assert.equal(nodesIn({ ...none, K3S_DATASTORE_ENDPOINT: "mysql://x" }, { nodes: "" }), undefined);
 });
 
 describe("the dry run of make up", { concurrency: 2 }, () => {

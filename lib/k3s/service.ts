@@ -2,7 +2,7 @@
 
 import { cardsOf } from "../protocol.ts";
 import type { Settings } from "../settings.ts";
-import { bare, raw, sh, writeFile } from "../sh.ts";
+import { bare, raw, sh, UPTIME, writeFile } from "../sh.ts";
 import { type Change, type Facts, prints, Refusal, step } from "../step.ts";
 import { NAT, publicIp, type SettingName } from "../table.ts";
 import { filledEnv, parseKeyValues, quoted, rewrite, SECRET, sha256 } from "../text.ts";
@@ -356,7 +356,7 @@ function healthSh(
 case $unit in k3s) agent_unit=inactive ;; *) agent_unit=active ;; esac
 ${raw(WATCH)}
 began=$(date +%s); starts=0; was=; asked=; due=5
-clock() { read -r up _ </proc/uptime; up=\${up%.*}; }
+${raw(UPTIME)}
 clock; first=$up; at=$up
 nap() { sleep "$pause" 2>/dev/null || sleep 1; }
 fail() {
