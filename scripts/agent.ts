@@ -41,6 +41,9 @@ export const agent = step({
   },
 });
 
+/** What the server has said. */
+const SAID = "cacerts error date door shut taken registered";
+
 /**
  * Queries the server before this box joins: /cacerts, the date, and whether it accepts the token. For a valid token k3s
  * issues k3s-controller's certificate (to any agent, both generations), which allows to read the box's own node, or on
@@ -65,17 +68,18 @@ function serverLook(want: Settings, all = true) {
     node=${name || raw('$(tr "[:upper:]" "[:lower:]" </proc/sys/kernel/hostname)')}
     ask --cacert "$dir/ca" --cert "$dir/pem" "$url/api/v1/nodes/$node" -o "$dir/taken" \
       "$url/api/v1/nodes?pretty=false" -o "$dir/nodes"
-    fact taken; text "$dir/taken"
+    fact taken; [ ! -f "$dir/taken" ] || cat "$dir/taken"
     fact registered; { ${raw(SHAPE)}; } <"$dir/nodes" | concerns '' joining ${want.PUBLIC_IP}
   fi`;
-  return prints("cacerts error date door shut taken registered proof")(sh`
+  return prints(`${SAID} proof` as const)(sh`
 if [ "$(digest ${envPath("agent")})" != ${joined} ] && command -v curl >/dev/null; then (
   dir=$(mktemp -d)
   trap 'rm -rf "$dir"' EXIT
   ask() { curl -sS --connect-timeout 8 --max-time 20 "$@" 2>"$dir/error"; }
   url=${want.K3S_URL}
   ask -k -D "$dir/head" -o "$dir/ca" "$url/cacerts"
-  fact cacerts; text "$dir/ca"
+  # Byte for byte: its hash is compared.
+  fact cacerts; [ ! -f "$dir/ca" ] || cat "$dir/ca"
   fact error; text "$dir/error"
   fact date; [ ! -f "$dir/head" ] || while read -r key row; do case $key in [Dd]ate:) echo "$row" ;; esac; done <"$dir/head"
   ${raw(all ? more : "")}
@@ -84,17 +88,22 @@ if [ "$(digest ${envPath("agent")})" != ${joined} ] && command -v curl >/dev/nul
 }
 
 /**
- * The server asked once more, with what it has taught the operator since the box was looked at. Where the operator has its
- * nodes from itself, as well as the token, only whether it is reached: answers for each box would grow with the cluster,
- * and keep the server from starting (issue 14).
+ * A box's facts, with the server asked once more: now by what it has taught the operator. If the operator has its nodes from
+ * itself, as well as the token, the box asks only whether the server is reached: more would grow with the cluster, and
+ * keep the server from starting (issue 14). A box that has been refused asks for everything.
  *
  * @param nodes the server's list.
  */
-export async function admission(box: Box, nodes: string | undefined): Promise<Facts<ServerFact>> {
-  const look = (want: Settings) =>
-    nodes === undefined ? [CONCERNS, serverLook(want)] : [serverLook(want, false)];
+export async function admission<F extends string>(
+  box: Box,
+  own: Facts<F>,
+  nodes: string | undefined,
+): Promise<Facts<F | ServerFact>> {
+  const known = Object.fromEntries(Object.entries(own).filter(([fact]) => !SAID.split(" ").includes(fact)));
+  const all = nodes === undefined || "door" in own;
+  const look = (want: Settings) => [...(all ? [CONCERNS] : []), serverLook(want, all)];
   const facts = await lookAt(box, [step({ name: "agent", options: [], look, plan: () => [] })]);
-  return nodes === undefined ? facts : { ...facts, door: "200", registered: nodes };
+  return { ...known, ...facts, ...(all ? {} : { door: "200", registered: nodes }) };
 }
 
 type ServerFact = Printed<ReturnType<typeof serverLook>>;

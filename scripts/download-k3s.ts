@@ -262,7 +262,8 @@ get() { # BASE FILE CURL-OPTION…; its last line is the address that answered
 host() { # TEXT: $host is that of the address in its last line
   host=\${1##*
 }
-  host=\${host#*//}; host=\${host%%[/?#]*}; host=\${host##*@}
+  case $host in "\${host%%/*}//"*) host=\${host#*//} ;; esac
+  host=\${host%%[/?#]*}; host=\${host##*@}
   case \${host##*:} in *[!0-9]*) ;; *) host=\${host%:*} ;; esac
   host=\${host%.}
   case $host in *[!a-z0-9.:-]*) host=$(echo "$host" | tr '[:upper:]' '[:lower:]') ;; esac

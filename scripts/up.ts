@@ -131,10 +131,9 @@ export async function up(run: Run): Promise<number> {
       } else if (todo === "look again") {
         box.want = { ...box.want, ...first.learned };
         // Only what the server says is new to an agent; what another one has said no longer counts.
-        const { cacerts: _, registered: __, ...known } = own;
         own =
           steps === agentSteps
-            ? { ...known, ...(await admission(box, nodesIn(server.want, facts))) }
+            ? await admission(box, own, nodesIn(server.want, facts))
             : await look(box, steps);
         other.informed = true;
       } else {

@@ -96,9 +96,14 @@ export const portsLook = prints(
   fi
   echo "$protocol $port $pid $name"
 done; }
-# While k3s is up they are its own.
-case "$server_unit $agent_unit" in *ActiveState=active*) used= ;; *) used=$(port_users) ;; esac
-fact ports; [ -z "$used" ] || { sleep 1; port_users | grep -Fx "$used"; }
+# Of a k3s that is up they are its own. One that cannot have them is up as well for some seconds, and is started again
+# and again (systemd 235 and later count that).
+used=
+for of in "$server_unit" "$agent_unit"; do
+  property "$of" NRestarts; case "$value $of" in '0 '*ActiveState=active*) used=own ;; esac
+done
+[ -n "$used" ] || used=$(port_users)
+fact ports; [ -z "$used" ] || [ "$used" = own ] || { sleep 1; port_users | grep -Fx "$used"; }
 `);
 
 /** @throws {Refusal} naming the program that uses a port which this role needs. */

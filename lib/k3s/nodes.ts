@@ -77,10 +77,14 @@ apiuser() {
   case \${agent_unit:-$(systemctl is-active k3s-agent 2>/dev/null)} in active | activating | *ActiveState=activ*) false ;; *) [ -s $tls/$user.key ] ;; esac || {
     tls=/var/lib/rancher/k3s/agent; users='client-k3s-controller client-kubelet'; config=$tls/kubelet.kubeconfig
   }
-  apiurl=
+  key=
   [ ! -s "$config" ] || while read -r key apiurl; do [ "$key" != server: ] || break; done <"$config"
+  [ "$key" = server: ] || apiurl=
 }
 apiuser
+request() {
+  ${raw(CURL)} -m "$patience" "$@" -w '\n%{http_code}' "\${apiurl:-https://127.0.0.1:6443}$path" 2>/dev/null
+}
 api() {
   path=$2; patience=\${3:-20}; body=; refused=
   case $1 in POST) verb=create; body=$(cat) ;; DELETE) verb=delete ;; *) verb="get" ;; esac
@@ -88,11 +92,7 @@ api() {
   [ -z "$body" ] || set -- "$@" -H 'Content-Type: application/json' --data-binary @-
   for user in $users; do
     [ -s "$tls/$user.key" ] || continue
-    answer=$(
-      ${raw(CURL)} -m "$patience" "$@" -w '\n%{http_code}' "\${apiurl:-https://127.0.0.1:6443}$path" 2>/dev/null <<EOF
-$body
-EOF
-    )
+    if [ -n "$body" ]; then answer=$(printf %s "$body" | request "$@"); else answer=$(request "$@" </dev/null); fi
     case $? in
       0)
         code=\${answer##*"
@@ -113,9 +113,7 @@ EOF
   [ -z "$refused" ] || { printf %s "$refused" | tr '\n' ' ' | cut -c1-600 >&2; return 1; }
   set -- "$verb" --raw "$path"
   [ -z "$body" ] || set -- "$@" -f -
-  kc "$@" <<EOF
-$body
-EOF
+  if [ -n "$body" ]; then printf %s "$body" | kc "$@"; else kc "$@" </dev/null; fi
 }`;
 
 /** Shell that puts each item of a list, as `?pretty=false` gives it, on a line of its own. */

@@ -49,7 +49,7 @@ fact flags; case $said in v1.2[345].*) ${K3S} server --help | grep -oE -- '--fla
  */
 export const shownLook = prints("processes")(sh`show() {
   systemctl show "$@" -p ActiveState -p MainPID -p ExecMainStartTimestampMonotonic -p NeedDaemonReload \
-    -p UnitFileState -p FragmentPath -p DropInPaths 2>/dev/null
+    -p NRestarts -p UnitFileState -p FragmentPath -p DropInPaths 2>/dev/null
 }
 units=$(show k3s k3s-agent)
 server_unit=\${units%%
