@@ -74,7 +74,10 @@ export interface Change {
   assumes?: string;
 }
 
-/** Settings, and what this run may do: `force` and `take-over` by its switches, `release` by the script itself. */
+/**
+ * Settings, and what this run may do: `force` and `take-over` by its switches, `release` and `join` (the server has been
+ * asked) by the script itself.
+ */
 export type Want = Settings & { allowed?: ReadonlySet<string> };
 
 /** One step of the deployment. `look` prints facts and changes nothing; `plan` is pure. */
@@ -84,7 +87,7 @@ export interface Step<F extends string = string> {
   /** Settings it reads, for its flags and --help. */
   options: readonly SettingName[];
   /** Identical pieces of several steps are sent once. */
-  look(want: Settings): (Look<F> | string)[];
+  look(want: Want): (Look<F> | string)[];
   /** @throws {Refusal} when the facts forbid any change. */
   plan(want: Want, facts: Facts<F>): Change[];
   /** What the operator's env file should remember once the plan is empty. */

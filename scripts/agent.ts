@@ -32,7 +32,7 @@ export const agent = step({
   look: (want) => [
     ...serviceLook("agent", want),
     caLook,
-    ...(want.K3S_URL && want.K3S_TOKEN ? [serverLook(want)] : []),
+    ...(want.K3S_URL && want.K3S_TOKEN && !want.allowed?.has("join") ? [serverLook(want)] : []),
   ],
 
   plan(want, facts): Change[] {
@@ -103,6 +103,7 @@ export async function admission<F extends string>(
   const all = nodes === undefined || "door" in own;
   const look = (want: Settings) => [...(all ? [CONCERNS] : []), serverLook(want, all)];
   const facts = await lookAt(box, [step({ name: "agent", options: [], look, plan: () => [] })]);
+  box.want = { ...box.want, allowed: new Set(box.want.allowed).add("join") };
   return { ...known, ...facts, ...(all ? {} : { door: "200", registered: nodes }) };
 }
 

@@ -4,12 +4,13 @@ import { boxes } from "../lib/boxes.ts";
 import { causes } from "../lib/check/causes.ts";
 import { converge, look } from "../lib/converge.ts";
 import { attempt, learn, learnedFrom, showLater, showPlan, worst } from "../lib/fleet.ts";
-import { ALLOWED, casOf } from "../lib/k3s/identity.ts";
+import { ALLOWED, casOf, nodeNameOf } from "../lib/k3s/identity.ts";
 import { main } from "../lib/k3s/script.ts";
+import type { Role } from "../lib/k3s/unit.ts";
 import { watch } from "../lib/report.ts";
 import type { Box, Run } from "../lib/script.ts";
 import type { Settings } from "../lib/settings.ts";
-import { type FactsOf, Failure, planAll } from "../lib/step.ts";
+import { type FactsOf, Failure, planAll, Refusal } from "../lib/step.ts";
 import { admission, agentSteps, prepareAs } from "./agent.ts";
 import { annotateAs } from "./annotate.ts";
 import { fixMetrics } from "./fix-metrics.ts";
@@ -71,6 +72,21 @@ export const nodesIn = ({ K3S_DATASTORE_ENDPOINT }: Settings, facts: Facts): str
   facts.nodes?.trim() ||
   (K3S_DATASTORE_ENDPOINT || facts.sqlite?.trim() || casOf(facts).server.length ? undefined : "");
 
+/**
+ * Copies of an image may have one host name. k3s would refuse the second only when it has started, and the server does not
+ * know the first one yet.
+ */
+function alone(names: Map<string, Box>, box: Box, role: Role, facts: Facts): void {
+  if (facts.named?.trim()) return;
+  const name = nodeNameOf(role, box.want, facts);
+  const other = names.get(name);
+  if (other)
+    throw new Refusal(
+      `Its node's name is ${name}, as that of ${other.name}: rename one of them (hostnamectl set-hostname …), or add --node-name to its AGENT_ARGS`,
+    );
+  names.set(name, box);
+}
+
 /** Others are prepared while the first server starts; they wait only for its token. */
 export async function up(run: Run): Promise<number> {
   const [server, ...further] = (await boxes(run, "SERVER")) as [Box, ...Box[]];
@@ -89,6 +105,8 @@ export async function up(run: Run): Promise<number> {
   };
   update({});
 
+  /** The server, and new boxes, by the names of their nodes. */
+  const names = new Map<string, Box>();
   let facts: Facts = {};
   let changed = false;
   const serverUp = attempt(
@@ -97,6 +115,7 @@ export async function up(run: Run): Promise<number> {
     async () => {
       server.early = (fact) => update({ learned: learnedFrom([serverStep], server, fact) });
       facts = await look(server, allSteps);
+      names.set(nodeNameOf("server", server.want, facts), server);
       if (run.mode !== "apply") return showPlan(run, server, facts.nodes ? allSteps : serverSteps, facts);
       update({ looked: true, begun: planAll(serverSteps, server.want, facts).length > 0 });
       const after = await converge(server, serverSteps, facts, allSteps);
@@ -116,6 +135,7 @@ export async function up(run: Run): Promise<number> {
     const seen = await look(box, steps);
     if (run.mode !== "apply") await serverUp;
     else while (!first.looked && !first.failed) await updated;
+    alone(names, box, steps === agentSteps ? "agent" : "server", seen);
     const begun = facts.nodes ? { ...seen, registered: facts.nodes } : seen;
     if (run.mode !== "apply") return preview(run, box, steps, begun, server, facts);
     let own = begun;

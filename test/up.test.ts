@@ -196,6 +196,18 @@ describe("within make up, another box", () => {
     });
 });
 
+test("of two new boxes with one host name the second is refused, before anything is changed on it", async () => {
+  const same = { hostname: "vps\n" };
+  const boxes = { a1: a1(), b8: fresh("b8", same), b9: fresh("b9", same) };
+  const envFile = `SERVER=a1=${A1.ip}\nAGENTS="b8=198.51.101.18 b9=198.51.101.19"\n${JOINED}`;
+  const { status, stderr } = await run("up", [], envFile, boxes);
+  assert.equal(status, 1);
+  const [, refused, other] =
+    /^(b[89]) +FAILED after .*: Its node's name is vps, as that of (b[89])/m.exec(stderr) ?? [];
+  assert.notEqual(refused, other, stderr);
+  assert.doesNotMatch(stderr, new RegExp(`^${refused} +(download|fetch|get|install|write)`, "m"));
+});
+
 test("an agent asks for no list of nodes where the first server's look has one, or the server is new", () => {
   const none = { K3S_DATASTORE_ENDPOINT: "" } as Settings;
   const list = '{"kind":"NodeList","items":[]}';
