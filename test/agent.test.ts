@@ -3,8 +3,20 @@ import { createHash } from "node:crypto";
 import { describe, test } from "node:test";
 import { SettingError } from "../lib/settings.ts";
 import { Refusal } from "../lib/step.ts";
-import { agent } from "../scripts/agent.ts";
-import { type Facts, fixture, look, MODERN, node, prepared, programs, temporary, wanted } from "./helpers.ts";
+import { admission, agent } from "../scripts/agent.ts";
+import {
+  answering,
+  boxOf,
+  type Facts,
+  fixture,
+  look,
+  MODERN,
+  node,
+  prepared,
+  programs,
+  temporary,
+  wanted,
+} from "./helpers.ts";
 
 const CA = fixture("cacerts-v1.17.6.pem");
 const HASH = createHash("sha256").update(CA).digest("hex");
@@ -153,12 +165,12 @@ describe("the server is queried from the box", () => {
   const pem = createHash("sha256").update("pem\n").digest("hex");
   const known = { ...want, K3S_TOKEN: want.K3S_TOKEN.replace(HASH, pem) };
   /** The look with a curl that records its arguments and its input. */
-  function asked(settings = known) {
+  function asked(settings = known, ca = "echo pem") {
     const folder = temporary();
     const curl = `printf '%s\\n' "$*" >>${folder}/args
 case $* in *-K*) cat >>${folder}/stdin; printf 200 ;; *)
   for word; do
-    case $before$word in -o*/ca) echo pem >"$word" ;; -o*/taken) echo "{}" >"$word" ;; -o*/nodes) echo '{"all":1}' >"$word" ;; esac
+    case $before$word in -o*/ca) ${ca} >"$word" ;; -o*/taken) echo "{}" >"$word" ;; -o*/nodes) echo '{"all":1}' >"$word" ;; esac
     before=$word
   done ;;
 esac`;
@@ -198,6 +210,15 @@ esac`;
     assert.match(asked({ ...known, AGENT_ARGS: "--node-name=cloud-b" }).args, /\/nodes\/cloud-b /m);
   });
 
+  test("for its CA byte for byte, because its hash is in the token", () => {
+    const bare = {
+      ...want,
+      K3S_TOKEN: want.K3S_TOKEN.replace(HASH, createHash("sha256").update("pem").digest("hex")),
+    };
+    const { facts } = asked(bare, "printf pem");
+    assert.deepEqual([facts.cacerts, facts.door], ["pem", "200"]);
+  });
+
   test("not at all without a URL or a token", () => {
     for (const none of [{ K3S_URL: "" }, { K3S_TOKEN: "" }])
       assert.equal(asked({ ...want, ...none }).args, "");
@@ -207,5 +228,40 @@ esac`;
     const { facts, args, stdin } = asked(want);
     assert.deepEqual([facts.cacerts, facts.door, stdin], ["pem\n", undefined, ""]);
     assert.equal(args.trim().split("\n").length, 1);
+  });
+});
+
+describe("an agent of make up asks the server, of which the operator has the token,", () => {
+  /** Did it ask for everything? And the facts that it has then. */
+  const again = async (own: Facts, nodes: string | undefined) => {
+    const sent: string[] = [];
+    const box = boxOf({ want, shell: answering({ cacerts: CA, proof: "" }, sent) });
+    const facts = (await admission(box, own, nodes)) as Facts;
+    assert.ok(box.want.allowed?.has("join"), "it is not asked again");
+    return { all: /client-k3s-controller/.test(sent.join()), facts };
+  };
+
+  test("only whether it is reached, if the operator has its nodes as well", async () => {
+    const { all, facts } = await again({ hostname: "b1\n" }, "list");
+    assert.equal(all, false);
+    assert.deepEqual([facts.door, facts.registered, facts.hostname], ["200", "list", "b1\n"]);
+  });
+
+  test("for everything if the operator does not have its nodes, or if the server has refused the box before", async () => {
+    for (const [own, nodes] of [
+      [{}, undefined],
+      [{ cacerts: CA, door: "401\n" }, "list"],
+    ] as const) {
+      const { all, facts } = await again(own, nodes);
+      assert.deepEqual([all, facts.door, facts.registered], [true, undefined, undefined]);
+    }
+  });
+
+  test("and forgets what another server has said", async () => {
+    const { facts } = await again({ taken: other, shut: "x", registered: "old", error: "x" }, "");
+    assert.deepEqual(
+      [facts.taken, facts.shut, facts.registered, facts.error],
+      [undefined, undefined, "", undefined],
+    );
   });
 });
