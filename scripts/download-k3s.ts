@@ -36,7 +36,7 @@ export const downloadK3s = step({
     foldersLook,
     prints("curl kubectl sha256 images")(`fact curl; command -v curl
 fact kubectl; command -v kubectl
-${want.K3S_SHA256 ? `fact sha256; sha256sum <${K3S} 2>/dev/null | cut -d' ' -f1` : ""}
+${want.K3S_SHA256 ? `fact sha256; digest ${K3S}` : ""}
 ${want.AIRGAP ? `fact images; cat ${RECORD} 2>/dev/null; (cd ${IMAGES} 2>/dev/null && stat -c '%n %s %Y' k3s-airgap-images-* 2>/dev/null)` : ""}`),
   ],
 

@@ -109,7 +109,7 @@ mv -f ${PASSWORD}.new ${PASSWORD}`,
 export const KEEP_PASSWORD = writePassword(sh`$(sed ${PASSWORD_SED} ${NODE_TOKEN})`);
 /** The fact that `password` reads. */
 export const passwordLook = prints("password")(
-  `fact password; stat -c %a ${PASSWORD} 2>/dev/null && sha256sum <${PASSWORD} | cut -d' ' -f1`,
+  `fact password; [ ! -e ${PASSWORD} ] || { stat -c %a ${PASSWORD}; digest ${PASSWORD}; }`,
 );
 
 /** What a rotation of the token replaces, until k3s has started with the new one. */
